@@ -1,0 +1,84 @@
+"""What each argument may be: one clear error that names it, its value and the way out, before anything has changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+# What holds for the whole optimizer, and is refused in a parameter group. Its value stands in the groups to be seen.
+PER_OPTIMIZER = ("second_moment", "nonfinite", "compat", "foreach", "differentiable")
+_NEVER_IN_A_GROUP = ("grokking_signal_fns", "grokking_signal_fn", "combine")
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "second_moment": ("filtered", "raw"),
+    "nonfinite": ("skip", "raise", "propagate"),
+    "compat": (None, "0.1.2"),
+    "foreach": (None, True, False),
+    "differentiable": (True, False),
+}
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise ValueError for a per-optimizer option that is none of its choices."""
+    for name, choices in _CHOICES.items():
+        value = options[name]
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise ValueError(f"{name}={value!r} is unknown: give one of {', '.join(map(repr, choices))}")
+    if options["foreach"] and options["differentiable"]:
+        raise ValueError(
+            "foreach=True with differentiable=True: torch's foreach operations have no autograd; leave foreach out"
+        )
+
+
+def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError for what a parameter group, the defaults filled in, must not hold."""
+    for name in _NEVER_IN_A_GROUP:
+        if group.get(name) is not None:
+            raise ValueError(
+                f"{name}={group[name]!r} in a parameter group: signals hold for the whole optimizer; "
+                "pass them to GrokAdamW(...) or set_signals(...)"
+            )
+    for name in PER_OPTIMIZER:
+        if group[name] != defaults[name]:
+            raise ValueError(
+                f"{name}={group[name]!r} in a parameter group: it holds for the whole optimizer, where it is "
+                f"{defaults[name]!r}; pass it to GrokAdamW(...)"
+            )
+    if isinstance(group["lr"], Tensor):
+        if group["lr"].numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, and lr={group['lr']!r} is not")
+    else:
+        _check_number("lr", group["lr"])
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise TypeError(f"betas={betas!r} is not a pair of numbers, as in (0.9, 0.999)")
+    for i in (0, 1):
+        _check_number(f"betas[{i}]", betas[i], below=1)
+    for name in ("eps", "weight_decay", "lamb", "grokking_signal_decay_rate", "gradient_clipping"):
+        _check_number(name, group[name])
+    _check_number("alpha_init", group["alpha_init"], at_most=1)
+    _check_number("gamma", group["gamma"], below=1)
+    _check_count("amplify_after", group["amplify_after"])
+    if group["layer"] is not None:
+        _check_count("layer", group["layer"])
+    if not isinstance(group["maximize"], bool):
+        raise TypeError(f"maximize={group['maximize']!r} is neither True nor False")
+
+
+def _check_number(name: str, value: Any, *, below: float = math.inf, at_most: float | None = None) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is not a number")
+    if not 0 <= float(value) < below or (at_most is not None and float(value) > at_most):
+        limits = f"in [0, {at_most}]" if at_most is not None else f"in [0, {below})"
+        raise ValueError(f"{name}={value!r} is out of range: give a number {limits}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is not an integer")
+    if value < 0:
+        raise ValueError(f"{name}={value!r} is out of range: give an integer of at least 0")

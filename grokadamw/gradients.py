@@ -1,0 +1,52 @@
+"""What a step asks of the gradients as a whole: their norm, the clip coefficient, and whether they are finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from .update.reference import Number
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as two real numbers an element, sharing memory; any other as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether a number on this device can be read without making the host wait for queued work."""
+    return device.type == "cpu"
+
+
+def global_norm(
+    grads: Iterable[Tensor], sum_of_squares: Callable[[list[Tensor]], Tensor], home: torch.device | None
+) -> Number:
+    """Row 2, N = √Σg² over all elements of all gradients, on any devices: a float, or with home a 0-d tensor there."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        by_device.setdefault(grad.device, []).append(as_real(grad))
+    sums = [sum_of_squares(tensors) for tensors in by_device.values()]
+    if home is None:
+        return math.sqrt(sum(total.item() for total in sums))
+    total = torch.stack([total.to(home) for total in sums]).sum()
+    if total.requires_grad:
+        total = total.clamp(min=torch.finfo(total.dtype).tiny)  # the root's derivative at 0 is infinite
+    return total.sqrt()
+
+
+def clip_coefficient(norm: Number | None, max_norm: float) -> Number:
+    """Row 3, c = min(1, max_norm / (N + 1e-6)), and 1 for a max_norm of 0: torch.nn.utils.clip_grad_norm_'s formula."""
+    if norm is None or max_norm == 0:
+        return 1.0
+    coefficient = max_norm / (norm + 1e-6)
+    if isinstance(coefficient, Tensor):
+        return coefficient.clamp(max=1.0)
+    return 1.0 if coefficient > 1.0 else coefficient  # NaN stays NaN, as it does there
+
+
+def is_finite(norm: Number) -> bool | Tensor:
+    """Whether no gradient holds NaN or infinity, and Σg² did not overflow; a 0-d tensor where the norm is one."""
+    return torch.isfinite(norm) if isinstance(norm, Tensor) else math.isfinite(norm)

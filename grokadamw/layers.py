@@ -1,0 +1,102 @@
+"""Which layer a parameter belongs to, and the β1 that follows from it: β1_l = β1 (1 − γ)^l.
+
+A layer is a number l = 0, 1, 2 …, kept in the parameter group as plain data: key `layers`, parallel to `params`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+# what wrappers put into parameter names: DDP and DataParallel, torch.compile, FSDP1, activation checkpointing
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+class Layer(NamedTuple):
+    """One row of `GrokAdamW.layer_table()`."""
+
+    layer: int  # l
+    names: list[str]  # of its parameters; "parameter 3 of group 0" where they have none
+    beta1: float  # β1_l; the smallest, where groups of different β1 or γ share the layer
+
+
+def unwrapped(name: str) -> str:
+    """A parameter's name without what wrappers put into it: "module.layers.3.weight" → "layers.3.weight"."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def layer_path(name: str) -> str:
+    """The module path that names a parameter's layer.
+
+    Up to and including the first all-digit component ("layers.3.attn.q.weight" → "layers.3"), else the whole module
+    path ("head.weight" → "head"; "scale" → "").
+    """
+    *path, _ = unwrapped(name).split(".")
+    for i, part in enumerate(path):
+        if part.isdigit():
+            return ".".join(path[: i + 1])
+    return ".".join(path)
+
+
+def layers_of(group: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> list[int]:
+    """The layer of each of the group's parameters, the earlier groups having theirs."""
+    count = len(group["params"])
+    if group["layer"] is not None:
+        return [group["layer"]] * count
+    if "param_names" not in group:
+        return list(range(count))
+    known: dict[str, int] = {}
+    for other in earlier:
+        if other["layer"] is None:
+            known.update(zip(map(layer_path, other["param_names"]), other["layers"], strict=True))
+    following = max(known.values(), default=-1) + 1
+    for path in map(layer_path, group["param_names"]):
+        if path not in known:
+            known[path] = following
+            following += 1
+    return [known[layer_path(name)] for name in group["param_names"]]
+
+
+def layers_in(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[Tensor, int]:
+    """The layer of each of a model's parameters, numbered in the model's own order."""
+    numbers: dict[str, int] = {}
+    return {param: numbers.setdefault(layer_path(name), len(numbers)) for name, param in named_parameters}
+
+
+def beta1s(group: dict[str, Any]) -> list[float]:
+    """β1_l of each of the group's parameters."""
+    beta1, keep = float(group["betas"][0]), 1 - float(group["gamma"])
+    return [beta1 * keep**layer for layer in group["layers"]]
+
+
+def names(group: dict[str, Any], i: int) -> list[str]:
+    """What to call the parameters of the i-th group."""
+    numbered = (f"parameter {j} of group {i}" for j in range(len(group["params"])))
+    return list(group.get("param_names") or numbered)
+
+
+def table(groups: Sequence[dict[str, Any]]) -> list[Layer]:
+    """What came out: one row a layer, in order."""
+    rows: dict[int, Layer] = {}
+    for i, group in enumerate(groups):
+        for layer, name, beta1 in zip(group["layers"], names(group, i), beta1s(group), strict=True):
+            row = rows.setdefault(layer, Layer(layer, [], beta1))
+            row.names.append(name)
+            rows[layer] = row._replace(beta1=min(row.beta1, beta1))
+    return [rows[layer] for layer in sorted(rows)]
+
+
+def warning_for(groups: Sequence[dict[str, Any]]) -> str | None:
+    """The sentence that is due where some β1_l lies below half of β1."""
+    for i, group in enumerate(groups):
+        beta1, smallest = group["betas"][0], min(beta1s(group), default=0.0)
+        if group["params"] and smallest < beta1 / 2:
+            return (
+                f"layer {max(group['layers'])} of parameter group {i} has β1 = {smallest:.3g}, less than half of "
+                f"betas[0] = {beta1:g}: gamma = {group['gamma']:g} lowers it layer by layer. If that is not wanted, "
+                "pass model.named_parameters() or call optimizer.set_layers(model), so that a layer is a module rather "
+                "than a tensor; or choose a smaller gamma. optimizer.layer_table() shows the layers"
+            )
+    return None

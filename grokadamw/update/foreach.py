@@ -1,0 +1,127 @@
+"""Rows 2 and 6 to 10 of the step with torch._foreach_*: a handful of launches for a whole list, on any device.
+
+Same functions and results as `reference`, to rounding. Numbers that differ from tensor to tensor (β1_l, the bias
+corrections) go in as lists of scalars, so layers cost no launches. Where reading a number would make the host wait for
+its device it stays a 0-d tensor there; a step that must not be written then moves everything by 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .reference import Number, Numbers, Tensors, accumulator, whole
+
+_TensorList: TypeAlias = tuple[Tensor, ...] | list[Tensor]
+_BLOCK = 1 << 18  # elements squared at a time on the CPU: 2 MiB of float64, which a cache holds
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Σ g² over all elements of tensors on one device, squared and summed in float64, in list order: a 0-d tensor."""
+    dtype = accumulator(tensors[0].device)
+    if all(tensor.is_cpu and not hasattr(tensor, "full_tensor") for tensor in tensors):
+        # torch's CPU norm would first convert each tensor whole
+        blocks = (block for tensor in tensors for block in torch.split(tensor.reshape(-1), _BLOCK))
+        return torch.stack([block.to(dtype).square().sum() for block in blocks]).sum()
+    norms = torch._foreach_norm(list(tensors), 2, dtype=dtype)
+    return torch.stack([whole(norm) for norm in norms]).square().sum()
+
+
+def step(tensors: Tensors, numbers: Numbers) -> None:
+    """Rows 6 to 10 for every tensor, written in place."""
+    n = numbers
+    dtype = tensors.exp_avgs[0].dtype
+    m, v, mu = tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas
+    active: Number = 1.0 if n.finite is None else n.finite.to(dtype)
+    t = _advance(tensors.steps, active)
+
+    g: _TensorList = [grad.to(dtype) for grad in tensors.grads]
+    if n.maximize or not isinstance(n.clip, float) or n.clip != 1:
+        g = _mul(g, -n.clip if n.maximize else n.clip)
+    if n.finite is not None:
+        g = [torch.where(n.finite, x, 0) for x in g]  # 0 times NaN would be NaN
+    g_hat = g
+    if mu is not None:
+        _average_(mu, g, 1 - n.alpha, active)  # row 6
+        g_hat = _amplified(g, mu, t, n)
+    _average_(m, g_hat, [1 - beta1 for beta1 in n.beta1], active)  # row 8
+    squared = g if n.raw_second_moment else g_hat
+    _average_(v, torch._foreach_mul(squared, squared), 1 - n.beta2, active)  # row 9
+    del g, g_hat, squared  # their memory serves row 10
+
+    theta = [param.to(dtype) for param in tensors.params]
+    denominator = torch._foreach_sqrt(v)
+    root = [(1 - n.beta2**count) ** 0.5 for count in t]
+    if n.eps_before_correction:
+        torch._foreach_add_(denominator, n.eps)
+        torch._foreach_div_(denominator, root)
+    else:
+        torch._foreach_div_(denominator, root)
+        torch._foreach_add_(denominator, n.eps)
+    correction = [1 - beta1**count for beta1, count in zip(n.bias_beta1, t, strict=True)]
+    if not any(isinstance(number, Tensor) for number in (n.lr, active, t[0])):
+        torch._foreach_mul_(theta, 1 - n.lr * n.weight_decay)
+        torch._foreach_addcdiv_(theta, m, denominator, [-n.lr / c for c in correction])
+    else:
+        torch._foreach_mul_(denominator, correction)
+        move: _TensorList = torch._foreach_div(m, denominator)
+        torch._foreach_add_(move, theta, alpha=n.weight_decay)
+        if n.finite is not None:
+            move = [torch.where(n.finite, x, 0) for x in move]
+        torch._foreach_sub_(theta, _mul(move, n.lr))
+    for param, new in zip(tensors.params, theta, strict=True):
+        if param is not new:
+            param.copy_(new)
+
+
+def _advance(steps: list[Tensor], active: Number) -> list[Any]:
+    """Count this step, and return each tensor's t: Python numbers where reading is free, else 0-d float64 tensors."""
+    if isinstance(active, float):
+        # on the CPU a Python 1 would be wrapped into a tensor anew for every count
+        one: Any = torch.tensor(1.0) if steps[0].is_cpu else 1
+        torch._foreach_add_(steps, one)
+    else:
+        torch._foreach_add_(steps, [active.to(steps[0].dtype)] * len(steps))
+    if steps[0].is_cpu and isinstance(active, float):
+        return [count.item() for count in steps]
+    # a step that is not taken may be the first: its t = 0 would divide 0 by 0
+    return list(torch.stack(steps).to(accumulator(steps[0].device)).clamp(min=1).unbind())
+
+
+def _amplified(g: _TensorList, mu: list[Tensor], t: list[Any], n: Numbers) -> _TensorList:
+    """Row 7, in memory of its own: c g + λ μ, with λ only once t > amplify_after."""
+    if n.amplify_after == 0:
+        return torch._foreach_add(g, mu, alpha=n.lamb)
+    late = [count > n.amplify_after for count in t]
+    amplified = torch._foreach_mul(mu, [n.lamb * (x.to(mu[0].dtype) if torch.is_tensor(x) else x) for x in late])
+    torch._foreach_add_(amplified, g)
+    return amplified
+
+
+def _mul(tensors: _TensorList, factor: Number) -> _TensorList:
+    """factor · tensors, in memory of its own."""
+    if isinstance(factor, Tensor):
+        return torch._foreach_mul(tensors, factor.to(tensors[0].dtype))
+    return torch._foreach_mul(tensors, factor)
+
+
+def _average_(averages: list[Tensor], values: _TensorList, weight: Number | list[float], active: Number) -> None:
+    """averages ← (1 − weight) · averages + weight · values, in the fewest passes that the kinds of number allow."""
+    if isinstance(weight, list) and len(set(weight)) == 1:
+        weight = weight[0]
+    if isinstance(weight, list):
+        difference: _TensorList = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(difference, weight)
+        if isinstance(active, Tensor):
+            torch._foreach_mul_(difference, active)
+        torch._foreach_add_(averages, difference)
+        return
+    weight = weight * active
+    if isinstance(weight, Tensor):
+        torch._foreach_mul_(averages, (1 - weight).to(averages[0].dtype))
+        torch._foreach_add_(averages, _mul(values, weight))
+    else:
+        torch._foreach_lerp_(averages, values, weight)

@@ -1,0 +1,106 @@
+"""Rows 2 and 6 to 10 of the step, one tensor at a time: the definition that faster implementations are tested against.
+
+The row numbers are those of the table in CONTRIBUTING.md. Nothing here knows of groups, signals, names or hooks:
+lists of real tensors and numbers come in, and parameters, state and step counts are written in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+# A Python float, or a 0-d tensor on the parameters' device where reading it back would make the host wait.
+Number: TypeAlias = float | Tensor
+
+
+class Tensors(NamedTuple):
+    """Parallel lists, one entry a parameter: on one device, with one dtype for parameters, gradients and state each.
+
+    Arithmetic is done in the state's dtype. Complex tensors come as their real views.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    grok_emas: list[Tensor] | None  # None: no slow gradient is kept, row 6 is left out and row 7 is ĝ = c g
+    steps: list[Tensor]  # 0-d, the steps taken before this one
+
+
+class Numbers(NamedTuple):
+    """What rows 6 to 10 need besides the tensors; lists are parallel to them."""
+
+    beta1: Sequence[float]  # β1_l, one a tensor
+    bias_beta1: Sequence[float]  # the β1 that row 10 corrects m with, one a tensor
+    beta2: float
+    lr: Number
+    eps: float
+    eps_before_correction: bool  # ε joins √v before v's bias correction, as in release 0.1.2
+    weight_decay: float
+    alpha: Number  # α_t
+    lamb: float  # λ
+    amplify_after: int  # λ acts on a tensor's steps after this many
+    clip: Number  # c
+    raw_second_moment: bool  # v of (c g)² instead of ĝ²
+    maximize: bool
+    finite: Tensor | None  # 0-d bool: where it is False, nothing is written. None: the caller has looked already
+
+
+def accumulator(device: torch.device) -> torch.dtype:
+    """The dtype that squares are taken and summed in: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Σ g² over all elements of tensors on one device, squared and summed in float64, in list order: a 0-d tensor."""
+    dtype = accumulator(tensors[0].device)
+    return torch.stack([whole(tensor.to(dtype).square().sum()) for tensor in tensors]).sum()
+
+
+def whole(value: Tensor) -> Tensor:
+    """The plain tensor behind a reduction that a DTensor's ranks hold in part; any other tensor as it is."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def step(tensors: Tensors, numbers: Numbers) -> None:
+    """Rows 6 to 10 for every tensor, written in place."""
+    for i, theta in enumerate(tensors.params):
+        m, v, count = tensors.exp_avgs[i], tensors.exp_avg_sqs[i], tensors.steps[i]
+        mu = tensors.grok_emas[i] if tensors.grok_emas else None
+        g = tensors.grads[i].to(m.dtype)
+        t = count.to(accumulator(count.device)) + 1
+        new = _rows_6_to_10(theta.to(m.dtype), g, m, v, mu, t, numbers.beta1[i], numbers.bias_beta1[i], numbers)
+        for old, value in zip((theta, m, v, mu, count), (*new, t), strict=True):
+            if old is not None and value is not None:
+                # a product with 0 or 1 would not do: NaN and infinity survive it
+                old.copy_(value if numbers.finite is None else torch.where(numbers.finite, value, old))
+
+
+def _rows_6_to_10(
+    theta: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    mu: Tensor | None,
+    t: Tensor,
+    beta1: float,
+    bias_beta1: float,
+    n: Numbers,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(θ, m, v, μ) after step t, from those before it."""
+    g = n.clip * (-g if n.maximize else g)
+    g_hat = g
+    if mu is not None:
+        mu = n.alpha * mu + (1 - n.alpha) * g  # row 6
+        lamb = n.lamb * (t > n.amplify_after).to(t.dtype)
+        g_hat = g + lamb * mu  # row 7
+    m = beta1 * m + (1 - beta1) * g_hat  # row 8
+    v = n.beta2 * v + (1 - n.beta2) * (g if n.raw_second_moment else g_hat).square()  # row 9
+    # row 10, in torch.optim.AdamW's order: decay, then step
+    root = (1 - n.beta2**t).sqrt()
+    denominator = (v.sqrt() + n.eps) / root if n.eps_before_correction else v.sqrt() / root + n.eps
+    theta = theta * (1 - n.lr * n.weight_decay) - n.lr / (1 - bias_beta1**t) * (m / denominator)
+    return theta, m, v, mu

@@ -1,0 +1,31 @@
+"""Small models, and training that is the same each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def network(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """Three linear layers, 5 → 8 → 8 → 3."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(16, 5, generator=generator, dtype=torch.float64)
+    return x.to(dtype), torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin(), x[:, 3] - x[:, 4]], dim=1).to(dtype)
+
+
+def train(model: nn.Module, steps: range, take_step: Callable[[int, Tensor], object]) -> None:
+    """Forward and backward at each step, then take_step(step, loss)."""
+    dtype = next(model.parameters()).dtype
+    for step in steps:
+        x, y = batch(step, dtype)
+        model.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        take_step(step, loss)

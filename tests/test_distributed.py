@@ -1,0 +1,98 @@
+"""Two real processes over gloo: ranks agree on α, and shards on the norm."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from grokadamw import GrokAdamW
+from grokadamw.signals import SlowGradient
+
+from .models import network, train
+
+RANKS = 2
+
+
+def in_processes(function: Any, folder: Path) -> list[Any]:
+    """What function(rank) returns on each of two ranks."""
+    mp.spawn(_process, args=(function, folder), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def _process(rank: int, function: Any, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    try:
+        torch.save(function(rank), folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _signals_that_differ(rank: int) -> list[float]:
+    p = torch.nn.Parameter(torch.ones(3))
+    alphas = []
+    for fns in (lambda: float(rank), lambda: None if rank else 0.5, lambda: None, None, []):
+        optimizer = GrokAdamW([p], grokking_signal_fns=fns)  # type: ignore[arg-type]
+        optimizer.record(train_loss=1.0 + rank)
+        if rank == 0:
+            optimizer.record(eval_loss=2.0)  # evaluated on one rank alone
+        optimizer.step()
+        alphas.append(optimizer.metrics()["alpha"])
+    return alphas
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_agree_on_alpha(tmp_path: Path) -> None:
+    first, second = in_processes(_signals_that_differ, tmp_path)
+    assert first == second
+    assert first == pytest.approx([0.98 * torch.exp(torch.tensor(-0.1 * s)).item() for s in (0.5, 0.5, 0, 0.5, 0)])
+
+
+def _sharded(rank: int) -> dict[str, Any]:
+    model = network()
+    mesh = init_device_mesh("cpu", (RANKS,))
+    fully_shard(model[2], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = _run(model)
+    assert isinstance(model[2].weight, DTensor)
+    assert isinstance(optimizer.state[model[2].weight]["exp_avg"], DTensor)
+    weights = {name: p.full_tensor() for name, p in model.state_dict().items()}
+    return {"weights": weights, "metrics": optimizer.metrics()}
+
+
+def _run(model: torch.nn.Module) -> GrokAdamW:
+    optimizer = GrokAdamW(
+        model.named_parameters(), lr=0.01, gradient_clipping=0.5, grokking_signal_fns=SlowGradient(every=2)
+    )
+
+    def take_step(step: int, loss: torch.Tensor) -> None:
+        if step == 1:
+            poisoned = next(model.parameters()).grad
+            local = poisoned.to_local() if isinstance(poisoned, DTensor) else poisoned
+            if not isinstance(poisoned, DTensor) or dist.get_rank() == 1:
+                local.view(-1)[-1] = torch.nan  # on one rank alone
+        optimizer.step()
+
+    train(model, range(6), take_step)
+    return optimizer
+
+
+@pytest.mark.filterwarnings("ignore:a step was skipped")
+def test_shards_train_as_the_whole(tmp_path: Path) -> None:
+    model = network()
+    optimizer = _run(model)
+    metrics = copy.deepcopy(optimizer.metrics())
+    for result in in_processes(_sharded, tmp_path):
+        assert result["metrics"] == pytest.approx(metrics, rel=1e-5)
+        assert result["metrics"]["skipped_steps"] == 1
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(result["weights"][name], value, rtol=1e-5, atol=1e-6)

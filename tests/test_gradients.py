@@ -1,0 +1,116 @@
+"""The norm over everything, the clip coefficient, and what a step reads back from a device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from grokadamw import GrokAdamW
+from grokadamw.gradients import clip_coefficient, global_norm
+from grokadamw.signals import SlowGradient
+from grokadamw.update import foreach
+
+
+@given(st.lists(st.lists(st.floats(-1e3, 1e3), max_size=5), min_size=1, max_size=5), st.floats(0, 100))
+def test_norm_and_coefficient_are_clip_grad_norms(values: list[list[float]], max_norm: float) -> None:
+    params = [nn.Parameter(torch.zeros(len(v), dtype=torch.float64)) for v in values]
+    for p, v in zip(params, values, strict=True):
+        p.grad = torch.tensor(v, dtype=torch.float64)
+    grads = [p.grad.clone() for p in params if p.grad is not None]
+    norm = global_norm(grads, foreach.sum_of_squares, None)
+    on_device = global_norm(grads, foreach.sum_of_squares, torch.device("cpu"))
+    theirs = torch.nn.utils.clip_grad_norm_(params, max_norm).item()
+    assert norm == pytest.approx(theirs, rel=1e-12)
+    assert float(on_device) == pytest.approx(theirs, rel=1e-12)
+    for coefficient in (clip_coefficient(norm, max_norm), float(clip_coefficient(on_device, max_norm))):
+        for p, g in zip(params, grads, strict=True):
+            if max_norm > 0:  # where 0 means off
+                torch.testing.assert_close(p.grad, coefficient * g, rtol=1e-12, atol=1e-300)
+    assert clip_coefficient(norm, 0) == 1
+
+
+def test_a_complex_gradient_counts_both_parts() -> None:
+    assert global_norm([torch.tensor([3 + 4j]).conj()], foreach.sum_of_squares, None) == 5
+
+
+def test_not_a_number_stays_one() -> None:
+    assert math.isnan(clip_coefficient(math.nan, 1.0))  # type: ignore[arg-type]
+    assert clip_coefficient(math.inf, 1.0) == 0
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("use_foreach", [True, False])
+def test_nothing_is_read_back_from_a_device(nonfinite: str, dtype: torch.dtype, use_foreach: bool) -> None:
+    """Meta tensors hold no numbers: whatever reads one raises."""
+    params = [nn.Parameter(torch.empty(shape, device="meta", dtype=dtype)) for shape in ((), (3,), (2, 5))]
+    optimizer = GrokAdamW(
+        [{"params": params[:2], "gradient_clipping": 0.0}, {"params": params[2:], "lr": 0.1}],
+        grokking_signal_fns=[lambda train_loss, eval_loss: eval_loss - train_loss, SlowGradient(every=1), lambda: 0.5],
+        nonfinite=nonfinite,
+        foreach=use_foreach,
+        amplify_after=1,
+    )
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer.record(train_loss=torch.empty((), device="meta"), eval_loss=torch.empty(1, device="meta"))
+        optimizer.step()
+    assert optimizer._signals.failures == 0
+    assert all(state["step"].is_meta for state in optimizer.state.values())
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        optimizer.metrics()  # which may read: this test would notice
+
+
+@pytest.fixture
+def nothing_is_free_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treats the CPU as a device whose numbers the host would have to wait for."""
+    for module in ("gradients", "signals", "state"):
+        monkeypatch.setattr(f"grokadamw.{module}.reads_are_free", lambda device: False)
+
+
+@pytest.mark.usefixtures("nothing_is_free_to_read")
+def test_skipped_steps_on_a_device_are_counted_when_they_are_read() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = GrokAdamW([p])
+    for gradient in (math.nan, 1.0, math.inf):
+        p.grad = torch.full_like(p, gradient)
+        optimizer.step()
+    assert optimizer.param_groups[0]["skipped_steps"] == 0
+    with pytest.warns(RuntimeWarning, match="a step was skipped"):
+        saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["skipped_steps"] == 2
+    assert optimizer.metrics()["skipped_steps"] == 2
+    assert optimizer.metrics()["step"] == 1
+
+
+@pytest.mark.usefixtures("nothing_is_free_to_read")
+@pytest.mark.parametrize("use_foreach", [True, False])
+def test_tensor_numbers_give_the_same_training(use_foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> list[torch.Tensor]:
+        from .models import network, train
+
+        model = network(torch.float64)
+        optimizer = GrokAdamW(model.named_parameters(), lr=0.01, foreach=use_foreach, grokking_signal_decay_rate=1.0)
+
+        def take_step(step: int, loss: Any) -> None:
+            optimizer.record(train_loss=loss, eval_loss=1.5 * loss)
+            if step == 2:
+                model[0].bias.grad[0] = math.nan
+            optimizer.step()
+
+        train(model, range(6), take_step)
+        return [p.detach() for p in model.parameters()]
+
+    on_device = run()
+    monkeypatch.undo()
+    with pytest.warns(RuntimeWarning, match="a step was skipped"):
+        on_host = run()
+    for a, b in zip(on_device, on_host, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,594 @@
+"""The optimizer as its users meet it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from grokadamw import GrokAdamW
+from grokadamw.signals import AccuracyGap, SlowGradient
+
+from .models import network, train
+
+AS_ADAMW = {"lamb": 0.0, "gamma": 0.0, "gradient_clipping": 0.0}
+
+
+def parameters(count: int = 2) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(3, 2)) for _ in range(count)]
+
+
+def set_gradients(params: list[nn.Parameter], seed: int = 1, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = scale * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+# AdamW
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("scheduler", ["cosine", "one cycle"])
+def test_without_filter_gamma_and_clipping_it_is_adamw(
+    foreach: bool, dtype: torch.dtype, tolerance: float, scheduler: str
+) -> None:
+    def run(make: Any) -> list[torch.Tensor]:
+        model = network(dtype)
+        optimizer = make(model)
+        if scheduler == "cosine":
+            schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+        else:  # which cycles β1 too
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=101)
+
+        def take_step(step: int, loss: torch.Tensor) -> None:
+            optimizer.step()
+            schedule.step()
+
+        train(model, range(100), take_step)
+        return [p.detach() for p in model.parameters()]
+
+    settings = {"lr": 0.01, "weight_decay": 0.1}
+    theirs = run(lambda model: torch.optim.AdamW(model.parameters(), **settings))
+    ours = run(lambda model: GrokAdamW(model.named_parameters(), **settings, **AS_ADAMW, foreach=foreach))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+def test_adamws_state_loads() -> None:
+    model, twin = network(), network()
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train(model, range(5), lambda step, loss: adamw.step())
+    twin.load_state_dict(model.state_dict())
+    ours = GrokAdamW(twin.named_parameters(), **AS_ADAMW)
+    ours.load_state_dict(adamw.state_dict() | {"state": copy.deepcopy(adamw.state_dict()["state"])})
+    assert [row.layer for row in ours.layer_table()] == [0, 1, 2]
+    train(model, range(5, 10), lambda step, loss: adamw.step())
+    train(twin, range(5, 10), lambda step, loss: ours.step())
+    for a, b in zip(twin.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+# the step
+
+
+def test_published_users_pass_everything_by_name() -> None:
+    """As found in published code: every argument of 0.1.2, a list for betas, a lambda, and its README's spelling."""
+    optimizer = GrokAdamW(
+        parameters(),
+        lr=1e-3,
+        betas=[0.9, 0.99],  # type: ignore[arg-type]
+        eps=1e-8,
+        weight_decay=1e-2,
+        alpha_init=0.98,
+        lamb=2.0,
+        gamma=0.1,
+        grokking_signal_fns=[lambda: 0.5],
+        grokking_signal_decay_rate=0.1,
+        gradient_clipping=1.0,
+    )
+    set_gradients(optimizer.param_groups[0]["params"])
+    optimizer.step()
+    assert optimizer.metrics()["signal"] == 0.5
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.99)
+
+    def grokking_signal_fn(training_loss: float, validation_loss: float) -> float:
+        return (validation_loss - training_loss) / training_loss
+
+    optimizer = GrokAdamW(parameters(), grokking_signal_fn=grokking_signal_fn)
+    optimizer.record(train_loss=1.0, eval_loss=1.5)
+    optimizer.step()
+    assert optimizer.metrics()["signal"] == 0.5
+
+
+def test_the_closure_runs_first_and_its_loss_comes_back() -> None:
+    (p,) = parameters(1)
+    optimizer = GrokAdamW([p])
+    before = p.detach().clone()
+
+    def closure() -> torch.Tensor:
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        optimizer.record(train_loss=loss, eval_loss=2 * loss)
+        return loss
+
+    assert optimizer.step(closure) == before.square().sum()
+    assert not torch.equal(p, before)
+    assert optimizer.metrics()["signal"] == 0.5
+
+
+def test_hooks_fire() -> None:
+    optimizer, seen = GrokAdamW(parameters()), []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    optimizer.step()
+    assert seen == ["pre", "post"]
+
+
+def test_groups_have_their_own_numbers_and_one_norm() -> None:
+    first, second = parameters(2)
+    optimizer = GrokAdamW(
+        [{"params": [first], "lr": 0.0, "gradient_clipping": 0.5}, {"params": [second], "alpha_init": 0.5, "lamb": 0.0}]
+    )
+    set_gradients([first, second], scale=100)
+    norm = torch.cat([first.grad.view(-1), second.grad.view(-1)]).norm().item()  # type: ignore[union-attr]
+    kept = first.detach().clone()
+    optimizer.step()
+    assert torch.equal(first, kept)
+    assert "grok_ema" in optimizer.state[first]
+    assert "grok_ema" not in optimizer.state[second]
+    metrics = optimizer.metrics()
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-6)
+    assert metrics["clip_coefficient"] == pytest.approx(0.5 / norm, rel=1e-6)
+    assert metrics["alpha"] == 0.5
+    torch.testing.assert_close(optimizer.state[second]["exp_avg"], 0.1 * second.grad / norm)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_half_precision_keeps_a_full_state(foreach: bool) -> None:
+    p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = GrokAdamW([p], lr=1e-3, foreach=foreach)
+    p.grad = torch.full_like(p, 1e-3)
+    for _ in range(3):
+        optimizer.step()
+    assert {optimizer.state[p][key].dtype for key in ("exp_avg", "exp_avg_sq", "grok_ema")} == {torch.float32}
+    expected = 1 - 0.9**3 + 0 * p.float()  # m without the filter would be this times g; with it, more
+    assert (optimizer.state[p]["exp_avg"] > 0.99 * expected * p.grad.float()).all()
+
+
+def test_freezing_unfreezing_and_adding_in_mid_run() -> None:
+    model = network()
+    names = [name for name, _ in model.named_parameters()]
+    optimizer = GrokAdamW([(n, p) for n, p in model.named_parameters() if not n.startswith("4.")], lr=0.01)
+    layers_before = optimizer.layer_table()
+    model[0].requires_grad_(False)
+    train(model, range(3), lambda step, loss: optimizer.step())
+    assert not any(p in optimizer.state for p in model[0].parameters())
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": [(n, p) for n, p in model.named_parameters() if n.startswith("4.")]})
+    train(model, range(3, 5), lambda step, loss: optimizer.step())
+    steps = {n: optimizer.state[p]["step"].item() for n, p in model.named_parameters()}
+    assert steps == {"0.weight": 2, "0.bias": 2, "2.weight": 5, "2.bias": 5, "4.weight": 2, "4.bias": 2}
+    table = optimizer.layer_table()
+    assert table[:2] == layers_before
+    assert [row.names for row in table] == [names[:2], names[2:4], names[4:]]
+
+
+def test_a_step_without_gradients_changes_nothing() -> None:
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    optimizer = GrokAdamW(params)
+    optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert not optimizer.state
+
+
+def test_a_sparse_gradient_is_refused_before_anything_is_written() -> None:
+    dense, embedding = nn.Linear(2, 2), nn.Embedding(5, 2, sparse=True)
+    model = nn.ModuleDict({"dense": dense, "embedding": embedding})
+    optimizer = GrokAdamW(model.named_parameters())
+    dense(embedding(torch.tensor([1]))).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"sparse gradients, and embedding\.weight has one.*SparseAdam"):
+        optimizer.step()
+    assert not optimizer.state
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("clipping", [0.0, 0.5])
+def test_autograd_passes_through_the_step(clipping: float) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    grads = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def end(start: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+        p = start.clone()
+        optimizer = GrokAdamW([p], lr=0.1, differentiable=True, gradient_clipping=clipping, amplify_after=1)
+        for g in grads:
+            p.grad = g
+            optimizer.step()
+        return p
+
+    assert torch.autograd.gradcheck(end, (start, grads))
+
+
+def test_a_zero_gradient_has_a_derivative_too() -> None:
+    """Once v is above 0: the norm's root must not spoil it."""
+    p = torch.ones(3, dtype=torch.float64)
+    optimizer = GrokAdamW([p], differentiable=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    p.grad = g = torch.zeros_like(p, requires_grad=True)
+    optimizer.step()
+    (derivative,) = torch.autograd.grad(p.sum(), g)
+    assert derivative.isfinite().all()
+
+
+def test_lr_may_be_a_tensor() -> None:
+    ours, theirs = (copy.deepcopy(parameters()) for _ in range(2))
+    for params, lr in ((ours, torch.tensor([0.02])), (theirs, 0.02)):
+        set_gradients(params)
+        GrokAdamW(params, lr=lr).step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_numbers_may_change_while_training() -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params, amplify_after=5)
+    group = optimizer.param_groups[0]
+    for change in (
+        {"lamb": 0.0},
+        {"lamb": 3.0, "gamma": 0.5},
+        {"alpha_init": 0.5},
+        {"maximize": True},
+        {"betas": (0, 0)},
+    ):
+        group.update(change)
+        set_gradients(params)
+        optimizer.step()
+        assert all(p.isfinite().all() for p in params)
+    assert optimizer.metrics()["alpha"] == 0.5
+    assert optimizer.metrics()["beta1_max"] == 0
+
+
+# what is not finite
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("clipping", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(foreach: bool, clipping: float, value: float) -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params, foreach=foreach, gradient_clipping=clipping)
+    set_gradients(params)
+    params[1].grad[1, 1] = value  # type: ignore[index]
+    before = copy.deepcopy([p.detach() for p in params])
+    with pytest.warns(RuntimeWarning, match="a step was skipped"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert optimizer.metrics()["skipped_steps"] == 2
+    assert optimizer.metrics()["step"] == 0
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    set_gradients(params)
+    optimizer.step()
+    assert optimizer.metrics()["step"] == 1
+
+
+def test_raise_names_the_parameter_and_writes_nothing() -> None:
+    model = network()
+    optimizer = GrokAdamW(model.named_parameters(), nonfinite="raise")
+    train(model, range(1), lambda step, loss: optimizer.step())
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    model[2].weight.grad[0, 0] = torch.inf
+    with pytest.raises(RuntimeError, match=r"not finite: 2\.weight\. Nothing was written"):
+        optimizer.step()
+    after = model.state_dict(), optimizer.state_dict()["state"]
+    assert all(torch.equal(before[0][key], after[0][key]) for key in before[0])
+    assert all(torch.equal(before[1][i][key], after[1][i][key]) for i in before[1] for key in before[1][i])
+
+
+@pytest.mark.parametrize("clipping", [0.0, 1.0])
+def test_propagate_does_as_adamw(clipping: float) -> None:
+    ours, theirs = parameters(), parameters()
+    for params in (ours, theirs):
+        set_gradients(params)
+        params[0].grad[0, 0] = torch.inf  # type: ignore[index]
+    GrokAdamW(ours, nonfinite="propagate", **AS_ADAMW | {"gradient_clipping": clipping}).step()
+    if clipping:
+        torch.nn.utils.clip_grad_norm_(theirs, clipping)
+    torch.optim.AdamW(theirs).step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_a_sum_of_squares_that_overflows_is_skipped() -> None:
+    p = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = GrokAdamW([p])
+    p.grad = torch.full_like(p, 1e200)
+    with pytest.warns(RuntimeWarning, match="a step was skipped"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones_like(p))
+
+
+# checkpoints
+
+
+def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stop", range(14))
+@pytest.mark.filterwarnings("ignore:a step was skipped", "ignore:layer")
+def test_a_resumed_run_is_the_uninterrupted_run(stop: int, dtype: torch.dtype) -> None:
+    """Signals with a memory, recorded losses, skipped steps and float32 state of bfloat16 parameters, at every step."""
+
+    def start() -> tuple[nn.Module, GrokAdamW]:
+        model = network(dtype)
+        decayed = [(n, p) for n, p in model.named_parameters() if n.endswith("weight")]
+        others = [(n, p) for n, p in model.named_parameters() if n.endswith("bias")]
+        gap = AccuracyGap()
+        optimizer = GrokAdamW(
+            [{"params": decayed, "amplify_after": 3}, {"params": others, "weight_decay": 0.0, "alpha_init": 0.9}],
+            lr=0.01,
+            grokking_signal_fns=[SlowGradient(every=4), gap, lambda train_loss, eval_loss: eval_loss - train_loss],
+            grokking_signal_decay_rate=1.0,
+        )
+        optimizer.gap = gap  # type: ignore[attr-defined]
+        return model, optimizer
+
+    def run(model: nn.Module, optimizer: GrokAdamW, steps: range) -> None:
+        def take_step(step: int, loss: torch.Tensor) -> None:
+            if step in (0, 6):
+                model[0].bias.grad[0] = torch.nan
+            if step == 4:
+                optimizer.gap.record(train=0.9, eval=0.1)  # type: ignore[attr-defined]
+            if step % 3 == 0:
+                optimizer.record(train_loss=loss, eval_loss=loss + 0.2)
+            optimizer.step()
+
+        train(model, steps, take_step)
+
+    model, optimizer = start()
+    run(model, optimizer, range(14))
+
+    half, stopped = start()
+    run(half, stopped, range(stop))
+    saved = through_a_file({"model": half.state_dict(), "optimizer": stopped.state_dict()})
+    resumed_model, resumed = start()
+    resumed_model.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    run(resumed_model, resumed, range(stop, 14))
+
+    assert same(model.state_dict(), resumed_model.state_dict())
+    assert same(optimizer.state_dict(), resumed.state_dict())
+    assert resumed.metrics()["skipped_steps"] == 2
+    if stop < 14:
+        assert same(optimizer.metrics(), resumed.metrics())
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal to the bit, dtypes included."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and (a == b or (a != a and b != b))
+
+
+def trained(**options: Any) -> tuple[nn.Module, GrokAdamW]:
+    model = network()
+    optimizer = GrokAdamW(model.named_parameters(), lr=0.01, **options)
+    optimizer.record(train_loss=0.1, eval_loss=0.4)
+    train(model, range(3), lambda step, loss: optimizer.step())
+    return model, optimizer
+
+
+def test_a_state_dict_is_plain_data() -> None:
+    _, optimizer = trained(grokking_signal_fns=[lambda: 0.5, SlowGradient()])
+    state_dict = optimizer.state_dict()
+    assert same(through_a_file(state_dict), state_dict)
+    group = state_dict["param_groups"][0]
+    assert group["grokking_signal_fns"] is None
+    assert (group["train_loss"], group["eval_loss"]) == (0.1, 0.4)
+    assert group["layers"] == [0, 0, 1, 1, 2, 2]
+
+
+def test_every_group_has_the_same_keys_from_the_start() -> None:
+    first, second, third = parameters(3)
+    optimizer = GrokAdamW([{"params": [first]}, {"params": [second], "layer": 3}])
+    keys = set(optimizer.param_groups[0])
+    optimizer.record(train_loss=1.0, eval_loss=2.0)
+    set_gradients([first, second])
+    optimizer.step()
+    optimizer.add_param_group({"params": [third]})
+    assert {"grokking_signal_fns", "train_loss", "eval_loss", "layers"} <= keys
+    assert all(set(group) == keys for group in optimizer.param_groups)
+    assert all(set(group) == keys for group in optimizer.state_dict()["param_groups"])
+
+
+def test_pickle_keeps_all_but_signals() -> None:
+    _, optimizer = trained(grokking_signal_fns=lambda: 0.5, nonfinite="raise", second_moment="raw")
+    copied = pickle.loads(pickle.dumps(optimizer))
+    assert same(copied.state_dict(), optimizer.state_dict())
+    assert copied.defaults == optimizer.defaults
+    copied.step()
+    assert copied.metrics()["signal"] == pytest.approx(0.75)  # the default one, of the recorded losses
+    copied.set_signals(lambda: 0.25)
+    copied.step()
+    assert copied.metrics()["signal"] == 0.25
+
+
+def test_deepcopy_keeps_signals_and_gives_them_the_copy() -> None:
+    model, optimizer = trained(grokking_signal_fns=[lambda: 0.5, SlowGradient(every=1)], combine="max")
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), (twin_model, twin)):
+        train(m, range(3, 6), lambda step, loss, o=o: o.step())
+    assert same(model.state_dict(), twin_model.state_dict())
+    assert same(optimizer.metrics(), twin.metrics())
+    train(twin_model, range(6, 9), lambda step, loss: twin.step())
+    assert twin.metrics()["signal/SlowGradient"] != optimizer.metrics()["signal/SlowGradient"]
+
+
+def test_state_waits_for_signals_that_are_registered_later() -> None:
+    _, optimizer = trained(grokking_signal_fns=SlowGradient(every=2))
+    saved = through_a_file(optimizer.state_dict())
+    _, late = trained()
+    late.load_state_dict(saved)
+    assert late.state_dict()["param_groups"][0]["signal_state"] == saved["param_groups"][0]["signal_state"]
+    signal = SlowGradient(every=2)
+    late.set_signals(signal)
+    assert signal.state_dict() == saved["param_groups"][0]["signal_state"][0]
+
+
+def test_a_state_of_another_shape_is_refused_before_anything_changes() -> None:
+    _, optimizer = trained()
+    before = copy.deepcopy(optimizer.state_dict())
+    wrong = copy.deepcopy(before)
+    wrong["state"][3]["exp_avg"] = torch.zeros(2, 2)
+    wrong["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 3 has shape \(2, 2\), the parameter itself \(8,\)"):
+        optimizer.load_state_dict(wrong)
+    assert same(optimizer.state_dict(), before)
+
+
+def test_load_hooks_see_what_is_loaded() -> None:
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = GrokAdamW([p])
+    p.grad = torch.full_like(p, 0.1)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    seen = []
+    optimizer.register_load_state_dict_pre_hook(
+        lambda o, s: {**s, "state": {0: {**s["state"][0], "step": torch.tensor(9.0)}}}
+    )
+    optimizer.register_load_state_dict_post_hook(
+        lambda o: seen.append((o.state[p]["exp_avg"].dtype, o.state[p]["step"]))
+    )
+    optimizer.load_state_dict(saved)
+    assert seen == [(torch.float32, 9.0)]
+
+
+def test_options_of_the_whole_optimizer_stay_as_constructed() -> None:
+    _, optimizer = trained(nonfinite="propagate", second_moment="raw")
+    _, other = trained()
+    other.load_state_dict(optimizer.state_dict())
+    assert (other.param_groups[0]["nonfinite"], other.param_groups[0]["second_moment"]) == ("skip", "filtered")
+
+
+# bad arguments
+
+
+BAD = [
+    ({"lr": -1.0}, ValueError, r"lr=-1\.0"),
+    ({"lr": float("nan")}, ValueError, "lr=nan"),
+    ({"lr": "0.1"}, TypeError, "lr='0.1'"),
+    ({"lr": True}, TypeError, "lr=True"),
+    ({"lr": torch.zeros(2)}, ValueError, "Tensor lr must be 1-element"),
+    ({"betas": (1.0, 0.9)}, ValueError, r"betas\[0\]=1\.0"),
+    ({"betas": (0.9, -0.1)}, ValueError, r"betas\[1\]=-0\.1"),
+    ({"betas": 0.9}, TypeError, r"betas=0\.9"),
+    ({"betas": (0.9,)}, TypeError, r"betas=\(0\.9,\)"),
+    ({"betas": ("a", 0.9)}, TypeError, r"betas\[0\]='a'"),
+    ({"eps": -1e-8}, ValueError, "eps=-1e-08"),
+    ({"weight_decay": -0.1}, ValueError, r"weight_decay=-0\.1"),
+    ({"alpha_init": 1.1}, ValueError, r"alpha_init=1\.1"),
+    ({"alpha_init": -0.1}, ValueError, r"alpha_init=-0\.1"),
+    ({"lamb": -1.0}, ValueError, r"lamb=-1\.0"),
+    ({"lamb": float("inf")}, ValueError, "lamb=inf"),
+    ({"gamma": -0.1}, ValueError, r"gamma=-0\.1"),
+    ({"gamma": 1.0}, ValueError, r"gamma=1\.0"),
+    ({"grokking_signal_decay_rate": -0.1}, ValueError, r"grokking_signal_decay_rate=-0\.1"),
+    ({"gradient_clipping": -1.0}, ValueError, r"gradient_clipping=-1\.0"),
+    ({"gradient_clipping": None}, TypeError, "gradient_clipping=None"),
+    ({"amplify_after": -1}, ValueError, "amplify_after=-1"),
+    ({"amplify_after": 1.5}, TypeError, r"amplify_after=1\.5"),
+    ({"maximize": 1}, TypeError, "maximize=1"),
+    ({"combine": "median"}, ValueError, "combine='median'"),
+    ({"combine": 3}, ValueError, "combine=3"),
+    ({"second_moment": "both"}, ValueError, "second_moment='both'"),
+    ({"nonfinite": "ignore"}, ValueError, "nonfinite='ignore'"),
+    ({"compat": "0.1.1"}, ValueError, r"compat='0\.1\.1'"),
+    ({"foreach": "yes"}, ValueError, "foreach='yes'"),
+    ({"foreach": 1}, ValueError, "foreach=1"),
+    ({"differentiable": None}, ValueError, "differentiable=None"),
+    ({"foreach": True, "differentiable": True}, ValueError, "foreach=True with differentiable=True"),
+    ({"grokking_signal_fns": 3}, TypeError, "grokking_signal_fns=3"),
+    ({"grokking_signal_fns": [3]}, TypeError, "grokking_signal_fns holds 3"),
+    ({"grokking_signal_fns": lambda a, b, c: 0.0}, TypeError, r"<lambda>, which requires \(a, b, c\)"),
+    ({"grokking_signal_fns": lambda a: 0.0}, TypeError, r"<lambda>, which requires \(a\)"),
+    ({"grokking_signal_fns": lambda *, a, b: 0.0}, TypeError, r"<lambda>, which requires \(a, b\)"),
+    ({"grokking_signal_fns": [], "grokking_signal_fn": []}, ValueError, "grokking_signal_fns and its alias"),
+]
+BAD_IN_A_GROUP = [
+    ({"second_moment": "raw"}, ValueError, "second_moment='raw'"),
+    ({"nonfinite": "raise"}, ValueError, "nonfinite='raise'"),
+    ({"compat": "0.1.2"}, ValueError, r"compat='0\.1\.2'"),
+    ({"foreach": False}, ValueError, "foreach=False"),
+    ({"differentiable": True}, ValueError, "differentiable=True"),
+    ({"combine": "max"}, ValueError, "combine='max'"),
+    ({"grokking_signal_fns": [len]}, ValueError, "grokking_signal_fns="),
+    ({"layer": -1}, ValueError, "layer=-1"),
+    ({"layer": "head"}, TypeError, "layer='head'"),
+    ({"lr": -1.0}, ValueError, r"lr=-1\.0"),
+    ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\]=1\.0"),
+    ({"gamma": 2.0}, ValueError, r"gamma=2\.0"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD, ids=str)
+def test_a_bad_argument_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        GrokAdamW(parameters(), **options)
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_IN_A_GROUP, ids=str)
+def test_a_bad_group_is_refused_before_it_is_added(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    first, second = parameters()
+    with pytest.raises(error, match=message):
+        GrokAdamW([{"params": [first], **options}])
+    optimizer = GrokAdamW([first])
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": [second], **options})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("loss", ["0.3", [1.0], torch.zeros(2)])
+def test_a_bad_loss_is_refused_before_it_is_kept(loss: Any) -> None:
+    optimizer = GrokAdamW(parameters())
+    with pytest.raises(TypeError, match="eval_loss"):
+        optimizer.record(train_loss=1.0, eval_loss=loss)
+    assert optimizer.param_groups[0]["train_loss"] is None
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    ours, theirs = parameters(), parameters()
+    for params, kind in ((ours, np.float32), (theirs, float)):
+        set_gradients(params)
+        numbers = {"lr": kind(0.5), "eps": kind(0.25), "weight_decay": kind(0.5), "lamb": kind(2), "gamma": kind(0.25)}
+        optimizer = GrokAdamW(params, betas=(kind(0.5), kind(0.75)), **numbers)
+        optimizer.record(train_loss=kind(0.5), eval_loss=kind(0.75))
+        optimizer.step()
+        assert type(optimizer.param_groups[0]["train_loss"]) is float
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -1,0 +1,164 @@
+"""Layers: from names, from the model, from the group, from the position."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from grokadamw import GrokAdamW
+from grokadamw.layers import layer_path, unwrapped
+
+from .models import network, train
+from .oracle import layer_numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("layers.3.attn.q.weight", "layers.3"),
+        ("encoder.layer.11.output.dense.bias", "encoder.layer.11"),
+        ("h.3.ln_1.weight", "h.3"),
+        ("module.layers.3.weight", "layers.3"),
+        ("_orig_mod.module.layers.3.weight", "layers.3"),
+        ("layers.3._fsdp_wrapped_module.attn._checkpoint_wrapped_module.q.weight", "layers.3"),
+        ("experts.0.layers.7.weight", "experts.0"),
+        ("embed.weight", "embed"),
+        ("model.embed.tokens.weight", "model.embed.tokens"),
+        ("fc1.weight", "fc1"),
+        ("scale", ""),
+        ("module.scale", ""),
+        ("0.weight", "0"),
+    ],
+)
+def test_layer_path(name: str, path: str) -> None:
+    assert layer_path(name) == path
+
+
+component = st.sampled_from(["a", "fc1", "0", "12", "layers", "module", "_orig_mod", "_fsdp_wrapped_module"])
+
+
+@given(st.lists(st.lists(component, max_size=4), min_size=1, max_size=6, unique_by=tuple))
+def test_numbering_is_by_first_appearance_over_all_groups(paths: list[list[str]]) -> None:
+    names = [".".join([*path, f"p{i}"]) for i, path in enumerate(paths)]
+    params = [nn.Parameter(torch.zeros(1)) for _ in names]
+    pairs = list(zip(names, params, strict=True))
+    groups = [pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]]
+    optimizer = GrokAdamW([{"params": group} for group in groups if group])
+    ours = [layer for group in optimizer.param_groups for layer in group["layers"]]
+    assert ours == [layer for group in layer_numbers([[n for n, _ in pairs]]) for layer in group]
+    assert "module" not in unwrapped(names[0]).split(".")
+
+
+def test_unnamed_parameters_are_numbered_within_their_group() -> None:
+    params = [nn.Parameter(torch.zeros(1)) for _ in range(5)]
+    optimizer = GrokAdamW([{"params": params[:3]}, {"params": params[3:]}])
+    assert [group["layers"] for group in optimizer.param_groups] == [[0, 1, 2], [0, 1]]
+    assert optimizer.layer_table()[1].names == ["parameter 1 of group 0", "parameter 1 of group 1"]
+
+
+def test_a_group_may_say_its_layer() -> None:
+    a, b, c = (nn.Linear(1, 1) for _ in range(3))
+    optimizer = GrokAdamW(
+        [
+            {"params": [(f"a.{n}", p) for n, p in a.named_parameters()], "layer": 7},
+            {"params": [(f"b.{n}", p) for n, p in b.named_parameters()]},
+            {"params": [(f"c.{n}", p) for n, p in c.named_parameters()]},
+        ]
+    )
+    assert [group["layers"] for group in optimizer.param_groups] == [[7, 7], [0, 0], [1, 1]]
+    optimizer.set_layers(nn.ModuleDict({"c": c, "b": b, "a": a}))
+    assert [group["layers"] for group in optimizer.param_groups] == [[7, 7], [1, 1], [0, 0]]
+
+
+def test_set_layers_takes_the_models_order_however_groups_are_split() -> None:
+    model = network()
+    decayed = [p for n, p in model.named_parameters() if n.endswith("weight")]
+    others = [p for n, p in model.named_parameters() if n.endswith("bias")]
+    optimizer = GrokAdamW([{"params": others}, {"params": decayed}])
+    optimizer.set_layers(nn.DataParallel(model))
+    assert [group["layers"] for group in optimizer.param_groups] == [[0, 1, 2], [0, 1, 2]]
+    assert [row.beta1 for row in optimizer.layer_table()] == pytest.approx([0.9, 0.81, 0.729])
+
+
+def test_set_layers_refuses_another_model_and_changes_nothing() -> None:
+    optimizer = GrokAdamW(network().named_parameters())
+    before = copy.deepcopy(optimizer.param_groups[0]["layers"])
+    with pytest.raises(ValueError, match=r"this Sequential has no 0\.weight"):
+        optimizer.set_layers(network())
+    assert optimizer.param_groups[0]["layers"] == before
+
+
+def test_a_parameter_without_a_gradient_shifts_nobody() -> None:
+    states = []
+    for frozen in (False, True):
+        model = network()
+        model[0].requires_grad_(not frozen)
+        optimizer = GrokAdamW(model.parameters())
+        train(model, range(1), lambda step, loss, o=optimizer: o.step())
+        states.append(optimizer.state[model[4].bias]["exp_avg"])
+    assert torch.equal(*states)
+
+
+def test_beta1_falls_from_layer_to_layer() -> None:
+    model = network()
+    optimizer = GrokAdamW(model.named_parameters(), gamma=0.5, lamb=0.0, gradient_clipping=0.0)
+    with pytest.warns(UserWarning, match="β1"):
+        train(model, range(1), lambda step, loss: optimizer.step())
+    for layer, module in enumerate([model[0], model[2], model[4]]):
+        beta1 = 0.9 * 0.5**layer
+        torch.testing.assert_close(optimizer.state[module.weight]["exp_avg"], (1 - beta1) * module.weight.grad)
+    assert (optimizer.metrics()["beta1_min"], optimizer.metrics()["beta1_max"]) == (0.225, 0.9)
+
+
+def deep() -> nn.Module:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)) for _ in range(3)))
+
+
+def step(optimizer: GrokAdamW, model: nn.Module) -> None:
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+
+
+def test_one_warning_where_beta1_has_fallen_far() -> None:
+    model = deep()
+    optimizer = GrokAdamW(model.parameters())
+    with pytest.warns(UserWarning, match=r"named_parameters\(\).*set_layers\(model\).*smaller gamma") as caught:
+        step(optimizer, model)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(optimizer, model)
+
+
+@pytest.mark.parametrize("way_out", ["names", "set_layers", "gamma", "compat"])
+def test_no_warning_with_a_way_out(way_out: str) -> None:
+    model = deep()
+    options = {"gamma": 0.01} if way_out == "gamma" else {"compat": "0.1.2"} if way_out == "compat" else {}
+    params = model.named_parameters() if way_out == "names" else model.parameters()
+    optimizer = GrokAdamW(params, **options)  # type: ignore[arg-type]
+    if way_out == "set_layers":
+        optimizer.set_layers(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(optimizer, model)
+
+
+def test_parameters_changed_by_hand_are_noticed() -> None:
+    model = network()
+    optimizer = GrokAdamW(model.parameters())
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.zeros(1)))
+    with pytest.raises(RuntimeError, match=r"param_groups\[0\] has 7 parameters and 6 layers.*set_layers"):
+        optimizer.step()
+
+
+def test_a_group_taken_from_another_optimizer_keeps_its_layers() -> None:
+    model = network()
+    first = GrokAdamW(model.parameters())
+    first.set_layers(model)
+    assert GrokAdamW(first.param_groups).param_groups[0]["layers"] == [0, 0, 1, 1, 2, 2]

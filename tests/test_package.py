@@ -1,0 +1,55 @@
+"""What importing and installing the package does, and does not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import requires, version
+
+import torch
+
+import grokadamw
+import grokadamw.grokadamw
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_both_imports_in_use_are_the_same_class() -> None:
+    assert grokadamw.GrokAdamW is grokadamw.grokadamw.GrokAdamW
+    assert issubclass(grokadamw.GrokAdamW, torch.optim.Optimizer)
+    assert grokadamw.__version__ == version("grokadamw") == "0.2.0"
+
+
+def test_torch_is_the_only_requirement() -> None:
+    assert [r for r in requires("grokadamw") or [] if "extra ==" not in r] == ["torch>=2.6"]
+
+
+def test_importing_pulls_in_torch_alone() -> None:
+    code = """
+import sys, logging
+import torch, torch.optim, torch.distributed
+before = {name.partition(".")[0] for name in sys.modules}
+import grokadamw
+after = {name.partition(".")[0] for name in sys.modules}
+assert not logging.getLogger().handlers
+print(sorted(name for name in after - before if name not in sys.stdlib_module_names))
+"""
+    assert run(code).strip() == "['grokadamw']"
+
+
+def test_there_are_no_public_instance_attributes_beyond_torchs() -> None:
+    p = torch.nn.Parameter(torch.zeros(1))
+    assert {name for name in vars(grokadamw.GrokAdamW([p])) if not name.startswith("_")} == {
+        "defaults",
+        "state",
+        "param_groups",
+    }
+
+
+def test_trainers_train_and_eval_are_not_there() -> None:
+    assert not hasattr(grokadamw.GrokAdamW, "train")
+    assert not hasattr(grokadamw.GrokAdamW, "eval")

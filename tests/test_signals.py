@@ -1,0 +1,338 @@
+"""What drives α."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from grokadamw import GrokAdamW
+from grokadamw.signals import AccuracyGap, Plateau, Signals, SlowGradient, as_number, filter_memory, loss_gap
+
+from .models import network, train
+
+losses = st.floats(0, 1e6)
+
+
+def optimizer_with(fns: Any, **options: Any) -> GrokAdamW:
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.full_like(p, 0.1)
+    return GrokAdamW([p], grokking_signal_fns=fns, **options)
+
+
+def alpha_after(optimizer: GrokAdamW) -> float:
+    optimizer.step()
+    return optimizer.metrics()["alpha"]
+
+
+# row 4 and 5
+
+
+def test_the_default_is_the_gap_of_the_recorded_losses() -> None:
+    optimizer = optimizer_with(None)
+    assert alpha_after(optimizer) == 0.98
+    assert math.isnan(optimizer.metrics()["signal"])
+    optimizer.record(train_loss=0.5)
+    assert alpha_after(optimizer) == 0.98
+    optimizer.record(eval_loss=torch.tensor(2.0, requires_grad=True))
+    assert alpha_after(optimizer) == pytest.approx(0.98 * math.exp(-0.1 * 0.75))
+    assert optimizer.metrics()["signal/loss_gap"] == 0.75
+    optimizer.record(train_loss=3.0)
+    assert alpha_after(optimizer) == 0.98
+
+
+def test_no_signals_is_not_the_default() -> None:
+    optimizer = optimizer_with([])
+    optimizer.record(train_loss=0.1, eval_loss=1.0)
+    assert alpha_after(optimizer) == 0.98
+
+
+@pytest.mark.filterwarnings("ignore:the grokking signal")
+@pytest.mark.parametrize(
+    "value",
+    [-1.0, -1e30, 0, 1, 1e30, math.nan, math.inf, -math.inf, None, True, torch.tensor(0.5), torch.tensor([[0.5]]),
+     torch.tensor(math.nan), torch.tensor([1.0, 2.0]), torch.tensor(2, dtype=torch.int32), "0.5", 1j],
+    ids=str,
+)  # fmt: skip
+def test_whatever_a_signal_says_alpha_stays_in_range(value: Any) -> None:
+    optimizer = optimizer_with(lambda: value)
+    (p,) = optimizer.param_groups[0]["params"]
+    for _ in range(3):
+        before = p.detach().clone()
+        assert 0 <= alpha_after(optimizer) <= 0.98
+        assert not torch.equal(p, before)
+        assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("what", ["raises", "returns None", "returns nan", "returns inf"])
+def test_a_useless_signal_is_left_out_named_once_and_counted(what: str) -> None:
+    def broken() -> Any:
+        if what == "raises":
+            raise ZeroDivisionError("nothing recorded")
+        return {"returns None": None, "returns nan": math.nan, "returns inf": math.inf}[what]
+
+    optimizer = optimizer_with([broken, lambda: 0.5])
+    said = "raised ZeroDivisionError" if what == "raises" else what.replace("returns", "returned")
+    with pytest.warns(RuntimeWarning, match=f"the grokking signal broken {said}"):
+        assert alpha_after(optimizer) == pytest.approx(0.98 * math.exp(-0.05))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            assert alpha_after(optimizer) == pytest.approx(0.98 * math.exp(-0.05))
+    metrics = optimizer.metrics()
+    assert (metrics["signal"], metrics["signal_failures"]) == (0.5, 3)
+    assert "signal/broken" not in metrics
+
+
+def test_what_raises_is_not_hidden_when_it_stops_the_program() -> None:
+    def interrupted() -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer_with(interrupted).step()
+
+
+@pytest.mark.parametrize(("combine", "expected"), [("mean", 0.5), ("max", 0.9), ("min", 0.1), (sum, 1.5)])
+def test_signals_combine(combine: Any, expected: float) -> None:
+    optimizer = optimizer_with([lambda: 0.1, lambda: 0.9, lambda: torch.tensor(0.5)], combine=combine)
+    optimizer.step()
+    assert optimizer.metrics()["signal"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("combine", [lambda values: math.nan, lambda values: 1 / 0])
+@pytest.mark.filterwarnings("ignore:the grokking signal combine")
+def test_a_combination_that_is_none_is_no_signal(combine: Any) -> None:
+    assert alpha_after(optimizer_with(lambda: 0.5, combine=combine)) == 0.98
+
+
+def test_signals_are_evaluated_once_a_step_whatever_the_groups() -> None:
+    calls = []
+    params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = GrokAdamW([{"params": [p]} for p in params], grokking_signal_fns=lambda: calls.append(1) or 0.5)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert len(calls) == 1
+    assert [group["train_loss"] for group in optimizer.param_groups] == [None] * 3
+    optimizer.record(train_loss=0.25)
+    assert [group["train_loss"] for group in optimizer.param_groups] == [0.25] * 3
+
+
+@given(st.floats(0, 1), st.floats(0, 100), st.floats(allow_nan=False))
+def test_alpha_is_never_out_of_range(alpha_init: float, decay_rate: float, signal: float) -> None:
+    for value in (signal, torch.tensor(signal, dtype=torch.float64)):
+        assert 0 <= float(filter_memory(alpha_init, decay_rate, value)) <= alpha_init
+
+
+# registration
+
+
+def two(train_loss: float, eval_loss: float) -> float:
+    return eval_loss - train_loss
+
+
+class Owner:
+    def none(self) -> float:
+        return 0.5
+
+    def both(self, train_loss: float, eval_loss: float) -> float:
+        return eval_loss - train_loss
+
+    def __call__(self, train: float, evaluation: float, scale: float = 1.0) -> float:
+        return scale * (evaluation - train)
+
+
+@pytest.mark.parametrize(
+    ("function", "takes_losses"),
+    [
+        (lambda: 0.5, False),
+        (lambda *args: 0.5, False),
+        (lambda x=1, y=2: 0.5, False),
+        (two, True),
+        (Owner().none, False),
+        (Owner().both, True),
+        (Owner(), True),
+        (functools.partial(two, eval_loss=1.0, train_loss=0.5), False),
+        (torch.nn.Identity(), False),
+        (max, False),  # without a signature
+    ],
+)
+def test_kinds_are_told_apart_at_registration(function: Any, takes_losses: bool) -> None:
+    assert Signals(function).takes_losses == [takes_losses]
+
+
+def test_a_signal_of_losses_waits_for_both() -> None:
+    calls = []
+    optimizer = optimizer_with(lambda train_loss, eval_loss: calls.append((train_loss, eval_loss)) or 0.5)
+    optimizer.step()
+    optimizer.record(eval_loss=2)
+    optimizer.step()
+    assert not calls
+    optimizer.record(train_loss=1)
+    optimizer.step()
+    assert calls == [(1.0, 2.0)]
+
+
+def test_bind_is_called_at_registration() -> None:
+    class Bound:
+        def bind(self, optimizer: GrokAdamW) -> None:
+            self.groups = len(optimizer.param_groups)
+
+        def __call__(self) -> float:
+            return float(self.groups)
+
+    optimizer = optimizer_with(Bound())
+    optimizer.step()
+    assert optimizer.metrics()["signal"] == 1
+    optimizer.set_signals([Bound(), Bound()], combine="max")
+    optimizer.step()
+    assert {"signal/Bound_1", "signal/Bound_2"} <= set(optimizer.metrics())
+
+
+def test_set_signals_keeps_the_combination_and_refuses_the_bad() -> None:
+    optimizer = optimizer_with([lambda: 1.0], combine="max")
+    optimizer.set_signals([lambda: 0.25, lambda: 0.75])
+    optimizer.step()
+    assert optimizer.metrics()["signal"] == 0.75
+    with pytest.raises(TypeError, match="requires"):
+        optimizer.set_signals(lambda a, b, c: 0.0)
+    optimizer.step()
+    assert optimizer.metrics()["signal"] == 0.75
+
+
+# ready-made
+
+
+@given(losses, losses)
+def test_loss_gap(train_loss: float, eval_loss: float) -> None:
+    larger = max(train_loss, eval_loss)
+    expected = max(0.0, eval_loss - train_loss) / larger if larger > 0 else 0.0
+    assert loss_gap(train_loss, eval_loss) == expected
+    assert 0 <= expected <= 1
+    tensors = (torch.tensor(loss, dtype=torch.float64) for loss in (train_loss, eval_loss))
+    torch.testing.assert_close(float(loss_gap(*tensors)), expected)
+
+
+def test_loss_gap_of_negative_losses_is_0_as_in_the_published_release() -> None:
+    assert loss_gap(-2.0, -1.0) == 0
+    assert loss_gap(torch.tensor(-2.0), torch.tensor(-1.0)) == 0
+
+
+def test_accuracy_gap() -> None:
+    gap = AccuracyGap()
+    assert gap() == 0
+    gap.record(train=torch.tensor(0.75))
+    assert gap() == 0
+    gap.record(eval=0.25)
+    assert gap() == 0.5
+    gap.record(train=0.125)
+    assert gap() == 0
+    with pytest.raises(TypeError, match="eval="):
+        gap.record(train=1.0, eval="high")
+    assert gap() == 0
+
+
+@given(losses, losses, st.floats(1e-3, 1e3))
+def test_plateau(train_loss: float, eval_loss: float, threshold: float) -> None:
+    signal = Plateau(threshold)(train_loss, eval_loss)
+    assert 0 <= signal <= 1
+    if train_loss >= threshold or eval_loss == 0:
+        assert signal == 0
+    assert Plateau(threshold)(0.0, eval_loss) == pytest.approx(min(1.0, eval_loss / threshold))
+    tensors = (torch.tensor(loss, dtype=torch.float64) for loss in (train_loss, eval_loss))
+    torch.testing.assert_close(float(Plateau(threshold)(*tensors)), float(signal))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_slow_gradient_is_the_cosine_of_mu_and_g(maximize: bool) -> None:
+    signal = SlowGradient(every=2)
+    model = network(torch.float64)
+    optimizer = GrokAdamW(model.named_parameters(), grokking_signal_fns=signal, maximize=maximize)
+    said = []
+
+    def take_step(step: int, loss: torch.Tensor) -> None:
+        mu = [optimizer.state[p]["grok_ema"].flatten() for p in model.parameters() if p in optimizer.state]
+        g = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+        expected = torch.cosine_similarity(torch.cat(mu), -g if maximize else g, dim=0).item() if mu else 0.0
+        optimizer.step()
+        said.append((optimizer.metrics()["signal"], max(0.0, expected)))
+
+    train(model, range(5), take_step)
+    assert [ours for ours, _ in said[::2]] == pytest.approx([theirs for _, theirs in said[::2]], abs=1e-12)
+    assert said[3][0] == said[2][0]  # not evaluated in between
+    assert 0 < said[2][0] <= 1
+
+
+@pytest.mark.filterwarnings("ignore:a step was skipped")
+def test_slow_gradient_is_0_where_there_is_none() -> None:
+    optimizer = optimizer_with(SlowGradient(every=1))
+    (p,) = optimizer.param_groups[0]["params"]
+    for grad in (0.1, 0.0, math.nan):
+        p.grad.fill_(grad)
+        optimizer.step()
+        assert optimizer.metrics()["signal"] == 0
+    assert optimizer.metrics()["signal_failures"] == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SlowGradient(0), "every=0"),
+        (lambda: SlowGradient(1.5), r"every=1\.5"),
+        (lambda: Plateau(0), "threshold=0"),
+    ],
+)
+def test_bad_arguments_of_ready_made_signals(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# on a device
+
+
+@pytest.fixture
+def nothing_is_free_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treats the CPU as a device whose numbers the host would have to wait for."""
+    monkeypatch.setattr("grokadamw.gradients.reads_are_free", lambda device: False)
+    monkeypatch.setattr("grokadamw.signals.reads_are_free", lambda device: False)
+
+
+@pytest.mark.usefixtures("nothing_is_free_to_read")
+@pytest.mark.parametrize("combine", ["mean", "max", "min", sum])
+def test_tensors_stay_and_mean_the_same(combine: Any) -> None:
+    values = [torch.tensor(0.25), 0.75, torch.tensor(math.nan)]
+    signals = Signals([lambda v=v: v for v in values], combine)
+    result = signals.evaluate(None, None)
+    assert isinstance(result, float) if callable(combine) else isinstance(result, torch.Tensor)
+    assert float(result) == {"mean": 0.5, "max": 0.75, "min": 0.25}.get(combine, 1.0)
+    assert signals.failures == 0
+    with pytest.warns(RuntimeWarning, match="returned NaN or infinity"):
+        signals.settle()
+    assert signals.failures == 1
+
+
+@pytest.mark.usefixtures("nothing_is_free_to_read")
+@pytest.mark.parametrize("combine", ["mean", "max", "min"])
+def test_no_usable_tensor_is_no_signal(combine: str) -> None:
+    result = Signals([lambda: torch.tensor(math.inf), lambda: torch.tensor(math.nan)], combine).evaluate(None, None)
+    assert float(filter_memory(0.98, 0.1, result)) == 0.98
+
+
+@pytest.mark.usefixtures("nothing_is_free_to_read")
+def test_a_recorded_tensor_is_a_copy() -> None:
+    loss = torch.tensor(0.5)
+    optimizer = optimizer_with(None)
+    optimizer.record(train_loss=loss, eval_loss=1.0)
+    loss.fill_(7.0)
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert optimizer.metrics()["signal"] == 0.5
+    assert isinstance(as_number(loss), torch.Tensor)

@@ -1,0 +1,156 @@
+"""Every implementation of the step against the same references: one line here for a new one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from grokadamw.update import foreach, reference
+from grokadamw.update.reference import Numbers, Tensors
+
+IMPLEMENTATIONS = {"reference": reference, "foreach": foreach}
+SHAPES = [(), (0,), (7,), (3, 5), (2, 3, 4)]
+# dtype of the parameters → tolerance of what is computed in its state's dtype, and of the parameter itself
+TOLERANCES = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (1e-6, 1e-6),
+    torch.bfloat16: (1e-6, 1e-2),
+    torch.float16: (1e-6, 2e-3),
+}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def tensors(dtype: torch.dtype, with_mu: bool = True, seed: int = 0) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    state = torch.promote_types(dtype, torch.float32)
+
+    def random(dtype: torch.dtype) -> list[Tensor]:
+        return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+
+    return Tensors(
+        params=random(dtype),
+        grads=random(dtype),
+        exp_avgs=random(state),
+        exp_avg_sqs=[x.square() for x in random(state)],
+        grok_emas=random(state) if with_mu else None,
+        steps=[torch.tensor(float(i)) for i in range(len(SHAPES))],
+    )
+
+
+def numbers(**changes: Any) -> Numbers:
+    beta1 = [0.9 * 0.8**i for i in range(len(SHAPES))]
+    values: dict[str, Any] = {
+        "beta1": beta1,
+        "bias_beta1": beta1,
+        "beta2": 0.99,
+        "lr": 0.01,
+        "eps": 1e-8,
+        "eps_before_correction": False,
+        "weight_decay": 0.1,
+        "alpha": 0.95,
+        "lamb": 1.7,
+        "amplify_after": 0,
+        "clip": 0.6,
+        "raw_second_moment": False,
+        "maximize": False,
+        "finite": None,
+    }
+    return Numbers(**values | changes)
+
+
+def everything(t: Tensors) -> list[Tensor]:
+    return [*t.params, *t.exp_avgs, *t.exp_avg_sqs, *(t.grok_emas or []), *t.steps]
+
+
+def copied(t: Tensors) -> Tensors:
+    return Tensors(*(None if part is None else [x.clone() for x in part] for part in t))
+
+
+CASES = {
+    "plain": {},
+    "no clipping": {"clip": 1.0},
+    "no filter": {"with_mu": False},
+    "raw second moment": {"raw_second_moment": True},
+    "maximize": {"maximize": True, "clip": 1.0},
+    "one beta1": {"beta1": [0.9] * len(SHAPES), "bias_beta1": [0.9] * len(SHAPES)},
+    "beta1 of 0": {"beta1": [0.0] * len(SHAPES), "bias_beta1": [0.0] * len(SHAPES)},
+    "amplify later": {"amplify_after": 2},
+    "published": {"bias_beta1": [0.9] * len(SHAPES), "eps_before_correction": True, "eps": 1e-3},
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("on_device", [False, True], ids=["numbers", "tensor numbers"])
+def test_agrees_with_the_reference(implementation: Any, dtype: torch.dtype, case: str, on_device: bool) -> None:
+    changes = dict(CASES[case])
+    start = tensors(dtype, changes.pop("with_mu", True))
+    # the reference in float64, its inputs rounded to the dtypes that are tested
+    wide = Tensors(*(None if part is None else [x.to(torch.float64, copy=True) for x in part] for part in start))
+    reference.step(wide, numbers(**changes))
+    given = numbers(**changes)
+    if on_device:
+        as_tensors = {name: torch.tensor(getattr(given, name), dtype=torch.float64) for name in ("lr", "alpha", "clip")}
+        given = given._replace(**as_tensors, finite=torch.tensor(True))
+    ours = copied(start)
+    implementation.step(ours, given)
+    assert all(torch.equal(a, b) for a, b in zip(ours.grads, start.grads, strict=True))
+    state, param = TOLERANCES[dtype]
+    for ours_list, wide_list, tolerance in zip(
+        (ours.params, ours.exp_avgs, ours.exp_avg_sqs, ours.grok_emas or [], ours.steps),
+        (wide.params, wide.exp_avgs, wide.exp_avg_sqs, wide.grok_emas or [], wide.steps),
+        (param, state, state, state, 0),
+        strict=True,
+    ):
+        for a, b in zip(ours_list, wide_list, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("first_step", [False, True])
+def test_a_step_that_is_not_finite_on_a_device_writes_nothing(
+    implementation: Any, poison: float, first_step: bool
+) -> None:
+    given = tensors(torch.float32)
+    for g in given.grads:
+        g.fill_(poison)
+    given.exp_avg_sqs[2].fill_(torch.inf)  # as an earlier huge gradient may leave it
+    if first_step:
+        for x in [*given.exp_avgs, *given.exp_avg_sqs, *(given.grok_emas or []), *given.steps]:
+            x.zero_()
+    before = [x.clone() for x in everything(given)]
+    implementation.step(given, numbers(eps=0.0, finite=torch.tensor(False), clip=torch.tensor(torch.nan)))
+    for old, new in zip(before, everything(given), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_sum_of_squares_is_float64s(implementation: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    many = [torch.randn(shape, generator=generator) * 1e18 for shape in [(), (0,), (300_000,), (10, 20)]]
+    expected = sum(x.double().square().sum() for x in many)
+    total = implementation.sum_of_squares(many)
+    assert total.dtype == torch.float64
+    torch.testing.assert_close(total, expected, rtol=1e-13, atol=0)
+    assert torch.equal(total, implementation.sum_of_squares([x.clone() for x in many]))
+    transposed = torch.randn(30, 40, generator=generator).t()
+    torch.testing.assert_close(
+        implementation.sum_of_squares([transposed]), transposed.double().square().sum(), rtol=1e-13, atol=0
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_sum_of_squares_shows_what_is_not_finite(implementation: Any, value: float) -> None:
+    x = torch.ones(1000)
+    x[777] = value
+    assert not implementation.sum_of_squares([torch.ones(3), x]).isfinite()
+
+
+def test_sum_of_squares_overflows_to_infinity(implementation: Any) -> None:
+    assert implementation.sum_of_squares([torch.full((3,), 1e200, dtype=torch.float64)]).isinf()
