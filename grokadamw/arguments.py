@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 PER_OPTIMIZER = ("second_moment", "nonfinite", "compat", "foreach", "differentiable")
 _NEVER_IN_A_GROUP = ("grokking_signal_fns", "grokking_signal_fn", "combine")
 
+_NOT_NEGATIVE = ("eps", "weight_decay", "lamb", "grokking_signal_decay_rate", "gradient_clipping")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "second_moment": ("filtered", "raw"),
     "nonfinite": ("skip", "raise", "propagate"),
@@ -28,6 +29,11 @@ def check_options(options: dict[str, Any]) -> None:
         value = options[name]
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             raise ValueError(f"{name}={value!r} is unknown: give one of {', '.join(map(repr, choices))}")
+    if options["compat"] is not None and options["nonfinite"] == "raise":
+        raise ValueError(
+            f"nonfinite='raise' with compat={options['compat']!r}: that release has no rule for what is not finite; "
+            "leave one of them out"
+        )
     if options["foreach"] and options["differentiable"]:
         raise ValueError(
             "foreach=True with differentiable=True: torch's foreach operations have no autograd; leave foreach out"
@@ -51,6 +57,7 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
     if isinstance(group["lr"], Tensor):
         if group["lr"].numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, and lr={group['lr']!r} is not")
+        _check_number("lr", group["lr"].item())
     else:
         _check_number("lr", group["lr"])
     betas = group["betas"]
@@ -58,7 +65,7 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
         raise TypeError(f"betas={betas!r} is not a pair of numbers, as in (0.9, 0.999)")
     for i in (0, 1):
         _check_number(f"betas[{i}]", betas[i], below=1)
-    for name in ("eps", "weight_decay", "lamb", "grokking_signal_decay_rate", "gradient_clipping"):
+    for name in _NOT_NEGATIVE:
         _check_number(name, group[name])
     _check_number("alpha_init", group["alpha_init"], at_most=1)
     _check_number("gamma", group["gamma"], below=1)
@@ -69,16 +76,26 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
         raise TypeError(f"maximize={group['maximize']!r} is neither True nor False")
 
 
+def make_plain(group: dict[str, Any]) -> None:
+    """Python's own numbers in place of NumPy's, which a checkpoint could not be read back with."""
+    for name in ("lr", "alpha_init", "gamma", *_NOT_NEGATIVE):
+        if name in group and not isinstance(group[name], Tensor):
+            group[name] = float(group[name])
+    group["betas"] = tuple(map(float, group["betas"]))
+    group["amplify_after"] = int(group["amplify_after"])
+
+
 def _check_number(name: str, value: Any, *, below: float = math.inf, at_most: float | None = None) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} is not a number")
+        hint = "; 0 switches it off" if name == "gradient_clipping" else ""
+        raise TypeError(f"{name}={value!r} is not a number{hint}")
     if not 0 <= float(value) < below or (at_most is not None and float(value) > at_most):
         limits = f"in [0, {at_most}]" if at_most is not None else f"in [0, {below})"
         raise ValueError(f"{name}={value!r} is out of range: give a number {limits}")
 
 
 def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is not an integer")
     if value < 0:
         raise ValueError(f"{name}={value!r} is out of range: give an integer of at least 0")

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .update.reference import Number
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    """A complex tensor as two real numbers an element, sharing memory; any other as it is."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def reads_are_free(device: torch.device) -> bool:
-    """Whether a number on this device can be read without making the host wait for queued work."""
-    return device.type == "cpu"
+from .numbers import Number, as_real, mesh_of
 
 
 def global_norm(
     grads: Iterable[Tensor], sum_of_squares: Callable[[list[Tensor]], Tensor], home: torch.device | None
 ) -> Number:
     """Row 2, N = √Σg² over all elements of all gradients, on any devices: a float, or with home a 0-d tensor there."""
-    by_device: dict[torch.device, list[Tensor]] = {}
+    lists: dict[Any, list[Tensor]] = {}
     for grad in grads:
-        by_device.setdefault(grad.device, []).append(as_real(grad))
-    sums = [sum_of_squares(tensors) for tensors in by_device.values()]
+        lists.setdefault((grad.device, mesh_of(grad)), []).append(as_real(grad))
+    sums = [sum_of_squares(tensors) for tensors in lists.values()]
     if home is None:
         return math.sqrt(sum(total.item() for total in sums))
     total = torch.stack([total.to(home) for total in sums]).sum()

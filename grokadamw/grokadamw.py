@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from itertools import chain
-from types import ModuleType
 from typing import Any, overload
 
 import torch
@@ -15,16 +15,31 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from . import gradients, layers, metrics, update
-from .arguments import PER_OPTIMIZER, check_group, check_options
-from .signals import Combine, Signal, Signals, as_number, filter_memory, mean_over_ranks
-from .state import State, loaded, prepare, restored
-from .update.reference import Number, Numbers
+from .arguments import PER_OPTIMIZER, check_group, check_options, make_plain
+from .filter_memory import Combine, Signal, Signals, filter_memories
+from .numbers import Number, as_number, reads_are_free
+from .state import keeping_precision, prepare
+from .update.reference import Numbers, Tensors
 from .work import Work, alike, collect
 
 __all__ = ["GrokAdamW"]
 
 # Plain data in every group beside the arguments, from the start: sharded checkpoints want the same keys on both sides.
 _KEPT_IN_GROUPS = {"layer": None, "train_loss": None, "eval_loss": None, "signal_state": None, "skipped_steps": 0}
+
+
+@dataclass
+class _Run:
+    """What a running optimizer keeps beside defaults, state and groups.
+
+    One object, as wrappers copy attributes (Lightning's does): what changes later must be inside, not replaced.
+    """
+
+    signals: Signals
+    last: metrics.LastStep = metrics.LastStep()
+    layers_checked: bool = False
+    skipped: Tensor | None = None  # steps skipped on a device, and not yet read back
+    names: dict[Tensor, str] = field(default_factory=dict)  # of parameters, as set_layers found them
 
 
 class GrokAdamW(Optimizer):
@@ -140,17 +155,10 @@ class GrokAdamW(Optimizer):
         }
         check_options(defaults)
         check_group(defaults, defaults)
-        self._reset(signals)
+        make_plain(defaults)
+        self._run = _Run(signals)
         super().__init__(params, defaults)
         signals.bind(self)
-
-    def _reset(self, signals: Signals) -> None:
-        """The attributes that torch's __getstate__ leaves behind: everything but defaults, state and groups."""
-        self._signals = signals
-        self._pending_signal_state: list[Any] | None = None  # loaded before its functions were registered
-        self._layers_checked = False
-        self._skipped_on_device: Tensor | None = None
-        self._last = metrics.LastStep()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -176,64 +184,41 @@ class GrokAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_layers()
-        signal, alphas = self._filter_memories()  # rows 4 and 5
-        work = collect(self.param_groups, alphas, self._published)
-        rows = update.choose(differentiable=self.defaults["differentiable"], use_foreach=self.defaults["foreach"])
-        norms = self._norms(work, rows)  # row 2
+        work = collect(self.param_groups, self._published)  # row 1
+        implementation = update.choose(self.defaults["differentiable"], self.defaults["foreach"])
+        norms = self._norms(work, implementation.sum_of_squares)  # row 2
         clips = [gradients.clip_coefficient(n, w.group["gradient_clipping"]) for n, w in zip(norms, work, strict=True)]
-        self._last = metrics.LastStep(signal, alphas, norms, clips)
         finite = self._finite(work, norms)
+        signal, alphas = filter_memories(self._run.signals, self.param_groups, self._published)  # rows 4 and 5
+        self._run.last = metrics.LastStep(signal, alphas, norms, clips)
         if finite is False:
+            self._count_skipped(1)
             return loss
+        for w in work:  # all state is there before anything is written
+            for param in w.params:
+                prepare(self.state[param], param, self._published, with_slow_gradient=w.group["lamb"] > 0)
         for w, clip in zip(work, clips, strict=True):
-            states = [self.state[param] for param in w.params]
-            for param, state in zip(w.params, states, strict=True):
-                prepare(state, param, self._published, with_slow_gradient=w.group["lamb"] > 0)
-            for tensors, beta1 in alike(w, states):
-                device = tensors.params[0].device
-                writable = self._number(finite, device)
-                if writable is not False:
-                    rows.step(tensors, self._numbers(w, beta1, clip, writable, device))  # rows 6 to 10
+            for tensors, beta1 in alike(w, map(self.state.__getitem__, w.params)):
+                implementation.step(tensors, self._numbers(tensors, w, beta1, alphas[w.group_index], clip, finite))
         return loss
 
     def _check_layers(self) -> None:
         """Warn where β1 falls far: at the first step, when set_layers has had its chance."""
-        if not self._layers_checked and not self._published:
+        if not self._run.layers_checked and not self._published:
             sentence = layers.warning_for(self.param_groups)
             if sentence is not None:
                 warnings.warn(sentence, UserWarning, stacklevel=5)
-        self._layers_checked = True
+        self._run.layers_checked = True
 
-    def _filter_memories(self) -> tuple[Number | None, list[Number]]:
-        """GS_t, and α_t of every group. The signals are evaluated once, in compat once a group."""
-        signals, groups = self._signals, self.param_groups
-        combined: list[Number | None]
-        if self._published:
-            combined = [signals.evaluate(g["train_loss"], g["eval_loss"], keep_nonfinite=True) for g in groups]
-        else:
-            train_loss, eval_loss = (
-                next((group[loss] for group in groups if group[loss] is not None), None)
-                for loss in ("train_loss", "eval_loss")
-            )
-            signal = signals.evaluate(train_loss, eval_loss)
-            if signals.in_use(train_loss, eval_loss):
-                params = chain.from_iterable(group["params"] for group in groups)
-                signal = mean_over_ranks(signal, next(param.device for param in params))
-            combined = [signal] * len(groups)
-        return combined[0], [
-            filter_memory(group["alpha_init"], group["grokking_signal_decay_rate"], signal, clamp=not self._published)
-            for group, signal in zip(groups, combined, strict=True)
-        ]
-
-    def _norms(self, work: list[Work], rows: ModuleType) -> list[Number | None]:
+    def _norms(self, work: list[Work], sum_of_squares: Callable[[list[Tensor]], Tensor]) -> list[Number | None]:
         """N for each entry of work, if anything asks for it: that of all gradients, in compat that of the tensor."""
         if self._nonfinite == "propagate" and not any(w.group["gradient_clipping"] > 0 for w in work):
             return [None] * len(work)
         grads = [grad for w in work for grad in w.grads]
         home = next((grad.device for grad in grads if not self._on_host(grad.device)), None)
         if self._published:
-            return [gradients.global_norm(w.grads, rows.sum_of_squares, home) for w in work]
-        return [gradients.global_norm(grads, rows.sum_of_squares, home)] * len(work)
+            return [gradients.global_norm(w.grads, sum_of_squares, home) for w in work]
+        return [gradients.global_norm(grads, sum_of_squares, home)] * len(work)
 
     def _finite(self, work: list[Work], norms: list[Number | None]) -> bool | Tensor:
         """Whether this step may be written: a tensor where reading it would make the host wait."""
@@ -249,15 +234,13 @@ class GrokAdamW(Optimizer):
             )
         if isinstance(finite, Tensor):
             skipped = torch.logical_not(finite).long()
-            self._skipped_on_device = skipped if self._skipped_on_device is None else self._skipped_on_device + skipped
-        elif not finite:
-            self._count_skipped(1)
+            self._run.skipped = skipped if self._run.skipped is None else self._run.skipped + skipped
         return finite
 
     def _numbers(
-        self, w: Work, beta1: list[float], clip: Number, finite: bool | Tensor, device: torch.device
+        self, tensors: Tensors, w: Work, beta1: list[float], alpha: Number, clip: Number, finite: bool | Tensor
     ) -> Numbers:
-        group = w.group
+        group, device = w.group, tensors.params[0].device
         return Numbers(
             beta1=beta1,
             bias_beta1=[float(group["betas"][0])] * len(beta1) if self._published else beta1,
@@ -266,26 +249,26 @@ class GrokAdamW(Optimizer):
             eps=float(group["eps"]),
             eps_before_correction=self._published,
             weight_decay=float(group["weight_decay"]),
-            alpha=self._number(w.alpha, device),
+            alpha=self._number(alpha, device),
             lamb=float(group["lamb"]),
             amplify_after=group["amplify_after"],
             clip=self._number(clip, device),
             raw_second_moment=self.defaults["second_moment"] == "raw",
             maximize=group["maximize"],
-            finite=finite if isinstance(finite, Tensor) else None,
+            finite=finite.to(device) if isinstance(finite, Tensor) else None,
         )
 
-    def _number(self, value: Any, device: torch.device) -> Any:
+    def _number(self, value: Number, device: torch.device) -> Number:
         """A number for parameters on this device: a tensor is moved there, or read where that is free."""
         if not isinstance(value, Tensor):
-            return value if isinstance(value, bool) else float(value)
+            return float(value)
         if self._on_host(value.device) or self._on_host(device):
             return value.item()
         return value.reshape(()).to(device, non_blocking=True)
 
     def _on_host(self, device: torch.device) -> bool:
         """Whether numbers for parameters on this device are Python's: reading is free, and loses no derivative."""
-        return gradients.reads_are_free(device) and not self.defaults["differentiable"]
+        return reads_are_free(device) and not self.defaults["differentiable"]
 
     # Options of the whole optimizer live in `defaults`, which every way of copying one keeps.
 
@@ -299,7 +282,7 @@ class GrokAdamW(Optimizer):
 
     def _name(self, param: Tensor) -> str:
         for i, group in enumerate(self.param_groups):
-            for name, p in zip(layers.names(group, i), group["params"], strict=True):
+            for name, p in zip(layers.names(group, i, self._run.names), group["params"], strict=True):
                 if p is param:
                     return name
         raise KeyError(param)
@@ -323,31 +306,37 @@ class GrokAdamW(Optimizer):
 
     def set_signals(self, fns: Signal | Iterable[Signal] | None, combine: Combine | None = None) -> None:
         """Replace the signals: as the constructor's ``grokking_signal_fns`` and ``combine``; None keeps ``combine``."""
-        signals = Signals(fns, self._signals.combine if combine is None else combine)
+        old = self._run.signals
+        signals = Signals(fns, old.combine if combine is None else combine)
         signals.bind(self)
-        self._signals = signals
-        self._resume_signals()
+        signals.claim(old.unclaimed)
+        self._run.signals = signals
 
     def set_layers(self, model: nn.Module) -> None:
         """Take layers from a model: its modules in their order, for all groups but those that were given ``layer``.
 
         Raises:
-            ValueError: a parameter of the optimizer is not the model's.
+            TypeError, ValueError: that is no module, or it lacks a parameter of the optimizer.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={model!r} is not a torch.nn.Module")
         found = layers.layers_in(model.named_parameters())
-        for param in chain.from_iterable(group["params"] for group in self.param_groups):
+        inferred = (group["params"] for group in self.param_groups if group["layer"] is None)
+        for param in chain.from_iterable(inferred):
             if param not in found:
                 raise ValueError(
-                    f"model: this {type(model).__name__} has no {self._name(param)}; give the model that is optimized"
+                    f"model: this {type(model).__name__} has no {self._name(param)}, of shape {tuple(param.shape)}: "
+                    "give the model that is optimized; parameters beside it go in a group that says layer="
                 )
         for group in self.param_groups:
             if group["layer"] is None:
                 group["layers"] = [found[param] for param in group["params"]]
-        self._layers_checked = False
+        self._run.names = {param: layers.unwrapped(name) for name, param in model.named_parameters()}
+        self._run.layers_checked = False
 
     def layer_table(self) -> list[layers.Layer]:
         """What the layers came out as, in order: ``layer``, the ``names`` of its parameters, ``beta1`` (its β1_l)."""
-        return layers.table(self.param_groups)
+        return layers.table(self.param_groups, self._run.names)
 
     def metrics(self) -> dict[str, float]:
         """What the last step did, as plain floats. Reading them waits for the device.
@@ -359,26 +348,27 @@ class GrokAdamW(Optimizer):
         usable signal, or a norm that nothing asked for.
         """
         self._settle()
-        return metrics.as_floats(self._last, self.param_groups, self.state.values(), self._signals)
+        run = self._run
+        return metrics.as_floats(run.last, self.param_groups, self.state.values(), run.signals, self._published)
 
     def _count_skipped(self, steps: int) -> None:
         total = self.param_groups[0]["skipped_steps"] + steps
+        for group in self.param_groups:
+            group["skipped_steps"] = total
         if total == steps:
             warnings.warn(
                 "a step was skipped: its gradients hold NaN or infinity, and nothing was written. "
                 "metrics()['skipped_steps'] counts such steps; nonfinite=\"raise\" stops at the first",
                 RuntimeWarning,
-                stacklevel=6,
+                stacklevel=5,
             )
-        for group in self.param_groups:
-            group["skipped_steps"] = total
 
     def _settle(self) -> None:
         """Read back what was counted on a device."""
-        skipped, self._skipped_on_device = self._skipped_on_device, None
+        skipped, self._run.skipped = self._run.skipped, None
         if skipped is not None and (steps := int(skipped)) > 0:
             self._count_skipped(steps)
-        self._signals.settle()
+        self._run.signals.settle()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. The group may set what the constructor lists; its layers follow those that are there.
@@ -388,20 +378,22 @@ class GrokAdamW(Optimizer):
         """
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group}, self.defaults)
+            param_group = dict(param_group)  # torch fills in the defaults, and the caller may use it again
         super().add_param_group(param_group)
         *earlier, group = self.param_groups
-        group["betas"] = tuple(group["betas"])
+        make_plain(group)
         group["skipped_steps"] = self.param_groups[0]["skipped_steps"]
-        if len(group.get("layers", ())) != len(group["params"]):
+        given = group.get("layers")
+        if given is None or len(given) != len(group["params"]):
             group["layers"] = layers.layers_of(group, earlier)
-        self._layers_checked = False
+        self._run.layers_checked = False
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: tensors and plain data alone, for ``torch.load(weights_only=True)``.
 
         Signal functions are left out; what those with a ``state_dict`` of their own remember is kept.
         """
-        self._write_signal_state()
+        self._before_saving()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -412,60 +404,42 @@ class GrokAdamW(Optimizer):
         Raises:
             ValueError: groups, parameters or shapes are not those that were saved. Nothing was loaded then.
         """
-        states: list[tuple[Tensor, State]] = []
-
-        def keep(_: Optimizer, given: dict[str, Any]) -> None:
-            states.extend(loaded(given, self.param_groups))
-
-        def restore(_: Optimizer) -> None:
-            for param, state in states:
-                self.state[param] = restored(param, state, self._published)
-            self._skipped_on_device, self._last = None, metrics.LastStep()
-            self._pending_signal_state = self.param_groups[0]["signal_state"]
-            self._resume_signals()
-
-        # after the user's own pre-hooks, and before their post-hooks
-        hooks = [
-            self.register_load_state_dict_pre_hook(keep),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        try:
+        with keeping_precision(self, self._published):
             super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        self._run.skipped, self._run.last = None, metrics.LastStep()
+        self._run.signals.load(self.param_groups[0]["signal_state"])
 
-    def _write_signal_state(self) -> None:
+    def _before_saving(self) -> None:
         self._settle()
-        self.param_groups[0]["signal_state"] = self._signals.state() or self._pending_signal_state
-
-    def _resume_signals(self) -> None:
-        """Hand a loaded state to the signals: now, or once the functions that it belongs to are registered."""
-        if self._pending_signal_state is not None and self._signals.resume(self._pending_signal_state):
-            self._pending_signal_state = None
+        for group in self.param_groups[:1]:
+            group["signal_state"] = self._run.signals.state()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._write_signal_state()
+        self._before_saving()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         earlier = self.__dict__.get("param_groups", [])
-        if "_signals" not in self.__dict__:
-            self._reset(Signals())
         super().__setstate__(state)
         fixed = {name: self.defaults[name] for name in PER_OPTIMIZER} | {"grokking_signal_fns": None}
         for i, group in enumerate(self.param_groups):
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+            # what another optimizer's checkpoint does not say stays as it was
+            kept = self.defaults | (earlier[i] if i < len(earlier) else {}) | {"signal_state": None}
+            for name, value in kept.items():
+                if name != "param_names":
+                    group.setdefault(name, value)
             group.update(fixed, betas=tuple(group["betas"]))
-            if len(group.get("layers", ())) != len(group["params"]):  # saved by another optimizer
-                kept = i < len(earlier)
-                group["layers"] = earlier[i]["layers"] if kept else layers.layers_of(group, self.param_groups[:i])
+            if len(group.get("layers", ())) != len(group["params"]):
+                group["layers"] = layers.layers_of(group, self.param_groups[:i])
+        if "_run" not in self.__dict__:  # unpickled, or a copy
+            self._run = _Run(Signals())
+            for group in self.param_groups[:1]:
+                self._run.signals.load(group["signal_state"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GrokAdamW:
         """As torch's, and the signals come along. Pickle leaves them out, as most functions cannot be pickled."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        copied._signals = copy.deepcopy(self._signals, memo)
+        copied._run.signals = copy.deepcopy(self._run.signals, memo)
         return copied

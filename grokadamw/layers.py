@@ -5,7 +5,7 @@ A layer is a number l = 0, 1, 2 …, kept in the parameter group as plain data: 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -71,17 +71,17 @@ def beta1s(group: dict[str, Any]) -> list[float]:
     return [beta1 * keep**layer for layer in group["layers"]]
 
 
-def names(group: dict[str, Any], i: int) -> list[str]:
-    """What to call the parameters of the i-th group."""
-    numbered = (f"parameter {j} of group {i}" for j in range(len(group["params"])))
-    return list(group.get("param_names") or numbered)
+def names(group: dict[str, Any], i: int, known: Mapping[Tensor, str]) -> list[str]:
+    """What to call the parameters of the i-th group: as they are known from a model, or by their own names."""
+    own = group.get("param_names") or [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
+    return [known.get(param, name) for param, name in zip(group["params"], own, strict=True)]
 
 
-def table(groups: Sequence[dict[str, Any]]) -> list[Layer]:
+def table(groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> list[Layer]:
     """What came out: one row a layer, in order."""
     rows: dict[int, Layer] = {}
     for i, group in enumerate(groups):
-        for layer, name, beta1 in zip(group["layers"], names(group, i), beta1s(group), strict=True):
+        for layer, name, beta1 in zip(group["layers"], names(group, i, known), beta1s(group), strict=True):
             row = rows.setdefault(layer, Layer(layer, [], beta1))
             row.names.append(name)
             rows[layer] = row._replace(beta1=min(row.beta1, beta1))
@@ -89,14 +89,29 @@ def table(groups: Sequence[dict[str, Any]]) -> list[Layer]:
 
 
 def warning_for(groups: Sequence[dict[str, Any]]) -> str | None:
-    """The sentence that is due where some β1_l lies below half of β1."""
+    """The sentence that is due where names do not tell layers apart, or where some β1_l lies below half of β1."""
+    seen = set()
+    for group in groups:
+        for name_and_layer in zip(group.get("param_names", ()), group["layers"], strict=False):
+            if name_and_layer in seen and group["layer"] is None and group["gamma"] > 0:
+                return (
+                    f"two parameters are called {name_and_layer[0]!r}, and count as one layer: give names of the whole "
+                    "model, as model.named_parameters() does, or call optimizer.set_layers(model)"
+                )
+            seen.add(name_and_layer)
     for i, group in enumerate(groups):
         beta1, smallest = group["betas"][0], min(beta1s(group), default=0.0)
         if group["params"] and smallest < beta1 / 2:
+            deepest = max(group["layers"])
+            ways_out = f"choose a gamma of at most {1 - 0.5 ** (1 / deepest):.2g}"
+            if "param_names" not in group:
+                ways_out = (
+                    "pass model.named_parameters() or call optimizer.set_layers(model), so that a layer is a module "
+                    f"rather than a tensor; or {ways_out}"
+                )
             return (
-                f"layer {max(group['layers'])} of parameter group {i} has β1 = {smallest:.3g}, less than half of "
-                f"betas[0] = {beta1:g}: gamma = {group['gamma']:g} lowers it layer by layer. If that is not wanted, "
-                "pass model.named_parameters() or call optimizer.set_layers(model), so that a layer is a module rather "
-                "than a tensor; or choose a smaller gamma. optimizer.layer_table() shows the layers"
+                f"layer {deepest} of parameter group {i} has β1 = {smallest:.3g}, less than half of betas[0] = "
+                f"{beta1:g}: gamma = {group['gamma']:g} lowers it layer by layer. If that is not wanted, {ways_out}. "
+                "optimizer.layer_table() shows the layers"
             )
     return None

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
 
 from . import layers
-from .signals import Signals
-from .update.reference import Number
+from .filter_memory import Signals
+from .numbers import Number, as_float
 
 
 class LastStep(NamedTuple):
@@ -23,26 +23,32 @@ class LastStep(NamedTuple):
 
 
 def as_floats(
-    last: LastStep, groups: Sequence[dict[str, Any]], states: Iterable[dict[str, Any]], signals: Signals
+    last: LastStep,
+    groups: Sequence[dict[str, Any]],
+    states: Iterable[dict[str, Any]],
+    signals: Signals,
+    published: bool,
 ) -> dict[str, float]:
     """See `GrokAdamW.metrics`."""
-    norms = [_read(norm) for norm in last.norms if norm is not None]
-    if groups[0]["compat"] is None:
-        norms = norms[:1]  # one norm for all
+    norms = [as_float(norm) for norm in (last.norms if published else last.norms[:1]) if norm is not None]
     beta1s = [beta1 for group in groups for beta1 in layers.beta1s(group)]
     return {
-        "step": max((float(state["step"]) for state in states if "step" in state), default=0.0),
-        "signal": math.nan if last.signal is None else _read(last.signal),
-        **{f"signal/{name}": _read(value) for name, value in signals.values.items()},
-        "alpha": min(map(_read, last.alphas), default=math.nan),
+        "step": _most(state["step"] for state in states if "step" in state),
+        "signal": math.nan if last.signal is None else as_float(last.signal),
+        **{f"signal/{name}": as_float(value) for name, value in signals.values.items()},
+        "alpha": min(map(as_float, last.alphas), default=math.nan),
         "grad_norm": math.hypot(*norms) if norms else math.nan,
-        "clip_coefficient": min(map(_read, last.clips), default=math.nan),
-        "skipped_steps": float(groups[0]["skipped_steps"]),
+        "clip_coefficient": min(map(as_float, last.clips), default=math.nan),
+        "skipped_steps": float(max((group["skipped_steps"] for group in groups), default=0)),
         "signal_failures": float(signals.failures),
         "beta1_min": min(beta1s, default=math.nan),
         "beta1_max": max(beta1s, default=math.nan),
     }
 
 
-def _read(number: Number) -> float:
-    return number.item() if isinstance(number, Tensor) else number
+def _most(steps: Iterable[torch.Tensor]) -> float:
+    """The largest of 0-d tensors, with one read a device."""
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for step in steps:
+        by_device.setdefault(step.device, []).append(step)
+    return max((torch.stack(here).max().item() for here in by_device.values()), default=0.0)

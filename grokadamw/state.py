@@ -6,55 +6,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from .gradients import reads_are_free
+from .numbers import reads_are_free
 
 State: TypeAlias = dict[str, Any]
 
 
 def prepare(state: State, param: Tensor, published: bool, with_slow_gradient: bool) -> None:
     """Fill in what a step needs, at zero."""
-
-    def zeros() -> Tensor:
-        return torch.zeros_like(param, dtype=_dtype(param, published), memory_format=torch.preserve_format)
-
+    names = ["exp_avg", "exp_avg_sq"] + ["grok_ema"] * with_slow_gradient
+    dtype = _dtype(param, published)
+    new: State = {
+        name: torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        for name in names
+        if name not in state
+    }
     if "step" not in state:
-        state["step"] = torch.zeros((), device=_step_device(param))
-        state["exp_avg"], state["exp_avg_sq"] = zeros(), zeros()
-    if with_slow_gradient and "grok_ema" not in state:
-        state["grok_ema"] = zeros()
+        new = {"step": torch.zeros((), dtype=torch.float32, device=_step_device(param)), **new}
+    state.update(new)  # all of it or, where memory has run out, none
 
 
-def loaded(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> list[tuple[Tensor, State]]:
-    """The parameters that have a state in a state dict, with that state.
+@contextmanager
+def keeping_precision(optimizer: Optimizer, published: bool) -> Iterator[None]:
+    """Inside, optimizer.load_state_dict keeps the state as it was saved: torch would cast it to its parameter's dtype.
 
     Raises:
-        ValueError: a state has another shape than its parameter.
+        ValueError: a state has another shape than its parameter. Nothing has been loaded then.
     """
+    loaded: list[tuple[Tensor, State]] = []
+
+    def keep(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        loaded.extend(_states(state_dict, optimizer.param_groups))
+
+    def restore(_: Optimizer) -> None:
+        for param, state in loaded:
+            optimizer.state[param] = _placed(param, state, published)
+
+    # after the user's own pre-hooks, and before their post-hooks
+    before = optimizer.register_load_state_dict_pre_hook(keep)
+    after = optimizer.register_load_state_dict_post_hook(restore, prepend=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _states(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> Iterator[tuple[Tensor, State]]:
+    """The parameters that have a state in a state dict, with that state."""
+    if any("state" in group for group in state_dict["param_groups"]):
+        raise ValueError(
+            "state_dict is of release 0.1.2, which kept its moments in param_groups, under tensors that are no more: "
+            "they cannot be loaded. Delete the key 'state' of each of its groups to go on with fresh moments"
+        )
     keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in groups)
-    found = []
     for key, param in zip(keys, params, strict=False):  # torch refuses other numbers of parameters
-        if key not in state_dict["state"]:
+        state = state_dict["state"].get(key)
+        if state is None:
             continue
-        state = state_dict["state"][key]
         for name in ("exp_avg", "exp_avg_sq", "grok_ema"):
             if name in state and state[name].shape != param.shape:
                 raise ValueError(
                     f"state_dict: {name} of parameter {key} has shape {tuple(state[name].shape)}, the parameter itself "
                     f"{tuple(param.shape)}; parameters must come in the order that they were saved in"
                 )
-        found.append((param, state))
-    return found
+        yield param, state
 
 
-def restored(param: Tensor, state: State, published: bool) -> State:
-    """A loaded state as a step wants it. torch would round a bfloat16 parameter's float32 state to bfloat16."""
+def _placed(param: Tensor, state: State, published: bool) -> State:
+    """A loaded state where and as a step wants it."""
     placed = dict(state)
     for name, value in state.items():
         if name == "step":

@@ -2,8 +2,16 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 # times vary on shared machines; and a test that fails should fail for the change that broke it
 settings.register_profile("default", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("default")
+
+
+@pytest.fixture
+def nothing_is_free_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treats the CPU as a device whose numbers the host would have to wait for."""
+    for module in ("grokadamw", "numbers", "signals", "state"):
+        monkeypatch.setattr(f"grokadamw.{module}.reads_are_free", lambda device: False)

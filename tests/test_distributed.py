@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from grokadamw import GrokAdamW
+from grokadamw import GrokAdamW, grokadamw, numbers, signals, state
 from grokadamw.signals import SlowGradient
 
 from .models import network, train
@@ -57,16 +58,24 @@ def test_ranks_agree_on_alpha(tmp_path: Path) -> None:
     assert first == pytest.approx([0.98 * torch.exp(torch.tensor(-0.1 * s)).item() for s in (0.5, 0.5, 0, 0.5, 0)])
 
 
-def _sharded(rank: int) -> dict[str, Any]:
-    model = network()
+def _sharded(rank: int) -> list[dict[str, Any]]:
+    """Sharded whole, in part (the first layer is sharded, the others are plain), and with numbers kept as tensors."""
     mesh = init_device_mesh("cpu", (RANKS,))
-    fully_shard(model[2], mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    optimizer = _run(model)
-    assert isinstance(model[2].weight, DTensor)
-    assert isinstance(optimizer.state[model[2].weight]["exp_avg"], DTensor)
-    weights = {name: p.full_tensor() for name, p in model.state_dict().items()}
-    return {"weights": weights, "metrics": optimizer.metrics()}
+    results = []
+    for how in ("whole", "in part", "numbers on the device"):
+        model = network()
+        fully_shard(model[0], mesh=mesh)
+        if how != "in part":
+            fully_shard(model, mesh=mesh)
+        if how == "numbers on the device":
+            for module in (grokadamw, numbers, signals, state):
+                module.reads_are_free = lambda device: False  # type: ignore[attr-defined]
+        optimizer = _run(model)
+        assert isinstance(optimizer.state[model[0].weight]["exp_avg"], DTensor)
+        assert isinstance(model[2].weight, DTensor) == (how != "in part")
+        weights = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.state_dict().items()}
+        results.append({"weights": weights, "metrics": optimizer.metrics()})
+    return results
 
 
 def _run(model: torch.nn.Module) -> GrokAdamW:
@@ -91,7 +100,7 @@ def test_shards_train_as_the_whole(tmp_path: Path) -> None:
     model = network()
     optimizer = _run(model)
     metrics = copy.deepcopy(optimizer.metrics())
-    for result in in_processes(_sharded, tmp_path):
+    for result in itertools.chain(*in_processes(_sharded, tmp_path)):
         assert result["metrics"] == pytest.approx(metrics, rel=1e-5)
         assert result["metrics"]["skipped_steps"] == 1
         for name, value in model.state_dict().items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 import warnings
 from typing import Any
@@ -262,6 +263,136 @@ def test_numbers_may_change_while_training() -> None:
     assert optimizer.metrics()["beta1_max"] == 0
 
 
+@pytest.mark.parametrize("empty_first", [True, False])
+def test_an_empty_group_is_no_trouble(empty_first: bool) -> None:
+    (p,) = parameters(1)
+    groups = [{"params": []}, {"params": [p]}]
+    optimizer = GrokAdamW(groups if empty_first else groups[::-1], grokking_signal_fns=lambda: 0.5)
+    set_gradients([p])
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert optimizer.metrics()["step"] == 2
+    assert set(optimizer.param_groups[0]) == set(optimizer.param_groups[1])
+
+
+def test_the_step_count_does_not_depend_on_the_default_dtype() -> None:
+    (p,) = parameters(1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer = GrokAdamW([p])
+        set_gradients([p])
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[p]["step"].dtype == torch.float32
+
+
+def test_under_another_default_device() -> None:
+    (p,) = parameters(1)
+    optimizer = GrokAdamW([p])
+    set_gradients([p])
+    with torch.device("meta"):
+        optimizer.step()
+    assert optimizer.state[p]["exp_avg"].is_cpu
+
+
+def test_memory_that_runs_out_for_state_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = parameters()
+    optimizer = GrokAdamW([{"params": [first]}, {"params": [second]}])
+    set_gradients([first, second])
+    before = first.detach().clone()
+    zeros_like, calls = torch.zeros_like, []
+
+    def out_of_memory(*args: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 5:  # the second group's second tensor
+            raise torch.OutOfMemoryError
+        return zeros_like(*args, **options)
+
+    monkeypatch.setattr(torch, "zeros_like", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    assert torch.equal(first, before)
+    assert not optimizer.state[second]
+    optimizer.step()
+    assert optimizer.metrics()["step"] == 1
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_dtypes_and_kinds_may_be_mixed_in_a_group(foreach: bool) -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.float16]
+    torch.manual_seed(0)
+    params = [
+        nn.Parameter(torch.randn(3, 2, dtype=torch.complex64).to(d) if d.is_complex else torch.randn(3, 2).to(d))
+        for d in dtypes
+    ]
+    alone = copy.deepcopy(params)
+    for group in (params, alone):
+        for i, p in enumerate(group):
+            torch.manual_seed(i)
+            p.grad = torch.randn_like(p)
+    options = {"gamma": 0.0, "gradient_clipping": 0.0, "foreach": foreach}
+    together = GrokAdamW(params, **options)
+    for _ in range(2):
+        together.step()
+    for p, q in zip(params, alone, strict=True):
+        by_itself = GrokAdamW([q], **options)
+        for _ in range(2):
+            by_itself.step()
+        assert torch.equal(p, q)
+
+
+def test_foreach_false_is_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    (p,) = parameters(1)
+    set_gradients([p])
+    monkeypatch.setattr(torch, "_foreach_mul", None)
+    monkeypatch.setattr(torch, "_foreach_lerp_", None)
+    GrokAdamW([p], foreach=False).step()
+    with pytest.raises(TypeError):
+        GrokAdamW([p], foreach=True).step()
+
+
+def test_propagate_without_clipping_reads_no_norm() -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params, nonfinite="propagate", gradient_clipping=0.0)
+    set_gradients(params)
+    optimizer.step()
+    assert np.isnan(optimizer.metrics()["grad_norm"])
+
+
+def test_a_conjugate_gradient_is_taken_for_what_it_is() -> None:
+    p, q = (nn.Parameter(torch.ones(2, dtype=torch.complex64)) for _ in range(2))
+    gradient = torch.tensor([1 + 2j, 3 - 1j])
+    p.grad, q.grad = gradient.conj(), gradient.conj().resolve_conj()
+    GrokAdamW([p]).step()
+    GrokAdamW([q]).step()
+    assert torch.equal(p, q)
+
+
+def test_a_group_is_not_written_into() -> None:
+    first, second = parameters()
+    groups = [{"params": [first]}, {"params": [second], "lr": 0.1}]
+    GrokAdamW(groups)
+    assert groups == [{"params": [first]}, {"params": [second], "lr": 0.1}]
+    GrokAdamW(groups, nonfinite="raise")
+
+
+def test_a_learning_rate_has_a_derivative() -> None:
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    start = torch.tensor([1.0, -2.0], dtype=torch.float64)
+
+    def end(lr: torch.Tensor) -> torch.Tensor:
+        p = start.clone()
+        optimizer = GrokAdamW([p], lr=lr, differentiable=True, weight_decay=0.5)
+        for g in ([0.3, 0.1], [0.2, -0.4]):
+            p.grad = torch.tensor(g, dtype=torch.float64)
+            optimizer.step()
+        return p
+
+    assert torch.autograd.gradcheck(end, lr)
+
+
 # what is not finite
 
 
@@ -321,6 +452,29 @@ def test_a_sum_of_squares_that_overflows_is_skipped() -> None:
     with pytest.warns(RuntimeWarning, match="a step was skipped"):
         optimizer.step()
     assert torch.equal(p, torch.ones_like(p))
+
+
+def test_a_skipped_step_is_counted_even_where_warnings_are_errors() -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params)
+    set_gradients(params, scale=float("nan"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="a step was skipped"):
+            optimizer.step()
+    assert optimizer.metrics()["skipped_steps"] == 1
+    optimizer.add_param_group({"params": parameters(1)})
+    assert optimizer.param_groups[1]["skipped_steps"] == 1
+
+
+def test_a_step_that_raises_does_not_move_the_signals() -> None:
+    params = parameters()
+    signal = SlowGradient()
+    optimizer = GrokAdamW(params, nonfinite="raise", grokking_signal_fns=signal)
+    set_gradients(params, scale=float("nan"))
+    with pytest.raises(RuntimeError, match="not finite"):
+        optimizer.step()
+    assert signal.state_dict()["calls"] == 0
 
 
 # checkpoints
@@ -457,7 +611,109 @@ def test_state_waits_for_signals_that_are_registered_later() -> None:
     assert late.state_dict()["param_groups"][0]["signal_state"] == saved["param_groups"][0]["signal_state"]
     signal = SlowGradient(every=2)
     late.set_signals(signal)
-    assert signal.state_dict() == saved["param_groups"][0]["signal_state"][0]
+    assert signal.state_dict() == json.loads(saved["param_groups"][0]["signal_state"])["SlowGradient"]
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+def test_copies_keep_what_signals_remember_until_they_are_registered(how: str) -> None:
+    _, optimizer = trained(grokking_signal_fns=SlowGradient(every=2))
+    remembered = json.loads(optimizer.state_dict()["param_groups"][0]["signal_state"])["SlowGradient"]
+    copied = pickle.loads(pickle.dumps(optimizer))
+    if how == "deepcopy":
+        copied = copy.deepcopy(copied)
+    assert "SlowGradient" in copied.state_dict()["param_groups"][0]["signal_state"]
+    signal = SlowGradient(every=2)
+    copied.set_signals([lambda: 0.5, signal])
+    assert signal.state_dict() == remembered
+
+
+def test_what_signals_remember_goes_by_their_names() -> None:
+    gap = AccuracyGap()
+    gap.record(train=0.9, eval=0.5)
+    _, optimizer = trained(grokking_signal_fns=[gap, SlowGradient()])
+    saved = through_a_file(optimizer.state_dict())
+    other_gap, slow = AccuracyGap(), SlowGradient()
+    _, other = trained(grokking_signal_fns=[lambda: 0.5, slow, other_gap])
+    other.load_state_dict(saved)
+    assert other_gap() == pytest.approx(0.4)
+    assert slow.state_dict()["calls"] == 3
+    _, without = trained()
+    without.load_state_dict(saved)
+    assert without.state_dict()["param_groups"][0]["signal_state"] == saved["param_groups"][0]["signal_state"]
+
+
+def test_a_signal_that_cannot_go_on_starts_afresh() -> None:
+    class Renamed(SlowGradient):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise KeyError("count")
+
+    Renamed.__name__ = "SlowGradient"
+    _, optimizer = trained(grokking_signal_fns=SlowGradient())
+    _, other = trained(grokking_signal_fns=Renamed())
+    with pytest.warns(RuntimeWarning, match="SlowGradient cannot go on"):
+        other.load_state_dict(optimizer.state_dict())
+    other.step()
+
+
+def test_what_another_optimizers_checkpoint_does_not_say_stays_as_it_was() -> None:
+    ours, theirs = parameters(), parameters()
+    adamw = torch.optim.AdamW([{"params": theirs[:1]}, {"params": theirs[1:], "lr": 0.5}])
+    set_gradients(theirs)
+    adamw.step()
+    optimizer = GrokAdamW(
+        [{"params": ours[:1], "lamb": 0.0, "gamma": 0.3}, {"params": ours[1:], "layer": 3, "gradient_clipping": 0.0}]
+    )
+    signal = SlowGradient()
+    optimizer.set_signals(signal)
+    optimizer.state_dict()
+    signal()
+    optimizer.load_state_dict(adamw.state_dict())
+    assert signal.state_dict()["calls"] == 1
+    first, second = optimizer.param_groups
+    assert (first["lamb"], first["gamma"], first["layers"]) == (0, 0.3, [0])
+    assert (second["lr"], second["layer"], second["layers"], second["gradient_clipping"]) == (0.5, 3, [3], 0)
+
+
+def test_loading_forgets_what_the_last_step_did() -> None:
+    _, optimizer = trained()
+    assert optimizer.metrics()["alpha"] < 0.98
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert np.isnan(optimizer.metrics()["alpha"])
+
+
+def test_a_step_count_from_elsewhere_becomes_a_tensor() -> None:
+    _, optimizer = trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for i, state in saved["state"].items():
+        state["step"] = 3 if i % 2 else torch.tensor(3)
+    optimizer.load_state_dict(saved)
+    assert all(s["step"].dtype == torch.float32 and s["step"] == 3 for s in optimizer.state.values())
+    optimizer.step()
+
+
+def test_a_checkpoint_of_the_published_release_is_refused_with_a_way_out() -> None:
+    _, optimizer = trained()
+    published = copy.deepcopy(optimizer.state_dict())
+    published["state"] = {}
+    published["param_groups"][0]["state"] = {nn.Parameter(torch.zeros(1)): {"step": 3}}
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"release 0\.1\.2.*Delete the key 'state'"):
+        optimizer.load_state_dict(published)
+    assert same(optimizer.state_dict(), before)
+    del published["param_groups"][0]["state"]
+    optimizer.load_state_dict(published)
+
+
+def test_a_wrapper_that_copies_attributes_shares_what_changes() -> None:
+    """As Lightning's does."""
+    params = parameters()
+    optimizer = GrokAdamW(params)
+    wrapper = GrokAdamW.__new__(GrokAdamW)
+    wrapper.__dict__ = dict(optimizer.__dict__)
+    wrapper.set_signals(lambda: 0.25)
+    set_gradients(params)
+    optimizer.step()
+    assert wrapper.metrics()["signal"] == optimizer.metrics()["signal"] == 0.25
 
 
 def test_a_state_of_another_shape_is_refused_before_anything_changes() -> None:
@@ -519,7 +775,7 @@ BAD = [
     ({"gamma": 1.0}, ValueError, r"gamma=1\.0"),
     ({"grokking_signal_decay_rate": -0.1}, ValueError, r"grokking_signal_decay_rate=-0\.1"),
     ({"gradient_clipping": -1.0}, ValueError, r"gradient_clipping=-1\.0"),
-    ({"gradient_clipping": None}, TypeError, "gradient_clipping=None"),
+    ({"gradient_clipping": None}, TypeError, "gradient_clipping=None is not a number; 0 switches it off"),
     ({"amplify_after": -1}, ValueError, "amplify_after=-1"),
     ({"amplify_after": 1.5}, TypeError, r"amplify_after=1\.5"),
     ({"maximize": 1}, TypeError, "maximize=1"),
@@ -527,6 +783,9 @@ BAD = [
     ({"combine": 3}, ValueError, "combine=3"),
     ({"second_moment": "both"}, ValueError, "second_moment='both'"),
     ({"nonfinite": "ignore"}, ValueError, "nonfinite='ignore'"),
+    ({"compat": "0.1.2", "nonfinite": "raise"}, ValueError, r"nonfinite='raise' with compat='0\.1\.2'"),
+    ({"lr": torch.tensor(-1.0)}, ValueError, r"lr=-1\.0"),
+    ({"grokking_signal_fns": AccuracyGap}, TypeError, "AccuracyGap"),
     ({"compat": "0.1.1"}, ValueError, r"compat='0\.1\.1'"),
     ({"foreach": "yes"}, ValueError, "foreach='yes'"),
     ({"foreach": 1}, ValueError, "foreach=1"),
@@ -555,13 +814,13 @@ BAD_IN_A_GROUP = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), BAD, ids=str)
+@pytest.mark.parametrize(("options", "error", "message"), BAD)
 def test_a_bad_argument_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         GrokAdamW(parameters(), **options)
 
 
-@pytest.mark.parametrize(("options", "error", "message"), BAD_IN_A_GROUP, ids=str)
+@pytest.mark.parametrize(("options", "error", "message"), BAD_IN_A_GROUP)
 def test_a_bad_group_is_refused_before_it_is_added(
     options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
@@ -591,4 +850,5 @@ def test_numpys_numbers_are_numbers() -> None:
         optimizer.record(train_loss=kind(0.5), eval_loss=kind(0.75))
         optimizer.step()
         assert type(optimizer.param_groups[0]["train_loss"]) is float
+        through_a_file(optimizer.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

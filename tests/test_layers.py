@@ -85,6 +85,50 @@ def test_set_layers_takes_the_models_order_however_groups_are_split() -> None:
     assert [group["layers"] for group in optimizer.param_groups] == [[0, 1, 2], [0, 1, 2]]
     assert [row.beta1 for row in optimizer.layer_table()] == pytest.approx([0.9, 0.81, 0.729])
 
+    assert optimizer.layer_table()[1].names == ["2.bias", "2.weight"]
+
+
+def test_the_table_shows_the_smallest_beta1_of_a_layer() -> None:
+    first, second = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = GrokAdamW([{"params": [first]}, {"params": [second], "betas": (0.5, 0.9)}])
+    assert optimizer.layer_table() == [(0, ["parameter 0 of group 0", "parameter 0 of group 1"], 0.5)]
+
+
+def test_parameters_beside_the_model_go_in_a_group_that_says_its_layer() -> None:
+    model, beside = network(), nn.Parameter(torch.zeros(1))
+    optimizer = GrokAdamW([{"params": list(model.parameters())}, {"params": [beside], "layer": 2}])
+    optimizer.set_layers(model)
+    assert optimizer.param_groups[1]["layers"] == [2]
+
+
+@pytest.mark.parametrize("model", [None, {}, "model"])
+def test_set_layers_wants_a_module(model: object) -> None:
+    with pytest.raises(TypeError, match="model="):
+        GrokAdamW(network().parameters()).set_layers(model)  # type: ignore[arg-type]
+
+
+def test_names_that_do_not_tell_layers_apart_are_warned_of() -> None:
+    model = network()
+    groups = [{"params": list(module.named_parameters())} for module in (model[0], model[2])]
+    optimizer = GrokAdamW(groups)
+    with pytest.warns(UserWarning, match=r"two parameters are called 'weight'.*set_layers"):
+        train(model, range(1), lambda step, loss: optimizer.step())
+    optimizer.set_layers(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, range(1), lambda step, loss: optimizer.step())
+
+
+def test_the_warning_comes_again_for_what_is_added_or_set() -> None:
+    model = deep()
+    optimizer = GrokAdamW(list(model.parameters())[:2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(optimizer, model)
+    optimizer.add_param_group({"params": list(model.parameters())[2:], "gamma": 0.5})
+    with pytest.warns(UserWarning, match=r"parameter group 1 .*at most 0\.\d+"):
+        step(optimizer, model)
+
 
 def test_set_layers_refuses_another_model_and_changes_nothing() -> None:
     optimizer = GrokAdamW(network().named_parameters())
@@ -128,7 +172,9 @@ def step(optimizer: GrokAdamW, model: nn.Module) -> None:
 def test_one_warning_where_beta1_has_fallen_far() -> None:
     model = deep()
     optimizer = GrokAdamW(model.parameters())
-    with pytest.warns(UserWarning, match=r"named_parameters\(\).*set_layers\(model\).*smaller gamma") as caught:
+    with pytest.warns(
+        UserWarning, match=r"named_parameters\(\).*set_layers\(model\).*gamma of at most 0\.06"
+    ) as caught:
         step(optimizer, model)
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
@@ -155,6 +201,8 @@ def test_parameters_changed_by_hand_are_noticed() -> None:
     optimizer.param_groups[0]["params"].append(nn.Parameter(torch.zeros(1)))
     with pytest.raises(RuntimeError, match=r"param_groups\[0\] has 7 parameters and 6 layers.*set_layers"):
         optimizer.step()
+    optimizer.param_groups[0]["layers"] = [0] * 7
+    optimizer.step()
 
 
 def test_a_group_taken_from_another_optimizer_keeps_its_layers() -> None:

@@ -60,7 +60,7 @@ def problems(draw: Any) -> dict[str, Any]:
     groups = []
     for _ in range(count):
         group = draw(hyper_parameters)
-        group["shapes"] = draw(st.lists(shapes, min_size=1, max_size=3))
+        group["shapes"] = draw(st.lists(shapes, min_size=int(named), max_size=3))
         group["complex"] = [draw(st.booleans()) for _ in group["shapes"]]
         group["names"] = [names.pop() for _ in group["shapes"]] if named else None
         group["layer"] = None if named else draw(st.none() | st.integers(0, 5))

@@ -14,6 +14,7 @@ from grokadamw import GrokAdamW
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks/results"
 
 
 @pytest.mark.filterwarnings("error")
@@ -35,23 +36,37 @@ def test_every_argument_is_in_the_table_with_its_default() -> None:
             assert eval(rows.pop(name)) == parameter.default, name
 
 
-def test_the_table_of_results_is_what_the_demonstration_wrote() -> None:
-    assert (ROOT / "benchmarks/results/demo-seed0.png").exists()
-    assert re.search(r"<!-- results -->\n(.*?)<!-- /results -->", README, re.DOTALL).group(1) == results_table()  # type: ignore[union-attr]
+@pytest.mark.parametrize("table", ["results", "parts"])
+def test_the_tables_are_what_the_benchmarks_wrote(table: str) -> None:
+    assert (RESULTS / "demo-seed0.png").exists()
+    written = re.search(rf"<!-- {table} -->\n(.*?)<!-- /{table} -->", README, re.DOTALL)
+    assert written is not None
+    assert written.group(1) == {"results": results_table, "parts": parts_table}[table]()
 
 
 def results_table() -> str:
-    """The table, from the files; python -m tests.test_readme prints it."""
-    seeds = [json.loads((ROOT / f"benchmarks/results/demo-seed{seed}.json").read_text()) for seed in range(3)]
-    lines = ["| | seed 0 | seed 1 | seed 2 | sustained |", "|---|---|---|---|---|"]
+    """Of the demonstration's three seeds."""
+    seeds = [json.loads((RESULTS / f"demo-seed{seed}.json").read_text()) for seed in range(3)]
+    rows = []
     for arms in zip(*(seed["arms"] for seed in seeds), strict=True):
-        reached, sustained = (
-            [f"{step:,}" if (step := arm["steps_to_95"][key]) else "> 2,000" for arm in arms]
-            for key in ("validation", "sustained")
-        )
-        lines.append(f"| {arms[0]['arm']} ({arms[0]['settings']}) | {' | '.join(reached)} | {', '.join(sustained)} |")
-    return "\n".join(lines) + "\n"
+        steps = [[arm["steps_to_95"][key] for arm in arms] for key in ("validation", "sustained")]
+        shown = [[f"{step:,}" if step else "> 2,000" for step in each] for each in steps]
+        rows.append([f"{arms[0]['arm']} ({arms[0]['settings']})", *shown[0], ", ".join(shown[1])])
+    return markdown(["", "seed 0", "seed 1", "seed 2", "sustained"], rows)
 
 
-if __name__ == "__main__":
-    print(results_table())
+def parts_table() -> str:
+    """Of GrokAdamW without one of its parts."""
+    arms = json.loads((RESULTS / "parts.json").read_text())["arms"]
+    rows = [
+        [name, *(f"{r['validation'] or '–'} / {r['sustained'] or '–'}" for r in runs)] for name, runs in arms.items()
+    ]
+    return markdown(["", "seed 0", "seed 1", "seed 2"], rows)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
+
+
+if __name__ == "__main__":  # python -m tests.test_readme
+    print(results_table(), parts_table(), sep="\n")

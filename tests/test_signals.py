@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from grokadamw import GrokAdamW
-from grokadamw.signals import AccuracyGap, Plateau, Signals, SlowGradient, as_number, filter_memory, loss_gap
+from grokadamw.filter_memory import Signals, filter_memory
+from grokadamw.numbers import as_number
+from grokadamw.signals import AccuracyGap, Plateau, SlowGradient, loss_gap
 
 from .models import network, train
 
@@ -106,10 +108,12 @@ def test_signals_combine(combine: Any, expected: float) -> None:
     assert optimizer.metrics()["signal"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("combine", [lambda values: math.nan, lambda values: 1 / 0])
-@pytest.mark.filterwarnings("ignore:the grokking signal combine")
+@pytest.mark.parametrize("combine", [lambda values: math.nan, lambda values: math.inf, lambda values: 1 / 0])
 def test_a_combination_that_is_none_is_no_signal(combine: Any) -> None:
-    assert alpha_after(optimizer_with(lambda: 0.5, combine=combine)) == 0.98
+    optimizer = optimizer_with(lambda: 0.5, combine=combine)
+    with pytest.warns(RuntimeWarning, match="`combine`"):
+        assert alpha_after(optimizer) == 0.98
+    assert optimizer.metrics()["signal_failures"] == 1
 
 
 def test_signals_are_evaluated_once_a_step_whatever_the_groups() -> None:
@@ -152,20 +156,38 @@ class Owner:
 @pytest.mark.parametrize(
     ("function", "takes_losses"),
     [
-        (lambda: 0.5, False),
-        (lambda *args: 0.5, False),
-        (lambda x=1, y=2: 0.5, False),
-        (two, True),
-        (Owner().none, False),
-        (Owner().both, True),
-        (Owner(), True),
-        (functools.partial(two, eval_loss=1.0, train_loss=0.5), False),
-        (torch.nn.Identity(), False),
-        (max, False),  # without a signature
+        (lambda: 0.5, ""),
+        (lambda *args: 0.5, ""),
+        (lambda x=1, y=2: 0.5, ""),
+        (lambda train, evaluation: 0.5, "in order"),
+        (lambda train_loss, evaluation: 0.5, "in order"),
+        (two, "by name"),
+        (lambda eval_loss, train_loss: 0.5, "by name"),
+        (lambda train_loss=0.0, eval_loss=0.0, scale=1.0: 0.5, "by name"),
+        (lambda *, train_loss, eval_loss: 0.5, "by name"),
+        (Owner().none, ""),
+        (Owner().both, "by name"),
+        (Owner(), "in order"),
+        (functools.partial(two, eval_loss=1.0, train_loss=0.5), ""),
+        (torch.nn.Identity(), ""),
+        (max, ""),  # without a signature
     ],
 )
-def test_kinds_are_told_apart_at_registration(function: Any, takes_losses: bool) -> None:
+def test_kinds_are_told_apart_at_registration(function: Any, takes_losses: str) -> None:
     assert Signals(function).takes_losses == [takes_losses]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda train, evaluation: evaluation - train,
+        lambda eval_loss, train_loss: eval_loss - train_loss,
+        lambda *, train_loss, eval_loss: eval_loss - train_loss,
+        lambda eval_loss=9.0, train_loss=9.0: eval_loss - train_loss,
+    ],
+)
+def test_losses_arrive_where_they_belong(function: Any) -> None:
+    assert Signals(function).evaluate(0.5, 2.0) == 1.5
 
 
 def test_a_signal_of_losses_waits_for_both() -> None:
@@ -175,9 +197,22 @@ def test_a_signal_of_losses_waits_for_both() -> None:
     optimizer.record(eval_loss=2)
     optimizer.step()
     assert not calls
+    assert optimizer.metrics()["signal_failures"] == 0
     optimizer.record(train_loss=1)
     optimizer.step()
     assert calls == [(1.0, 2.0)]
+
+
+def test_a_class_is_not_a_signal() -> None:
+    with pytest.raises(TypeError, match=r"AccuracyGap.*give a function, or an object"):
+        optimizer_with(AccuracyGap)
+
+
+def test_signals_set_in_a_group_by_hand_are_refused() -> None:
+    optimizer = optimizer_with(None)
+    optimizer.param_groups[0]["grokking_signal_fns"] = [lambda: 0.5]
+    with pytest.raises(RuntimeError, match="set_signals"):
+        optimizer.step()
 
 
 def test_bind_is_called_at_registration() -> None:
@@ -220,6 +255,19 @@ def test_loss_gap(train_loss: float, eval_loss: float) -> None:
     torch.testing.assert_close(float(loss_gap(*tensors)), expected)
 
 
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+@pytest.mark.parametrize(
+    ("train_loss", "eval_loss"), [(math.nan, 0.3), (0.1, math.nan), (math.inf, 0.3), (0.1, math.inf)]
+)
+def test_a_loss_that_is_not_finite_is_no_signal(train_loss: float, eval_loss: float, kind: Any) -> None:
+    """Rather than no gap: a run that diverges does not generalise."""
+    assert math.isnan(loss_gap(kind(train_loss), kind(eval_loss)))
+    optimizer = optimizer_with(None)
+    optimizer.record(train_loss=train_loss, eval_loss=eval_loss)
+    with pytest.warns(RuntimeWarning, match="loss_gap returned nan"):
+        assert alpha_after(optimizer) == 0.98
+
+
 def test_loss_gap_of_negative_losses_is_0_as_in_the_published_release() -> None:
     assert loss_gap(-2.0, -1.0) == 0
     assert loss_gap(torch.tensor(-2.0), torch.tensor(-1.0)) == 0
@@ -227,15 +275,19 @@ def test_loss_gap_of_negative_losses_is_0_as_in_the_published_release() -> None:
 
 def test_accuracy_gap() -> None:
     gap = AccuracyGap()
-    assert gap() == 0
+    signals = Signals([gap, lambda: 1.0])
+    assert signals.evaluate(None, None) == 1  # it does not count until it knows both
     gap.record(train=torch.tensor(0.75))
-    assert gap() == 0
+    assert signals.evaluate(None, None) == 1
+    assert signals.failures == 0
     gap.record(eval=0.25)
-    assert gap() == 0.5
+    assert signals.evaluate(None, None) == 0.75
     gap.record(train=0.125)
     assert gap() == 0
     with pytest.raises(TypeError, match="eval="):
         gap.record(train=1.0, eval="high")
+    with pytest.raises(ValueError, match="train=99"):
+        gap.record(train=99, eval=31)
     assert gap() == 0
 
 
@@ -270,6 +322,15 @@ def test_slow_gradient_is_the_cosine_of_mu_and_g(maximize: bool) -> None:
     assert 0 < said[2][0] <= 1
 
 
+def test_slow_gradient_sees_the_smallest_numbers() -> None:
+    optimizer = optimizer_with(SlowGradient(every=1))
+    (p,) = optimizer.param_groups[0]["params"]
+    p.grad.fill_(1e-24)
+    optimizer.step()
+    optimizer.step()
+    assert optimizer.metrics()["signal"] == pytest.approx(1, abs=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:a step was skipped")
 def test_slow_gradient_is_0_where_there_is_none() -> None:
     optimizer = optimizer_with(SlowGradient(every=1))
@@ -295,13 +356,6 @@ def test_bad_arguments_of_ready_made_signals(make: Any, message: str) -> None:
 
 
 # on a device
-
-
-@pytest.fixture
-def nothing_is_free_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treats the CPU as a device whose numbers the host would have to wait for."""
-    monkeypatch.setattr("grokadamw.gradients.reads_are_free", lambda device: False)
-    monkeypatch.setattr("grokadamw.signals.reads_are_free", lambda device: False)
 
 
 @pytest.mark.usefixtures("nothing_is_free_to_read")

@@ -19,9 +19,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress
 from rich.table import Table
@@ -37,21 +39,32 @@ BATCH, WARMUP = 512, 10
 EVALUATE_EVERY = 10
 SOLVED, IN_A_ROW = 0.95, 6  # an arm stops once this many evaluations in a row are at 95% or above
 
-BETAS = (0.9, 0.98)  # of the published recipe, for all three
-ARMS: dict[str, tuple[str, Callable[[nn.Module], torch.optim.Optimizer]]] = {
-    "AdamW": (
-        "lr 1e-3, wd 0.01",
-        lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, betas=BETAS),
-    ),
-    "AdamW, tuned": (
-        "lr 3e-3, wd 1",
+BETAS = (0.9, 0.98)  # of the published recipe, for all arms
+
+
+class Arm(NamedTuple):
+    """An optimizer and its settings."""
+
+    name: str
+    settings: str
+    make: Callable[[nn.Module], torch.optim.Optimizer]
+    clip: float = 0.0  # torch's clip_grad_norm_ before the step; 0 is off
+
+
+ARMS = [
+    Arm("AdamW", "lr 1e-3, wd 0.01", lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, betas=BETAS)),
+    Arm(
+        "AdamW, tuned",
+        "lr 3e-3, wd 1, clip 1",
         lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3, betas=BETAS, weight_decay=1.0),
+        clip=1.0,
     ),
-    "GrokAdamW": (
+    Arm(
+        "GrokAdamW",
         "lr 3e-3, wd 1, γ 0.3",
         lambda model: GrokAdamW(model.named_parameters(), lr=3e-3, betas=BETAS, weight_decay=1.0, gamma=0.3),
     ),
-}
+]
 
 
 @dataclass
@@ -83,14 +96,13 @@ def accuracy(logits: Tensor, answers: Tensor) -> float:
     return (logits.argmax(dim=-1) == answers).float().mean().item()
 
 
-def train(arm: str, seed: int, max_steps: int, on_evaluation: Callable[[Curve], None]) -> Curve:
+def train(arm: Arm, seed: int, max_steps: int, on_evaluation: Callable[[Curve], None]) -> Curve:
     """Train one arm until it has solved the task, or for max_steps."""
-    settings, make = ARMS[arm]
-    curve = Curve(arm, settings)
+    curve = Curve(arm.name, arm.settings)
     data = products(seed)
     torch.manual_seed(seed)
     model = Transformer()
-    optimizer = make(model)
+    optimizer = arm.make(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
     batches = shuffled(data.train, seed)
     recent: list[float] = []
@@ -101,6 +113,8 @@ def train(arm: str, seed: int, max_steps: int, on_evaluation: Callable[[Curve], 
         loss = F.cross_entropy(logits, answers)
         optimizer.zero_grad()
         loss.backward()
+        if arm.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), arm.clip)
         optimizer.step()
         schedule.step()
         recent.append(accuracy(logits, answers))
@@ -140,7 +154,7 @@ def table(curves: list[Curve], max_steps: int) -> Table:
     def shown(step: int | None) -> str:
         return f"> {max_steps:,}" if step is None else f"{step:,}"
 
-    result = Table(title="Steps to 95% accuracy, multiplication mod 97")
+    result = Table(title="Steps to 95% accuracy, multiplication mod 97", box=box.SIMPLE)
     for name in ("arm", "settings", "training", "validation", "sustained", "time"):
         result.add_column(name, justify="left" if name in ("arm", "settings") else "right")
     for curve in curves:
@@ -157,7 +171,7 @@ def draw(curves: list[Curve], path: Path) -> None:
         above.plot(curve.steps, curve.validation, color=f"C{i}", label=f"{curve.arm} ({curve.settings})")
         above.plot(curve.steps, curve.train, color=f"C{i}", linestyle=":", linewidth=1)
         below.plot(curve.steps, curve.alpha, color=f"C{i}")
-    above.axhline(SOLVED, color="grey", linewidth=0.5)
+    above.axhline(SOLVED, color="grey", linewidth=0.5, label="95%")
     above.set(
         xscale="log", ylabel="accuracy", ylim=(-0.02, 1.02), title="Multiplication mod 97, half of it for training"
     )
@@ -178,12 +192,16 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(
             f"--steps {options.steps}: the first evaluation comes at step {EVALUATE_EVERY}; give at least that"
         )
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)  # before there is anything to lose
+    except OSError as error:
+        parser.error(f"--out {options.out}: not a folder that can be made ({error}); name another")
     console = Console()
     columns = ["{task.description:12}", BarColumn(bar_width=10), "{task.completed:5.0f}", "{task.fields[shown]}"]
     with Progress(*columns, console=console) as progress:
 
-        def run(arm: str) -> Curve:
-            task = progress.add_task(arm, total=options.steps, shown="")
+        def run(arm: Arm) -> Curve:
+            task = progress.add_task(arm.name, total=options.steps, shown="")
 
             def show(curve: Curve) -> None:
                 shown = f"train {curve.train[-1]:4.0%}  validation {curve.validation[-1]:4.0%}"
@@ -197,7 +215,6 @@ def main(arguments: list[str] | None = None) -> None:
             warnings.filterwarnings("ignore", "layer 3")  # its low β1 is meant
             curves = [run(arm) for arm in ARMS]
     console.print(table(curves, options.steps))
-    options.out.mkdir(parents=True, exist_ok=True)
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     versions = {"torch": torch.__version__, "grokadamw": grokadamw.__version__, "python": platform.python_version()}
     results = {
@@ -220,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.out / f"demo-seed{options.seed}.json"
     path.write_text(json.dumps(results).replace("NaN", "null") + "\n")
     draw(curves, path.with_suffix(".png"))
-    console.print(f"The curves are in {path.with_suffix('.png')}, their numbers in {path.name} beside it.")
+    console.print(f"curves   {path.with_suffix('.png')}\nnumbers  {path}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from . import foreach, reference
 __all__ = ["choose"]
 
 
-def choose(*, differentiable: bool, use_foreach: bool | None) -> ModuleType:
+def choose(differentiable: bool, use_foreach: bool | None) -> ModuleType:
     """The implementation to run.
 
     Autograd passes through `reference` alone: its results are new tensors. Otherwise `foreach` serves every device, and

@@ -1,37 +1,73 @@
-"""Rows 2 and 6 to 10 of the step with torch._foreach_*: a handful of launches for a whole list, on any device.
+"""Rows 2 and 6 to 10 of the step with torch._foreach_*: a few launches for a whole list, on any device.
 
 Same functions and results as `reference`, to rounding. Numbers that differ from tensor to tensor (β1_l, the bias
 corrections) go in as lists of scalars, so layers cost no launches. Where reading a number would make the host wait for
-its device it stays a 0-d tensor there; a step that must not be written then moves everything by 0.
+its device it stays a 0-d tensor there, and a step that must not be written moves everything by 0. That has its price:
+t is then known to the device alone, and takes two launches a tensor, as in torch's capturable AdamW, and what is not
+finite is held back by two more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .reference import Number, Numbers, Tensors, accumulator, whole
+from ..numbers import Number, accumulator, mesh_of, whole
+from .reference import Numbers, Tensors
 
 _TensorList: TypeAlias = tuple[Tensor, ...] | list[Tensor]
-_BLOCK = 1 << 18  # elements squared at a time on the CPU: 2 MiB of float64, which a cache holds
+_BLOCK = 1 << 18  # elements at a time on the CPU: 2 MiB of float64, which a cache holds
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Σ g² over all elements of tensors on one device, squared and summed in float64, in list order: a 0-d tensor."""
+    """Σ g² over all elements of tensors on one device, squared and summed in float64, in fixed order: a 0-d tensor."""
     dtype = accumulator(tensors[0].device)
-    if all(tensor.is_cpu and not hasattr(tensor, "full_tensor") for tensor in tensors):
-        # torch's CPU norm would first convert each tensor whole
-        blocks = (block for tensor in tensors for block in torch.split(tensor.reshape(-1), _BLOCK))
-        return torch.stack([block.to(dtype).square().sum() for block in blocks]).sum()
-    norms = torch._foreach_norm(list(tensors), 2, dtype=dtype)
-    return torch.stack([whole(norm) for norm in norms]).square().sum()
+    small, large = list(tensors), []
+    if tensors[0].is_cpu and mesh_of(tensors[0]) is None:
+        # torch's norm would make a whole large tensor float64 first, in memory that no cache holds
+        small, large = ([x for x in tensors if (x.numel() > _BLOCK) is is_large] for is_large in (False, True))
+    blocks = [block for x in large for block in torch.split(x.reshape(-1), _BLOCK)]
+    sums = [block.to(dtype).square().sum() for block in blocks]
+    if small:
+        sums.append(whole(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(small, 2, dtype=dtype)))).square())
+    return torch.stack(sums).sum()
 
 
 def step(tensors: Tensors, numbers: Numbers) -> None:
     """Rows 6 to 10 for every tensor, written in place."""
+    for part in _parts(tensors.params):
+        params, grads, exp_avgs, exp_avg_sqs, grok_emas, steps = tensors
+        _step(
+            Tensors(
+                params[part],
+                grads[part],
+                exp_avgs[part],
+                exp_avg_sqs[part],
+                None if grok_emas is None else grok_emas[part],
+                steps[part],
+            ),
+            numbers._replace(beta1=numbers.beta1[part], bias_beta1=numbers.bias_beta1[part]),
+        )
+
+
+def _parts(params: list[Tensor]) -> Iterator[slice]:
+    """The list in parts for a call each: one, but on the CPU, where a long list saves nothing and leaves the cache."""
+    if not params[0].is_cpu:
+        yield slice(None)
+        return
+    start = size = 0
+    for end, param in enumerate(params, start=1):
+        size += param.numel()
+        if size >= _BLOCK or end == len(params):
+            yield slice(start, end)
+            start, size = end, 0
+
+
+def _step(tensors: Tensors, numbers: Numbers) -> None:
     n = numbers
     dtype = tensors.exp_avgs[0].dtype
     m, v, mu = tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas
@@ -54,14 +90,13 @@ def step(tensors: Tensors, numbers: Numbers) -> None:
 
     theta = [param.to(dtype) for param in tensors.params]
     denominator = torch._foreach_sqrt(v)
-    root = [(1 - n.beta2**count) ** 0.5 for count in t]
+    root, correction = _corrections(t, n)
     if n.eps_before_correction:
         torch._foreach_add_(denominator, n.eps)
         torch._foreach_div_(denominator, root)
     else:
         torch._foreach_div_(denominator, root)
         torch._foreach_add_(denominator, n.eps)
-    correction = [1 - beta1**count for beta1, count in zip(n.bias_beta1, t, strict=True)]
     if not any(isinstance(number, Tensor) for number in (n.lr, active, t[0])):
         torch._foreach_mul_(theta, 1 - n.lr * n.weight_decay)
         torch._foreach_addcdiv_(theta, m, denominator, [-n.lr / c for c in correction])
@@ -81,7 +116,7 @@ def _advance(steps: list[Tensor], active: Number) -> list[Any]:
     """Count this step, and return each tensor's t: Python numbers where reading is free, else 0-d float64 tensors."""
     if isinstance(active, float):
         # on the CPU a Python 1 would be wrapped into a tensor anew for every count
-        one: Any = torch.tensor(1.0) if steps[0].is_cpu else 1
+        one: Any = torch.tensor(1.0, device="cpu") if steps[0].is_cpu else 1
         torch._foreach_add_(steps, one)
     else:
         torch._foreach_add_(steps, [active.to(steps[0].dtype)] * len(steps))
@@ -89,6 +124,16 @@ def _advance(steps: list[Tensor], active: Number) -> list[Any]:
         return [count.item() for count in steps]
     # a step that is not taken may be the first: its t = 0 would divide 0 by 0
     return list(torch.stack(steps).to(accumulator(steps[0].device)).clamp(min=1).unbind())
+
+
+def _corrections(t: list[Any], n: Numbers) -> tuple[list[Any], list[Any]]:
+    """√(1 − β2^t) and 1 − β1^t of each tensor, numbers as t is."""
+    if not isinstance(t[0], Tensor):
+        return [(1 - n.beta2**x) ** 0.5 for x in t], [1 - beta1**x for beta1, x in zip(n.bias_beta1, t, strict=True)]
+    # on the device for all tensors at once; β^t as exp(t log β), as a list of β would have to be sent there
+    logs = [math.log(beta1) if beta1 else -math.inf for beta1 in n.bias_beta1]
+    correction = -torch.stack(torch._foreach_mul(t, logs)).expm1()
+    return list((1 - n.beta2 ** torch.stack(t)).sqrt().unbind()), list(correction.unbind())
 
 
 def _amplified(g: _TensorList, mu: list[Tensor], t: list[Any], n: Numbers) -> _TensorList:

@@ -7,13 +7,12 @@ lists of real tensors and numbers come in, and parameters, state and step counts
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# A Python float, or a 0-d tensor on the parameters' device where reading it back would make the host wait.
-Number: TypeAlias = float | Tensor
+from ..numbers import Number, accumulator, whole
 
 
 class Tensors(NamedTuple):
@@ -49,20 +48,10 @@ class Numbers(NamedTuple):
     finite: Tensor | None  # 0-d bool: where it is False, nothing is written. None: the caller has looked already
 
 
-def accumulator(device: torch.device) -> torch.dtype:
-    """The dtype that squares are taken and summed in: float64 wherever the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Σ g² over all elements of tensors on one device, squared and summed in float64, in list order: a 0-d tensor."""
     dtype = accumulator(tensors[0].device)
-    return torch.stack([whole(tensor.to(dtype).square().sum()) for tensor in tensors]).sum()
-
-
-def whole(value: Tensor) -> Tensor:
-    """The plain tensor behind a reduction that a DTensor's ranks hold in part; any other tensor as it is."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole(torch.stack([tensor.to(dtype).square().sum() for tensor in tensors]).sum())
 
 
 def step(tensors: Tensors, numbers: Numbers) -> None:
@@ -72,7 +61,9 @@ def step(tensors: Tensors, numbers: Numbers) -> None:
         mu = tensors.grok_emas[i] if tensors.grok_emas else None
         g = tensors.grads[i].to(m.dtype)
         t = count.to(accumulator(count.device)) + 1
-        new = _rows_6_to_10(theta.to(m.dtype), g, m, v, mu, t, numbers.beta1[i], numbers.bias_beta1[i], numbers)
+        # a derivative may need θ as it was before it is written over
+        start = theta.to(m.dtype, copy=torch.is_grad_enabled())
+        new = _rows_6_to_10(start, g, m, v, mu, t, numbers.beta1[i], numbers.bias_beta1[i], numbers)
         for old, value in zip((theta, m, v, mu, count), (*new, t), strict=True):
             if old is not None and value is not None:
                 # a product with 0 or 1 would not do: NaN and infinity survive it

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.grokking import demo
+from benchmarks.grokking import demo, parts
 from benchmarks.grokking.modular import P, Transformer, products
 
 
@@ -47,7 +47,7 @@ def test_the_command_prints_a_table_and_writes_its_curves(tmp_path: Path, capsys
     assert "> 20" in printed
     assert (tmp_path / "demo-seed3.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "demo-seed3.json").read_text())
-    assert [arm["arm"] for arm in results["arms"]] == list(demo.ARMS)
+    assert [arm["arm"] for arm in results["arms"]] == [arm.name for arm in demo.ARMS]
     grok = results["arms"][-1]
     assert grok["steps"] == [10, 20]
     assert 0 < grok["alpha"][1] < 0.98  # the signal has arrived
@@ -65,3 +65,24 @@ def test_too_few_steps_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         demo.main(["--steps", "5"])
     assert "--steps 5" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        demo.main(["--out", str(tmp_path / "file")])
+    assert "name another" in capsys.readouterr().err
+
+
+def test_parts_are_the_demonstration_but_for_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = Transformer()
+    whole, *others = (arm.make(model).param_groups[0] for arm in parts.PARTS[1:])
+    demonstrated = demo.ARMS[-1].make(model).param_groups[0]
+    keys = set(whole) - {"params", "param_names"}
+    assert all(whole[key] == demonstrated[key] for key in keys)
+    changed = [{key for key in keys if group[key] != whole[key]} for group in others]
+    assert changed == [{"lamb"}, {"gamma"}, {"gamma"}, set(), {"gradient_clipping"}]
+    parts.main(["--steps", "10", "--seeds", "1", "--out", str(tmp_path)])
+    assert "without the filter" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "parts.json").read_text())["arms"]) == [arm.name for arm in parts.PARTS]

@@ -1,0 +1,270 @@
+"""From grokking signals to the filter memory α: registering them, combining what they say, agreeing between ranks.
+
+Rows 4 and 5 of the step.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .numbers import Number, accumulator, as_float, as_number
+from .signals import loss_gap
+
+Signal: TypeAlias = Callable[..., Any]
+Combine: TypeAlias = str | Callable[[list[Any]], Any]
+
+
+def filter_memory(alpha_init: float, decay_rate: float, signal: Number | None, clamp: bool = True) -> Number:
+    """Row 5: α_t from GS_t; α_init without one. Without clamp a negative signal raises α, as in release 0.1.2."""
+    if signal is None or decay_rate == 0:
+        return alpha_init
+    if isinstance(signal, Tensor):
+        return alpha_init * torch.exp(-decay_rate * signal.clamp(min=0))
+    return alpha_init * math.exp(-decay_rate * (max(signal, 0.0) if clamp else signal))
+
+
+def filter_memories(
+    signals: Signals, groups: Sequence[dict[str, Any]], published: bool
+) -> tuple[Number | None, list[Number]]:
+    """Rows 4 and 5: GS_t, and α_t of every group. Signals are evaluated once; as in release 0.1.2, once a group."""
+    if published:
+        losses = [[x if x == x else None for x in (group["train_loss"], group["eval_loss"])] for group in groups]
+        said = [signals.evaluate(train, evaluation, keep_nonfinite=True) for train, evaluation in losses]
+    else:
+        train_loss, eval_loss = (
+            next((group[loss] for group in groups if group[loss] is not None), None)
+            for loss in ("train_loss", "eval_loss")
+        )
+        signal = signals.evaluate(train_loss, eval_loss)
+        device = next((param.device for group in groups for param in group["params"]), None)
+        if device is not None and signals.in_use(train_loss, eval_loss):
+            signal = mean_over_ranks(signal, device)
+        said = [signal] * len(groups)
+    return said[0] if said else None, [
+        filter_memory(group["alpha_init"], group["grokking_signal_decay_rate"], signal, clamp=not published)
+        for group, signal in zip(groups, said, strict=True)
+    ]
+
+
+class Signals:
+    """The functions that are registered, how they combine, and what they said last.
+
+    Args:
+        functions: one callable, several, or None for `loss_gap`; an empty list for none at all.
+        combine: "mean", "max", "min", or a callable from the list of usable values to one.
+    """
+
+    def __init__(self, functions: Signal | Iterable[Signal] | None = None, combine: Combine = "mean") -> None:
+        if functions is None:
+            functions = [loss_gap]
+        elif callable(functions):
+            functions = [functions]
+        elif not isinstance(functions, Iterable):
+            raise TypeError(f"grokking_signal_fns={functions!r} is neither a callable nor a list of callables")
+        if not callable(combine) and combine not in _COMBINED:
+            raise ValueError(
+                f'combine={combine!r} is unknown: give "mean", "max", "min" or a callable of a list of values'
+            )
+        self.functions = list(functions)
+        self.takes_losses = [_takes_losses(function) for function in self.functions]  # "", "by name" or "in order"
+        self.names = _names(self.functions)
+        self.combine = combine
+        self.values: dict[str, Number] = {}  # each function's last usable value
+        self.failures = 0
+        self.unclaimed: dict[str, Any] = {}  # states from a checkpoint, for functions that are not registered yet
+        self._warned: set[str] = set()
+        self._failures_on_device: dict[str, Tensor] = {}
+
+    def bind(self, optimizer: Optimizer) -> None:
+        for function in self.functions:
+            if hasattr(function, "bind"):
+                function.bind(optimizer)
+
+    def in_use(self, train_loss: Number | None, eval_loss: Number | None) -> bool:
+        """Whether there is anything to evaluate: a function that needs no losses, or a loss for those that do."""
+        return not all(self.takes_losses) or (bool(self.functions) and (train_loss, eval_loss) != (None, None))
+
+    def evaluate(
+        self, train_loss: Number | None, eval_loss: Number | None, keep_nonfinite: bool = False
+    ) -> Number | None:
+        """Row 4, GS_t: every function called once and the usable values combined; None where there is none."""
+        values: list[Number] = []
+        for name, function, takes_losses in zip(self.names, self.functions, self.takes_losses, strict=True):
+            if (takes_losses and (train_loss is None or eval_loss is None)) or not getattr(function, "ready", True):
+                continue
+            try:
+                if takes_losses == "by name":
+                    result = function(train_loss=train_loss, eval_loss=eval_loss)
+                else:
+                    result = function(train_loss, eval_loss) if takes_losses else function()
+                value = None if result is None else as_number(result)
+            except Exception as error:  # whatever a user's function raises, training goes on
+                self._left_out(f"the grokking signal {name}", f"raised {error!r}")
+                continue
+            if value is None:
+                self._left_out(f"the grokking signal {name}", "returned None")
+            elif isinstance(value, float) and not math.isfinite(value) and not keep_nonfinite:
+                self._left_out(f"the grokking signal {name}", f"returned {value}")
+            else:
+                if isinstance(value, Tensor):
+                    failed = torch.logical_not(torch.isfinite(value)).long()
+                    self._failures_on_device[name] = failed + self._failures_on_device.get(name, 0)
+                self.values[name] = value
+                values.append(value)
+        return self._combined(values)
+
+    def _combined(self, values: list[Number]) -> Number | None:
+        if not values:
+            return None
+        if isinstance(self.combine, str):
+            tensors = [value for value in values if isinstance(value, Tensor)]
+            return _combined_on_device(self.combine, values, tensors[0]) if tensors else _COMBINED[self.combine](values)
+        try:
+            usable = [value for value in map(as_float, values) if math.isfinite(value)]
+            combined = as_float(as_number(self.combine(usable))) if usable else None
+        except Exception as error:
+            self._left_out("`combine`", f"raised {error!r}")
+            return None
+        if combined is not None and not math.isfinite(combined):
+            self._left_out("`combine`", f"returned {combined}")
+            return None
+        return combined
+
+    def _left_out(self, who: str, what: str) -> None:
+        self.failures += 1
+        if who not in self._warned:
+            self._warned.add(who)
+            warnings.warn(
+                f"{who} {what}: it is left out of this step, and of any other where it fails. "
+                "metrics()['signal_failures'] counts them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def settle(self) -> None:
+        """Count, and warn of, values on a device that turned out not to be finite: reads them back."""
+        failures, self._failures_on_device = self._failures_on_device, {}
+        for name, count in failures.items():
+            if (times := int(count)) > 0:
+                self._left_out(f"the grokking signal {name}", "returned NaN or infinity")
+                self.failures += times - 1
+
+    def state(self) -> str | None:
+        """What the functions remember, by name, for a checkpoint: JSON, which all ways of saving keep in one piece."""
+        named = zip(self.names, self.functions, strict=True)
+        states = self.unclaimed | {name: f.state_dict() for name, f in named if hasattr(f, "state_dict")}
+        return json.dumps(states, default=as_float) if states else None
+
+    def load(self, state: str | None) -> None:
+        """Give the functions their memory back; what is nobody's waits until its function is registered."""
+        self.claim({} if state is None else json.loads(state))
+
+    def claim(self, states: dict[str, Any]) -> None:
+        """Hand out states by name."""
+        self.unclaimed = dict(states)
+        for name, function in zip(self.names, self.functions, strict=True):
+            if name in self.unclaimed and hasattr(function, "load_state_dict"):
+                try:
+                    function.load_state_dict(self.unclaimed.pop(name))
+                except Exception as error:
+                    warnings.warn(
+                        f"the grokking signal {name} cannot go on from what the checkpoint says of it ({error!r}): it "
+                        "starts afresh",
+                        RuntimeWarning,
+                        stacklevel=4,
+                    )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Signals:
+        """Functions are shared, as closures may hold anything; objects that keep a state or a binding are copied."""
+        copied = Signals(
+            [copy.deepcopy(f, memo) if hasattr(f, "bind") or hasattr(f, "state_dict") else f for f in self.functions],
+            self.combine,
+        )
+        copied.values, copied.failures, copied.unclaimed = dict(self.values), self.failures, dict(self.unclaimed)
+        copied._warned, copied._failures_on_device = set(self._warned), dict(self._failures_on_device)
+        return copied
+
+
+def mean_over_ranks(signal: Number | None, device: torch.device) -> Number | None:
+    """The mean of the signal over the ranks that have one: a collective, so that every rank goes on with the same α."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return signal
+    value = 0.0 if signal is None else signal
+    pair = torch.zeros(2, dtype=accumulator(device), device=device)
+    pair[0] += value
+    pair[1] += signal is not None
+    dist.all_reduce(pair)
+    return as_number(pair[0] / pair[1].clamp(min=1))  # 0, which is as good as none, where no rank has one
+
+
+_COMBINED: dict[str, Callable[[Sequence[Any]], Any]] = {
+    "mean": lambda values: sum(values) / len(values),
+    "max": max,
+    "min": min,
+}
+
+
+def _combined_on_device(combine: str, values: list[Number], like: Tensor) -> Tensor:
+    """The same without reading a value back. What is not finite is left out; all of it: 0, as good as no signal."""
+    stacked = torch.stack(
+        [value.to(like) if isinstance(value, Tensor) else torch.full_like(like, value) for value in values]
+    )
+    usable = torch.isfinite(stacked)
+    if combine == "mean":
+        return torch.where(usable, stacked, 0).sum() / usable.sum().clamp(min=1)
+    worst = -math.inf if combine == "max" else math.inf
+    kept = torch.where(usable, stacked, worst)
+    return torch.where(usable.any(), kept.max() if combine == "max" else kept.min(), 0)
+
+
+def _takes_losses(function: Any) -> str:
+    """How a signal wants (train_loss, eval_loss): "by name", "in order", or "", not at all."""
+    if not callable(function) or isinstance(function, type):
+        raise TypeError(f"grokking_signal_fns holds {function!r}: give a function, or an object that can be called")
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return ""  # some built-in callables have no signature to read
+    given = getattr(function, "keywords", {})  # by functools.partial
+    ours = {
+        name
+        for name, parameter in parameters.items()
+        if name in ("train_loss", "eval_loss") and name not in given and parameter.kind is not parameter.POSITIONAL_ONLY
+    }
+    required = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if len(ours) == 2 and ours.issuperset(required):
+        return "by name"
+    if len(required) == 2 and all(parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY for name in required):
+        return "in order"
+    if required:
+        raise TypeError(
+            f"grokking_signal_fns holds {_name(function)}, which requires ({', '.join(required)}): a signal takes no "
+            "arguments, or (train_loss, eval_loss); give it all others with a lambda or functools.partial"
+        )
+    return ""
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def _names(functions: Sequence[Any]) -> list[str]:
+    """A name for each function, numbered where several have the same."""
+    names = [_name(function) for function in functions]
+    return [name if names.count(name) == 1 else f"{name}_{names[: i + 1].count(name)}" for i, name in enumerate(names)]

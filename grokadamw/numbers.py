@@ -1,0 +1,57 @@
+"""A number that a step uses: Python's own, or a tensor where reading it would make the host wait."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+# A Python float, or a 0-d tensor on the parameters' device where reading it back would make the host wait.
+Number: TypeAlias = float | Tensor
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether a number on this device can be read without making the host wait for queued work."""
+    return device.type == "cpu"
+
+
+def accumulator(device: torch.device) -> torch.dtype:
+    """The dtype that squares are summed in, and numbers kept in: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as two real numbers an element, sharing memory; any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def whole(value: Tensor) -> Tensor:
+    """The plain tensor behind a reduction that a DTensor's ranks hold in part; any other tensor as it is."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def mesh_of(tensor: Tensor) -> Any:
+    """What a DTensor is sharded over, None for a plain tensor: torch takes no list that mixes them."""
+    return getattr(tensor, "device_mesh", None)
+
+
+def as_number(value: Any, name: str = "the value") -> Number:
+    """Somebody's number: a float, or a detached 0-d copy where reading it would make the host wait.
+
+    Raises:
+        TypeError: it is not one number.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise TypeError(f"{name} is a tensor of shape {tuple(value.shape)}, not one number")
+        value = whole(value.detach()).reshape(())
+        return float(value) if reads_are_free(value.device) else value.to(accumulator(value.device), copy=True)
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{name}={value!r} is not one number")
+    return float(value)
+
+
+def as_float(number: Number) -> float:
+    """The number read back."""
+    return float(number.item() if isinstance(number, Tensor) else number)
