@@ -17,7 +17,7 @@ from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 from . import gradients, layers, metrics, update
 from .arguments import PER_OPTIMIZER, check_group, check_options, make_plain
 from .filter_memory import Combine, Signal, Signals, filter_memories
-from .numbers import Number, as_number, reads_are_free
+from .numbers import Number, as_number, detached, reads_are_free
 from .state import keeping_precision, prepare
 from .update.reference import Numbers, Tensors
 from .work import Work, alike, collect
@@ -190,7 +190,7 @@ class GrokAdamW(Optimizer):
         clips = [gradients.clip_coefficient(n, w.group["gradient_clipping"]) for n, w in zip(norms, work, strict=True)]
         finite = self._finite(work, norms)
         signal, alphas = filter_memories(self._run.signals, self.param_groups, self._published)  # rows 4 and 5
-        self._run.last = metrics.LastStep(signal, alphas, norms, clips)
+        self._run.last = metrics.LastStep(signal, alphas, detached(norms), detached(clips))
         if finite is False:
             self._count_skipped(1)
             return loss

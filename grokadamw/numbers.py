@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 # A Python float, or a 0-d tensor on the parameters' device where reading it back would make the host wait.
 Number: TypeAlias = float | Tensor
+_N = TypeVar("_N", Number, Number | None)
 
 
 def reads_are_free(device: torch.device) -> bool:
@@ -55,3 +57,8 @@ def as_number(value: Any, name: str = "the value") -> Number:
 def as_float(number: Number) -> float:
     """The number read back."""
     return float(number.item() if isinstance(number, Tensor) else number)
+
+
+def detached(numbers: Sequence[_N]) -> list[_N]:
+    """The numbers without the graph that they came from, which would keep a step's tensors alive."""
+    return [number.detach() if isinstance(number, Tensor) else number for number in numbers]

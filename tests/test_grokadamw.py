@@ -378,6 +378,16 @@ def test_a_group_is_not_written_into() -> None:
     GrokAdamW(groups, nonfinite="raise")
 
 
+def test_no_graph_outlives_a_differentiable_step() -> None:
+    p = torch.ones(2, dtype=torch.float64)
+    optimizer = GrokAdamW([p], differentiable=True)
+    p.grad = torch.full_like(p, 0.5, requires_grad=True)
+    optimizer.step()
+    last = optimizer._run.last
+    assert not any(number.requires_grad for number in (*last.norms, *last.clips))  # type: ignore[union-attr]
+    assert optimizer.metrics()["grad_norm"] == pytest.approx(0.5**0.5)
+
+
 def test_a_learning_rate_has_a_derivative() -> None:
     lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     start = torch.tensor([1.0, -2.0], dtype=torch.float64)

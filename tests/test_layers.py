@@ -130,6 +130,17 @@ def test_the_warning_comes_again_for_what_is_added_or_set() -> None:
         step(optimizer, model)
 
 
+def test_the_warning_comes_for_layers_that_are_set_later() -> None:
+    model = deep()
+    optimizer = GrokAdamW([{"params": [p]} for p in model.parameters()], gamma=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(optimizer, model)
+    optimizer.set_layers(model)
+    with pytest.warns(UserWarning, match="less than half"):
+        step(optimizer, model)
+
+
 def test_set_layers_refuses_another_model_and_changes_nothing() -> None:
     optimizer = GrokAdamW(network().named_parameters())
     before = copy.deepcopy(optimizer.param_groups[0]["layers"])

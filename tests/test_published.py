@@ -28,7 +28,8 @@ CASES: dict[str, dict[str, Any]] = {
     "a negative signal": {"signals": ["negative"]},
     "no signals": {"signals": []},
     "a signal that is not a number": {"signals": ["nan", "constant"]},
-    "losses of each group": {"losses": True, "options": {"grokking_signal_decay_rate": 0.5}},
+    "losses of each group": {"losses": 1.0, "options": {"grokking_signal_decay_rate": 0.5}},
+    "losses that are not numbers": {"losses": float("nan")},
     "no filter": {"options": {"lamb": 0.0}},
     "large epsilon": {"options": {"eps": 1e-2}},
     "everything": {
@@ -45,7 +46,7 @@ def problem(
     group_options: list[dict[str, Any]] | None = None,
     signals: list[str] | None = None,
     missing: bool = False,
-    losses: bool = False,
+    losses: float | None = None,  # of the first step
     steps: int = 50,
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
@@ -63,7 +64,10 @@ def problem(
         "signals": signals,
         "values": values,
         "grads": grads,
-        "losses": [[(1 / t, 1.0), (2 / t, 2 + 1 / t)] if losses else [(None, None)] * 2 for t in range(1, steps + 1)],
+        "losses": [
+            [(losses / t, losses), (2 * losses / t, losses * (2 + 1 / t))] if losses else [(None, None)] * 2
+            for t in range(1, steps + 1)
+        ],
     }
 
 

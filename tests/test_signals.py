@@ -381,10 +381,11 @@ def test_no_usable_tensor_is_no_signal(combine: str) -> None:
 
 @pytest.mark.usefixtures("nothing_is_free_to_read")
 def test_a_recorded_tensor_is_a_copy() -> None:
-    loss = torch.tensor(0.5)
+    loss = torch.tensor(0.5, requires_grad=True)
     optimizer = optimizer_with(None)
     optimizer.record(train_loss=loss, eval_loss=1.0)
-    loss.fill_(7.0)
+    loss.detach().fill_(7.0)
+    assert not optimizer.param_groups[0]["train_loss"].requires_grad
     optimizer.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress
 from rich.table import Table
@@ -154,7 +153,7 @@ def table(curves: list[Curve], max_steps: int) -> Table:
     def shown(step: int | None) -> str:
         return f"> {max_steps:,}" if step is None else f"{step:,}"
 
-    result = Table(title="Steps to 95% accuracy, multiplication mod 97", box=box.SIMPLE)
+    result = Table(title="Steps to 95% accuracy, multiplication mod 97", box=None)
     for name in ("arm", "settings", "training", "validation", "sustained", "time"):
         result.add_column(name, justify="left" if name in ("arm", "settings") else "right")
     for curve in curves:
