@@ -83,6 +83,7 @@ def make_plain(group: dict[str, Any]) -> None:
             group[name] = float(group[name])
     group["betas"] = tuple(map(float, group["betas"]))
     group["amplify_after"] = int(group["amplify_after"])
+    group["layer"] = None if group["layer"] is None else int(group["layer"])
 
 
 def _check_number(name: str, value: Any, *, below: float = math.inf, at_most: float | None = None) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +22,10 @@ from torch.optim import Optimizer
 
 from .numbers import Number, accumulator, as_float, as_number
 from .signals import loss_gap
+
+_KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, _KEYWORD_ONLY)
 
 Signal: TypeAlias = Callable[..., Any]
 Combine: TypeAlias = str | Callable[[list[Any]], Any]
@@ -101,9 +107,11 @@ class Signals:
         """Row 4, GS_t: every function called once and the usable values combined; None where there is none."""
         values: list[Number] = []
         for name, function, takes_losses in zip(self.names, self.functions, self.takes_losses, strict=True):
-            if (takes_losses and (train_loss is None or eval_loss is None)) or not getattr(function, "ready", True):
+            if takes_losses and (train_loss is None or eval_loss is None):
                 continue
             try:
+                if not getattr(function, "ready", True):
+                    continue
                 if takes_losses == "by name":
                     result = function(train_loss=train_loss, eval_loss=eval_loss)
                 else:
@@ -162,9 +170,18 @@ class Signals:
 
     def state(self) -> str | None:
         """What the functions remember, by name, for a checkpoint: JSON, which all ways of saving keep in one piece."""
-        named = zip(self.names, self.functions, strict=True)
-        states = self.unclaimed | {name: f.state_dict() for name, f in named if hasattr(f, "state_dict")}
-        return json.dumps(states, default=as_float) if states else None
+        states = dict(self.unclaimed)
+        for name, function in zip(self.names, self.functions, strict=True):
+            if _remembers(function):
+                states[name] = function.state_dict()
+                try:
+                    json.dumps(states[name], default=_plain)
+                except Exception as error:
+                    raise TypeError(
+                        f"the state_dict() of the grokking signal {name} is not plain data ({error}): give numbers, "
+                        "strings, lists, and dicts of them with strings for keys"
+                    ) from None
+        return json.dumps(states, default=_plain) if states else None
 
     def load(self, state: str | None) -> None:
         """Give the functions their memory back; what is nobody's waits until its function is registered."""
@@ -174,7 +191,7 @@ class Signals:
         """Hand out states by name."""
         self.unclaimed = dict(states)
         for name, function in zip(self.names, self.functions, strict=True):
-            if name in self.unclaimed and hasattr(function, "load_state_dict"):
+            if name in self.unclaimed and _remembers(function):
                 try:
                     function.load_state_dict(self.unclaimed.pop(name))
                 except Exception as error:
@@ -188,7 +205,7 @@ class Signals:
     def __deepcopy__(self, memo: dict[int, Any]) -> Signals:
         """Functions are shared, as closures may hold anything; objects that keep a state or a binding are copied."""
         copied = Signals(
-            [copy.deepcopy(f, memo) if hasattr(f, "bind") or hasattr(f, "state_dict") else f for f in self.functions],
+            [copy.deepcopy(f, memo) if hasattr(f, "bind") or _remembers(f) else f for f in self.functions],
             self.combine,
         )
         copied.values, copied.failures, copied.unclaimed = dict(self.values), self.failures, dict(self.unclaimed)
@@ -228,29 +245,35 @@ def _combined_on_device(combine: str, values: list[Number], like: Tensor) -> Ten
     return torch.where(usable.any(), kept.max() if combine == "max" else kept.min(), 0)
 
 
+def _remembers(function: Any) -> bool:
+    """Whether a signal has a memory of its own; a module's weights are its owner's to save."""
+    return hasattr(function, "state_dict") and not isinstance(function, torch.nn.Module)
+
+
 def _takes_losses(function: Any) -> str:
     """How a signal wants (train_loss, eval_loss): "by name", "in order", or "", not at all."""
     if not callable(function) or isinstance(function, type):
         raise TypeError(f"grokking_signal_fns holds {function!r}: give a function, or an object that can be called")
     try:
-        parameters = inspect.signature(function).parameters
+        called = function.forward if isinstance(function, torch.nn.Module) else function
+        parameters = inspect.signature(called).parameters
     except (TypeError, ValueError):
         return ""  # some built-in callables have no signature to read
     given = getattr(function, "keywords", {})  # by functools.partial
-    ours = {
-        name
-        for name, parameter in parameters.items()
-        if name in ("train_loss", "eval_loss") and name not in given and parameter.kind is not parameter.POSITIONAL_ONLY
-    }
-    required = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if len(ours) == 2 and ours.issuperset(required):
-        return "by name"
-    if len(required) == 2 and all(parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY for name in required):
+    kinds = {name: parameter.kind for name, parameter in parameters.items()}
+    positional = [name for name in kinds if kinds[name] in _POSITIONAL]
+    by_name = {name for name in kinds if kinds[name] in _BY_NAME and name not in given}
+    required = [name for name in positional if parameters[name].default is inspect.Parameter.empty]
+    required += [n for n in kinds if kinds[n] is _KEYWORD_ONLY and parameters[n].default is inspect.Parameter.empty]
+    losses = ["train_loss", "eval_loss"]
+    if set(required) <= set(losses):
+        if positional[:2] == losses and not given:
+            return "in order"
+        if set(losses) <= by_name:
+            return "by name"
+    # other names go in order, but a loss must not arrive under the name of the other
+    swapped = required[:1] == ["eval_loss"] or required[1:] == ["train_loss"]
+    if len(required) == 2 and required == positional[:2] and not swapped:
         return "in order"
     if required:
         raise TypeError(
@@ -266,5 +289,15 @@ def _name(function: Any) -> str:
 
 def _names(functions: Sequence[Any]) -> list[str]:
     """A name for each function, numbered where several have the same."""
-    names = [_name(function) for function in functions]
-    return [name if names.count(name) == 1 else f"{name}_{names[: i + 1].count(name)}" for i, name in enumerate(names)]
+    plain = [_name(function) for function in functions]
+    names: list[str] = []
+    for name in plain:
+        numbered = (f"{name}_{i}" for i in itertools.count(1))
+        taken = {*plain, *names}
+        names.append(name if plain.count(name) == 1 else next(n for n in numbered if n not in taken))
+    return names
+
+
+def _plain(value: Any) -> int | float:
+    """What JSON has no word for: NumPy's numbers, and tensors of one."""
+    return int(value) if isinstance(value, Integral) else as_float(as_number(value))

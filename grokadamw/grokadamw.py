@@ -184,7 +184,7 @@ class GrokAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_layers()
-        work = collect(self.param_groups, self._published)  # row 1
+        work = collect(self.param_groups, self._published, self._run.names)  # row 1
         implementation = update.choose(self.defaults["differentiable"], self.defaults["foreach"])
         norms = self._norms(work, implementation.sum_of_squares)  # row 2
         clips = [gradients.clip_coefficient(n, w.group["gradient_clipping"]) for n, w in zip(norms, work, strict=True)]
@@ -196,17 +196,20 @@ class GrokAdamW(Optimizer):
             return loss
         for w in work:  # all state is there before anything is written
             for param in w.params:
-                prepare(self.state[param], param, self._published, with_slow_gradient=w.group["lamb"] > 0)
-        for w, clip in zip(work, clips, strict=True):
-            for tensors, beta1 in alike(w, map(self.state.__getitem__, w.params)):
-                implementation.step(tensors, self._numbers(tensors, w, beta1, alphas[w.group_index], clip, finite))
+                prepare(self.state[param], param, self._published, with_slow_gradient=float(w.group["lamb"]) > 0)
+        calls = [  # and so are all numbers
+            (tensors, self._numbers(tensors, w, beta1, alphas[w.group_index], clip, finite))
+            for w, clip in zip(work, clips, strict=True)
+            for tensors, beta1 in alike(w, map(self.state.__getitem__, w.params))
+        ]
+        for tensors, numbers in calls:
+            implementation.step(tensors, numbers)  # rows 6 to 10
         return loss
 
     def _check_layers(self) -> None:
-        """Warn where β1 falls far: at the first step, when set_layers has had its chance."""
+        """Warn of doubtful layers: at the first step, when set_layers has had its chance."""
         if not self._run.layers_checked and not self._published:
-            sentence = layers.warning_for(self.param_groups)
-            if sentence is not None:
+            for sentence in layers.warnings_for(self.param_groups, self._run.names):
                 warnings.warn(sentence, UserWarning, stacklevel=5)
         self._run.layers_checked = True
 
@@ -251,7 +254,7 @@ class GrokAdamW(Optimizer):
             weight_decay=float(group["weight_decay"]),
             alpha=self._number(alpha, device),
             lamb=float(group["lamb"]),
-            amplify_after=group["amplify_after"],
+            amplify_after=int(group["amplify_after"]),
             clip=self._number(clip, device),
             raw_second_moment=self.defaults["second_moment"] == "raw",
             maximize=group["maximize"],
@@ -320,10 +323,12 @@ class GrokAdamW(Optimizer):
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} is not a torch.nn.Module")
-        found = layers.layers_in(model.named_parameters())
-        inferred = (group["params"] for group in self.param_groups if group["layer"] is None)
-        for param in chain.from_iterable(inferred):
-            if param not in found:
+        told = {param for group in self.param_groups if group["layer"] is not None for param in group["params"]}
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p not in told}
+        found = layers.layers_in(names)
+        params = [param for group in self.param_groups for param in group["params"]]
+        for param in params:
+            if param not in found and param not in told:
                 raise ValueError(
                     f"model: this {type(model).__name__} has no {self._name(param)}, of shape {tuple(param.shape)}: "
                     "give the model that is optimized; parameters beside it go in a group that says layer="
@@ -331,7 +336,7 @@ class GrokAdamW(Optimizer):
         for group in self.param_groups:
             if group["layer"] is None:
                 group["layers"] = [found[param] for param in group["params"]]
-        self._run.names = {param: layers.unwrapped(name) for name, param in model.named_parameters()}
+        self._run.names = {param: layers.unwrapped(names[param]) for param in params if param in names}
         self._run.layers_checked = False
 
     def layer_table(self) -> list[layers.Layer]:
@@ -384,7 +389,7 @@ class GrokAdamW(Optimizer):
         make_plain(group)
         group["skipped_steps"] = self.param_groups[0]["skipped_steps"]
         given = group.get("layers")
-        if given is None or len(given) != len(group["params"]):
+        if given is None or len(given) != len(group["params"]) or group["layer"] is not None:
             group["layers"] = layers.layers_of(group, earlier)
         self._run.layers_checked = False
 
@@ -407,10 +412,15 @@ class GrokAdamW(Optimizer):
         with keeping_precision(self, self._published):
             super().load_state_dict(state_dict)
         self._run.skipped, self._run.last = None, metrics.LastStep()
+        self._run.signals.values.clear()
         self._run.signals.load(self.param_groups[0]["signal_state"])
 
     def _before_saving(self) -> None:
         self._settle()
+        for group in self.param_groups:
+            for name in ("train_loss", "eval_loss"):
+                if group[name] is not None:  # set by hand, it may have a graph, which cannot be copied
+                    group[name] = as_number(group[name], name)
         for group in self.param_groups[:1]:
             group["signal_state"] = self._run.signals.state()
 
@@ -442,4 +452,6 @@ class GrokAdamW(Optimizer):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         copied._run.signals = copy.deepcopy(self._run.signals, memo)
+        copied._run.names = copy.deepcopy(self._run.names, memo)
+        copied._run.last, copied._run.layers_checked = self._run.last, self._run.layers_checked
         return copied

@@ -5,7 +5,10 @@ A layer is a number l = 0, 1, 2 …, kept in the parameter group as plain data: 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -59,10 +62,10 @@ def layers_of(group: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> list[
     return [known[layer_path(name)] for name in group["param_names"]]
 
 
-def layers_in(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[Tensor, int]:
-    """The layer of each of a model's parameters, numbered in the model's own order."""
+def layers_in(named: Mapping[Tensor, str]) -> dict[Tensor, int]:
+    """The layer of each of a model's parameters, numbered in the order that they come in."""
     numbers: dict[str, int] = {}
-    return {param: numbers.setdefault(layer_path(name), len(numbers)) for name, param in named_parameters}
+    return {param: numbers.setdefault(layer_path(name), len(numbers)) for param, name in named.items()}
 
 
 def beta1s(group: dict[str, Any]) -> list[float]:
@@ -88,30 +91,29 @@ def table(groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> list
     return [rows[layer] for layer in sorted(rows)]
 
 
-def warning_for(groups: Sequence[dict[str, Any]]) -> str | None:
-    """The sentence that is due where names do not tell layers apart, or where some β1_l lies below half of β1."""
-    seen = set()
-    for group in groups:
-        for name_and_layer in zip(group.get("param_names", ()), group["layers"], strict=False):
-            if name_and_layer in seen and group["layer"] is None and group["gamma"] > 0:
-                return (
-                    f"two parameters are called {name_and_layer[0]!r}, and count as one layer: give names of the whole "
-                    "model, as model.named_parameters() does, or call optimizer.set_layers(model)"
-                )
-            seen.add(name_and_layer)
+def warnings_for(groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> Iterator[str]:
+    """The sentences that are due where names do not tell layers apart, and where some β1_l lies below half of β1."""
+    of_names = [names(g, i, known) for i, g in enumerate(groups) if g["layer"] is None and "param_names" in g]
+    twice = [name for name, count in Counter(chain.from_iterable(of_names)).items() if count > 1]
+    if twice and any(group["gamma"] > 0 for group in groups):
+        yield (
+            f"two parameters are called {twice[0]!r}, and count as one layer: give names of the whole model, as "
+            "model.named_parameters() does, or call optimizer.set_layers(model)"
+        )
     for i, group in enumerate(groups):
         beta1, smallest = group["betas"][0], min(beta1s(group), default=0.0)
-        if group["params"] and smallest < beta1 / 2:
+        if group["params"] and smallest < 0.499 * beta1:
             deepest = max(group["layers"])
-            ways_out = f"choose a gamma of at most {1 - 0.5 ** (1 / deepest):.2g}"
-            if "param_names" not in group:
+            largest = math.floor((1 - 0.5 ** (1 / deepest)) * 1000) / 1000
+            ways_out = f"choose a gamma of at most {largest:g}"
+            if "param_names" not in group and not known:
                 ways_out = (
                     "pass model.named_parameters() or call optimizer.set_layers(model), so that a layer is a module "
                     f"rather than a tensor; or {ways_out}"
                 )
-            return (
+            yield (
                 f"layer {deepest} of parameter group {i} has β1 = {smallest:.3g}, less than half of betas[0] = "
                 f"{beta1:g}: gamma = {group['gamma']:g} lowers it layer by layer. If that is not wanted, {ways_out}. "
                 "optimizer.layer_table() shows the layers"
             )
-    return None
+            return

@@ -16,8 +16,8 @@ A signal that is an object may also have
 
 - `ready`, which is False while it has nothing to say: it is not called then;
 - `bind(optimizer)`, called when it is registered;
-- `state_dict()` and `load_state_dict(state)`, of numbers, strings, lists and dicts of them, kept in the optimizer's
-  checkpoints under the signal's name, so that a resumed run goes on where it stopped.
+- `state_dict()` and `load_state_dict(state)`, of numbers, strings, lists, and dicts of them with strings for keys, kept
+  in the optimizer's checkpoints under the signal's name, so that a resumed run goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -18,10 +18,17 @@ from torch.optim import Optimizer
 from .numbers import reads_are_free
 
 State: TypeAlias = dict[str, Any]
+MOMENTS = ("exp_avg", "exp_avg_sq", "grok_ema")
 
 
 def prepare(state: State, param: Tensor, published: bool, with_slow_gradient: bool) -> None:
-    """Fill in what a step needs, at zero."""
+    """Fill in what a step needs, at zero. A state of another shape raises RuntimeError."""
+    for name in MOMENTS:
+        if name in state and state[name].shape != param.shape:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} has a state of shape {tuple(state[name].shape)}: its data "
+                "was replaced; delete optimizer.state[parameter] to start it afresh"
+            )
     names = ["exp_avg", "exp_avg_sq"] + ["grok_ema"] * with_slow_gradient
     dtype = _dtype(param, published)
     new: State = {
@@ -73,7 +80,7 @@ def _states(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> Iterato
         state = state_dict["state"].get(key)
         if state is None:
             continue
-        for name in ("exp_avg", "exp_avg_sq", "grok_ema"):
+        for name in MOMENTS:
             if name in state and state[name].shape != param.shape:
                 raise ValueError(
                     f"state_dict: {name} of parameter {key} has shape {tuple(state[name].shape)}, the parameter itself "

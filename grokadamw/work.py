@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ class Work(NamedTuple):
     beta1: list[float]  # β1_l
 
 
-def collect(groups: Sequence[dict[str, Any]], published: bool) -> list[Work]:
+def collect(groups: Sequence[dict[str, Any]], published: bool, known: Mapping[Tensor, str]) -> list[Work]:
     """One entry a group; as release 0.1.2 does it, one a tensor, since that clips tensor by tensor.
 
     Raises:
@@ -47,7 +47,7 @@ def collect(groups: Sequence[dict[str, Any]], published: bool) -> list[Work]:
             if param.grad is None:
                 continue
             if param.grad.layout != torch.strided:
-                name = layers.names(group, i, {})[j]
+                name = layers.names(group, i, known)[j]
                 raise RuntimeError(
                     f"GrokAdamW does not support sparse gradients, and {name} has one: build its module with "
                     "sparse=False (torch.nn.Embedding), or give it to torch.optim.SparseAdam"

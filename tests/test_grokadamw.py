@@ -320,6 +320,47 @@ def test_memory_that_runs_out_for_state_leaves_everything_as_it_was(monkeypatch:
 
 
 @pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": None},
+        {"lr": torch.ones(2)},
+        {"betas": (0.9,)},
+        {"eps": None},
+        {"alpha_init": None},
+        {"amplify_after": None},
+    ]
+    + [{"lamb": None}, {"weight_decay": None}, {"gradient_clipping": None}],
+)
+def test_what_is_set_wrong_by_hand_leaves_everything_as_it_was(change: dict[str, Any], foreach: bool) -> None:
+    first, second = parameters()
+    optimizer = GrokAdamW([{"params": [first]}, {"params": [second]}], foreach=foreach)
+    set_gradients([first, second])
+    optimizer.param_groups[1].update(change)
+    optimizer.record(train_loss=1.0, eval_loss=2.0)
+    before = first.detach().clone()
+    with pytest.raises((TypeError, ValueError, RuntimeError, IndexError)):
+        optimizer.step()
+    assert torch.equal(first, before)
+    assert all(state.get("step", 0) == 0 for state in optimizer.state.values())
+
+
+def test_data_that_was_replaced_by_another_shape_is_noticed_before_anything_is_written() -> None:
+    first, second = parameters()
+    optimizer = GrokAdamW([first, second])
+    set_gradients([first, second])
+    optimizer.step()
+    before = first.detach().clone()
+    second.data = torch.zeros(5)
+    second.grad = torch.ones(5)
+    with pytest.raises(RuntimeError, match=r"shape \(5,\) has a state of shape \(3, 2\)"):
+        optimizer.step()
+    assert torch.equal(first, before)
+    del optimizer.state[second]
+    optimizer.step()
+
+
+@pytest.mark.parametrize("foreach", [True, False])
 def test_dtypes_and_kinds_may_be_mixed_in_a_group(foreach: bool) -> None:
     dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.float16]
     torch.manual_seed(0)
@@ -613,6 +654,23 @@ def test_deepcopy_keeps_signals_and_gives_them_the_copy() -> None:
     assert twin.metrics()["signal/SlowGradient"] != optimizer.metrics()["signal/SlowGradient"]
 
 
+def test_deepcopy_knows_what_the_last_step_did_and_what_layers_are_called() -> None:
+    model = network()
+    optimizer = GrokAdamW(model.parameters())
+    optimizer.set_layers(model)
+    train(model, range(2), lambda step, loss: optimizer.step())
+    copied = copy.deepcopy(optimizer)
+    assert same(copied.metrics(), optimizer.metrics())
+    assert copied.layer_table() == optimizer.layer_table()
+
+
+def test_a_loss_with_a_graph_that_was_set_by_hand_can_be_copied() -> None:
+    _, optimizer = trained()
+    optimizer.param_groups[0]["train_loss"] = (2 * torch.ones(1, requires_grad=True)).sum()
+    copy.deepcopy(optimizer).load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["train_loss"] == 2.0
+
+
 def test_state_waits_for_signals_that_are_registered_later() -> None:
     _, optimizer = trained(grokking_signal_fns=SlowGradient(every=2))
     saved = through_a_file(optimizer.state_dict())
@@ -689,6 +747,7 @@ def test_loading_forgets_what_the_last_step_did() -> None:
     assert optimizer.metrics()["alpha"] < 0.98
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert np.isnan(optimizer.metrics()["alpha"])
+    assert "signal/loss_gap" not in optimizer.metrics()
 
 
 def test_a_step_count_from_elsewhere_becomes_a_tensor() -> None:
@@ -860,5 +919,6 @@ def test_numpys_numbers_are_numbers() -> None:
         optimizer.record(train_loss=kind(0.5), eval_loss=kind(0.75))
         optimizer.step()
         assert type(optimizer.param_groups[0]["train_loss"]) is float
+        optimizer.add_param_group({"params": parameters(1), "layer": np.int64(3), "amplify_after": np.int64(3)})
         through_a_file(optimizer.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

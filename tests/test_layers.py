@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from grokadamw import GrokAdamW
+from grokadamw import GrokAdamW, layers
 from grokadamw.layers import layer_path, unwrapped
 
 from .models import network, train
@@ -128,6 +129,56 @@ def test_the_warning_comes_again_for_what_is_added_or_set() -> None:
     optimizer.add_param_group({"params": list(model.parameters())[2:], "gamma": 0.5})
     with pytest.warns(UserWarning, match=r"parameter group 1 .*at most 0\.\d+"):
         step(optimizer, model)
+
+
+@pytest.mark.parametrize("deepest", range(1, 60))
+def test_the_way_out_is_one(deepest: int) -> None:
+    pairs = [(f"l{i}.w", nn.Parameter(torch.ones(1))) for i in range(deepest + 1)]
+    (sentence,) = layers.warnings_for(GrokAdamW(pairs, gamma=0.9).param_groups, {})
+    named = float(re.search(r"gamma of at most ([\d.]+\d)", sentence).group(1))  # type: ignore[union-attr]
+    for gamma in (named, 1 - 0.5 ** (1 / deepest)):  # and the README's
+        assert not list(layers.warnings_for(GrokAdamW(pairs, gamma=gamma).param_groups, {}))
+    assert list(layers.warnings_for(GrokAdamW(pairs, gamma=1.03 * named + 0.001).param_groups, {}))
+
+
+def test_names_are_not_doubted_where_layers_do_not_come_from_them() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.mlp = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    model = nn.Sequential(Block(), Block())
+    modules = [model[0].attn, model[0].mlp, model[1].attn, model[1].mlp]
+    optimizer = GrokAdamW([{"params": list(module.named_parameters())} for module in modules])
+    assert "two parameters are called" in next(layers.warnings_for(optimizer.param_groups, {}))
+    optimizer.set_layers(model)
+    assert not list(layers.warnings_for(optimizer.param_groups, optimizer._run.names))
+    groups = [{"params": list(module.named_parameters()), "layer": i} for i, module in enumerate(modules[:2])]
+    assert not list(layers.warnings_for(GrokAdamW(groups).param_groups, {}))
+
+
+def test_both_doubts_are_said() -> None:
+    pairs = [(f"l{i % 20}.w", nn.Parameter(torch.ones(1))) for i in range(21)]
+    optimizer = GrokAdamW([{"params": pairs[:20]}, {"params": pairs[20:]}])
+    assert len(list(layers.warnings_for(optimizer.param_groups, {}))) == 2
+
+
+def test_groups_that_say_their_layer_take_no_part_in_the_numbering() -> None:
+    model = nn.Sequential()
+    for name in ("embed", "fc1", "fc2"):
+        model.add_module(name, nn.Linear(2, 2))
+    named = list(model.named_parameters())
+    optimizer = GrokAdamW([{"params": named[:2], "layer": 0}, {"params": named[2:]}])
+    from_names = [group["layers"] for group in optimizer.param_groups]
+    optimizer.set_layers(model)
+    assert [group["layers"] for group in optimizer.param_groups] == from_names == [[0, 0], [0, 0, 1, 1]]
+
+
+def test_a_layer_that_is_said_wins_over_layers_that_are_copied() -> None:
+    optimizer = GrokAdamW([nn.Parameter(torch.zeros(1)) for _ in range(2)])
+    new = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer.add_param_group({**optimizer.param_groups[0], "params": new, "layer": 5})
+    assert optimizer.param_groups[1]["layers"] == [5, 5]
 
 
 def test_the_warning_comes_for_layers_that_are_set_later() -> None:

@@ -142,6 +142,16 @@ def two(train_loss: float, eval_loss: float) -> float:
     return eval_loss - train_loss
 
 
+@functools.wraps(two)
+def decorated(*arguments: float) -> float:
+    return two(*arguments)
+
+
+class InModule(nn.Module):
+    def forward(self, train_loss: float, eval_loss: float) -> float:
+        return eval_loss - train_loss
+
+
 class Owner:
     def none(self) -> float:
         return 0.5
@@ -161,15 +171,16 @@ class Owner:
         (lambda x=1, y=2: 0.5, ""),
         (lambda train, evaluation: 0.5, "in order"),
         (lambda train_loss, evaluation: 0.5, "in order"),
-        (two, "by name"),
+        (two, "in order"),
+        (decorated, "in order"),
+        (InModule(), "in order"),
         (lambda eval_loss, train_loss: 0.5, "by name"),
-        (lambda train_loss=0.0, eval_loss=0.0, scale=1.0: 0.5, "by name"),
+        (lambda train_loss=0.0, eval_loss=0.0, scale=1.0: 0.5, "in order"),
         (lambda *, train_loss, eval_loss: 0.5, "by name"),
         (Owner().none, ""),
-        (Owner().both, "by name"),
+        (Owner().both, "in order"),
         (Owner(), "in order"),
         (functools.partial(two, eval_loss=1.0, train_loss=0.5), ""),
-        (torch.nn.Identity(), ""),
         (max, ""),  # without a signature
     ],
 )
@@ -184,6 +195,9 @@ def test_kinds_are_told_apart_at_registration(function: Any, takes_losses: str) 
         lambda eval_loss, train_loss: eval_loss - train_loss,
         lambda *, train_loss, eval_loss: eval_loss - train_loss,
         lambda eval_loss=9.0, train_loss=9.0: eval_loss - train_loss,
+        lambda train_loss, eval_loss, /: eval_loss - train_loss,
+        decorated,
+        InModule(),
     ],
 )
 def test_losses_arrive_where_they_belong(function: Any) -> None:
@@ -201,6 +215,64 @@ def test_a_signal_of_losses_waits_for_both() -> None:
     optimizer.record(train_loss=1)
     optimizer.step()
     assert calls == [(1.0, 2.0)]
+
+
+@pytest.mark.parametrize(
+    "function", [lambda eval_loss, train: 0.5, lambda eval_loss, train_loss, /: 0.5, lambda evaluation, train_loss: 0.5]
+)
+def test_losses_that_would_arrive_in_the_wrong_place_are_refused(function: Any) -> None:
+    with pytest.raises(TypeError, match="requires"):
+        Signals(function)
+
+
+def test_functions_of_the_same_name_are_numbered_apart() -> None:
+    def gap() -> float:
+        return 0.5
+
+    def gap_1() -> float:
+        return 0.5
+
+    assert Signals([gap, gap_1, gap]).names == ["gap_2", "gap_1", "gap_3"]
+
+
+def test_a_signal_whose_readiness_raises_is_left_out() -> None:
+    class Broken:
+        @property
+        def ready(self) -> bool:
+            raise ZeroDivisionError
+
+        def __call__(self) -> float:
+            return 0.5
+
+    with pytest.warns(RuntimeWarning, match="Broken raised ZeroDivisionError"):
+        assert alpha_after(optimizer_with(Broken())) == 0.98
+
+
+@pytest.mark.parametrize("state", [{"t": torch.zeros(2)}, {(1, 2): 3}, {"f": loss_gap}])
+def test_a_state_that_is_not_plain_is_refused_by_the_signals_name(state: dict[Any, Any]) -> None:
+    class Keeper:
+        def state_dict(self) -> dict[Any, Any]:
+            return state
+
+        def __call__(self) -> float:
+            return 0.5
+
+    with pytest.raises(TypeError, match=r"state_dict\(\) of the grokking signal Keeper is not plain data"):
+        optimizer_with(Keeper()).state_dict()
+
+
+def test_a_module_may_be_a_signal_and_keeps_its_weights_to_itself() -> None:
+    class Scaled(InModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2))
+
+    optimizer = optimizer_with(Scaled())
+    optimizer.record(train_loss=1.0, eval_loss=1.5)
+    optimizer.step()
+    assert optimizer.metrics()["signal"] == 0.5
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state_dict()["param_groups"][0]["signal_state"] is None
 
 
 def test_a_class_is_not_a_signal() -> None:

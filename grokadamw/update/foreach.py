@@ -72,7 +72,8 @@ def _step(tensors: Tensors, numbers: Numbers) -> None:
     dtype = tensors.exp_avgs[0].dtype
     m, v, mu = tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas
     active: Number = 1.0 if n.finite is None else n.finite.to(dtype)
-    t = _advance(tensors.steps, active)
+    t = _next(tensors.steps, active)
+    root, correction = _corrections(t, n)
 
     g: _TensorList = [grad.to(dtype) for grad in tensors.grads]
     if n.maximize or not isinstance(n.clip, float) or n.clip != 1:
@@ -90,7 +91,6 @@ def _step(tensors: Tensors, numbers: Numbers) -> None:
 
     theta = [param.to(dtype) for param in tensors.params]
     denominator = torch._foreach_sqrt(v)
-    root, correction = _corrections(t, n)
     if n.eps_before_correction:
         torch._foreach_add_(denominator, n.eps)
         torch._foreach_div_(denominator, root)
@@ -110,20 +110,24 @@ def _step(tensors: Tensors, numbers: Numbers) -> None:
     for param, new in zip(tensors.params, theta, strict=True):
         if param is not new:
             param.copy_(new)
+    _advance(tensors.steps, active)
 
 
-def _advance(steps: list[Tensor], active: Number) -> list[Any]:
-    """Count this step, and return each tensor's t: Python numbers where reading is free, else 0-d float64 tensors."""
-    if isinstance(active, float):
+def _next(steps: list[Tensor], active: Number) -> list[Any]:
+    """Each tensor's t of this step: Python numbers where reading is free, else 0-d float64 tensors."""
+    if steps[0].is_cpu and isinstance(active, float):
+        return [count.item() + 1 for count in steps]
+    return list((torch.stack(steps).to(accumulator(steps[0].device)) + 1).unbind())
+
+
+def _advance(steps: list[Tensor], active: Number) -> None:
+    """Count this step."""
+    if isinstance(active, Tensor):
+        torch._foreach_add_(steps, [active.to(steps[0].dtype)] * len(steps))
+    else:
         # on the CPU a Python 1 would be wrapped into a tensor anew for every count
         one: Any = torch.tensor(1.0, device="cpu") if steps[0].is_cpu else 1
         torch._foreach_add_(steps, one)
-    else:
-        torch._foreach_add_(steps, [active.to(steps[0].dtype)] * len(steps))
-    if steps[0].is_cpu and isinstance(active, float):
-        return [count.item() for count in steps]
-    # a step that is not taken may be the first: its t = 0 would divide 0 by 0
-    return list(torch.stack(steps).to(accumulator(steps[0].device)).clamp(min=1).unbind())
 
 
 def _corrections(t: list[Any], n: Numbers) -> tuple[list[Any], list[Any]]:
