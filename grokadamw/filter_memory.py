@@ -82,7 +82,7 @@ class Signals:
             raise ValueError(
                 f'combine={combine!r} is unknown: give "mean", "max", "min" or a callable of a list of values'
             )
-        self.functions = list(functions)
+        self.functions: list[Any] = list(functions)
         self.takes_losses = [_takes_losses(function) for function in self.functions]  # "", "by name" or "in order"
         self.names = _names(self.functions)
         self.combine = combine
