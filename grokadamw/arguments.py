@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 
 # What holds for the whole optimizer, and is refused in a parameter group. Its value stands in the groups to be seen.
-PER_OPTIMIZER = ("second_moment", "nonfinite", "compat", "foreach", "differentiable")
+PER_OPTIMIZER = ("second_moment", "nonfinite", "compat", "differentiable")
+# How a group's step is run, which is this process's affair, and not a checkpoint's.
+HOW_TO_RUN = ("foreach", "fused", "capturable")
 _NEVER_IN_A_GROUP = ("grokking_signal_fns", "grokking_signal_fn", "combine")
 
 _NOT_NEGATIVE = ("eps", "weight_decay", "lamb", "grokking_signal_decay_rate", "gradient_clipping")
@@ -18,30 +20,25 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "second_moment": ("filtered", "raw"),
     "nonfinite": ("skip", "raise", "propagate"),
     "compat": (None, "0.1.2"),
-    "foreach": (None, True, False),
     "differentiable": (True, False),
+    "foreach": (None, True, False),
+    "fused": (None, True, False),
+    "capturable": (True, False),
+    "maximize": (True, False),
 }
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raise ValueError for a per-optimizer option that is none of its choices."""
-    for name, choices in _CHOICES.items():
-        value = options[name]
-        if not any(type(value) is type(choice) and value == choice for choice in choices):
-            raise ValueError(f"{name}={value!r} is unknown: give one of {', '.join(map(repr, choices))}")
+    """Raise ValueError for per-optimizer options that do not go together."""
     if options["compat"] is not None and options["nonfinite"] == "raise":
         raise ValueError(
             f"nonfinite='raise' with compat={options['compat']!r}: that release has no rule for what is not finite; "
             "leave one of them out"
         )
-    if options["foreach"] and options["differentiable"]:
-        raise ValueError(
-            "foreach=True with differentiable=True: torch's foreach operations have no autograd; leave foreach out"
-        )
 
 
 def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Raise TypeError or ValueError for what a parameter group, the defaults filled in, must not hold."""
+    """Raise TypeError, ValueError or RuntimeError for what a parameter group, the defaults filled in, must not hold."""
     for name in _NEVER_IN_A_GROUP:
         if group.get(name) is not None:
             raise ValueError(
@@ -54,12 +51,18 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
                 f"{name}={group[name]!r} in a parameter group: it holds for the whole optimizer, where it is "
                 f"{defaults[name]!r}; pass it to GrokAdamW(...)"
             )
-    if isinstance(group["lr"], Tensor):
-        if group["lr"].numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, and lr={group['lr']!r} is not")
-        _check_number("lr", group["lr"].item())
-    else:
-        _check_number("lr", group["lr"])
+    for name, choices in _CHOICES.items():
+        value = group[name]
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise ValueError(f"{name}={value!r} is unknown: give one of {', '.join(map(repr, choices))}")
+    _check_how_to_run(group)
+    for name, at_most in (("lr", None), ("alpha_init", 1)):
+        value = group[name]
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"Tensor {name} must be 1-element, and {name}={value!r} is not")
+            value = value.item()
+        _check_number(name, value, at_most=at_most)
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise TypeError(f"betas={betas!r} is not a pair of numbers, as in (0.9, 0.999)")
@@ -67,13 +70,28 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
         _check_number(f"betas[{i}]", betas[i], below=1)
     for name in _NOT_NEGATIVE:
         _check_number(name, group[name])
-    _check_number("alpha_init", group["alpha_init"], at_most=1)
     _check_number("gamma", group["gamma"], below=1)
     _check_count("amplify_after", group["amplify_after"])
     if group["layer"] is not None:
         _check_count("layer", group["layer"])
-    if not isinstance(group["maximize"], bool):
-        raise TypeError(f"maximize={group['maximize']!r} is neither True nor False")
+
+
+def _check_how_to_run(group: dict[str, Any]) -> None:
+    """What does not go together, in the words of torch's optimizers where they refuse it too."""
+    if group["fused"]:
+        if group["differentiable"]:
+            raise RuntimeError("`fused` does not support `differentiable`: leave one of them out")
+        if group["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together. Leave one of them out")
+        raise NotImplementedError("fused=True: there is no fused implementation yet; leave it out, and foreach is used")
+    if group["foreach"] and group["differentiable"]:
+        raise ValueError(
+            "foreach=True with differentiable=True: torch's foreach operations have no autograd; leave foreach out"
+        )
+    if group["foreach"] and isinstance(group["lr"], Tensor) and not group["capturable"]:
+        raise ValueError(
+            "lr as a Tensor is not supported for capturable=False and foreach=True: leave foreach out, or give a number"
+        )
 
 
 def make_plain(group: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ import inspect
 import itertools
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any, TypeAlias
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .notices import warn
 from .numbers import Number, accumulator, as_float, as_number
 from .signals import loss_gap
 
@@ -31,7 +31,7 @@ Signal: TypeAlias = Callable[..., Any]
 Combine: TypeAlias = str | Callable[[list[Any]], Any]
 
 
-def filter_memory(alpha_init: float, decay_rate: float, signal: Number | None, clamp: bool = True) -> Number:
+def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, clamp: bool = True) -> Number:
     """Row 5: α_t from GS_t; α_init without one. Without clamp a negative signal raises α, as in release 0.1.2."""
     if signal is None or decay_rate == 0:
         return alpha_init
@@ -58,7 +58,7 @@ def filter_memories(
             signal = mean_over_ranks(signal, device)
         said = [signal] * len(groups)
     return said[0] if said else None, [
-        filter_memory(group["alpha_init"], group["grokking_signal_decay_rate"], signal, clamp=not published)
+        filter_memory(as_number(group["alpha_init"]), group["grokking_signal_decay_rate"], signal, clamp=not published)
         for group, signal in zip(groups, said, strict=True)
     ]
 
@@ -153,11 +153,10 @@ class Signals:
         self.failures += 1
         if who not in self._warned:
             self._warned.add(who)
-            warnings.warn(
+            warn(
                 f"{who} {what}: it is left out of this step, and of any other where it fails. "
                 "metrics()['signal_failures'] counts them",
                 RuntimeWarning,
-                stacklevel=2,
             )
 
     def settle(self) -> None:
@@ -195,11 +194,10 @@ class Signals:
                 try:
                     function.load_state_dict(self.unclaimed.pop(name))
                 except Exception as error:
-                    warnings.warn(
+                    warn(
                         f"the grokking signal {name} cannot go on from what the checkpoint says of it ({error!r}): it "
                         "starts afresh",
                         RuntimeWarning,
-                        stacklevel=4,
                     )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Signals:

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, overload
+from types import ModuleType
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing the compiler
 from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+from torch.optim.optimizer import ParamsT, _get_capturable_supported_devices, _use_grad_for_differentiable
 
 from . import gradients, layers, metrics, update
-from .arguments import PER_OPTIMIZER, check_group, check_options, make_plain
+from .arguments import HOW_TO_RUN, PER_OPTIMIZER, check_group, check_options, make_plain
 from .filter_memory import Combine, Signal, Signals, filter_memories
-from .numbers import Number, as_number, detached, reads_are_free
+from .notices import warn
+from .numbers import Number, accumulator, as_float, as_number, detached, is_capturing, product, reads_are_free
 from .state import keeping_precision, prepare
 from .update.reference import Numbers, Tensors
 from .work import Work, alike, collect
 
 __all__ = ["GrokAdamW"]
 
+_SumOfSquares: TypeAlias = Callable[[list[Tensor]], Tensor]
+
 # Plain data in every group beside the arguments, from the start: sharded checkpoints want the same keys on both sides.
 _KEPT_IN_GROUPS = {"layer": None, "train_loss": None, "eval_loss": None, "signal_state": None, "skipped_steps": 0}
+# What older versions of this package did not know, and so is not in what they pickled.
+_ADDED_LATER = {"capturable": False, "fused": None}
 
 
 @dataclass
@@ -36,9 +42,12 @@ class _Run:
     """
 
     signals: Signals
+    signal: Number | None = None  # GS_t, as update_signals found it
+    alphas: list[Number] = field(default_factory=list)  # α_t of each group, which follow from it
+    captured: dict[int, Tensor] = field(default_factory=dict)  # the α that a CUDA graph reads, by group
     last: metrics.LastStep = metrics.LastStep()
     layers_checked: bool = False
-    skipped: Tensor | None = None  # steps skipped on a device, and not yet read back
+    skipped: Tensor | None = None  # counts the steps skipped on a device that were not yet read back
     names: dict[Tensor, str] = field(default_factory=dict)  # of parameters, as set_layers found them
 
 
@@ -66,13 +75,14 @@ class GrokAdamW(Optimizer):
         params: parameters, ``(name, parameter)`` pairs such as ``model.named_parameters()``, or dicts of either; of
             float16, bfloat16, float32, float64 or complex dtype. With names, layers are the model's modules; without,
             every tensor is a layer of its own. A dict may set any number from ``lr`` to ``gradient_clipping``,
-            ``amplify_after``, ``maximize``, and ``layer``, an integer ≥ 0: the layer of all its parameters.
+            ``amplify_after``, ``foreach``, ``maximize``, ``capturable``, and ``layer``, an integer ≥ 0: the layer of
+            all its parameters.
         lr: learning rate η ≥ 0, a float or a tensor of one element.
         betas: (β1, β2), each in [0, 1): decay of the first and second moment.
         eps: ε ≥ 0.
         weight_decay: decoupled decay wd ≥ 0, as AdamW's.
         alpha_init: α_init in [0, 1], the filter's memory while no signal shortens it: an average over about
-            1 / (1 − α) steps.
+            1 / (1 − α) steps. A float or a tensor of one element.
         lamb: λ ≥ 0, how much of the slow gradient is added; 0 is no filter.
         gamma: γ in [0, 1), how much β1 falls from layer to layer.
         grokking_signal_fns: a callable or a list of them, of no arguments or of ``(train_loss, eval_loss)``; see
@@ -93,7 +103,9 @@ class GrokAdamW(Optimizer):
             signals evaluated for each group, no limit to α, state in the parameter's dtype, no rule for NaN.
         foreach: None or True for lists of tensors at a time; False for one at a time, with the least scratch memory.
         maximize: climb instead of descend.
+        capturable: let CUDA graphs capture the step; all parameters are on a GPU then. See :meth:`update_signals`.
         differentiable: let autograd pass through the step.
+        fused: None or False. True is refused: there is no fused implementation yet.
 
     Raises:
         TypeError, ValueError: an argument is not what is written above. The message names it and its value.
@@ -123,7 +135,9 @@ class GrokAdamW(Optimizer):
         compat: str | None = None,
         foreach: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
         differentiable: bool = False,
+        fused: bool | None = None,
         grokking_signal_fn: Signal | Iterable[Signal] | None = None,
     ) -> None:
         if grokking_signal_fn is not None:
@@ -150,7 +164,9 @@ class GrokAdamW(Optimizer):
             "compat": compat,
             "foreach": foreach,
             "maximize": maximize,
+            "capturable": capturable,
             "differentiable": differentiable,
+            "fused": fused,
             **_KEPT_IN_GROUPS,
         }
         check_options(defaults)
@@ -183,37 +199,153 @@ class GrokAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_layers()
+        for implementation, tensors, numbers in self._calls(torch.compiler.is_compiling()):
+            implementation.step(tensors, numbers)  # rows 6 to 10, and all that torch.compile sees
+        return loss
+
+    @_disable_dynamo  # so that what changes from step to step comes as tensors, and no value becomes a guard
+    def _calls(self, compiling: bool) -> list[tuple[ModuleType, Tensors, Numbers]]:
+        """All of a step but its writing: what is to be called with which tensors and numbers, its state being there."""
+        capturing = self._is_capturing()
+        found_inf = getattr(self, "found_inf", None)  # GradScaler's, where `_step_supports_amp_scaling` is set
+        if found_inf is not None and self._may_read(found_inf.device) and found_inf.item():
+            return []  # as if this step had not been called
         work = collect(self.param_groups, self._published, self._run.names)  # row 1
-        implementation = update.choose(self.defaults["differentiable"], self.defaults["foreach"])
-        norms = self._norms(work, implementation.sum_of_squares)  # row 2
+        self._check_devices(work, capturing)
+        sum_of_squares = update.choose(self.defaults["differentiable"], self.defaults["foreach"]).sum_of_squares
+        if not capturing and self._is_for_state_alone(work, sum_of_squares):
+            self._make_state()
+            return []
+        self._check_layers()
+        unscale = self._unscale()
+        norms = [None if n is None else product(n, unscale) for n in self._norms(work, sum_of_squares)]  # row 2
         clips = [gradients.clip_coefficient(n, w.group["gradient_clipping"]) for n, w in zip(norms, work, strict=True)]
-        finite = self._finite(work, norms)
-        signal, alphas = filter_memories(self._run.signals, self.param_groups, self._published)  # rows 4 and 5
-        self._run.last = metrics.LastStep(signal, alphas, detached(norms), detached(clips))
+        finite = self._finite(work, norms, found_inf)
+        if not capturing:
+            self.update_signals()  # rows 4 and 5
+        run = self._run
+        run.last = metrics.LastStep(run.signal, run.alphas, detached(norms), detached(clips))
         if finite is False:
             self._count_skipped(1)
-            return loss
-        for w in work:  # all state is there before anything is written
-            for param in w.params:
-                prepare(self.state[param], param, self._published, with_slow_gradient=float(w.group["lamb"]) > 0)
-        calls = [  # and so are all numbers
-            (tensors, self._numbers(tensors, w, beta1, alphas[w.group_index], clip, finite))
-            for w, clip in zip(work, clips, strict=True)
-            for tensors, beta1 in alike(w, map(self.state.__getitem__, w.params))
-        ]
-        for tensors, numbers in calls:
-            implementation.step(tensors, numbers)  # rows 6 to 10
-        return loss
+            return []
+        self._make_state()
+        calls = []
+        for w, clip in zip(work, clips, strict=True):
+            implementation = update.choose(self.defaults["differentiable"], w.group["foreach"])
+            for tensors, beta1 in alike(w, map(self.state.__getitem__, w.params)):
+                alpha = run.alphas[w.group_index]
+                numbers = self._numbers(tensors, w, beta1, alpha, product(clip, unscale), finite)
+                if compiling:
+                    numbers = _prepared_for_compiling(tensors, numbers)
+                calls.append((implementation, tensors, numbers))
+        return calls
+
+    @_disable_dynamo
+    def update_signals(self) -> None:
+        """Evaluate the signals, and set the filter memory α from them.
+
+        :meth:`step` does so itself, once the gradients are there. The replay of a CUDA graph does not: call this
+        between replays, at the steps whose signals are to be heard; α stays as it is in between. With several
+        processes, call it on all of them.
+        """
+        run = self._run
+        run.signal, alphas = filter_memories(run.signals, self.param_groups, self._published)
+        for i, group in enumerate(self.param_groups):
+            if group["capturable"] and group["params"]:
+                alphas[i] = self._captured(i, alphas[i])
+        run.alphas = alphas
+
+    def _captured(self, i: int, alpha: Number) -> Tensor:
+        """The i-th group's α in the tensor that a CUDA graph reads it from."""
+        device = self.param_groups[i]["params"][0].device
+        if i not in self._run.captured:
+            self._run.captured[i] = torch.zeros((), dtype=accumulator(device), device=device)
+        place = self._run.captured[i]
+        return place.copy_(alpha, non_blocking=True) if isinstance(alpha, Tensor) else place.fill_(alpha)
+
+    def _is_capturing(self) -> bool:
+        """Whether this step becomes part of a CUDA graph. RuntimeError if it must not."""
+        # torch 2.6 knows it by its older name
+        check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
+        check()
+        return is_capturing()
+
+    def _check_devices(self, work: list[Work], capturing: bool) -> None:
+        supported = _get_capturable_supported_devices()
+        for w in work:
+            if w.group["capturable"] and any(param.device.type not in supported for param in w.params):
+                raise RuntimeError(
+                    f"If capturable=True, params and state_steps must be on supported devices: {supported}, and "
+                    f"param_groups[{w.group_index}] has some that are not: leave capturable out there"
+                )
+            if capturing and (not self._run.alphas or any("step" not in self.state.get(p, {}) for p in w.params)):
+                raise RuntimeError(
+                    "a CUDA graph of step() needs its state: before capturing, take a few steps on a side stream, as "
+                    "torch.cuda.graph asks for anyway; after loading a checkpoint, call update_signals()"
+                )
+
+    def _is_for_state_alone(self, work: list[Work], sum_of_squares: _SumOfSquares) -> bool:
+        """Whether torch.distributed.checkpoint takes this step, to have the state made that it loads into.
+
+        There is no state yet, the learning rate is 0, and so are the gradients. A warm-up's first step has gradients.
+        """
+        if self.state or not work or any(as_float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        return as_float(gradients.global_norm((grad for w in work for grad in w.grads), sum_of_squares, None)) == 0
+
+    def _make_state(self) -> None:
+        for group in self.param_groups:
+            self._init_group(group, [], [], [], [], [], [])
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        grok_emas: list[Tensor | None],
+        steps: list[Tensor],
+    ) -> bool:
+        """As that of torch's optimizers: make the state of a group's parameters that have a gradient, and list it all.
+
+        Returns:
+            Whether one of the parameters is complex.
+        """
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            state = self.state[param]
+            prepare(state, param, self._published, with_slow_gradient=float(group["lamb"]) > 0)
+            params.append(param)
+            grads.append(param.grad)
+            exp_avgs.append(state["exp_avg"])
+            exp_avg_sqs.append(state["exp_avg_sq"])
+            grok_emas.append(state.get("grok_ema"))
+            steps.append(state["step"])
+        return any(map(torch.is_complex, params))
+
+    def free_slow_gradient(self) -> None:
+        """Drop the slow gradients μ, and the memory that they take. Where λ is not 0, the next step starts them at 0.
+
+        With ``lamb`` set to 0 the filter is off, but μ is kept up to date so that it can be switched on again.
+        """
+        for state in self.state.values():
+            state.pop("grok_ema", None)
 
     def _check_layers(self) -> None:
         """Warn of doubtful layers: at the first step, when set_layers has had its chance."""
         if not self._run.layers_checked and not self._published:
             for sentence in layers.warnings_for(self.param_groups, self._run.names):
-                warnings.warn(sentence, UserWarning, stacklevel=5)
+                warn(sentence, UserWarning)
         self._run.layers_checked = True
 
-    def _norms(self, work: list[Work], sum_of_squares: Callable[[list[Tensor]], Tensor]) -> list[Number | None]:
+    def _unscale(self) -> Number:
+        """What undoes the loss scale that GradScaler has left in the gradients."""
+        scale = getattr(self, "grad_scale", None)
+        return 1.0 if scale is None else 1 / as_number(scale, "grad_scale")
+
+    def _norms(self, work: list[Work], sum_of_squares: _SumOfSquares) -> list[Number | None]:
         """N for each entry of work, if anything asks for it: that of all gradients, in compat that of the tensor."""
         if self._nonfinite == "propagate" and not any(w.group["gradient_clipping"] > 0 for w in work):
             return [None] * len(work)
@@ -223,10 +355,11 @@ class GrokAdamW(Optimizer):
             return [gradients.global_norm(w.grads, sum_of_squares, home) for w in work]
         return [gradients.global_norm(grads, sum_of_squares, home)] * len(work)
 
-    def _finite(self, work: list[Work], norms: list[Number | None]) -> bool | Tensor:
+    def _finite(self, work: list[Work], norms: list[Number | None], found_inf: Tensor | None) -> bool | Tensor:
         """Whether this step may be written: a tensor where reading it would make the host wait."""
+        unscaled = None if found_inf is None else found_inf.reshape(()) == 0  # GradScaler found no infinity
         if self._nonfinite == "propagate" or not norms or norms[0] is None:
-            return True
+            return True if unscaled is None else unscaled
         finite = gradients.is_finite(norms[0])
         if self._nonfinite == "raise" and not finite:
             pairs = chain.from_iterable(zip(w.params, w.grads, strict=True) for w in work)
@@ -236,9 +369,14 @@ class GrokAdamW(Optimizer):
                 'written; nonfinite="skip" goes on without such a step'
             )
         if isinstance(finite, Tensor):
-            skipped = torch.logical_not(finite).long()
-            self._run.skipped = skipped if self._run.skipped is None else self._run.skipped + skipped
-        return finite
+            skipped = torch.logical_not(finite)
+            if unscaled is not None:  # what GradScaler finds, it expects, and counts itself
+                unscaled = unscaled.to(finite.device)
+                skipped = torch.logical_and(skipped, unscaled)
+            if self._run.skipped is None:
+                self._run.skipped = torch.zeros((), dtype=torch.int64, device=finite.device)
+            self._run.skipped.add_(skipped.to(self._run.skipped.device))  # in place, for CUDA graphs
+        return finite if unscaled is None else torch.logical_and(unscaled, torch.as_tensor(finite))
 
     def _numbers(
         self, tensors: Tensors, w: Work, beta1: list[float], alpha: Number, clip: Number, finite: bool | Tensor
@@ -268,6 +406,10 @@ class GrokAdamW(Optimizer):
         if self._on_host(value.device) or self._on_host(device):
             return value.item()
         return value.reshape(()).to(device, non_blocking=True)
+
+    def _may_read(self, device: torch.device) -> bool:
+        """Whether the host may read from this device in a step."""
+        return self._on_host(device) or self._nonfinite == "raise"
 
     def _on_host(self, device: torch.device) -> bool:
         """Whether numbers for parameters on this device are Python's: reading is free, and loses no derivative."""
@@ -361,17 +503,17 @@ class GrokAdamW(Optimizer):
         for group in self.param_groups:
             group["skipped_steps"] = total
         if total == steps:
-            warnings.warn(
+            warn(
                 "a step was skipped: its gradients hold NaN or infinity, and nothing was written. "
                 "metrics()['skipped_steps'] counts such steps; nonfinite=\"raise\" stops at the first",
                 RuntimeWarning,
-                stacklevel=5,
             )
 
     def _settle(self) -> None:
         """Read back what was counted on a device."""
-        skipped, self._run.skipped = self._run.skipped, None
+        skipped = self._run.skipped
         if skipped is not None and (steps := int(skipped)) > 0:
+            skipped.zero_()
             self._count_skipped(steps)
         self._run.signals.settle()
 
@@ -411,7 +553,9 @@ class GrokAdamW(Optimizer):
         """
         with keeping_precision(self, self._published):
             super().load_state_dict(state_dict)
-        self._run.skipped, self._run.last = None, metrics.LastStep()
+        if self._run.skipped is not None:
+            self._run.skipped.zero_()
+        self._run.signal, self._run.alphas, self._run.last = None, [], metrics.LastStep()
         self._run.signals.values.clear()
         self._run.signals.load(self.param_groups[0]["signal_state"])
 
@@ -431,6 +575,8 @@ class GrokAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         earlier = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
+        for name, value in _ADDED_LATER.items():
+            self.defaults.setdefault(name, value)
         fixed = {name: self.defaults[name] for name in PER_OPTIMIZER} | {"grokking_signal_fns": None}
         for i, group in enumerate(self.param_groups):
             # what another optimizer's checkpoint does not say stays as it was
@@ -438,6 +584,8 @@ class GrokAdamW(Optimizer):
             for name, value in kept.items():
                 if name != "param_names":
                     group.setdefault(name, value)
+            if i < len(earlier):
+                group.update({name: kept[name] for name in HOW_TO_RUN})
             group.update(fixed, betas=tuple(group["betas"]))
             if len(group.get("layers", ())) != len(group["params"]):
                 group["layers"] = layers.layers_of(group, self.param_groups[:i])
@@ -455,3 +603,16 @@ class GrokAdamW(Optimizer):
         copied._run.names = copy.deepcopy(self._run.names, memo)
         copied._run.last, copied._run.layers_checked = self._run.last, self._run.layers_checked
         return copied
+
+
+def _prepared_for_compiling(tensors: Tensors, numbers: Numbers) -> Numbers:
+    """Numbers that change from step to step as tensors; tensors that stay where they are marked so, for CUDA graphs."""
+    for stays in (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas or [], tensors.steps):
+        for tensor in stays:
+            torch._dynamo.mark_static_address(tensor)
+    device = tensors.params[0].device
+    kind: Any = {"dtype": accumulator(device), "device": device}
+    lr, alpha, clip = (
+        x if isinstance(x, Tensor) else torch.full((), x, **kind) for x in (numbers.lr, numbers.alpha, numbers.clip)
+    )
+    return numbers._replace(lr=lr, alpha=alpha, clip=clip)

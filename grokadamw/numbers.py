@@ -18,6 +18,11 @@ def reads_are_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def is_capturing() -> bool:
+    """Whether what is launched now becomes part of a CUDA graph, and nothing can be read back."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def accumulator(device: torch.device) -> torch.dtype:
     """The dtype that squares are summed in, and numbers kept in: float64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -52,6 +57,11 @@ def as_number(value: Any, name: str = "the value") -> Number:
     if not hasattr(value, "__float__"):
         raise TypeError(f"{name}={value!r} is not one number")
     return float(value)
+
+
+def product(a: Number, b: Number) -> Number:
+    """a · b, at no cost where b is 1."""
+    return a if isinstance(b, float) and b == 1 else a * b
 
 
 def as_float(number: Number) -> float:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .checkpoints import to_grokadamw
+from .layers import unwrapped
 from .numbers import reads_are_free
 
 State: TypeAlias = dict[str, Any]
@@ -45,13 +47,17 @@ def prepare(state: State, param: Tensor, published: bool, with_slow_gradient: bo
 def keeping_precision(optimizer: Optimizer, published: bool) -> Iterator[None]:
     """Inside, optimizer.load_state_dict keeps the state as it was saved: torch would cast it to its parameter's dtype.
 
+    It takes the state dicts that `to_grokadamw` takes, and finds parameters by name where both sides have names.
+
     Raises:
-        ValueError: a state has another shape than its parameter. Nothing has been loaded then.
+        ValueError: a state has another shape than its parameter, or cannot be gone on from. Nothing was loaded then.
     """
     loaded: list[tuple[Tensor, State]] = []
 
-    def keep(_: Optimizer, state_dict: dict[str, Any]) -> None:
+    def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict = _in_order(to_grokadamw(state_dict), optimizer.param_groups)
         loaded.extend(_states(state_dict, optimizer.param_groups))
+        return state_dict
 
     def restore(_: Optimizer) -> None:
         for param, state in loaded:
@@ -67,13 +73,32 @@ def keeping_precision(optimizer: Optimizer, published: bool) -> Iterator[None]:
         after.remove()
 
 
+def _in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The saved parameters in the order and the groups of ours, where both have the same names."""
+    saved = state_dict["param_groups"]
+    if len(saved) != len(groups) or not all("param_names" in group for group in [*saved, *groups]):
+        return state_dict
+    names = [[unwrapped(name) for name in group["param_names"]] for group in groups]
+    known = {
+        unwrapped(name): (key, layer)
+        for group in saved
+        for name, key, layer in zip_longest(group["param_names"], group["params"], group.get("layers", ()))
+    }
+    ours = list(chain.from_iterable(names))
+    count = sum(len(group["params"]) for group in saved)
+    if set(ours) != set(known) or not len(ours) == len(known) == count:
+        return state_dict
+    ordered = []
+    for old, group, group_names in zip(saved, groups, names, strict=True):
+        new = {**old, "params": [known[name][0] for name in group_names], "param_names": group["param_names"]}
+        if "layers" in old:
+            new["layers"] = [known[name][1] for name in group_names]
+        ordered.append(new)
+    return {**state_dict, "param_groups": ordered}
+
+
 def _states(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> Iterator[tuple[Tensor, State]]:
     """The parameters that have a state in a state dict, with that state."""
-    if any("state" in group for group in state_dict["param_groups"]):
-        raise ValueError(
-            "state_dict is of release 0.1.2, which kept its moments in param_groups, under tensors that are no more: "
-            "they cannot be loaded. Delete the key 'state' of each of its groups to go on with fresh moments"
-        )
     keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in groups)
     for key, param in zip(keys, params, strict=False):  # torch refuses other numbers of parameters

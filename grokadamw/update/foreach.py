@@ -115,7 +115,7 @@ def _step(tensors: Tensors, numbers: Numbers) -> None:
 
 def _next(steps: list[Tensor], active: Number) -> list[Any]:
     """Each tensor's t of this step: Python numbers where reading is free, else 0-d float64 tensors."""
-    if steps[0].is_cpu and isinstance(active, float):
+    if steps[0].is_cpu and isinstance(active, float) and not torch.compiler.is_compiling():
         return [count.item() + 1 for count in steps]
     return list((torch.stack(steps).to(accumulator(steps[0].device)) + 1).unbind())
 

@@ -1,0 +1,87 @@
+"""Commands: python -m grokadamw convert IN OUT [--to adamw]."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoints import StateDict, is_state_dict, to_adamw, to_grokadamw
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 1 with a sentence on stderr where it could not be done."""
+    parser = argparse.ArgumentParser(prog="python -m grokadamw")
+    commands = parser.add_subparsers(required=True)
+    convert = commands.add_parser(
+        "convert",
+        help="rewrite the optimizer state in a checkpoint file",
+        description="Rewrite every optimizer state dict in a file that torch.save wrote, wherever it lies in it, and "
+        "leave the rest as it is. Reads state dicts of torch.optim.AdamW and Adam, and of grokadamw from 0.1.2 on.",
+    )
+    convert.add_argument("source", metavar="IN", type=Path)
+    convert.add_argument("target", metavar="OUT", type=Path, help="may be IN; written beside it first, then renamed")
+    convert.add_argument("--to", choices=["grokadamw", "adamw"], default="grokadamw", help="default: %(default)s")
+    given = parser.parse_args(arguments)
+    try:
+        count = convert_file(given.source, given.target, {"grokadamw": to_grokadamw, "adamw": to_adamw}[given.to])
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: {given.source}: {error}", file=sys.stderr)
+        return 1
+    print(f"{given.target}: {count} optimizer state dict{'s' * (count > 1)} for {given.to}")
+    return 0
+
+
+def convert_file(source: Path, target: Path, conversion: Callable[[StateDict], StateDict]) -> int:
+    """Apply a conversion to every state dict in a file. Returns how many there were.
+
+    Raises:
+        OSError: a file cannot be read or written.
+        ValueError: it is no file of torch.save's, holds more than tensors and plain data, or no state dict that can be
+            converted. OUT is as it was then.
+    """
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)  # runs no code that a file may bring
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"it cannot be read as tensors and plain data alone, and nothing else is read: {reason}"
+        ) from None
+    converted, count = _converted(content, conversion)
+    if count == 0:
+        raise ValueError("it holds no optimizer state dict: nothing in it has 'state' and 'param_groups'")
+    beside = target.with_name(f"{target.name}.{os.getpid()}.new")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(converted, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+    return count
+
+
+def _converted(value: Any, conversion: Callable[[StateDict], StateDict]) -> tuple[Any, int]:
+    """The value with the state dicts in it converted, and how many they are."""
+    if is_state_dict(value):
+        return conversion(value), 1
+    if isinstance(value, dict):
+        pairs = {key: _converted(item, conversion) for key, item in value.items()}
+        count = sum(n for _, n in pairs.values())
+        return ({key: item for key, (item, _) in pairs.items()} if count else value), count
+    if type(value) in (list, tuple):
+        items = [_converted(item, conversion) for item in value]
+        count = sum(n for _, n in items)
+        return (type(value)(item for item, _ in items) if count else value), count
+    return value, 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

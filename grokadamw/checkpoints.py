@@ -1,0 +1,143 @@
+"""State dicts of other optimizers and releases → GrokAdamW's, and back: pure functions that import nothing of ours.
+
+A state dict is what an optimizer's `state_dict()` returns: `{"state": {id: {name: tensor}}, "param_groups": [...]}`.
+Neither function writes into its argument; tensors are shared with it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+__all__ = ["is_state_dict", "to_adamw", "to_grokadamw"]
+
+StateDict: TypeAlias = dict[str, Any]
+_Group: TypeAlias = dict[str, Any]
+
+# what a group of torch.optim.AdamW and Adam holds and one of GrokAdamW does not, or not with that meaning
+_HOW_TO_RUN = ("foreach", "capturable", "differentiable", "fused")
+_ADAMS_OWN = ("amsgrad", "decoupled_weight_decay")
+# what a group of GrokAdamW holds beside AdamW's numbers
+_OURS = (
+    *("alpha_init", "lamb", "gamma", "grokking_signal_fns", "grokking_signal_decay_rate", "gradient_clipping"),
+    *("second_moment", "amplify_after", "nonfinite", "compat", "layer", "layers"),
+    *("train_loss", "eval_loss", "signal_state", "skipped_steps"),
+)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether this is an optimizer's state dict."""
+    return isinstance(value, dict) and isinstance(value.get("param_groups"), list) and "state" in value
+
+
+def to_grokadamw(state_dict: StateDict) -> StateDict:
+    """A state dict that `GrokAdamW.load_state_dict` goes on from.
+
+    From `torch.optim.AdamW` or `Adam`: moments, step counts and the numbers that both have; the slow gradient μ, which
+    they lack, starts at 0. From grokadamw 0.1.2: everything. GrokAdamW's own comes back as it is.
+
+    Raises:
+        ValueError: it cannot be continued without loss. The message says why, and what can be done.
+    """
+    if any("state" in group for group in state_dict["param_groups"]):
+        return _from_0_1_2(state_dict)
+    for key, state in _states(state_dict):
+        missing = [name for name in _MOMENTS if name not in state]
+        if state and missing:
+            raise ValueError(
+                f"state_dict is of another kind of optimizer: the state of parameter {key} holds "
+                f"{', '.join(map(str, state))}, and no {' and no '.join(missing)}. GrokAdamW goes on from "
+                "torch.optim.AdamW, Adam, and GrokAdamW; from others, start with fresh moments"
+            )
+    if any("amsgrad" in group for group in state_dict["param_groups"]):
+        return _from_adam(state_dict)
+    return state_dict
+
+
+def to_adamw(state_dict: StateDict) -> StateDict:
+    """A state dict that `torch.optim.AdamW.load_state_dict` goes on from: moments, step counts, and AdamW's numbers.
+
+    Everything else is left out: μ, signals, layers and what the groups say of them. AdamW has one β1 for all layers;
+    where γ is not 0, the first moments of deep layers come from a smaller one, and adapt within a few steps.
+
+    Raises:
+        ValueError: as `to_grokadamw`.
+    """
+    ours = to_grokadamw(state_dict)
+    as_adamw: _Group = {"amsgrad": False, "decoupled_weight_decay": True, "maximize": False}
+    as_adamw |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
+    groups = [as_adamw | _without(group, (*_OURS, *_HOW_TO_RUN)) for group in ours["param_groups"]]
+    states = {key: _without(s, ("grok_ema",)) if isinstance(s, dict) else s for key, s in ours["state"].items()}
+    return {**ours, "state": states, "param_groups": groups}
+
+
+def _from_adam(state_dict: StateDict) -> StateDict:
+    if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+        raise ValueError(
+            "state_dict is of an Adam with amsgrad=True, which divides by the largest second moment so far: GrokAdamW "
+            "has no such thing. To go on without, set 'amsgrad' to False in each of its groups"
+        )
+    groups = [_without(group, (*_HOW_TO_RUN, *_ADAMS_OWN)) for group in state_dict["param_groups"]]
+    for group, old in zip(groups, state_dict["param_groups"], strict=True):
+        group["betas"] = tuple(map(float, group["betas"]))  # AdamW's may be tensors
+        if old.get("decoupled_weight_decay") is False and old["weight_decay"] != 0:
+            warnings.warn(
+                f"weight_decay={old['weight_decay']:g} was Adam's, a part of the gradient; GrokAdamW's is AdamW's, "
+                "apart from it, and usually larger: choose it anew",
+                UserWarning,
+                stacklevel=3,
+            )
+    states = {
+        key: _without(state, ("max_exp_avg_sq",)) if isinstance(state, dict) else state
+        for key, state in state_dict["state"].items()
+    }
+    return {**state_dict, "state": states, "param_groups": groups}
+
+
+def _from_0_1_2(state_dict: StateDict) -> StateDict:
+    """Release 0.1.2 kept its state in `group["state"]`, under Parameters, in the order of their first gradients.
+
+    On loading it did not find it again and began another one behind it, so that the last entries are those in use.
+    """
+    states: dict[Any, Any] = dict(state_dict["state"])
+    groups = []
+    for i, group in enumerate(state_dict["param_groups"]):
+        groups.append(_without(group, ("state",)) | {"grokking_signal_fns": None})
+        ids, entries = group["params"], list(group.get("state", {}).items())
+        if entries:
+            states.update(zip(ids, _in_use(entries, len(ids), i), strict=True))
+    return {**state_dict, "state": states, "param_groups": groups}
+
+
+def _in_use(entries: list[tuple[Tensor, dict[str, Any]]], count: int, i: int) -> list[dict[str, Any]]:
+    """The states of the group's parameters, in their order, where that is beyond doubt."""
+    last = entries[-count:]
+    shapes = [param.shape for param, _ in last]
+    blocks = [entries[start : start + count] for start in range(0, len(entries), count)]
+    if (
+        len(last) < count
+        or any([param.shape for param, _ in block] != shapes for block in blocks)
+        or len({int(state["step"]) for _, state in last}) > 1
+    ):
+        raise ValueError(
+            f"state_dict is of grokadamw 0.1.2, and param_groups[{i}] does not hold one state for each of its {count} "
+            "parameters, all of one step count: some had no gradient at first, and nothing says which state is whose. "
+            "Delete the key 'state' of each of its groups to go on with fresh moments"
+        )
+    return [dict(state) for _, state in last]
+
+
+def _states(state_dict: StateDict) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The parameters' ids that have a state, with it; what hooks may have put beside them is left out."""
+    for key in chain.from_iterable(group["params"] for group in state_dict["param_groups"]):
+        if key in state_dict["state"]:
+            yield key, state_dict["state"][key]
+
+
+def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}

@@ -1,0 +1,16 @@
+"""Warnings that point at the user's line, past the wrappers that torch, schedulers and compilers put around a step."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+_NOT_THE_USERS = ("grokadamw", "torch", "contextlib", "functools")
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """warnings.warn for the innermost frame that is neither this package's nor torch's."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

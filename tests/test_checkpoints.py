@@ -1,0 +1,358 @@
+"""State dicts of other optimizers and releases, and the files that hold them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import runpy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from grokadamw import GrokAdamW
+from grokadamw.__main__ import main
+from grokadamw.checkpoints import to_adamw, to_grokadamw
+
+from .models import network, train
+
+HERE = Path(__file__).parent / "checkpoints"
+write = runpy.run_path(str(HERE / "write.py"))
+AS_ADAMW = {"lamb": 0.0, "gamma": 0.0, "gradient_clipping": 0.0}
+
+
+def load(name: str) -> Any:
+    return torch.load(HERE / f"{name}.pt", weights_only=True)
+
+
+def continued(name: str, state_dict: Any, make: Any = GrokAdamW, **options: Any) -> dict[str, torch.Tensor]:
+    """The weights of a saved run, continued with a state dict for as long as the run itself was."""
+    model = write["model"]()
+    model.load_state_dict(load(name)["model"])
+    optimizer = make(write["groups"](model, named="0.1.2" not in name), **write["SETTINGS"], **options)
+    optimizer.load_state_dict(state_dict)
+    write["train"](model, optimizer, range(5, 10))
+    return model.state_dict()
+
+
+def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=tolerance, atol=tolerance)
+
+
+# files that older releases wrote
+
+
+@pytest.mark.parametrize("name", ["grokadamw-0.1.2", "grokadamw-0.1.2-resumed"])
+def test_a_run_of_the_published_release_goes_on(name: str) -> None:
+    """Its weights after five more steps are in the file, too."""
+    saved = load(name)
+    close(continued(name, saved["optimizer"], compat="0.1.2"), saved["later"], 1e-6)
+
+
+def test_a_run_of_an_older_version_goes_on() -> None:
+    saved = load("grokadamw-0.2.0")
+    later = continued("grokadamw-0.2.0", saved["optimizer"])
+    close(later, saved["later"], 1e-6)
+
+
+def test_a_run_of_adamw_goes_on() -> None:
+    saved = load("torch-2.13-adamw")
+    close(continued("torch-2.13-adamw", saved["optimizer"], **AS_ADAMW), saved["later"], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["grokadamw-0.1.2", "grokadamw-0.2.0", "torch-2.13-adamw"])
+def test_a_conversion_leaves_what_it_is_given_alone(name: str) -> None:
+    given = load(name)["optimizer"]
+    before = copy.deepcopy(given)
+    for convert in (to_grokadamw, to_adamw):
+        convert(given)
+        assert repr(given) == repr(before)
+
+
+# the published release
+
+
+def test_nothing_of_the_published_release_is_lost() -> None:
+    given = load("grokadamw-0.1.2-resumed")["optimizer"]
+    converted = to_grokadamw(given)
+    assert list(converted["state"]) == list(range(6))
+    for group, old in zip(converted["param_groups"], given["param_groups"], strict=True):
+        in_use = list(old["state"].items())[-len(old["params"]) :]
+        for key, (param, state) in zip(group["params"], in_use, strict=True):
+            assert converted["state"][key].keys() == {"step", "exp_avg", "exp_avg_sq", "grok_ema"}
+            assert all(converted["state"][key][name] is value for name, value in state.items())
+            assert converted["state"][key]["exp_avg"].shape == param.shape
+        assert {k: v for k, v in old.items() if k != "state"} == group
+
+
+@pytest.mark.parametrize("how", ["too few", "not a multiple", "other steps", "other shapes"])
+def test_a_state_that_nobody_can_tell_whose_it_is_is_refused(how: str) -> None:
+    given = load("grokadamw-0.1.2-resumed")["optimizer"]
+    group = given["param_groups"][0]
+    entries = list(group["state"].items())
+    if how == "other steps":
+        entries[-1][1]["step"] = 2
+    if how == "other shapes":
+        entries[0] = (nn.Parameter(torch.zeros(7)), entries[0][1])
+    group["state"] = dict({"too few": entries[:2], "not a multiple": entries[1:]}.get(how, entries))
+    optimizer = GrokAdamW(write["groups"](write["model"](), named=False))
+    with pytest.raises(ValueError, match=r"0\.1\.2.*param_groups\[0\].*Delete the key 'state'"):
+        optimizer.load_state_dict(given)
+    assert not optimizer.state
+    for group in given["param_groups"]:
+        del group["state"]
+    optimizer.load_state_dict(given)
+    assert not optimizer.state
+
+
+def test_a_run_that_was_saved_before_its_first_step() -> None:
+    given = load("grokadamw-0.1.2")["optimizer"]
+    for group in given["param_groups"]:
+        del group["state"]
+    assert to_grokadamw(given)["state"] == {}
+
+
+# torch.optim.AdamW and Adam
+
+
+@pytest.mark.parametrize("theirs", [torch.optim.AdamW, torch.optim.Adam])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_there_and_back(theirs: Any, dtype: torch.dtype) -> None:
+    """AdamW, ours as AdamW, AdamW again, each going on where the other stopped: one run of AdamW."""
+    model, whole = network(dtype), network(dtype)
+    settings = {"lr": 0.01, "weight_decay": 0.0 if theirs is torch.optim.Adam else 0.1}
+    uninterrupted = theirs(whole.parameters(), **settings)
+    train(whole, range(15), lambda step, loss: uninterrupted.step())
+
+    first = theirs(model.parameters(), **settings)
+    train(model, range(5), lambda step, loss: first.step())
+    ours = GrokAdamW(model.named_parameters(), **AS_ADAMW, lr=7.0)
+    ours.load_state_dict(first.state_dict())
+    assert ours.param_groups[0]["lr"] == 0.01
+    assert not {"amsgrad", "decoupled_weight_decay"} & ours.param_groups[0].keys()
+    train(model, range(5, 10), lambda step, loss: ours.step())
+    second = theirs(model.parameters())
+    second.load_state_dict(to_adamw(ours.state_dict()) if theirs is torch.optim.AdamW else as_adam(ours))
+    assert second.param_groups[0].keys() == first.param_groups[0].keys() | {"param_names"}
+    train(model, range(10, 15), lambda step, loss: second.step())
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-13}[dtype]
+    for a, b in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def as_adam(ours: GrokAdamW) -> dict[str, Any]:
+    """Without weight decay, Adam is AdamW but for the flag."""
+    state_dict = to_adamw(ours.state_dict())
+    for group in state_dict["param_groups"]:
+        group["decoupled_weight_decay"] = False
+    return state_dict
+
+
+def test_the_slow_gradient_starts_at_zero_and_is_left_behind() -> None:
+    saved = load("torch-2.13-adamw")["optimizer"]
+    model = write["model"]()
+    optimizer = GrokAdamW(write["groups"](model, named=True))
+    optimizer.load_state_dict(saved)
+    assert not any("grok_ema" in state for state in optimizer.state.values())
+    write["train"](model, optimizer, range(1))
+    for param, state in optimizer.state.items():
+        assert state["step"] == 6
+        c = optimizer.metrics()["clip_coefficient"]
+        torch.testing.assert_close(state["grok_ema"], (1 - optimizer.metrics()["alpha"]) * c * param.grad)
+    exported = to_adamw(optimizer.state_dict())
+    assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in exported["state"].values())
+    reference = torch.optim.AdamW(write["groups"](model, named=True))
+    assert all(
+        ours.keys() == theirs.keys()
+        for ours, theirs in zip(exported["param_groups"], reference.param_groups, strict=True)
+    )
+
+
+def test_what_a_scheduler_and_hooks_have_added_stays() -> None:
+    saved = load("torch-2.13-adamw")["optimizer"]
+    saved["param_groups"][0]["initial_lr"] = 0.5
+    saved["state"]["a hook's"] = 1
+    for there in (to_grokadamw(saved), to_adamw(to_grokadamw(saved))):
+        assert there["param_groups"][0]["initial_lr"] == 0.5
+        assert there["state"]["a hook's"] == 1
+
+
+def test_adams_tensor_betas_become_numbers() -> None:
+    saved = load("torch-2.13-adamw")["optimizer"]
+    saved["param_groups"][0]["betas"] = (torch.tensor(0.5), torch.tensor(0.75))
+    assert to_grokadamw(saved)["param_groups"][0]["betas"] == (0.5, 0.75)
+
+
+def test_amsgrad_is_refused() -> None:
+    model = network()
+    adam = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    train(model, range(2), lambda step, loss: adam.step())
+    saved = adam.state_dict()
+    optimizer = GrokAdamW(model.parameters())
+    with pytest.raises(ValueError, match="amsgrad=True.*set 'amsgrad' to False"):
+        optimizer.load_state_dict(saved)
+    saved["param_groups"][0]["amsgrad"] = False
+    optimizer.load_state_dict(saved)
+    assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in optimizer.state.values())
+
+
+def test_adams_own_weight_decay_is_doubted() -> None:
+    model = network()
+    adam = torch.optim.Adam(model.parameters(), weight_decay=0.25)
+    with pytest.warns(UserWarning, match=r"weight_decay=0\.25 was Adam's"):
+        to_grokadamw(adam.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        to_grokadamw(torch.optim.AdamW(model.parameters(), weight_decay=0.25).state_dict())
+
+
+def test_another_kind_of_optimizer_is_refused() -> None:
+    model = network()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, range(1), lambda step, loss: sgd.step())
+    with pytest.raises(ValueError, match="another kind.*parameter 0 holds momentum_buffer, and no exp_avg"):
+        GrokAdamW(model.parameters()).load_state_dict(sgd.state_dict())
+
+
+# names
+
+
+def named(order: list[str], dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[tuple[str, nn.Parameter]]]:
+    model = network(dtype)
+    params = dict(model.named_parameters())
+    return model, [(name, params[name.removeprefix("module.")]) for name in order]
+
+
+def test_state_finds_its_parameter_by_name() -> None:
+    """Where both sides have names: in any order, with wrappers or without, and between groups."""
+    names = [name for name, _ in network().named_parameters()]
+    model, params = named(names)
+    optimizer = GrokAdamW([{"params": params[:2], "lr": 0.5}, {"params": params[2:], "lr": 0.25}])
+    train(model, range(3), lambda step, loss: optimizer.step())
+    twin, params = named([f"module.{name}" for name in reversed(names)])
+    other = GrokAdamW([{"params": params[:3]}, {"params": params[3:]}])
+    other.load_state_dict(optimizer.state_dict())
+    ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
+    assert [group["lr"] for group in other.param_groups] == [0.5, 0.25]
+    assert [layer[::2] for layer in other.layer_table()] == [layer[::2] for layer in optimizer.layer_table()]
+    for name in names:
+        for key, value in optimizer.state[ours[name]].items():
+            assert torch.equal(other.state[theirs[name]][key], value)
+
+
+@pytest.mark.parametrize("change", ["one more", "one renamed", "none on one side", "one twice"])
+def test_other_names_go_by_order_as_in_torch(change: str) -> None:
+    names = [name for name, _ in network().named_parameters()]
+    model, params = named(names)
+    optimizer = GrokAdamW(params)
+    train(model, range(2), lambda step, loss: optimizer.step())
+    twin, params = named(names)
+    if change == "one more":
+        params.append(("more", nn.Parameter(torch.zeros(1))))
+    if change == "one renamed":
+        params[0] = ("renamed", params[0][1])
+    if change == "one twice":
+        params[0] = (params[1][0], params[0][1])
+    other = GrokAdamW([p for _, p in params] if change == "none on one side" else params)
+    if change == "one more":
+        with pytest.raises(ValueError, match="doesn't match the size"):
+            other.load_state_dict(optimizer.state_dict())
+        return
+    other.load_state_dict(optimizer.state_dict())
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(optimizer.state[a]["exp_avg"], other.state[b]["exp_avg"])
+
+
+# python -m grokadamw convert
+
+
+def test_a_file_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the README says it: wherever the state dict is, and all else as it was."""
+    name = "grokadamw-0.1.2-resumed"
+    target = tmp_path / "new.pt"
+    subprocess.run([sys.executable, "-m", "grokadamw", "convert", HERE / f"{name}.pt", target], check=True)
+    saved, converted = load(name), torch.load(target, weights_only=True)
+    close(converted["model"], saved["model"], 0)
+    close(continued(name, converted["optimizer"], compat="0.1.2"), saved["later"], 1e-6)
+    assert list(tmp_path.iterdir()) == [target]
+    assert main(["convert", str(target), str(target), "--to", "adamw"]) == 0
+    assert capsys.readouterr().out == f"{target}: 1 optimizer state dict for adamw\n"
+    torch.optim.AdamW(write["groups"](write["model"](), named=False)).load_state_dict(torch.load(target)["optimizer"])
+
+
+def test_state_dicts_are_found_in_lists_and_dicts(tmp_path: Path) -> None:
+    """As Lightning keeps them; a list is a list again, a tuple a tuple."""
+    one = load("torch-2.13-adamw")["optimizer"]
+    before, after = tmp_path / "before.pt", tmp_path / "after.pt"
+    torch.save({"optimizer_states": [one, one], "epoch": 3, "deep": ({"o": one}, [1])}, before)
+    assert main(["convert", str(before), str(after)]) == 0
+    content = torch.load(after)
+    assert (content["epoch"], content["deep"][1]) == (3, [1])
+    for state_dict in [*content["optimizer_states"], content["deep"][0]["o"]]:
+        assert "amsgrad" not in state_dict["param_groups"][0]
+
+
+class Dangerous:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("/tmp/grokadamw-was-here"),)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (Dangerous(), "tensors and plain data alone"),
+        ({"model": {}}, "holds no optimizer state dict"),
+        (b"not a file of torch's", "tensors and plain data alone"),
+        (b"", "tensors and plain data alone"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_that_cannot_be_converted_is_refused(
+    content: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "in.pt", tmp_path / "out.pt"
+    target.write_text("precious")
+    if isinstance(content, bytes):
+        source.write_bytes(content)
+    elif content is not None:
+        torch.save(content, source)
+    assert main(["convert", str(source), str(target)]) == 1
+    assert message in capsys.readouterr().err
+    assert target.read_text() == "precious"
+    assert set(tmp_path.iterdir()) <= {source, target}
+    assert not Path("/tmp/grokadamw-was-here").exists()
+
+
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out.pt"
+    target.write_text("precious")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("No space left on device")))
+    assert main(["convert", str(HERE / "torch-2.13-adamw.pt"), str(target)]) == 1
+    assert target.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_conversions_need_nothing_of_ours() -> None:
+    code = "import sys, runpy; runpy.run_path(sys.argv[1]); assert 'grokadamw' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, HERE.parent.parent / "grokadamw/checkpoints.py"], check=True)
+
+
+def test_a_pickled_optimizer_of_an_older_version_goes_on() -> None:
+    """Its groups lack the keys that came later."""
+    optimizer = GrokAdamW(network().named_parameters())
+    state = optimizer.__getstate__()
+    for where in (state["defaults"], *state["param_groups"]):
+        for name in ("capturable", "fused"):
+            del where[name]
+    older = GrokAdamW.__new__(GrokAdamW)
+    older.__setstate__(pickle.loads(pickle.dumps(state)))
+    for p in older.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    older.step()
+    assert older.param_groups[0]["fused"] is None
