@@ -208,8 +208,10 @@ class GrokAdamW(Optimizer):
         """All of a step but its writing: what is to be called with which tensors and numbers, its state being there."""
         capturing = self._is_capturing()
         found_inf = getattr(self, "found_inf", None)  # GradScaler's, where `_step_supports_amp_scaling` is set
-        if found_inf is not None and self._may_read(found_inf.device) and found_inf.item():
-            return []  # as if this step had not been called
+        if found_inf is not None and self._may_read(found_inf.device):
+            if found_inf.item():
+                return []  # as if this step had not been called
+            found_inf = None
         work = collect(self.param_groups, self._published, self._run.names)  # row 1
         self._check_devices(work, capturing)
         sum_of_squares = update.choose(self.defaults["differentiable"], self.defaults["foreach"]).sum_of_squares

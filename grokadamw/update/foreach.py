@@ -134,10 +134,13 @@ def _corrections(t: list[Any], n: Numbers) -> tuple[list[Any], list[Any]]:
     """√(1 − β2^t) and 1 − β1^t of each tensor, numbers as t is."""
     if not isinstance(t[0], Tensor):
         return [(1 - n.beta2**x) ** 0.5 for x in t], [1 - beta1**x for beta1, x in zip(n.bias_beta1, t, strict=True)]
+    root = list((1 - n.beta2 ** torch.stack(t)).sqrt().unbind())
+    if torch.compiler.is_compiling():  # the compiler makes one launch of these; the logarithm it would compile in
+        return root, [1 - beta1**x for beta1, x in zip(n.bias_beta1, t, strict=True)]
     # on the device for all tensors at once; β^t as exp(t log β), as a list of β would have to be sent there
     logs = [math.log(beta1) if beta1 else -math.inf for beta1 in n.bias_beta1]
     correction = -torch.stack(torch._foreach_mul(t, logs)).expm1()
-    return list((1 - n.beta2 ** torch.stack(t)).sqrt().unbind()), list(correction.unbind())
+    return root, list(correction.unbind())
 
 
 def _amplified(g: _TensorList, mu: list[Tensor], t: list[Any], n: Numbers) -> _TensorList:
@@ -159,7 +162,7 @@ def _mul(tensors: _TensorList, factor: Number) -> _TensorList:
 
 def _average_(averages: list[Tensor], values: _TensorList, weight: Number | list[float], active: Number) -> None:
     """averages ← (1 − weight) · averages + weight · values, in the fewest passes that the kinds of number allow."""
-    if isinstance(weight, list) and len(set(weight)) == 1:
+    if isinstance(weight, list) and not torch.compiler.is_compiling() and len(set(weight)) == 1:
         weight = weight[0]
     if isinstance(weight, list):
         difference: _TensorList = torch._foreach_sub(values, averages)

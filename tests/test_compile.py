@@ -1,0 +1,180 @@
+"""torch.compile(optimizer.step): the eager step's results, from one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+
+from grokadamw import GrokAdamW
+from grokadamw.signals import AccuracyGap
+
+from .models import batch, network, train
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def two_groups(model: torch.nn.Module, **options: Any) -> GrokAdamW:
+    params = list(model.named_parameters())
+    return GrokAdamW([{"params": params[:3]}, {"params": params[3:], "weight_decay": 0.1, "gamma": 0.2}], **options)
+
+
+def run(
+    backend: Any,
+    steps: int = 20,
+    change: Callable[[GrokAdamW, int, torch.Tensor], object] = lambda *_: None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> tuple[list[torch.Tensor], GrokAdamW, list[int]]:
+    """The weights, the optimizer, and how many graphs there were after each step."""
+    model = network(dtype)
+    optimizer = two_groups(model, **options)
+    step = optimizer.step if backend is None else torch.compile(optimizer.step, backend=backend)
+    graphs = []
+
+    def take_step(i: int, loss: torch.Tensor) -> None:
+        change(optimizer, i, loss)
+        step()
+        graphs.append(getattr(backend, "frame_count", 0))
+
+    train(model, range(steps), take_step)
+    return [p.detach() for p in model.parameters()], optimizer, graphs
+
+
+def close(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float = 2e-6) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("foreach", [None, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])
+def test_one_graph_serves_changing_numbers(foreach: bool | None, dtype: torch.dtype, tolerance: float) -> None:
+    """Learning rates, signals and losses, which start late, change at every step: nothing is compiled again."""
+    calls = [0]
+
+    def rising() -> float:
+        calls[0] += 1
+        return 0.05 * calls[0]
+
+    def change(optimizer: GrokAdamW, i: int, loss: torch.Tensor) -> None:
+        calls[0] = i
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 + i % 7)
+        if i > 3:
+            optimizer.record(train_loss=loss, eval_loss=loss * (1.5 + 0.1 * i))
+
+    signals = [rising, lambda train_loss, eval_loss: eval_loss - train_loss]
+    options = {"grokking_signal_fns": signals, "foreach": foreach, "dtype": dtype}
+    eager, reference, _ = run(None, 20, change, **options)
+    assert calls == [20]
+    compiled, optimizer, graphs = run(CompileCounter(), 20, change, **options)
+    assert calls == [20]  # once a step, the compiled ones included
+    assert graphs == [1] * 20
+    close(compiled, eager, tolerance)
+    ours, theirs = optimizer.metrics(), reference.metrics()
+    assert ours == pytest.approx(theirs, rel=10 * tolerance)
+
+
+def test_a_learning_rate_in_a_tensor() -> None:
+    def change(optimizer: GrokAdamW, i: int, loss: torch.Tensor) -> None:
+        optimizer.param_groups[1]["lr"].fill_(1e-3 * (1 + i))
+
+    def options() -> dict[str, Any]:
+        return {"lr": torch.tensor(1e-3), "alpha_init": torch.tensor(0.9)}
+
+    eager, _, _ = run(None, 5, change, **options())
+    compiled, _, graphs = run(CompileCounter(), 5, change, **options())
+    assert graphs == [1] * 5
+    close(compiled, eager)
+
+
+def test_a_beta1_that_is_scheduled_is_compiled_in_once_more() -> None:
+    """As OneCycleLR cycles it; AdamW compiles its step twice then, too."""
+
+    def change(optimizer: GrokAdamW, i: int, loss: torch.Tensor) -> None:
+        for group in optimizer.param_groups:
+            group["betas"] = (0.95 - 0.01 * i, 0.99)
+
+    eager, _, _ = run(None, 10, change)
+    compiled, _, graphs = run(CompileCounter(), 10, change)
+    assert graphs == [1] + [2] * 9
+    close(compiled, eager)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_real_backends(backend: str) -> None:
+    counter = CompileCounterWithBackend(backend)
+    eager, _, _ = run(None, 6)
+    compiled, _, _ = run(counter, 6)
+    assert len([graph for graph in counter.graphs if len(graph.graph.nodes)]) == 1
+    close(compiled, eager)
+
+
+@pytest.mark.filterwarnings("ignore:a step was skipped")
+def test_what_is_not_compiled_works_as_ever() -> None:
+    """A skipped step, a parameter without a gradient, checkpoints, and GradScaler's numbers, around compiled steps."""
+
+    def change(optimizer: GrokAdamW, i: int, loss: torch.Tensor) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if i == 2:
+            params[0].grad.fill_(torch.nan)
+        if i == 3:
+            params[1].grad = None
+        if i == 4:
+            optimizer.load_state_dict(optimizer.state_dict())
+        if i == 5:
+            for p in params:
+                p.grad *= 4.0
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+        if i == 6:
+            optimizer.found_inf.fill_(1.0)
+        if i == 7:
+            del optimizer.grad_scale, optimizer.found_inf
+
+    eager, reference, _ = run(None, 9, change, grokking_signal_fns=AccuracyGap())
+    compiled, optimizer, _ = run(CompileCounter(), 9, change, grokking_signal_fns=AccuracyGap())
+    close(compiled, eager)
+    assert optimizer.metrics()["skipped_steps"] == reference.metrics()["skipped_steps"] == 1
+    assert optimizer.metrics()["step"] == 7
+
+
+def test_a_closure() -> None:
+    def trained(compiled: bool) -> list[torch.Tensor]:
+        model = network()
+        optimizer = two_groups(model)
+        step = torch.compile(optimizer.step, backend=CompileCounter()) if compiled else optimizer.step
+        for i in range(3):
+            x, y = batch(i)
+
+            def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = (model(x) - y).square().mean()
+                loss.backward()
+                return loss
+
+            assert step(closure) > 0
+        return [p.detach() for p in model.parameters()]
+
+    close(trained(True), trained(False))
+
+
+def test_complex_parameters() -> None:
+    def trained(compiled: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(3, 4, dtype=torch.complex64))
+        optimizer = GrokAdamW([p], lr=0.01)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for _ in range(3):
+            p.grad = torch.randn_like(p)
+            step()
+        return [torch.view_as_real(p.detach())]
+
+    close(trained(True), trained(False))
