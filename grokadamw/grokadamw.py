@@ -42,10 +42,8 @@ class _Run:
     """
 
     signals: Signals
-    signal: Number | None = None  # GS_t, as update_signals found it
-    alphas: list[Number] = field(default_factory=list)  # α_t of each group, which follow from it
-    captured: dict[int, Tensor] = field(default_factory=dict)  # the α that a CUDA graph reads, by group
     last: metrics.LastStep = metrics.LastStep()
+    captured: dict[int, Tensor] = field(default_factory=dict)  # the α that a CUDA graph reads, by group
     layers_checked: bool = False
     skipped: Tensor | None = None  # counts the steps skipped on a device that were not yet read back
     names: dict[Tensor, str] = field(default_factory=dict)  # of parameters, as set_layers found them
@@ -225,8 +223,7 @@ class GrokAdamW(Optimizer):
         finite = self._finite(work, norms, found_inf)
         if not capturing:
             self.update_signals()  # rows 4 and 5
-        run = self._run
-        run.last = metrics.LastStep(run.signal, run.alphas, detached(norms), detached(clips))
+        self._run.last = self._run.last._replace(norms=detached(norms), clips=detached(clips))
         if finite is False:
             self._count_skipped(1)
             return []
@@ -235,7 +232,7 @@ class GrokAdamW(Optimizer):
         for w, clip in zip(work, clips, strict=True):
             implementation = update.choose(self.defaults["differentiable"], w.group["foreach"])
             for tensors, beta1 in alike(w, map(self.state.__getitem__, w.params)):
-                alpha = run.alphas[w.group_index]
+                alpha = self._run.last.alphas[w.group_index]
                 numbers = self._numbers(tensors, w, beta1, alpha, product(clip, unscale), finite)
                 if compiling:
                     numbers = _prepared_for_compiling(tensors, numbers)
@@ -250,12 +247,11 @@ class GrokAdamW(Optimizer):
         between replays, at the steps whose signals are to be heard; α stays as it is in between. With several
         processes, call it on all of them.
         """
-        run = self._run
-        run.signal, alphas = filter_memories(run.signals, self.param_groups, self._published)
+        signal, alphas = filter_memories(self._run.signals, self.param_groups, self._published)
         for i, group in enumerate(self.param_groups):
             if group["capturable"] and group["params"]:
                 alphas[i] = self._captured(i, alphas[i])
-        run.alphas = alphas
+        self._run.last = self._run.last._replace(signal=signal, alphas=alphas)
 
     def _captured(self, i: int, alpha: Number) -> Tensor:
         """The i-th group's α in the tensor that a CUDA graph reads it from."""
@@ -280,7 +276,7 @@ class GrokAdamW(Optimizer):
                     f"If capturable=True, params and state_steps must be on supported devices: {supported}, and "
                     f"param_groups[{w.group_index}] has some that are not: leave capturable out there"
                 )
-            if capturing and (not self._run.alphas or any("step" not in self.state.get(p, {}) for p in w.params)):
+            if capturing and (not self._run.last.alphas or any("step" not in self.state.get(p, {}) for p in w.params)):
                 raise RuntimeError(
                     "a CUDA graph of step() needs its state: before capturing, take a few steps on a side stream, as "
                     "torch.cuda.graph asks for anyway; after loading a checkpoint, call update_signals()"
@@ -488,7 +484,7 @@ class GrokAdamW(Optimizer):
         return layers.table(self.param_groups, self._run.names)
 
     def metrics(self) -> dict[str, float]:
-        """What the last step did, as plain floats. Reading them waits for the device.
+        """What the last step did, or :meth:`update_signals` since, as plain floats. Reading them waits for the device.
 
         ``step`` (steps taken, the most of any parameter), ``signal`` (GS), ``signal/<name>`` (each function's last
         usable value), ``alpha`` (α), ``grad_norm`` (N, before clipping), ``clip_coefficient`` (c), ``skipped_steps``,
@@ -557,7 +553,7 @@ class GrokAdamW(Optimizer):
             super().load_state_dict(state_dict)
         if self._run.skipped is not None:
             self._run.skipped.zero_()
-        self._run.signal, self._run.alphas, self._run.last = None, [], metrics.LastStep()
+        self._run.last = metrics.LastStep()
         self._run.signals.values.clear()
         self._run.signals.load(self.param_groups[0]["signal_state"])
 

@@ -24,7 +24,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "grok_ema")
 
 
 def prepare(state: State, param: Tensor, published: bool, with_slow_gradient: bool) -> None:
-    """Fill in what a step needs, at zero. A state of another shape raises RuntimeError."""
+    """Fill in what a step needs, at zero. RuntimeError for a state of another shape, and for an expanded parameter."""
     for name in MOMENTS:
         if name in state and state[name].shape != param.shape:
             raise RuntimeError(
@@ -39,6 +39,11 @@ def prepare(state: State, param: Tensor, published: bool, with_slow_gradient: bo
         if name not in state
     }
     if "step" not in state:
+        if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} keeps several of its elements "
+                "in one place, where they cannot be updated apart: make it of a clone()"
+            )
         new = {"step": torch.zeros((), dtype=torch.float32, device=_step_device(param)), **new}
     state.update(new)  # all of it or, where memory has run out, none
 

@@ -419,6 +419,179 @@ def test_a_group_is_not_written_into() -> None:
     GrokAdamW(groups, nonfinite="raise")
 
 
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "transposed": lambda x: x.t().contiguous().t(),
+    "every other": lambda x: torch.stack([x, x], dim=-1).flatten(1)[:, ::2],
+    "columns of a wider one": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    "expanded": lambda x: x[:1, :1].expand_as(x),
+    "expanded rows": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("of_grad", LAYOUTS)
+@pytest.mark.parametrize("of_param", [name for name in LAYOUTS if not name.startswith("expanded")])
+def test_strides_do_not_matter(of_param: str, of_grad: str, foreach: bool) -> None:
+    torch.manual_seed(0)
+    value = torch.randn(3, 4)
+    strided = LAYOUTS[of_param](value).detach()
+    ours, theirs = nn.Parameter(strided), nn.Parameter(value.clone())
+    assert ours.stride() == strided.stride()
+    optimizer, adamw = GrokAdamW([ours], **AS_ADAMW, foreach=foreach), torch.optim.AdamW([theirs])
+    for _ in range(3):
+        ours.grad = LAYOUTS[of_grad](torch.randn(3, 4))
+        theirs.grad = ours.grad.contiguous()
+        optimizer.step()
+        adamw.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_a_parameter_that_overlaps_itself_is_refused() -> None:
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1).expand(3))
+    optimizer = GrokAdamW([("first", first), ("second", second)])
+    set_gradients([first, second])
+    with pytest.raises(RuntimeError, match=r"shape \(3,\).*several.*clone\(\)"):
+        optimizer.step()
+    assert first.tolist() == [1, 1]
+
+
+def test_one_element_with_any_stride_does_not_overlap() -> None:
+    p = nn.Parameter(torch.ones(1, 1).expand(1, 1))
+    set_gradients([p])
+    GrokAdamW([p]).step()
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("given", [0.9, torch.tensor(0.9), torch.tensor([0.9], dtype=torch.float64)])
+def test_alpha_may_be_a_tensor(given: Any, foreach: bool) -> None:
+    params, kind = parameters(1), copy.deepcopy(given)
+    optimizer = GrokAdamW(params, alpha_init=kind, grokking_signal_fns=lambda: 1.0, foreach=foreach)
+    set_gradients(params)
+    optimizer.step()
+    assert optimizer.metrics()["alpha"] == pytest.approx(0.9 * np.exp(-0.1), rel=1e-7)
+    if isinstance(kind, torch.Tensor):
+        kind.fill_(0.5)
+        assert optimizer.metrics()["alpha"] == pytest.approx(0.9 * np.exp(-0.1), rel=1e-7)  # it was, then
+        optimizer.step()
+        assert optimizer.metrics()["alpha"] == pytest.approx(0.5 * np.exp(-0.1), rel=1e-7)
+
+
+# the slow gradient, on and off
+
+
+def test_amplification_is_switched_off_and_on_in_mid_run() -> None:
+    """While λ is 0 the step is AdamW's, and μ goes on: back at 2, it is as old as the run."""
+    params, twins = parameters(1), parameters(1)
+    optimizer = GrokAdamW(params, gamma=0.0, gradient_clipping=0.0, lamb=2.0)
+    always = GrokAdamW(twins, gamma=0.0, gradient_clipping=0.0, lamb=2.0)
+    for step, lamb in enumerate([2.0, 2.0, 0.0, 0.0, 2.0]):
+        optimizer.param_groups[0]["lamb"] = lamb
+        set_gradients(params, step)
+        set_gradients(twins, step)
+        before = {name: value.clone() for name, value in optimizer.state[params[0]].items()}
+        optimizer.step()
+        always.step()
+        state = optimizer.state[params[0]]
+        assert torch.equal(state["grok_ema"], always.state[twins[0]]["grok_ema"])
+        if lamb == 0:
+            g = params[0].grad
+            torch.testing.assert_close(state["exp_avg"], 0.9 * before["exp_avg"] + 0.1 * g)
+            torch.testing.assert_close(state["exp_avg_sq"], 0.999 * before["exp_avg_sq"] + 0.001 * g.square())
+
+
+def test_the_slow_gradient_can_be_freed_and_begins_again_at_zero() -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params, gradient_clipping=0.0)
+    for step in range(3):
+        set_gradients(params, step)
+        optimizer.step()
+    optimizer.param_groups[0]["lamb"] = 0.0
+    optimizer.free_slow_gradient()
+    optimizer.step()
+    for state in optimizer.state.values():
+        assert list(state) == ["step", "exp_avg", "exp_avg_sq"]
+    through_a_file(optimizer.state_dict())
+    optimizer.param_groups[0]["lamb"] = 2.0
+    optimizer.step()
+    for p in params:
+        torch.testing.assert_close(optimizer.state[p]["grok_ema"], (1 - 0.98) * p.grad)
+        assert optimizer.state[p]["step"] == 5
+
+
+# what comes in training
+
+
+def test_a_loss_spike_does_not_end_the_run() -> None:
+    """One gradient ten million times too large: clipped, so that no moment remembers it for long."""
+
+    def losses(spike: float) -> list[float]:
+        model, seen = network(), []
+        optimizer = GrokAdamW(model.named_parameters(), lr=0.01)
+
+        def take_step(step: int, loss: torch.Tensor) -> None:
+            seen.append(loss.item())
+            if step == 50:
+                for p in model.parameters():
+                    p.grad *= spike
+                loss = loss * spike
+            optimizer.record(train_loss=loss, eval_loss=1.1 * loss)
+            optimizer.step()
+
+        train(model, range(200), take_step)
+        return seen
+
+    spiked, smooth = losses(1e7), losses(1.0)
+    assert max(spiked[51:60]) < 1.5 * max(smooth[51:60])
+    assert sum(spiked[150:]) < 1.1 * sum(smooth[150:])
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("at", range(5))
+@pytest.mark.filterwarnings("ignore:a step was skipped")
+def test_an_infinite_gradient_at_any_step_has_not_been(at: int, foreach: bool) -> None:
+    def run(with_it: bool) -> list[torch.Tensor]:
+        model = network()
+        optimizer = GrokAdamW(model.named_parameters(), foreach=foreach)
+
+        def take_step(step: int, loss: torch.Tensor) -> None:
+            if step == at and with_it:
+                kept = [p.grad.clone() for p in model.parameters()]
+                for p in model.parameters():
+                    p.grad[0] = torch.inf
+                optimizer.step()
+                for p, grad in zip(model.parameters(), kept, strict=True):
+                    p.grad.copy_(grad)
+            optimizer.step()
+
+        train(model, range(5), take_step)
+        return [*model.parameters(), *(x for state in optimizer.state.values() for x in state.values())]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_zero_gradient_forever_decays_and_stays_finite(dtype: torch.dtype, foreach: bool) -> None:
+    p = nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer = GrokAdamW([p], lr=0.125, weight_decay=0.25, grokking_signal_fns=SlowGradient(every=1), foreach=foreach)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    p.grad.zero_()
+    for _ in range(3000):
+        optimizer.step()
+    assert p.isfinite().all()
+    assert all(value.isfinite().all() for value in optimizer.state[p].values())
+    assert p.abs().max() < 1e-3
+
+    untouched = nn.Parameter(torch.ones(3, dtype=dtype))
+    untouched.grad = torch.zeros_like(untouched)
+    optimizer = GrokAdamW([untouched], weight_decay=0.0, foreach=foreach)
+    for _ in range(100):
+        optimizer.step()
+    assert untouched.tolist() == [1, 1, 1]
+
+
 def test_no_graph_outlives_a_differentiable_step() -> None:
     p = torch.ones(2, dtype=torch.float64)
     optimizer = GrokAdamW([p], differentiable=True)

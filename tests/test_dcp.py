@@ -1,0 +1,161 @@
+"""torch.distributed.checkpoint, which has the state built by a step that must do nothing else."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+
+from grokadamw import GrokAdamW
+from grokadamw.signals import AccuracyGap, SlowGradient
+
+from .models import network, train
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        warnings.filterwarnings("ignore", ".*(TypedStorage|_shard|deprecated).*")
+        yield
+
+
+class Counted:
+    """A signal that counts its calls, in its state too."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> float:
+        self.calls += 1
+        return 0.1 * self.calls
+
+    def state_dict(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.calls = state["calls"]
+
+
+def split(model: nn.Module, **options: Any) -> GrokAdamW:
+    params = list(model.named_parameters())
+    return GrokAdamW([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}], lr=0.01, **options)
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_step_that_builds_state_does_nothing_else(tensor_lr: bool, nonfinite: str, compiled: bool) -> None:
+    model, signal = network(), Counted()
+    lr: Any = torch.tensor(0.0) if tensor_lr else 0.0
+    params = list(model.named_parameters())
+    optimizer = GrokAdamW(
+        [{"params": params[:3]}, {"params": params[3:], "lamb": 0.0}],
+        lr=lr,
+        nonfinite=nonfinite,
+        gradient_clipping=0.0,
+        grokking_signal_fns=signal,
+    )
+    for _, p in params:
+        p.grad = torch.zeros_like(p)
+    before = [p.detach().clone() for p in model.parameters()]
+    (torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step)()
+    assert signal.calls == 0
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    for i, (_, p) in enumerate(params):
+        assert list(optimizer.state[p]) == ["step", "exp_avg", "exp_avg_sq"] + ["grok_ema"] * (i < 3)
+        assert not any(value.any() for value in optimizer.state[p].values())
+    assert optimizer.metrics()["step"] == 0
+    optimizer.step()  # now that there is a state, a step like any other
+    assert signal.calls == 1
+    assert optimizer.metrics()["step"] == 1
+
+
+@pytest.mark.parametrize("real", ["a gradient", "a learning rate", "a state"])
+def test_a_first_step_that_is_one(real: str) -> None:
+    """As a warm-up's, whose learning rate is 0."""
+    model, signal = network(), Counted()
+    optimizer = split(model, grokking_signal_fns=signal)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    if real == "a gradient":
+        p.grad.view(-1)[-1] = 1e-30
+    if real == "a learning rate":
+        optimizer.param_groups[1]["lr"] = 1e-9
+    if real == "a state":
+        optimizer.state[p]["step"] = torch.tensor(3.0)
+    optimizer.step()
+    assert signal.calls == 1
+    assert optimizer.metrics()["step"] == (4 if real == "a state" else 1)
+
+
+def test_without_gradients_there_is_nothing_to_build() -> None:
+    optimizer = GrokAdamW(network().parameters(), lr=0.0)
+    optimizer.step()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_run_that_dcp_saved_goes_on(tmp_path: Path, flatten: bool) -> None:
+    """Bit for bit, from a fresh process's optimizer, through real files."""
+    settings = StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def start() -> tuple[nn.Module, GrokAdamW, AccuracyGap]:
+        model, gap = network(), AccuracyGap()
+        signals = [gap, SlowGradient(every=2), Counted(), lambda train_loss, eval_loss: eval_loss - train_loss]
+        return model, split(model, grokking_signal_fns=signals), gap
+
+    model, optimizer, gap = start()
+
+    def take_step(step: int, loss: torch.Tensor) -> None:
+        if step == 2:
+            gap.record(train=0.9, eval=0.2)
+            optimizer.record(train_loss=loss, eval_loss=2 * loss)
+        optimizer.step()
+
+    train(model, range(5), take_step)
+    of_model, of_optimizer = get_state_dict(model, optimizer, options=settings)
+    dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=tmp_path, no_dist=True)
+    train(model, range(5, 10), take_step)
+
+    twin, other, _ = start()
+    of_model, of_optimizer = get_state_dict(twin, other, options=settings)
+    assert other.metrics()["step"] == 0
+    loaded = {"model": of_model, "optimizer": of_optimizer}
+    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(
+        twin, other, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=settings
+    )
+    train(twin, range(5, 10), lambda step, loss: other.step())
+    for a, b in zip(twin.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for name, value in optimizer.state[b].items():
+            assert torch.equal(other.state[a][name], value)
+    assert other.metrics() == optimizer.metrics()
+
+
+@pytest.mark.parametrize("lamb", [0.0, 2.0])
+def test_what_was_never_trained_is_saved_and_loaded(lamb: float) -> None:
+    model = network()
+    optimizer = split(model, lamb=lamb)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    fresh = split(model, lamb=lamb)
+    set_optimizer_state_dict(model, fresh, saved)
+    assert all(("grok_ema" in state) == (lamb > 0) for state in fresh.state.values())
+    train(model, range(1), lambda step, loss: fresh.step())
+    assert fresh.metrics()["step"] == 1
