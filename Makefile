@@ -1,5 +1,6 @@
 # make demo   train the demonstration's three arms, print the table, draw the picture
 # make test   lint, type check and test
+# make test-all   the same with what takes long, and a log of it in tests/test-all.log
 # Each makes its own environment in .venv, and needs Python 3.11 or newer.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test clean
+.PHONY: demo test test-all clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m benchmarks.grokking.demo
@@ -17,6 +18,9 @@ test: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+test-all: $(VENV)/ready
+	set -o pipefail; $(BIN)/pytest -m "long or not long" --durations 10 --color no 2>&1 | tee tests/test-all.log
 
 # torch comes first and exactly, so that nothing else chooses its build. Release 0.1.2 lies in a folder of its own,
 # since it has our name: the tests run it in its own process.

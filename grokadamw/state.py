@@ -39,7 +39,7 @@ def prepare(state: State, param: Tensor, published: bool, with_slow_gradient: bo
         if name not in state
     }
     if "step" not in state:
-        if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+        if param.numel() and any(s == 0 and size > 1 for s, size in zip(param.stride(), param.shape, strict=True)):
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} keeps several of its elements "
                 "in one place, where they cannot be updated apart: make it of a clone()"

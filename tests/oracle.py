@@ -39,25 +39,36 @@ class Oracle:
     """
 
     def __init__(self, groups: list[dict], second_moment: str = "filtered") -> None:
-        self.groups = groups
         self.second_moment = second_moment
         self.skipped = 0
-        self.alphas: list[float] = []
+        self.has_state = False
+        self.alphas = [np.nan]
+        self.groups = []
         for group in groups:
-            group["values"] = [
-                _real(value.astype(complex if np.iscomplexobj(value) else float)) for value in group["values"]
-            ]
-            group["state"] = [{"t": 0, "m": 0.0 * x, "v": 0.0 * x, "mu": None} for x in group["values"]]
+            self.add(group)
+
+    def add(self, group: dict) -> None:
+        group["values"] = [
+            _real(value.astype(complex if np.iscomplexobj(value) else float)) for value in group["values"]
+        ]
+        group["state"] = [{"t": 0, "m": 0.0 * x, "v": 0.0 * x, "mu": None} for x in group["values"]]
+        self.groups.append(group)
 
     def step(self, grads: list[list[np.ndarray | None]], signal: float | None) -> None:
         reals = [[None if g is None else _real(g) for g in group] for group in grads]
-        norm = np.sqrt(sum(np.sum(g**2) for group in reals for g in group if g is not None))
+        given = [g for group in reals for g in group if g is not None]
+        with np.errstate(over="ignore"):
+            norm = np.sqrt(sum(np.sum(g**2) for g in given))
+        if given and not self.has_state and norm == 0 and all(group["lr"] == 0 for group in self.groups):
+            self.has_state = True  # a step that has the state made, and does nothing else
+            return
         self.alphas = [
             g["alpha_init"] * np.exp(-g["grokking_signal_decay_rate"] * max(signal or 0.0, 0.0)) for g in self.groups
         ]
         if not np.isfinite(norm):
             self.skipped += 1
             return
+        self.has_state = self.has_state or bool(given)
         for group, gradients, alpha in zip(self.groups, reals, self.alphas, strict=True):
             clip = min(1.0, group["gradient_clipping"] / (norm + 1e-6)) if group["gradient_clipping"] else 1.0
             for i, g in enumerate(gradients):

@@ -18,13 +18,19 @@ RESULTS = ROOT / "benchmarks/results"
 
 
 @pytest.mark.filterwarnings("error")
-def test_code_blocks_run_one_after_the_other() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 4
+def test_code_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = code_blocks()
+    assert len(blocks) >= 5
     namespace: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["optimizer"].metrics()["step"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def code_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 def test_every_argument_is_in_the_table_with_its_default() -> None:
