@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -105,3 +108,39 @@ def test_shards_train_as_the_whole(tmp_path: Path) -> None:
         assert result["metrics"]["skipped_steps"] == 1
         for name, value in model.state_dict().items():
             torch.testing.assert_close(result["weights"][name], value, rtol=1e-5, atol=1e-6)
+
+
+def _resumed_from(folder: Path, rank: int) -> bool:
+    """Whether a sharded run that was saved and loaded goes on as it would have, on a state that was built for that."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+
+    def start() -> tuple[torch.nn.Module, GrokAdamW]:
+        model = network()
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model, GrokAdamW(model.named_parameters(), lr=0.01, grokking_signal_fns=SlowGradient(every=2))
+
+    model, optimizer = start()
+    train(model, range(3), lambda step, loss: optimizer.step())
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder / "checkpoint")
+    train(model, range(3, 6), lambda step, loss: optimizer.step())
+    twin, other = start()
+    of_model, of_optimizer = get_state_dict(twin, other)
+    built = all(not whole(value).any() for state in other.state.values() for value in state.values())
+    loaded = {"model": of_model, "optimizer": of_optimizer}
+    dcp.load(loaded, checkpoint_id=folder / "checkpoint")
+    set_state_dict(twin, other, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    train(twin, range(3, 6), lambda step, loss: other.step())
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    equal = [torch.equal(whole(a), whole(b)) for a, b in pairs]
+    return built and len(other.state) == 6 and all(equal) and optimizer.metrics() == other.metrics()
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_sharded_checkpoint_goes_on(tmp_path: Path) -> None:
+    assert in_processes(functools.partial(_resumed_from, tmp_path), tmp_path) == [True, True]
