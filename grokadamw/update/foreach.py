@@ -10,7 +10,7 @@ finite is held back by two more.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -39,7 +39,11 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 def step(tensors: Tensors, numbers: Numbers) -> None:
     """Rows 6 to 10 for every tensor, written in place."""
-    for part in _parts(tensors.params):
+    parts = _parts(tensors.params)
+    if len(parts) == 1:
+        _step(tensors, numbers)
+        return
+    for part in parts:
         params, grads, exp_avgs, exp_avg_sqs, grok_emas, steps = tensors
         _step(
             Tensors(
@@ -54,17 +58,18 @@ def step(tensors: Tensors, numbers: Numbers) -> None:
         )
 
 
-def _parts(params: list[Tensor]) -> Iterator[slice]:
+def _parts(params: list[Tensor]) -> list[slice]:
     """The list in parts for a call each: one, but on the CPU, where a long list saves nothing and leaves the cache."""
-    if not params[0].is_cpu:
-        yield slice(None)
-        return
+    if not params[0].is_cpu or torch.compiler.is_compiling():
+        return [slice(None)]
+    parts = []
     start = size = 0
     for end, param in enumerate(params, start=1):
         size += param.numel()
         if size >= _BLOCK or end == len(params):
-            yield slice(start, end)
+            parts.append(slice(start, end))
             start, size = end, 0
+    return parts
 
 
 def _step(tensors: Tensors, numbers: Numbers) -> None:

@@ -115,9 +115,9 @@ def test_agrees_with_the_reference(implementation: Any, dtype: torch.dtype, case
 
 def test_long_lists_are_cut_for_the_cache_and_lose_nothing() -> None:
     sizes = [10, foreach._BLOCK, 5, 5, foreach._BLOCK - 1, 1, 7]
-    parts = list(foreach._parts([torch.empty(size) for size in sizes]))
+    parts = foreach._parts([torch.empty(size) for size in sizes])
     assert [sizes[part] for part in parts] == [sizes[:2], sizes[2:5], sizes[5:]]
-    assert list(foreach._parts([torch.empty(size, device="meta") for size in sizes])) == [slice(None)]
+    assert foreach._parts([torch.empty(size, device="meta") for size in sizes]) == [slice(None)]
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
