@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing the compiler
 from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT, _get_capturable_supported_devices, _use_grad_for_differentiable
+from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
-from . import gradients, layers, metrics, update
+from . import capture, gradients, layers, metrics, update
 from .arguments import HOW_TO_RUN, PER_OPTIMIZER, check_group, check_options, make_plain
 from .filter_memory import Combine, Signal, Signals, filter_memories
 from .notices import warn
-from .numbers import Number, accumulator, as_float, as_number, detached, is_capturing, product, reads_are_free
+from .numbers import Number, as_float, as_number, detached, product, reads_are_free
 from .state import keeping_precision, prepare
 from .update.reference import Numbers, Tensors
 from .work import Work, alike, collect
@@ -204,14 +204,16 @@ class GrokAdamW(Optimizer):
     @_disable_dynamo  # so that what changes from step to step comes as tensors, and no value becomes a guard
     def _calls(self, compiling: bool) -> list[tuple[ModuleType, Tensors, Numbers]]:
         """All of a step but its writing: what is to be called with which tensors and numbers, its state being there."""
-        capturing = self._is_capturing()
+        capturing = capture.is_capturing(self)
         found_inf = getattr(self, "found_inf", None)  # GradScaler's, where `_step_supports_amp_scaling` is set
         if found_inf is not None and self._may_read(found_inf.device):
             if found_inf.item():
                 return []  # as if this step had not been called
             found_inf = None
         work = collect(self.param_groups, self._published, self._run.names)  # row 1
-        self._check_devices(work, capturing)
+        capture.check_devices(work)
+        if capturing:
+            capture.check_state(work, self.state, bool(self._run.last.alphas))
         sum_of_squares = update.choose(self.defaults["differentiable"], self.defaults["foreach"]).sum_of_squares
         if not capturing and self._is_for_state_alone(work, sum_of_squares):
             self._make_state()
@@ -235,7 +237,7 @@ class GrokAdamW(Optimizer):
                 alpha = self._run.last.alphas[w.group_index]
                 numbers = self._numbers(tensors, w, beta1, alpha, product(clip, unscale), finite)
                 if compiling:
-                    numbers = _prepared_for_compiling(tensors, numbers)
+                    numbers = capture.for_compiler(tensors, numbers)
                 calls.append((implementation, tensors, numbers))
         return calls
 
@@ -248,39 +250,9 @@ class GrokAdamW(Optimizer):
         processes, call it on all of them.
         """
         signal, alphas = filter_memories(self._run.signals, self.param_groups, self._published)
-        for i, group in enumerate(self.param_groups):
-            if group["capturable"] and group["params"]:
-                alphas[i] = self._captured(i, alphas[i])
+        pairs = zip(self.param_groups, alphas, strict=True)
+        alphas = [capture.in_place(self._run.captured, i, group, alpha) for i, (group, alpha) in enumerate(pairs)]
         self._run.last = self._run.last._replace(signal=signal, alphas=alphas)
-
-    def _captured(self, i: int, alpha: Number) -> Tensor:
-        """The i-th group's α in the tensor that a CUDA graph reads it from."""
-        device = self.param_groups[i]["params"][0].device
-        if i not in self._run.captured:
-            self._run.captured[i] = torch.zeros((), dtype=accumulator(device), device=device)
-        place = self._run.captured[i]
-        return place.copy_(alpha, non_blocking=True) if isinstance(alpha, Tensor) else place.fill_(alpha)
-
-    def _is_capturing(self) -> bool:
-        """Whether this step becomes part of a CUDA graph. RuntimeError if it must not."""
-        # torch 2.6 knows it by its older name
-        check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
-        check()
-        return is_capturing()
-
-    def _check_devices(self, work: list[Work], capturing: bool) -> None:
-        supported = _get_capturable_supported_devices()
-        for w in work:
-            if w.group["capturable"] and any(param.device.type not in supported for param in w.params):
-                raise RuntimeError(
-                    f"If capturable=True, params and state_steps must be on supported devices: {supported}, and "
-                    f"param_groups[{w.group_index}] has some that are not: leave capturable out there"
-                )
-            if capturing and (not self._run.last.alphas or any("step" not in self.state.get(p, {}) for p in w.params)):
-                raise RuntimeError(
-                    "a CUDA graph of step() needs its state: before capturing, take a few steps on a side stream, as "
-                    "torch.cuda.graph asks for anyway; after loading a checkpoint, call update_signals()"
-                )
 
     def _is_for_state_alone(self, work: list[Work], sum_of_squares: _SumOfSquares) -> bool:
         """Whether torch.distributed.checkpoint takes this step, to have the state made that it loads into.
@@ -339,7 +311,7 @@ class GrokAdamW(Optimizer):
         self._run.layers_checked = True
 
     def _unscale(self) -> Number:
-        """What undoes the loss scale that GradScaler has left in the gradients."""
+        """What undoes the loss scale, where GradScaler has left it in the gradients."""
         scale = getattr(self, "grad_scale", None)
         return 1.0 if scale is None else 1 / as_number(scale, "grad_scale")
 
@@ -355,9 +327,9 @@ class GrokAdamW(Optimizer):
 
     def _finite(self, work: list[Work], norms: list[Number | None], found_inf: Tensor | None) -> bool | Tensor:
         """Whether this step may be written: a tensor where reading it would make the host wait."""
-        unscaled = None if found_inf is None else found_inf.reshape(()) == 0  # GradScaler found no infinity
+        none_found = None if found_inf is None else found_inf.reshape(()) == 0
         if self._nonfinite == "propagate" or not norms or norms[0] is None:
-            return True if unscaled is None else unscaled
+            return True if none_found is None else none_found
         finite = gradients.is_finite(norms[0])
         if self._nonfinite == "raise" and not finite:
             pairs = chain.from_iterable(zip(w.params, w.grads, strict=True) for w in work)
@@ -368,13 +340,13 @@ class GrokAdamW(Optimizer):
             )
         if isinstance(finite, Tensor):
             skipped = torch.logical_not(finite)
-            if unscaled is not None:  # what GradScaler finds, it expects, and counts itself
-                unscaled = unscaled.to(finite.device)
-                skipped = torch.logical_and(skipped, unscaled)
+            if none_found is not None:  # what GradScaler finds, it expects, and counts itself
+                none_found = none_found.to(finite.device)
+                skipped = torch.logical_and(skipped, none_found)
             if self._run.skipped is None:
                 self._run.skipped = torch.zeros((), dtype=torch.int64, device=finite.device)
             self._run.skipped.add_(skipped.to(self._run.skipped.device))  # in place, for CUDA graphs
-        return finite if unscaled is None else torch.logical_and(unscaled, torch.as_tensor(finite))
+        return finite if none_found is None else torch.logical_and(none_found, torch.as_tensor(finite))
 
     def _numbers(
         self, tensors: Tensors, w: Work, beta1: list[float], alpha: Number, clip: Number, finite: bool | Tensor
@@ -601,16 +573,3 @@ class GrokAdamW(Optimizer):
         copied._run.names = copy.deepcopy(self._run.names, memo)
         copied._run.last, copied._run.layers_checked = self._run.last, self._run.layers_checked
         return copied
-
-
-def _prepared_for_compiling(tensors: Tensors, numbers: Numbers) -> Numbers:
-    """Numbers that change from step to step as tensors; tensors that stay where they are marked so, for CUDA graphs."""
-    for stays in (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas or [], tensors.steps):
-        for tensor in stays:
-            torch._dynamo.mark_static_address(tensor)
-    device = tensors.params[0].device
-    kind: Any = {"dtype": accumulator(device), "device": device}
-    lr, alpha, clip = (
-        x if isinstance(x, Tensor) else torch.full((), x, **kind) for x in (numbers.lr, numbers.alpha, numbers.clip)
-    )
-    return numbers._replace(lr=lr, alpha=alpha, clip=clip)

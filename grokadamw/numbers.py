@@ -18,11 +18,6 @@ def reads_are_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def is_capturing() -> bool:
-    """Whether what is launched now becomes part of a CUDA graph, and nothing can be read back."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 def accumulator(device: torch.device) -> torch.dtype:
     """The dtype that squares are summed in, and numbers kept in: float64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64

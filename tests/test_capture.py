@@ -41,8 +41,8 @@ def test_capturable_is_for_accelerators() -> None:
 def as_if_captured(monkeypatch: pytest.MonkeyPatch, nothing_is_free_to_read: None) -> list[bool]:
     """Treats the CPU as a device that graphs are captured on, while the list holds True."""
     capturing = [False]
-    monkeypatch.setattr("grokadamw.grokadamw.is_capturing", lambda: capturing[0])
-    monkeypatch.setattr("grokadamw.grokadamw._get_capturable_supported_devices", lambda: ["cpu"])
+    monkeypatch.setattr("grokadamw.capture.is_capturing", lambda optimizer: capturing[0])
+    monkeypatch.setattr("grokadamw.capture._get_capturable_supported_devices", lambda: ["cpu"])
     return capturing
 
 

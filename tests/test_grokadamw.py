@@ -223,6 +223,18 @@ def test_autograd_passes_through_the_step(clipping: float) -> None:
     assert torch.autograd.gradcheck(end, (start, grads))
 
 
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_are_reset_in_both_ways(set_to_none: bool, foreach: bool | None) -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params, foreach=foreach)
+    set_gradients(params)
+    grads = [p.grad for p in params]
+    optimizer.zero_grad(set_to_none=set_to_none)
+    assert all((p.grad is None) if set_to_none else (p.grad is g) for p, g in zip(params, grads, strict=True))
+    assert set_to_none or not any(g.any() for g in grads)
+
+
 def test_a_zero_gradient_has_a_derivative_too() -> None:
     """Once v is above 0: the norm's root must not spoil it."""
     p = torch.ones(3, dtype=torch.float64)

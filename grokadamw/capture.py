@@ -1,0 +1,71 @@
+"""Steps that run again without Python: replays of a CUDA graph, and what torch.compile makes of a step.
+
+Nothing is read back in them, and what changes from one to the next stays in its place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _get_capturable_supported_devices
+
+from .numbers import Number, accumulator
+from .update.reference import Numbers, Tensors
+from .work import Work
+
+
+def is_capturing(optimizer: Optimizer) -> bool:
+    """Whether a CUDA graph is being captured. RuntimeError where the optimizer was not made for that."""
+    newer = getattr(optimizer, "_accelerator_graph_capture_health_check", None)  # torch 2.6 has an older name for it
+    (newer or optimizer._cuda_graph_capture_health_check)()
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def check_devices(work: list[Work]) -> None:
+    """Raise RuntimeError where a group is to be captured and cannot be, in the words of torch's optimizers."""
+    for w in work:
+        supported = _get_capturable_supported_devices() if w.group["capturable"] else []
+        if w.group["capturable"] and any(param.device.type not in supported for param in w.params):
+            raise RuntimeError(
+                f"If capturable=True, params and state_steps must be on supported devices: {supported}, and "
+                f"param_groups[{w.group_index}] has some that are not: leave capturable out there"
+            )
+
+
+def check_state(work: list[Work], state: dict[Tensor, Any], has_alphas: bool) -> None:
+    """Raise RuntimeError where a capture would make the state, and every replay make it anew."""
+    if not has_alphas or any("step" not in state.get(param, {}) for w in work for param in w.params):
+        raise RuntimeError(
+            "a CUDA graph of step() needs its state: before capturing, take a few steps on a side stream, as "
+            "torch.cuda.graph asks for anyway; after loading a checkpoint, call update_signals()"
+        )
+
+
+def in_place(places: dict[int, Tensor], i: int, group: dict[str, Any], alpha: Number) -> Number:
+    """α of the i-th group, where a graph of that group reads it."""
+    if not group["capturable"] or not group["params"]:
+        return alpha
+    if i not in places:
+        device = group["params"][0].device
+        places[i] = torch.zeros((), dtype=accumulator(device), device=device)
+    return places[i].copy_(alpha, non_blocking=True) if isinstance(alpha, Tensor) else places[i].fill_(alpha)
+
+
+def for_compiler(tensors: Tensors, numbers: Numbers) -> Numbers:
+    """The numbers that change from step to step as tensors, whose values are no guards.
+
+    Marks parameters and state as what stays in its place, as torch does for its own optimizers: a CUDA graph that the
+    compiler makes then needs no copies of them.
+    """
+    for stays in (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas or [], tensors.steps):
+        for tensor in stays:
+            torch._dynamo.mark_static_address(tensor)
+    device = tensors.params[0].device
+    lr, alpha, clip = (
+        x if isinstance(x, Tensor) else torch.full((), x, dtype=accumulator(device), device=device)
+        for x in (numbers.lr, numbers.alpha, numbers.clip)
+    )
+    return numbers._replace(lr=lr, alpha=alpha, clip=clip)
