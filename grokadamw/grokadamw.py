@@ -215,7 +215,7 @@ class GrokAdamW(Optimizer):
         if capturing:
             capture.check_state(work, self.state, bool(self._run.last.alphas))
         sum_of_squares = update.choose(self.defaults["differentiable"], self.defaults["foreach"]).sum_of_squares
-        if not capturing and self._is_for_state_alone(work, sum_of_squares):
+        if self._is_for_state_alone(work, sum_of_squares):
             self._make_state()
             return []
         self._check_layers()

@@ -79,7 +79,9 @@ def test_bit_for_bit_the_run_without_those_steps(
 @pytest.mark.usefixtures("nothing_is_free_to_read")
 @pytest.mark.parametrize("amp", [True, False])
 @pytest.mark.parametrize("foreach", [True, False])
-@pytest.mark.parametrize("options", [{}, {"nonfinite": "propagate", "gradient_clipping": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"nonfinite": "raise"}, {"nonfinite": "propagate", "gradient_clipping": 0.0}], ids=str
+)
 def test_where_reading_would_make_the_host_wait(amp: bool, foreach: bool, options: dict[str, Any]) -> None:
     """GradScaler's overflow is not one of the skipped steps that metrics count: it counts its own."""
     theirs = run([False] * 4, amp, foreach=foreach, **options)

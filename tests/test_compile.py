@@ -146,6 +146,14 @@ def test_what_is_not_compiled_works_as_ever() -> None:
     assert optimizer.metrics()["step"] == 7
 
 
+def test_what_stays_in_its_place_is_marked_so() -> None:
+    """As torch marks it for its own optimizers, so that a CUDA graph of the compiler's makes no copies."""
+    _, optimizer, _ = run(CompileCounter(), 1)
+    for param, state in optimizer.state.items():
+        for tensor in (param, *state.values()):
+            assert torch._dynamo.utils.get_static_address_type(tensor) is not None
+
+
 def test_a_closure() -> None:
     def trained(compiled: bool) -> list[torch.Tensor]:
         model = network()

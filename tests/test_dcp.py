@@ -105,9 +105,11 @@ def test_a_first_step_that_is_one(real: str) -> None:
 
 
 def test_without_gradients_there_is_nothing_to_build() -> None:
-    optimizer = GrokAdamW(network().parameters(), lr=0.0)
+    signal = Counted()
+    optimizer = GrokAdamW(network().parameters(), lr=0.0, grokking_signal_fns=signal)
     optimizer.step()
     assert not optimizer.state
+    assert signal.calls == 1
 
 
 @pytest.mark.parametrize("flatten", [False, True])

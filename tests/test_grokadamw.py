@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from grokadamw import GrokAdamW
+from grokadamw import GrokAdamW, update
 from grokadamw.signals import AccuracyGap, SlowGradient
 
 from .models import network, train
@@ -404,6 +404,19 @@ def test_foreach_false_is_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     GrokAdamW([p], foreach=False).step()
     with pytest.raises(TypeError):
         GrokAdamW([p], foreach=True).step()
+
+
+def test_groups_may_be_run_in_different_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(2)
+    optimizer = GrokAdamW([{"params": params[:1], "foreach": False}, {"params": params[1:]}])
+    set_gradients(params)
+    seen = []
+    for name in ("reference", "foreach"):
+        module = getattr(update, name)
+        step = module.step
+        monkeypatch.setattr(module, "step", lambda t, n, name=name, step=step: (seen.append(name), step(t, n)))
+    optimizer.step()
+    assert seen == ["reference", "foreach"]
 
 
 def test_propagate_without_clipping_reads_no_norm() -> None:
@@ -985,6 +998,18 @@ def test_load_hooks_see_what_is_loaded() -> None:
     )
     optimizer.load_state_dict(saved)
     assert seen == [(torch.float32, 9.0)]
+
+
+def test_how_to_run_is_not_a_checkpoints_affair() -> None:
+    model, optimizer = trained(foreach=False)
+    _, other = trained()
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["foreach"] is None
+    saved = optimizer.state_dict()
+    for name in ("foreach", "fused", "capturable"):
+        del saved["param_groups"][0][name]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["foreach"] is False
 
 
 def test_options_of_the_whole_optimizer_stay_as_constructed() -> None:
