@@ -75,7 +75,7 @@ def test_a_captured_step_hears_no_signal_and_reads_alpha_where_it_is_set(as_if_c
 def test_what_a_graph_reads_and_writes_stays_in_its_place(as_if_captured: list[bool]) -> None:
     """α, and the count of skipped steps, which reading it sets back to 0."""
     params = parameters()
-    optimizer = GrokAdamW(params, capturable=True)
+    optimizer = GrokAdamW([{"params": params}, {"params": []}], capturable=True)
     set_gradients(params, 0)
     optimizer.step()
     places = [optimizer._run.last.alphas[0].data_ptr(), optimizer._run.skipped.data_ptr()]

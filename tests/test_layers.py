@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import linecache
 import re
 import warnings
 
@@ -238,10 +239,23 @@ def test_one_warning_where_beta1_has_fallen_far() -> None:
         UserWarning, match=r"named_parameters\(\).*set_layers\(model\).*gamma of at most 0\.06"
     ) as caught:
         step(optimizer, model)
-    assert caught[0].filename == __file__
+    assert linecache.getline(caught[0].filename, caught[0].lineno) == "    optimizer.step()\n"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(optimizer, model)
+
+
+def test_a_warning_points_past_schedulers_and_compilers() -> None:
+    for wrapped in ("scheduler", "compiler"):
+        model = deep()
+        optimizer = GrokAdamW(model.parameters())
+        if wrapped == "scheduler":
+            torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        else:
+            optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+        with pytest.warns(UserWarning, match="less than half of betas") as caught:
+            step(optimizer, model)
+        assert linecache.getline(caught[0].filename, caught[0].lineno) == "    optimizer.step()\n"
 
 
 @pytest.mark.parametrize("way_out", ["names", "set_layers", "gamma", "compat"])

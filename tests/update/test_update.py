@@ -113,11 +113,13 @@ def test_agrees_with_the_reference(implementation: Any, dtype: torch.dtype, case
             torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
 
 
-def test_long_lists_are_cut_for_the_cache_and_lose_nothing() -> None:
+def test_long_lists_are_cut_for_the_cache_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [10, foreach._BLOCK, 5, 5, foreach._BLOCK - 1, 1, 7]
     parts = foreach._parts([torch.empty(size) for size in sizes])
     assert [sizes[part] for part in parts] == [sizes[:2], sizes[2:5], sizes[5:]]
     assert foreach._parts([torch.empty(size, device="meta") for size in sizes]) == [slice(None)]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # which cuts as it sees fit
+    assert foreach._parts([torch.empty(size) for size in sizes]) == [slice(None)]
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
