@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,13 +45,7 @@ def convert_file(source: Path, target: Path, conversion: Callable[[StateDict], S
         ValueError: it is no file of torch.save's, holds more than tensors and plain data, or no state dict that can be
             converted. OUT is as it was then.
     """
-    try:
-        content = torch.load(source, map_location="cpu", weights_only=True)  # runs no code that a file may bring
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"it cannot be read as tensors and plain data alone, and nothing else is read: {reason}"
-        ) from None
+    content = _read(source)
     converted, count = _converted(content, conversion)
     if count == 0:
         raise ValueError("it holds no optimizer state dict: nothing in it has 'state' and 'param_groups'")
@@ -66,6 +59,23 @@ def convert_file(source: Path, target: Path, conversion: Callable[[StateDict], S
     finally:
         beside.unlink(missing_ok=True)
     return count
+
+
+def _read(source: Path) -> Any:
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)  # runs no code that a file may bring
+    except OSError:
+        raise
+    except Exception as error:  # what is no file of torch's may raise anything
+        try:
+            names = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source)))
+        except Exception:
+            names = ""
+        if names:
+            raise ValueError(
+                f"it holds {names}: only tensors and plain data are read, as all else could run code"
+            ) from None
+        raise ValueError(f"torch cannot read it: {error!r}") from None
 
 
 def _converted(value: Any, conversion: Callable[[StateDict], StateDict]) -> tuple[Any, int]:

@@ -319,10 +319,11 @@ class Dangerous:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (Dangerous(), "tensors and plain data alone"),
+        (Dangerous(), "it holds builtins.getattr, pathlib.Path, pathlib.PosixPath: only tensors and plain data"),
         ({"model": {}}, "holds no optimizer state dict"),
-        (b"not a file of torch's", "tensors and plain data alone"),
-        (b"", "tensors and plain data alone"),
+        (b"not a file of torch's", "torch cannot read it"),
+        (b"hello", "torch cannot read it"),
+        (b"", "torch cannot read it"),
         (None, "No such file"),
     ],
 )
