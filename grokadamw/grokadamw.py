@@ -19,7 +19,7 @@ from . import capture, gradients, layers, metrics, update
 from .arguments import HOW_TO_RUN, PER_OPTIMIZER, check_group, check_options, make_plain
 from .filter_memory import Combine, Signal, Signals, filter_memories
 from .notices import warn
-from .numbers import Number, as_float, as_number, detached, product, reads_are_free
+from .numbers import Number, accumulator, as_float, as_number, detached, product, reads_are_free
 from .state import keeping_precision, prepare
 from .update.reference import Numbers, Tensors
 from .work import Work, alike, collect
@@ -375,7 +375,7 @@ class GrokAdamW(Optimizer):
             return float(value)
         if self._on_host(value.device) or self._on_host(device):
             return value.item()
-        return value.reshape(()).to(device, non_blocking=True)
+        return value.reshape(()).to(device, accumulator(device), non_blocking=True)
 
     def _may_read(self, device: torch.device) -> bool:
         """Whether the host may read from this device in a step."""

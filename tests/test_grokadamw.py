@@ -256,6 +256,16 @@ def test_lr_may_be_a_tensor() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_a_learning_rate_that_stays_a_tensor_is_not_rounded_with() -> None:
+    ends = []
+    for lr in (torch.tensor(0.02), torch.tensor(0.02).item()):
+        p = torch.ones(1, dtype=torch.float64)
+        p.grad = torch.full_like(p, 0.5)
+        GrokAdamW([p], lr=lr, weight_decay=0.1, differentiable=True).step()
+        ends.append(p.item())
+    assert ends[0] == pytest.approx(ends[1], rel=1e-15)
+
+
 def test_numbers_may_change_while_training() -> None:
     params = parameters()
     optimizer = GrokAdamW(params, amplify_after=5)
