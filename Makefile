@@ -3,6 +3,7 @@
 # make test-all   the same with what takes long, and a log of it in tests/test-all.log
 # Each makes its own environment in .venv, and needs Python 3.11 or newer.
 
+SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -20,7 +21,7 @@ test: $(VENV)/ready
 	$(BIN)/pytest
 
 test-all: $(VENV)/ready
-	set -o pipefail; $(BIN)/pytest -m "long or not long" --durations 10 --color no 2>&1 | tee tests/test-all.log
+	set -o pipefail; $(BIN)/pytest -m "long or not long" -q -rP --no-header --color no | tee tests/test-all.log
 
 # torch comes first and exactly, so that nothing else chooses its build. Release 0.1.2 lies in a folder of its own,
 # since it has our name: the tests run it in its own process.

@@ -175,9 +175,10 @@ class Lifetime(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("foreach", [True, False])
-def test_lifetimes(foreach: bool) -> None:
+@pytest.mark.parametrize("examples", [60, pytest.param(1500, marks=pytest.mark.long)])
+def test_lifetimes(foreach: bool, examples: int) -> None:
     machine = type("Lifetime", (Lifetime,), {"foreach": foreach}).TestCase
-    machine.settings = settings(max_examples=60, stateful_step_count=25)
+    machine.settings = settings(max_examples=examples, stateful_step_count=25)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of skipped steps, signals and layers, which have tests of their own
         machine("runTest").runTest()
