@@ -516,10 +516,16 @@ class GrokAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every state tensor keeps its precision where its parameter has less.
 
-        Signals, and the options of the whole optimizer, stay as they were constructed.
+        Parameters are found by name where both sides have the same names, else by order. Signals, the options of the
+        whole optimizer, ``foreach``, ``fused`` and ``capturable`` stay as they were constructed.
+
+        Args:
+            state_dict: of a GrokAdamW, release 0.1.2's too, or of a :class:`torch.optim.AdamW` or ``Adam``. What that
+                does not know stays as it was, and μ starts at 0. See :mod:`grokadamw.checkpoints`.
 
         Raises:
-            ValueError: groups, parameters or shapes are not those that were saved. Nothing was loaded then.
+            ValueError: groups, parameters or shapes are not those that were saved, or it cannot be gone on from.
+                Nothing was loaded then.
         """
         with keeping_precision(self, self._published):
             super().load_state_dict(state_dict)
