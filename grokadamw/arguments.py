@@ -16,6 +16,10 @@ HOW_TO_RUN = ("foreach", "fused", "capturable")
 _NEVER_IN_A_GROUP = ("grokking_signal_fns", "grokking_signal_fn", "combine")
 
 _NOT_NEGATIVE = ("eps", "weight_decay", "lamb", "grokking_signal_decay_rate", "gradient_clipping")
+_SETTABLE = (
+    *("lr", "betas", "alpha_init", "gamma", "amplify_after", "maximize", "layer", "grokking_signal_fns"),
+    *(*_NOT_NEGATIVE, *HOW_TO_RUN, *PER_OPTIMIZER),
+)
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "second_moment": ("filtered", "raw"),
     "nonfinite": ("skip", "raise", "propagate"),
@@ -92,6 +96,17 @@ def _check_how_to_run(group: dict[str, Any]) -> None:
         raise ValueError(
             "lr as a Tensor is not supported for capturable=False and foreach=True: leave foreach out, or give a number"
         )
+
+
+def settings(group: dict[str, Any]) -> list[Any]:
+    """What may be set by hand, to see when it has changed; of a tensor not the value, which would be waited for."""
+    return [id(value) if isinstance(value, Tensor) else value for value in map(group.get, _SETTABLE)]
+
+
+def check_settings(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """check_group for what was set by hand. The value of a tensor, which may be on a GPU, is not looked at."""
+    tensors = [name for name in ("lr", "alpha_init") if isinstance(group[name], Tensor) and group[name].numel() == 1]
+    check_group({**group, **dict.fromkeys(tensors, 0.0)}, defaults)
 
 
 def make_plain(group: dict[str, Any]) -> None:

@@ -35,13 +35,21 @@ def check_devices(work: list[Work]) -> None:
             )
 
 
-def check_state(work: list[Work], state: dict[Tensor, Any], has_alphas: bool) -> None:
-    """Raise RuntimeError where a capture would make the state, and every replay make it anew."""
-    if not has_alphas or any("step" not in state.get(param, {}) for w in work for param in w.params):
+def check_state(work: list[Work], state: dict[Tensor, Any], has_alphas: bool, nonfinite: str) -> None:
+    """Raise RuntimeError where a capture would read something back, or make state that every replay makes anew."""
+    if nonfinite == "raise":
         raise RuntimeError(
-            "a CUDA graph of step() needs its state: before capturing, take a few steps on a side stream, as "
-            "torch.cuda.graph asks for anyway; after loading a checkpoint, call update_signals()"
+            'nonfinite="raise" reads the gradients back, which a CUDA graph of step() cannot: construct the optimizer '
+            'with nonfinite="skip", which counts such steps'
         )
+    for w in work:
+        needed = {"step", "grok_ema"} if w.group["lamb"] > 0 else {"step"}
+        if not has_alphas or any(needed - state.get(param, {}).keys() for param in w.params):
+            raise RuntimeError(
+                "a CUDA graph of step() needs its state to be there: before capturing, take a few steps on a side "
+                "stream, as torch.cuda.graph asks for anyway; so too after loading a checkpoint, free_slow_gradient(), "
+                "and switching lamb on"
+            )
 
 
 def in_place(places: dict[int, Tensor], i: int, group: dict[str, Any], alpha: Number) -> Number:
@@ -62,7 +70,7 @@ def for_compiler(tensors: Tensors, numbers: Numbers) -> Numbers:
     """
     for stays in (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas or [], tensors.steps):
         for tensor in stays:
-            torch._dynamo.mark_static_address(tensor)
+            torch._dynamo.mark_static_address(tensor, guard=False)
     device = tensors.params[0].device
     lr, alpha, clip = (
         x if isinstance(x, Tensor) else torch.full((), x, dtype=accumulator(device), device=device)

@@ -27,12 +27,19 @@ _OURS = (
     *("second_moment", "amplify_after", "nonfinite", "compat", "layer", "layers"),
     *("train_loss", "eval_loss", "signal_state", "skipped_steps"),
 )
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_NEEDED = ("step", "exp_avg", "exp_avg_sq")
+_KINDS = (
+    "GrokAdamW goes on from torch.optim.AdamW, Adam, and GrokAdamW; from others, start with fresh moments, or give it "
+    "their form"
+)
 
 
 def is_state_dict(value: Any) -> bool:
     """Whether this is an optimizer's state dict."""
-    return isinstance(value, dict) and isinstance(value.get("param_groups"), list) and "state" in value
+    if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
+        return False
+    groups = value.get("param_groups")
+    return isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups)
 
 
 def to_grokadamw(state_dict: StateDict) -> StateDict:
@@ -44,19 +51,24 @@ def to_grokadamw(state_dict: StateDict) -> StateDict:
     Raises:
         ValueError: it cannot be continued without loss. The message says why, and what can be done.
     """
-    if any("state" in group for group in state_dict["param_groups"]):
+    if not is_state_dict(state_dict):
+        raise ValueError(
+            "this is no optimizer's state dict, which has 'state' and 'param_groups': give what state_dict() returned, "
+            "and of a checkpoint the part that holds it"
+        )
+    groups = state_dict["param_groups"]
+    if any("state" in group for group in groups):
         return _from_0_1_2(state_dict)
+    of_adam = any("amsgrad" in group for group in groups)
+    if groups and not of_adam and not any(name in group for group in groups for name in _OURS):
+        raise ValueError(f"state_dict is of another kind of optimizer: its groups have {_listed(groups[0])}. {_KINDS}")
     for key, state in _states(state_dict):
-        missing = [name for name in _MOMENTS if name not in state]
-        if state and missing:
+        if state and not all(name in state for name in _NEEDED):
             raise ValueError(
-                f"state_dict is of another kind of optimizer: the state of parameter {key} holds "
-                f"{', '.join(map(str, state))}, and no {' and no '.join(missing)}. GrokAdamW goes on from "
-                "torch.optim.AdamW, Adam, and GrokAdamW; from others, start with fresh moments"
+                f"state_dict is of another kind of optimizer: its state of parameter {key} has {_listed(state)}. "
+                + _KINDS
             )
-    if any("amsgrad" in group for group in state_dict["param_groups"]):
-        return _from_adam(state_dict)
-    return state_dict
+    return _from_adam(state_dict) if of_adam else state_dict
 
 
 def to_adamw(state_dict: StateDict) -> StateDict:
@@ -82,7 +94,8 @@ def _from_adam(state_dict: StateDict) -> StateDict:
             "state_dict is of an Adam with amsgrad=True, which divides by the largest second moment so far: GrokAdamW "
             "has no such thing. To go on without, set 'amsgrad' to False in each of its groups"
         )
-    groups = [_without(group, (*_HOW_TO_RUN, *_ADAMS_OWN)) for group in state_dict["param_groups"]]
+    ours = {"grokking_signal_fns": None}  # by which it is known
+    groups = [_without(group, (*_HOW_TO_RUN, *_ADAMS_OWN)) | ours for group in state_dict["param_groups"]]
     for group, old in zip(groups, state_dict["param_groups"], strict=True):
         group["betas"] = tuple(map(float, group["betas"]))  # AdamW's may be tensors
         if old.get("decoupled_weight_decay") is False and old["weight_decay"] != 0:
@@ -93,7 +106,7 @@ def _from_adam(state_dict: StateDict) -> StateDict:
                 stacklevel=3,
             )
     states = {
-        key: _without(state, ("max_exp_avg_sq",)) if isinstance(state, dict) else state
+        key: _without(state, ("max_exp_avg_sq", "grok_ema")) if isinstance(state, dict) else state
         for key, state in state_dict["state"].items()
     }
     return {**state_dict, "state": states, "param_groups": groups}
@@ -126,8 +139,8 @@ def _in_use(entries: list[tuple[Tensor, dict[str, Any]]], count: int, i: int) ->
     ):
         raise ValueError(
             f"state_dict is of grokadamw 0.1.2, and param_groups[{i}] does not hold one state for each of its {count} "
-            "parameters, all of one step count: some had no gradient at first, and nothing says which state is whose. "
-            "Delete the key 'state' of each of its groups to go on with fresh moments"
+            "parameters, all of one step count: some had no gradient at first, or never, and nothing says which state "
+            "is whose. Delete the key 'state' of each of its groups to go on with fresh moments"
         )
     return [dict(state) for _, state in last]
 
@@ -137,6 +150,10 @@ def _states(state_dict: StateDict) -> Iterator[tuple[Any, dict[str, Any]]]:
     for key in chain.from_iterable(group["params"] for group in state_dict["param_groups"]):
         if key in state_dict["state"]:
             yield key, state_dict["state"][key]
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

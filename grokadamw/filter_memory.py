@@ -10,7 +10,7 @@ import inspect
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -76,7 +76,7 @@ class Signals:
             functions = [loss_gap]
         elif callable(functions):
             functions = [functions]
-        elif not isinstance(functions, Iterable):
+        elif not isinstance(functions, Iterable) or isinstance(functions, (str, Mapping)):
             raise TypeError(f"grokking_signal_fns={functions!r} is neither a callable nor a list of callables")
         if not callable(combine) and combine not in _COMBINED:
             raise ValueError(

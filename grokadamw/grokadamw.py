@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from types import ModuleType
@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from . import capture, gradients, layers, metrics, update
-from .arguments import HOW_TO_RUN, PER_OPTIMIZER, check_group, check_options, make_plain
+from .arguments import HOW_TO_RUN, PER_OPTIMIZER, check_group, check_options, check_settings, make_plain, settings
 from .filter_memory import Combine, Signal, Signals, filter_memories
 from .notices import warn
 from .numbers import Number, accumulator, as_float, as_number, detached, product, reads_are_free
-from .state import keeping_precision, prepare
+from .state import State, check, keeping_precision, prepare
 from .update.reference import Numbers, Tensors
 from .work import Work, alike, collect
 
@@ -45,6 +45,7 @@ class _Run:
     last: metrics.LastStep = metrics.LastStep()
     captured: dict[int, Tensor] = field(default_factory=dict)  # the α that a CUDA graph reads, by group
     layers_checked: bool = False
+    checked: list[list[Any]] = field(default_factory=list)  # what the groups said when they were last found right
     skipped: Tensor | None = None  # counts the steps skipped on a device that were not yet read back
     names: dict[Tensor, str] = field(default_factory=dict)  # of parameters, as set_layers found them
 
@@ -191,7 +192,8 @@ class GrokAdamW(Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: a gradient is sparse, or not finite with ``nonfinite="raise"``. Nothing was written then.
+            RuntimeError: a gradient is sparse, or not finite with ``nonfinite="raise"``; a parameter overlaps itself.
+            TypeError, ValueError: what was set by hand in a group is not allowed. Nothing was written in any case.
         """
         loss = None
         if closure is not None:
@@ -210,10 +212,17 @@ class GrokAdamW(Optimizer):
             if found_inf.item():
                 return []  # as if this step had not been called
             found_inf = None
+        settings_now = [settings(group) for group in self.param_groups]
+        if settings_now != self._run.checked:
+            for group in self.param_groups:
+                check_settings(group, self.defaults)
+            self._run.checked = settings_now
         work = collect(self.param_groups, self._published, self._run.names)  # row 1
+        for param in chain.from_iterable(w.params for w in work):
+            check(self.state.get(param, {}), param)
         capture.check_devices(work)
         if capturing:
-            capture.check_state(work, self.state, bool(self._run.last.alphas))
+            capture.check_state(work, self.state, bool(self._run.last.alphas), self._nonfinite)
         sum_of_squares = update.choose(self.defaults["differentiable"], self.defaults["foreach"]).sum_of_squares
         if self._is_for_state_alone(work, sum_of_squares):
             self._make_state()
@@ -250,6 +259,11 @@ class GrokAdamW(Optimizer):
         processes, call it on all of them.
         """
         signal, alphas = filter_memories(self._run.signals, self.param_groups, self._published)
+        if self._run.skipped is None:
+            captured = (
+                group["params"][0].device for group in self.param_groups if group["capturable"] and group["params"]
+            )
+            self._run.skipped = next((torch.zeros((), dtype=torch.int64, device=device) for device in captured), None)
         pairs = zip(self.param_groups, alphas, strict=True)
         alphas = [capture.in_place(self._run.captured, i, group, alpha) for i, (group, alpha) in enumerate(pairs)]
         self._run.last = self._run.last._replace(signal=signal, alphas=alphas)
@@ -300,8 +314,14 @@ class GrokAdamW(Optimizer):
 
         With ``lamb`` set to 0 the filter is off, but μ is kept up to date so that it can be switched on again.
         """
-        for state in self.state.values():
+        for _, state in self._states():
             state.pop("grok_ema", None)
+
+    def _states(self) -> Iterator[tuple[Tensor, State]]:
+        """The parameters that have a state, with it; `self.state` may hold what hooks put there, too."""
+        for param in chain.from_iterable(group["params"] for group in self.param_groups):
+            if param in self.state:
+                yield param, self.state[param]
 
     def _check_layers(self) -> None:
         """Warn of doubtful layers: at the first step, when set_layers has had its chance."""
@@ -434,7 +454,7 @@ class GrokAdamW(Optimizer):
             TypeError, ValueError: that is no module, or it lacks a parameter of the optimizer.
         """
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model={model!r} is not a torch.nn.Module")
+            raise TypeError(f"model is a {type(model).__name__}, and not a torch.nn.Module: give the model itself")
         told = {param for group in self.param_groups if group["layer"] is not None for param in group["params"]}
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p not in told}
         found = layers.layers_in(names)
@@ -466,7 +486,8 @@ class GrokAdamW(Optimizer):
         """
         self._settle()
         run = self._run
-        return metrics.as_floats(run.last, self.param_groups, self.state.values(), run.signals, self._published)
+        states = (state for _, state in self._states())
+        return metrics.as_floats(run.last, self.param_groups, states, run.signals, self._published)
 
     def _count_skipped(self, steps: int) -> None:
         total = self.param_groups[0]["skipped_steps"] + steps
@@ -529,6 +550,10 @@ class GrokAdamW(Optimizer):
         """
         with keeping_precision(self, self._published):
             super().load_state_dict(state_dict)
+        for group, param in ((group, group["params"][0]) for group in self.param_groups if group["params"]):
+            for name in ("train_loss", "eval_loss"):  # as record() had them, so that α is computed where it was
+                if isinstance(group[name], Tensor):
+                    group[name] = as_number(group[name].to(param.device), name)
         if self._run.skipped is not None:
             self._run.skipped.zero_()
         self._run.last = metrics.LastStep()
@@ -549,6 +574,11 @@ class GrokAdamW(Optimizer):
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "second_moment" not in state.get("defaults", {"second_moment": None}):
+            raise ValueError(
+                "this is a whole optimizer of grokadamw 0.1.2, pickled, and cannot be read: under that release, save "
+                "its state_dict(), which load_state_dict goes on from"
+            )
         earlier = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         for name, value in _ADDED_LATER.items():
@@ -577,5 +607,8 @@ class GrokAdamW(Optimizer):
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         copied._run.signals = copy.deepcopy(self._run.signals, memo)
         copied._run.names = copy.deepcopy(self._run.names, memo)
-        copied._run.last, copied._run.layers_checked = self._run.last, self._run.layers_checked
+        # what a CUDA graph of the copy will read and write is its own
+        copied._run.captured, copied._run.skipped = copy.deepcopy((self._run.captured, self._run.skipped), memo)
+        alphas = [copied._run.captured.get(i, alpha) for i, alpha in enumerate(self._run.last.alphas)]
+        copied._run.last, copied._run.layers_checked = self._run.last._replace(alphas=alphas), self._run.layers_checked
         return copied

@@ -55,8 +55,10 @@ def as_number(value: Any, name: str = "the value") -> Number:
 
 
 def product(a: Number, b: Number) -> Number:
-    """a · b, at no cost where b is 1."""
-    return a if isinstance(b, float) and b == 1 else a * b
+    """a · b, on a's device, and at no cost where b is 1."""
+    if isinstance(b, Tensor):
+        return a * (b.to(a.device, non_blocking=True) if isinstance(a, Tensor) else b)
+    return a if b == 1 else a * b
 
 
 def as_float(number: Number) -> float:

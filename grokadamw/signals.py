@@ -109,7 +109,7 @@ class Plateau:
     """
 
     def __init__(self, threshold: float = 0.1) -> None:
-        if not threshold > 0:
+        if not isinstance(threshold, (int, float)) or not threshold > 0:
             raise ValueError(f"threshold={threshold!r} is not a loss that can be reached: give a number above 0")
         self.threshold = threshold
 

@@ -23,14 +23,30 @@ State: TypeAlias = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "grok_ema")
 
 
-def prepare(state: State, param: Tensor, published: bool, with_slow_gradient: bool) -> None:
-    """Fill in what a step needs, at zero. RuntimeError for a state of another shape, and for an expanded parameter."""
+def check(state: State, param: Tensor) -> None:
+    """Raise RuntimeError for what a step cannot go on with: before it has written anything."""
     for name in MOMENTS:
         if name in state and state[name].shape != param.shape:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} has a state of shape {tuple(state[name].shape)}: its data "
                 "was replaced; delete optimizer.state[parameter] to start it afresh"
             )
+    if "step" in state:
+        return
+    if param.numel() and any(stride == 0 and n > 1 for stride, n in zip(param.stride(), param.shape, strict=True)):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} keeps several of its elements "
+            "in one place, where they cannot be updated apart: make it of a clone()"
+        )
+    if not param.is_complex() and (not param.is_floating_point() or param.itemsize < 2):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(param.shape)} has dtype {param.dtype}: give parameters of float16, bfloat16, "
+            "float32, float64 or a complex dtype"
+        )
+
+
+def prepare(state: State, param: Tensor, published: bool, with_slow_gradient: bool) -> None:
+    """Fill in what a step needs, at zero."""
     names = ["exp_avg", "exp_avg_sq"] + ["grok_ema"] * with_slow_gradient
     dtype = _dtype(param, published)
     new: State = {
@@ -39,11 +55,6 @@ def prepare(state: State, param: Tensor, published: bool, with_slow_gradient: bo
         if name not in state
     }
     if "step" not in state:
-        if param.numel() and any(s == 0 and size > 1 for s, size in zip(param.stride(), param.shape, strict=True)):
-            raise RuntimeError(
-                f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} keeps several of its elements "
-                "in one place, where they cannot be updated apart: make it of a clone()"
-            )
         new = {"step": torch.zeros((), dtype=torch.float32, device=_step_device(param)), **new}
     state.update(new)  # all of it or, where memory has run out, none
 
@@ -79,27 +90,58 @@ def keeping_precision(optimizer: Optimizer, published: bool) -> Iterator[None]:
 
 
 def _in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The saved parameters in the order and the groups of ours, where both have the same names."""
+    """The saved groups and parameters in the order of ours, found by name where both sides have the same names.
+
+    Other names mean what their places mean, as in torch, unless a name that both sides have is in another place.
+    """
     saved = state_dict["param_groups"]
-    if len(saved) != len(groups) or not all("param_names" in group for group in [*saved, *groups]):
+    if len(saved) != len(groups):
+        raise ValueError(
+            f"state_dict has a different number of parameter groups: {len(saved)}, and the optimizer {len(groups)}; "
+            "construct it with the groups that were saved"
+        )
+    theirs, ours = _named(saved), _named(groups)
+    if theirs is None or ours is None:
         return state_dict
-    names = [[unwrapped(name) for name in group["param_names"]] for group in groups]
-    known = {
-        unwrapped(name): (key, layer)
-        for group in saved
-        for name, key, layer in zip_longest(group["param_names"], group["params"], group.get("layers", ()))
-    }
-    ours = list(chain.from_iterable(names))
-    count = sum(len(group["params"]) for group in saved)
-    if set(ours) != set(known) or not len(ours) == len(known) == count:
+    flat_theirs, flat_ours = list(chain.from_iterable(theirs)), list(chain.from_iterable(ours))
+    twice = len(flat_theirs) > len(set(flat_theirs)) or len(flat_ours) > len(set(flat_ours))
+    if theirs == ours or twice:
         return state_dict
-    ordered = []
-    for old, group, group_names in zip(saved, groups, names, strict=True):
-        new = {**old, "params": [known[name][0] for name in group_names], "param_names": group["param_names"]}
-        if "layers" in old:
-            new["layers"] = [known[name][1] for name in group_names]
-        ordered.append(new)
-    return {**state_dict, "param_groups": ordered}
+    by_names = {frozenset(names): group for names, group in zip(theirs, saved, strict=True)}
+    if all(frozenset(names) in by_names for names in ours):
+        found = [by_names[frozenset(names)] for names in ours]
+        ordered = [_reordered(old, group) for old, group in zip(found, groups, strict=True)]
+        for group, first in zip(ordered, saved, strict=True):  # what is kept in the first group alone
+            if "signal_state" in first:
+                group["signal_state"] = first["signal_state"]
+        return {**state_dict, "param_groups": ordered}
+    shared = set(flat_theirs) & set(flat_ours)
+    moved = [a for a, b in zip_longest(flat_theirs, flat_ours) if a != b and a in shared]
+    if moved:
+        raise ValueError(
+            f"state_dict and the optimizer both name {moved[0]!r}, in different places, but do not name the same "
+            "parameters in each group: nothing says which state is whose. Give the optimizer the groups and names that "
+            f"were saved; only one side has {sorted(set(flat_theirs) ^ set(flat_ours)) or 'these groups'}"
+        )
+    pairs = zip(saved, groups, strict=True)
+    return {**state_dict, "param_groups": [{**old, "param_names": group["param_names"]} for old, group in pairs]}
+
+
+def _reordered(old: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """A saved group with its parameters in the order of ours, which has the same names."""
+    places = {unwrapped(name): i for i, name in enumerate(old["param_names"])}
+    order = [places[unwrapped(name)] for name in group["param_names"]]
+    new = {**old, "params": [old["params"][i] for i in order], "param_names": group["param_names"]}
+    if len(old.get("layers", ())) == len(order):
+        new["layers"] = [old["layers"][i] for i in order]
+    return new
+
+
+def _named(groups: list[dict[str, Any]]) -> list[list[str]] | None:
+    """The names of each group's parameters, without what wrappers put in; None where there are none."""
+    if not all(len(group.get("param_names", ())) == len(group["params"]) > 0 for group in groups):
+        return None
+    return [[unwrapped(name) for name in group["param_names"]] for group in groups]
 
 
 def _states(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> Iterator[tuple[Tensor, State]]:

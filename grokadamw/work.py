@@ -37,11 +37,6 @@ def collect(groups: Sequence[dict[str, Any]], published: bool, known: Mapping[Te
                 f"param_groups[{i}] has {len(group['params'])} parameters and {len(group['layers'])} layers, as its "
                 "parameters were changed: call optimizer.set_layers(model), or set its 'layers' to a list of integers"
             )
-        if group["grokking_signal_fns"] is not None:
-            raise RuntimeError(
-                f"param_groups[{i}]['grokking_signal_fns'] was set by hand: signals hold for the whole optimizer, and "
-                "optimizer.set_signals(...) sets them"
-            )
         w = Work(i, group, [], [], [])
         for j, (param, beta1) in enumerate(zip(group["params"], layers.beta1s(group), strict=True)):
             if param.grad is None:

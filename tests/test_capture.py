@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from grokadamw import GrokAdamW
 
@@ -95,21 +97,118 @@ def test_what_a_graph_reads_and_writes_stays_in_its_place(as_if_captured: list[b
     assert optimizer.metrics()["skipped_steps"] == 3
 
 
-@pytest.mark.parametrize("missing", ["a step", "update_signals"])
-def test_a_graph_needs_a_state_to_start_from(as_if_captured: list[bool], missing: str) -> None:
+NOT_THERE = {
+    "any step": lambda optimizer, params: optimizer.state.clear(),
+    "a signal": lambda optimizer, params: optimizer.load_state_dict(optimizer.state_dict()),
+    "a slow gradient": lambda optimizer, params: (optimizer.free_slow_gradient(), optimizer.update_signals()),
+}
+
+
+@pytest.mark.parametrize("missing", NOT_THERE)
+def test_a_graph_needs_what_it_starts_from(as_if_captured: list[bool], missing: str) -> None:
     params = parameters()
     optimizer = GrokAdamW(params, capturable=True)
     set_gradients(params, 0)
-    if missing == "update_signals":
-        optimizer.step()
-        optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    NOT_THERE[missing](optimizer, params)
     as_if_captured[0] = True
-    with pytest.raises(RuntimeError, match=r"before capturing, take a few steps.*call update_signals\(\)"):
+    with pytest.raises(RuntimeError, match=r"before capturing, take a few steps"):
         optimizer.step()
     as_if_captured[0] = False
-    (optimizer.step if missing == "a step" else optimizer.update_signals)()
+    optimizer.step()
     as_if_captured[0] = True
     optimizer.step()
+
+
+def test_what_reads_back_is_not_captured(as_if_captured: list[bool]) -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params, capturable=True, nonfinite="raise")
+    set_gradients(params, 0)
+    optimizer.step()
+    as_if_captured[0] = True
+    with pytest.raises(RuntimeError, match='nonfinite="raise" reads the gradients back'):
+        optimizer.step()
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph in small: what is run under it is run again by `replay`, on the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a number is read back"
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = tree_leaves(func(*args, **kwargs))
+            for old, new in zip(tree_leaves(result), again, strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def captured(optimizer: GrokAdamW, capturing: list[bool]) -> Tape:
+    tape, capturing[0] = Tape(), True
+    with tape:
+        optimizer.step()
+    capturing[0] = False
+    return tape
+
+
+@pytest.mark.filterwarnings("ignore:a step was skipped")
+@pytest.mark.parametrize("foreach", [None, False])
+@pytest.mark.parametrize("after", ["steps", "a checkpoint", "a copy"])
+def test_a_replay_is_the_next_step(as_if_captured: list[bool], after: str, foreach: bool | None) -> None:
+    """Here capturing runs the step, too. α, learning rates and gradients come from their places; skips are counted."""
+    said = [0.0]
+    options: dict[str, Any] = {"grokking_signal_fns": lambda: said[0], "grokking_signal_decay_rate": 1.0}
+    params, twins = parameters(), parameters()
+    lr = torch.tensor(0.01)
+    replayed = GrokAdamW(params, lr=lr, capturable=True, foreach=foreach, **options)
+    eager = GrokAdamW(twins, lr=0.01, **options)
+    tape = None
+    for step in range(8):
+        said[0] = 0.2 * max(step - 3, 0)
+        for ps, optimizer in ((params, replayed), (twins, eager)):
+            set_gradients(ps, step)
+            if step == 6:
+                ps[0].grad.fill_(torch.nan)
+            for group in optimizer.param_groups:
+                if step == 5:
+                    group["lr"] = group["lr"].fill_(0.02) if isinstance(group["lr"], torch.Tensor) else 0.02
+        eager.step()
+        if step < 3:
+            replayed.step()
+            continue
+        if step == 3 and after == "a checkpoint":
+            saved = copy.deepcopy(replayed.state_dict())
+            replayed = GrokAdamW(params, lr=lr, capturable=True, foreach=foreach, **options)
+            replayed.load_state_dict(saved)
+        if step == 3 and after == "a copy":
+            original = replayed
+            params, replayed = copy.deepcopy((params, replayed))
+            set_gradients(params, step)  # which are not copied
+            original.record(train_loss=1.0, eval_loss=2.0)
+        if step > 3 or after != "a copy":
+            replayed.update_signals()
+        if after == "a copy":
+            original.update_signals()
+            original._run.last.alphas[0].zero_()
+        if tape is None:
+            tape = captured(replayed, as_if_captured)
+        else:
+            tape.replay()
+    for p, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-7)
+        for name, value in eager.state[twin].items():
+            torch.testing.assert_close(replayed.state[p][name], value, rtol=1e-6, atol=1e-7)
+    assert replayed.metrics()["skipped_steps"] == eager.metrics()["skipped_steps"] == 1
+    assert replayed.metrics()["alpha"] == pytest.approx(eager.metrics()["alpha"], rel=1e-6)
 
 
 @cuda

@@ -18,6 +18,7 @@ from torch import nn
 from grokadamw import GrokAdamW
 from grokadamw.__main__ import main
 from grokadamw.checkpoints import to_adamw, to_grokadamw
+from grokadamw.signals import AccuracyGap
 
 from .models import network, train
 
@@ -180,7 +181,7 @@ def test_what_a_scheduler_and_hooks_have_added_stays() -> None:
     saved = load("torch-2.13-adamw")["optimizer"]
     saved["param_groups"][0]["initial_lr"] = 0.5
     saved["state"]["a hook's"] = 1
-    for there in (to_grokadamw(saved), to_adamw(to_grokadamw(saved))):
+    for there in (to_grokadamw(saved), to_grokadamw(to_grokadamw(saved)), to_adamw(to_grokadamw(saved))):
         assert there["param_groups"][0]["initial_lr"] == 0.5
         assert there["state"]["a hook's"] == 1
 
@@ -216,12 +217,34 @@ def test_adams_own_weight_decay_is_doubted() -> None:
         to_grokadamw(torch.optim.AdamW(model.parameters(), weight_decay=0.25).state_dict())
 
 
-def test_another_kind_of_optimizer_is_refused() -> None:
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.NAdam, torch.optim.RMSprop])
+def test_another_kind_of_optimizer_is_refused(kind: Any, stepped: bool) -> None:
     model = network()
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    train(model, range(1), lambda step, loss: sgd.step())
-    with pytest.raises(ValueError, match="another kind.*parameter 0 holds momentum_buffer, and no exp_avg"):
-        GrokAdamW(model.parameters()).load_state_dict(sgd.state_dict())
+    other = kind(model.parameters(), lr=0.1)
+    train(model, range(int(stepped)), lambda step, loss: other.step())
+    with pytest.raises(ValueError, match=r"another kind of optimizer: its groups have .*lr.* from others, start with"):
+        GrokAdamW(model.parameters()).load_state_dict(other.state_dict())
+
+
+def test_moments_without_a_step_count_are_refused() -> None:
+    saved = load("torch-2.13-adamw")["optimizer"]
+    del saved["state"][0]["step"]
+    with pytest.raises(ValueError, match="its state of parameter 0 has exp_avg, exp_avg_sq"):
+        to_grokadamw(saved)
+
+
+@pytest.mark.parametrize("value", [None, {}, {"state": {}}, {"state": {}, "param_groups": [1]}, {"optimizer": {}}])
+def test_what_is_no_state_dict_is_refused(value: Any) -> None:
+    for convert in (to_grokadamw, to_adamw):
+        with pytest.raises(ValueError, match="no optimizer's state dict"):
+            convert(value)
+
+
+def test_a_whole_optimizer_that_was_pickled_by_the_published_release_is_refused() -> None:
+    optimizer = GrokAdamW.__new__(GrokAdamW)
+    with pytest.raises(ValueError, match=r"whole optimizer of grokadamw 0\.1\.2.*state_dict\(\)"):
+        optimizer.__setstate__({"defaults": {"lr": 0.1}, "state": {}, "param_groups": []})
 
 
 # names
@@ -234,16 +257,20 @@ def named(order: list[str], dtype: torch.dtype = torch.float32) -> tuple[nn.Modu
 
 
 def test_state_finds_its_parameter_by_name() -> None:
-    """Where both sides have names: in any order, with wrappers or without, and between groups."""
+    """Where both sides have the same names, with wrappers or without; a group's numbers go with its names."""
     names = [name for name, _ in network().named_parameters()]
     model, params = named(names)
-    optimizer = GrokAdamW([{"params": params[:2], "lr": 0.5}, {"params": params[2:], "lr": 0.25}])
+    gap = AccuracyGap()
+    gap.record(train=0.75, eval=0.5)
+    optimizer = GrokAdamW(
+        [{"params": params[:2], "lr": 0.5}, {"params": params[2:], "lr": 0.25}], grokking_signal_fns=gap
+    )
     train(model, range(3), lambda step, loss: optimizer.step())
     twin, params = named([f"module.{name}" for name in reversed(names)])
-    other = GrokAdamW([{"params": params[:3]}, {"params": params[3:]}])
+    other = GrokAdamW([{"params": params[:4]}, {"params": params[4:]}], grokking_signal_fns=AccuracyGap())
     other.load_state_dict(optimizer.state_dict())
     ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
-    assert [group["lr"] for group in other.param_groups] == [0.5, 0.25]
+    assert [group["lr"] for group in other.param_groups] == [0.25, 0.5]
     table = [(row.layer, row.names, row.beta1) for row in optimizer.layer_table()]
     assert [
         (row.layer, [name.removeprefix("module.") for name in row.names][::-1], row.beta1)
@@ -252,12 +279,12 @@ def test_state_finds_its_parameter_by_name() -> None:
     for name in names:
         for key, value in optimizer.state[ours[name]].items():
             assert torch.equal(other.state[theirs[name]][key], value)
+    other.update_signals()
+    assert other.metrics()["signal"] == 0.25
 
 
 @pytest.mark.filterwarnings("ignore:two parameters are called")
-@pytest.mark.parametrize(
-    "change", ["one more", "one renamed", "none on one side", "one twice", "one twice on both sides"]
-)
+@pytest.mark.parametrize("change", ["one renamed", "none on one side", "one twice", "one twice on both sides"])
 def test_other_names_go_by_order_as_in_torch(change: str) -> None:
     names = [name for name, _ in network().named_parameters()]
     model, params = named(names)
@@ -266,20 +293,45 @@ def test_other_names_go_by_order_as_in_torch(change: str) -> None:
     optimizer = GrokAdamW(params)
     train(model, range(2), lambda step, loss: optimizer.step())
     twin, params = named(names)
-    if change == "one more":
-        params.append(("more", nn.Parameter(torch.zeros(1))))
     if change == "one renamed":
         params[0] = ("renamed", params[0][1])
     if change.startswith("one twice"):
         params[0] = (params[1][0], params[0][1])
     other = GrokAdamW([p for _, p in params] if change == "none on one side" else params)
-    if change == "one more":
-        with pytest.raises(ValueError, match="doesn't match the size"):
-            other.load_state_dict(optimizer.state_dict())
-        return
     other.load_state_dict(optimizer.state_dict())
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(optimizer.state[a]["exp_avg"], other.state[b]["exp_avg"])
+    if change == "one renamed":  # and its own name stays
+        assert other.param_groups[0]["param_names"][0] == "renamed"
+
+
+@pytest.mark.parametrize("change", ["one renamed and moved", "other groups", "one group more", "one parameter more"])
+def test_names_that_leave_a_doubt_are_refused(change: str) -> None:
+    names = [name for name, _ in network().named_parameters()]
+    model, params = named(names)
+    optimizer = GrokAdamW([{"params": params[:3]}, {"params": params[3:]}])
+    train(model, range(2), lambda step, loss: optimizer.step())
+    _, params = named(names)
+    if change == "one renamed and moved":
+        params = [("renamed", params[5][1]), *params[:5]]
+    cut = 4 if change == "other groups" else 3
+    groups: list[dict[str, Any]] = [{"params": params[:cut]}, {"params": params[cut:]}]
+    if change == "other groups":
+        groups = [{"params": params[::2]}, {"params": params[1::2]}]
+    if change == "one group more":
+        groups.append({"params": [("more", nn.Parameter(torch.zeros(1)))]})
+    if change == "one parameter more":
+        groups[1]["params"].append(("more", nn.Parameter(torch.zeros(1))))
+    other = GrokAdamW(groups)
+    message = {
+        "one group more": "different number of parameter groups: 2, and the optimizer 3",
+        "one parameter more": "doesn't match the size of optimizer's group",
+        "one renamed and moved": r"both name '0\.weight', in different places.*'4\.bias', 'renamed'",
+        "other groups": "both name .* in different places.*only one side has these groups",
+    }
+    with pytest.raises(ValueError, match=message[change]):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
 
 
 # python -m grokadamw convert

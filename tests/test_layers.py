@@ -105,7 +105,7 @@ def test_parameters_beside_the_model_go_in_a_group_that_says_its_layer() -> None
 
 @pytest.mark.parametrize("model", [None, {}, "model"])
 def test_set_layers_wants_a_module(model: object) -> None:
-    with pytest.raises(TypeError, match="model="):
+    with pytest.raises(TypeError, match=f"model is a {type(model).__name__}, and not a torch.nn.Module"):
         GrokAdamW(network().parameters()).set_layers(model)  # type: ignore[arg-type]
 
 

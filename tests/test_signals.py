@@ -283,7 +283,7 @@ def test_a_class_is_not_a_signal() -> None:
 def test_signals_set_in_a_group_by_hand_are_refused() -> None:
     optimizer = optimizer_with(None)
     optimizer.param_groups[0]["grokking_signal_fns"] = [lambda: 0.5]
-    with pytest.raises(RuntimeError, match="set_signals"):
+    with pytest.raises(ValueError, match="set_signals"):
         optimizer.step()
 
 
