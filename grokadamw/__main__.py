@@ -22,16 +22,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "convert",
         help="rewrite the optimizer state in a checkpoint file",
         description="Rewrite every optimizer state dict in a file that torch.save wrote, wherever it lies in it, and "
-        "leave the rest as it is. Reads state dicts of torch.optim.AdamW and Adam, and of grokadamw from 0.1.2 on.",
+        "leave the rest as it is. Reads state dicts of torch.optim.AdamW and Adam, and of grokadamw from 0.1.2 on. "
+        "A file that holds more than tensors and plain data is refused, as reading it could run code.",
     )
-    convert.add_argument("source", metavar="IN", type=Path)
+    convert.add_argument("source", metavar="IN", type=Path, help="a file that torch.save wrote")
     convert.add_argument("target", metavar="OUT", type=Path, help="may be IN; written beside it first, then renamed")
     convert.add_argument("--to", choices=["grokadamw", "adamw"], default="grokadamw", help="default: %(default)s")
     given = parser.parse_args(arguments)
     try:
         count = convert_file(given.source, given.target, {"grokadamw": to_grokadamw, "adamw": to_adamw}[given.to])
     except (OSError, ValueError) as error:
-        print(f"{parser.prog}: {given.source}: {error}", file=sys.stderr)
+        reason = error.strerror if isinstance(error, OSError) else error
+        print(f"{parser.prog}: {given.source}: {reason or error}", file=sys.stderr)
         return 1
     print(f"{given.target}: {count} optimizer state dict{'s' * (count > 1)} for {given.to}")
     return 0
@@ -41,9 +43,9 @@ def convert_file(source: Path, target: Path, conversion: Callable[[StateDict], S
     """Apply a conversion to every state dict in a file. Returns how many there were.
 
     Raises:
-        OSError: a file cannot be read or written.
+        OSError: the source cannot be read.
         ValueError: it is no file of torch.save's, holds more than tensors and plain data, or no state dict that can be
-            converted. OUT is as it was then.
+            converted; or the target cannot be written. It is as it was then.
     """
     content = _read(source)
     converted, count = _converted(content, conversion)
@@ -56,6 +58,8 @@ def convert_file(source: Path, target: Path, conversion: Callable[[StateDict], S
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, target)
+    except OSError as error:
+        raise ValueError(f"{target} cannot be written: {error.strerror or error}") from None
     finally:
         beside.unlink(missing_ok=True)
     return count
@@ -70,12 +74,11 @@ def _read(source: Path) -> Any:
         try:
             names = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source)))
         except Exception:
-            names = ""
-        if names:
-            raise ValueError(
-                f"it holds {names}: only tensors and plain data are read, as all else could run code"
-            ) from None
-        raise ValueError(f"torch cannot read it: {error!r}") from None
+            raise ValueError(f"it is no file that torch.save wrote ({type(error).__name__})") from None
+        raise ValueError(
+            f"it holds {names or error}: only tensors and plain data are read, as all else could run code. If you "
+            "trust it, load it yourself, and give its state dict to grokadamw.checkpoints.to_grokadamw"
+        ) from None
 
 
 def _converted(value: Any, conversion: Callable[[StateDict], StateDict]) -> tuple[Any, int]:

@@ -184,7 +184,14 @@ class Signals:
 
     def load(self, state: str | None) -> None:
         """Give the functions their memory back; what is nobody's waits until its function is registered."""
-        self.claim({} if state is None else json.loads(state))
+        try:
+            states = {} if state is None else json.loads(state)
+        except ValueError as error:
+            warn(
+                f"what the checkpoint says of grokking signals is no JSON ({error}): they start afresh", RuntimeWarning
+            )
+            states = {}
+        self.claim(states)
 
     def claim(self, states: dict[str, Any]) -> None:
         """Hand out states by name."""

@@ -97,8 +97,8 @@ class GrokAdamW(Optimizer):
             ``"skip"``: write nothing, and count it (``metrics()["skipped_steps"]``). ``"raise"``: write nothing, and
             raise; this reads the norm back from a GPU. ``"propagate"``: take it, as AdamW does. The first two read the
             gradients once more, unless clipping does so anyway.
-        compat: ``"0.1.2"`` repeats runs of that release to rounding: bias correction by β1 instead of β1_l, ε added
-            before v's correction, clipping tensor by tensor, layers counted over the tensors that have a gradient,
+        compat: ``"0.1.2"`` repeats runs of that release, in float32 and float64 to rounding: bias correction by β1
+            instead of β1_l, ε added before v's correction, clipping tensor by tensor, layers counted over the tensors that have a gradient,
             signals evaluated for each group, no limit to α, state in the parameter's dtype, no rule for NaN.
         foreach: None or True for lists of tensors at a time; False for one at a time, with the least scratch memory.
         maximize: climb instead of descend.
@@ -296,9 +296,8 @@ class GrokAdamW(Optimizer):
         Returns:
             Whether one of the parameters is complex.
         """
-        for param in group["params"]:
-            if param.grad is None:
-                continue
+        with_gradient = [param for param in group["params"] if param.grad is not None]
+        for param in with_gradient:
             state = self.state[param]
             prepare(state, param, self._published, with_slow_gradient=float(group["lamb"]) > 0)
             params.append(param)
@@ -307,7 +306,7 @@ class GrokAdamW(Optimizer):
             exp_avg_sqs.append(state["exp_avg_sq"])
             grok_emas.append(state.get("grok_ema"))
             steps.append(state["step"])
-        return any(map(torch.is_complex, params))
+        return any(map(torch.is_complex, with_gradient))
 
     def free_slow_gradient(self) -> None:
         """Drop the slow gradients μ, and the memory that they take. Where λ is not 0, the next step starts them at 0.
@@ -548,8 +547,10 @@ class GrokAdamW(Optimizer):
             ValueError: groups, parameters or shapes are not those that were saved, or it cannot be gone on from.
                 Nothing was loaded then.
         """
-        with keeping_precision(self, self._published):
+        with keeping_precision(self, self._published) as doubts:
             super().load_state_dict(state_dict)
+        for sentence in doubts:
+            warn(sentence, UserWarning)
         for group, param in ((group, group["params"][0]) for group in self.param_groups if group["params"]):
             for name in ("train_loss", "eval_loss"):  # as record() had them, so that α is computed where it was
                 if isinstance(group[name], Tensor):

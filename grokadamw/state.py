@@ -60,19 +60,24 @@ def prepare(state: State, param: Tensor, published: bool, with_slow_gradient: bo
 
 
 @contextmanager
-def keeping_precision(optimizer: Optimizer, published: bool) -> Iterator[None]:
+def keeping_precision(optimizer: Optimizer, published: bool) -> Iterator[list[str]]:
     """Inside, optimizer.load_state_dict keeps the state as it was saved: torch would cast it to its parameter's dtype.
 
     It takes the state dicts that `to_grokadamw` takes, and finds parameters by name where both sides have names.
+
+    Yields:
+        Sentences, once it has run, on how the run will not go on as it was.
 
     Raises:
         ValueError: a state has another shape than its parameter, or cannot be gone on from. Nothing was loaded then.
     """
     loaded: list[tuple[Tensor, State]] = []
+    doubts: list[str] = []
 
     def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         state_dict = _in_order(to_grokadamw(state_dict), optimizer.param_groups)
         loaded.extend(_states(state_dict, optimizer.param_groups))
+        doubts.extend(_doubts(state_dict, optimizer.defaults))
         return state_dict
 
     def restore(_: Optimizer) -> None:
@@ -83,7 +88,7 @@ def keeping_precision(optimizer: Optimizer, published: bool) -> Iterator[None]:
     before = optimizer.register_load_state_dict_pre_hook(keep)
     after = optimizer.register_load_state_dict_post_hook(restore, prepend=True)
     try:
-        yield
+        yield doubts
     finally:
         before.remove()
         after.remove()
@@ -159,6 +164,24 @@ def _states(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> Iterato
                     f"{tuple(param.shape)}; parameters must come in the order that they were saved in"
                 )
         yield param, state
+
+
+def _doubts(state_dict: dict[str, Any], defaults: dict[str, Any]) -> Iterator[str]:
+    for name in ("second_moment", "compat"):
+        said = [group[name] for group in state_dict["param_groups"] if name in group]
+        if said and said[0] != defaults[name]:
+            yield (
+                f"state_dict is of a run with {name}={said[0]!r}, and this optimizer goes on with {name}="
+                f"{defaults[name]!r}, as it was constructed"
+            )
+    for i, group in enumerate(state_dict["param_groups"]):
+        states = [state_dict["state"].get(key, {}) for key in group["params"]]
+        if group.get("lamb", 0) > 0 and any("exp_avg" in state and "grok_ema" not in state for state in states):
+            yield (
+                f"state_dict has lamb={group['lamb']:g} in group {i}, and no slow gradient (grok_ema): it starts at 0. "
+                "torch.distributed.checkpoint loads one only where the optimizer was constructed with lamb above 0"
+            )
+            return
 
 
 def _placed(param: Tensor, state: State, published: bool) -> State:

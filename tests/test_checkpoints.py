@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import pickle
 import runpy
 import subprocess
@@ -373,9 +374,10 @@ class Dangerous:
     [
         (Dangerous(), "it holds builtins.getattr, pathlib.Path, pathlib.PosixPath: only tensors and plain data"),
         ({"model": {}}, "holds no optimizer state dict"),
-        (b"not a file of torch's", "torch cannot read it"),
-        (b"hello", "torch cannot read it"),
-        (b"", "torch cannot read it"),
+        ({"state": {}, "param_groups": [{}]}, "holds no optimizer state dict"),
+        (b"not a file of torch's", "it is no file that torch.save wrote"),
+        (b"hello", "it is no file that torch.save wrote"),
+        (b"", "it is no file that torch.save wrote"),
         (None, "No such file"),
     ],
 )
@@ -395,11 +397,14 @@ def test_a_file_that_cannot_be_converted_is_refused(
     assert set(tmp_path.iterdir()) <= {source, target}
 
 
-def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_written_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "out.pt"
     target.write_text("precious")
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("No space left on device")))
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
     assert main(["convert", str(HERE / "torch-2.13-adamw.pt"), str(target)]) == 1
+    assert f"{target} cannot be written: No space left on device" in capsys.readouterr().err
     assert target.read_text() == "precious"
     assert list(tmp_path.iterdir()) == [target]
 

@@ -486,9 +486,21 @@ def test_a_parameter_that_overlaps_itself_is_refused() -> None:
     first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1).expand(3))
     optimizer = GrokAdamW([("first", first), ("second", second)])
     set_gradients([first, second])
+    heard = []
+    optimizer.set_signals(lambda: heard.append(1))
     with pytest.raises(RuntimeError, match=r"shape \(3,\).*several.*clone\(\)"):
         optimizer.step()
     assert first.tolist() == [1, 1]
+    assert not optimizer.state
+    assert not heard
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
+def test_a_dtype_that_cannot_be_trained_is_refused(dtype: torch.dtype) -> None:
+    p = torch.zeros(3).to(dtype)
+    p.grad = torch.zeros(3).to(dtype)
+    with pytest.raises(RuntimeError, match=f"shape \\(3,\\) has dtype {dtype}: give parameters of float16"):
+        GrokAdamW([p], nonfinite="propagate", gradient_clipping=0.0).step()
 
 
 @pytest.mark.parametrize("value", [torch.ones(1).as_strided((1, 1), (0, 0)), torch.from_numpy(np.zeros((0, 2)))])
@@ -1022,10 +1034,119 @@ def test_how_to_run_is_not_a_checkpoints_affair() -> None:
     assert optimizer.param_groups[0]["foreach"] is False
 
 
+def test_what_a_hook_keeps_in_the_state_is_no_trouble() -> None:
+    _, optimizer = trained()
+    optimizer.state["a hook's"] = 1  # type: ignore[index]
+    assert optimizer.metrics()["step"] > 0
+    optimizer.free_slow_gradient()
+    assert optimizer.state["a hook's"] == 1  # type: ignore[index]
+
+
+def test_a_slow_gradient_that_is_not_in_the_checkpoint_is_missed() -> None:
+    _, optimizer = trained()
+    optimizer.free_slow_gradient()
+    with pytest.warns(UserWarning, match="lamb=2 in group 0, and no slow gradient") as caught:
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.usefixtures("nothing_is_free_to_read")
+def test_losses_come_back_to_the_device_that_they_were_on() -> None:
+    """From a checkpoint that was loaded to the CPU: so that α is computed where it was."""
+    optimizer = GrokAdamW([nn.Parameter(torch.empty(2, device="meta"))])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["train_loss"] = torch.tensor(0.5, dtype=torch.float64)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["train_loss"].device.type == "meta"
+
+
+def test_a_corrupt_memory_of_signals_starts_afresh() -> None:
+    optimizer = GrokAdamW(parameters(), grokking_signal_fns=AccuracyGap())
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["signal_state"] = "{"
+    with pytest.warns(RuntimeWarning, match="no JSON.*start afresh"):
+        optimizer.load_state_dict(saved)
+
+
+def test_init_group_is_that_of_torchs_optimizers() -> None:
+    real, complex_, frozen = parameters(1)[0], nn.Parameter(torch.ones(2, dtype=torch.complex64)), parameters(1)[0]
+    optimizer = GrokAdamW([{"params": [real, complex_, frozen]}, {"params": parameters(1), "lamb": 0.0}])
+    other = optimizer.param_groups[1]["params"][0]
+    for p in (real, complex_, other):
+        p.grad = torch.ones_like(p)
+    lists: list[list[Any]] = [[] for _ in range(6)]
+    assert optimizer._init_group(optimizer.param_groups[0], *lists) is True
+    assert optimizer._init_group(optimizer.param_groups[1], *lists) is False
+    params = [real, complex_, other]
+    assert [id(p) for p in lists[0]] == [id(p) for p in params]
+    assert [id(g) for g in lists[1]] == [id(p.grad) for p in params]
+    for values, name in zip(lists[2:], ("exp_avg", "exp_avg_sq", "grok_ema", "step"), strict=True):
+        assert [id(value) for value in values] == [id(optimizer.state[p].get(name)) for p in params]
+    assert frozen not in optimizer.state
+    assert "grok_ema" not in optimizer.state[other]
+
+
+BY_HAND = [
+    ({"nonfinite": "raise"}, ValueError, "nonfinite='raise' in a parameter group: it holds for the whole optimizer"),
+    ({"second_moment": "raw"}, ValueError, "second_moment='raw'"),
+    ({"compat": "0.1.2"}, ValueError, "compat='0.1.2'"),
+    ({"fused": True}, RuntimeError, "fused=True"),
+    ({"betas": (1.5, 0.9)}, ValueError, r"betas\[0\]=1\.5"),
+    ({"betas": (0.9,)}, TypeError, "betas="),
+    ({"gamma": 2}, ValueError, "gamma=2"),
+    ({"lamb": -1}, ValueError, "lamb=-1"),
+    ({"lr": None}, TypeError, "lr=None"),
+    ({"lr": torch.zeros(2)}, ValueError, "Tensor lr must be 1-element"),
+    ({"gradient_clipping": None}, TypeError, "gradient_clipping=None is not a number; 0 switches it off"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BY_HAND)
+@pytest.mark.parametrize("at_first", [True, False])
+def test_what_is_set_wrong_by_hand_is_refused_before_the_step(
+    change: dict[str, Any], error: type[Exception], message: str, at_first: bool
+) -> None:
+    heard = []
+    params = parameters()
+    optimizer = GrokAdamW([{"params": params[:1]}, {"params": params[1:]}], grokking_signal_fns=lambda: heard.append(1))
+    set_gradients(params)
+    if not at_first:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+    before, count = copy.deepcopy(optimizer.state_dict()["state"]), len(heard)
+    kept = [p.detach().clone() for p in params]
+    was = {name: optimizer.param_groups[1][name] for name in change}
+    optimizer.param_groups[1].update(change)
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            optimizer.step()
+    assert same(optimizer.state_dict()["state"], before)
+    assert all(torch.equal(p, old) for p, old in zip(params, kept, strict=True))
+    assert len(heard) == count
+    optimizer.param_groups[1].update(was)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step()
+    assert len(heard) == count + 1
+
+
+def test_a_tensor_that_is_set_by_hand_is_not_read() -> None:
+    """It may be on a GPU."""
+    p = nn.Parameter(torch.empty(2, device="meta"))
+    p.grad = torch.empty_like(p)
+    optimizer = GrokAdamW([p])
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
+    optimizer.param_groups[0]["alpha_init"] = torch.tensor(0.9, device="meta")
+    optimizer.step()
+
+
 def test_options_of_the_whole_optimizer_stay_as_constructed() -> None:
     _, optimizer = trained(nonfinite="propagate", second_moment="raw")
     _, other = trained()
-    other.load_state_dict(optimizer.state_dict())
+    with pytest.warns(UserWarning, match="run with second_moment='raw', and this optimizer goes on with .*'filtered'"):
+        other.load_state_dict(optimizer.state_dict())
     assert (other.param_groups[0]["nonfinite"], other.param_groups[0]["second_moment"]) == ("skip", "filtered")
 
 
@@ -1078,6 +1199,8 @@ BAD = [
     ({"alpha_init": torch.zeros(2)}, ValueError, "Tensor alpha_init must be 1-element"),
     ({"alpha_init": torch.tensor(1.5)}, ValueError, r"alpha_init=1\.5"),
     ({"grokking_signal_fns": 3}, TypeError, "grokking_signal_fns=3"),
+    ({"grokking_signal_fns": "loss_gap"}, TypeError, "grokking_signal_fns='loss_gap' is neither"),
+    ({"grokking_signal_fns": {}}, TypeError, "grokking_signal_fns={} is neither"),
     ({"grokking_signal_fns": [3]}, TypeError, "grokking_signal_fns holds 3"),
     ({"grokking_signal_fns": lambda a, b, c: 0.0}, TypeError, r"<lambda>, which requires \(a, b, c\)"),
     ({"grokking_signal_fns": lambda a: 0.0}, TypeError, r"<lambda>, which requires \(a\)"),

@@ -14,16 +14,6 @@ from grokadamw.update import foreach
 COUNT = 2**31 + 8
 
 
-def test_shapes_and_strides() -> None:
-    """On no device at all: nothing is counted in 32 bits."""
-    for use_foreach in (True, False):
-        p = nn.Parameter(torch.empty(COUNT, dtype=torch.bfloat16, device="meta"))
-        p.grad = torch.empty_like(p)
-        optimizer = GrokAdamW([p], foreach=use_foreach)
-        optimizer.step()
-        assert optimizer.state[p]["grok_ema"].numel() == COUNT
-
-
 @pytest.mark.long
 def test_the_norm_counts_them_all() -> None:
     """Of one element that stands for all, so that it takes no memory; blocks of it are squared one after the other."""
