@@ -98,8 +98,9 @@ class GrokAdamW(Optimizer):
             raise; this reads the norm back from a GPU. ``"propagate"``: take it, as AdamW does. The first two read the
             gradients once more, unless clipping does so anyway.
         compat: ``"0.1.2"`` repeats runs of that release, in float32 and float64 to rounding: bias correction by β1
-            instead of β1_l, ε added before v's correction, clipping tensor by tensor, layers counted over the tensors that have a gradient,
-            signals evaluated for each group, no limit to α, state in the parameter's dtype, no rule for NaN.
+            instead of β1_l, ε added before v's correction, clipping tensor by tensor, layers counted over the tensors
+            that have a gradient, signals evaluated for each group, no limit to α, state in the parameter's dtype, no
+            rule for NaN.
         foreach: None or True for lists of tensors at a time; False for one at a time, with the least scratch memory.
         maximize: climb instead of descend.
         capturable: let CUDA graphs capture the step; all parameters are on a GPU then. See :meth:`update_signals`.
