@@ -1,6 +1,6 @@
 # make demo   train the demonstration's three arms, print the table, draw the picture
 # make test   lint, type check and test
-# make test-all   the same with what takes long, and a log of it in tests/test-all.log
+# make test-all   the same, and then what takes long, with a log of that in tests/test-all.log
 # Each makes its own environment in .venv, and needs Python 3.11 or newer.
 
 SHELL  := /bin/bash
@@ -20,8 +20,8 @@ test: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-test-all: $(VENV)/ready
-	set -o pipefail; $(BIN)/pytest -m "long or not long" -q -rP --no-header --color no | tee tests/test-all.log
+test-all: test
+	set -o pipefail; $(BIN)/pytest -m long -v -s --no-header --color no --disable-warnings | tee tests/test-all.log
 
 # torch comes first and exactly, so that nothing else chooses its build. Release 0.1.2 lies in a folder of its own,
 # since it has our name: the tests run it in its own process.

@@ -58,8 +58,9 @@ def convert_file(source: Path, target: Path, conversion: Callable[[StateDict], S
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, target)
-    except OSError as error:
-        raise ValueError(f"{target} cannot be written: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:  # of torch's own writer the second
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise ValueError(f"{target} cannot be written: {reason}") from None
     finally:
         beside.unlink(missing_ok=True)
     return count

@@ -17,8 +17,8 @@ _NEVER_IN_A_GROUP = ("grokking_signal_fns", "grokking_signal_fn", "combine")
 
 _NOT_NEGATIVE = ("eps", "weight_decay", "lamb", "grokking_signal_decay_rate", "gradient_clipping")
 _SETTABLE = (
-    *("lr", "betas", "alpha_init", "gamma", "amplify_after", "maximize", "layer", "grokking_signal_fns"),
-    *(*_NOT_NEGATIVE, *HOW_TO_RUN, *PER_OPTIMIZER),
+    *("lr", "betas", "alpha_init", "gamma", "amplify_after", "maximize", "layer"),
+    *(*_NOT_NEGATIVE, *HOW_TO_RUN, *PER_OPTIMIZER, *_NEVER_IN_A_GROUP),
 )
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "second_moment": ("filtered", "raw"),
@@ -49,6 +49,10 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
                 f"{name}={group[name]!r} in a parameter group: signals hold for the whole optimizer; "
                 "pass them to GrokAdamW(...) or set_signals(...)"
             )
+    if group.get("amsgrad"):
+        raise ValueError(
+            f"amsgrad={group['amsgrad']!r} in a parameter group: GrokAdamW has no such thing; leave it out"
+        )
     for name in PER_OPTIMIZER:
         if group[name] != defaults[name]:
             raise ValueError(
@@ -99,14 +103,24 @@ def _check_how_to_run(group: dict[str, Any]) -> None:
 
 
 def settings(group: dict[str, Any]) -> list[Any]:
-    """What may be set by hand, to see when it has changed; of a tensor not the value, which would be waited for."""
-    return [id(value) if isinstance(value, Tensor) else value for value in map(group.get, _SETTABLE)]
+    """What may be set by hand, to see when it has changed; of tensors and arrays only which they are."""
+    return [_comparable(group.get(name)) for name in _SETTABLE]
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)  # as it is now
+    return (
+        id(value) if isinstance(value, Tensor) or hasattr(value, "__len__") and hasattr(value, "__array__") else value
+    )
 
 
 def check_settings(group: dict[str, Any], defaults: dict[str, Any]) -> None:
     """check_group for what was set by hand. The value of a tensor, which may be on a GPU, is not looked at."""
-    tensors = [name for name in ("lr", "alpha_init") if isinstance(group[name], Tensor) and group[name].numel() == 1]
-    check_group({**group, **dict.fromkeys(tensors, 0.0)}, defaults)
+    passed = [name for name in ("lr", "alpha_init") if isinstance(group[name], Tensor) and group[name].numel() == 1]
+    if isinstance(group["lr"], Real) and -1e-12 < float(group["lr"]) < 0:
+        passed.append("lr")  # a scheduler's 0, to rounding
+    check_group({**group, **dict.fromkeys(passed, 0.0)}, defaults)
 
 
 def make_plain(group: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from numbers import Real
 from types import ModuleType
 from typing import Any, TypeAlias, overload
 
@@ -516,7 +517,8 @@ class GrokAdamW(Optimizer):
         """
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group}, self.defaults)
-            param_group = dict(param_group)  # torch fills in the defaults, and the caller may use it again
+            # torch fills in the defaults, and the caller may use it again; what AdamW's groups hold beside ours goes
+            param_group = {k: v for k, v in param_group.items() if k not in ("amsgrad", "decoupled_weight_decay")}
         super().add_param_group(param_group)
         *earlier, group = self.param_groups
         make_plain(group)
@@ -565,6 +567,9 @@ class GrokAdamW(Optimizer):
     def _before_saving(self) -> None:
         self._settle()
         for group in self.param_groups:
+            for name, value in group.items():
+                if isinstance(value, Real) and type(value).__module__ != "builtins":  # NumPy's, by a scheduler
+                    group[name] = float(value)
             for name in ("train_loss", "eval_loss"):
                 if group[name] is not None:  # set by hand, it may have a graph, which cannot be copied
                     group[name] = as_number(group[name], name)

@@ -105,6 +105,8 @@ def _in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[
             f"state_dict has a different number of parameter groups: {len(saved)}, and the optimizer {len(groups)}; "
             "construct it with the groups that were saved"
         )
+    saved = [_as_listed(group) for group in saved]
+    state_dict = {**state_dict, "param_groups": saved}
     theirs, ours = _named(saved), _named(groups)
     if theirs is None or ours is None:
         return state_dict
@@ -130,6 +132,16 @@ def _in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[
         )
     pairs = zip(saved, groups, strict=True)
     return {**state_dict, "param_groups": [{**old, "param_names": group["param_names"]} for old, group in pairs]}
+
+
+def _as_listed(old: dict[str, Any]) -> dict[str, Any]:
+    """A group as torch.distributed.checkpoint gives it: names for parameters, in our order, and the rest in another."""
+    keys, names = old["params"], [unwrapped(name) for name in old.get("param_names", ())]
+    if keys == names or len(set(names)) != len(keys) or set(keys) != set(names):
+        return old
+    order = [names.index(key) for key in keys]
+    listed = [name for name in ("param_names", "layers") if len(old.get(name, ())) == len(keys)]
+    return {**old, **{name: [old[name][i] for i in order] for name in listed}}
 
 
 def _reordered(old: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +191,7 @@ def _doubts(state_dict: dict[str, Any], defaults: dict[str, Any]) -> Iterator[st
         if group.get("lamb", 0) > 0 and any("exp_avg" in state and "grok_ema" not in state for state in states):
             yield (
                 f"state_dict has lamb={group['lamb']:g} in group {i}, and no slow gradient (grok_ema): it starts at 0. "
-                "torch.distributed.checkpoint loads one only where the optimizer was constructed with lamb above 0"
+                "(If torch.distributed.checkpoint loaded it, construct the optimizer with lamb above 0.)"
             )
             return
 

@@ -151,6 +151,37 @@ def test_a_run_that_dcp_saved_goes_on(tmp_path: Path, flatten: bool) -> None:
     assert other.metrics() == optimizer.metrics()
 
 
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("order", ["groups reversed", "parameters reversed", "one group reversed"])
+def test_parameters_are_found_by_name(order: str, flatten: bool) -> None:
+    settings = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, twin = network(), network()
+
+    def optimizer_of(model: nn.Module, how: str) -> GrokAdamW:
+        params = list(model.named_parameters())
+        groups = [[p for p in params if p[1].ndim == 2], [p for p in params if p[1].ndim == 1]]
+        if how == "groups reversed":
+            groups = groups[::-1]
+        if how == "parameters reversed":
+            groups = [group[::-1] for group in groups]
+        if how == "one group reversed":
+            return GrokAdamW(params[::-1])
+        return GrokAdamW([{"params": group} for group in groups])
+
+    optimizer = (
+        optimizer_of(model, "as saved") if order != "one group reversed" else GrokAdamW(model.named_parameters())
+    )
+    train(model, range(3), lambda step, loss: optimizer.step())
+    other = optimizer_of(twin, order)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=settings))
+    set_optimizer_state_dict(twin, other, saved, options=settings)
+    for (name, a), (_, b) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        for key, value in optimizer.state[a].items():
+            assert torch.equal(other.state[b][key], value), name
+    assert [row.beta1 for row in other.layer_table()] == [row.beta1 for row in optimizer.layer_table()]
+    assert [set(row.names) for row in other.layer_table()] == [set(row.names) for row in optimizer.layer_table()]
+
+
 @pytest.mark.parametrize("lamb", [0.0, 2.0])
 def test_what_was_never_trained_is_saved_and_loaded(lamb: float) -> None:
     model = network()

@@ -1131,6 +1131,55 @@ def test_what_is_set_wrong_by_hand_is_refused_before_the_step(
     assert len(heard) == count + 1
 
 
+@pytest.mark.parametrize("scheduler", ["linear", "numpy"])
+def test_what_schedulers_leave_is_taken(scheduler: str) -> None:
+    """A learning rate that is 0 but for rounding, and NumPy's numbers, which no checkpoint could be read back with."""
+    params = parameters()
+    optimizer = GrokAdamW(params)
+    if scheduler == "linear":
+        schedule: Any = torch.optim.lr_scheduler.LinearLR(optimizer, 0.3, 0.0, 3)
+    else:
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.interp(epoch, [0, 10], [0, 1]))
+    for step in range(5):
+        set_gradients(params, step)
+        optimizer.step()
+        schedule.step()
+    assert scheduler == "numpy" or optimizer.param_groups[0]["lr"] < 0
+    saved = through_a_file(optimizer.state_dict())
+    assert type(saved["param_groups"][0]["lr"]) is float
+    optimizer.load_state_dict(saved)
+
+
+def test_a_list_that_is_changed_in_place_and_an_array_are_looked_at() -> None:
+    optimizer = GrokAdamW(parameters())
+    optimizer.param_groups[0]["betas"] = [0.9, 0.99]
+    optimizer.step()
+    optimizer.param_groups[0]["betas"][0] = 3.0
+    with pytest.raises(ValueError, match=r"betas\[0\]=3\.0"):
+        optimizer.step()
+    optimizer.param_groups[0]["betas"] = np.array([0.9, 0.99])
+    with pytest.raises(TypeError, match="betas=array"):
+        optimizer.step()
+    optimizer.param_groups[0].update(betas=(0.9, 0.99), combine="max")
+    with pytest.raises(ValueError, match="combine='max'"):
+        optimizer.step()
+
+
+def test_groups_of_adamws_are_taken_over() -> None:
+    params = parameters()
+    adamw = torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.5}], lr=0.25)
+    optimizer = GrokAdamW(adamw.param_groups)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.25, 0.01), (0.25, 0.5)]
+    assert not {"amsgrad", "decoupled_weight_decay"} & optimizer.param_groups[0].keys()
+    set_gradients(params)
+    optimizer.step()
+    other = GrokAdamW(adamw.param_groups)
+    other.load_state_dict(optimizer.state_dict())
+    assert "grok_ema" in other.state[params[0]]
+    with pytest.raises(ValueError, match="amsgrad=True"):
+        GrokAdamW([{"params": params, "amsgrad": True}])
+
+
 def test_a_tensor_that_is_set_by_hand_is_not_read() -> None:
     """It may be on a GPU."""
     p = nn.Parameter(torch.empty(2, device="meta"))
