@@ -62,6 +62,12 @@ def in_place(places: dict[int, Tensor], i: int, group: dict[str, Any], alpha: Nu
     return places[i].copy_(alpha, non_blocking=True) if isinstance(alpha, Tensor) else places[i].fill_(alpha)
 
 
+def counter(groups: list[dict[str, Any]]) -> Tensor | None:
+    """A count that a graph of the groups can go on with; None where none is to be captured."""
+    devices = (group["params"][0].device for group in groups if group["capturable"] and group["params"])
+    return next((torch.zeros((), dtype=torch.int64, device=device) for device in devices), None)
+
+
 def for_compiler(tensors: Tensors, numbers: Numbers) -> Numbers:
     """The numbers that change from step to step as tensors, whose values are no guards.
 

@@ -59,7 +59,7 @@ def to_grokadamw(state_dict: StateDict) -> StateDict:
     groups = state_dict["param_groups"]
     if any("state" in group for group in groups):
         return _from_0_1_2(state_dict)
-    of_adam = any("amsgrad" in g and ("decoupled_weight_decay" in g or "lamb" not in g) for g in groups)
+    of_adam = any("amsgrad" in group for group in groups)
     if groups and not of_adam and not any(name in group for group in groups for name in _OURS):
         raise ValueError(f"state_dict is of another kind of optimizer: its groups have {_listed(groups[0])}. {_KINDS}")
     for key, state in _states(state_dict):

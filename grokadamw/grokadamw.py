@@ -214,11 +214,7 @@ class GrokAdamW(Optimizer):
             if found_inf.item():
                 return []  # as if this step had not been called
             found_inf = None
-        settings_now = [settings(group) for group in self.param_groups]
-        if settings_now != self._run.checked:
-            for group in self.param_groups:
-                check_settings(group, self.defaults)
-            self._run.checked = settings_now
+        self._check_settings()
         work = collect(self.param_groups, self._published, self._run.names)  # row 1
         for param in chain.from_iterable(w.params for w in work):
             check(self.state.get(param, {}), param)
@@ -262,10 +258,7 @@ class GrokAdamW(Optimizer):
         """
         signal, alphas = filter_memories(self._run.signals, self.param_groups, self._published)
         if self._run.skipped is None:
-            captured = (
-                group["params"][0].device for group in self.param_groups if group["capturable"] and group["params"]
-            )
-            self._run.skipped = next((torch.zeros((), dtype=torch.int64, device=device) for device in captured), None)
+            self._run.skipped = capture.counter(self.param_groups)
         pairs = zip(self.param_groups, alphas, strict=True)
         alphas = [capture.in_place(self._run.captured, i, group, alpha) for i, (group, alpha) in enumerate(pairs)]
         self._run.last = self._run.last._replace(signal=signal, alphas=alphas)
@@ -323,6 +316,14 @@ class GrokAdamW(Optimizer):
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
             if param in self.state:
                 yield param, self.state[param]
+
+    def _check_settings(self) -> None:
+        """Refuse what was set wrong by hand in a group since the last step."""
+        now = [settings(group) for group in self.param_groups]
+        if now != self._run.checked:
+            for group in self.param_groups:
+                check_settings(group, self.defaults)
+            self._run.checked = now
 
     def _check_layers(self) -> None:
         """Warn of doubtful layers: at the first step, when set_layers has had its chance."""

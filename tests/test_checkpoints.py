@@ -187,6 +187,20 @@ def test_what_a_scheduler_and_hooks_have_added_stays() -> None:
         assert there["state"]["a hook's"] == 1
 
 
+def test_a_slow_gradient_that_adamw_carried_along_is_stale() -> None:
+    """AdamW takes our state dict as it is, too, and keeps what it does not know; μ has missed its steps."""
+    model = network()
+    optimizer = GrokAdamW(model.named_parameters())
+    train(model, range(2), lambda step, loss: optimizer.step())
+    adamw = torch.optim.AdamW(model.named_parameters())
+    adamw.load_state_dict(optimizer.state_dict())
+    assert all("grok_ema" in state for state in adamw.state.values())
+    train(model, range(2, 4), lambda step, loss: adamw.step())
+    with pytest.warns(UserWarning, match="no slow gradient"):
+        optimizer.load_state_dict(adamw.state_dict())
+    assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in optimizer.state.values())
+
+
 def test_adams_tensor_betas_become_numbers() -> None:
     saved = load("torch-2.13-adamw")["optimizer"]
     saved["param_groups"][0]["betas"] = (torch.tensor(0.5), torch.tensor(0.75))
