@@ -161,7 +161,7 @@ def captured(optimizer: GrokAdamW, capturing: list[bool]) -> Tape:
 
 
 @pytest.mark.filterwarnings("ignore:a step was skipped")
-@pytest.mark.parametrize("foreach", [None, False])
+@pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("after", ["steps", "a checkpoint", "a copy"])
 def test_a_replay_is_the_next_step(as_if_captured: list[bool], after: str, foreach: bool | None) -> None:
     """Here capturing runs the step, too. α, learning rates and gradients come from their places; skips are counted."""
