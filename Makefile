@@ -1,15 +1,22 @@
 # make demo   train the demonstration's three arms, print the table, draw the picture
 # make test   lint, type check and test
 # make test-all   the same, and then what takes long, with a log of that in tests/test-all.log
-# Each makes its own environment in .venv, and needs Python 3.11 or newer.
+# make wheel  a wheel for this platform and every Python, in dist
+# make peers  what the benchmark of step times compares with, each in a folder of its own
+# make asan   the native kernel's tests under AddressSanitizer (GCC's, on Linux)
+# Each makes its own environment in .venv, and needs Python 3.11 or newer. With a C compiler the native kernel is built.
 
 SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all clean
+PEERS  := pytorch-optimizer==4.1.0 grokfast-pytorch==0.0.11 torch-optimi==0.3.3 bitsandbytes==0.50.2 deepspeed==0.19.8
+# what DeepSpeed needs for its CPUAdam, which it compiles at the first use
+DEEPSPEED := annotated-types einops hjson msgpack ninja psutil py-cpuinfo pydantic pydantic-core typing-inspection
+
+.PHONY: demo test test-all wheel peers asan clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m benchmarks.grokking.demo
@@ -23,14 +30,30 @@ test: $(VENV)/ready
 test-all: test
 	set -o pipefail; $(BIN)/pytest -m long -v -s --no-header --color no --disable-warnings | tee tests/test-all.log
 
+wheel: $(VENV)/ready
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+peers: $(VENV)/ready
+	$(PIP) install 'setuptools>=77' wheel $(DEEPSPEED)
+	for peer in $(PEERS); do \
+		$(PIP) install --no-deps --no-build-isolation --upgrade --target $(VENV)/peers/$${peer%%==*} $$peer || exit; done
+
+SANITIZE := -fsanitize=address,undefined
+asan: $(VENV)/ready
+	rm -rf build/asan
+	CFLAGS="$(SANITIZE) -g" LDFLAGS="$(SANITIZE)" $(PIP) install --no-deps --target build/asan .
+	cp -r tests build/asan
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/pytest build/asan/tests/update -k "not needs_no_memory"
+
 # torch comes first and exactly, so that nothing else chooses its build. Release 0.1.2 lies in a folder of its own,
 # since it has our name: the tests run it in its own process.
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml constraints.txt setup.py grokadamw/update/cpu_kernel.c
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch==2.13.0
-	$(PIP) --constraint constraints.txt --editable '.[test]'
-	$(PIP) --no-deps --upgrade --target $(VENV)/published grokadamw==0.1.2
+	$(PIP) install torch==2.13.0
+	$(PIP) install --constraint constraints.txt --editable '.[test]'
+	$(PIP) install --no-deps --upgrade --target $(VENV)/published grokadamw==0.1.2
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info grokadamw/update/*.so

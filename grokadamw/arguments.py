@@ -91,7 +91,6 @@ def _check_how_to_run(group: dict[str, Any]) -> None:
             raise RuntimeError("`fused` does not support `differentiable`: leave one of them out")
         if group["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together. Leave one of them out")
-        raise NotImplementedError("fused=True: there is no fused implementation yet; leave it out, and foreach is used")
     if group["foreach"] and group["differentiable"]:
         raise ValueError(
             "foreach=True with differentiable=True: torch's foreach operations have no autograd; leave foreach out"

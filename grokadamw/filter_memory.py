@@ -207,6 +207,11 @@ class Signals:
                         RuntimeWarning,
                     )
 
+    @property
+    def are_others(self) -> bool:
+        """Whether to evaluate them runs code that is not of this package."""
+        return any(function is not loss_gap for function in self.functions) or not isinstance(self.combine, str)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Signals:
         """Functions are shared, as closures may hold anything; objects that keep a state or a binding are copied."""
         copied = Signals(

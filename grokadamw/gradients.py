@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +13,26 @@ from .numbers import Number, as_real, mesh_of
 
 
 def global_norm(
-    grads: Iterable[Tensor], sum_of_squares: Callable[[list[Tensor]], Tensor], home: torch.device | None
+    grads: Sequence[Tensor], sum_of_squares: Callable[[Sequence[Tensor]], Tensor], home: torch.device | None
 ) -> Number:
     """Row 2, N = √Σg² over all elements of all gradients, on any devices: a float, or with home a 0-d tensor there."""
-    lists: dict[Any, list[Tensor]] = {}
-    for grad in grads:
-        lists.setdefault((grad.device, mesh_of(grad)), []).append(as_real(grad))
-    sums = [sum_of_squares(tensors) for tensors in lists.values()]
+    sums = [sum_of_squares(tensors) for tensors in _by_place(grads)]
     if home is None:
         return math.sqrt(sum(total.item() for total in sums))
     total = torch.stack([total.to(home) for total in sums]).sum()
     if total.requires_grad:
         total = total.clamp(min=torch.finfo(total.dtype).tiny)  # the root's derivative at 0 is infinite
     return total.sqrt()
+
+
+def _by_place(tensors: Sequence[Tensor]) -> Collection[Sequence[Tensor]]:
+    """The tensors as real ones, in lists that lie on one device, or over one mesh."""
+    if set(map(type, tensors)) == {Tensor} and len(set(map(Tensor.get_device, tensors))) == 1:
+        return [list(map(as_real, tensors)) if any(map(Tensor.is_complex, tensors)) else tensors]  # and soon found
+    lists: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        lists.setdefault((tensor.device, mesh_of(tensor)), []).append(as_real(tensor))
+    return lists.values()
 
 
 def clip_coefficient(norm: Number | None, max_norm: float) -> Number:

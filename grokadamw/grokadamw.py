@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from numbers import Real
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, TypeAlias, overload
 
@@ -23,11 +26,11 @@ from .notices import warn
 from .numbers import Number, accumulator, as_float, as_number, detached, product, reads_are_free
 from .state import State, check, keeping_precision, prepare
 from .update.reference import Numbers, Tensors
-from .work import Work, alike, collect
+from .work import Plan, Work, calls_for, choices_of, collect
 
 __all__ = ["GrokAdamW"]
 
-_SumOfSquares: TypeAlias = Callable[[list[Tensor]], Tensor]
+_SumOfSquares: TypeAlias = Callable[[Sequence[Tensor]], Tensor]
 
 # Plain data in every group beside the arguments, from the start: sharded checkpoints want the same keys on both sides.
 _KEPT_IN_GROUPS = {"layer": None, "train_loss": None, "eval_loss": None, "signal_state": None, "skipped_steps": 0}
@@ -49,6 +52,7 @@ class _Run:
     checked: list[list[Any]] = field(default_factory=list)  # what the groups said when they were last found right
     skipped: Tensor | None = None  # counts the steps skipped on a device that were not yet read back
     names: dict[Tensor, str] = field(default_factory=dict)  # of parameters, as set_layers found them
+    plan: Plan | None = None  # how the last step was called, for the next
 
 
 class GrokAdamW(Optimizer):
@@ -102,11 +106,13 @@ class GrokAdamW(Optimizer):
             instead of β1_l, ε added before v's correction, clipping tensor by tensor, layers counted over the tensors
             that have a gradient, signals evaluated for each group, no limit to α, state in the parameter's dtype, no
             rule for NaN.
-        foreach: None or True for lists of tensors at a time; False for one at a time, with the least scratch memory.
+        foreach: None for the fastest implementation that can take a tensor, see :meth:`implementation`; True for
+            torch's operations on lists of tensors; False for one tensor at a time, with the least scratch memory.
         maximize: climb instead of descend.
         capturable: let CUDA graphs capture the step; all parameters are on a GPU then. See :meth:`update_signals`.
         differentiable: let autograd pass through the step.
-        fused: None or False. True is refused: there is no fused implementation yet.
+        fused: None as with ``foreach``; False for foreach. True is None, for parameters on the CPU alone, and
+            lets GradScaler leave the loss scale to the optimizer, as torch's fused optimizers do.
 
     Raises:
         TypeError, ValueError: an argument is not what is written above. The message names it and its value.
@@ -175,6 +181,8 @@ class GrokAdamW(Optimizer):
         make_plain(defaults)
         self._run = _Run(signals)
         super().__init__(params, defaults)
+        if fused:
+            self._step_supports_amp_scaling = True  # GradScaler's word for it
         signals.bind(self)
 
     @overload
@@ -215,19 +223,20 @@ class GrokAdamW(Optimizer):
                 return []  # as if this step had not been called
             found_inf = None
         self._check_settings()
-        work = collect(self.param_groups, self._published, self._run.names)  # row 1
-        for param in chain.from_iterable(w.params for w in work):
-            check(self.state.get(param, {}), param)
+        plan = self._run.plan
+        now = None if plan is None else plan.now(self.param_groups, self.state)
+        work = self._collected() if now is None else now.work
         capture.check_devices(work)
         if capturing:
             capture.check_state(work, self.state, bool(self._run.last.alphas), self._nonfinite)
-        sum_of_squares = update.choose(self.defaults["differentiable"], self.defaults["foreach"]).sum_of_squares
+        sum_of_squares = update.sum_of_squares(self.defaults, compiling)
         if self._is_for_state_alone(work, sum_of_squares):
-            self._make_state()
+            self._make_state(work)
             return []
         self._check_layers()
         unscale = self._unscale()
-        norms = [None if n is None else product(n, unscale) for n in self._norms(work, sum_of_squares)]  # row 2
+        known = None if plan is None or now is None else partial(plan.sum_of_squares, now)
+        norms = [None if n is None else product(n, unscale) for n in self._norms(work, sum_of_squares, known)]  # row 2
         clips = [gradients.clip_coefficient(n, w.group["gradient_clipping"]) for n, w in zip(norms, work, strict=True)]
         finite = self._finite(work, norms, found_inf)
         if not capturing:
@@ -236,17 +245,40 @@ class GrokAdamW(Optimizer):
         if finite is False:
             self._count_skipped(1)
             return []
-        self._make_state()
+        if plan is not None and now is not None and self._run.signals.are_others:  # which may have changed something
+            now = plan.again(now, self.param_groups, self.state)
+        if now is None:
+            self._make_state(work)
+            calls_to_make = list(calls_for(work, self.state))
+            plan = Plan(self.param_groups, work, calls_to_make)
+            self._run.plan = plan if plan.lasts else None
+        else:
+            calls_to_make = now.calls
+        memory_is_all = update.memory_is_all(compiling)
         calls = []
-        for w, clip in zip(work, clips, strict=True):
-            implementation = update.choose(self.defaults["differentiable"], w.group["foreach"])
-            for tensors, beta1 in alike(w, map(self.state.__getitem__, w.params)):
-                alpha = self._run.last.alphas[w.group_index]
-                numbers = self._numbers(tensors, w, beta1, alpha, product(clip, unscale), finite)
-                if compiling:
-                    numbers = capture.for_compiler(tensors, numbers)
-                calls.append((implementation, tensors, numbers))
+        for i, call in enumerate(calls_to_make):
+            w, clip = work[call.work_index], clips[call.work_index]
+            alpha = self._run.last.alphas[w.group_index]
+            beta1 = layers.beta1s(w.group, call.layers) if now is None or plan is None else plan.beta1s(i, w.group)
+            numbers = self._numbers(call.tensors, w, beta1, alpha, product(clip, unscale), finite)
+            if compiling:
+                numbers = capture.for_compiler(call.tensors, numbers)
+            module = call.choice.module if memory_is_all or call.choice.module is update.reference else update.foreach
+            calls.append((module, call.tensors, numbers))
         return calls
+
+    def _collected(self) -> list[Work]:
+        """Row 1: what there is to do, looked through for what a step cannot go on with."""
+        work = collect(self.param_groups, self._published, self._run.names)
+        for w in work:
+            for param in w.params:
+                check(self.state.get(param, {}), param)
+                if w.group["fused"] and not param.is_cpu:
+                    raise RuntimeError(
+                        "`fused=True` requires all the params to be floating point Tensors of supported devices: "
+                        f"['cpu'], and param_groups[{w.group_index}] has one on {param.device}: leave fused out"
+                    )
+        return work
 
     @_disable_dynamo
     def update_signals(self) -> None:
@@ -270,11 +302,12 @@ class GrokAdamW(Optimizer):
         """
         if self.state or not work or any(as_float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        return as_float(gradients.global_norm((grad for w in work for grad in w.grads), sum_of_squares, None)) == 0
+        return as_float(gradients.global_norm([grad for w in work for grad in w.grads], sum_of_squares, None)) == 0
 
-    def _make_state(self) -> None:
-        for group in self.param_groups:
-            self._init_group(group, [], [], [], [], [], [])
+    def _make_state(self, work: list[Work]) -> None:
+        for w in work:
+            for param in w.params:
+                prepare(self.state[param], param, self._published, with_slow_gradient=float(w.group["lamb"]) > 0)
 
     def _init_group(
         self,
@@ -337,12 +370,23 @@ class GrokAdamW(Optimizer):
         scale = getattr(self, "grad_scale", None)
         return 1.0 if scale is None else 1 / as_number(scale, "grad_scale")
 
-    def _norms(self, work: list[Work], sum_of_squares: _SumOfSquares) -> list[Number | None]:
-        """N for each entry of work, if anything asks for it: that of all gradients, in compat that of the tensor."""
+    def _norms(
+        self, work: list[Work], sum_of_squares: _SumOfSquares, known: Callable[[], float | None] | None
+    ) -> list[Number | None]:
+        """N for each entry of work, if anything asks for it: that of all gradients, in compat that of the tensor.
+
+        Args:
+            known: the fastest sum of squares of all gradients, where their addresses are known.
+        """
         if self._nonfinite == "propagate" and not any(w.group["gradient_clipping"] > 0 for w in work):
             return [None] * len(work)
         grads = [grad for w in work for grad in w.grads]
-        home = next((grad.device for grad in grads if not self._on_host(grad.device)), None)
+        devices = dict.fromkeys(map(attrgetter("device"), grads))
+        home = next((device for device in devices if not self._on_host(device)), None)
+        if known and home is None and not self._published and sum_of_squares is update.fastest_sum_of_squares:
+            squares = known()
+            if squares is not None:
+                return [math.sqrt(squares)] * len(work)
         if self._published:
             return [gradients.global_norm(w.grads, sum_of_squares, home) for w in work]
         return [gradients.global_norm(grads, sum_of_squares, home)] * len(work)
@@ -473,6 +517,22 @@ class GrokAdamW(Optimizer):
         self._run.names = {param: layers.unwrapped(names[param]) for param in params if param in names}
         self._run.layers_checked = False
 
+    def implementation(self) -> str:
+        """Which implementation updates the parameters, and why: a line for each, ``"name: reason"``.
+
+        ``cpu`` is the native kernel, one pass through memory; ``blocks`` takes its place where it was not built;
+        ``foreach`` are torch's operations on lists of tensors; ``reference`` is one tensor at a time. A parameter
+        without a gradient or state counts as if they were like itself. Parameters that share memory, and everything
+        under torch.compile or FakeTensorMode, go to foreach in any case.
+        """
+        plan = self._run.plan
+        now = None if plan is None else plan.now(self.param_groups, self.state)
+        choices = choices_of(self.param_groups, self.state, None if now is None else now.calls)
+        names = {choice: choice.module.__name__.rpartition(".")[2] for choice in choices}
+        if len(choices) == 1:
+            return "".join(f"{names[choice]}: {choice.reason}" for choice in choices)
+        return "\n".join(f"{names[c]} for {count} parameters: {c.reason}" for c, count in choices.items())
+
     def layer_table(self) -> list[layers.Layer]:
         """What the layers came out as, in order: ``layer``, the ``names`` of its parameters, ``beta1`` (its β1_l)."""
         return layers.table(self.param_groups, self._run.names)
@@ -591,6 +651,8 @@ class GrokAdamW(Optimizer):
         super().__setstate__(state)
         for name, value in _ADDED_LATER.items():
             self.defaults.setdefault(name, value)
+        if self.defaults["fused"]:
+            self._step_supports_amp_scaling = True
         fixed = {name: self.defaults[name] for name in PER_OPTIMIZER} | {"grokking_signal_fns": None}
         for i, group in enumerate(self.param_groups):
             # what another optimizer's checkpoint does not say stays as it was

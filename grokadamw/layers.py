@@ -68,10 +68,10 @@ def layers_in(named: Mapping[Tensor, str]) -> dict[Tensor, int]:
     return {param: numbers.setdefault(layer_path(name), len(numbers)) for param, name in named.items()}
 
 
-def beta1s(group: dict[str, Any]) -> list[float]:
-    """β1_l of each of the group's parameters."""
+def beta1s(group: dict[str, Any], of: Sequence[int] | None = None) -> list[float]:
+    """β1_l of each of the group's parameters, or of these layers."""
     beta1, keep = float(group["betas"][0]), 1 - float(group["gamma"])
-    return [beta1 * keep**layer for layer in group["layers"]]
+    return [beta1 * keep**layer for layer in (group["layers"] if of is None else of)]
 
 
 def names(group: dict[str, Any], i: int, known: Mapping[Tensor, str]) -> list[str]:

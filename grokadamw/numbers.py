@@ -14,8 +14,9 @@ _N = TypeVar("_N", Number, Number | None)
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Whether a number on this device can be read without making the host wait for queued work."""
-    return device.type == "cpu"
+    """Whether a number on this device can be read without making the host wait for queued work, and is there at all."""
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)  # FakeTensorMode, which has no numbers
+    return device.type == "cpu" and fake is None
 
 
 def accumulator(device: torch.device) -> torch.dtype:

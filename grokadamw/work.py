@@ -1,17 +1,25 @@
-"""What there is to do in a step: the parameters that have a gradient, in lists that one call can take."""
+"""What there is to do in a step: the parameters that have a gradient, in lists that one call can take.
+
+Finding that out costs more than small steps do, so a `Plan` keeps it for as long as it sees that all is as it was.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import layers
+from . import layers, update
+from .looks import Looks
 from .numbers import as_real, mesh_of
-from .state import State
-from .update.reference import Tensors
+from .state import MOMENTS, State
+from .update import Choice, blocks, cpu
+from .update.reference import Tensors, written
 
 
 class Work(NamedTuple):
@@ -21,7 +29,17 @@ class Work(NamedTuple):
     group: dict[str, Any]
     params: list[Tensor]
     grads: list[Tensor]
-    beta1: list[float]  # β1_l
+    layers: list[int]
+
+
+class Call(NamedTuple):
+    """What one call of an implementation takes: tensors of one kind out of one entry of work."""
+
+    work_index: int
+    places: list[int]  # of its parameters there
+    layers: list[int]
+    tensors: Tensors
+    choice: Choice
 
 
 def collect(groups: Sequence[dict[str, Any]], published: bool, known: Mapping[Tensor, str]) -> list[Work]:
@@ -38,7 +56,7 @@ def collect(groups: Sequence[dict[str, Any]], published: bool, known: Mapping[Te
                 "parameters were changed: call optimizer.set_layers(model), or set its 'layers' to a list of integers"
             )
         w = Work(i, group, [], [], [])
-        for j, (param, beta1) in enumerate(zip(group["params"], layers.beta1s(group), strict=True)):
+        for j, (param, layer) in enumerate(zip(group["params"], group["layers"], strict=True)):
             if param.grad is None:
                 continue
             if param.grad.layout != torch.strided:
@@ -49,31 +67,174 @@ def collect(groups: Sequence[dict[str, Any]], published: bool, known: Mapping[Te
                 )
             w.params.append(param)
             w.grads.append(param.grad.resolve_conj())
-            w.beta1.append(beta1)
+            w.layers.append(layer)
         if published:  # and there a layer is a place among the tensors that have a gradient
-            beta1s = layers.beta1s({**group, "layers": range(len(w.params))})
-            tensors = zip(w.params, w.grads, beta1s, strict=True)
-            work += [Work(i, group, [param], [grad], [beta1]) for param, grad, beta1 in tensors]
+            pairs = enumerate(zip(w.params, w.grads, strict=True))
+            work += [Work(i, group, [param], [grad], [place]) for place, (param, grad) in pairs]
         elif w.params:
             work.append(w)
     return work
 
 
-def alike(w: Work, states: Iterable[State]) -> Iterator[tuple[Tensors, list[float]]]:
-    """The tensors as real ones, in lists of one device and dtype, all with or all without μ; with their β1_l."""
-    lists: dict[Any, tuple[Tensors, list[float]]] = {}
-    for param, grad, beta1, state in zip(w.params, w.grads, w.beta1, states, strict=True):
-        mu = state.get("grok_ema")
-        kind = (param.device, mesh_of(param), param.dtype, grad.dtype, state["exp_avg"].dtype, mu is None)
-        if kind not in lists:
-            lists[kind] = Tensors([], [], [], [], None if mu is None else [], []), []
-        tensors, beta1s = lists[kind]
-        tensors.params.append(as_real(param))
-        tensors.grads.append(as_real(grad))
-        tensors.exp_avgs.append(as_real(state["exp_avg"]))
-        tensors.exp_avg_sqs.append(as_real(state["exp_avg_sq"]))
-        if tensors.grok_emas is not None and mu is not None:
-            tensors.grok_emas.append(as_real(mu))
-        tensors.steps.append(state["step"])
-        beta1s.append(beta1)
-    yield from lists.values()
+def calls_for(work: Sequence[Work], state: Mapping[Tensor, State]) -> Iterator[Call]:
+    """The tensors as real ones, in lists of one kind: device, dtypes, implementation, all with or all without μ."""
+    for i, w in enumerate(work):
+        lists: dict[Any, Call] = {}
+        for place, (param, grad, layer) in enumerate(zip(w.params, w.grads, w.layers, strict=True)):
+            s = state[param]
+            row = [as_real(x) for x in (param, grad, *(s[name] for name in MOMENTS if name in s))]
+            choice = update.choose(row, s["step"], w.group)
+            kind = (choice, param.device, mesh_of(param), *(x.dtype for x in row))
+            if kind not in lists:
+                lists[kind] = Call(i, [], [], Tensors([], [], [], [], [] if len(row) == 5 else None, []), choice)
+            call = lists[kind]
+            call.places.append(place)
+            call.layers.append(layer)
+            for column, x in zip(call.tensors, row, strict=False):
+                column.append(x)
+            call.tensors.steps.append(s["step"])
+        for call in lists.values():
+            yield call._replace(choice=update.checked(call.choice, call.tensors))
+
+
+def choices_of(
+    groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State], calls: Sequence[Call] | None
+) -> Counter[Choice]:
+    """How many parameters get which implementation: by the calls, or as far as that is known without them."""
+    choices: Counter[Choice] = Counter()
+    for call in calls or ():
+        choices[call.choice] += len(call.places)
+    if choices.total() == sum(len(group["params"]) for group in groups):
+        return choices
+    choices.clear()
+    for group in groups:
+        for param in group["params"]:
+            s = state.get(param, {})
+            row = [param if x is None else x for x in (param, param.grad, *map(s.get, MOMENTS))]
+            choices[update.choose(list(map(as_real, row)), s.get("step", torch.zeros((), device="cpu")), group)] += 1
+    return choices
+
+
+class Now(NamedTuple):
+    """This step's work, and the calls that do it."""
+
+    work: list[Work]
+    calls: list[Call]
+    gradients: bytes  # where they lie
+
+
+class Plan:
+    """The calls of a step, to be made again for as long as all that they follow from looks as it did.
+
+    It keeps no tensors, whose memory is others': each step has its own, and is asked what they look like.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], work: Sequence[Work], calls: Sequence[Call]) -> None:
+        grads = list(chain.from_iterable(w.grads for w in work))
+        tensors = [x for call in calls for column in written(call.tensors) for x in column]
+        # what is behind a complex view, a DTensor or a subclass would have to be looked up each time
+        self.lasts = set(map(type, [*tensors, *grads])) <= {Tensor, nn.Parameter} and not any(
+            param.is_complex() for w in work for param in w.params
+        )
+        if self.lasts:
+            try:
+                self._looks, self._grad_looks = Looks(tensors), Looks(grads)
+            except RuntimeError:  # of a device that torch cannot show
+                self.lasts = False
+        if not self.lasts:
+            return
+        self._facts = [_facts(group) for group in groups]
+        self._has_grad = [param.grad is not None for group in groups for param in group["params"]]
+        self._work = [w._replace(group={}, params=[], grads=[]) for w in work]
+        self._ends = list(accumulate(len(w.params) for w in work))
+        self._calls: list[Call] = []
+        self._beta1s: dict[int, tuple[Any, list[float]]] = {}
+        for call in calls:
+            t = call.tensors
+            empty = Tensors([], [], [], [], None if t.grok_emas is None else [], [])
+            kept = cpu.where(t) if call.choice.module is cpu else None
+            self._calls.append(call._replace(tensors=empty._replace(kept=kept)))
+        # a real tensor whose sign is yet to be turned is another's imaginary part: it has gaps, or is one number
+        self._of_one = [i for i, grad in enumerate(grads) if grad.numel() == 1]
+        self._gradients, self._flat = self._grad_looks.addresses, cpu.flat(grads)
+        by_address = [call for call in calls if call.choice.module in (cpu, blocks)]
+        self._ranges = cpu.Ranges([x for call in by_address for column in written(call.tensors) for x in column], grads)
+
+    def now(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State]) -> Now | None:
+        """The calls with the tensors of this step; None where something has changed, and a new plan is due."""
+        if [_facts(group) for group in groups] != self._facts:
+            return None
+        params = list(chain.from_iterable(group["params"] for group in groups))
+        grads = list(map(attrgetter("grad"), params))
+        if [grad is not None for grad in grads] != self._has_grad:
+            return None
+        if not all(self._has_grad):
+            params, grads = ([x for x, has in zip(y, self._has_grad, strict=True) if has] for y in (params, grads))
+        try:
+            calls = self._with_tensors(params, grads, list(map(state.get, params)))
+            if calls is None or any(grads[i].is_neg() for i in self._of_one) or set(map(type, grads)) - {Tensor}:
+                return None
+            tensors = [x for call in calls for column in written(call.tensors) for x in column]
+            if set(map(type, tensors)) - {Tensor, nn.Parameter} or not self._looks.hold(tensors):
+                return None
+            gradients = self._grad_looks.of(grads)
+        except (KeyError, TypeError, RuntimeError):  # a state that lacks something, a tensor that has no memory
+            return None
+        if gradients is None or (gradients != self._gradients and self._ranges.meet(gradients)):
+            return None
+        self._gradients = gradients
+        work = []
+        for w, end in zip(self._work, self._ends, strict=True):
+            place = slice(end - len(w.layers), end)
+            work.append(w._replace(group=groups[w.group_index], params=params[place], grads=grads[place]))
+        return Now(work, [self._with_addresses(call, gradients) for call in calls], gradients)
+
+    def again(self, now: Now, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State]) -> Now | None:
+        """`now` once more, after somebody else's code has run; None where it has changed something."""
+        new = self.now(groups, state)
+        pairs = zip(new.work, now.work, strict=True) if new is not None else ()
+        return new if all(a is b for w, x in pairs for a, b in zip(w.grads, x.grads, strict=True)) else None
+
+    def _with_tensors(self, params: list[Tensor], grads: list[Tensor], states: list[Any]) -> list[Call] | None:
+        calls = []
+        for call in self._calls:
+            end = self._ends[call.work_index]
+            start = end - len(self._work[call.work_index].layers)
+            if len(call.places) == end - start:
+                p, g, mine = params[start:end], grads[start:end], states[start:end]
+            else:
+                p, g, mine = ([y[start + place] for place in call.places] for y in (params, grads, states))
+            m, v, steps = ([s[name] for s in mine] for name in ("exp_avg", "exp_avg_sq", "step"))
+            has_mu = call.tensors.grok_emas is not None
+            if not has_mu and any("grok_ema" in s for s in mine):
+                return None
+            mu = [s["grok_ema"] for s in mine] if has_mu else None
+            calls.append(call._replace(tensors=Tensors(p, g, m, v, mu, steps, call.tensors.kept)))
+        return calls
+
+    def _with_addresses(self, call: Call, gradients: bytes) -> Call:
+        if call.tensors.kept is None:
+            return call
+        end = self._ends[call.work_index]
+        start = end - len(self._work[call.work_index].layers)
+        if len(call.places) == end - start:
+            here = gradients[8 * start : 8 * end]
+        else:
+            here = b"".join(gradients[8 * (start + place) : 8 * (start + place) + 8] for place in call.places)
+        return call._replace(tensors=call.tensors._replace(kept=call.tensors.kept._replace(grads=here)))
+
+    def sum_of_squares(self, now: Now) -> float | None:
+        """Of all gradients, as `cpu.sum_of_squares` has it; None where it takes several sums."""
+        return None if self._flat is None else self._flat(now.gradients)
+
+    def beta1s(self, i: int, group: dict[str, Any]) -> list[float]:
+        """β1_l of the i-th call's parameters, which are of that group."""
+        numbers = group["betas"][0], group["gamma"]
+        if i not in self._beta1s or self._beta1s[i][0] != numbers:
+            self._beta1s[i] = numbers, layers.beta1s(group, self._calls[i].layers)
+        return self._beta1s[i][1]
+
+
+def _facts(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What the calls follow from in a group, besides what its tensors look like."""
+    return len(group["params"]), list(group["layers"]), float(group["lamb"]) > 0, group["foreach"], group["fused"]

@@ -1,11 +1,16 @@
-"""Small models, and training that is the same each time."""
+"""Small models, training that is the same each time, and each of the ways to run it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+
+from grokadamw.update import blocks, cpu
 
 
 def network(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
@@ -29,3 +34,23 @@ def train(model: nn.Module, steps: range, take_step: Callable[[int, Tensor], obj
         loss = (model(x) - y).square().mean()
         loss.backward()
         take_step(step, loss)
+
+
+# implementation → the options that ask for it
+IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    "blocks": {},
+    "foreach": {"foreach": True},
+    "reference": {"foreach": False},
+}
+
+
+@contextmanager
+def running(implementation: str) -> Iterator[dict[str, Any]]:
+    """The options with which that implementation runs; for "blocks" as if the kernel had not been built, inside."""
+    if implementation == "blocks":
+        reason = "the native kernel was not built"
+        with patch.object(cpu, "kernel", lambda: reason), patch.object(blocks, "_SMALL", 0):
+            yield IMPLEMENTATIONS[implementation]
+    else:
+        yield IMPLEMENTATIONS[implementation]

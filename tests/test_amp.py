@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 
 from grokadamw import GrokAdamW
 
-from .models import batch, network
+from .models import IMPLEMENTATIONS, batch, network, running
 
 SCALE = 2.0**16
 
@@ -60,7 +60,7 @@ def same(ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("amp", [True, False], ids=["the optimizer unscales", "GradScaler unscales"])
-@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "options",
     [{}, {"nonfinite": "raise"}, {"nonfinite": "propagate", "gradient_clipping": 0.0}, {"compat": "0.1.2"}],
@@ -69,11 +69,10 @@ def same(ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> None:
 @settings(max_examples=5)
 @given(overflows=st.lists(st.booleans(), min_size=1, max_size=8), poison=st.sampled_from([torch.inf, torch.nan]))
 def test_bit_for_bit_the_run_without_those_steps(
-    amp: bool, foreach: bool, options: dict[str, Any], overflows: list[bool], poison: float
+    amp: bool, implementation: str, options: dict[str, Any], overflows: list[bool], poison: float
 ) -> None:
-    same(
-        run(overflows, amp, poison=poison, foreach=foreach, **options), run(overflows, None, foreach=foreach, **options)
-    )
+    with running(implementation) as how:
+        same(run(overflows, amp, poison=poison, **how, **options), run(overflows, None, **how, **options))
 
 
 @pytest.mark.usefixtures("nothing_is_free_to_read")

@@ -75,6 +75,7 @@ def _sharded(rank: int) -> list[dict[str, Any]]:
                 module.reads_are_free = lambda device: False  # type: ignore[attr-defined]
         optimizer = _run(model)
         assert isinstance(optimizer.state[model[0].weight]["exp_avg"], DTensor)
+        assert optimizer.implementation().startswith("cpu: ")
         assert isinstance(model[2].weight, DTensor) == (how != "in part")
         weights = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.state_dict().items()}
         results.append({"weights": weights, "metrics": optimizer.metrics()})

@@ -17,7 +17,7 @@ from torch import nn
 from grokadamw import GrokAdamW, update
 from grokadamw.signals import AccuracyGap, SlowGradient
 
-from .models import network, train
+from .models import IMPLEMENTATIONS, network, running, train
 
 AS_ADAMW = {"lamb": 0.0, "gamma": 0.0, "gradient_clipping": 0.0}
 
@@ -36,11 +36,11 @@ def set_gradients(params: list[nn.Parameter], seed: int = 1, scale: float = 1.0)
 # AdamW
 
 
-@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("scheduler", ["cosine", "one cycle"])
 def test_without_filter_gamma_and_clipping_it_is_adamw(
-    foreach: bool, dtype: torch.dtype, tolerance: float, scheduler: str
+    implementation: str, dtype: torch.dtype, tolerance: float, scheduler: str
 ) -> None:
     def run(make: Any) -> list[torch.Tensor]:
         model = network(dtype)
@@ -59,7 +59,8 @@ def test_without_filter_gamma_and_clipping_it_is_adamw(
 
     settings = {"lr": 0.01, "weight_decay": 0.1}
     theirs = run(lambda model: torch.optim.AdamW(model.parameters(), **settings))
-    ours = run(lambda model: GrokAdamW(model.named_parameters(), **settings, **AS_ADAMW, foreach=foreach))
+    with running(implementation) as how:
+        ours = run(lambda model: GrokAdamW(model.named_parameters(), **settings, **AS_ADAMW, **how))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
 
@@ -417,16 +418,22 @@ def test_foreach_false_is_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_groups_may_be_run_in_different_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = parameters(2)
-    optimizer = GrokAdamW([{"params": params[:1], "foreach": False}, {"params": params[1:]}])
+    params = parameters(4)
+    settings = [{"foreach": False}, {}, {"fused": False}, {"foreach": True}]
+    optimizer = GrokAdamW([{"params": [p], **each} for p, each in zip(params, settings, strict=True)])
     set_gradients(params)
     seen = []
-    for name in ("reference", "foreach"):
+    for name in ("reference", "foreach", "cpu"):
         module = getattr(update, name)
         step = module.step
         monkeypatch.setattr(module, "step", lambda t, n, name=name, step=step: (seen.append(name), step(t, n)))
     optimizer.step()
-    assert seen == ["reference", "foreach"]
+    optimizer.step()
+    assert seen == 2 * ["reference", "cpu", "foreach", "foreach"]
+    optimizer.param_groups[0]["foreach"] = None
+    optimizer.param_groups[1]["foreach"] = True
+    optimizer.step()
+    assert seen[8:] == ["cpu", "foreach", "foreach", "foreach"]
 
 
 def test_propagate_without_clipping_reads_no_norm() -> None:
@@ -1090,7 +1097,7 @@ BY_HAND = [
     ({"nonfinite": "raise"}, ValueError, "nonfinite='raise' in a parameter group: it holds for the whole optimizer"),
     ({"second_moment": "raw"}, ValueError, "second_moment='raw'"),
     ({"compat": "0.1.2"}, ValueError, "compat='0.1.2'"),
-    ({"fused": True}, RuntimeError, "fused=True"),
+    ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True`"),
     ({"betas": (1.5, 0.9)}, ValueError, r"betas\[0\]=1\.5"),
     ({"betas": (0.9,)}, TypeError, "betas="),
     ({"gamma": 2}, ValueError, "gamma=2"),
@@ -1241,7 +1248,6 @@ BAD = [
     ({"foreach": True, "differentiable": True}, ValueError, "foreach=True with differentiable=True"),
     ({"foreach": True, "lr": torch.tensor(0.1)}, ValueError, "lr as a Tensor is not supported"),
     ({"fused": 1}, ValueError, "fused=1"),
-    ({"fused": True}, NotImplementedError, "fused=True: there is no fused implementation yet"),
     ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together."),
     ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `differentiable`"),
     ({"capturable": None}, ValueError, "capturable=None"),
@@ -1261,7 +1267,7 @@ BAD_IN_A_GROUP = [
     ({"nonfinite": "raise"}, ValueError, "nonfinite='raise'"),
     ({"compat": "0.1.2"}, ValueError, r"compat='0\.1\.2'"),
     ({"foreach": "no"}, ValueError, "foreach='no'"),
-    ({"fused": True}, RuntimeError, "fused=True"),
+    ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True`"),
     ({"differentiable": True}, ValueError, "differentiable=True"),
     ({"combine": "max"}, ValueError, "combine='max'"),
     ({"grokking_signal_fns": [len]}, ValueError, "grokking_signal_fns="),

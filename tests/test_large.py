@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from grokadamw import GrokAdamW
-from grokadamw.update import foreach
+from grokadamw.update import cpu, foreach
 
 COUNT = 2**31 + 8
 
@@ -18,6 +18,12 @@ COUNT = 2**31 + 8
 def test_the_norm_counts_them_all() -> None:
     """Of one element that stands for all, so that it takes no memory; blocks of it are squared one after the other."""
     assert foreach.sum_of_squares([torch.full((1,), 0.5).expand(COUNT)]).item() == COUNT / 4
+
+
+@pytest.mark.long
+def test_the_kernels_norm_counts_them_all() -> None:
+    x = torch.full((COUNT,), 0.5, dtype=torch.bfloat16)  # 4 GiB
+    assert cpu.sum_of_squares([x]).item() == COUNT / 4
 
 
 def room(device: str) -> int:

@@ -17,6 +17,7 @@ from torch import nn
 from grokadamw import GrokAdamW
 from grokadamw.checkpoints import to_adamw
 
+from .models import IMPLEMENTATIONS, running
 from .oracle import Oracle, combined_signal, layer_numbers
 from .test_oracle import NAMES, between, close, hyper_parameters, shapes, signal_values
 
@@ -24,7 +25,7 @@ seeds = st.integers(0, 2**31)
 
 
 class Lifetime(RuleBasedStateMachine):
-    foreach: bool
+    options: dict[str, Any]
 
     @initialize(count=st.integers(1, 2), data=st.data())
     def begin(self, count: int, data: Any) -> None:
@@ -63,7 +64,7 @@ class Lifetime(RuleBasedStateMachine):
         return GrokAdamW(
             [self._group(i, **self._hyper(i) | changes) for i in range(len(self.params))],
             grokking_signal_fns=[lambda: self.said[0], gap],
-            foreach=self.foreach,
+            **self.options,
         )
 
     def _set_gradients(self, seed: int, poison: float | None = None) -> list[list[np.ndarray | None]]:
@@ -174,11 +175,11 @@ class Lifetime(RuleBasedStateMachine):
                     assert not ours.get("grok_ema", torch.zeros(())).any()
 
 
-@pytest.mark.parametrize("foreach", [True, False])
-@pytest.mark.parametrize("examples", [60, pytest.param(1500, marks=pytest.mark.long)])
-def test_lifetimes(foreach: bool, examples: int) -> None:
-    machine = type("Lifetime", (Lifetime,), {"foreach": foreach}).TestCase
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("examples", [60, pytest.param(600, marks=pytest.mark.long)])
+def test_lifetimes(implementation: str, examples: int) -> None:
+    machine = type("Lifetime", (Lifetime,), {"options": IMPLEMENTATIONS[implementation]}).TestCase
     machine.settings = settings(max_examples=examples, stateful_step_count=25)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), running(implementation):
         warnings.simplefilter("ignore")  # of skipped steps, signals and layers, which have tests of their own
         machine("runTest").runTest()

@@ -39,7 +39,7 @@ from torch.testing._internal.common_utils import TestCase
 from grokadamw import GrokAdamW
 from grokadamw.signals import SlowGradient
 
-from .models import network
+from .models import network, running
 
 settings.load_profile("default")  # the import above has loaded a profile of torch's, for all tests
 
@@ -117,7 +117,6 @@ def errors(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
         (ValueError, "foreach=True with differentiable=True", {"foreach": True, "differentiable": True}),
         (RuntimeError, "`fused` and `foreach` cannot be `True` together", {"fused": True, "foreach": True}),
         (RuntimeError, "`fused` does not support `differentiable`", {"fused": True, "differentiable": True}),
-        (NotImplementedError, "fused=True: there is no fused implementation yet", {"fused": True}),
     ]
     in_a_group: list[tuple[str, Kwargs]] = [
         ("it holds for the whole optimizer", {"second_moment": "raw"}),
@@ -165,7 +164,8 @@ INFO = OptimizerInfo(
     optim_inputs_func=inputs,
     optim_error_inputs_func=errors,
     scheduler_inputs=next(info.scheduler_inputs for info in optim_db if info.optim_cls is Adam),
-    supported_impls=("foreach", "differentiable"),
+    supported_impls=("foreach", "differentiable", "fused"),
+    supports_fused_on=("cpu",),
     # what release 0.1.2 did not have in its groups, or not from the start
     not_og_supported_flags=(
         *("foreach", "differentiable", "fused", "maximize", "capturable"),
@@ -456,13 +456,15 @@ def rosenbrock(z: Tensor) -> Tensor:
 # implementations
 
 
-def assert_foreach_is_the_loop(
-    params: list[Tensor], give_gradients: Callable[[list[Tensor], int], None], kwargs: Kwargs
+def assert_is_the_loop(
+    implementation: str, params: list[Tensor], give_gradients: Callable[[list[Tensor], int], None], kwargs: Kwargs
 ) -> None:
     """Seven steps; the two begin each of them from the same numbers, so that roundings do not add up."""
     lists = params, [p.detach().clone().requires_grad_() for p in params]
-    foreach = None if refused(kwargs | {"foreach": True}) else True  # which comes to the same
-    optimizers = make(lists[0], kwargs, foreach=False), make(lists[1], kwargs, foreach=foreach)
+    other = {"foreach": None, "fused": None, implementation: True}
+    if refused(kwargs | other):
+        other = {"foreach": None, "fused": False}  # which comes to the same
+    optimizers = make(lists[0], kwargs, foreach=False, fused=None), make(lists[1], kwargs, **other)
     for i in range(7):
         for tensors, optimizer in zip(lists, optimizers, strict=True):
             optimizer.zero_grad()
@@ -511,7 +513,46 @@ def two_layers(device: str, dtype: torch.dtype) -> tuple[list[Tensor], Callable[
     ],
 )
 def test_foreach_matches_forloop(device: str, dtype: torch.dtype, kwargs: Kwargs) -> None:
-    assert_foreach_is_the_loop(*two_layers(device, dtype), kwargs)
+    assert_is_the_loop("foreach", *two_layers(device, dtype), kwargs)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "blocks"])
+@pytest.mark.parametrize(
+    ("dtype", "kwargs"),
+    [
+        pytest.param(dtype, case.kwargs, id=f"{dtype}: {case.desc}")
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        for case in INFO.optim_inputs_func(device="cpu", dtype=dtype)
+    ],
+)
+def test_fused_matches_forloop(implementation: str, dtype: torch.dtype, kwargs: Kwargs) -> None:
+    """The native kernel, and what takes its place where it was not built."""
+    with running(implementation):
+        assert_is_the_loop("fused", *two_layers("cpu", dtype), kwargs)
+
+
+def test_fused_error_on_params_on_meta() -> None:
+    with torch.device("meta"):
+        p = nn.Parameter(torch.randn(2, 3))
+        p.grad = torch.randn(2, 3)
+    optimizer = GrokAdamW([p], fused=True)
+    with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors of su"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("found_inf", [True, False])
+@each(skip=["foreach", "differentiable"], devices=["cpu"], where=lambda kwargs: bool(kwargs.get("fused")))
+def test_fused_does_not_step_if_foundinf(device: str, kwargs: Kwargs, found_inf: bool) -> None:
+    """GradScaler says so by attributes, as `fused` asks it to."""
+    p = torch.ones(3, device=device, requires_grad=True)
+    optimizer = make([p], kwargs)
+    assert optimizer._step_supports_amp_scaling
+    p.grad = torch.full_like(p, 8.0)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(float(found_inf))
+    optimizer.step()
+    assert torch.equal(p, torch.ones(3)) == found_inf
+    assert (p in optimizer.state) != found_inf
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.float16])
@@ -521,7 +562,7 @@ def test_set_default_dtype_works_with_foreach(device: str, kwargs: Kwargs, defau
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
-        assert_foreach_is_the_loop(*two_layers(device, torch.float64), kwargs)
+        assert_is_the_loop("foreach", *two_layers(device, torch.float64), kwargs)
     finally:
         torch.set_default_dtype(before)
 
@@ -543,7 +584,9 @@ def test_mixed_device_dtype(devices: list[str], case: OptimizerInput) -> None:
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
 
-    assert_foreach_is_the_loop(params, give_gradients, case.kwargs)
+    assert_is_the_loop("foreach", params, give_gradients, case.kwargs)
+    if devices == ["cpu"]:
+        assert_is_the_loop("fused", params, give_gradients, case.kwargs)
 
 
 # steps with nothing to do

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import step_time
 from grokadamw import GrokAdamW
 
 ROOT = Path(__file__).parent.parent
@@ -42,12 +43,14 @@ def test_every_argument_is_in_the_table_with_its_default() -> None:
             assert eval(rows.pop(name)) == parameter.default, name
 
 
-@pytest.mark.parametrize("table", ["results", "parts"])
+@pytest.mark.parametrize("table", ["results", "parts", "step time"])
 def test_the_tables_are_what_the_benchmarks_wrote(table: str) -> None:
     assert (RESULTS / "demo-seed0.png").exists()
+    assert (RESULTS / "step_time-cpu.png").exists()
     written = re.search(rf"<!-- {table} -->\n(.*?)<!-- /{table} -->", README, re.DOTALL)
     assert written is not None
-    assert written.group(1) == {"results": results_table, "parts": parts_table}[table]()
+    tables = {"results": results_table, "parts": parts_table, "step time": step_time_table}
+    assert written.group(1) == tables[table]()
 
 
 def results_table() -> str:
@@ -70,9 +73,13 @@ def parts_table() -> str:
     return markdown(["", "seed 0", "seed 1", "seed 2"], rows)
 
 
+def step_time_table() -> str:
+    return step_time.table(json.loads((RESULTS / "step_time-cpu.json").read_text()))
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
 
 
 if __name__ == "__main__":  # python -m tests.test_readme
-    print(results_table(), parts_table(), sep="\n")
+    print(results_table(), parts_table(), step_time_table(), sep="\n")

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..numbers import Number, accumulator, mesh_of, whole
+from ..numbers import Number, accumulator, mesh_of, reads_are_free, whole
 from .reference import Numbers, Tensors
 
 _TensorList: TypeAlias = tuple[Tensor, ...] | list[Tensor]
@@ -44,7 +44,7 @@ def step(tensors: Tensors, numbers: Numbers) -> None:
         _step(tensors, numbers)
         return
     for part in parts:
-        params, grads, exp_avgs, exp_avg_sqs, grok_emas, steps = tensors
+        params, grads, exp_avgs, exp_avg_sqs, grok_emas, steps = tensors[:6]
         _step(
             Tensors(
                 params[part],
@@ -120,7 +120,7 @@ def _step(tensors: Tensors, numbers: Numbers) -> None:
 
 def _next(steps: list[Tensor], active: Number) -> list[Any]:
     """Each tensor's t of this step: Python numbers where reading is free, else 0-d float64 tensors."""
-    if steps[0].is_cpu and isinstance(active, float) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and reads_are_free(steps[0].device) and isinstance(active, float):
         return [count.item() + 1 for count in steps]
     return list((torch.stack(steps).to(accumulator(steps[0].device)) + 1).unbind())
 

@@ -7,7 +7,7 @@ lists of real tensors and numbers come in, and parameters, state and step counts
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ class Tensors(NamedTuple):
     exp_avg_sqs: list[Tensor]
     grok_emas: list[Tensor] | None  # None: no slow gradient is kept, row 6 is left out and row 7 is ĝ = c g
     steps: list[Tensor]  # 0-d, the steps taken before this one
+    kept: Any = None  # what the implementation keeps of these lists between steps; see `cpu.where`
+
+
+def written(tensors: Tensors) -> list[list[Tensor]]:
+    """The lists that a step writes to."""
+    columns = (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas, tensors.steps)
+    return [column for column in columns if column is not None]
 
 
 class Numbers(NamedTuple):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from grokadamw.update import foreach, reference
-from grokadamw.update.reference import Numbers, Tensors
+from grokadamw.update import blocks, cpu, foreach, reference
+from grokadamw.update.reference import Numbers, Tensors, written
 
-IMPLEMENTATIONS = {"reference": reference, "foreach": foreach}
+IMPLEMENTATIONS = {"reference": reference, "foreach": foreach, "cpu": cpu, "blocks": blocks}
 SHAPES = [(), (0,), (7,), (3, 5), (2, 3, 4)]
 # dtype of the parameters → tolerance of what is computed in its state's dtype, and of the parameter itself
 TOLERANCES = {
@@ -66,11 +66,11 @@ def numbers(**changes: Any) -> Numbers:
 
 
 def everything(t: Tensors) -> list[Tensor]:
-    return [*t.params, *t.exp_avgs, *t.exp_avg_sqs, *(t.grok_emas or []), *t.steps]
+    return [x for column in written(t) for x in column]
 
 
 def copied(t: Tensors) -> Tensors:
-    return Tensors(*(None if part is None else [x.clone() for x in part] for part in t))
+    return Tensors(*(None if part is None else [x.clone() for x in part] for part in t[:6]))
 
 
 CASES = {
@@ -89,11 +89,17 @@ CASES = {
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("on_device", [False, True], ids=["numbers", "tensor numbers"])
-def test_agrees_with_the_reference(implementation: Any, dtype: torch.dtype, case: str, on_device: bool) -> None:
+def test_agrees_with_the_reference(
+    implementation: Any, dtype: torch.dtype, case: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes = dict(CASES[case])
     start = tensors(dtype, changes.pop("with_mu", True))
+    row = [column[0] for column in start[:5] if column is not None]
+    monkeypatch.setattr(blocks, "_SMALL", 0)
+    if implementation is blocks and blocks.why_not(row, case == "raw second moment", case == "published"):
+        pytest.skip("goes to foreach")
     # the reference in float64, its inputs rounded to the dtypes that are tested
-    wide = Tensors(*(None if part is None else [x.to(torch.float64, copy=True) for x in part] for part in start))
+    wide = Tensors(*(None if part is None else [x.to(torch.float64, copy=True) for x in part] for part in start[:6]))
     reference.step(wide, numbers(**changes))
     given = numbers(**changes)
     if on_device:

@@ -1,0 +1,230 @@
+"""The optimizers that `step_time.py` compares, and the memory that they share.
+
+They are ours in each implementation, torch's AdamW, and peers from the registry. `make peers` installs each of these in
+a folder of its own, .venv/peers/NAME, without what it depends on; release 0.1.2 of this package, whose name is ours, is
+in .venv/published. DeepSpeed compiles itself at the first use, with a C++ compiler. What is missing is left out of the
+comparison.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from grokadamw import GrokAdamW
+from grokadamw.update import cpu
+
+PEERS = Path(sys.prefix) / "peers"
+PUBLISHED = Path(sys.prefix) / "published"
+
+Step: TypeAlias = Callable[[], Any]
+Shapes: TypeAlias = list[tuple[int, ...]]
+Make: TypeAlias = Callable[[list[nn.Parameter]], Step]
+
+# The filter adds to gradients that no backward pass writes anew: with the usual 2 they would soon be infinite.
+LAMB = 1e-3
+
+# Bytes a parameter: itself, its gradient and one that may be written to; and what the step of any arm makes besides.
+SHARED, SCRATCH = 12, 40
+
+
+class Arm(NamedTuple):
+    """An optimizer and its settings. Bytes are those of one float32 parameter."""
+
+    name: str
+    make: Make  # the function that takes one step
+    kept: int  # bytes of state
+    traffic: int | None = None  # bytes that a step reads and writes where no cache holds the tensors; None: not counted
+    clips: bool = False
+    writes: bool = False  # to the gradients
+    ours: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    package: str | None = None  # in the registry, of a peer
+
+
+def grokadamw(**options: Any) -> Make:
+    """GrokAdamW with β1 falling from tensor to tensor, but so little that no warning is due."""
+    return lambda params: GrokAdamW(params, gamma=1e-3, **options).step
+
+
+def without_compiler(params: list[nn.Parameter]) -> Step:
+    """What GrokAdamW does where its native kernel was not built."""
+    with no_kernel():
+        optimizer = GrokAdamW(params, gamma=1e-3, gradient_clipping=0.0, nonfinite="propagate")
+
+    def step() -> None:
+        with no_kernel():
+            optimizer.step()
+
+    return step
+
+
+@contextmanager
+def no_kernel() -> Iterator[None]:
+    kernel = cpu.kernel
+    cpu.kernel = lambda: "left out"
+    try:
+        yield
+    finally:
+        cpu.kernel = kernel
+
+
+def adamw(**options: Any) -> Make:
+    return lambda params: torch.optim.AdamW(params, **options).step
+
+
+def clipped(params: list[nn.Parameter]) -> Step:
+    """AdamW as training loops use it."""
+    optimizer = torch.optim.AdamW(params, fused=True)
+
+    def step() -> None:
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+
+    return step
+
+
+def filtered(params: list[nn.Parameter]) -> Step:
+    """The loop that Grokfast (arXiv:2405.20233) publishes, in front of AdamW: each operation makes a new tensor."""
+    optimizer = torch.optim.AdamW(params, fused=True)
+    emas = [p.grad.clone() for p in params]
+
+    @torch.no_grad()
+    def step() -> None:
+        for i, p in enumerate(params):
+            emas[i] = emas[i] * 0.98 + p.grad * (1 - 0.98)
+            p.grad = p.grad + emas[i] * LAMB
+        optimizer.step()
+
+    return step
+
+
+def peer(package: str, module: str, name: str, **options: Any) -> Make:
+    """An optimizer from a package in a folder of its own, which is searched after all that is installed."""
+
+    def make(params: list[nn.Parameter]) -> Step:
+        folder = str(PEERS / package)
+        if folder not in sys.path:
+            sys.path.append(folder)
+        return getattr(importlib.import_module(module), name)(params, lr=1e-3, weight_decay=0.01, **options).step
+
+    return make
+
+
+def published(params: list[nn.Parameter]) -> Step:
+    """Release 0.1.2, which has our name, under another."""
+    if "grokadamw_published" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("grokadamw_published", PUBLISHED / "grokadamw" / "__init__.py")
+        if not PUBLISHED.is_dir() or spec is None or spec.loader is None:
+            raise ImportError("release 0.1.2 is not installed")
+        logging.getLogger().addHandler(logging.NullHandler())  # else it would configure logging
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+    return sys.modules["grokadamw_published"].GrokAdamW(params, gamma=1e-3).step
+
+
+def version(package: str) -> str | None:
+    """Of a peer, None where it is not installed."""
+    folder = PUBLISHED if package == "grokadamw" else PEERS / package
+    found = importlib.metadata.Distribution.discover(name=package, path=[str(folder)])
+    return next((each.version for each in found), None)
+
+
+FUSED = Arm("torch AdamW, fused", adamw(fused=True), kept=8, traffic=28)
+CLIPPED = Arm("torch AdamW, fused + clip_grad_norm_", clipped, kept=8, traffic=40, clips=True, writes=True)
+PROPAGATE = {"gradient_clipping": 0.0, "nonfinite": "propagate"}
+
+# Traffic counts a tensor's 4 bytes as often as an operation reads or writes it. Of a fused AdamW: θ, m and v read and
+# written, g read. A norm reads g, clipping reads and writes it; μ is read and written. Of AdamW in single operations:
+# decay 8, m 12, v 8 + 12, root 8, its two corrections 8 + 8, step 16. Of the Grokfast loop: 8 + 8 + 12 for the EMA
+# and 8 + 12 for the gradient before AdamW's 28.
+ARMS = [
+    Arm("GrokAdamW, no clipping, propagate", grokadamw(**PROPAGATE), kept=12, traffic=36, ours=True),
+    Arm("GrokAdamW, no clipping", grokadamw(gradient_clipping=0.0), kept=12, traffic=40, ours=True),
+    Arm("GrokAdamW, clip 1", grokadamw(), kept=12, traffic=40, clips=True, ours=True),
+    Arm("GrokAdamW, without a compiler", without_compiler, kept=12, traffic=36, ours=True, devices=("cpu",)),
+    Arm("GrokAdamW, foreach=True", grokadamw(foreach=True, **PROPAGATE), kept=12, ours=True),
+    Arm("GrokAdamW, foreach=False", grokadamw(foreach=False, **PROPAGATE), kept=12, ours=True),
+    FUSED,
+    CLIPPED,
+    Arm("torch AdamW, foreach", adamw(foreach=True), kept=8, traffic=80),
+    Arm("torch AdamW, for-loop", adamw(foreach=False), kept=8, traffic=80),
+    Arm("Grokfast's loop + torch AdamW, fused", filtered, kept=16, traffic=76),
+    Arm("grokadamw 0.1.2", published, kept=12, clips=True, writes=True, package="grokadamw"),
+    Arm(
+        "pytorch-optimizer GrokFastAdamW",
+        peer("pytorch-optimizer", "pytorch_optimizer", "GrokFastAdamW", grokfast_lamb=LAMB),
+        kept=12,
+        writes=True,
+        package="pytorch-optimizer",
+    ),
+    Arm(
+        "grokfast-pytorch GrokFastAdamW",
+        peer("grokfast-pytorch", "grokfast_pytorch", "GrokFastAdamW", grokfast_lamb=LAMB),
+        kept=12,
+        writes=True,
+        package="grokfast-pytorch",
+    ),
+    Arm("torch-optimi AdamW", peer("torch-optimi", "optimi", "AdamW"), kept=8, package="torch-optimi"),
+    Arm("bitsandbytes AdamW", peer("bitsandbytes", "bitsandbytes.optim", "AdamW"), kept=8, package="bitsandbytes"),
+    Arm(
+        "DeepSpeed CPUAdam",
+        peer("deepspeed", "deepspeed.ops.adam", "DeepSpeedCPUAdam"),
+        kept=8,
+        traffic=28,
+        package="deepspeed",
+    ),
+]
+
+
+class Tensors:
+    """Parameters and gradients that all arms of a model share; arms that write to gradients share others."""
+
+    def __init__(self, shapes: Shapes, device: str) -> None:
+        torch.manual_seed(0)
+        self.values = [torch.randn(shape, device=device).mul_(0.02) for shape in shapes]
+        self.grads = [torch.randn(shape, device=device).mul_(0.01) for shape in shapes]
+        self.written: list[Tensor] = []
+
+    def params(self, arm: Arm) -> list[nn.Parameter]:
+        """An arm's own parameters in the shared memory."""
+        if arm.writes and not self.written:
+            self.written = [grad.clone() for grad in self.grads]
+        params = [nn.Parameter(value) for value in self.values]
+        for param, grad in zip(params, self.written if arm.writes else self.grads, strict=True):
+            param.grad = grad
+        return params
+
+
+def heats(arms: Sequence[Arm], parameters: int, free: int) -> list[list[Arm]]:
+    """Arms whose state has room together, with the two that all are compared with in each heat."""
+    compared = [FUSED, CLIPPED]
+    room = free - (SHARED + SCRATCH) * parameters
+    result: list[list[Arm]] = []
+    for arm in arms:
+        if arm not in compared:
+            if not result or sum(a.kept for a in [*result[-1], arm]) * parameters > room:
+                result.append(list(compared))
+            result[-1].append(arm)
+    return result or [compared]
+
+
+def free_memory(device: str) -> int:
+    """Bytes; where nothing tells, as if 8 GiB were free."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except OSError:
+        return 8 << 30

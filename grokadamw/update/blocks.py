@@ -1,0 +1,109 @@
+"""Rows 6 to 10 on the CPU without a compiler: blocks that a cache holds, with torch's own fused AdamW for rows 8 to 10.
+
+A block is read from memory once and written once, although several operations work on it. torch._fused_adamw_ is a
+private name of torch's: `why_not` tells where it is missing, or has no such rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..numbers import mesh_of
+from .foreach import sum_of_squares
+from .reference import Numbers, Tensors, written
+
+__all__ = ["step", "sum_of_squares", "why_not"]
+
+_BLOCK = 1 << 17  # elements: with five operands and scratch 3 MiB of float32
+_SMALL = 1 << 12  # elements of a tensor for which calls cost more than memory: foreach has fewer
+
+
+def why_not(row: Sequence[Tensor], raw_second_moment: bool, published: bool) -> str | None:
+    """Why a parameter that `cpu.why_not` has nothing against cannot be taken; None where it can."""
+    if not hasattr(torch, "_fused_adamw_"):
+        return "this torch has no fused AdamW"
+    if raw_second_moment or published:
+        return "torch's fused AdamW has no such second moment or bias correction"
+    if any(x.dtype != row[0].dtype for x in row) or row[0].dtype not in (torch.float32, torch.float64):
+        return "torch's fused AdamW takes no such mixture of dtypes"
+    if mesh_of(row[0]) is not None:
+        return "torch's fused AdamW takes no DTensor apart"
+    if row[0].numel() < _SMALL:
+        return "so small a tensor is quicker in a list with others"
+    return None
+
+
+class _Block(NamedTuple):
+    """Flat pieces of tensors with one β1, of at most _BLOCK elements together, and the step counts of those tensors."""
+
+    beta1: float
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    grok_emas: list[Tensor]
+    steps: list[Tensor]
+
+
+def step(tensors: Tensors, numbers: Numbers) -> None:
+    """Rows 6 to 10 for every tensor, written in place."""
+    n = numbers
+    if n.finite is not None and not n.finite:
+        return
+    clip = -float(n.clip) if n.maximize else float(n.clip)
+    torch._foreach_add_(tensors.steps, torch.tensor(1.0, device="cpu"))
+    for block in _blocks(tensors, n.beta1):
+        g = block.grads if clip == 1 else torch._foreach_mul(block.grads, clip)
+        if block.grok_emas:
+            torch._foreach_lerp_(block.grok_emas, g, 1 - float(n.alpha))  # row 6
+            g = _amplified(g, block, n)  # row 7
+        torch._fused_adamw_(  # rows 8 to 10
+            block.params,
+            g,
+            block.exp_avgs,
+            block.exp_avg_sqs,
+            [],
+            block.steps,
+            lr=float(n.lr),
+            beta1=block.beta1,
+            beta2=n.beta2,
+            weight_decay=n.weight_decay,
+            eps=n.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+    for column in written(tensors):  # the fused AdamW does not
+        torch.autograd.graph.increment_version(column)
+
+
+def _amplified(g: tuple[Tensor, ...] | list[Tensor], block: _Block, n: Numbers) -> tuple[Tensor, ...]:
+    if n.amplify_after == 0:
+        return torch._foreach_add(g, block.grok_emas, alpha=n.lamb)
+    late = [n.lamb if count.item() > n.amplify_after else 0.0 for count in block.steps]
+    return torch._foreach_add(g, torch._foreach_mul(block.grok_emas, late))
+
+
+def _blocks(tensors: Tensors, beta1: Sequence[float]) -> Iterator[_Block]:
+    block, size = _Block(0.0, [], [], [], [], [], []), 0
+    for i, count in enumerate(tensors.steps):
+        columns = [torch.split(_flat(column[i]), _BLOCK) for column in tensors[:5] if column is not None]
+        for pieces in zip(*columns, strict=True):
+            if block.beta1 != beta1[i] or size + pieces[0].numel() > _BLOCK:
+                if size:
+                    yield block
+                block, size = _Block(beta1[i], [], [], [], [], [], []), 0
+            for column, piece in zip(block[1:6], pieces, strict=False):  # without μ, one piece less
+                column.append(piece)
+            block.steps.append(count)
+            size += pieces[0].numel()
+    if size:
+        yield block
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The elements in the order that they lie in."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))

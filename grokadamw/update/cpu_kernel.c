@@ -1,0 +1,363 @@
+/* Rows 2 and 6 to 10 of the step for all tensors of a list in one pass through memory; cpu.py calls it.
+ *
+ * setup.py compiles this file once for each instruction set, with VARIANT after the names of its functions. It leaves
+ * vectors to the compiler, and forbids it to join a product and a sum: so an element's result has the same bits wherever
+ * it lies, for any number of threads and any instruction set.
+ */
+
+#include <fenv.h>
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define NAME(name) JOIN(name, VARIANT)
+
+enum { PIECE = 1 << 16, /* elements that a thread takes at a time, and of which each sum of squares is */
+       CHUNK = 512,     /* elements that are converted at a time: they stay in the L1 cache */
+       LANES = 16,      /* sums of squares that go side by side */
+       AHEAD = 12 };    /* tensors that are fetched before they are looked at */
+enum dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+
+/* A list of tensors, and the numbers for them; `Table` in cpu.py is the same. */
+typedef struct {
+    int64_t count;                 /* of tensors */
+    const int64_t *ends;           /* elements of all tensors up to and with each */
+    char *const *params, *const *grads, *const *exp_avgs, *const *exp_avg_sqs, *const *grok_emas; /* grok_emas may be NULL */
+    float *const *steps;
+    const double *beta1, *bias_beta1;
+    double beta2, lr, eps, weight_decay, alpha, lamb, clip;
+    int64_t amplify_after;
+    int32_t eps_before_correction, raw_second_moment;
+    int32_t param, grad, state;    /* dtypes */
+} table;
+
+typedef struct {
+    const table *t;
+    double *sums;                  /* of squares, one a piece; NULL for a step */
+    int64_t pieces, next, done;    /* next: the piece to be taken */
+    int64_t users;                 /* threads that may still look at this */
+    fenv_t environment;            /* of the caller, who may have denormal numbers flushed to zero */
+} job;
+
+/* GOMP_parallel of GNU's OpenMP, which others have too: what compilers make of `#pragma omp parallel`. */
+typedef void gomp_parallel(void (*)(void *), void *, unsigned threads, unsigned flags);
+
+int64_t NAME(table_size)(void) { return sizeof(table); }
+int64_t NAME(piece)(void) { return PIECE; }
+
+/* Conversions: branchless, so that they become vectors. */
+
+static inline float float_of(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+static inline float from_bfloat16(uint16_t x) { return float_of((uint32_t)x << 16); }
+
+static inline uint16_t to_bfloat16(float x)
+{
+    const uint32_t bits = bits_of(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to even */
+    return (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded;                /* NaN stays NaN */
+}
+
+static inline float from_float16(uint16_t x)
+{
+    const uint32_t sign = (uint32_t)(x & 0x8000) << 16, rest = x & 0x7fff;
+    const uint32_t normal = (rest << 13) + (rest >= 0x7c00 ? 0x70000000 : 0x38000000); /* the exponent's other bias */
+    const uint32_t small = bits_of((float)(int32_t)rest * 0x1p-24f);
+    return float_of(sign | (rest < 0x400 ? small : normal));
+}
+
+static inline uint16_t to_float16(float x)
+{
+    const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+    const uint32_t normal = (rest + 0xfff + (rest >> 13 & 1) - 0x38000000) >> 13;          /* to even */
+    const uint32_t small = bits_of(float_of(rest) + 0.5f) - 0x3f000000;                    /* so too: 0.5 has its ulp */
+    const uint32_t large = rest > 0x7f800000 ? 0x7e00 : 0x7c00;
+    return sign | (rest < 0x38800000 ? small : rest < 0x47800000 ? normal : large);
+}
+
+/* n elements of a half dtype as floats in room, or floats where they lie; and back. */
+
+static inline float *load(float *room, const char *at, int64_t i, int64_t n, int32_t dtype)
+{
+    const uint16_t *x = (const uint16_t *)at + i;
+    if (dtype == FLOAT32)
+        return (float *)at + i;
+    if (dtype == BFLOAT16)
+        for (int64_t j = 0; j < n; j++) room[j] = from_bfloat16(x[j]);
+    else
+        for (int64_t j = 0; j < n; j++) room[j] = from_float16(x[j]);
+    return room;
+}
+
+static inline void store(const float *restrict room, char *at, int64_t i, int64_t n, int32_t dtype)
+{
+    uint16_t *restrict x = (uint16_t *)at + i;
+    if (dtype == BFLOAT16)
+        for (int64_t j = 0; j < n; j++) x[j] = to_bfloat16(room[j]);
+    else if (dtype == FLOAT16)
+        for (int64_t j = 0; j < n; j++) x[j] = to_float16(room[j]);
+}
+
+/* Rows 6 to 10. The numbers of a tensor, k, are computed in double. */
+
+typedef struct {
+    double clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step;
+    double t, bias_beta1; /* that root and step are of */
+} numbers;
+
+#define ROWS(real, square_root)                                                                                       \
+    static inline __attribute__((always_inline)) void rows_of_##real(                                                 \
+        int64_t n, real *restrict theta, const real *restrict grad, real *restrict m, real *restrict v,               \
+        real *restrict mu, int raw, numbers k)                                                                        \
+    {                                                                                                                 \
+        const real clip = k.clip, keep_mu = k.keep_mu, add_mu = k.add_mu, lamb = k.lamb, keep_m = k.keep_m,           \
+                   add_m = k.add_m, keep_v = k.keep_v, add_v = k.add_v, root = k.root, eps = k.eps, decay = k.decay,  \
+                   step = k.step;                                                                                     \
+        for (int64_t i = 0; i < n; i++) {                                                                             \
+            const real g = clip * grad[i];                                                                            \
+            real g_hat = g;                                                                                           \
+            if (mu) {                                                                                                 \
+                mu[i] = keep_mu * mu[i] + add_mu * g;                              /* row 6 */                        \
+                g_hat = g + lamb * mu[i];                                          /* row 7 */                        \
+            }                                                                                                         \
+            m[i] = keep_m * m[i] + add_m * g_hat;                                  /* row 8 */                        \
+            v[i] = keep_v * v[i] + add_v * (raw ? g * g : g_hat * g_hat);          /* row 9 */                        \
+            theta[i] = decay * theta[i] - step * (m[i] / (root * square_root(v[i]) + eps)); /* row 10 */              \
+        }                                                                                                             \
+    }                                                                                                                 \
+    static void rows_##real(int64_t n, real *theta, const real *grad, real *m, real *v, real *mu, int raw, numbers k) \
+    {   /* a loop for each case, which the compiler can make vectors of */                                            \
+        if (mu && raw) rows_of_##real(n, theta, grad, m, v, mu, 1, k);                                                \
+        else if (mu) rows_of_##real(n, theta, grad, m, v, mu, 0, k);                                                  \
+        else rows_of_##real(n, theta, grad, m, v, NULL, 0, k);                                                        \
+    }
+ROWS(float, sqrtf)
+ROWS(double, sqrt)
+
+static void set_numbers(numbers *k, const table *t, int64_t tensor)
+{
+    const double step = (double)*t->steps[tensor] + 1, beta1 = t->beta1[tensor], bias_beta1 = t->bias_beta1[tensor];
+    if (step != k->t) /* powers take longer than a small tensor's step */
+        k->root = 1 / sqrt(1 - pow(t->beta2, step));
+    if (step != k->t || bias_beta1 != k->bias_beta1)
+        k->step = t->lr / (1 - pow(bias_beta1, step));
+    k->t = step, k->bias_beta1 = bias_beta1;
+    k->clip = t->clip, k->keep_mu = t->alpha, k->add_mu = 1 - t->alpha, k->lamb = step > t->amplify_after ? t->lamb : 0;
+    k->keep_m = beta1, k->add_m = 1 - beta1, k->keep_v = t->beta2, k->add_v = 1 - t->beta2;
+    k->eps = t->eps_before_correction ? t->eps * k->root : t->eps, k->decay = 1 - t->lr * t->weight_decay;
+}
+
+static void step_part(const table *t, numbers *kept, int64_t tensor, int64_t from, int64_t to) /* of one tensor */
+{
+    set_numbers(kept, t, tensor);
+    const numbers k = *kept;
+    char *theta = t->params[tensor], *g = t->grads[tensor], *m = t->exp_avgs[tensor], *v = t->exp_avg_sqs[tensor];
+    char *mu = t->grok_emas ? t->grok_emas[tensor] : NULL;
+    const int raw = t->raw_second_moment;
+    if (t->state == FLOAT64) {
+        rows_double(to - from, (double *)theta + from, (double *)g + from, (double *)m + from, (double *)v + from,
+                    mu ? (double *)mu + from : NULL, raw, k);
+        return;
+    }
+    const int64_t chunk = t->param == FLOAT32 && t->grad == FLOAT32 && t->state == FLOAT32 ? to - from : CHUNK;
+    float room[5][CHUNK];
+    for (int64_t i = from; i < to; i += chunk) {
+        const int64_t n = to - i < chunk ? to - i : chunk;
+        float *theta_ = load(room[0], theta, i, n, t->param), *g_ = load(room[1], g, i, n, t->grad);
+        float *m_ = load(room[2], m, i, n, t->state), *v_ = load(room[3], v, i, n, t->state);
+        float *mu_ = mu ? load(room[4], mu, i, n, t->state) : NULL;
+        rows_float(n, theta_, g_, m_, v_, mu_, raw, k);
+        store(room[0], theta, i, n, t->param);
+        store(room[2], m, i, n, t->state);
+        store(room[3], v, i, n, t->state);
+        if (mu) store(room[4], mu, i, n, t->state);
+    }
+}
+
+/* Row 2. */
+
+#define SQUARES(real)                                                                                                 \
+    static double squares_##real(int64_t n, const real *x)                                                            \
+    {                                                                                                                 \
+        double lanes[LANES] = {0}, sum = 0;                                                                           \
+        int64_t i = 0;                                                                                                \
+        for (; i + LANES <= n; i += LANES)                                                                            \
+            for (int j = 0; j < LANES; j++) lanes[j] += (double)x[i + j] * (double)x[i + j];                          \
+        for (int j = 0; i < n; i++, j++) lanes[j] += (double)x[i] * (double)x[i];                                     \
+        for (int j = 0; j < LANES; j++) sum += lanes[j];                                                              \
+        return sum;                                                                                                   \
+    }
+SQUARES(float)
+SQUARES(double)
+
+static double squares_part(const table *t, int64_t tensor, int64_t from, int64_t to)
+{
+    const char *g = t->grads[tensor];
+    if (t->grad == FLOAT64)
+        return squares_double(to - from, (const double *)g + from);
+    if (t->grad == FLOAT32)
+        return squares_float(to - from, (const float *)g + from);
+    float room[CHUNK];
+    double sum = 0;
+    for (int64_t i = from; i < to; i += CHUNK) {
+        const int64_t n = to - i < CHUNK ? to - i : CHUNK;
+        sum += squares_float(n, load(room, g, i, n, t->grad));
+    }
+    return sum;
+}
+
+/* The elements of all tensors, one tensor after the other, are cut into pieces; threads take one when they are free. */
+
+static void work(job *j)
+{
+    int64_t tensor = 0, piece;
+    numbers kept = {0};
+    fenv_t mine;
+    fegetenv(&mine);
+    fesetenv(&j->environment);
+    while ((piece = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->pieces) {
+        const table *t = j->t;
+        const int64_t total = t->ends[t->count - 1], end = (piece + 1) * PIECE < total ? (piece + 1) * PIECE : total;
+        double sum = 0;
+        for (int64_t at = piece * PIECE; at < end;) {
+            while (t->ends[tensor] <= at) tensor++;
+            const int64_t start = tensor ? t->ends[tensor - 1] : 0;
+            const int64_t stop = t->ends[tensor] < end ? t->ends[tensor] : end;
+            if (j->sums) sum += squares_part(t, tensor, at - start, stop - start);
+            else step_part(t, &kept, tensor, at - start, stop - start);
+            at = stop;
+        }
+        if (j->sums) j->sums[piece] = sum;
+        __atomic_fetch_add(&j->done, 1, __ATOMIC_RELEASE);
+    }
+    fesetenv(&mine);
+}
+
+static void work_as_one_of_a_team(void *j) { work(j); }
+
+static void leave(job *j, int64_t users)
+{
+    if (__atomic_sub_fetch(&j->users, users, __ATOMIC_ACQ_REL) == 0) free(j);
+}
+
+static void *help(void *j)
+{
+    work(j);
+    leave(j, 1);
+    return NULL;
+}
+
+/* In torch's own OpenMP threads, which are there and awake, where the caller found the function that starts them. Else in
+ * threads for this one call: to start one costs 20 µs, and a core that is to run it may be held by threads of others that
+ * wait in a loop; so the call ends with the last piece, and a thread that comes later finds nothing to do. */
+static void work_on(const table *t, double *sums, int64_t pieces, int64_t threads, gomp_parallel *parallel)
+{
+    job alone = {.t = t, .sums = sums, .pieces = pieces}, *j = NULL;
+    fegetenv(&alone.environment);
+    if (threads > pieces) threads = pieces;
+    if (threads > 1 && parallel)
+        parallel(work_as_one_of_a_team, &alone, threads, 0);
+    else if (threads > 1)
+        j = malloc(sizeof(job));
+    if (!j) {
+        work(&alone); /* all of it, or nothing */
+        return;
+    }
+    *j = alone;
+    j->users = threads;
+    pthread_attr_t detached;
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    int64_t started = 1;
+    for (pthread_t thread; started < threads && !pthread_create(&thread, &detached, help, j);) started++;
+    pthread_attr_destroy(&detached);
+    work(j); /* where no thread could be started, all of it */
+    while (__atomic_load_n(&j->done, __ATOMIC_ACQUIRE) < pieces) sched_yield();
+    leave(j, threads - started + 1);
+}
+
+static int64_t pieces_of(const table *t) { return t->count ? (t->ends[t->count - 1] + PIECE - 1) / PIECE : 0; }
+
+void NAME(step)(const table *t, int64_t threads, gomp_parallel *parallel)
+{
+    work_on(t, NULL, pieces_of(t), threads, parallel);
+    for (int64_t i = 0; i < t->count; i++) *t->steps[i] += 1;
+}
+
+/* Needs room for a sum a piece. */
+double NAME(sum_of_squares)(const table *t, double *sums, int64_t threads, gomp_parallel *parallel)
+{
+    const int64_t pieces = pieces_of(t);
+    work_on(t, sums, pieces, threads, parallel);
+    double sum = 0;
+    for (int64_t i = 0; i < pieces; i++) sum += sums[i];
+    return sum;
+}
+
+/* Whether something of these sizes at these addresses has memory in common with ranges, which are sorted and apart. */
+int NAME(meet)(int64_t ranges, const uint64_t *starts, const uint64_t *ends, int64_t count, const uint64_t *at,
+               const int64_t *bytes)
+{
+    for (int64_t i = 0; i < count; i++) {
+        int64_t low = 0, high = ranges; /* the ranges that begin before it ends */
+        while (low < high) {
+            const int64_t middle = low + (high - low) / 2;
+            if (starts[middle] < at[i] + bytes[i]) low = middle + 1;
+            else high = middle;
+        }
+        if (bytes[i] && low && ends[low - 1] > at[i]) return 1;
+    }
+    return 0;
+}
+
+/* What tensors look like, read through DLPack's table of C functions (version 1.3, `DLPackExchangeAPI`), which costs a
+ * tenth of asking Python. */
+
+typedef struct {
+    char *data;
+    int32_t device_type, device, dimensions;
+    uint8_t code, bits;
+    uint16_t lanes;
+    const int64_t *shape, *strides;
+    uint64_t offset; /* in bytes */
+} dl_tensor;
+
+typedef struct {
+    void *(*item)(void *list, intptr_t i);      /* PyList_GetItem */
+    int (*look)(void *object, dl_tensor *);     /* torch's `dltensor_from_py_object_no_sync` */
+} python;
+
+/* Of a list of so many torch.Tensors. Writes two words for each and two for each of its dimensions, and its address; or, where
+ * they are not to be written but compared, returns 0 at the first that is another. Between steps all of this has left
+ * the caches: hints say where to look soon, and are where the last call found the shapes. -1: a Python exception is set. */
+int NAME(look)(const python *python, void *list, int64_t count, const char **hints, int64_t *words, char **addresses,
+               int compare_words, int compare_addresses)
+{
+    for (int64_t i = 0; i < count; i++) {
+        dl_tensor x;
+        if (i + AHEAD < count) {
+            __builtin_prefetch(python->item(list, i + AHEAD));
+            for (int line = -2; line < 2; line++) __builtin_prefetch(hints[i + AHEAD] + 64 * line);
+        }
+        if (python->look(python->item(list, i), &x)) return -1;
+        hints[i] = (const char *)x.shape;
+        const int64_t kind[] = {(int64_t)x.device_type << 32 | (uint32_t)x.device,
+                                (int64_t)x.code << 56 | (int64_t)x.bits << 48 | (int64_t)x.lanes << 32 | x.dimensions};
+        const int64_t *parts[] = {kind, x.shape, x.strides};
+        for (int part = 0; part < 3; part++) {
+            const int64_t length = part ? x.dimensions : 2;
+            for (int64_t j = 0; j < length; j++, words++)
+                if (!compare_words) *words = parts[part][j];
+                else if (*words != parts[part][j]) return 0;
+        }
+        char *const address = x.data + x.offset;
+        if (!compare_addresses) addresses[i] = address;
+        else if (addresses[i] != address) return 0;
+    }
+    return 1;
+}
