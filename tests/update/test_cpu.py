@@ -154,6 +154,12 @@ def test_the_norm_is_summed_in_table_order() -> None:
     assert cpu.sum_of_squares(many) == cpu.sum_of_squares([block.clone() for block in many])
 
 
+def test_the_norm_of_what_has_no_gaps_is_the_kernels_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update.foreach, "sum_of_squares", None)
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    assert cpu.sum_of_squares([x]).item() == pytest.approx(x.double().square().sum().item(), rel=1e-14)
+
+
 # half precision
 
 
@@ -855,6 +861,18 @@ def test_it_says_which_one_runs_and_why(monkeypatch: pytest.MonkeyPatch) -> None
         assert said() == "foreach: the native kernel was not built, and this torch has no fused AdamW"
 
 
+def test_it_says_what_the_next_step_will_do() -> None:
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = GrokAdamW([p])
+    p.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.add_param_group({"params": [q], "foreach": True})
+    lines = optimizer.implementation().splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["cpu for 1 parameters", "foreach for 1 parameters"]
+    optimizer.param_groups[0]["foreach"] = True
+    assert optimizer.implementation() == "foreach: foreach=True"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -877,3 +895,23 @@ def test_torch_may_limit_the_instructions() -> None:
     """By its own variable, for all that it computes."""
     code = "from grokadamw.update import cpu; print(cpu.kernel().instruction_set)"
     assert run(code, ATEN_CPU_CAPABILITY="default") == "baseline"
+
+
+def test_a_dtensor_needs_no_kernel() -> None:
+    code = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from grokadamw import GrokAdamW
+from grokadamw.update import cpu
+cpu.kernel = lambda: "not built"
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+p = torch.nn.Parameter(distribute_tensor(torch.ones(100, 100), init_device_mesh("cpu", (1,)), [Shard(0)]))
+optimizer = GrokAdamW([p])
+p.grad = torch.ones_like(p)
+optimizer.step()
+print(optimizer.implementation().partition(":")[0], bool((p.to_local() < 1).all()))
+dist.destroy_process_group()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "foreach True", done.stderr
