@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from grokadamw import GrokAdamW
-from grokadamw.update import cpu
+from grokadamw.update import native
 
 PEERS = Path(sys.prefix) / "peers"
 PUBLISHED = Path(sys.prefix) / "published"
@@ -71,12 +71,12 @@ def without_compiler(params: list[nn.Parameter]) -> Step:
 
 @contextmanager
 def no_kernel() -> Iterator[None]:
-    kernel = cpu.kernel
-    cpu.kernel = lambda: "left out"
+    kernel = native.kernel
+    native.kernel = lambda: "left out"
     try:
         yield
     finally:
-        cpu.kernel = kernel
+        native.kernel = kernel
 
 
 def adamw(**options: Any) -> Make:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .update import cpu
+from .update import memory, native
 
 _READ: tuple[Callable[[Tensor], Any], ...] = (attrgetter("dtype"), Tensor.size, Tensor.stride, Tensor.get_device)
 
@@ -22,10 +22,10 @@ class Looks:
     """How a list of tensors looks, which are no subclasses, and where they lie: `addresses`, 8 bytes for each."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self._look = cpu.look()
+        self._look = native.look()
         if self._look is None:
             self._read = [list(map(read, tensors)) for read in _READ]
-            self.addresses = cpu.addresses(tensors)
+            self.addresses = memory.addresses(tensors)
             return
         self._words = (ctypes.c_int64 * sum(2 + 2 * x.dim() for x in tensors))()
         self._hints = (ctypes.c_void_p * len(tensors))(*map(id, tensors))
@@ -36,13 +36,13 @@ class Looks:
     def hold(self, tensors: list[Tensor]) -> bool:
         """Whether as many tensors look so, and lie where those lay."""
         if self._look is None:
-            return self._look_so(tensors) and cpu.addresses(tensors) == self.addresses
+            return self._look_so(tensors) and memory.addresses(tensors) == self.addresses
         return bool(self._look(tensors, len(tensors), self._hints, self._words, self.addresses, True, True))
 
     def of(self, tensors: list[Tensor]) -> bytes | None:
         """Where as many tensors lie, if they look so; else None."""
         if self._look is None:
-            return cpu.addresses(tensors) if self._look_so(tensors) else None
+            return memory.addresses(tensors) if self._look_so(tensors) else None
         room = ctypes.create_string_buffer(8 * len(tensors))
         same = self._look(tensors, len(tensors), self._hints, self._words, room, True, False)
         return room.raw if same else None

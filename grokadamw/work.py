@@ -18,7 +18,7 @@ from . import layers, update
 from .looks import Looks
 from .numbers import as_real, mesh_of
 from .state import MOMENTS, State
-from .update import Choice, blocks, cpu
+from .update import Choice, blocks, cpu, memory
 from .update.reference import Tensors, written
 
 
@@ -152,13 +152,13 @@ class Plan:
         for call in calls:
             t = call.tensors
             empty = Tensors([], [], [], [], None if t.grok_emas is None else [], [])
-            kept = cpu.where(t) if call.choice.module is cpu else None
+            kept = memory.where(t) if call.choice.module is cpu else None
             self._calls.append(call._replace(tensors=empty._replace(kept=kept)))
         # a real tensor whose sign is yet to be turned is another's imaginary part: it has gaps, or is one number
         self._of_one = [i for i, grad in enumerate(grads) if grad.numel() == 1]
         self._gradients, self._flat = self._grad_looks.addresses, cpu.flat(grads)
-        by_address = [call for call in calls if call.choice.module in (cpu, blocks)]
-        self._ranges = cpu.Ranges([x for call in by_address for column in written(call.tensors) for x in column], grads)
+        by_address = [call.tensors for call in calls if call.choice.module in (cpu, blocks)]
+        self._ranges = memory.Ranges([x for t in by_address for column in written(t) for x in column], grads)
 
     def now(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State]) -> Now | None:
         """The calls with the tensors of this step; None where something has changed, and a new plan is due."""

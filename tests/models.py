@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from grokadamw.update import blocks, cpu
+from grokadamw.update import blocks, native
 
 
 def network(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
@@ -50,7 +50,7 @@ def running(implementation: str) -> Iterator[dict[str, Any]]:
     """The options with which that implementation runs; for "blocks" as if the kernel had not been built, inside."""
     if implementation == "blocks":
         reason = "the native kernel was not built"
-        with patch.object(cpu, "kernel", lambda: reason), patch.object(blocks, "_SMALL", 0):
+        with patch.object(native, "kernel", lambda: reason), patch.object(blocks, "_SMALL", 0):
             yield IMPLEMENTATIONS[implementation]
     else:
         yield IMPLEMENTATIONS[implementation]

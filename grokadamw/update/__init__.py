@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..numbers import mesh_of
-from . import blocks, cpu, foreach, reference
+from . import blocks, cpu, foreach, memory, native, reference
 from .reference import Tensors
 
 __all__ = ["Choice", "checked", "choose", "fastest_sum_of_squares", "memory_is_all", "sum_of_squares"]
@@ -50,9 +50,9 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any]) -> Choi
         return Choice(foreach, "fused=False")
     if not row[0].is_cpu:
         return Choice(foreach, f"parameters on {row[0].device}")
-    if reason := cpu.why_not(row, step):
+    if reason := memory.why_not(row, step):
         return Choice(foreach, reason)
-    kernel = cpu.kernel()
+    kernel = native.kernel()
     if not isinstance(kernel, str):
         return Choice(cpu, f"the native kernel, compiled for {kernel.instruction_set}")
     if reason := blocks.why_not(row, options["second_moment"] == "raw", options["compat"] is not None):
@@ -62,7 +62,7 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any]) -> Choi
 
 def checked(choice: Choice, tensors: Tensors) -> Choice:
     """The choice for a list, once its tensors have been looked at together."""
-    if choice.module in (cpu, blocks) and cpu.share_memory(tensors):
+    if choice.module in (cpu, blocks) and memory.share_memory(tensors):
         return Choice(foreach, "parameters, gradients or state share memory")
     return choice
 

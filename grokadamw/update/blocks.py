@@ -23,7 +23,7 @@ _SMALL = 1 << 12  # elements of a tensor for which calls cost more than memory: 
 
 
 def why_not(row: Sequence[Tensor], raw_second_moment: bool, published: bool) -> str | None:
-    """Why a parameter that `cpu.why_not` has nothing against cannot be taken; None where it can."""
+    """Why a parameter that `memory.why_not` has nothing against cannot be taken; None where it can."""
     if not hasattr(torch, "_fused_adamw_"):
         return "this torch has no fused AdamW"
     if raw_second_moment or published:

@@ -27,7 +27,7 @@ class Tensors(NamedTuple):
     exp_avg_sqs: list[Tensor]
     grok_emas: list[Tensor] | None  # None: no slow gradient is kept, row 6 is left out and row 7 is ĝ = c g
     steps: list[Tensor]  # 0-d, the steps taken before this one
-    kept: Any = None  # what the implementation keeps of these lists between steps; see `cpu.where`
+    kept: Any = None  # what the implementation keeps of these lists between steps; see `memory.where`
 
 
 def written(tensors: Tensors) -> list[list[Tensor]]:

@@ -12,7 +12,7 @@ import torch
 from benchmarks import peers, step_time
 from benchmarks.peers import ARMS, CLIPPED, FUSED
 from grokadamw import GrokAdamW
-from grokadamw.update import cpu
+from grokadamw.update import native
 
 TINY = {
     "a": step_time.Model("tiny", lambda: [(4, 5), (5,)], 1.0, True),
@@ -100,11 +100,11 @@ def test_the_peak_is_that_of_one_step(capsys: pytest.CaptureFixture[str], monkey
 
 
 def test_without_a_compiler_is_another_implementation() -> None:
-    kernel = cpu.kernel
+    kernel = native.kernel
     (arm,) = [arm for arm in ARMS if arm.name == "GrokAdamW, without a compiler"]
     tensors = peers.Tensors([(1 << 16,)], "cpu")
     arm.make(tensors.params(arm))()
-    assert cpu.kernel is kernel
+    assert native.kernel is kernel
     with peers.no_kernel():
         assert GrokAdamW(tensors.params(arm)).implementation().startswith("blocks")
 

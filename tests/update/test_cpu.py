@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from grokadamw import GrokAdamW, update, work
-from grokadamw.update import cpu
+from grokadamw.update import cpu, native
 from grokadamw.update.reference import Numbers, Tensors
 
 from ..models import batch, network, running
@@ -36,7 +36,7 @@ def _without_the_warning_of_many_layers() -> Iterator[None]:
 
 def test_it_was_built_and_looks_through_dlpack() -> None:
     """Development has a compiler, and a torch that shows its tensors."""
-    found = cpu.kernel()
+    found = native.kernel()
     assert not isinstance(found, str), found
     assert found.instruction_set in ("baseline", "x86-64-v3", "x86-64-v4")
     assert found.look is not None
@@ -45,10 +45,10 @@ def test_it_was_built_and_looks_through_dlpack() -> None:
 @contextmanager
 def compiled_for(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        cpu.kernel.cache_clear()
-        patch.setattr(cpu, "_instruction_sets", lambda: [name])
+        native.kernel.cache_clear()
+        patch.setattr(native, "_instruction_sets", lambda: [name])
         yield
-    cpu.kernel.cache_clear()
+    native.kernel.cache_clear()
 
 
 # bits
@@ -105,12 +105,12 @@ def test_an_elements_bits_do_not_depend_on_where_it_lies(dtype: torch.dtype) -> 
 def test_every_instruction_set_gives_the_same_bits(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if name not in cpu._instruction_sets():
+    if name not in native._instruction_sets():
         pytest.skip(f"this processor has no x86-64-{name}")
     results, sums = [], []
     for each in ("baseline", name):
         with compiled_for(monkeypatch, each):
-            found = cpu.kernel()
+            found = native.kernel()
             assert not isinstance(found, str)
             assert found.instruction_set.endswith(each)
             tensors = some([1, 1000, 33], dtype)
@@ -123,7 +123,7 @@ def test_every_instruction_set_gives_the_same_bits(
 
 @pytest.mark.parametrize("own_threads", [False, True], ids=["OpenMP", "own threads"])
 def test_any_number_of_threads_gives_the_same_bits(own_threads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = cpu.kernel()
+    found = native.kernel()
     assert not isinstance(found, str)
     sizes = [3, found.piece - 1, 0, 5 * found.piece + 7, 1, 2 * found.piece]
     monkeypatch.setattr(cpu, "_ALONE", 0)
@@ -145,7 +145,7 @@ def test_any_number_of_threads_gives_the_same_bits(own_threads: bool, monkeypatc
 def test_the_norm_is_summed_in_table_order() -> None:
     """Over fixed blocks of all elements, whatever the tensors are that they belong to."""
     x = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).double()
-    found = cpu.kernel()
+    found = native.kernel()
     assert not isinstance(found, str)
     blocks = [cpu.sum_of_squares([block]).item() for block in x.split(found.piece)]
     assert cpu.sum_of_squares([x]).item() == sum(blocks)
@@ -321,7 +321,7 @@ EVENTS: list[Callable[[nn.Module, GrokAdamW], None]] = [
 @pytest.fixture(params=[True, False], ids=["DLPack", "Python"])
 def _looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.param:  # as with a torch older than 2.10
-        monkeypatch.setattr(cpu, "look", lambda: None)
+        monkeypatch.setattr(native, "look", lambda: None)
 
 
 @pytest.mark.usefixtures("_looks")
@@ -501,12 +501,12 @@ def test_gradients_that_come_to_share_memory_with_parameters(implementation: str
 
 def test_a_table_of_dlpack_that_is_another_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "__dlpack_c_exchange_api__", 123)
-    assert cpu._look("baseline") is None
+    assert native._look("baseline") is None
 
 
 def test_denormal_numbers_are_flushed_by_every_thread_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_ALONE", 0)
-    found = cpu.kernel()
+    found = native.kernel()
     assert not isinstance(found, str)
     results = []
     torch.set_flush_denormal(True)
@@ -768,11 +768,11 @@ print(optimizer.metrics()["step"])
 
 
 def test_the_number_of_threads_is_torchs_of_this_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = cpu.kernel()
+    found = native.kernel()
     assert not isinstance(found, str)
     seen: list[int] = []
     spy = found._replace(step=lambda table, threads, openmp: (seen.append(threads), found.step(table, threads, openmp)))
-    monkeypatch.setattr(cpu, "kernel", lambda: spy)
+    monkeypatch.setattr(native, "kernel", lambda: spy)
     p, small = nn.Parameter(torch.ones(cpu._ALONE + 1)), nn.Parameter(torch.ones(2))
     optimizer = GrokAdamW([{"params": [p]}, {"params": [small]}])
     p.grad, small.grad = torch.ones_like(p), torch.ones_like(small)
@@ -839,16 +839,16 @@ def test_it_says_which_one_runs_and_why(monkeypatch: pytest.MonkeyPatch) -> None
     def said(**options: Any) -> str:
         return GrokAdamW(params, **options).implementation()
 
-    found = cpu.kernel()
+    found = native.kernel()
     assert not isinstance(found, str)
-    native = f"cpu: the native kernel, compiled for {found.instruction_set}"
-    assert said() == said(fused=True) == native
+    ours = f"cpu: the native kernel, compiled for {found.instruction_set}"
+    assert said() == said(fused=True) == ours
     assert said(fused=False) == "foreach: fused=False"
     assert said(foreach=True) == "foreach: foreach=True"
     assert said(foreach=False) == "reference: foreach=False"
     assert said(differentiable=True) == "reference: differentiable=True"
     assert GrokAdamW([torch.ones(2, device="meta")]).implementation() == "foreach: parameters on meta"
-    assert GrokAdamW([torch.ones(2, dtype=torch.complex64)]).implementation() == native
+    assert GrokAdamW([torch.ones(2, dtype=torch.complex64)]).implementation() == ours
     assert GrokAdamW([{"params": []}]).implementation() == ""
     with running("blocks"):
         assert said() == "blocks: the native kernel was not built"
@@ -876,24 +876,24 @@ def test_it_says_what_the_next_step_will_do() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"_LIBRARY": cpu._LIBRARY.with_name("absent.so")}, "was not built, for want of a C compiler"),
-        ({"_LIBRARY": cpu._LIBRARY.with_name("cpu.py")}, "cannot be loaded: .*cpu.py"),
-        ({"_Table": cpu._Python}, "is of another version of grokadamw: install it again"),
+        ({"_LIBRARY": native._LIBRARY.with_name("absent.so")}, "was not built, for want of a C compiler"),
+        ({"_LIBRARY": native._LIBRARY.with_name("cpu.py")}, "cannot be loaded: .*cpu.py"),
+        ({"Table": native._Python}, "is of another version of grokadamw: install it again"),
         ({"_instruction_sets": lambda: ["mmx"]}, "is of another version of grokadamw: install it again"),
     ],
     ids=str,
 )
 def test_why_there_is_no_kernel(change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in change.items():
-        monkeypatch.setattr(cpu, name, value)
-    monkeypatch.setattr(cpu, "kernel", cpu.kernel.__wrapped__)
+        monkeypatch.setattr(native, name, value)
+    monkeypatch.setattr(native, "kernel", native.kernel.__wrapped__)
     with pytest.raises(RuntimeError, match=f"the native kernel {reason}"):
         cpu.step(some([3], torch.float32), with_numbers(1))
 
 
 def test_torch_may_limit_the_instructions() -> None:
     """By its own variable, for all that it computes."""
-    code = "from grokadamw.update import cpu; print(cpu.kernel().instruction_set)"
+    code = "from grokadamw.update import native; print(native.kernel().instruction_set)"
     assert run(code, ATEN_CPU_CAPABILITY="default") == "baseline"
 
 
@@ -903,8 +903,8 @@ import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from grokadamw import GrokAdamW
-from grokadamw.update import cpu
-cpu.kernel = lambda: "not built"
+from grokadamw.update import native
+native.kernel = lambda: "not built"
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 p = torch.nn.Parameter(distribute_tensor(torch.ones(100, 100), init_device_mesh("cpu", (1,)), [Shard(0)]))
 optimizer = GrokAdamW([p])

@@ -1,0 +1,105 @@
+"""The native kernel's library: cpu_kernel.c, compiled when the package is installed, and loaded with ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_LIBRARY = Path(__file__).with_name("cpu_kernel.so")
+
+
+class Table(ctypes.Structure):
+    """`table` in cpu_kernel.c. Bytes are arrays."""
+
+    _fields_ = [
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_char_p) for name in ("ends", "params", "grads", "exp_avgs", "exp_avg_sqs", "grok_emas")),
+        *((name, ctypes.c_char_p) for name in ("steps", "beta1", "bias_beta1")),
+        *((name, ctypes.c_double) for name in ("beta2", "lr", "eps", "weight_decay", "alpha", "lamb", "clip")),
+        ("amplify_after", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("eps_before_correction", "raw_second_moment", "param", "grad", "state")),
+    ]
+
+
+class Kernel(NamedTuple):
+    """The functions of cpu_kernel.c, compiled for one instruction set."""
+
+    instruction_set: str
+    piece: int  # elements of a sum of squares
+    step: Callable[..., None]
+    sum_of_squares: Callable[..., float]
+    meet: Callable[..., int]
+    look: Callable[..., int] | None  # None where torch has no table of DLPack's functions
+
+
+@cache
+def kernel() -> Kernel | str:
+    """The kernel for this processor; or, in words, why there is none."""
+    if not _LIBRARY.exists():
+        return "the native kernel was not built, for want of a C compiler when grokadamw was installed"
+    try:
+        library = ctypes.CDLL(str(_LIBRARY))
+        for name in _instruction_sets():
+            if hasattr(library, f"step_{name}"):
+                return _kernel(library, name)
+    except OSError as error:
+        return f"the native kernel cannot be loaded: {error}"
+    return "the native kernel is of another version of grokadamw: install it again"
+
+
+def _instruction_sets() -> list[str]:
+    """Those that this processor has, best first, as torch finds it (and ATEN_CPU_CAPABILITY limits it)."""
+    names = {"AVX512": ["v4", "v3"], "AVX2": ["v3"]}
+    return [*names.get(torch.backends.cpu.get_cpu_capability(), []), "baseline"]
+
+
+def _kernel(library: ctypes.CDLL, name: str) -> Kernel | str:
+    size, piece, step, squares, meet = (
+        getattr(library, f"{function}_{name}") for function in ("table_size", "piece", "step", "sum_of_squares", "meet")
+    )
+    if size() != ctypes.sizeof(Table):
+        return "the native kernel is of another version of grokadamw: install it again"
+    step.restype, squares.restype = None, ctypes.c_double
+    step.argtypes = (ctypes.POINTER(Table), ctypes.c_int64, ctypes.c_void_p)
+    squares.argtypes = (ctypes.POINTER(Table), ctypes.POINTER(ctypes.c_double), ctypes.c_int64, ctypes.c_void_p)
+    meet.argtypes = (ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p) * 2
+    return Kernel({"v3": "x86-64-v3", "v4": "x86-64-v4"}.get(name, name), piece(), step, squares, meet, _look(name))
+
+
+class _Python(ctypes.Structure):
+    """`python` in cpu_kernel.c: functions that it calls."""
+
+    _fields_ = [("item", ctypes.c_void_p), ("look", ctypes.c_void_p)]
+
+
+def _look(name: str) -> Callable[..., int] | None:
+    """The kernel's `look`, and what it needs of torch: the fourth function in DLPack's table."""
+    get = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+        ("PyCapsule_GetPointer", ctypes.pythonapi)
+    )
+    try:
+        table = get(Tensor.__dlpack_c_exchange_api__, b"dlpack_exchange_api")
+    except (AttributeError, ValueError):
+        return None
+    (major,) = (ctypes.c_uint32 * 1).from_address(table)
+    of_tensor = (ctypes.c_void_p * 6).from_address(table)[5]  # after the version, its predecessor, and three others
+    if major != 1 or of_tensor is None:
+        return None
+    look = getattr(ctypes.PyDLL(str(_LIBRARY)), f"look_{name}")  # PyDLL, as it looks at Python's objects
+    look.argtypes = (
+        *(ctypes.POINTER(_Python), ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p),
+        *(ctypes.c_char_p, ctypes.c_int, ctypes.c_int),
+    )
+    return partial(look, _Python(ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p), of_tensor))
+
+
+def look() -> Callable[..., int] | None:
+    """`look` of cpu_kernel.c without its first argument; None where it cannot be had."""
+    found = kernel()
+    return None if isinstance(found, str) else found.look
