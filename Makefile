@@ -46,11 +46,13 @@ asan: $(VENV)/ready
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/pytest build/asan/tests/update -k "not needs_no_memory"
 
-# torch comes first and exactly, so that nothing else chooses its build. Release 0.1.2 lies in a folder of its own,
+# torch comes first and exactly, so that nothing else chooses its build. Builds for a GPU bring Triton; beside the CPU's it
+# interprets and compiles the GPU's kernels; where there is none, their tests are skipped. Release 0.1.2 lies in a folder of its own,
 # since it has our name: the tests run it in its own process.
 $(VENV)/ready: pyproject.toml constraints.txt setup.py grokadamw/update/cpu_kernel.c
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==2.13.0
+	-$(PIP) install --constraint constraints.txt --no-deps triton
 	$(PIP) install --constraint constraints.txt --editable '.[test]'
 	$(PIP) install --no-deps --upgrade --target $(VENV)/published grokadamw==0.1.2
 	touch $@

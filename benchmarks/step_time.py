@@ -50,6 +50,7 @@ WARMUP = 3  # steps
 TURN, MOST_STEPS = 0.03, 100  # seconds that a turn takes at least, if it can in so many steps
 FEWEST_ROUNDS = 5  # of arms that are too slow for more
 COPIED = 100_000_000  # float32 elements whose copy measures the memory's bandwidth
+HOST_TENSORS = 300  # small ones, on a GPU: what a step takes of the host's time
 PEAK_ELEMENTS = 1 << 24  # in the one tensor whose step's memory is measured: 64 MiB of float32
 MIB = 1 << 20
 
@@ -61,6 +62,7 @@ class Model(NamedTuple):
     shapes: Callable[[], Shapes]
     seconds: float  # for its rounds, about
     is_large: bool  # no cache holds it, so that memory's bandwidth is what limits a step
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 def gpt2() -> Shapes:
@@ -77,6 +79,7 @@ MODELS = {
     "b": Model("demonstration, 0.4 M", lambda: [tuple(p.shape) for p in Transformer().parameters()], 15, False),
     "c": Model("1,000 × 1,000", lambda: [(1000,)] * 1000, 15, False),
     "d": Model("1 × 100 M", lambda: [(100_000_000,)], 60, True),
+    "e": Model("1 B in 300", lambda: [(1024, 3255)] * 300, 60, True, ("cuda",)),
 }
 
 
@@ -261,6 +264,18 @@ def peak_alone(arm: Arm, device: str) -> float | None:
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
+def host_time(arm: Arm, device: str) -> list[float]:
+    """Microseconds until a step returns, whose launches then wait for nothing."""
+    step, _ = started(arm, Tensors([(100,)] * HOST_TENSORS, device), device)
+    times = []
+    for _ in range(100):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        step()
+        times.append(1e6 * (time.perf_counter() - began))
+    return quartiles(times)
+
+
 def machine(device: str) -> dict[str, Any]:
     """What the times depend on besides the code."""
     return {
@@ -323,8 +338,13 @@ def times(results: dict[str, Any]) -> Table:
     result.add_column("")
     for key, model in results["models"].items():
         result.add_column(f"({key}) {model['title']}", justify="right")
+    on_gpu = results["device"] == "cuda"
+    if on_gpu:
+        result.add_column(f"host, {HOST_TENSORS} tensors", justify="right")
     for arm in results["arms"]:
         cells = row(results, arm, entry)
+        if on_gpu:
+            cells.append(f"{arm['host_us'][1]:,.0f} µs" if arm["host_us"] else "–")
         result.add_row(arm["name"], *("–" if cell.startswith("does") else cell for cell in cells))
     return result
 
@@ -389,6 +409,7 @@ def run(device: str, keys: Sequence[str], rounds: int, console: Console) -> dict
             for arm, found in zip(runs, pool.map(peak_alone, runs, len(runs) * [device]), strict=True):
                 peaks[arm.name] = found
                 progress.update(task, advance=1)
+    hosts = {arm.name: host_time(arm, device) for arm in runs if arm.package is None} if device == "cuda" else {}
     described = machine(device)
     # the bytes of ours are counted for one pass through memory
     is_one_pass = not described["implementation"].startswith("foreach")
@@ -404,6 +425,7 @@ def run(device: str, keys: Sequence[str], rounds: int, console: Console) -> dict
                 "ours": arm.ours,
                 "bytes_per_parameter": arm.traffic if is_one_pass or not arm.ours else None,
                 "peak_extra_mib": peaks.get(arm.name),
+                "host_us": hosts.get(arm.name),
             }
             for arm in arms
         ],
@@ -415,7 +437,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="How long a step takes, beside torch's AdamW and other packages.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     titles = "; ".join(f"{key}: {model.title}" for key, model in MODELS.items())
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help=f"{titles}; default: all")
+    parser.add_argument("--model", nargs="+", choices=MODELS, help=f"{titles}; default: all that are for the device")
     parser.add_argument("--rounds", type=int, default=15, help="slow arms take fewer (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder (default: %(default)s)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of an earlier run, and no more")
@@ -438,7 +460,8 @@ def main(arguments: list[str] | None = None) -> None:
         except OSError as error:
             parser.error(f"--out {options.out}: not a folder that can be made ({error}); name another")
         console = Console()
-        results = run(options.device, options.model, options.rounds, console)
+        keys = options.model or [key for key, model in MODELS.items() if options.device in model.devices]
+        results = run(options.device, keys, options.rounds, console)
     path = options.out / f"step_time-{options.device}.json"
     path.write_text(json.dumps(results, ensure_ascii=False) + "\n")
     draw(results, path.with_suffix(".png"))

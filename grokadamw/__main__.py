@@ -1,9 +1,11 @@
-"""Commands: python -m grokadamw convert IN OUT [--to adamw]."""
+"""Commands: python -m grokadamw env; python -m grokadamw convert IN OUT [--to adamw]."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,13 +13,19 @@ from typing import Any
 
 import torch
 
+from . import GrokAdamW, __version__
 from .checkpoints import StateDict, is_state_dict, to_adamw, to_grokadamw
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 1 with a sentence on stderr where it could not be done."""
     parser = argparse.ArgumentParser(prog="python -m grokadamw")
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, dest="command")
+    commands.add_parser(
+        "env",
+        help="what runs here, and how",
+        description="Print the versions that matter, and for each device the implementation that takes its parameters.",
+    )
     convert = commands.add_parser(
         "convert",
         help="rewrite the optimizer state in a checkpoint file",
@@ -29,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument("target", metavar="OUT", type=Path, help="may be IN; written beside it first, then renamed")
     convert.add_argument("--to", choices=["grokadamw", "adamw"], default="grokadamw", help="default: %(default)s")
     given = parser.parse_args(arguments)
+    if given.command == "env":
+        print(environment())
+        return 0
     try:
         count = convert_file(given.source, given.target, {"grokadamw": to_grokadamw, "adamw": to_adamw}[given.to])
     except (OSError, ValueError) as error:
@@ -37,6 +48,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(f"{given.target}: {count} optimizer state dict{'s' * (count > 1)} for {given.to}")
     return 0
+
+
+def environment() -> str:
+    """Versions, and a line for each device, with the implementation that takes its parameters."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "not installed"
+    lines = {
+        "grokadamw": __version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": torch.__version__,
+        "triton": triton,
+    }
+    accelerator = torch.accelerator.current_accelerator()
+    count = torch.accelerator.device_count() if accelerator else 0
+    for name in ("cpu", *(f"{accelerator}:{i}" for i in range(count))):
+        title = f"{torch.cuda.get_device_name(name)}, " if name.startswith("cuda") else ""
+        lines[name] = title + GrokAdamW([torch.zeros(1, device=name)]).implementation()
+    return "\n".join(f"{name:11}{line}" for name, line in lines.items())
 
 
 def convert_file(source: Path, target: Path, conversion: Callable[[StateDict], StateDict]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,10 +22,11 @@ from . import capture, gradients, layers, metrics, update
 from .arguments import HOW_TO_RUN, PER_OPTIMIZER, check_group, check_options, check_settings, make_plain, settings
 from .filter_memory import Combine, Signal, Signals, filter_memories
 from .notices import warn
-from .numbers import Number, accumulator, as_float, as_number, detached, product, reads_are_free
-from .state import State, check, keeping_precision, prepare
+from .numbers import Number, accumulator, as_float, as_number, detached, reads_are_free
+from .state import State, check, keeping_precision, new_counts, prepare
+from .update.gpu_tables import Tables
 from .update.reference import Numbers, Tensors
-from .work import Plan, Work, calls_for, choices_of, collect
+from .work import Now, Plan, Work, calls_for, choices_of, collect
 
 __all__ = ["GrokAdamW"]
 
@@ -53,6 +53,7 @@ class _Run:
     skipped: Tensor | None = None  # counts the steps skipped on a device that were not yet read back
     names: dict[Tensor, str] = field(default_factory=dict)  # of parameters, as set_layers found them
     plan: Plan | None = None  # how the last step was called, for the next
+    graphs: list[Any] = field(default_factory=list)  # what CUDA graphs of the step read, besides tensors that users see
 
 
 class GrokAdamW(Optimizer):
@@ -111,8 +112,8 @@ class GrokAdamW(Optimizer):
         maximize: climb instead of descend.
         capturable: let CUDA graphs capture the step; all parameters are on a GPU then. See :meth:`update_signals`.
         differentiable: let autograd pass through the step.
-        fused: None as with ``foreach``; False for foreach. True is None, for parameters on the CPU alone, and
-            lets GradScaler leave the loss scale to the optimizer, as torch's fused optimizers do.
+        fused: None as with ``foreach``; False for foreach. True is None, for parameters on the CPU and on CUDA
+            or ROCm GPUs, and lets GradScaler leave the loss scale to the optimizer, as torch's fused optimizers do.
 
     Raises:
         TypeError, ValueError: an argument is not what is written above. The message names it and its value.
@@ -209,18 +210,20 @@ class GrokAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for implementation, tensors, numbers in self._calls(torch.compiler.is_compiling()):
-            implementation.step(tensors, numbers)  # rows 6 to 10, and all that torch.compile sees
+        update.steps(*self._calls(torch.compiler.is_compiling()))  # rows 6 to 10, and all that torch.compile sees
         return loss
 
     @_disable_dynamo  # so that what changes from step to step comes as tensors, and no value becomes a guard
-    def _calls(self, compiling: bool) -> list[tuple[ModuleType, Tensors, Numbers]]:
-        """All of a step but its writing: what is to be called with which tensors and numbers, its state being there."""
+    def _calls(self, compiling: bool) -> tuple[list[tuple[ModuleType, Tensors, Numbers]], Any]:
+        """All of a step but its writing: what is to be called with which tensors and numbers, its state being there.
+
+        And what the GPU's implementation keeps of them.
+        """
         capturing = capture.is_capturing(self)
         found_inf = getattr(self, "found_inf", None)  # GradScaler's, where `_step_supports_amp_scaling` is set
         if found_inf is not None and self._may_read(found_inf.device):
             if found_inf.item():
-                return []  # as if this step had not been called
+                return [], None  # as if this step had not been called
             found_inf = None
         self._check_settings()
         plan = self._run.plan
@@ -231,25 +234,25 @@ class GrokAdamW(Optimizer):
             capture.check_state(work, self.state, bool(self._run.last.alphas), self._nonfinite)
         sum_of_squares = update.sum_of_squares(self.defaults, compiling)
         if self._is_for_state_alone(work, sum_of_squares):
-            self._make_state(work)
-            return []
+            self._make_state(work, compiling)
+            return [], None
         self._check_layers()
-        unscale = self._unscale()
-        known = None if plan is None or now is None else partial(plan.sum_of_squares, now)
-        norms = [None if n is None else product(n, unscale) for n in self._norms(work, sum_of_squares, known)]  # row 2
-        clips = [gradients.clip_coefficient(n, w.group["gradient_clipping"]) for n, w in zip(norms, work, strict=True)]
-        finite = self._finite(work, norms, found_inf)
+        tables = None if plan is None or now is None or compiling else plan.tables(capturing, self._is_capturable)
+        if capturing and tables is not None:
+            self._run.graphs.append(tables)
+        measured = self._measured(work, now, sum_of_squares, found_inf, tables, capturing)
         if not capturing:
             self.update_signals()  # rows 4 and 5
-        self._run.last = self._run.last._replace(norms=detached(norms), clips=detached(clips))
-        if finite is False:
+        self._run.last = self._run.last._replace(norms=detached(measured.norms), clips=detached(measured.clips))
+        if measured.finite is False:
             self._count_skipped(1)
-            return []
+            return [], None
         if plan is not None and now is not None and self._run.signals.are_others:  # which may have changed something
             now = plan.again(now, self.param_groups, self.state)
         if now is None:
-            self._make_state(work)
-            calls_to_make = list(calls_for(work, self.state))
+            tables = None
+            self._make_state(work, compiling)
+            calls_to_make = calls_for(work, self.state)
             plan = Plan(self.param_groups, work, calls_to_make)
             self._run.plan = plan if plan.lasts else None
         else:
@@ -257,15 +260,17 @@ class GrokAdamW(Optimizer):
         memory_is_all = update.memory_is_all(compiling)
         calls = []
         for i, call in enumerate(calls_to_make):
-            w, clip = work[call.work_index], clips[call.work_index]
+            w = work[call.work_index]
             alpha = self._run.last.alphas[w.group_index]
             beta1 = layers.beta1s(w.group, call.layers) if now is None or plan is None else plan.beta1s(i, w.group)
-            numbers = self._numbers(call.tensors, w, beta1, alpha, product(clip, unscale), finite)
+            numbers = self._numbers(call.tensors, w, beta1, alpha, measured.factors[call.work_index], measured.finite)
             if compiling:
                 numbers = capture.for_compiler(call.tensors, numbers)
-            module = call.choice.module if memory_is_all or call.choice.module is update.reference else update.foreach
+            module = call.choice.module
+            if not (memory_is_all or module is update.reference) or (module is update.gpu and capturing and not tables):
+                module = update.foreach
             calls.append((module, call.tensors, numbers))
-        return calls
+        return calls, tables
 
     def _collected(self) -> list[Work]:
         """Row 1: what there is to do, looked through for what a step cannot go on with."""
@@ -273,10 +278,11 @@ class GrokAdamW(Optimizer):
         for w in work:
             for param in w.params:
                 check(self.state.get(param, {}), param)
-                if w.group["fused"] and not param.is_cpu:
+                if w.group["fused"] and not update.is_fused_on(param.device):
                     raise RuntimeError(
                         "`fused=True` requires all the params to be floating point Tensors of supported devices: "
-                        f"['cpu'], and param_groups[{w.group_index}] has one on {param.device}: leave fused out"
+                        f"{update.FUSED_ON}, and param_groups[{w.group_index}] has one on {param.device}: leave fused "
+                        "out"
                     )
         return work
 
@@ -304,10 +310,12 @@ class GrokAdamW(Optimizer):
             return False
         return as_float(gradients.global_norm([grad for w in work for grad in w.grads], sum_of_squares, None)) == 0
 
-    def _make_state(self, work: list[Work]) -> None:
+    def _make_state(self, work: list[Work], compiling: bool) -> None:
+        counts = {} if compiling else new_counts(self.state, [param for w in work for param in w.params])
         for w in work:
+            with_mu = float(w.group["lamb"]) > 0
             for param in w.params:
-                prepare(self.state[param], param, self._published, with_slow_gradient=float(w.group["lamb"]) > 0)
+                prepare(self.state[param], param, self._published, with_mu, counts.get(param))
 
     def _init_group(
         self,
@@ -365,54 +373,74 @@ class GrokAdamW(Optimizer):
                 warn(sentence, UserWarning)
         self._run.layers_checked = True
 
-    def _unscale(self) -> Number:
-        """What undoes the loss scale, where GradScaler has left it in the gradients."""
-        scale = getattr(self, "grad_scale", None)
-        return 1.0 if scale is None else 1 / as_number(scale, "grad_scale")
-
-    def _norms(
-        self, work: list[Work], sum_of_squares: _SumOfSquares, known: Callable[[], float | None] | None
-    ) -> list[Number | None]:
-        """N for each entry of work, if anything asks for it: that of all gradients, in compat that of the tensor.
-
-        Args:
-            known: the fastest sum of squares of all gradients, where their addresses are known.
-        """
-        if self._nonfinite == "propagate" and not any(w.group["gradient_clipping"] > 0 for w in work):
-            return [None] * len(work)
-        grads = [grad for w in work for grad in w.grads]
-        devices = dict.fromkeys(map(attrgetter("device"), grads))
+    def _measured(
+        self,
+        work: list[Work],
+        now: Now | None,
+        sum_of_squares: _SumOfSquares,
+        found_inf: Tensor | None,
+        tables: Tables | None,
+        capturing: bool,
+    ) -> gradients.Measured:
+        """Rows 2 and 3, the quickest way there is."""
+        plan, nonfinite = self._run.plan if now is not None else None, self._nonfinite
+        lists, limits = [w.grads for w in work], [float(w.group["gradient_clipping"]) for w in work]
+        scale = getattr(self, "grad_scale", None)  # GradScaler's, where it has left that to the optimizer
+        if scale is None and found_inf is None and not gradients.norm_is_wanted(limits, nonfinite):
+            return gradients.Measured([None] * len(work), [1.0] * len(work), [1.0] * len(work), True, None)
+        grads = chain.from_iterable(lists)
+        devices = plan.devices if plan else list(dict.fromkeys(map(attrgetter("device"), grads)))
         home = next((device for device in devices if not self._on_host(device)), None)
-        if known and home is None and not self._published and sum_of_squares is update.fastest_sum_of_squares:
-            squares = known()
-            if squares is not None:
-                return [math.sqrt(squares)] * len(work)
-        if self._published:
-            return [gradients.global_norm(w.grads, sum_of_squares, home) for w in work]
-        return [gradients.global_norm(grads, sum_of_squares, home)] * len(work)
-
-    def _finite(self, work: list[Work], norms: list[Number | None], found_inf: Tensor | None) -> bool | Tensor:
-        """Whether this step may be written: a tensor where reading it would make the host wait."""
-        none_found = None if found_inf is None else found_inf.reshape(()) == 0
-        if self._nonfinite == "propagate" or not norms or norms[0] is None:
-            return True if none_found is None else none_found
-        finite = gradients.is_finite(norms[0])
-        if self._nonfinite == "raise" and not finite:
+        fastest = sum_of_squares is update.fastest_sum_of_squares and not self._published
+        without_tables = capturing and tables is None  # and what a graph reads must not come and go
+        if fastest and home is not None and len(devices) == 1 and nonfinite != "raise" and not without_tables:
+            known = now if plan and plan.can_be_judged else None
+            measured = gradients.judge(
+                lists,
+                limits,
+                scale=scale,
+                found_inf=found_inf,
+                nonfinite=nonfinite,
+                counter=partial(self._counter, capturing=capturing),
+                at=known and known.gradients,
+                tables=tables if known else None,
+            )
+            if measured is not None:
+                return measured
+        measured = gradients.measure(
+            lists,
+            limits,
+            sum_of_squares=update.foreach.sum_of_squares if fastest and capturing else sum_of_squares,
+            known=partial(plan.sum_of_squares, now) if fastest and plan and now else None,
+            scale=scale,
+            found_inf=found_inf,
+            nonfinite=nonfinite,
+            apart=self._published,
+            home=home,
+        )
+        if nonfinite == "raise" and not measured.finite:
             pairs = chain.from_iterable(zip(w.params, w.grads, strict=True) for w in work)
             names = [self._name(param) for param, grad in pairs if not grad.isfinite().all()]
             raise RuntimeError(
                 f"the gradients are not finite: {', '.join(names) or 'their sum of squares overflows'}. Nothing was "
                 'written; nonfinite="skip" goes on without such a step'
             )
-        if isinstance(finite, Tensor):
-            skipped = torch.logical_not(finite)
-            if none_found is not None:  # what GradScaler finds, it expects, and counts itself
-                none_found = none_found.to(finite.device)
-                skipped = torch.logical_and(skipped, none_found)
-            if self._run.skipped is None:
-                self._run.skipped = torch.zeros((), dtype=torch.int64, device=finite.device)
-            self._run.skipped.add_(skipped.to(self._run.skipped.device))  # in place, for CUDA graphs
-        return finite if none_found is None else torch.logical_and(none_found, torch.as_tensor(finite))
+        if measured.skipped is not None:
+            counter = self._counter(measured.skipped.device, capturing)
+            counter.add_(measured.skipped.to(counter.device))  # in place, for CUDA graphs
+        return measured
+
+    def _counter(self, device: torch.device, capturing: bool) -> Tensor:
+        """Of the steps that are skipped on a device; where a graph is to go on with it, in its place."""
+        if self._run.skipped is None:
+            self._run.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        elif self._run.skipped.device != device and not capturing and not self._is_capturable:
+            self._run.skipped = self._run.skipped.to(device)
+        return self._run.skipped
+
+    @property
+    def _is_capturable(self) -> bool:
+        return any(group["capturable"] for group in self.param_groups)
 
     def _numbers(
         self, tensors: Tensors, w: Work, beta1: list[float], alpha: Number, clip: Number, finite: bool | Tensor
@@ -520,10 +548,11 @@ class GrokAdamW(Optimizer):
     def implementation(self) -> str:
         """Which implementation updates the parameters, and why: a line for each, ``"name: reason"``.
 
-        ``cpu`` is the native kernel, one pass through memory; ``blocks`` takes its place where it was not built;
-        ``foreach`` are torch's operations on lists of tensors; ``reference`` is one tensor at a time. A parameter
-        without a gradient or state counts as if they were like itself. Parameters that share memory, and everything
-        under torch.compile or FakeTensorMode, go to foreach in any case.
+        ``gpu`` is one Triton launch for all tensors of a kind; ``cpu`` is the native kernel, one pass through memory;
+        ``blocks`` takes its place where it was not built; ``foreach`` are torch's operations on lists of tensors;
+        ``reference`` is one tensor at a time. A parameter without a gradient or state counts as if they were like
+        itself. Parameters that share memory, and everything under torch.compile or FakeTensorMode, go to foreach in any
+        case.
         """
         plan = self._run.plan
         now = None if plan is None else plan.now(self.param_groups, self.state)
@@ -621,6 +650,7 @@ class GrokAdamW(Optimizer):
                     group[name] = as_number(group[name].to(param.device), name)
         if self._run.skipped is not None:
             self._run.skipped.zero_()
+        self._run.graphs.clear()  # which no longer hold
         self._run.last = metrics.LastStep()
         self._run.signals.values.clear()
         self._run.signals.load(self.param_groups[0]["signal_state"])
@@ -680,5 +710,6 @@ class GrokAdamW(Optimizer):
         # what a CUDA graph of the copy will read and write is its own
         copied._run.captured, copied._run.skipped = copy.deepcopy((self._run.captured, self._run.skipped), memo)
         alphas = [copied._run.captured.get(i, alpha) for i, alpha in enumerate(self._run.last.alphas)]
-        copied._run.last, copied._run.layers_checked = self._run.last._replace(alphas=alphas), self._run.layers_checked
+        copied._run.last = copy.deepcopy(self._run.last, memo)._replace(alphas=alphas)
+        copied._run.layers_checked = self._run.layers_checked
         return copied

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, zip_longest
 from typing import Any, TypeAlias
@@ -45,8 +45,10 @@ def check(state: State, param: Tensor) -> None:
         )
 
 
-def prepare(state: State, param: Tensor, published: bool, with_slow_gradient: bool) -> None:
-    """Fill in what a step needs, at zero."""
+def prepare(
+    state: State, param: Tensor, published: bool, with_slow_gradient: bool, count: Tensor | None = None
+) -> None:
+    """Fill in what a step needs, at zero. The step count may be given."""
     names = ["exp_avg", "exp_avg_sq"] + ["grok_ema"] * with_slow_gradient
     dtype = _dtype(param, published)
     new: State = {
@@ -55,8 +57,27 @@ def prepare(state: State, param: Tensor, published: bool, with_slow_gradient: bo
         if name not in state
     }
     if "step" not in state:
-        new = {"step": torch.zeros((), dtype=torch.float32, device=_step_device(param)), **new}
+        if count is None:
+            count = torch.zeros((), dtype=torch.float32, device=step_device(param))
+        new = {"step": count, **new}
     state.update(new)  # all of it or, where memory has run out, none
+
+
+def new_counts(states: Mapping[Tensor, State], params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """The step counts that are missing on accelerators: parts of one tensor on each, which one launch advances."""
+    counts: dict[Tensor, Tensor] = {}
+    for device, mine in _by_device(param for param in params if "step" not in states.get(param, {})).items():
+        counts.update(zip(mine, torch.zeros(len(mine), dtype=torch.float32, device=device).unbind(), strict=True))
+    return counts
+
+
+def _by_device(params: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
+    """The parameters whose step counts are on an accelerator."""
+    lists: dict[torch.device, list[Tensor]] = {}
+    for param in params:
+        if not reads_are_free(param.device):
+            lists.setdefault(param.device, []).append(param)
+    return lists
 
 
 @contextmanager
@@ -83,6 +104,10 @@ def keeping_precision(optimizer: Optimizer, published: bool) -> Iterator[list[st
     def restore(_: Optimizer) -> None:
         for param, state in loaded:
             optimizer.state[param] = _placed(param, state, published)
+        for mine in _by_device(param for param, state in loaded if "step" in state).values():
+            states = [optimizer.state[param] for param in mine]
+            for state, count in zip(states, torch.stack([state["step"] for state in states]).unbind(), strict=True):
+                state["step"] = count
 
     # after the user's own pre-hooks, and before their post-hooks
     before = optimizer.register_load_state_dict_pre_hook(keep)
@@ -201,7 +226,7 @@ def _placed(param: Tensor, state: State, published: bool) -> State:
     placed = dict(state)
     for name, value in state.items():
         if name == "step":
-            placed[name] = torch.as_tensor(value, dtype=torch.float32, device=_step_device(param))
+            placed[name] = torch.as_tensor(value, dtype=torch.float32, device=step_device(param)).reshape(())
         elif isinstance(value, Tensor):
             placed[name] = value.to(param.device, _dtype(param, published))
     return placed
@@ -212,6 +237,6 @@ def _dtype(param: Tensor, published: bool) -> torch.dtype:
     return param.dtype if published else torch.promote_types(param.dtype, torch.float32)
 
 
-def _step_device(param: Tensor) -> torch.device:
+def step_device(param: Tensor) -> torch.device:
     """Where neither the host nor the device waits for a step count."""
     return torch.device("cpu") if reads_are_free(param.device) else param.device

@@ -6,9 +6,9 @@ Finding that out costs more than small steps do, so a `Plan` keeps it for as lon
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
-from operator import attrgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from . import layers, update
 from .looks import Looks
 from .numbers import as_real, mesh_of
-from .state import MOMENTS, State
-from .update import Choice, blocks, cpu, memory
+from .state import MOMENTS, State, step_device
+from .update import BY_ADDRESS, Choice, cpu, gpu, memory
+from .update.gpu_tables import Tables
 from .update.reference import Tensors, written
 
 
@@ -76,8 +77,12 @@ def collect(groups: Sequence[dict[str, Any]], published: bool, known: Mapping[Te
     return work
 
 
-def calls_for(work: Sequence[Work], state: Mapping[Tensor, State]) -> Iterator[Call]:
-    """The tensors as real ones, in lists of one kind: device, dtypes, implementation, all with or all without μ."""
+def calls_for(work: Sequence[Work], state: Mapping[Tensor, State]) -> list[Call]:
+    """The tensors as real ones, in lists of one kind: device, dtypes, implementation, all with or all without μ.
+
+    Those that share a launch are looked at together, over all groups: where they share memory, foreach takes them.
+    """
+    calls: list[Call] = []
     for i, w in enumerate(work):
         lists: dict[Any, Call] = {}
         for place, (param, grad, layer) in enumerate(zip(w.params, w.grads, w.layers, strict=True)):
@@ -93,8 +98,12 @@ def calls_for(work: Sequence[Work], state: Mapping[Tensor, State]) -> Iterator[C
             for column, x in zip(call.tensors, row, strict=False):
                 column.append(x)
             call.tensors.steps.append(s["step"])
-        for call in lists.values():
-            yield call._replace(choice=update.checked(call.choice, call.tensors))
+        calls += [call._replace(choice=update.checked(call.choice, call.tensors)) for call in lists.values()]
+    together = [call for call in calls if call.choice.module is gpu]  # which share launches
+    if len(together) > 1:
+        choice = update.checked(together[0].choice, *(call.tensors for call in together))
+        calls = [call._replace(choice=choice) if call.choice.module is gpu else call for call in calls]
+    return calls
 
 
 def choices_of(
@@ -111,7 +120,8 @@ def choices_of(
         for param in group["params"]:
             s = state.get(param, {})
             row = [param if x is None else x for x in (param, param.grad, *map(s.get, MOMENTS))]
-            choices[update.choose(list(map(as_real, row)), s.get("step", torch.zeros((), device="cpu")), group)] += 1
+            count = s.get("step", torch.zeros((), device=step_device(param)))
+            choices[update.choose(list(map(as_real, row)), count, group)] += 1
     return choices
 
 
@@ -152,12 +162,17 @@ class Plan:
         for call in calls:
             t = call.tensors
             empty = Tensors([], [], [], [], None if t.grok_emas is None else [], [])
-            kept = memory.where(t) if call.choice.module is cpu else None
+            kept = memory.where(t) if call.choice.module in (cpu, gpu) else None
             self._calls.append(call._replace(tensors=empty._replace(kept=kept)))
         # a real tensor whose sign is yet to be turned is another's imaginary part: it has gaps, or is one number
         self._of_one = [i for i, grad in enumerate(grads) if grad.numel() == 1]
+        on_gpu = [call.tensors.params[0].device for call in calls if call.choice.module is gpu]
+        self._gpus, self._tables = list(dict.fromkeys(on_gpu)), dict[Any, Tables]()
+        self.devices = list(dict.fromkeys(grad.device for grad in grads))
+        # whether one GPU has all gradients, and can sum them
+        self.can_be_judged = len(self.devices) == 1 and gpu.is_for(self.devices[0]) and gpu.can_sum(grads)
         self._gradients, self._flat = self._grad_looks.addresses, cpu.flat(grads)
-        by_address = [call.tensors for call in calls if call.choice.module in (cpu, blocks)]
+        by_address = [call.tensors for call in calls if call.choice.module in BY_ADDRESS]
         self._ranges = memory.Ranges([x for t in by_address for column in written(t) for x in column], grads)
 
     def now(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State]) -> Now | None:
@@ -171,7 +186,9 @@ class Plan:
         if not all(self._has_grad):
             params, grads = ([x for x, has in zip(y, self._has_grad, strict=True) if has] for y in (params, grads))
         try:
-            calls = self._with_tensors(params, grads, list(map(state.get, params)))
+            # a parameter's hash is Python's to compute: where the state is theirs and in their order, none is needed
+            in_order = len(state) == len(params) and all(map(is_, state, params))
+            calls = self._with_tensors(params, grads, list(state.values() if in_order else map(state.get, params)))
             if calls is None or any(grads[i].is_neg() for i in self._of_one) or set(map(type, grads)) - {Tensor}:
                 return None
             tensors = [x for call in calls for column in written(call.tensors) for x in column]
@@ -204,11 +221,11 @@ class Plan:
                 p, g, mine = params[start:end], grads[start:end], states[start:end]
             else:
                 p, g, mine = ([y[start + place] for place in call.places] for y in (params, grads, states))
-            m, v, steps = ([s[name] for s in mine] for name in ("exp_avg", "exp_avg_sq", "step"))
+            m, v, steps = (list(map(itemgetter(name), mine)) for name in ("exp_avg", "exp_avg_sq", "step"))
             has_mu = call.tensors.grok_emas is not None
             if not has_mu and any("grok_ema" in s for s in mine):
                 return None
-            mu = [s["grok_ema"] for s in mine] if has_mu else None
+            mu = list(map(itemgetter("grok_ema"), mine)) if has_mu else None
             calls.append(call._replace(tensors=Tensors(p, g, m, v, mu, steps, call.tensors.kept)))
         return calls
 
@@ -222,6 +239,17 @@ class Plan:
         else:
             here = b"".join(gradients[8 * (start + place) : 8 * (start + place) + 8] for place in call.places)
         return call._replace(tensors=call.tensors._replace(kept=call.tensors.kept._replace(grads=here)))
+
+    def tables(self, capturing: bool, capturable: bool) -> Tables | None:
+        """What is kept on the GPU for the current stream, if there is one; for a capture what is the graph's own."""
+        if not self._gpus:
+            return None
+        if capturing:
+            return next((own for tables in self._tables.values() if (own := tables.captured())), None)
+        tables = self._tables.setdefault(gpu.streams(self._gpus), Tables())
+        if capturable:
+            tables.may_be_captured(self._ends[-1], len(self._work) + len(self._calls))
+        return tables
 
     def sum_of_squares(self, now: Now) -> float | None:
         """Of all gradients, as `cpu.sum_of_squares` has it; None where it takes several sums."""

@@ -3,7 +3,11 @@
 import os
 
 import pytest
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: on the CPU its kernels are interpreted
 
 # times vary on shared machines; and a test that fails should fail for the change that broke it
 settings.register_profile("default", deadline=None, derandomize=os.environ.get("CI") == "true")

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from grokadamw.update import blocks, native
+from grokadamw.update import blocks, gpu, native
+from grokadamw.update.gpu_tables import SHAPES, Shape
 
 
 def network(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
@@ -39,6 +41,7 @@ def train(model: nn.Module, steps: range, take_step: Callable[[int, Tensor], obj
 # implementation → the options that ask for it
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "cpu": {},
+    "gpu": {},
     "blocks": {},
     "foreach": {"foreach": True},
     "reference": {"foreach": False},
@@ -47,10 +50,21 @@ IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def running(implementation: str) -> Iterator[dict[str, Any]]:
-    """The options with which that implementation runs; for "blocks" as if the kernel had not been built, inside."""
+    """The options with which that implementation runs; inside, for "blocks" as if the kernel had not been built.
+
+    "gpu" is on the CPU, by Triton's interpreter, in small chunks; tests/gpu has what a GPU does.
+    """
     if implementation == "blocks":
         reason = "the native kernel was not built"
         with patch.object(native, "kernel", lambda: reason), patch.object(blocks, "_SMALL", 0):
+            yield IMPLEMENTATIONS[implementation]
+    elif implementation == "gpu":
+        if torch.cuda.is_available():
+            pytest.skip("where there is a GPU, kernels are not interpreted: tests/gpu")
+        if isinstance(reason := gpu.kernels(), str):
+            pytest.skip(reason)
+        small = dict.fromkeys(SHAPES, Shape(chunk=32, block=32, warps=1))
+        with patch.object(gpu, "_DEVICE_TYPE", "cpu"), patch.dict(SHAPES, small):
             yield IMPLEMENTATIONS[implementation]
     else:
         yield IMPLEMENTATIONS[implementation]

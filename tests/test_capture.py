@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from grokadamw import GrokAdamW
+from grokadamw import GrokAdamW, update
+from grokadamw.update import gpu
+from grokadamw.update.gpu_tables import Tables
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+from .models import running
+
+
+def cuda(test: Any) -> Any:
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
 
 
 def parameters(device: str = "cpu") -> list[nn.Parameter]:
@@ -151,25 +159,56 @@ class Tape(TorchDispatchMode):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
+    def recording(self, kernels: Any) -> Any:
+        """Triton's kernels, which torch does not dispatch: they write to memory, and return nothing."""
+
+        def launch(name: str, grid: Any, args: Any, kwargs: Any) -> None:
+            with _disable_current_modes():
+                getattr(kernels, name)[grid](*args, **kwargs)
+
+        class Kernel:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def __getitem__(_self, grid: Any) -> Any:
+                def run(*args: Any, **kwargs: Any) -> None:
+                    launch(_self.name, grid, args, kwargs)
+                    self.calls.append((launch, (_self.name, grid, args, kwargs), {}, None))
+
+                return run
+
+        return SimpleNamespace(tl=kernels.tl, **{name: Kernel(name) for name in ("update", "squares", "judge")})
+
 
 def captured(optimizer: GrokAdamW, capturing: list[bool]) -> Tape:
     tape, capturing[0] = Tape(), True
-    with tape:
+    kernels = gpu.kernels()
+    # a real capture is seen by nobody, and so keeps no implementation away
+    watched = patch.object(update, "memory_is_all", lambda compiling: True)
+    with patch.object(gpu, "kernels", lambda: tape.recording(kernels)), tape, watched:
         optimizer.step()
     capturing[0] = False
     return tape
 
 
 @pytest.mark.filterwarnings("ignore:a step was skipped")
-@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize("implementation", ["foreach", "reference", "gpu"])
 @pytest.mark.parametrize("after", ["steps", "a checkpoint", "a copy"])
-def test_a_replay_is_the_next_step(as_if_captured: list[bool], after: str, foreach: bool | None) -> None:
+def test_a_replay_is_the_next_step(as_if_captured: list[bool], after: str, implementation: str) -> None:
     """Here capturing runs the step, too. α, learning rates and gradients come from their places; skips are counted."""
+    with running(implementation) as how:
+        tape = a_replay_is_the_next_step(as_if_captured, after, how)
+    kernels = [call[1][0] for call in tape.calls if getattr(call[0], "__name__", "") == "launch"]
+    # without steps before it that made its tables, the GPU's implementation leaves a capture to foreach
+    assert kernels == (["squares", "judge", "update"] if implementation == "gpu" and after == "steps" else [])
+
+
+def a_replay_is_the_next_step(as_if_captured: list[bool], after: str, how: dict[str, Any]) -> Tape:
     said = [0.0]
     options: dict[str, Any] = {"grokking_signal_fns": lambda: said[0], "grokking_signal_decay_rate": 1.0}
     params, twins = parameters(), parameters()
     lr = torch.tensor(0.01)
-    replayed = GrokAdamW(params, lr=lr, capturable=True, foreach=foreach, **options)
+    replayed = GrokAdamW(params, lr=lr, capturable=True, **how, **options)
     eager = GrokAdamW(twins, lr=0.01, **options)
     tape = None
     for step in range(8):
@@ -187,7 +226,7 @@ def test_a_replay_is_the_next_step(as_if_captured: list[bool], after: str, forea
             continue
         if step == 3 and after == "a checkpoint":
             saved = copy.deepcopy(replayed.state_dict())
-            replayed = GrokAdamW(params, lr=lr, capturable=True, foreach=foreach, **options)
+            replayed = GrokAdamW(params, lr=lr, capturable=True, **how, **options)
             replayed.load_state_dict(saved)
         if step == 3 and after == "a copy":
             original = replayed
@@ -209,6 +248,84 @@ def test_a_replay_is_the_next_step(as_if_captured: list[bool], after: str, forea
             torch.testing.assert_close(replayed.state[p][name], value, rtol=1e-6, atol=1e-7)
     assert replayed.metrics()["skipped_steps"] == eager.metrics()["skipped_steps"] == 1
     assert replayed.metrics()["alpha"] == pytest.approx(eager.metrics()["alpha"], rel=1e-6)
+    assert tape is not None
+    return tape
+
+
+def test_what_one_graph_reads_is_no_other_steps(as_if_captured: list[bool]) -> None:
+    """Gradients elsewhere, and other numbers: of eager steps since, and of a second capture."""
+    with running("gpu"):
+        params, twins = parameters(), parameters()
+        replayed, eager = GrokAdamW(params, lr=0.01, capturable=True), GrokAdamW(twins, lr=0.01)
+        tapes, grads = [], []
+        for step in range(4):
+            for ps, optimizer in ((params, replayed), (twins, eager)):
+                for p in ps:
+                    p.grad = None
+                set_gradients(ps, step)
+                optimizer.param_groups[0].update(lr=0.01 * (1 + step), betas=(0.9 - 0.01 * step, 0.99))
+            eager.step()
+            if step < 2:
+                replayed.step()
+            else:
+                tapes.append(captured(replayed, as_if_captured))
+                grads.append([p.grad for p in params])
+                replayed._run.plan.tables(False, True)  # as an eager step in between would
+        for i in (0, 1, 0):
+            for ps, own in ((params, grads[i]), (twins, [p.grad for p in twins])):
+                for p, grad in zip(ps, own, strict=True):
+                    p.grad = grad
+                set_gradients(ps, 10 + i)
+            eager.param_groups[0].update(lr=0.03 + 0.01 * i, betas=(0.88 - 0.01 * i, 0.99))
+            eager.step()
+            tapes[i].replay()
+        for p, twin in zip(params, twins, strict=True):
+            torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-7)
+        assert len(replayed._run.graphs) == 2
+
+
+def test_a_graphs_tables_stay_its_own_whatever_changes(as_if_captured: list[bool]) -> None:
+    """Those made in the capture lie in the graph's memory, where only its replays fill them."""
+    with running("gpu"):
+        params = parameters()
+        optimizer = GrokAdamW(params, capturable=True)
+
+        def step(i: int, beta1: float, capture: bool = False) -> Any:
+            set_gradients(params, i)
+            optimizer.param_groups[0]["betas"] = (beta1, 0.99)
+            tape = captured(optimizer, as_if_captured) if capture else optimizer.step()
+            return tape, {
+                kind: static.table for kind, static in optimizer._run.plan.tables(False, True)._static.items()
+            }
+
+        for i in range(3):
+            _, eager = step(i, 0.9)
+        _, after = step(3, 0.8, capture=True)
+        (graph,) = optimizer._run.graphs
+        of_graph = {kind: static.table for kind, static in graph._static.items()}
+        assert len(of_graph) == 1
+        for kind, table in of_graph.items():
+            assert after[kind] is eager[kind]
+            assert table is not eager[kind]
+        step(4, 0.7)
+        assert all(graph._static[kind].table is table for kind, table in of_graph.items())
+
+
+def test_what_goes_to_a_graph_has_its_room() -> None:
+    """In pinned memory, which cannot be had during a capture."""
+    tables = Tables()
+    assert tables.captured() is None
+    tables.may_be_captured(tensors=1, lists=1)
+    tables.squares([torch.ones(3)])
+    own = tables.captured()
+    assert own is not None
+    assert all(tables.captured() for _ in range(3))  # more without an eager step in between go to foreach
+    assert tables.captured() is None
+    content = torch.arange(48).numpy().tobytes()
+    assert own.words(content, torch.device("cpu")).tolist() == list(range(48))
+    assert own.words(content, torch.device("cpu")).tolist() == list(range(48))
+    with pytest.raises(RuntimeError, match="take a step before capturing"):
+        own.words(bytes(8), torch.device("cpu"))
 
 
 @cuda

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.metadata import requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
+import pytest
 import torch
 
 import grokadamw
 import grokadamw.grokadamw
+from grokadamw.__main__ import main
 
 
 def run(code: str) -> str:
@@ -53,3 +55,22 @@ def test_there_are_no_public_instance_attributes_beyond_torchs() -> None:
 def test_trainers_train_and_eval_are_not_there() -> None:
     assert not hasattr(grokadamw.GrokAdamW, "train")
     assert not hasattr(grokadamw.GrokAdamW, "eval")
+
+
+def test_env_tells_what_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["grokadamw"] == grokadamw.__version__
+    assert lines["torch"] == torch.__version__
+    try:
+        assert lines["triton"] == version("triton")
+    except PackageNotFoundError:
+        assert lines["triton"] == "not installed"
+    assert lines["cpu"] == grokadamw.GrokAdamW([torch.zeros(1)]).implementation()
+    assert len(lines) == 5 + torch.accelerator.device_count()
+
+
+def test_env_where_triton_is_not(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])  # where distributions are looked for
+    assert main(["env"]) == 0
+    assert "triton     not installed\n" in capsys.readouterr().out

@@ -16,10 +16,28 @@ import torch
 from torch import Tensor
 
 from ..numbers import mesh_of
-from . import blocks, cpu, foreach, memory, native, reference
-from .reference import Tensors
+from . import blocks, cpu, foreach, gpu, memory, native, reference
+from .gpu_tables import Tables
+from .reference import Numbers, Tensors
 
-__all__ = ["Choice", "checked", "choose", "fastest_sum_of_squares", "memory_is_all", "sum_of_squares"]
+__all__ = [
+    "BY_ADDRESS",
+    "FUSED_ON",
+    "Choice",
+    "checked",
+    "choose",
+    "fastest_sum_of_squares",
+    "is_fused_on",
+    "memory_is_all",
+    "steps",
+    "sum_of_squares",
+]
+
+
+BY_ADDRESS = (cpu, blocks, gpu)  # those for which memory must not overlap
+
+
+FUSED_ON = ["cpu", "cuda"]  # where there are implementations that do all in one pass
 
 
 class Choice(NamedTuple):
@@ -34,7 +52,7 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any]) -> Choi
 
     Autograd and torch.func's transforms pass through `reference` alone: its results are new tensors. foreach=False gets
     it too, a loop over tensors as in torch's optimizers: it needs the least memory. `foreach` takes every other tensor
-    on every device; on the CPU there are faster ones for what they can take.
+    on every device; on a GPU and the CPU there are faster ones for what they can take.
 
     Args:
         row: the parameter, its gradient, m, v and, where there is one, μ; real.
@@ -48,6 +66,9 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any]) -> Choi
         return Choice(reference, "torch.func transforms it, and has no rules for lists")
     if options["fused"] is False:
         return Choice(foreach, "fused=False")
+    if gpu.is_for(row[0].device):
+        reason = gpu.why_not(row, step)
+        return Choice(foreach, reason) if reason else Choice(gpu, "one Triton launch for all tensors of a kind")
     if not row[0].is_cpu:
         return Choice(foreach, f"parameters on {row[0].device}")
     if reason := memory.why_not(row, step):
@@ -60,9 +81,14 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any]) -> Choi
     return Choice(blocks, kernel)
 
 
-def checked(choice: Choice, tensors: Tensors) -> Choice:
-    """The choice for a list, once its tensors have been looked at together."""
-    if choice.module in (cpu, blocks) and memory.share_memory(tensors):
+def is_fused_on(device: torch.device) -> bool:
+    """Whether fused=True is for parameters there: AMD's GPUs are of type cuda, too."""
+    return device.type in FUSED_ON
+
+
+def checked(choice: Choice, *lists: Tensors) -> Choice:
+    """The choice for what is done in one pass, once its tensors have been looked at together."""
+    if choice.module in BY_ADDRESS and memory.share_memory(*lists):
         return Choice(foreach, "parameters, gradients or state share memory")
     return choice
 
@@ -77,7 +103,9 @@ def sum_of_squares(options: dict[str, Any], compiling: bool) -> Callable[[Sequen
 
 
 def fastest_sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Σ g² of a list of tensors on one device, wherever that is: the kernel's on the CPU."""
+    """Σ g² of a list of tensors on one device, wherever that is."""
+    if gpu.is_for(tensors[0].device) and gpu.can_sum(tensors):
+        return gpu.sum_of_squares(tensors)
     plain = tensors[0].is_cpu and mesh_of(tensors[0]) is None
     return cpu.sum_of_squares(tensors) if plain else foreach.sum_of_squares(tensors)
 
@@ -90,3 +118,13 @@ def memory_is_all(compiling: bool) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def steps(calls: Sequence[tuple[ModuleType, Tensors, Numbers]], tables: Tables | None) -> None:
+    """Rows 6 to 10 by each implementation for its tensors; those of a GPU together, as they share launches."""
+    for implementation, tensors, numbers in calls:
+        if implementation is not gpu:
+            implementation.step(tensors, numbers)
+    together = [(tensors, numbers) for implementation, tensors, numbers in calls if implementation is gpu]
+    if together:
+        gpu.steps(together, tables)

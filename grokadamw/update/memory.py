@@ -98,10 +98,11 @@ def has_no_gaps(x: Tensor) -> bool:
     return True
 
 
-def share_memory(tensors: Tensors) -> bool:
+def share_memory(*lists: Tensors) -> bool:
     """Whether memory that a step writes belongs to two of the tensors."""
-    ranges = Ranges([x for column in written(tensors) for x in plain(column)], plain(tensors.grads))
-    return ranges.overlap or ranges.meet(addresses(plain(tensors.grads)))
+    grads = [x for tensors in lists for x in plain(tensors.grads)]
+    ranges = Ranges([x for tensors in lists for column in written(tensors) for x in plain(column)], grads)
+    return ranges.overlap or ranges.meet(addresses(grads))
 
 
 class Ranges:

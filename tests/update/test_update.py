@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from grokadamw.update import blocks, cpu, foreach, reference
+from grokadamw.update import blocks, cpu, foreach, gpu, reference
 from grokadamw.update.reference import Numbers, Tensors, written
 
-IMPLEMENTATIONS = {"reference": reference, "foreach": foreach, "cpu": cpu, "blocks": blocks}
+IMPLEMENTATIONS = {"reference": reference, "foreach": foreach, "cpu": cpu, "blocks": blocks, "gpu": gpu}
 SHAPES = [(), (0,), (7,), (3, 5), (2, 3, 4)]
 # dtype of the parameters → tolerance of what is computed in its state's dtype, and of the parameter itself
 TOLERANCES = {

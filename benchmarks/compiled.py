@@ -1,0 +1,146 @@
+"""What Triton makes of the GPU kernels, for GPUs that need not be there: registers, spills, width of loads and stores.
+
+    python -m benchmarks.compiled [--json]
+
+Each kernel is compiled for each architecture and for the dtypes of parameters (gradients have the same) and state. The
+body is that of full chunks, without the masked one of tails, but where it says so. "scalar" loads are of tables and of
+single numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from grokadamw.update import gpu
+from grokadamw.update.gpu_tables import SHAPES
+
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 90, 100)} | {
+    "gfx942": GPUTarget("hip", "gfx942", 64)
+}
+DTYPES = [  # of parameters and gradients, of state
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.float64, torch.float64),
+]
+
+
+class Code(NamedTuple):
+    """One kernel as one GPU has it."""
+
+    kernel: str
+    target: str
+    param: str
+    tail: bool
+    registers: int | None  # None for AMD's GPUs, whose code is compiled, and not looked into
+    spilled: int | None  # bytes of local memory a thread
+    wide_loads: int | None  # of 16 bytes
+    scalar_loads: int | None
+    other_loads: int | None
+    wide_stores: int | None
+    scalar_stores: int | None
+    other_stores: int | None
+
+
+def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) -> Iterator[ASTSource]:
+    """Each kernel with the constants that `gpu` gives it."""
+    tl, shape = kernels.tl, SHAPES[max(state.itemsize, 4)]
+    of_grads = SHAPES[param.itemsize]
+    dtypes = {name: getattr(tl, str(x).removeprefix("torch.")) for name, x in (("param", param), ("state", state))}
+    pointers = {
+        "update": dict.fromkeys(("chunks", "table", "grads", "numbers"), "*i64") | {"finite": "*i8"},
+        "squares": dict.fromkeys(("chunks", "sizes", "grads"), "*i64") | {"sums": "*fp64"},
+        "judge": dict.fromkeys(("sums", "limits", "verdict"), "*fp64")
+        | {"grad_scale": "*fp32", "found_inf": "*fp32", "finite": "*i8", "skipped": "*i64"},
+    }
+    constants: dict[str, dict[str, Any]] = {
+        "update": {"PARAM": dtypes["param"], "GRAD": dtypes["param"], "STATE": dtypes["state"], "HAS_MU": True}
+        | {"RAW": False, "EPS_FIRST": False, "HAS_FINITE": True, "TAIL": tail}
+        | {"CHUNK": shape.chunk, "BLOCK": shape.block},
+        "squares": {"GRAD": dtypes["param"], "TAIL": tail, "CHUNK": of_grads.chunk, "BLOCK": of_grads.block},
+        "judge": {"HAS_SCALE": True, "HAS_FOUND": True, "SKIPS": True, "LISTS": 2, "BLOCK": 1024},
+    }
+    for name in ("update", "squares", "judge"):
+        function = getattr(kernels, name)
+        kinds = {arg: pointers[name].get(arg) or "i32" for arg in function.arg_names}
+        aligned = [i for i, arg in enumerate(function.arg_names) if kinds[arg].startswith("*")]
+        yield ASTSource(
+            fn=function,
+            signature=kinds | dict.fromkeys(constants[name], "constexpr"),
+            constexprs=constants[name],
+            attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        )
+
+
+def compiled(target: str, param: torch.dtype, state: torch.dtype, tail: bool) -> Iterator[Code]:
+    for source in sources(gpu.kernels(), param, state, tail):
+        warps = SHAPES[max(state.itemsize, 4)].warps
+        asm = triton.compile(source, target=TARGETS[target], options={"num_warps": warps}).asm
+        counts: list[int | None] = [None] * 8
+        if "ptx" in asm:
+            counts = [*resources(asm["cubin"]), *accesses(asm["ptx"], "ld"), *accesses(asm["ptx"], "st")]
+        yield Code(source.fn.__name__, target, str(param).removeprefix("torch."), tail, *counts)
+
+
+def accesses(ptx: str, instruction: str) -> tuple[int, int, int]:
+    """How many loads or stores of global memory there are: of 16 bytes, of one number by all threads, any others."""
+    wide = scalar = other = 0
+    for line in ptx.splitlines():
+        if found := re.search(rf"\b{instruction}\.global\S*?(?:\.v(\d))?\.b(\d+)\b", line):
+            size = int(found[1] or 1) * int(found[2])
+            wide += size == 128
+            scalar += size != 128 and not found[1]
+            other += size != 128 and bool(found[1])
+    return wide, scalar, other
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of local memory, of a thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", path]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", said)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    return registers, stack + local
+
+
+def all_codes() -> list[Code]:
+    cases = [(target, *dtypes, tail) for target in TARGETS for dtypes in DTYPES for tail in (False, True)]
+    cases = [case for case in cases if case[0] != "sm_75" or case[1] != torch.bfloat16]  # which it does not have
+    shown = track(cases, "compiling", console=Console(stderr=True), transient=True)
+    return [code for case in shown for code in compiled(*case)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="as a list of objects, for programs")
+    given = parser.parse_args()
+    codes = all_codes()
+    if given.json:
+        print(json.dumps([code._asdict() for code in codes]))
+        return
+    table = Table(*(name.replace("_", " ") for name in Code._fields))
+    for code in codes:
+        table.add_row(*("–" if value is None else str(value) for value in code))
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

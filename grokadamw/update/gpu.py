@@ -1,0 +1,274 @@
+"""Rows 2, 3 and 6 to 10 on a GPU, in one Triton launch each for any number of tensors of any sizes.
+
+The kernels of gpu_kernels.py find tensors and numbers in tables that lie on the device. A table is sent there when its
+content is another than before, from pinned memory and without waiting; so a step whose addresses and numbers are those
+of the last one sends nothing. What changes on the device alone (a loss scale, a filter memory α computed there) is read
+there by its address.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..numbers import mesh_of
+from . import memory
+from .gpu_tables import SHAPES, Part, Tables, Verdict, misaligned, words_of
+from .memory import DTYPES, addresses, has_no_gaps, plain, where
+from .reference import Numbers, Tensors, written
+
+_DEVICE_TYPE = "cuda"  # that is AMD's GPUs, too
+
+
+@cache
+def kernels() -> Any:
+    """The module of the kernels; or, in words, why there is none."""
+    try:
+        from . import gpu_kernels
+    except Exception as error:  # one that does not fit raises what it likes
+        return f"Triton cannot be imported: {error}"
+    return gpu_kernels
+
+
+@cache
+def _why_not_here(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device of their type; None where they can."""
+    found = kernels()
+    if isinstance(found, str):
+        return found
+    interpreted = type(found.update).__name__ == "InterpretedFunction"
+    if interpreted != (device.type == "cpu"):
+        return "TRITON_INTERPRET is set, and Triton's interpreter runs on the CPU alone"
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (7, 5):
+        return f"Triton has no code for {torch.cuda.get_device_name(device)}"
+    numbers = Numbers([0.0], [0.0], 0.0, 0.0, 1.0, False, 0.0, 0.0, 0.0, 0, 1.0, False, False, None)
+    try:
+        theta, g, m, v, mu, count = ([torch.zeros((), dtype=torch.float32, device=device)] for _ in range(6))
+        sum_of_squares(g)
+        step(Tensors(theta, g, m, v, mu, count), numbers)
+    except torch.OutOfMemoryError:
+        raise  # which will pass
+    except Exception as error:  # Triton compiles what launches its kernels, for which there may be no compiler
+        return f"Triton does not work here: {next(iter(str(error).splitlines()), type(error).__name__)}"
+    return None
+
+
+def is_for(device: torch.device) -> bool:
+    """Whether tensors on this device are this implementation's, if it can take them at all."""
+    return device.type == _DEVICE_TYPE
+
+
+def why_not(row: Sequence[Tensor], step: Tensor) -> str | None:
+    """Why the kernels cannot take a parameter on a device that `is_for` knows; see `memory.why_not`."""
+    device = row[0].device
+    reason = memory.why_not(row, step) or _why_not_here(device)  # a tensor that is a fake may have no device
+    if reason is None and any(x.dtype == torch.bfloat16 for x in row) and not _has_bfloat16(device):
+        return f"{torch.cuda.get_device_name(device)} has no bfloat16"
+    return reason
+
+
+@cache
+def _has_bfloat16(device: torch.device) -> bool:
+    return device.type == "cpu" or bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def streams(devices: Sequence[torch.device]) -> tuple[int, ...]:
+    """The current streams. Memory that one of them has used must not be given to another unawares."""
+    return tuple(torch.cuda.current_stream(device).cuda_stream for device in devices if device.type == "cuda")
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Where Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _triton(dtype: torch.dtype) -> Any:
+    return getattr(kernels().tl, str(dtype).removeprefix("torch."))
+
+
+# rows 2 and 3
+
+
+def can_sum(grads: Sequence[Tensor]) -> bool:
+    """Whether `sum_of_squares` and `judge` can take these, all of one device that `is_for` knows."""
+    device = grads[0].device
+    return (
+        type(grads[0]) is Tensor
+        and _why_not_here(device) is None
+        and all(
+            type(x) is Tensor
+            and x.device == device
+            and x.dtype in DTYPES
+            and has_no_gaps(x)
+            and not x.is_neg()
+            and (x.dtype != torch.bfloat16 or _has_bfloat16(device))
+            for x in grads
+        )
+    )
+
+
+def _sums(grads: Sequence[Tensor], at: bytes, tables: Tables) -> Tensor:
+    """Σ g² of each chunk."""
+    device, found = grads[0].device, tables.squares(grads)
+    sums = torch.empty(sum(len(static.chunks) for _, _, static in found), dtype=torch.float64, device=device)
+    first = 0
+    for dtype, places, static in found:
+        here = at if len(found) == 1 else b"".join(at[8 * i : 8 * i + 8] for i in places)
+        shape, count = SHAPES[static.size], len(static.chunks)
+        if count:
+            with _on(device):
+                kernels().squares[(count,)](
+                    static.chunks,
+                    static.table,
+                    tables.words(here, device),
+                    sums,
+                    first,
+                    GRAD=_triton(dtype),
+                    TAIL=static.tail or tables.masked or misaligned(here),
+                    CHUNK=shape.chunk,
+                    BLOCK=shape.block,
+                    num_warps=shape.warps,
+                )
+        first += count
+    return sums
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Σ g² over all elements of tensors that `can_sum` has cleared, squared and summed in float64: a 0-d tensor."""
+    return _sums(tensors, addresses(tensors), Tables()).sum()
+
+
+def judge(
+    grads: Sequence[Tensor],
+    limits: Sequence[float],
+    scale: Tensor | None,
+    found_inf: Tensor | None,
+    skipped: Tensor | None,
+    *,
+    wants_norm: bool,
+    at: bytes | None = None,
+    tables: Tables | None = None,
+) -> Verdict:
+    """Rows 2 and 3, and whether the step may be written, in two launches.
+
+    Args:
+        grads: what `can_sum` has cleared.
+        limits: the largest norm for each list of tensors; 0 is none.
+        scale, found_inf: GradScaler's, float32 and of one element, on the gradients' device.
+        skipped: 0-d int64, counted up where a norm that is not finite forbids the step; None where it does not.
+        wants_norm: whether anything asks for the norm. If not, the gradients are not read, and it means nothing.
+        at: where the gradients lie.
+        tables: of these gradients.
+    """
+    device = grads[0].device
+    tables = Tables() if tables is None else tables
+    sums = _sums(grads, addresses(grads) if at is None else at, tables) if wants_norm else None
+    verdict = tables.verdict(device, len(limits))
+    unused = verdict.numbers
+    with _on(device):
+        kernels().judge[(1,)](
+            unused if sums is None else sums,
+            0 if sums is None else len(sums),
+            tables.words(struct.pack(f"{len(limits)}d", *limits), device).view(torch.float64),
+            len(limits),
+            unused if scale is None else scale,
+            unused if found_inf is None else found_inf,
+            verdict.numbers,
+            verdict.finite.view(torch.int8),
+            unused if skipped is None else skipped,
+            HAS_SCALE=scale is not None,
+            HAS_FOUND=found_inf is not None,
+            SKIPS=skipped is not None,
+            LISTS=1 << (len(limits) - 1).bit_length(),
+            BLOCK=1024,
+            num_warps=4,
+        )
+    return verdict
+
+
+# rows 6 to 10
+
+
+def step(tensors: Tensors, numbers: Numbers) -> None:
+    """Rows 6 to 10 for every tensor, written in place; of tensors that `why_not` and `share_memory` have cleared."""
+    steps([(tensors, numbers)])
+
+
+def steps(calls: Sequence[tuple[Tensors, Numbers]], tables: Tables | None = None) -> None:
+    """`step` for several lists of tensors, with one launch for all that are of one kind."""
+    tables = Tables() if tables is None else tables
+    kinds: dict[Any, list[Part]] = {}
+    for tensors, numbers in calls:
+        at = where(tensors) if tensors.kept is None else tensors.kept
+        kind = (
+            tensors.params[0].device,
+            *(column[0].dtype for column in (tensors.params, tensors.grads, tensors.exp_avgs)),
+            tensors.grok_emas is not None,
+            numbers.raw_second_moment,
+            numbers.eps_before_correction,
+            numbers.finite is not None,
+        )
+        kinds.setdefault(kind, []).append(Part(tensors, numbers, at))
+    by_device: dict[torch.device, list[Part]] = {}
+    for kind, lists in kinds.items():
+        by_device.setdefault(kind[0], []).extend(lists)
+    counts = [(_counts(lists, tables), lists[0].numbers.finite) for lists in by_device.values()]
+    for kind, lists in kinds.items():
+        _update(kind, lists, tables)
+    for vectors, finite in counts:  # when all have read them
+        _advance(vectors, finite)
+
+
+def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
+    device, *dtypes, has_mu, raw, eps_first, has_finite = kind
+    static = tables.static(kind, lists)
+    shape, finite = SHAPES[static.size], lists[0].numbers.finite
+    grads = b"".join(x.at.grads for x in lists)
+    for x in lists:
+        for column in written(x.tensors)[:-1]:  # which torch's own operations do themselves, as with the step counts
+            torch.autograd.graph.increment_version(column)
+            if mesh_of(column[0]) is not None:
+                torch.autograd.graph.increment_version(plain(column))
+    if not len(static.chunks):
+        return
+    words = b"".join(words_of(x.numbers) for x in lists)
+    with _on(device):
+        kernels().update[(len(static.chunks),)](
+            static.chunks,
+            static.table,
+            tables.words(grads, device),
+            tables.words(words, device),
+            static.chunks if finite is None else finite.view(torch.int8),
+            len(grads) // 8,
+            **dict(zip(("PARAM", "GRAD", "STATE"), map(_triton, dtypes), strict=True)),
+            HAS_MU=has_mu,
+            RAW=raw,
+            EPS_FIRST=eps_first,
+            HAS_FINITE=has_finite,
+            TAIL=static.tail or tables.masked or misaligned(grads),
+            CHUNK=shape.chunk,
+            BLOCK=shape.block,
+            num_warps=shape.warps,
+        )
+
+
+def _counts(lists: list[Part], tables: Tables) -> list[Tensor]:
+    """The step counts, as one tensor where they lie one after the other, as state.py makes them."""
+    counts = [count for x in lists for count in x.tensors.steps]
+    return tables.vectors(counts, b"".join(x.at.steps for x in lists))
+
+
+def _advance(counts: list[Tensor], finite: Tensor | None) -> None:
+    """Count this step, unless it was not written."""
+    if len(counts) == 1:
+        counts[0].add_(1 if finite is None else finite)
+    elif finite is None:
+        torch._foreach_add_(counts, 1)
+    else:
+        torch._foreach_add_(counts, finite.to(torch.float32))

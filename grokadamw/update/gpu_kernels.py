@@ -1,0 +1,215 @@
+"""The kernels of `gpu`, in Triton: rows 2, 3 and 6 to 10 for any number of tensors in one launch each.
+
+A tensor is an entry in tables of addresses and numbers that lie on the device, which `gpu` makes. A program takes one
+chunk of one tensor. Neither the number of tensors nor any value that changes from step to step is compiled in.
+
+A full chunk of aligned tensors is read and written in words of 16 bytes. Others, such as a tensor's last, take a body
+with masks, which TAIL=False leaves out where no chunk needs it.
+"""
+
+import triton
+import triton.language as tl
+
+# a chunk is a word: the tensor's place times 2⁴⁰, plus the chunk's number in it
+CHUNK_BITS = tl.constexpr(40)
+CHUNK_MASK = tl.constexpr((1 << 40) - 1)
+# the words of a list's numbers, as `gpu_tables.words_of` has them; the first three are two, an address and a value
+LR, ALPHA, CLIP = (tl.constexpr(i) for i in range(0, 6, 2))
+BETA2, LOG_BETA2, EPS, WEIGHT_DECAY, LAMB, AMPLIFY_AFTER, SIGN, NUMBERS = (tl.constexpr(i) for i in range(6, 14))
+
+
+@triton.jit
+def _float64(words, place):
+    """A float64 out of a table of 64-bit integers."""
+    return tl.load(words + place).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _number(words, place):
+    """A float64 that lies at the address in the table; where that is 0, the one after it."""
+    address = tl.load(words + place)
+    return tl.load(address.to(tl.pointer_type(tl.float64)), mask=address != 0, other=_float64(words, place + 1))
+
+
+@triton.jit
+def _pointer(address, dtype: tl.constexpr, MASKED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(dtype))
+    if not MASKED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _load(pointer, at, size, MASKED: tl.constexpr, REAL: tl.constexpr):
+    if MASKED:
+        return tl.load(pointer + at, mask=at < size, other=0).to(REAL)
+    return tl.load(pointer + at).to(REAL)
+
+
+@triton.jit
+def _store(pointer, at, size, value, MASKED: tl.constexpr):
+    value = value.to(pointer.dtype.element_ty)
+    if MASKED:
+        tl.store(pointer + at, value, mask=at < size)
+    else:
+        tl.store(pointer + at, value)
+
+
+@triton.jit
+def _rows(
+    theta, grad, m, v, mu, start, size,
+    clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_MU: tl.constexpr, RAW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows 6 to 10 for the chunk that starts there."""
+    theta = _pointer(theta, PARAM, MASKED)
+    grad = _pointer(grad, GRAD, MASKED)
+    m = _pointer(m, STATE, MASKED)
+    v = _pointer(v, STATE, MASKED)
+    mu = _pointer(mu, STATE, MASKED)
+    REAL: tl.constexpr = keep_m.dtype
+    end = tl.minimum(start + CHUNK, size) if MASKED else start + CHUNK
+    for block in range(start, end, BLOCK):
+        at = block + tl.arange(0, BLOCK)
+        # all loads come before the stores, which nothing tells the compiler that they do not write what is to be loaded
+        g = clip * _load(grad, at, size, MASKED, REAL)
+        slow = _load(mu, at, size, MASKED, REAL) if HAS_MU else g
+        first = _load(m, at, size, MASKED, REAL)
+        second = _load(v, at, size, MASKED, REAL)
+        old = _load(theta, at, size, MASKED, REAL)
+        g_hat = g
+        if HAS_MU:
+            slow = keep_mu * slow + add_mu * g  # row 6
+            g_hat = g + lamb * slow  # row 7
+            _store(mu, at, size, slow, MASKED)
+        first = keep_m * first + add_m * g_hat  # row 8
+        squared = g * g if RAW else g_hat * g_hat
+        second = keep_v * second + add_v * squared  # row 9
+        if REAL == tl.float32:
+            quotient = tl.div_rn(first, root * tl.sqrt_rn(second) + eps)
+        else:
+            quotient = first / (root * tl.sqrt(second) + eps)
+        _store(m, at, size, first, MASKED)
+        _store(v, at, size, second, MASKED)
+        _store(theta, at, size, decay * old - step * quotient, MASKED)  # row 10
+
+
+@triton.jit
+def _chunk(chunks):
+    """The tensor that this program takes a chunk of, and the chunk's number."""
+    chunk = tl.load(chunks + tl.program_id(0))
+    return chunk >> CHUNK_BITS, chunk & CHUNK_MASK
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def update(
+    chunks, table, grads, numbers, finite, tensors,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, HAS_MU: tl.constexpr, RAW: tl.constexpr,
+    EPS_FIRST: tl.constexpr, HAS_FINITE: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows 6 to 10. Writes nothing where `finite` is 0; does not count the step, which other programs read."""
+    if HAS_FINITE and tl.load(finite) == 0:
+        return
+    i, nth = _chunk(chunks)
+    start = nth * CHUNK
+    size = tl.load(table + i)
+    here = table + i
+    theta = tl.load(here + tensors)
+    m = tl.load(here + 2 * tensors)
+    v = tl.load(here + 3 * tensors)
+    mu = tl.load(here + 4 * tensors) if HAS_MU else m
+    t = tl.load(tl.load(here + 5 * tensors).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
+    beta1 = _float64(here, 6 * tensors)
+    log_bias_beta1 = _float64(here, 7 * tensors)
+    mine = numbers + tl.load(here + 8 * tensors) * NUMBERS
+    grad = tl.load(grads + i)
+
+    lr = _number(mine, LR)
+    alpha = _number(mine, ALPHA)
+    clip = _number(mine, CLIP) * _float64(mine, SIGN)
+    beta2 = _float64(mine, BETA2)
+    root = 1 / tl.sqrt(1 - tl.exp(t * _float64(mine, LOG_BETA2)))
+    step = lr / (1 - tl.exp(t * log_bias_beta1))
+    eps = _float64(mine, EPS)
+    if EPS_FIRST:
+        eps = eps * root
+    lamb = tl.where(t > _float64(mine, AMPLIFY_AFTER), _float64(mine, LAMB), 0.0)
+    decay = 1 - lr * _float64(mine, WEIGHT_DECAY)
+
+    REAL: tl.constexpr = tl.float64 if STATE == tl.float64 else tl.float32
+    aligned = (theta | m | v | mu | grad) % 16 == 0
+    if TAIL and not (aligned and start + CHUNK <= size):
+        _rows(
+            theta, grad, m, v, mu, start, size, clip.to(REAL), alpha.to(REAL), (1 - alpha).to(REAL), lamb.to(REAL),
+            beta1.to(REAL), (1 - beta1).to(REAL), beta2.to(REAL), (1 - beta2).to(REAL), root.to(REAL), eps.to(REAL),
+            decay.to(REAL), step.to(REAL), PARAM, GRAD, STATE, CHUNK, BLOCK // 4, HAS_MU, RAW, True,
+        )  # fmt: skip
+    else:
+        _rows(
+            theta, grad, m, v, mu, start, size, clip.to(REAL), alpha.to(REAL), (1 - alpha).to(REAL), lamb.to(REAL),
+            beta1.to(REAL), (1 - beta1).to(REAL), beta2.to(REAL), (1 - beta2).to(REAL), root.to(REAL), eps.to(REAL),
+            decay.to(REAL), step.to(REAL), PARAM, GRAD, STATE, CHUNK, BLOCK, HAS_MU, RAW, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def _squares(grad, start, size, GRAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    grad = _pointer(grad, GRAD, MASKED)
+    sums = tl.zeros([BLOCK], tl.float64)
+    end = tl.minimum(start + CHUNK, size) if MASKED else start + CHUNK
+    for block in range(start, end, BLOCK):
+        g = _load(grad, block + tl.arange(0, BLOCK), size, MASKED, tl.float64)
+        sums += g * g
+    return tl.sum(sums)
+
+
+@triton.jit(do_not_specialize=["first"])
+def squares(
+    chunks, sizes, grads, sums, first,
+    GRAD: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Row 2: Σ g² of each chunk, in float64, into `sums` from `first` on."""
+    i, nth = _chunk(chunks)
+    start = nth * CHUNK
+    size = tl.load(sizes + i)
+    grad = tl.load(grads + i)
+    if TAIL and not (grad % 16 == 0 and start + CHUNK <= size):
+        total = _squares(grad, start, size, GRAD, CHUNK, BLOCK // 4, True)
+    else:
+        total = _squares(grad, start, size, GRAD, CHUNK, BLOCK, False)
+    tl.store(sums + first + tl.program_id(0), total)
+
+
+@triton.jit(do_not_specialize=["count", "lists"])
+def judge(
+    sums, count, limits, lists, grad_scale, found_inf, verdict, finite, skipped,
+    HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, SKIPS: tl.constexpr, LISTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows 2 and 3 from the sums of squares, added in a fixed order.
+
+    `verdict` gets N, then c of each list, then that divided by the loss scale; `finite` whether the step may be
+    written; `skipped` is counted up where it may not, and GradScaler does not count that itself.
+    """
+    totals = tl.zeros([BLOCK], tl.float64)
+    for block in range(0, count, BLOCK):
+        at = block + tl.arange(0, BLOCK)
+        totals += tl.load(sums + at, mask=at < count, other=0)
+    total = tl.sum(totals)
+    unscale = 1 / tl.load(grad_scale).to(tl.float64) if HAS_SCALE else tl.full([], 1, tl.float64)
+    norm = tl.sqrt(total) * unscale
+    at = tl.arange(0, LISTS)
+    limit = tl.load(limits + at, mask=at < lists, other=0)
+    clip = tl.where(limit == 0, 1, limit / (norm + 1e-6))
+    clip = tl.where(clip > 1, 1, clip)  # NaN stays NaN, as in clip_grad_norm_
+    tl.store(verdict, norm)
+    tl.store(verdict + 1 + at, clip, mask=at < lists)
+    tl.store(verdict + 1 + lists + at, clip * unscale, mask=at < lists)
+    usable = tl.full([], 1, tl.int1)
+    if HAS_FOUND:
+        usable = tl.load(found_inf) == 0
+    if SKIPS:
+        good = total - total == 0
+        tl.store(skipped, tl.load(skipped) + (usable & (good == 0)).to(tl.int64))
+        usable = usable & good
+    tl.store(finite, usable.to(tl.int8))

@@ -1,0 +1,230 @@
+"""The tables that the GPU's kernels read, and what keeps them there between steps."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..numbers import Number
+from . import memory
+from .memory import Where
+from .reference import Numbers, Tensors
+
+_ANOTHER = "what is captured is another step than the one before: take a step before capturing"
+_KEPT = 64  # tables of which the device keeps a copy
+_COLUMNS = ("params", "exp_avgs", "exp_avg_sqs", "grok_emas", "steps")
+_SPARES = 4  # captures that may follow each other without an eager step in between
+
+
+class Shape(NamedTuple):
+    """How much a program does at a time."""
+
+    chunk: int  # elements of a tensor that are one program's
+    block: int  # of them, those that it has in registers at once: 16 bytes or more of each tensor for every thread
+    warps: int
+
+
+SHAPES = {8: Shape(2048, 512, 4), 4: Shape(4096, 1024, 4), 2: Shape(4096, 1024, 4)}  # by bytes of an element
+
+
+class Verdict(NamedTuple):
+    """What a step finds of the gradients; all on the device."""
+
+    numbers: Tensor  # of which the next three are parts
+    norm: Tensor  # N
+    clips: list[Tensor]  # c for each limit
+    factors: list[Tensor]  # c divided by the loss scale
+    finite: Tensor  # 0-d bool: whether the step may be written
+
+
+class Static(NamedTuple):
+    """What is on the device for lists of tensors for as long as none of them moves."""
+
+    key: Any  # what it was made from
+    table: Tensor
+    chunks: Tensor
+    tail: bool  # some chunk is not full, or some tensor not aligned
+    size: int  # of the numbers' element
+
+
+class Part(NamedTuple):
+    """One of the lists of tensors that a launch takes, with what is its own."""
+
+    tensors: Tensors
+    numbers: Numbers
+    at: Where
+
+
+class Tables:
+    """The tables that a device has. They are of one stream, and for steps whose tensors look alike: `Plan` knows."""
+
+    def __init__(self) -> None:
+        self._static: dict[Any, Static] = {}  # by kinds of tensors
+        self._squares: list[tuple[torch.dtype, list[int], Static]] | None = None
+        self._words: dict[tuple[torch.device, bytes], Tensor] = {}
+        self._runs: dict[bytes, list[tuple[int, int]]] = {}
+        self._verdicts: dict[tuple[torch.device, int], Verdict] = {}
+        self._spares: list[Tensor] = []
+        self._room: Tensor | None = None
+        self._sent = 0
+        self.masked = False  # whether no launch is without the masked body
+
+    def may_be_captured(self, tensors: int, lists: int) -> None:
+        """Have ready what cannot be had during a capture: pinned memory for what goes to a graph, and its kernels.
+
+        Args:
+            tensors, lists: how many there are, at most.
+        """
+        self.masked = True  # a kernel that is first met then cannot be loaded
+        size = 16 * tensors + 32 * lists  # twice the gradients, and the table; limits and numbers
+        while len(self._spares) < _SPARES:
+            pinned = torch.cuda.is_available()
+            self._spares.append(torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned))
+
+    def captured(self) -> Tables | None:
+        """Tables for a graph, which reads the same at every replay: they are to be kept for as long as it lives.
+
+        None where no step before it was one that `may_be_captured`, or too many captures have followed it.
+        """
+        if not self._spares or not (self._static or self._squares):
+            return None
+        tables = Tables()
+        tables._static, tables._squares, tables.masked = dict(self._static), self._squares, True
+        tables._room = self._spares.pop()
+        return tables
+
+    def words(self, content: bytes, device: torch.device) -> Tensor:
+        """The content on the device, as integers of 64 bits."""
+        found = self._words.pop((device, content), None)
+        if found is None:
+            found = self._send(torch.frombuffer(bytearray(content or bytes(8)), dtype=torch.int64), device)
+            if len(self._words) >= _KEPT:
+                del self._words[next(iter(self._words))]  # the one that was not used for longest
+        self._words[device, content] = found
+        return found
+
+    def _send(self, words: Tensor, device: torch.device) -> Tensor:
+        if self._room is None:
+            return words.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else words
+        start, self._sent = self._sent, self._sent + len(words)
+        if self._sent > len(self._room):
+            raise RuntimeError(_ANOTHER)
+        room = self._room[start : self._sent].copy_(words)
+        return torch.empty_like(words, device=device).copy_(room, non_blocking=True)
+
+    def static(self, kind: Any, lists: Sequence[Part]) -> Static:
+        """The chunks of all tensors, and the table of them."""
+        key = [(x.at[:6], x.numbers.beta1, x.numbers.bias_beta1) for x in lists]
+        found = self._static.get(kind)
+        if found is None or found.key != key:
+            found = self._static[kind] = self._made(key, lists, found)
+        return found
+
+    def _made(self, key: Any, lists: Sequence[Part], before: Static | None) -> Static:
+        tensors, device = lists[0].tensors, lists[0].tensors.params[0].device
+        size = max(tensors.exp_avgs[0].element_size(), 4)
+        sizes = [n for x in lists for n in _sizes(x.at.ends)]
+        places = [b"".join(getattr(x.at, name) or b"" for x in lists) for name in _COLUMNS]
+        numbers = [
+            [beta1 for x in lists for beta1 in x.numbers.beta1],
+            [math.log(beta1) if beta1 else -math.inf for x in lists for beta1 in x.numbers.bias_beta1],
+        ]
+        table = b"".join(
+            [
+                memory.packed(sizes),
+                *(column or bytes(8 * len(sizes)) for column in places),
+                *(struct.pack(f"{len(sizes)}d", *column) for column in numbers),
+                memory.packed([i for i, x in enumerate(lists) for _ in x.numbers.beta1]),
+            ]
+        )
+        shape = SHAPES[size]
+        aligned = not any(address % 16 for column in places[:4] for (address,) in struct.iter_unpack("Q", column))
+        words = torch.frombuffer(bytearray(table), dtype=torch.int64)
+        same = before is not None and [at[5] for at, *_ in before.key] == [x.at.ends for x in lists]
+        chunks = before.chunks if before and same else self._send(_chunks(sizes, shape.chunk), device)
+        return Static(key, self._send(words, device), chunks, not aligned or _has_tails(sizes, shape.chunk), size)
+
+    def squares(self, grads: Sequence[Tensor]) -> list[tuple[torch.dtype, list[int], Static]]:
+        """Chunks and sizes for the gradients of each dtype, with their places."""
+        if self._squares is None:
+            if self._room is not None:
+                raise RuntimeError(_ANOTHER)
+            places: dict[torch.dtype, list[int]] = {}
+            for i, grad in enumerate(grads):
+                places.setdefault(grad.dtype, []).append(i)
+            self._squares = []
+            for dtype, mine in places.items():
+                sizes, size = [grads[i].numel() for i in mine], dtype.itemsize
+                words = torch.tensor(sizes, dtype=torch.int64, device="cpu")
+                table, chunks = (self._send(x, grads[0].device) for x in (words, _chunks(sizes, SHAPES[size].chunk)))
+                static = Static(None, table, chunks, _has_tails(sizes, SHAPES[size].chunk), size)
+                self._squares.append((dtype, mine, static))
+        return self._squares
+
+    def vectors(self, numbers: Sequence[Tensor], at: bytes) -> list[Tensor]:
+        """0-d float32 tensors, which lie there, as the fewest vectors that have them all."""
+        if at not in self._runs:
+            self._runs[at] = list(_runs(at, [x.untyped_storage().data_ptr() for x in numbers]))
+        runs = self._runs[at]
+        return [numbers[i] if length == 1 else numbers[i].as_strided((length,), (1,)) for i, length in runs]
+
+    def verdict(self, device: torch.device, lists: int) -> Verdict:
+        """Where a step leaves what it finds of the gradients: the same place at each, as the next kernel is told it."""
+        if (device, lists) not in self._verdicts:
+            numbers = torch.empty(1 + 2 * lists, dtype=torch.float64, device=device)
+            norm, *rest = numbers.unbind()
+            finite = torch.empty((), dtype=torch.bool, device=device)
+            self._verdicts[device, lists] = Verdict(numbers, norm, rest[:lists], rest[lists:], finite)
+        return self._verdicts[device, lists]
+
+
+def _sizes(ends: bytes) -> list[int]:
+    numbers = struct.unpack(f"{len(ends) // 8}q", ends)
+    return [end - start for start, end in zip((0, *numbers), numbers, strict=False)]
+
+
+def _chunks(sizes: Sequence[int], chunk: int) -> Tensor:
+    """A word for each chunk of each tensor: the tensor's place times 2⁴⁰, plus the chunk's number in it."""
+    counts = torch.tensor([-(-size // chunk) for size in sizes], dtype=torch.int64, device="cpu")
+    tensors = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
+    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return (tensors << 40) + torch.arange(len(tensors), device="cpu") - starts
+
+
+def _has_tails(sizes: Sequence[int], chunk: int) -> bool:
+    return any(size % chunk for size in sizes)
+
+
+def misaligned(at: bytes) -> bool:
+    return any(address % 16 for (address,) in struct.iter_unpack("Q", at))
+
+
+def words_of(n: Numbers) -> bytes:
+    """The numbers of a list as the kernel wants them: the first three with the address that they are at, or 0."""
+    first = chain.from_iterable(_address_and_value(number) for number in (n.lr, n.alpha, n.clip))
+    log_beta2 = math.log(n.beta2) if n.beta2 else -math.inf
+    after, sign = float(n.amplify_after), -1.0 if n.maximize else 1.0
+    rest = (n.beta2, log_beta2, n.eps, n.weight_decay, n.lamb, after, sign)
+    return struct.pack("QdQdQd7d", *first, *rest)
+
+
+def _address_and_value(number: Number) -> tuple[int, float]:
+    return (number.data_ptr(), 0.0) if isinstance(number, Tensor) else (0, number)
+
+
+def _runs(at: bytes, storages: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Float32 numbers, at these addresses, that lie one after the other: the place of the first, and how many."""
+    addresses = struct.unpack(f"{len(at) // 8}Q", at)
+    order = sorted(range(len(addresses)), key=addresses.__getitem__)
+    pairs = zip(order, order[1:], strict=False)
+    # storages may adjoin, too
+    breaks = [addresses[b] != addresses[a] + 4 or storages[b] != storages[a] for a, b in pairs]
+    starts = [0, *(i for i, is_break in enumerate(breaks, start=1) if is_break)]
+    for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
+        yield order[start], end - start

@@ -1,0 +1,472 @@
+"""One launch for any number of tensors. Here Triton's interpreter runs the kernels, and its compiler compiles them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import grokadamw
+from grokadamw import GrokAdamW
+from grokadamw.update import gpu, memory
+from grokadamw.update.gpu_tables import SHAPES, Tables, _runs
+
+from ..models import batch, network, running
+from ..oracle import Oracle
+from ..test_oracle import every_step_is_the_oracles, problems
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """The CPU is where the kernels run, and is a device whose numbers the host would have to wait for."""
+    with running("gpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of skipped steps and layers, which have tests of their own
+        patches = [
+            patch(f"grokadamw.{name}.reads_are_free", lambda device: False)
+            for name in ("grokadamw", "numbers", "signals", "state")
+        ]
+        for each in patches:
+            each.start()
+        try:
+            yield
+        finally:
+            for each in patches:
+                each.stop()
+
+
+@pytest.fixture
+def _as_on_a_gpu() -> Iterator[None]:
+    with as_on_a_gpu():
+        yield
+
+
+@contextmanager
+def launches() -> Iterator[Counter[str]]:
+    """How often each kernel is launched, inside."""
+    counts: Counter[str] = Counter()
+    kernels = gpu.kernels()
+    assert gpu._why_not_here(torch.device("cpu")) is None  # of the kernels themselves
+
+    class Counted:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: Any) -> Any:
+            counts[self.name] += 1
+            return getattr(kernels, self.name)[grid]
+
+    class Kernels:
+        tl = kernels.tl
+        update, squares, judge = Counted("update"), Counted("squares"), Counted("judge")
+
+    with patch.object(gpu, "kernels", Kernels):
+        yield counts
+
+
+# the oracle
+
+
+@settings(max_examples=60)
+@given(problem=problems())
+def test_with_numbers_on_the_device_too_every_step_is_the_oracles(problem: dict[str, Any]) -> None:
+    """Missing gradients, mixed layers, several groups, steps that are not finite.
+
+    λ stays: a step of which the host does not know that it is skipped makes its state all the same.
+    """
+    problem["steps"] = [{**step, "lamb": None} for step in problem["steps"]]
+    with as_on_a_gpu():
+        every_step_is_the_oracles(problem, {})
+
+
+CHUNK = SHAPES[4].chunk
+sizes = st.sampled_from([0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 7, 1000])
+
+
+@settings(max_examples=15)
+@given(
+    shapes=st.lists(sizes, min_size=1, max_size=12),
+    options=st.fixed_dictionaries(
+        {"gradient_clipping": st.sampled_from([0.0, 0.5])}
+        | {"nonfinite": st.sampled_from(["skip", "propagate"]), "gamma": st.sampled_from([0.0, 0.3])}
+    ),
+    offset=st.sampled_from([0, 1, 4]),
+    on_device=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_sizes_about_a_chunk(
+    shapes: list[int], options: dict[str, Any], offset: int, on_device: bool, seed: int
+) -> None:
+    """In chunks as on a GPU, to float32's rounding; of memory that is aligned, and that is not."""
+    rng = np.random.default_rng(seed)
+    starts = [rng.normal(size=n).astype(np.float32) for n in shapes]
+
+    def placed(values: np.ndarray) -> torch.Tensor:
+        return torch.empty(len(values) + offset)[offset:].copy_(torch.from_numpy(values))
+
+    hyper = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "alpha_init": 0.9, "lamb": 2.0}
+    hyper |= {"grokking_signal_decay_rate": 0.1, "amplify_after": 1, "maximize": False, **options}
+    of_oracle = {k: v for k, v in hyper.items() if k != "nonfinite"}
+    oracle = Oracle([{**of_oracle, "values": starts, "layers": list(range(len(shapes)))}])
+    as_there = dict(SHAPES)
+    with as_on_a_gpu() if on_device else running("gpu"), patch.dict(SHAPES, as_there):
+        params = [nn.Parameter(placed(start)) for start in starts]
+        optimizer = GrokAdamW(params, **hyper)
+        for _ in range(2):
+            grads = [rng.normal(size=n).astype(np.float32) for n in shapes]
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = placed(grad)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimizer.step()
+            oracle.step([list(grads)], None)
+        assert optimizer.implementation().startswith("gpu: ")
+    (group,) = oracle.groups
+    for p, value, state in zip(params, group["values"], group["state"], strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), value, rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(optimizer.state[p]["exp_avg"].numpy(), state["m"], rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(optimizer.state[p]["exp_avg_sq"].numpy(), state["v"], rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(optimizer.state[p]["grok_ema"].numpy(), state["mu"], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_the_norm_is_float64s_whatever_the_dtypes(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(n, generator=generator).to(dtype) for n in (3, 100, 0, 33)]
+    grads.append(torch.randn(50, generator=generator))
+    expected = torch.stack([grad.double().square().sum() for grad in grads]).sum()
+    with launches() as counts:
+        total = gpu.sum_of_squares(grads)
+    torch.testing.assert_close(total, expected, rtol=1e-14, atol=0)
+    assert total == gpu.sum_of_squares([grad.clone() for grad in grads])
+    assert counts == {"squares": 1 if dtype == torch.float32 else 2}
+    skipped = torch.zeros((), dtype=torch.int64)
+    verdict = gpu.judge(grads, [0.5, 0.0, 1e9], torch.tensor(4.0), torch.tensor([0.0]), skipped, wants_norm=True)
+    norm = expected.sqrt() / 4
+    torch.testing.assert_close(verdict.norm, norm, rtol=1e-14, atol=0)
+    torch.testing.assert_close(torch.stack(verdict.clips), torch.stack([0.5 / (norm + 1e-6), *norm.new_ones(2)]))
+    torch.testing.assert_close(torch.stack(verdict.factors), torch.stack(verdict.clips) / 4)
+    assert verdict.finite
+    assert skipped == 0
+
+
+# launches and what is sent
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("tensors", [1, 40])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"gradient_clipping": 0.0, "nonfinite": "propagate"}, {"update": 1}),
+        ({"gradient_clipping": 0.0}, {"squares": 1, "judge": 1, "update": 1}),
+        ({"gradient_clipping": 1.0}, {"squares": 1, "judge": 1, "update": 1}),
+        ({"gradient_clipping": 1.0, "nonfinite": "propagate"}, {"squares": 1, "judge": 1, "update": 1}),
+    ],
+    ids=str,
+)
+def test_launches_of_a_step(tensors: int, options: dict[str, Any], expected: dict[str, int]) -> None:
+    """Of two groups, as for weight decay: whatever the number of tensors."""
+    params = [nn.Parameter(torch.ones(1 + i % 5)) for i in range(2 * tensors)]
+    groups = [{"params": params[:tensors]}, {"params": params[tensors:], "weight_decay": 0.0, "lr": 0.1}]
+    optimizer = GrokAdamW(groups, **options)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with launches() as counts:
+            optimizer.step()
+        assert counts == expected
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_nothing_is_sent_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    send = Tables._send
+    monkeypatch.setattr(
+        Tables, "_send", lambda self, words, device: (sent.append(len(words)), send(self, words, device))[1]
+    )
+    params = [nn.Parameter(torch.ones(5)) for _ in range(30)]
+    optimizer = GrokAdamW(params)
+    for p in params:
+        p.grad = torch.ones(5)
+    for _ in range(3):
+        optimizer.step()
+    sent.clear()
+    optimizer.step()
+    assert sent == []
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    assert sent == [13]  # the group's numbers
+    sent.clear()
+    for p in params:
+        p.grad = p.grad.clone()
+    optimizer.step()
+    assert sent == [30]  # addresses of gradients, for the norm and the update alike
+    sent.clear()
+    optimizer.param_groups[0]["betas"] = (0.8, 0.99)
+    optimizer.step()
+    assert sorted(sent) == [13, 270]  # β1 is in the table of tensors
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("after", ["steps", "a checkpoint", "a copy", "a file"])
+def test_the_counts_of_steps_are_one_tensor(after: str, tmp_path: Any) -> None:
+    """Over all groups. Each is its parameter's own to see, and one launch advances them all."""
+    model = network()
+    weights, biases = ([p for p in model.parameters() if p.dim() == n] for n in (2, 1))
+    optimizer = GrokAdamW([{"params": weights}, {"params": biases, "weight_decay": 0.0}])
+    for i in range(2):
+        take_step(model, optimizer, i)
+    if after == "a checkpoint":
+        saved = copy.deepcopy(optimizer.state_dict())
+        for state in saved["state"].values():
+            state["step"] = state["step"].reshape(1).clone() if state is saved["state"][0] else state["step"].clone()
+        optimizer.load_state_dict(saved)
+    elif after == "a copy":
+        model, optimizer = copy.deepcopy((model, optimizer))
+    elif after == "a file":
+        torch.save(optimizer.state_dict(), tmp_path / "saved.pt")
+        optimizer.load_state_dict(torch.load(tmp_path / "saved.pt"))
+    counts = [state["step"] for state in optimizer.state.values()]
+    assert {count.untyped_storage().data_ptr() for count in counts} == {counts[0].untyped_storage().data_ptr()}
+    take_step(model, optimizer, 2)
+    assert [count.item() for count in counts] == [3.0] * 6
+    model[2].weight.requires_grad_(False)  # and those without a gradient stay
+    take_step(model, optimizer, 3)
+    assert sorted(count.item() for count in counts) == [3.0, 4.0, 4.0, 4.0, 4.0, 4.0]
+
+
+def take_step(model: nn.Module, optimizer: GrokAdamW, i: int, scale: float = 1.0) -> None:
+    x, y = batch(i)
+    optimizer.zero_grad()
+    (scale * (model(x) - y).square().mean()).backward()
+    optimizer.step()
+
+
+def test_counts_that_only_adjoin_are_apart() -> None:
+    """As two of an allocator's blocks may."""
+    at = memory.packed([108, 100, 104, 112, 200])
+    assert list(_runs(at, [1, 1, 1, 2, 1])) == [(1, 3), (3, 1), (4, 1)]
+    assert list(_runs(at, [1] * 5)) == [(1, 4), (4, 1)]
+    with as_on_a_gpu():
+        room = torch.zeros(4)
+        counts = [room[:2].clone()[0], *room.unbind()]
+        optimizer = GrokAdamW(params := [nn.Parameter(torch.ones(2)) for _ in counts])
+        for p, count in zip(params, counts, strict=True):
+            optimizer.state[p] = {"step": count}
+            p.grad = torch.ones(2)
+        optimizer.step()
+        assert [count.item() for count in counts] == [1.0] * 5
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_groups_that_share_memory_do_not_share_a_launch() -> None:
+    def run(**options: Any) -> tuple[torch.Tensor, str]:
+        room = torch.linspace(-1, 1, 12)
+        params = [nn.Parameter(room[:8]), nn.Parameter(room[4:])]
+        optimizer = GrokAdamW([{"params": [p]} for p in params], lr=0.1, **options)
+        for i in range(3):
+            for p in params:
+                p.grad = torch.sin(torch.arange(8.0) + i)
+            optimizer.step()
+        return room, optimizer.implementation()
+
+    (ours, which), (theirs, _) = run(), run(foreach=True)
+    assert torch.equal(ours, theirs)
+    assert which == "foreach: parameters, gradients or state share memory"
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_skips_are_counted_where_the_gradients_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also once the model has moved: the count moves along."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer = GrokAdamW([p])
+    elsewhere = torch.zeros((), dtype=torch.int64, device="meta")
+    optimizer._run.skipped = elsewhere
+    moved = []
+
+    def to(counter: torch.Tensor, device: torch.device) -> torch.Tensor:
+        moved.append(counter)
+        return torch.tensor(5, device=device)
+
+    p.grad = torch.full((3,), torch.nan)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "to", to)
+        optimizer._counter(p.device, capturing=False)
+    optimizer.step()
+    assert moved == [elsewhere]
+    assert optimizer.metrics()["skipped_steps"] == 6
+
+
+def test_nothing_is_counted_that_nothing_asked_for() -> None:
+    for options in ({"gradient_clipping": 0.0}, {"gradient_clipping": 1.0}):
+        p = nn.Parameter(torch.ones(3, device="meta"))
+        optimizer = GrokAdamW([p], nonfinite="propagate", **options)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.state_dict()  # which has nothing to read from a device without numbers
+
+
+# GradScaler
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("options", [{}, {"gradient_clipping": 0.0, "nonfinite": "propagate"}], ids=str)
+@settings(max_examples=10)
+@given(overflows=st.lists(st.booleans(), min_size=1, max_size=6), poison=st.sampled_from([torch.inf, torch.nan]))
+def test_the_loss_scale_is_undone_in_the_kernel(options: dict[str, Any], overflows: list[bool], poison: float) -> None:
+    """By a power of two: bit for bit the run without it, and without the steps that overflow."""
+    runs = []
+    for amp in (True, False):
+        model = network()
+        optimizer = GrokAdamW(model.named_parameters(), lr=0.01, **options)
+        for i, overflow in enumerate(overflows):
+            if amp:
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0**12), torch.tensor([float(overflow)])
+            if overflow and amp:
+                for p in model.parameters():
+                    p.grad = torch.full_like(p, poison)
+                optimizer.step()
+                optimizer.found_inf = torch.zeros(1)
+            with launches() as counts:
+                take_step(model, optimizer, i, 2.0**12 if amp else 1.0)
+            assert counts["judge"] == (amp or not options)
+        states = [x for state in optimizer.state.values() for x in state.values()]
+        runs.append(([*model.parameters(), *states], optimizer.metrics()))
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True))
+    assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-12, nan_ok=True)
+    assert runs[0][1]["skipped_steps"] == 0
+
+
+# which one, and why
+
+
+def test_it_says_why_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(p: torch.Tensor, **options: Any) -> str:
+        return GrokAdamW([p], **options).implementation()
+
+    with running("gpu"):
+        p = nn.Parameter(torch.ones(2))
+        assert said(p) == said(p, fused=True) == "gpu: one Triton launch for all tensors of a kind"
+        assert said(p, fused=False) == "foreach: fused=False"
+        assert said(p, foreach=True) == "foreach: foreach=True"
+        assert said(nn.Parameter(torch.ones(4)[::2])).startswith("foreach: memory with gaps")
+        with patch.object(gpu, "_why_not_here", gpu._why_not_here.__wrapped__):
+            with patch.object(gpu, "kernels", lambda: "Triton cannot be imported"):
+                assert said(p) == "foreach: Triton cannot be imported"
+                p.grad = torch.ones(2)
+                GrokAdamW([p]).step()
+            monkeypatch.setattr(gpu, "kernels", gpu.kernels.__wrapped__)
+            monkeypatch.setitem(sys.modules, "triton", None)
+            monkeypatch.delitem(sys.modules, "grokadamw.update.gpu_kernels")
+            monkeypatch.delattr(grokadamw.update, "gpu_kernels")
+            assert said(p).startswith("foreach: Triton cannot be imported: ")
+
+
+def test_where_triton_cannot_launch_foreach_runs() -> None:
+    """It compiles its launcher with a C compiler, which images that only run things may lack."""
+
+    class Broken:
+        def __getitem__(self, grid: Any) -> Any:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    kernels = gpu.kernels()
+    InterpretedFunction = type("InterpretedFunction", (Broken,), {})
+    broken = SimpleNamespace(tl=kernels.tl, update=InterpretedFunction(), squares=Broken())
+    afresh = patch.object(gpu, "_why_not_here", gpu._why_not_here.__wrapped__)
+    with running("gpu"), afresh, patch.object(gpu, "kernels", lambda: broken):
+        p = nn.Parameter(torch.ones(2))
+        optimizer = GrokAdamW([p])
+        assert optimizer.implementation() == "foreach: Triton does not work here: Failed to find C compiler."
+        p.grad = torch.ones(2)
+        optimizer.step()
+    assert (p < 1).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a GPU that is not there")
+def test_fakes_of_a_gpus_tensors_need_none() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        p = nn.Parameter(torch.ones(3, device="cuda"))
+        optimizer = GrokAdamW([p])
+        p.grad = torch.ones_like(p)
+        for _ in range(2):
+            optimizer.step()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
+def test_the_interpreter_is_for_the_cpu() -> None:
+    """It would write to a GPU's addresses as to its own."""
+    reason = gpu._why_not_here.__wrapped__(torch.device("cuda"))
+    assert reason == "TRITON_INTERPRET is set, and Triton's interpreter runs on the CPU alone"
+
+
+def test_triton_is_imported_where_it_is_used() -> None:
+    code = """
+import sys, torch
+from grokadamw import GrokAdamW
+p = torch.nn.Parameter(torch.ones(2))
+optimizer = GrokAdamW([p])
+p.grad = torch.ones(2)
+optimizer.step()
+print("grokadamw.update.gpu_kernels" in sys.modules)
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+# what the compiler makes of them
+
+
+@pytest.fixture(scope="module")
+def codes() -> list[dict[str, Any]]:
+    pytest.importorskip("rich")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.compiled", "--json"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+
+
+def test_full_chunks_move_in_words_of_16_bytes(codes: list[dict[str, Any]]) -> None:
+    """Every store, and every load but those of tables and single numbers."""
+    seen = set()
+    for code in codes:
+        if code["target"].startswith("sm_") and code["kernel"] == "update" and not code["tail"]:
+            seen.add((code["target"], code["param"]))
+            streams = {"float32": (10, 8), "float64": (10, 8)}.get(code["param"], (8, 7))
+            assert (code["wide_loads"], code["wide_stores"]) == streams
+            assert (code["scalar_stores"], code["other_stores"], code["other_loads"]) == (0, 0, 0)
+            assert code["scalar_loads"] == 28  # one flag, one chunk, nine entries of tensors, a count, 16 numbers
+    assert {"sm_80", "sm_90", "sm_100"} <= {target for target, _ in seen}
+    assert len(seen) == 15
+
+
+def test_no_kernel_spills(codes: list[dict[str, Any]]) -> None:
+    for code in codes:
+        if code["target"].startswith("sm_"):
+            assert code["spilled"] == 0, code
+            assert code["registers"] <= 96, code
+
+
+def test_every_kernel_is_compiled_for_every_gpu(codes: list[dict[str, Any]]) -> None:
+    counts = Counter((code["target"], code["kernel"]) for code in codes)
+    assert counts == {
+        (target, kernel): 6 if target == "sm_75" else 8
+        for target in ("sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
+        for kernel in ("update", "squares", "judge")
+    }
