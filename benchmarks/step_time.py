@@ -1,6 +1,6 @@
 """How long a step takes: GrokAdamW in each implementation, torch's AdamW, and other packages' optimizers.
 
-    python -m benchmarks.step_time [--device cpu] [--model a b c d] [--rounds 15] [--out benchmarks/results]
+    python -m benchmarks.step_time [--device cpu] [--model a b c d e] [--rounds 15] [--out benchmarks/results]
     python -m benchmarks.step_time --table benchmarks/results/step_time-cpu.json
 
 Optimizers take turns of a few steps, in a new order each round, on the same float32 parameters and gradients; there is

@@ -63,6 +63,7 @@ def running(implementation: str) -> Iterator[dict[str, Any]]:
             pytest.skip("where there is a GPU, kernels are not interpreted: tests/gpu")
         if isinstance(reason := gpu.kernels(), str):
             pytest.skip(reason)
+        assert gpu._why_not_here(torch.device("cpu")) is None  # which launches, the first time, what a test may count
         small = dict.fromkeys(SHAPES, Shape(chunk=32, block=32, warps=1))
         with patch.object(gpu, "_DEVICE_TYPE", "cpu"), patch.dict(SHAPES, small):
             yield IMPLEMENTATIONS[implementation]

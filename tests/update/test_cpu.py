@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,13 +21,6 @@ from ..models import running
 from .test_update import TOLERANCES, everything, numbers
 
 DTYPES = list(TOLERANCES)
-
-
-@pytest.fixture(autouse=True)
-def _without_the_warning_of_many_layers() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "layer .* of parameter group")
-        yield
 
 
 def test_it_was_built_and_looks_through_dlpack() -> None:

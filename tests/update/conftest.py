@@ -1,0 +1,13 @@
+"""Settings for the tests of implementations."""
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _without_the_warning_of_many_layers() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "layer .* of parameter group")
+        yield
