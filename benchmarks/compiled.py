@@ -58,8 +58,8 @@ class Code(NamedTuple):
     other_stores: int | None
 
 
-def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) -> Iterator[ASTSource]:
-    """Each kernel with the constants that `gpu` gives it."""
+def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) -> Iterator[tuple[str, ASTSource]]:
+    """Each kernel with the constants that `gpu` gives it; of `update` also what a micro-batch runs, before the last."""
     tl, shape = kernels.tl, SHAPES[max(state.itemsize, 4)]
     of_grads = SHAPES[param.itemsize]
     dtypes = {name: getattr(tl, str(x).removeprefix("torch.")) for name, x in (("param", param), ("state", state))}
@@ -71,31 +71,35 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
     }
     constants: dict[str, dict[str, Any]] = {
         "update": {"PARAM": dtypes["param"], "GRAD": dtypes["param"], "STATE": dtypes["state"], "HAS_MU": True}
-        | {"RAW": False, "EPS_FIRST": False, "HAS_FINITE": True, "TAIL": tail}
+        | {"RAW": False, "EPS_FIRST": False, "HAS_FINITE": True, "IS_PART": False, "MOVES": True, "TAIL": tail}
         | {"CHUNK": shape.chunk, "BLOCK": shape.block},
         "squares": {"GRAD": dtypes["param"], "TAIL": tail, "CHUNK": of_grads.chunk, "BLOCK": of_grads.block},
         "judge": {"HAS_SCALE": True, "HAS_FOUND": True, "SKIPS": True, "LISTS": 2, "BLOCK": 1024},
     }
-    for name in ("update", "squares", "judge"):
-        function = getattr(kernels, name)
-        kinds = {arg: pointers[name].get(arg) or "i32" for arg in function.arg_names}
+    constants["update, micro-batch"] = constants["update"] | {"RAW": True, "IS_PART": True, "MOVES": False}
+    for name, values in constants.items():
+        function = getattr(kernels, name.partition(",")[0])
+        kinds = {arg: pointers[function.__name__].get(arg) or "i32" for arg in function.arg_names}
         aligned = [i for i, arg in enumerate(function.arg_names) if kinds[arg].startswith("*")]
-        yield ASTSource(
-            fn=function,
-            signature=kinds | dict.fromkeys(constants[name], "constexpr"),
-            constexprs=constants[name],
-            attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        yield (
+            name,
+            ASTSource(
+                fn=function,
+                signature=kinds | dict.fromkeys(values, "constexpr"),
+                constexprs=values,
+                attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+            ),
         )
 
 
 def compiled(target: str, param: torch.dtype, state: torch.dtype, tail: bool) -> Iterator[Code]:
-    for source in sources(gpu.kernels(), param, state, tail):
+    for name, source in sources(gpu.kernels(), param, state, tail):
         warps = SHAPES[max(state.itemsize, 4)].warps
         asm = triton.compile(source, target=TARGETS[target], options={"num_warps": warps}).asm
         counts: list[int | None] = [None] * 8
         if "ptx" in asm:
             counts = [*resources(asm["cubin"]), *accesses(asm["ptx"], "ld"), *accesses(asm["ptx"], "st")]
-        yield Code(source.fn.__name__, target, str(param).removeprefix("torch."), tail, *counts)
+        yield Code(name, target, str(param).removeprefix("torch."), tail, *counts)
 
 
 def accesses(ptx: str, instruction: str) -> tuple[int, int, int]:

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # What holds for the whole optimizer, and is refused in a parameter group. Its value stands in the groups to be seen.
-PER_OPTIMIZER = ("second_moment", "nonfinite", "compat", "differentiable")
+PER_OPTIMIZER = (
+    *("second_moment", "nonfinite", "compat", "differentiable"),
+    *("amplify_by_signal", "window_size", "window_dtype", "accumulation_steps"),
+)
 # How a group's step is run, which is this process's affair, and not a checkpoint's.
 HOW_TO_RUN = ("foreach", "fused", "capturable")
 _NEVER_IN_A_GROUP = ("grokking_signal_fns", "grokking_signal_fn", "combine")
@@ -29,6 +33,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "fused": (None, True, False),
     "capturable": (True, False),
     "maximize": (True, False),
+    "amplify_by_signal": (True, False),
 }
 
 
@@ -39,6 +44,28 @@ def check_options(options: dict[str, Any]) -> None:
             f"nonfinite='raise' with compat={options['compat']!r}: that release has no rule for what is not finite; "
             "leave one of them out"
         )
+    if (size := options["window_size"]) is not None:
+        check_count("window_size", size, at_least=1)
+    check_dtype("window_dtype", options["window_dtype"])
+    if size is None and options["window_dtype"] is not None:
+        raise ValueError(f"window_dtype={options['window_dtype']} without a window: give window_size, or leave it out")
+    check_count("accumulation_steps", options["accumulation_steps"], at_least=1)
+    steps = options["accumulation_steps"]
+    if steps > 1 and options["second_moment"] != "raw":
+        raise ValueError(
+            f"accumulation_steps={steps} with second_moment={options['second_moment']!r}: the square of the amplified "
+            "gradient cannot be collected from micro-batches, as the slow gradient joins at the last; give "
+            "second_moment='raw', or take Accumulate(GrokAdamW(...), steps), which needs a buffer"
+        )
+    if steps > 1 and size is not None:
+        raise ValueError(
+            f"accumulation_steps={steps} with window_size={size}: a window keeps each step's gradient, which is "
+            "nowhere in one piece; leave one out, or take Accumulate(GrokAdamW(...), steps), which needs a buffer"
+        )
+    for name, there in (("accumulation_steps", steps > 1), ("window_size", size is not None)):
+        for other in ("compat", "differentiable"):
+            if there and options[other]:
+                raise ValueError(f"{name}={options[name]} with {other}={options[other]!r}: leave one of them out")
 
 
 def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -70,18 +97,27 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
             if value.numel() != 1:
                 raise ValueError(f"Tensor {name} must be 1-element, and {name}={value!r} is not")
             value = value.item()
-        _check_number(name, value, at_most=at_most)
+        check_number(name, value, at_most=at_most)
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise TypeError(f"betas={betas!r} is not a pair of numbers, as in (0.9, 0.999)")
     for i in (0, 1):
-        _check_number(f"betas[{i}]", betas[i], below=1)
+        check_number(f"betas[{i}]", betas[i], below=1)
     for name in _NOT_NEGATIVE:
-        _check_number(name, group[name])
-    _check_number("gamma", group["gamma"], below=1)
-    _check_count("amplify_after", group["amplify_after"])
+        check_number(name, group[name])
+    check_number("gamma", group["gamma"], below=1)
+    check_count("amplify_after", group["amplify_after"])
     if group["layer"] is not None:
-        _check_count("layer", group["layer"])
+        check_count("layer", group["layer"])
+    for name, is_on in (
+        ("accumulation_steps", group["accumulation_steps"] > 1),
+        ("amplify_by_signal", group["amplify_by_signal"]),
+    ):
+        if group["capturable"] and is_on:
+            raise ValueError(
+                f"{name}={group[name]!r} with capturable=True: a CUDA graph does the same at every replay; leave one "
+                "of them out"
+            )
 
 
 def _check_how_to_run(group: dict[str, Any]) -> None:
@@ -129,10 +165,12 @@ def make_plain(group: dict[str, Any]) -> None:
             group[name] = float(group[name])
     group["betas"] = tuple(map(float, group["betas"]))
     group["amplify_after"] = int(group["amplify_after"])
+    group["accumulation_steps"] = int(group["accumulation_steps"])
+    group["window_size"] = None if group["window_size"] is None else int(group["window_size"])
     group["layer"] = None if group["layer"] is None else int(group["layer"])
 
 
-def _check_number(name: str, value: Any, *, below: float = math.inf, at_most: float | None = None) -> None:
+def check_number(name: str, value: Any, *, below: float = math.inf, at_most: float | None = None) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
         hint = "; 0 switches it off" if name == "gradient_clipping" else ""
         raise TypeError(f"{name}={value!r} is not a number{hint}")
@@ -141,8 +179,17 @@ def _check_number(name: str, value: Any, *, below: float = math.inf, at_most: fl
         raise ValueError(f"{name}={value!r} is out of range: give a number {limits}")
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any, at_least: int = 0) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is not an integer")
-    if value < 0:
-        raise ValueError(f"{name}={value!r} is out of range: give an integer of at least 0")
+    if value < at_least:
+        raise ValueError(f"{name}={value!r} is out of range: give an integer of at least {at_least}")
+
+
+def check_dtype(name: str, value: Any) -> None:
+    """Raise ValueError unless it is None, or a dtype of real numbers that gradients can be kept in."""
+    if value not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"{name}={value!r} cannot keep gradients: give torch.bfloat16, float32, float64, or None for what "
+            "suits the parameter"
+        )

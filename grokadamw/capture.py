@@ -43,7 +43,9 @@ def check_state(work: list[Work], state: dict[Tensor, Any], has_alphas: bool, no
             'with nonfinite="skip", which counts such steps'
         )
     for w in work:
-        needed = {"step", "grok_ema"} if w.group["lamb"] > 0 else {"step"}
+        needed = {"step"}
+        if w.group["lamb"] > 0:
+            needed |= {"grok_ema"} if w.group["window_size"] is None else {"grok_ema", "grok_ring"}
         if not has_alphas or any(needed - state.get(param, {}).keys() for param in w.params):
             raise RuntimeError(
                 "a CUDA graph of step() needs its state to be there: before capturing, take a few steps on a side "

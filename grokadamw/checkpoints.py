@@ -24,9 +24,12 @@ _ADAMS_OWN = ("amsgrad", "decoupled_weight_decay")
 # what a group of GrokAdamW holds beside AdamW's numbers
 _OURS = (
     *("alpha_init", "lamb", "gamma", "grokking_signal_fns", "grokking_signal_decay_rate", "gradient_clipping"),
-    *("second_moment", "amplify_after", "nonfinite", "compat", "layer", "layers"),
+    *("second_moment", "amplify_after", "amplify_by_signal", "nonfinite", "compat", "layer", "layers"),
+    *("window_size", "window_dtype", "accumulation_steps", "micro_step", "cycle"),
     *("train_loss", "eval_loss", "signal_state", "skipped_steps"),
 )
+# and its state beside AdamW's
+_OUR_STATE = ("grok_ema", "grok_ring", "grok_ring_sum", "grok_ring_lap", "grok_ring_count", "micro_step")
 _NEEDED = ("step", "exp_avg", "exp_avg_sq")
 _KINDS = (
     "GrokAdamW goes on from torch.optim.AdamW, Adam, and GrokAdamW; from others, start with fresh moments, or give it "
@@ -84,7 +87,7 @@ def to_adamw(state_dict: StateDict) -> StateDict:
     as_adamw: _Group = {"amsgrad": False, "decoupled_weight_decay": True, "maximize": False}
     as_adamw |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
     groups = [as_adamw | _without(group, (*_OURS, *_HOW_TO_RUN)) for group in ours["param_groups"]]
-    states = {key: _without(s, ("grok_ema",)) if isinstance(s, dict) else s for key, s in ours["state"].items()}
+    states = {key: _without(s, _OUR_STATE) if isinstance(s, dict) else s for key, s in ours["state"].items()}
     return {**ours, "state": states, "param_groups": groups}
 
 
@@ -106,7 +109,7 @@ def _from_adam(state_dict: StateDict) -> StateDict:
                 stacklevel=3,
             )
     states = {
-        key: _without(state, ("max_exp_avg_sq", "grok_ema")) if isinstance(state, dict) else state
+        key: _without(state, ("max_exp_avg_sq", *_OUR_STATE)) if isinstance(state, dict) else state
         for key, state in state_dict["state"].items()
     }
     return {**state_dict, "state": states, "param_groups": groups}

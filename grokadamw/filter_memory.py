@@ -69,9 +69,15 @@ class Signals:
     Args:
         functions: one callable, several, or None for `loss_gap`; an empty list for none at all.
         combine: "mean", "max", "min", or a callable from the list of usable values to one.
+        counted: whether the optimizer has metrics() that count failures.
     """
 
-    def __init__(self, functions: Signal | Iterable[Signal] | None = None, combine: Combine = "mean") -> None:
+    def __init__(
+        self,
+        functions: Signal | Iterable[Signal] | None = None,
+        combine: Combine = "mean",
+        counted: bool = True,
+    ) -> None:
         if functions is None:
             functions = [loss_gap]
         elif callable(functions):
@@ -85,12 +91,20 @@ class Signals:
         self.functions: list[Any] = list(functions)
         self.takes_losses = [_takes_losses(function) for function in self.functions]  # "", "by name" or "in order"
         self.names = _names(self.functions)
-        self.combine = combine
+        self.combine, self.counted = combine, counted
         self.values: dict[str, Number] = {}  # each function's last usable value
         self.failures = 0
         self.unclaimed: dict[str, Any] = {}  # states from a checkpoint, for functions that are not registered yet
         self._warned: set[str] = set()
         self._failures_on_device: dict[str, Tensor] = {}
+
+    def check_amplifies(self, amplify_by_signal: bool) -> None:
+        """Raise ValueError where λ is to be multiplied by what nothing says."""
+        if amplify_by_signal and not self.functions:
+            raise ValueError(
+                "amplify_by_signal=True without a signal: give grokking_signal_fns, or leave it None, for the gap of "
+                "the losses that record() gets"
+            )
 
     def bind(self, optimizer: Optimizer) -> None:
         for function in self.functions:
@@ -153,11 +167,8 @@ class Signals:
         self.failures += 1
         if who not in self._warned:
             self._warned.add(who)
-            warn(
-                f"{who} {what}: it is left out of this step, and of any other where it fails. "
-                "metrics()['signal_failures'] counts them",
-                RuntimeWarning,
-            )
+            where = ". metrics()['signal_failures'] counts them" if self.counted else ""
+            warn(f"{who} {what}: it is left out of this step, and of any other where it fails{where}", RuntimeWarning)
 
     def settle(self) -> None:
         """Count, and warn of, values on a device that turned out not to be finite: reads them back."""
@@ -217,6 +228,7 @@ class Signals:
         copied = Signals(
             [copy.deepcopy(f, memo) if hasattr(f, "bind") or _remembers(f) else f for f in self.functions],
             self.combine,
+            self.counted,
         )
         copied.values, copied.failures, copied.unclaimed = dict(self.values), self.failures, dict(self.unclaimed)
         copied._warned, copied._failures_on_device = set(self._warned), dict(self._failures_on_device)

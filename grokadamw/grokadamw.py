@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -18,14 +18,15 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, without im
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
-from . import capture, gradients, layers, metrics, update
+from . import accumulation, capture, gradients, layers, metrics, update, window
 from .arguments import HOW_TO_RUN, PER_OPTIMIZER, check_group, check_options, check_settings, make_plain, settings
 from .filter_memory import Combine, Signal, Signals, filter_memories
 from .notices import warn
 from .numbers import Number, accumulator, as_float, as_number, detached, reads_are_free
-from .state import State, check, keeping_precision, new_counts, prepare
+from .state import WINDOW, State, check, keeping_precision, new_counts, prepare
 from .update.gpu_tables import Tables
 from .update.reference import Numbers, Tensors
+from .window import Window
 from .work import Now, Plan, Work, calls_for, choices_of, collect
 
 __all__ = ["GrokAdamW"]
@@ -33,9 +34,24 @@ __all__ = ["GrokAdamW"]
 _SumOfSquares: TypeAlias = Callable[[Sequence[Tensor]], Tensor]
 
 # Plain data in every group beside the arguments, from the start: sharded checkpoints want the same keys on both sides.
-_KEPT_IN_GROUPS = {"layer": None, "train_loss": None, "eval_loss": None, "signal_state": None, "skipped_steps": 0}
+_KEPT_IN_GROUPS = {
+    "layer": None,
+    "train_loss": None,
+    "eval_loss": None,
+    "signal_state": None,
+    "skipped_steps": 0,
+    **accumulation.AT_REST,
+}
 # What older versions of this package did not know, and so is not in what they pickled.
-_ADDED_LATER = {"capturable": False, "fused": None}
+_ADDED_LATER = {
+    "capturable": False,
+    "fused": None,
+    "amplify_by_signal": False,
+    "window_size": None,
+    "window_dtype": None,
+    "accumulation_steps": 1,
+    **accumulation.AT_REST,
+}
 
 
 @dataclass
@@ -52,6 +68,7 @@ class _Run:
     checked: list[list[Any]] = field(default_factory=list)  # what the groups said when they were last found right
     skipped: Tensor | None = None  # counts the steps skipped on a device that were not yet read back
     names: dict[Tensor, str] = field(default_factory=dict)  # of parameters, as set_layers found them
+    stepped: bool = False  # whether the last step was a whole one, or the last of its micro-batches
     plan: Plan | None = None  # how the last step was called, for the next
     graphs: list[Any] = field(default_factory=list)  # what CUDA graphs of the step read, besides tensors that users see
 
@@ -99,6 +116,22 @@ class GrokAdamW(Optimizer):
             values. A callable reads values back from a GPU; the others do not.
         second_moment: ``"filtered"``, v averages ĝ²; or ``"raw"``, (c g)².
         amplify_after: steps of a parameter before λ acts on it. μ is kept from the first step on.
+        amplify_by_signal: multiply λ by the combined signal, limited to [0, 1]; without a usable signal, as before the
+            losses are recorded, it is 0. So the filter can wait until a model overfits. The signal acts on α, too, but
+            with ``grokking_signal_decay_rate=0``. One on a GPU is read back.
+        window_size: w ≥ 1: μ is the mean of a parameter's last w clipped gradients, and α does not act. It costs the
+            same for any w, in memory w + 2 more tensors of the parameter's size. Until there are w, it is the mean of
+            those; ``amplify_after=w - 1`` waits for them, as Grokfast does. None is the EMA. Source: arXiv:2405.20233,
+            section 2.2.
+        window_dtype: that those gradients are kept in, None for the parameter's, but float32 for float16; sums are
+            float32 at least.
+        accumulation_steps: k ≥ 1, micro-batches that make one step, each by a call of :meth:`step`, without a buffer
+            for gradients: m, v and μ collect a k-th of each, and parameters change at every k-th. m and μ are then
+            what the joined batch would give, v is the mean of the micro-gradients' squares; so
+            ``second_moment="raw"`` is required, and steps are up to √k times shorter. Each micro-gradient is clipped
+            on its own; with ``nonfinite="skip"`` one that is not finite counts as 0. Signals are heard, and λ, γ and
+            betas taken, at the first micro-batch. :class:`~grokadamw.Accumulate` has a buffer, and is exact. Source:
+            Su Jianlin, https://kexue.fm/archives/8634.
         nonfinite: what to do with a step whose gradients hold NaN or infinity, or whose Σg² overflows float64.
             ``"skip"``: write nothing, and count it (``metrics()["skipped_steps"]``). ``"raise"``: write nothing, and
             raise; this reads the norm back from a GPU. ``"propagate"``: take it, as AdamW does. The first two read the
@@ -119,7 +152,9 @@ class GrokAdamW(Optimizer):
         TypeError, ValueError: an argument is not what is written above. The message names it and its value.
 
     ``optimizer.state[p]`` holds ``step`` (0-d float32), ``exp_avg`` m, ``exp_avg_sq`` v, and ``grok_ema`` μ once λ was
-    above 0: in the parameter's shape, and in its dtype, but float32 at least.
+    above 0: in the parameter's shape, and in its dtype, but float32 at least. With a window also ``grok_ring``
+    (w, \*shape), ``grok_ring_sum``, ``grok_ring_lap`` (shape) and ``grok_ring_count`` (0-d int64); with
+    accumulation_steps above 1 ``micro_step``, the gradients that it has had since its last step.
     """
 
     def __init__(
@@ -139,6 +174,10 @@ class GrokAdamW(Optimizer):
         combine: Combine = "mean",
         second_moment: str = "filtered",
         amplify_after: int = 0,
+        amplify_by_signal: bool = False,
+        window_size: int | None = None,
+        window_dtype: torch.dtype | None = None,
+        accumulation_steps: int = 1,
         nonfinite: str = "skip",
         compat: str | None = None,
         foreach: bool | None = None,
@@ -168,6 +207,10 @@ class GrokAdamW(Optimizer):
             "gradient_clipping": gradient_clipping,
             "second_moment": second_moment,
             "amplify_after": amplify_after,
+            "amplify_by_signal": amplify_by_signal,
+            "window_size": window_size,
+            "window_dtype": window_dtype,
+            "accumulation_steps": accumulation_steps,
             "nonfinite": nonfinite,
             "compat": compat,
             "foreach": foreach,
@@ -178,13 +221,18 @@ class GrokAdamW(Optimizer):
             **_KEPT_IN_GROUPS,
         }
         check_options(defaults)
+        signals.check_amplifies(amplify_by_signal)
         check_group(defaults, defaults)
         make_plain(defaults)
         self._run = _Run(signals)
         super().__init__(params, defaults)
-        if fused:
-            self._step_supports_amp_scaling = True  # GradScaler's word for it
+        self._say_whether_it_unscales()
         signals.bind(self)
+
+    def _say_whether_it_unscales(self) -> None:
+        """By GradScaler's word for it. With micro-batches it does, so that `stepped` hears of one that is none."""
+        if self.defaults["fused"] or self.defaults["accumulation_steps"] > 1:
+            self._step_supports_amp_scaling = True
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -210,71 +258,114 @@ class GrokAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        update.steps(*self._calls(torch.compiler.is_compiling()))  # rows 6 to 10, and all that torch.compile sees
+        calls, tables, averages = self._calls(torch.compiler.is_compiling())
+        for each in averages:  # row 6 of moving averages
+            update.average(*each)
+        update.steps(calls, tables)  # rows 6 to 10, and all that torch.compile sees
         return loss
 
     @_disable_dynamo  # so that what changes from step to step comes as tensors, and no value becomes a guard
-    def _calls(self, compiling: bool) -> tuple[list[tuple[ModuleType, Tensors, Numbers]], Any]:
+    def _calls(
+        self, compiling: bool
+    ) -> tuple[list[tuple[ModuleType, Tensors, Numbers]], Any, list[tuple[list[Window], Tensors, Numbers]]]:
         """All of a step but its writing: what is to be called with which tensors and numbers, its state being there.
 
-        And what the GPU's implementation keeps of them.
+        And what the GPU's implementation keeps of them, and the windows that are to be filled first.
         """
         capturing = capture.is_capturing(self)
+        self._run.stepped = False
         found_inf = getattr(self, "found_inf", None)  # GradScaler's, where `_step_supports_amp_scaling` is set
-        if found_inf is not None and self._may_read(found_inf.device):
+        if not isinstance(found_inf, Tensor):  # it is 0 where there are no gradients
+            found_inf = None
+        cycle = accumulation.Cycle(self.defaults["accumulation_steps"], self.param_groups, self.state)
+        if found_inf is not None and (self._may_read(found_inf.device) or cycle.of > 1):
             if found_inf.item():
-                return [], None  # as if this step had not been called
+                return [], None, []  # as if this step had not been called
             found_inf = None
         self._check_settings()
-        plan = self._run.plan
-        now = None if plan is None else plan.now(self.param_groups, self.state)
-        work = self._collected() if now is None else now.work
+        plan, groups = self._run.plan, cycle.groups
+        now = None if plan is None else plan.now(groups, self.state)
+        if now is not None and not (cycle.fits(call.tensors.params for call in now.calls) and self._has_windows(now)):
+            now = None
+        work = self._collected(groups, cycle.begun) if now is None else now.work
         capture.check_devices(work)
         if capturing:
             capture.check_state(work, self.state, bool(self._run.last.alphas), self._nonfinite)
         sum_of_squares = update.sum_of_squares(self.defaults, compiling)
         if self._is_for_state_alone(work, sum_of_squares):
             self._make_state(work, compiling)
-            return [], None
+            return [], None, []
         self._check_layers()
         tables = None if plan is None or now is None or compiling else plan.tables(capturing, self._is_capturable)
         if capturing and tables is not None:
             self._run.graphs.append(tables)
         measured = self._measured(work, now, sum_of_squares, found_inf, tables, capturing)
-        if not capturing:
+        if not capturing and cycle.is_first:
             self.update_signals()  # rows 4 and 5
+        amplification = self._amplification() if cycle.is_first else cycle.amplification
+        if cycle.of > 1:
+            if cycle.is_first:
+                cycle.begin(self._run.last.alphas, amplification)
+            self._run.last = self._run.last._replace(alphas=cycle.alphas)
         self._run.last = self._run.last._replace(norms=detached(measured.norms), clips=detached(measured.clips))
         if measured.finite is False:
             self._count_skipped(1)
-            return [], None
+            if cycle.of == 1:
+                return [], None, []
         if plan is not None and now is not None and self._run.signals.are_others:  # which may have changed something
-            now = plan.again(now, self.param_groups, self.state)
+            now = plan.again(now, groups, self.state)
         if now is None:
             tables = None
             self._make_state(work, compiling)
             calls_to_make = calls_for(work, self.state)
-            plan = Plan(self.param_groups, work, calls_to_make)
-            self._run.plan = plan if plan.lasts else None
+            plan = Plan(groups, work, calls_to_make) if cycle.is_regular else None
+            self._run.plan = plan if plan and plan.lasts else None
         else:
             calls_to_make = now.calls
         memory_is_all = update.memory_is_all(compiling)
-        calls = []
+        calls, averages = [], []
         for i, call in enumerate(calls_to_make):
             w = work[call.work_index]
             alpha = self._run.last.alphas[w.group_index]
             beta1 = layers.beta1s(w.group, call.layers) if now is None or plan is None else plan.beta1s(i, w.group)
             numbers = self._numbers(call.tensors, w, beta1, alpha, measured.factors[call.work_index], measured.finite)
+            if amplification != 1:
+                numbers = numbers._replace(lamb=numbers.lamb * amplification)
+            if cycle.of > 1:
+                numbers = numbers._replace(micro_step=cycle.micro_step(w.params[call.places[0]]))
+            is_windowed = self.defaults["window_size"] is not None and call.tensors.grok_emas is not None
+            if is_windowed:
+                numbers = numbers._replace(alpha=1.0)
             if compiling:
                 numbers = capture.for_compiler(call.tensors, numbers)
             module = call.choice.module
             if not (memory_is_all or module is update.reference) or (module is update.gpu and capturing and not tables):
                 module = update.foreach
             calls.append((module, call.tensors, numbers))
-        return calls, tables
+            if is_windowed:
+                windows = [window.of(self.state[w.params[place]], "grok_") for place in call.places]
+                averages.append((windows, call.tensors, numbers))
+        self._run.stepped = cycle.end(param for w in work for param in w.params)
+        return calls, tables, averages
 
-    def _collected(self) -> list[Work]:
+    def _amplification(self) -> float:
+        """What the signal multiplies λ by."""
+        if not self.defaults["amplify_by_signal"]:
+            return 1.0
+        signal = self._run.last.signal
+        value = 0.0 if signal is None else as_float(signal)
+        return min(max(value, 0.0), 1.0) if value == value else 0.0
+
+    def _has_windows(self, now: Now) -> bool:
+        """Whether there is a window wherever there is a slow gradient, as there is to be."""
+        if self.defaults["window_size"] is None:
+            return True
+        states = (self.state[param] for w in now.work for param in w.params)
+        return all(WINDOW[0] in state for state in states if "grok_ema" in state)
+
+    def _collected(self, groups: list[dict[str, Any]], begun: Container[Tensor]) -> list[Work]:
         """Row 1: what there is to do, looked through for what a step cannot go on with."""
-        work = collect(self.param_groups, self._published, self._run.names)
+        work = collect(groups, self._published, self._run.names, begun)
         for w in work:
             for param in w.params:
                 check(self.state.get(param, {}), param)
@@ -315,7 +406,7 @@ class GrokAdamW(Optimizer):
         for w in work:
             with_mu = float(w.group["lamb"]) > 0
             for param in w.params:
-                prepare(self.state[param], param, self._published, with_mu, counts.get(param))
+                prepare(self.state[param], param, self.defaults, with_mu, counts.get(param))
 
     def _init_group(
         self,
@@ -335,7 +426,7 @@ class GrokAdamW(Optimizer):
         with_gradient = [param for param in group["params"] if param.grad is not None]
         for param in with_gradient:
             state = self.state[param]
-            prepare(state, param, self._published, with_slow_gradient=float(group["lamb"]) > 0)
+            prepare(state, param, self.defaults, with_slow_gradient=float(group["lamb"]) > 0)
             params.append(param)
             grads.append(param.grad)
             exp_avgs.append(state["exp_avg"])
@@ -350,7 +441,8 @@ class GrokAdamW(Optimizer):
         With ``lamb`` set to 0 the filter is off, but μ is kept up to date so that it can be switched on again.
         """
         for _, state in self._states():
-            state.pop("grok_ema", None)
+            for name in ("grok_ema", *WINDOW):
+                state.pop(name, None)
 
     def _states(self) -> Iterator[tuple[Tensor, State]]:
         """The parameters that have a state, with it; `self.state` may hold what hooks put there, too."""
@@ -460,7 +552,7 @@ class GrokAdamW(Optimizer):
             clip=self._number(clip, device),
             raw_second_moment=self.defaults["second_moment"] == "raw",
             maximize=group["maximize"],
-            finite=finite.to(device) if isinstance(finite, Tensor) else None,
+            finite=None if finite is True else torch.as_tensor(finite, device=device),
         )
 
     def _number(self, value: Number, device: torch.device) -> Number:
@@ -496,6 +588,11 @@ class GrokAdamW(Optimizer):
                     return name
         raise KeyError(param)
 
+    @property
+    def stepped(self) -> bool:
+        """Whether the last :meth:`step` was the last micro-batch of ``accumulation_steps``: a scheduler's turn."""
+        return self._run.stepped
+
     def record(self, *, train_loss: Any = None, eval_loss: Any = None) -> None:
         """Keep losses for the signals, in every group's ``train_loss`` and ``eval_loss``; a checkpoint holds them.
 
@@ -517,6 +614,7 @@ class GrokAdamW(Optimizer):
         """Replace the signals: as the constructor's ``grokking_signal_fns`` and ``combine``; None keeps ``combine``."""
         old = self._run.signals
         signals = Signals(fns, old.combine if combine is None else combine)
+        signals.check_amplifies(self.defaults["amplify_by_signal"])
         signals.bind(self)
         signals.claim(old.unclaimed)
         self._run.signals = signals
@@ -585,9 +683,11 @@ class GrokAdamW(Optimizer):
         for group in self.param_groups:
             group["skipped_steps"] = total
         if total == steps:
+            what = "a step was skipped: its gradients hold NaN or infinity, and nothing was written"
+            if self.defaults["accumulation_steps"] > 1:
+                what = "the gradients of a micro-batch hold NaN or infinity, and it counts as 0"
             warn(
-                "a step was skipped: its gradients hold NaN or infinity, and nothing was written. "
-                "metrics()['skipped_steps'] counts such steps; nonfinite=\"raise\" stops at the first",
+                f"{what}. metrics()['skipped_steps'] counts such steps; nonfinite=\"raise\" stops at the first",
                 RuntimeWarning,
             )
 
@@ -613,6 +713,7 @@ class GrokAdamW(Optimizer):
         *earlier, group = self.param_groups
         make_plain(group)
         group["skipped_steps"] = self.param_groups[0]["skipped_steps"]
+        accumulation.join(group, self.param_groups[0])
         given = group.get("layers")
         if given is None or len(given) != len(group["params"]) or group["layer"] is not None:
             group["layers"] = layers.layers_of(group, earlier)
@@ -664,6 +765,7 @@ class GrokAdamW(Optimizer):
             for name in ("train_loss", "eval_loss"):
                 if group[name] is not None:  # set by hand, it may have a graph, which cannot be copied
                     group[name] = as_number(group[name], name)
+            group["cycle"] = tuple(map(as_float, group["cycle"]))
         for group in self.param_groups[:1]:
             group["signal_state"] = self._run.signals.state()
 
@@ -681,18 +783,18 @@ class GrokAdamW(Optimizer):
         super().__setstate__(state)
         for name, value in _ADDED_LATER.items():
             self.defaults.setdefault(name, value)
-        if self.defaults["fused"]:
-            self._step_supports_amp_scaling = True
+        self._say_whether_it_unscales()
         fixed = {name: self.defaults[name] for name in PER_OPTIMIZER} | {"grokking_signal_fns": None}
         for i, group in enumerate(self.param_groups):
             # what another optimizer's checkpoint does not say stays as it was
-            kept = self.defaults | (earlier[i] if i < len(earlier) else {}) | {"signal_state": None}
+            kept = self.defaults | (earlier[i] if i < len(earlier) else {})
+            kept |= {"signal_state": None, **accumulation.AT_REST}
             for name, value in kept.items():
                 if name != "param_names":
                     group.setdefault(name, value)
             if i < len(earlier):
                 group.update({name: kept[name] for name in HOW_TO_RUN})
-            group.update(fixed, betas=tuple(group["betas"]))
+            group.update(fixed, betas=tuple(group["betas"]), cycle=tuple(group["cycle"]))
             if len(group.get("layers", ())) != len(group["params"]):
                 group["layers"] = layers.layers_of(group, self.param_groups[:i])
         if "_run" not in self.__dict__:  # unpickled, or a copy
@@ -711,5 +813,5 @@ class GrokAdamW(Optimizer):
         copied._run.captured, copied._run.skipped = copy.deepcopy((self._run.captured, self._run.skipped), memo)
         alphas = [copied._run.captured.get(i, alpha) for i, alpha in enumerate(self._run.last.alphas)]
         copied._run.last = copy.deepcopy(self._run.last, memo)._replace(alphas=alphas)
-        copied._run.layers_checked = self._run.layers_checked
+        copied._run.layers_checked, copied._run.stepped = self._run.layers_checked, self._run.stepped
         return copied

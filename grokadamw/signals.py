@@ -154,7 +154,8 @@ class SlowGradient:
         mu, g = [], []
         for group in self._groups():
             for param in group["params"]:
-                average = self._optimizer.state.get(param, {}).get("grok_ema")  # type: ignore[union-attr]
+                state = self._optimizer.state.get(param, {})  # type: ignore[union-attr]
+                average = state.get("grok_ema", state.get("grokfast_ema"))
                 if average is not None and param.grad is not None:
                     mu.append(as_real(average))
                     g.append(as_real((-param.grad if group["maximize"] else param.grad).resolve_conj()))

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import window
 from .checkpoints import to_grokadamw
 from .layers import unwrapped
-from .numbers import reads_are_free
+from .numbers import as_real, reads_are_free
 
 State: TypeAlias = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "grok_ema")
+WINDOW = tuple(window.names("grok_"))
 
 
 def check(state: State, param: Tensor) -> None:
@@ -46,11 +48,11 @@ def check(state: State, param: Tensor) -> None:
 
 
 def prepare(
-    state: State, param: Tensor, published: bool, with_slow_gradient: bool, count: Tensor | None = None
+    state: State, param: Tensor, options: dict[str, Any], with_slow_gradient: bool, count: Tensor | None = None
 ) -> None:
-    """Fill in what a step needs, at zero. The step count may be given."""
+    """Fill in what a step needs under the optimizer's options, at zero. The step count may be given."""
     names = ["exp_avg", "exp_avg_sq"] + ["grok_ema"] * with_slow_gradient
-    dtype = _dtype(param, published)
+    dtype = _dtype(param, options["compat"] is not None)
     new: State = {
         name: torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         for name in names
@@ -60,6 +62,12 @@ def prepare(
         if count is None:
             count = torch.zeros((), dtype=torch.float32, device=step_device(param))
         new = {"step": count, **new}
+    has_mu = with_slow_gradient or "grok_ema" in state
+    if has_mu and options["window_size"] is not None and WINDOW[0] not in state:
+        its = window.new(param, options["window_size"], options["window_dtype"], step_device(param))
+        new.update(window.named(its, "grok_"))
+    if options["accumulation_steps"] > 1:
+        new.setdefault("micro_step", state.get("micro_step", 0))
     state.update(new)  # all of it or, where memory has run out, none
 
 
@@ -96,14 +104,15 @@ def keeping_precision(optimizer: Optimizer, published: bool) -> Iterator[list[st
     doubts: list[str] = []
 
     def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        state_dict = _in_order(to_grokadamw(state_dict), optimizer.param_groups)
-        loaded.extend(_states(state_dict, optimizer.param_groups))
+        state_dict = in_order(to_grokadamw(state_dict), optimizer.param_groups)
+        _check_cycle(state_dict, optimizer.defaults["accumulation_steps"])
+        loaded.extend(_states(state_dict, optimizer.param_groups, optimizer.defaults))
         doubts.extend(_doubts(state_dict, optimizer.defaults))
         return state_dict
 
     def restore(_: Optimizer) -> None:
         for param, state in loaded:
-            optimizer.state[param] = _placed(param, state, published)
+            optimizer.state[param] = _placed(param, state, published, optimizer.defaults)
         for mine in _by_device(param for param, state in loaded if "step" in state).values():
             states = [optimizer.state[param] for param in mine]
             for state, count in zip(states, torch.stack([state["step"] for state in states]).unbind(), strict=True):
@@ -119,7 +128,7 @@ def keeping_precision(optimizer: Optimizer, published: bool) -> Iterator[list[st
         after.remove()
 
 
-def _in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """The saved groups and parameters in the order of ours, found by name where both sides have the same names.
 
     Other names mean what their places mean, as in torch, unless a name that both sides have is in another place.
@@ -143,9 +152,10 @@ def _in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[
     if all(frozenset(names) in by_names for names in ours):
         found = [by_names[frozenset(names)] for names in ours]
         ordered = [_reordered(old, group) for old, group in zip(found, groups, strict=True)]
-        for group, first in zip(ordered, saved, strict=True):  # what is kept in the first group alone
-            if "signal_state" in first:
-                group["signal_state"] = first["signal_state"]
+        for group, first in zip(ordered, saved, strict=True):
+            for name in ("signal_state", "grokfast_signal_state"):  # what is kept in the first group alone
+                if name in first:
+                    group[name] = first[name]
         return {**state_dict, "param_groups": ordered}
     shared = set(flat_theirs) & set(flat_ours)
     moved = [a for a, b in zip_longest(flat_theirs, flat_ours) if a != b and a in shared]
@@ -186,8 +196,10 @@ def _named(groups: list[dict[str, Any]]) -> list[list[str]] | None:
     return [[unwrapped(name) for name in group["param_names"]] for group in groups]
 
 
-def _states(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> Iterator[tuple[Tensor, State]]:
-    """The parameters that have a state in a state dict, with that state."""
+def _states(
+    state_dict: dict[str, Any], groups: list[dict[str, Any]], options: dict[str, Any]
+) -> Iterator[tuple[Tensor, State]]:
+    """The parameters that have a state in a state dict, with what an optimizer of these options has of it."""
     keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in groups)
     for key, param in zip(keys, params, strict=False):  # torch refuses other numbers of parameters
@@ -200,11 +212,32 @@ def _states(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> Iterato
                     f"state_dict: {name} of parameter {key} has shape {tuple(state[name].shape)}, the parameter itself "
                     f"{tuple(param.shape)}; parameters must come in the order that they were saved in"
                 )
+        size = options["window_size"]
+        if size is None:
+            state = {name: value for name, value in state.items() if name not in WINDOW}
+        elif WINDOW[0] in state and state[WINDOW[0]].shape != (size, *as_real(param).shape):
+            raise ValueError(
+                f"state_dict: the window of parameter {key} has shape {tuple(state[WINDOW[0]].shape)}, and with "
+                f"window_size={size} {(size, *as_real(param).shape)}: construct the optimizer with window_size="
+                f"{len(state[WINDOW[0]])}, or take {', '.join(WINDOW)} out of each state to begin another window"
+            )
+        if options["accumulation_steps"] == 1:
+            state = {name: value for name, value in state.items() if name != "micro_step"}
         yield param, state
 
 
+def _check_cycle(state_dict: dict[str, Any], steps: int) -> None:
+    for group in state_dict["param_groups"]:
+        if group.get("micro_step") and group["accumulation_steps"] != steps:
+            raise ValueError(
+                f"state_dict was saved after {group['micro_step']} of accumulation_steps={group['accumulation_steps']} "
+                f"micro-batches, and the optimizer has accumulation_steps={steps}: construct it with "
+                f"{group['accumulation_steps']}, and change that between cycles"
+            )
+
+
 def _doubts(state_dict: dict[str, Any], defaults: dict[str, Any]) -> Iterator[str]:
-    for name in ("second_moment", "compat"):
+    for name in ("second_moment", "compat", "amplify_by_signal", "window_size", "accumulation_steps"):
         said = [group[name] for group in state_dict["param_groups"] if name in group]
         if said and said[0] != defaults[name]:
             yield (
@@ -221,12 +254,18 @@ def _doubts(state_dict: dict[str, Any], defaults: dict[str, Any]) -> Iterator[st
             return
 
 
-def _placed(param: Tensor, state: State, published: bool) -> State:
+def _placed(param: Tensor, state: State, published: bool, options: dict[str, Any]) -> State:
     """A loaded state where and as a step wants it."""
     placed = dict(state)
     for name, value in state.items():
         if name == "step":
             placed[name] = torch.as_tensor(value, dtype=torch.float32, device=step_device(param)).reshape(())
+        elif name == WINDOW[-1]:
+            placed[name] = value.to(step_device(param), torch.int64)
+        elif name == WINDOW[0]:
+            placed[name] = value.to(param.device, window.dtype_of(param, options["window_dtype"]))
+        elif name in WINDOW:
+            placed[name] = value.to(param.device)
         elif isinstance(value, Tensor):
             placed[name] = value.to(param.device, _dtype(param, published))
     return placed

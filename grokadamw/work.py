@@ -6,7 +6,7 @@ Finding that out costs more than small steps do, so a `Plan` keeps it for as lon
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import accumulate, chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
@@ -43,8 +43,16 @@ class Call(NamedTuple):
     choice: Choice
 
 
-def collect(groups: Sequence[dict[str, Any]], published: bool, known: Mapping[Tensor, str]) -> list[Work]:
+def collect(
+    groups: Sequence[dict[str, Any]],
+    published: bool,
+    known: Mapping[Tensor, str],
+    begun: Container[Tensor] = (),
+) -> list[Work]:
     """One entry a group; as release 0.1.2 does it, one a tensor, since that clips tensor by tensor.
+
+    Args:
+        begun: parameters that take part in any case: where they have no gradient, with one of 0.
 
     Raises:
         RuntimeError: a gradient is sparse, or a group was changed by hand in a way that cannot be followed.
@@ -59,6 +67,10 @@ def collect(groups: Sequence[dict[str, Any]], published: bool, known: Mapping[Te
         w = Work(i, group, [], [], [])
         for j, (param, layer) in enumerate(zip(group["params"], group["layers"], strict=True)):
             if param.grad is None:
+                if param in begun:
+                    w.params.append(param)
+                    w.grads.append(torch.zeros_like(param))
+                    w.layers.append(layer)
                 continue
             if param.grad.layout != torch.strided:
                 name = layers.names(group, i, known)[j]
@@ -89,7 +101,7 @@ def calls_for(work: Sequence[Work], state: Mapping[Tensor, State]) -> list[Call]
             s = state[param]
             row = [as_real(x) for x in (param, grad, *(s[name] for name in MOMENTS if name in s))]
             choice = update.choose(row, s["step"], w.group)
-            kind = (choice, param.device, mesh_of(param), *(x.dtype for x in row))
+            kind = (choice, param.device, mesh_of(param), bool(s.get("micro_step")), *(x.dtype for x in row))
             if kind not in lists:
                 lists[kind] = Call(i, [], [], Tensors([], [], [], [], [] if len(row) == 5 else None, []), choice)
             call = lists[kind]

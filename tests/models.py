@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA
 from grokadamw.update import blocks, gpu, native
 from grokadamw.update.gpu_tables import SHAPES, Shape
 
@@ -37,6 +38,24 @@ def train(model: nn.Module, steps: range, take_step: Callable[[int, Tensor], obj
         loss.backward()
         take_step(step, loss)
 
+
+def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(model.named_parameters())
+
+
+# optimizers that keep more than GrokAdamW does by itself: filters around others, windows, gradients of micro-batches
+KEEPERS: dict[str, Callable[[nn.Module], Any]] = {
+    "Grokfast": lambda m: Grokfast(torch.optim.Adam(_named(m), lr=0.01), alpha=0.8),
+    "Grokfast, SGD": lambda m: Grokfast(torch.optim.SGD(_named(m), lr=0.1)),
+    "GrokfastMA": lambda m: GrokfastMA(torch.optim.AdamW(_named(m), lr=0.01), 3),
+    "GrokfastMA, SGD": lambda m: GrokfastMA(torch.optim.SGD(_named(m), lr=0.1), 4, 0.5, "sum", False),
+    "Accumulate": lambda m: Accumulate(torch.optim.AdamW(_named(m), lr=0.01), 2, 0.5),
+    "Accumulate, SGD": lambda m: Accumulate(torch.optim.SGD(_named(m), lr=0.1, momentum=0.9), 2),
+    "Accumulate, GrokAdamW": lambda m: Accumulate(GrokAdamW(_named(m), lr=0.01), 2),
+    "Accumulate, Grokfast": lambda m: Accumulate(Grokfast(torch.optim.Adam(_named(m), lr=0.01)), 2),
+    "a window": lambda m: GrokAdamW(_named(m), lr=0.01, window_size=3),
+    "micro-batches": lambda m: GrokAdamW(_named(m), lr=0.01, accumulation_steps=2, second_moment="raw"),
+}
 
 # implementation → the options that ask for it
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {

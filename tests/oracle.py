@@ -38,8 +38,18 @@ class Oracle:
     Each group is a dict of the optimizer's hyper-parameters, with lists of `values`, arrays, and of `layers`, numbers.
     """
 
-    def __init__(self, groups: list[dict], second_moment: str = "filtered") -> None:
-        self.second_moment = second_moment
+    def __init__(
+        self,
+        groups: list[dict],
+        second_moment: str = "filtered",
+        *,
+        window_size: int | None = None,
+        accumulation_steps: int = 1,
+        amplify_by_signal: bool = False,
+    ) -> None:
+        self.second_moment, self.window_size = second_moment, window_size
+        self.accumulation_steps, self.amplify_by_signal = accumulation_steps, amplify_by_signal
+        self.micro_step = 0  # the micro-batches of the cycle so far
         self.skipped = 0
         self.has_state = False
         self.alphas = [np.nan]
@@ -51,47 +61,85 @@ class Oracle:
         group["values"] = [
             _real(value.astype(complex if np.iscomplexobj(value) else float)) for value in group["values"]
         ]
-        group["state"] = [{"t": 0, "m": 0.0 * x, "v": 0.0 * x, "mu": None} for x in group["values"]]
+        group["state"] = [
+            {"t": 0, "m": 0.0 * x, "v": 0.0 * x, "mu": None, "past": [], "micro": 0} for x in group["values"]
+        ]
+        self._fix(group, group["alpha_init"], self.groups[0]["fixed"]["gate"] if self.groups else 1.0)
         self.groups.append(group)
+
+    def _fix(self, group: dict, alpha: float, gate: float) -> None:
+        """What holds for all micro-batches of a cycle."""
+        group["fixed"] = {name: group[name] for name in ("betas", "gamma")}
+        group["fixed"] |= {"alpha": alpha, "lamb": group["lamb"], "gate": gate}
+
+    def rest(self) -> None:
+        """No cycle is under way."""
+        self.micro_step = 0
+        for group in self.groups:
+            for state in group["state"]:
+                state["micro"] = 0
 
     def step(self, grads: list[list[np.ndarray | None]], signal: float | None) -> None:
         reals = [[None if g is None else _real(g) for g in group] for group in grads]
+        is_last = self.micro_step + 1 >= self.accumulation_steps
+        for group, mine in zip(self.groups, reals, strict=True):
+            for i, state in enumerate(group["state"]):
+                if is_last and mine[i] is None and state["micro"]:
+                    mine[i] = 0 * group["values"][i]  # its earlier gradients move it
         given = [g for group in reals for g in group if g is not None]
         with np.errstate(over="ignore"):
             norm = np.sqrt(sum(np.sum(g**2) for g in given))
         if given and not self.has_state and norm == 0 and all(group["lr"] == 0 for group in self.groups):
             self.has_state = True  # a step that has the state made, and does nothing else
             return
-        self.alphas = [
-            g["alpha_init"] * np.exp(-g["grokking_signal_decay_rate"] * max(signal or 0.0, 0.0)) for g in self.groups
-        ]
+        if self.micro_step == 0:
+            gate = min(1.0, max(0.0, signal or 0.0)) if self.amplify_by_signal else 1.0
+            for g in self.groups:
+                alpha = g["alpha_init"] * np.exp(-g["grokking_signal_decay_rate"] * max(signal or 0.0, 0.0))
+                self._fix(g, alpha, gate)
+        self.alphas = [group["fixed"]["alpha"] for group in self.groups]
         if not np.isfinite(norm):
             self.skipped += 1
-            return
+            if self.accumulation_steps == 1:
+                return
+            reals = [[None if g is None else np.zeros_like(g) for g in group] for group in reals]
+            norm = 0.0
         self.has_state = self.has_state or bool(given)
-        for group, gradients, alpha in zip(self.groups, reals, self.alphas, strict=True):
+        for group, gradients in zip(self.groups, reals, strict=True):
             clip = min(1.0, group["gradient_clipping"] / (norm + 1e-6)) if group["gradient_clipping"] else 1.0
             for i, g in enumerate(gradients):
                 if g is not None:
-                    self._update(group, i, clip * (-g if group["maximize"] else g), alpha)
+                    self._update(group, i, clip * (-g if group["maximize"] else g), is_last)
+        self.micro_step = 0 if is_last else self.micro_step + 1
 
-    def _update(self, group: dict, i: int, g: np.ndarray, alpha: float) -> None:
-        state, beta2, lr = group["state"][i], group["betas"][1], group["lr"]
-        beta1 = group["betas"][0] * (1 - group["gamma"]) ** group["layers"][i]
-        state["t"] += 1
-        t = state["t"]
-        if state["mu"] is None and group["lamb"] != 0:
-            state["mu"] = np.zeros_like(g)
-        amplified = g
+    def _update(self, group: dict, i: int, g: np.ndarray, is_last: bool) -> None:
+        """Rows 6 to 10, of a micro-batch as they are in https://kexue.fm/archives/8634."""
+        k, state, fixed = self.accumulation_steps, group["state"][i], group["fixed"]
+        (beta1, beta2), alpha = fixed["betas"], fixed["alpha"]
+        beta1 = beta1 * (1 - fixed["gamma"]) ** group["layers"][i]
+        keep_mu, keep_m, keep_v = (1, 1, 1) if state["micro"] else (alpha, beta1, beta2)
+        state["micro"] = 0 if is_last else state["micro"] + 1
+        t = state["t"] + 1
+        if state["mu"] is None and fixed["lamb"] != 0:
+            state["mu"], state["past"] = np.zeros_like(g), []
+        amplified = g / k
         if state["mu"] is not None:
-            state["mu"] = alpha * state["mu"] + (1 - alpha) * g
-            amplified = g + (group["lamb"] if t > group["amplify_after"] else 0.0) * state["mu"]
-        state["m"] = beta1 * state["m"] + (1 - beta1) * amplified
-        squared = (g if self.second_moment == "raw" else amplified) ** 2
-        state["v"] = beta2 * state["v"] + (1 - beta2) * squared
+            if self.window_size is None:
+                state["mu"] = keep_mu * state["mu"] + (1 - alpha) * g / k
+            else:
+                state["past"] = [*state["past"], g][-self.window_size :]
+                state["mu"] = np.mean(state["past"], axis=0)
+            if is_last and t > group["amplify_after"]:
+                amplified = amplified + fixed["lamb"] * fixed["gate"] * state["mu"]
+        state["m"] = keep_m * state["m"] + (1 - beta1) * amplified
+        squared = g**2 / k if self.second_moment == "raw" else amplified**2
+        state["v"] = keep_v * state["v"] + (1 - beta2) * squared
+        if not is_last:
+            return
+        state["t"] = t
         m_hat, v_hat = state["m"] / (1 - beta1**t), state["v"] / (1 - beta2**t)
-        theta = group["values"][i] * (1 - lr * group["weight_decay"])
-        group["values"][i] = theta - lr * m_hat / (np.sqrt(v_hat) + group["eps"])
+        theta = group["values"][i] * (1 - group["lr"] * group["weight_decay"])
+        group["values"][i] = theta - group["lr"] * m_hat / (np.sqrt(v_hat) + group["eps"])
 
 
 def _real(array: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from grokadamw import GrokAdamW
 from grokadamw.signals import AccuracyGap
 
-from .models import batch, network, train
+from .models import KEEPERS, batch, network, train
 
 
 @pytest.fixture(autouse=True)
@@ -188,3 +188,35 @@ def test_complex_parameters() -> None:
         return [torch.view_as_real(p.detach())]
 
     close(trained(True), trained(False))
+
+
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({"window_size": 3}, 1),
+        ({"accumulation_steps": 3, "second_moment": "raw"}, 3),  # the first micro-batch, those between, the last
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("foreach", [None, False])
+def test_windows_and_micro_batches(foreach: bool | None, options: dict[str, Any], graphs: int) -> None:
+    counter = CompileCounter()
+    ours, optimizer, seen = run(counter, dtype=torch.float64, foreach=foreach, **options)
+    theirs, eager, _ = run(None, dtype=torch.float64, foreach=foreach, **options)
+    close(ours, theirs, 1e-12)
+    assert seen[-1] == graphs
+    for a, b in zip(optimizer.state.values(), eager.state.values(), strict=True):
+        close([torch.as_tensor(x) for x in a.values()], [torch.as_tensor(x) for x in b.values()], 1e-12)
+
+
+@pytest.mark.parametrize("keeper", [name for name in KEEPERS if not name.endswith("SGD")])
+def test_around_other_optimizers(keeper: str) -> None:
+    """They run as they are, as does GrokAdamW where it is the inner one."""
+    runs = []
+    for backend in (None, "eager"):
+        model = network()
+        optimizer = KEEPERS[keeper](model)
+        step = torch.compile(optimizer.step, backend=backend) if backend else optimizer.step
+        train(model, range(7), lambda i, loss, step=step: step())
+        runs.append([p.detach() for p in model.parameters()])
+    close(*runs)

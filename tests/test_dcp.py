@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from grokadamw import GrokAdamW
 from grokadamw.signals import AccuracyGap, SlowGradient
 
-from .models import network, train
+from .models import KEEPERS, network, train
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +149,33 @@ def test_a_run_that_dcp_saved_goes_on(tmp_path: Path, flatten: bool) -> None:
         for name, value in optimizer.state[b].items():
             assert torch.equal(other.state[a][name], value)
     assert other.metrics() == optimizer.metrics()
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_so_does_what_keeps_more(keeper: str, flatten: bool, tmp_path: Path) -> None:
+    """In the middle of a cycle, too; and the step that builds state does nothing else."""
+    settings = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, twin = network(), network()
+    optimizer, other = KEEPERS[keeper](model), KEEPERS[keeper](twin)
+    train(model, range(5), lambda step, loss: optimizer.step())
+    model.zero_grad()  # the state of SGD alone is empty, and would be built now
+    of_model, of_optimizer = get_state_dict(model, optimizer, options=settings)
+    dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=tmp_path, no_dist=True)
+    train(model, range(5, 10), lambda step, loss: optimizer.step())
+    before = [p.detach().clone() for p in twin.parameters()]
+    of_model, of_optimizer = get_state_dict(twin, other, options=settings)
+    assert all(torch.equal(p, old) for p, old in zip(twin.parameters(), before, strict=True))
+    loaded = {"model": of_model, "optimizer": of_optimizer}
+    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(
+        twin, other, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=settings
+    )
+    train(twin, range(5, 10), lambda step, loss: other.step())
+    for a, b in zip(twin.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for name, value in optimizer.state.get(b, {}).items():
+            assert torch.equal(torch.as_tensor(other.state[a][name]), torch.as_tensor(value)), name
 
 
 @pytest.mark.parametrize("flatten", [False, True])

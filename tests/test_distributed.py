@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import itertools
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from grokadamw import GrokAdamW, grokadamw, numbers, signals, state
+from grokadamw import GrokAdamW, Grokfast, grokadamw, numbers, signals, state
 from grokadamw.signals import SlowGradient
 
-from .models import network, train
+from .models import KEEPERS, network, train
 
 RANKS = 2
 
@@ -38,6 +39,7 @@ def _process(rank: int, function: Any, folder: Path) -> None:
     try:
         torch.save(function(rank), folder / f"{rank}.pt")
     finally:
+        gc.collect()  # models that were sharded hold process groups, which must not go when the interpreter does
         dist.destroy_process_group()
 
 
@@ -136,6 +138,66 @@ def _resumed_from(folder: Path, rank: int) -> bool:
     pairs = zip(model.parameters(), twin.parameters(), strict=True)
     equal = [torch.equal(whole(a), whole(b)) for a, b in pairs]
     return built and len(other.state) == 6 and all(equal) and optimizer.metrics() == other.metrics()
+
+
+def _keepers(folder: Path, rank: int) -> dict[str, Any]:
+    """Optimizers that keep more, sharded: the weights after a run, and whether a saved and loaded one goes on as it."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    results = {}
+    for i, make in enumerate(KEEPERS.values()):
+
+        def start(make: Any = make) -> tuple[torch.nn.Module, Any]:
+            model = network()
+            fully_shard(model[0], mesh=mesh)  # and the others are plain
+            return model, make(model)
+
+        model, optimizer = start()
+        train(model, range(5), lambda step, loss, optimizer=optimizer: optimizer.step())
+        of_model, of_optimizer = get_state_dict(model, optimizer)
+        dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder / f"{i}")
+        train(model, range(5, 9), lambda step, loss, optimizer=optimizer: optimizer.step())
+        twin, other = start()
+        of_model, of_optimizer = get_state_dict(twin, other)
+        loaded = {"model": of_model, "optimizer": of_optimizer}
+        dcp.load(loaded, checkpoint_id=folder / f"{i}")
+        set_state_dict(twin, other, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        train(twin, range(5, 9), lambda step, loss, other=other: other.step())
+        weights = [[whole(p.detach()) for p in m.parameters()] for m in (model, twin)]
+        kept = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        results[list(KEEPERS)[i]] = {
+            "weights": weights[0],
+            "goes on": all(map(torch.equal, *weights)),
+            "shards": sum(isinstance(value, DTensor) for value in kept),
+        }
+    return results
+
+
+def _filters_that_differ(rank: int) -> float:
+    """A signal that one rank alone has: the filter is amplified alike on all."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = Grokfast(torch.optim.SGD([p], lr=1.0), lamb=1.0, amplify_when=lambda: float(rank))
+    p.grad = torch.ones(3)
+    optimizer.step()
+    return p[0].item()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_agree_on_when_to_amplify(tmp_path: Path) -> None:
+    assert in_processes(_filters_that_differ, tmp_path) == [-0.5, -0.5]  # 1 − (1 + 0.5 · 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_keeps_more_is_sharded_too(tmp_path: Path) -> None:
+    first, second = in_processes(functools.partial(_keepers, tmp_path), tmp_path)
+    for name, make in KEEPERS.items():
+        model = network()
+        optimizer = make(model)
+        train(model, range(9), lambda step, loss, optimizer=optimizer: optimizer.step())
+        for result in (first[name], second[name]):
+            assert result["goes on"], name
+            assert result["shards"] > 0, name
+            for ours, theirs in zip(result["weights"], model.parameters(), strict=True):
+                torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:

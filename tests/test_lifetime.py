@@ -19,7 +19,7 @@ from grokadamw.checkpoints import to_adamw
 
 from .models import IMPLEMENTATIONS, running
 from .oracle import Oracle, combined_signal, layer_numbers
-from .test_oracle import NAMES, between, close, hyper_parameters, shapes, signal_values
+from .test_oracle import NAMES, between, close, hyper_parameters, modes, shapes, signal_values
 
 seeds = st.integers(0, 2**31)
 
@@ -27,15 +27,16 @@ seeds = st.integers(0, 2**31)
 class Lifetime(RuleBasedStateMachine):
     options: dict[str, Any]
 
-    @initialize(count=st.integers(1, 2), data=st.data())
-    def begin(self, count: int, data: Any) -> None:
+    @initialize(count=st.integers(1, 2), mode=modes, data=st.data())
+    def begin(self, count: int, mode: dict[str, Any], data: Any) -> None:
         self.unused = list(NAMES)
         self.names: list[list[str]] = []
         self.params: list[list[nn.Parameter]] = []
         self.frozen: set[str] = set()
         self.said: list[float | None] = [None]
         self.losses: tuple[float | None, float | None] = (None, None)
-        self.oracle = Oracle([])
+        self.mode = mode
+        self.oracle = Oracle([], **mode)
         for _ in range(count):
             self._new_group(data)
         self.optimizer = self._optimizer()
@@ -51,7 +52,7 @@ class Lifetime(RuleBasedStateMachine):
             group["layers"] = layers
 
     def _hyper(self, i: int) -> dict[str, Any]:
-        of_oracle = ("values", "layers", "state")
+        of_oracle = ("values", "layers", "state", "fixed")
         return {name: value for name, value in self.oracle.groups[i].items() if name not in of_oracle}
 
     def _group(self, i: int, **hyper: Any) -> dict[str, Any]:
@@ -65,6 +66,7 @@ class Lifetime(RuleBasedStateMachine):
             [self._group(i, **self._hyper(i) | changes) for i in range(len(self.params))],
             grokking_signal_fns=[lambda: self.said[0], gap],
             **self.options,
+            **self.mode,
         )
 
     def _set_gradients(self, seed: int, poison: float | None = None) -> list[list[np.ndarray | None]]:
@@ -142,6 +144,9 @@ class Lifetime(RuleBasedStateMachine):
         adamw.load_state_dict(to_adamw(self.optimizer.state_dict()))
         self.free_the_slow_gradient()
         kept = [dict(group) for group in self.oracle.groups]
+        mode = self.oracle.accumulation_steps, self.oracle.amplify_by_signal
+        self.oracle.accumulation_steps, self.oracle.amplify_by_signal = 1, False
+        self.oracle.rest()
         for group in self.oracle.groups:
             group.update(lamb=0.0, gamma=0.0, gradient_clipping=0.0)
         self.oracle.has_state = True  # AdamW has no such rule
@@ -151,6 +156,7 @@ class Lifetime(RuleBasedStateMachine):
             self.oracle.step(grads, None)
         for group, old in zip(self.oracle.groups, kept, strict=True):
             group.update({name: old[name] for name in ("lamb", "gamma", "gradient_clipping")})
+        self.oracle.accumulation_steps, self.oracle.amplify_by_signal = mode
         self.optimizer = self._optimizer()
         self.optimizer.load_state_dict(adamw.state_dict())
         self.oracle.has_state, self.oracle.skipped, self.oracle.alphas = bool(adamw.state), 0, [np.nan]
@@ -166,7 +172,7 @@ class Lifetime(RuleBasedStateMachine):
                 close(p.detach(), value)
                 ours = self.optimizer.state.get(p, {})
                 assert ours.get("step", torch.zeros(())).item() == theirs["t"]
-                if theirs["t"]:
+                if ours:
                     close(ours["exp_avg"], theirs["m"])
                     close(ours["exp_avg_sq"], theirs["v"])
                 if theirs["mu"] is not None:

@@ -48,6 +48,22 @@ hyper_parameters = st.fixed_dictionaries(
         "maximize": st.booleans(),
     }
 )
+modes = st.fixed_dictionaries({"second_moment": st.sampled_from(["filtered", "raw"])}) | st.one_of(
+    st.fixed_dictionaries(
+        {
+            "second_moment": st.sampled_from(["filtered", "raw"]),
+            "window_size": st.integers(1, 4),
+            "amplify_by_signal": st.booleans(),
+        }
+    ),
+    st.fixed_dictionaries(
+        {
+            "second_moment": st.just("raw"),
+            "accumulation_steps": st.integers(1, 4),
+            "amplify_by_signal": st.booleans(),
+        }
+    ),
+)
 signal_values = st.none() | st.sampled_from([np.nan, np.inf, -1.0, 0.0, 1e30]) | between(0, 3)
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
@@ -66,7 +82,8 @@ def problems(draw: Any) -> dict[str, Any]:
         group["names"] = [names.pop() for _ in group["shapes"]] if named else None
         group["layer"] = None if named else draw(st.none() | st.integers(0, 5))
         groups.append(group)
-    signals = draw(st.integers(0, 3))
+    mode = draw(modes)
+    signals = draw(st.integers(int(mode.get("amplify_by_signal", False)), 3))
     steps = [
         {
             "signals": [draw(signal_values) for _ in range(signals)],
@@ -74,13 +91,13 @@ def problems(draw: Any) -> dict[str, Any]:
             "poison": draw(st.integers(0, 5)) == 0,
             "lamb": draw(st.sampled_from([None, None, 0.0, 2.0])),
         }
-        for _ in range(draw(st.integers(1, 5)))
+        for _ in range(draw(st.integers(1, 9)))
     ]
     return {
         "groups": groups,
         "signals": signals,
         "combine": draw(st.sampled_from(["mean", "max", "min"])),
-        "second_moment": draw(st.sampled_from(["filtered", "raw"])),
+        "mode": mode,
         "steps": steps,
         "seed": draw(st.integers(0, 2**31)),
     }
@@ -118,7 +135,7 @@ def every_step_is_the_oracles(problem: dict[str, Any], options: dict[str, Any]) 
             {**h, "values": [p.detach().numpy() for p in ps], "layers": ls}
             for h, ps, ls in zip(hyper, params, layers, strict=True)
         ],
-        problem["second_moment"],
+        **problem["mode"],
     )
     said: list[float | None] = [None] * problem["signals"]
     optimizer = GrokAdamW(
@@ -128,7 +145,7 @@ def every_step_is_the_oracles(problem: dict[str, Any], options: dict[str, Any]) 
         ],
         grokking_signal_fns=[lambda i=i: said[i] for i in range(len(said))],
         combine=problem["combine"],
-        second_moment=problem["second_moment"],
+        **problem["mode"],
         **options,
     )
     with warnings.catch_warnings():
@@ -160,7 +177,7 @@ def every_step_is_the_oracles(problem: dict[str, Any], options: dict[str, Any]) 
             close(p.detach(), value)
             ours = optimizer.state.get(p, {})
             assert ours.get("step", torch.zeros(())).item() == state["t"]
-            if state["t"]:
+            if ours:
                 close(ours["exp_avg"], state["m"])
                 close(ours["exp_avg_sq"], state["v"])
                 if state["mu"] is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import step_time
+from benchmarks import accumulation, filter_time, step_time
 from grokadamw import GrokAdamW
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +26,7 @@ def test_code_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest
     namespace: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["optimizer"].metrics()["step"] > 0
+    assert namespace["optimizer"].stepped
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
@@ -43,14 +43,13 @@ def test_every_argument_is_in_the_table_with_its_default() -> None:
             assert eval(rows.pop(name)) == parameter.default, name
 
 
-@pytest.mark.parametrize("table", ["results", "parts", "step time"])
+@pytest.mark.parametrize("table", ["results", "parts", "step time", "filters", "filter time", "accumulation"])
 def test_the_tables_are_what_the_benchmarks_wrote(table: str) -> None:
     assert (RESULTS / "demo-seed0.png").exists()
     assert (RESULTS / "step_time-cpu.png").exists()
     written = re.search(rf"<!-- {table} -->\n(.*?)<!-- /{table} -->", README, re.DOTALL)
     assert written is not None
-    tables = {"results": results_table, "parts": parts_table, "step time": step_time_table}
-    assert written.group(1) == tables[table]()
+    assert written.group(1) == TABLES[table]()
 
 
 def results_table() -> str:
@@ -77,9 +76,36 @@ def step_time_table() -> str:
     return step_time.table(json.loads((RESULTS / "step_time-cpu.json").read_text()))
 
 
+def filters_table() -> str:
+    """Of Grokfast's first experiment."""
+    results = json.loads((RESULTS / "filters-seed0.json").read_text())
+    rows = [
+        [f"{arm['arm']} ({arm['settings']})", *(f"{arm[key]:,}" for key in ("steps_to_95", "published"))]
+        for arm in results["arms"]
+    ]
+    return markdown(["", "steps to 95%", "published"], rows)
+
+
+def filter_time_table() -> str:
+    return filter_time.table(json.loads((RESULTS / "filter_time-cpu.json").read_text()))
+
+
+def accumulation_table() -> str:
+    return accumulation.table(json.loads((RESULTS / "accumulation.json").read_text()))
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
 
 
+TABLES = {
+    "results": results_table,
+    "parts": parts_table,
+    "step time": step_time_table,
+    "filters": filters_table,
+    "filter time": filter_time_table,
+    "accumulation": accumulation_table,
+}
+
 if __name__ == "__main__":  # python -m tests.test_readme
-    print(results_table(), parts_table(), step_time_table(), sep="\n")
+    print(*(table() for table in TABLES.values()), sep="\n")

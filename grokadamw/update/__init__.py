@@ -17,13 +17,16 @@ from torch import Tensor
 
 from ..numbers import mesh_of
 from . import blocks, cpu, foreach, gpu, memory, native, reference
+from .foreach import average
 from .gpu_tables import Tables
-from .reference import Numbers, Tensors
+from .reference import MicroStep, Numbers, Tensors
 
 __all__ = [
     "BY_ADDRESS",
     "FUSED_ON",
     "Choice",
+    "average",
+    "MicroStep",
     "checked",
     "choose",
     "fastest_sum_of_squares",

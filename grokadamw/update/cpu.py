@@ -80,7 +80,9 @@ def step(tensors: Tensors, numbers: Numbers) -> None:
     if isinstance(found, str):
         raise RuntimeError(found)
     if n.finite is not None and not n.finite:
-        return
+        if n.micro_step.of == 1:
+            return
+        tensors, n = tensors._replace(grads=list(map(torch.zeros_like, tensors.grads)), kept=None), n._replace(clip=1.0)
     at: Where = where(tensors) if tensors.kept is None else tensors.kept
     count = len(tensors.params)
     (elements,) = struct.unpack("q", at.ends[-8:])
@@ -99,11 +101,14 @@ def step(tensors: Tensors, numbers: Numbers) -> None:
         amplify_after=min(n.amplify_after, 2**63 - 1),
         eps_before_correction=n.eps_before_correction,
         raw_second_moment=n.raw_second_moment,
+        micro_steps=n.micro_step.of,
+        decays=n.micro_step.decays,
+        moves=n.micro_step.moves,
         param=DTYPES.index(tensors.params[0].dtype),
         grad=DTYPES.index(tensors.grads[0].dtype),
         state=DTYPES.index(tensors.exp_avgs[0].dtype),
     )
-    for column in written(tensors):  # which torch's own operations do themselves
+    for column in written(tensors, n.micro_step.moves):  # which torch's own operations do themselves
         torch.autograd.graph.increment_version(column)
         if mesh_of(column[0]) is not None:
             torch.autograd.graph.increment_version(plain(column))

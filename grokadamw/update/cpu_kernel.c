@@ -30,9 +30,9 @@ typedef struct {
     char *const *params, *const *grads, *const *exp_avgs, *const *exp_avg_sqs, *const *grok_emas; /* grok_emas may be NULL */
     float *const *steps;
     const double *beta1, *bias_beta1;
-    double beta2, lr, eps, weight_decay, alpha, lamb, clip;
+    double beta2, lr, eps, weight_decay, alpha, lamb, clip, micro_steps; /* micro_steps: k, 1 for a whole step */
     int64_t amplify_after;
-    int32_t eps_before_correction, raw_second_moment;
+    int32_t eps_before_correction, raw_second_moment, decays, moves;
     int32_t param, grad, state;    /* dtypes */
 } table;
 
@@ -127,12 +127,15 @@ typedef struct {
             }                                                                                                         \
             m[i] = keep_m * m[i] + add_m * g_hat;                                  /* row 8 */                        \
             v[i] = keep_v * v[i] + add_v * (raw ? g * g : g_hat * g_hat);          /* row 9 */                        \
-            theta[i] = decay * theta[i] - step * (m[i] / (root * square_root(v[i]) + eps)); /* row 10 */              \
+            if (theta)                                                                                                \
+                theta[i] = decay * theta[i] - step * (m[i] / (root * square_root(v[i]) + eps)); /* row 10 */          \
         }                                                                                                             \
     }                                                                                                                 \
     static void rows_##real(int64_t n, real *theta, const real *grad, real *m, real *v, real *mu, int raw, numbers k) \
     {   /* a loop for each case, which the compiler can make vectors of */                                            \
-        if (mu && raw) rows_of_##real(n, theta, grad, m, v, mu, 1, k);                                                \
+        if (!theta && mu) rows_of_##real(n, NULL, grad, m, v, mu, 1, k); /* of a micro-batch: always raw */           \
+        else if (!theta) rows_of_##real(n, NULL, grad, m, v, NULL, 1, k);                                             \
+        else if (mu && raw) rows_of_##real(n, theta, grad, m, v, mu, 1, k);                                                \
         else if (mu) rows_of_##real(n, theta, grad, m, v, mu, 0, k);                                                  \
         else rows_of_##real(n, theta, grad, m, v, NULL, 0, k);                                                        \
     }
@@ -147,8 +150,11 @@ static void set_numbers(numbers *k, const table *t, int64_t tensor)
     if (step != k->t || bias_beta1 != k->bias_beta1)
         k->step = t->lr / (1 - pow(bias_beta1, step));
     k->t = step, k->bias_beta1 = bias_beta1;
-    k->clip = t->clip, k->keep_mu = t->alpha, k->add_mu = 1 - t->alpha, k->lamb = step > t->amplify_after ? t->lamb : 0;
-    k->keep_m = beta1, k->add_m = 1 - beta1, k->keep_v = t->beta2, k->add_v = 1 - t->beta2;
+    k->lamb = t->moves && step > t->amplify_after ? t->lamb : 0;
+    k->clip = t->clip / t->micro_steps;
+    k->keep_mu = t->decays ? t->alpha : 1, k->add_mu = 1 - t->alpha;
+    k->keep_m = t->decays ? beta1 : 1, k->add_m = 1 - beta1;
+    k->keep_v = t->decays ? t->beta2 : 1, k->add_v = (1 - t->beta2) * t->micro_steps;
     k->eps = t->eps_before_correction ? t->eps * k->root : t->eps, k->decay = 1 - t->lr * t->weight_decay;
 }
 
@@ -156,11 +162,11 @@ static void step_part(const table *t, numbers *kept, int64_t tensor, int64_t fro
 {
     set_numbers(kept, t, tensor);
     const numbers k = *kept;
-    char *theta = t->params[tensor], *g = t->grads[tensor], *m = t->exp_avgs[tensor], *v = t->exp_avg_sqs[tensor];
+    char *theta = t->moves ? t->params[tensor] : NULL, *g = t->grads[tensor], *m = t->exp_avgs[tensor], *v = t->exp_avg_sqs[tensor];
     char *mu = t->grok_emas ? t->grok_emas[tensor] : NULL;
     const int raw = t->raw_second_moment;
     if (t->state == FLOAT64) {
-        rows_double(to - from, (double *)theta + from, (double *)g + from, (double *)m + from, (double *)v + from,
+        rows_double(to - from, theta ? (double *)theta + from : NULL, (double *)g + from, (double *)m + from, (double *)v + from,
                     mu ? (double *)mu + from : NULL, raw, k);
         return;
     }
@@ -168,11 +174,11 @@ static void step_part(const table *t, numbers *kept, int64_t tensor, int64_t fro
     float room[5][CHUNK];
     for (int64_t i = from; i < to; i += chunk) {
         const int64_t n = to - i < chunk ? to - i : chunk;
-        float *theta_ = load(room[0], theta, i, n, t->param), *g_ = load(room[1], g, i, n, t->grad);
+        float *theta_ = theta ? load(room[0], theta, i, n, t->param) : NULL, *g_ = load(room[1], g, i, n, t->grad);
         float *m_ = load(room[2], m, i, n, t->state), *v_ = load(room[3], v, i, n, t->state);
         float *mu_ = mu ? load(room[4], mu, i, n, t->state) : NULL;
         rows_float(n, theta_, g_, m_, v_, mu_, raw, k);
-        store(room[0], theta, i, n, t->param);
+        if (theta) store(room[0], theta, i, n, t->param);
         store(room[2], m, i, n, t->state);
         store(room[3], v, i, n, t->state);
         if (mu) store(room[4], mu, i, n, t->state);
@@ -286,7 +292,7 @@ static int64_t pieces_of(const table *t) { return t->count ? (t->ends[t->count -
 void NAME(step)(const table *t, int64_t threads, gomp_parallel *parallel)
 {
     work_on(t, NULL, pieces_of(t), threads, parallel);
-    for (int64_t i = 0; i < t->count; i++) *t->steps[i] += 1;
+    for (int64_t i = 0; t->moves && i < t->count; i++) *t->steps[i] += 1;
 }
 
 /* Needs room for a sum a piece. */

@@ -16,7 +16,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .. import window
 from ..numbers import Number, accumulator, mesh_of, reads_are_free, whole
+from ..window import Window
 from .reference import Numbers, Tensors
 
 _TensorList: TypeAlias = tuple[Tensor, ...] | list[Tensor]
@@ -76,9 +78,15 @@ def _step(tensors: Tensors, numbers: Numbers) -> None:
     n = numbers
     dtype = tensors.exp_avgs[0].dtype
     m, v, mu = tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas
-    active: Number = 1.0 if n.finite is None else n.finite.to(dtype)
+    active: Number = 1.0 if n.finite is None or n.micro_step.of > 1 else n.finite.to(dtype)
     t = _next(tensors.steps, active)
     root, correction = _corrections(t, n)
+
+    if n.micro_step.of > 1:
+        _collect_(tensors, n, t)
+        if n.micro_step.moves:
+            _move_(tensors, n, t, root, correction, 1.0)
+        return
 
     g: _TensorList = [grad.to(dtype) for grad in tensors.grads]
     if n.maximize or not isinstance(n.clip, float) or n.clip != 1:
@@ -93,7 +101,52 @@ def _step(tensors: Tensors, numbers: Numbers) -> None:
     squared = g if n.raw_second_moment else g_hat
     _average_(v, torch._foreach_mul(squared, squared), 1 - n.beta2, active)  # row 9
     del g, g_hat, squared  # their memory serves row 10
+    _move_(tensors, n, t, root, correction, active)
 
+
+def _collect_(tensors: Tensors, n: Numbers, t: list[Any]) -> None:
+    """Rows 6 to 9 of a micro-batch, which the averages collect where they lie."""
+    m, v, mu, dtype = tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas, tensors.exp_avgs[0].dtype
+    k, decays, moves = n.micro_step
+    g: _TensorList = [grad.to(dtype) for grad in tensors.grads]
+    factor = (-1.0 if n.maximize else 1.0) / k
+    if n.finite is not None:
+        g = [torch.where(n.finite, x, 0) for x in _mul(g, n.clip)]  # after c, which is NaN where they are
+    elif isinstance(n.clip, Tensor):
+        g = _mul(g, n.clip)
+    else:
+        factor *= n.clip
+    if decays:
+        torch._foreach_mul_(m, list(n.beta1))
+        torch._foreach_mul_(v, n.beta2)
+        if mu is not None:
+            torch._foreach_mul_(mu, n.alpha.to(dtype) if isinstance(n.alpha, Tensor) else n.alpha)
+    if mu is not None:
+        _add_(mu, g, (1 - n.alpha) * factor)  # row 6
+    for beta1 in dict.fromkeys(n.beta1):  # the layers, each of which has several tensors
+        places = [i for i, other in enumerate(n.beta1) if other == beta1]
+        first = [m[i] for i in places]
+        _add_(first, [g[i] for i in places], (1 - beta1) * factor)  # row 8
+        if mu is not None and moves:  # row 7
+            for i in places:
+                late = t[i] > n.amplify_after
+                if isinstance(late, Tensor):
+                    m[i].addcmul_(mu[i], late.to(dtype), value=(1 - beta1) * n.lamb)
+                elif late:
+                    m[i].add_(mu[i], alpha=(1 - beta1) * n.lamb)
+    torch._foreach_addcmul_(v, g, g, (1 - n.beta2) * k * factor**2)  # row 9
+
+
+def _add_(averages: list[Tensor], values: _TensorList, weight: Number) -> None:
+    if isinstance(weight, Tensor):
+        torch._foreach_add_(averages, _mul(values, weight))
+    else:
+        torch._foreach_add_(averages, values, alpha=weight)
+
+
+def _move_(tensors: Tensors, n: Numbers, t: list[Any], root: list[Any], correction: list[Any], active: Number) -> None:
+    """Row 10."""
+    m, v, dtype = tensors.exp_avgs, tensors.exp_avg_sqs, tensors.exp_avgs[0].dtype
     theta = [param.to(dtype) for param in tensors.params]
     denominator = torch._foreach_sqrt(v)
     if n.eps_before_correction:
@@ -109,13 +162,22 @@ def _step(tensors: Tensors, numbers: Numbers) -> None:
         torch._foreach_mul_(denominator, correction)
         move: _TensorList = torch._foreach_div(m, denominator)
         torch._foreach_add_(move, theta, alpha=n.weight_decay)
-        if n.finite is not None:
-            move = [torch.where(n.finite, x, 0) for x in move]
+        if isinstance(active, Tensor):
+            move = [torch.where(active > 0, x, 0) for x in move]
         torch._foreach_sub_(theta, _mul(move, n.lr))
     for param, new in zip(tensors.params, theta, strict=True):
         if param is not new:
             param.copy_(new)
     _advance(tensors.steps, active)
+
+
+def average(windows: Sequence[Window], tensors: Tensors, n: Numbers) -> None:
+    """Row 6 as a mean over windows, for every implementation: what does the other rows then has α = 1."""
+    assert tensors.grok_emas is not None
+    g: _TensorList = [grad.to(tensors.exp_avgs[0].dtype) for grad in tensors.grads]
+    if n.maximize or not isinstance(n.clip, float) or n.clip != 1:
+        g = _mul(g, -n.clip if n.maximize else n.clip)
+    window.average(windows, g, tensors.grok_emas, n.finite)
 
 
 def _next(steps: list[Tensor], active: Number) -> list[Any]:

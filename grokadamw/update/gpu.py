@@ -213,25 +213,28 @@ def steps(calls: Sequence[tuple[Tensors, Numbers]], tables: Tables | None = None
             numbers.raw_second_moment,
             numbers.eps_before_correction,
             numbers.finite is not None,
+            numbers.micro_step.of > 1,
+            numbers.micro_step.moves,
         )
         kinds.setdefault(kind, []).append(Part(tensors, numbers, at))
     by_device: dict[torch.device, list[Part]] = {}
     for kind, lists in kinds.items():
         by_device.setdefault(kind[0], []).extend(lists)
-    counts = [(_counts(lists, tables), lists[0].numbers.finite) for lists in by_device.values()]
+    counts = [(_counts(lists, tables), lists[0].numbers) for lists in by_device.values()]
     for kind, lists in kinds.items():
         _update(kind, lists, tables)
-    for vectors, finite in counts:  # when all have read them
-        _advance(vectors, finite)
+    for vectors, numbers in counts:  # when all have read them
+        if numbers.micro_step.moves:
+            _advance(vectors, numbers.finite if numbers.micro_step.of == 1 else None)
 
 
 def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
-    device, *dtypes, has_mu, raw, eps_first, has_finite = kind
+    device, *dtypes, has_mu, raw, eps_first, has_finite, is_part, moves = kind
     static = tables.static(kind, lists)
     shape, finite = SHAPES[static.size], lists[0].numbers.finite
     grads = b"".join(x.at.grads for x in lists)
     for x in lists:
-        for column in written(x.tensors)[:-1]:  # which torch's own operations do themselves, as with the step counts
+        for column in written(x.tensors, moves)[: -1 if moves else None]:  # torch counts steps, and says so itself
             torch.autograd.graph.increment_version(column)
             if mesh_of(column[0]) is not None:
                 torch.autograd.graph.increment_version(plain(column))
@@ -251,6 +254,8 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
             RAW=raw,
             EPS_FIRST=eps_first,
             HAS_FINITE=has_finite,
+            IS_PART=is_part,
+            MOVES=moves,
             TAIL=static.tail or tables.masked or misaligned(grads),
             CHUNK=shape.chunk,
             BLOCK=shape.block,

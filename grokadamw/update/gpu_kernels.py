@@ -15,7 +15,8 @@ CHUNK_BITS = tl.constexpr(40)
 CHUNK_MASK = tl.constexpr((1 << 40) - 1)
 # the words of a list's numbers, as `gpu_tables.words_of` has them; the first three are two, an address and a value
 LR, ALPHA, CLIP = (tl.constexpr(i) for i in range(0, 6, 2))
-BETA2, LOG_BETA2, EPS, WEIGHT_DECAY, LAMB, AMPLIFY_AFTER, SIGN, NUMBERS = (tl.constexpr(i) for i in range(6, 14))
+BETA2, LOG_BETA2, EPS, WEIGHT_DECAY, LAMB, AMPLIFY_AFTER, SIGN = (tl.constexpr(i) for i in range(6, 13))
+MICRO_STEPS, DECAYS, NUMBERS = (tl.constexpr(i) for i in range(13, 16))
 
 
 @triton.jit
@@ -57,10 +58,10 @@ def _store(pointer, at, size, value, MASKED: tl.constexpr):
 
 @triton.jit
 def _rows(
-    theta, grad, m, v, mu, start, size,
+    theta, grad, m, v, mu, start, size, usable,
     clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_MU: tl.constexpr, RAW: tl.constexpr, MASKED: tl.constexpr,
+    HAS_MU: tl.constexpr, RAW: tl.constexpr, MOVES: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Rows 6 to 10 for the chunk that starts there."""
     theta = _pointer(theta, PARAM, MASKED)
@@ -74,10 +75,12 @@ def _rows(
         at = block + tl.arange(0, BLOCK)
         # all loads come before the stores, which nothing tells the compiler that they do not write what is to be loaded
         g = clip * _load(grad, at, size, MASKED, REAL)
+        if MAY_BE_UNUSABLE:
+            g = tl.where(usable, g, 0)
         slow = _load(mu, at, size, MASKED, REAL) if HAS_MU else g
         first = _load(m, at, size, MASKED, REAL)
         second = _load(v, at, size, MASKED, REAL)
-        old = _load(theta, at, size, MASKED, REAL)
+        old = _load(theta, at, size, MASKED, REAL) if MOVES else g
         g_hat = g
         if HAS_MU:
             slow = keep_mu * slow + add_mu * g  # row 6
@@ -86,13 +89,14 @@ def _rows(
         first = keep_m * first + add_m * g_hat  # row 8
         squared = g * g if RAW else g_hat * g_hat
         second = keep_v * second + add_v * squared  # row 9
-        if REAL == tl.float32:
-            quotient = tl.div_rn(first, root * tl.sqrt_rn(second) + eps)
-        else:
-            quotient = first / (root * tl.sqrt(second) + eps)
         _store(m, at, size, first, MASKED)
         _store(v, at, size, second, MASKED)
-        _store(theta, at, size, decay * old - step * quotient, MASKED)  # row 10
+        if MOVES:
+            if REAL == tl.float32:
+                quotient = tl.div_rn(first, root * tl.sqrt_rn(second) + eps)
+            else:
+                quotient = first / (root * tl.sqrt(second) + eps)
+            _store(theta, at, size, decay * old - step * quotient, MASKED)  # row 10
 
 
 @triton.jit
@@ -106,10 +110,15 @@ def _chunk(chunks):
 def update(
     chunks, table, grads, numbers, finite, tensors,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, HAS_MU: tl.constexpr, RAW: tl.constexpr,
-    EPS_FIRST: tl.constexpr, HAS_FINITE: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    EPS_FIRST: tl.constexpr, HAS_FINITE: tl.constexpr, IS_PART: tl.constexpr, MOVES: tl.constexpr, TAIL: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows 6 to 10. Writes nothing where `finite` is 0; does not count the step, which other programs read."""
-    if HAS_FINITE and tl.load(finite) == 0:
+    """Rows 6 to 10. Where `finite` is 0 it writes nothing; as a part of a step, a micro-batch, takes the gradient as 0.
+
+    Does not count the step, which other programs read.
+    """
+    usable = tl.load(finite) != 0 if HAS_FINITE else True
+    if HAS_FINITE and not IS_PART and not usable:
         return
     i, nth = _chunk(chunks)
     start = nth * CHUNK
@@ -136,20 +145,36 @@ def update(
         eps = eps * root
     lamb = tl.where(t > _float64(mine, AMPLIFY_AFTER), _float64(mine, LAMB), 0.0)
     decay = 1 - lr * _float64(mine, WEIGHT_DECAY)
+    keep_mu = alpha
+    keep_m = beta1
+    keep_v = beta2
+    add_v = 1 - beta2
+    if IS_PART:
+        micro_steps = _float64(mine, MICRO_STEPS)
+        decays = _float64(mine, DECAYS) != 0
+        clip = clip / micro_steps
+        add_v = add_v * micro_steps
+        keep_mu = tl.where(decays, keep_mu, 1.0)
+        keep_m = tl.where(decays, keep_m, 1.0)
+        keep_v = tl.where(decays, keep_v, 1.0)
+        if not MOVES:
+            lamb = lamb * 0
 
     REAL: tl.constexpr = tl.float64 if STATE == tl.float64 else tl.float32
     aligned = (theta | m | v | mu | grad) % 16 == 0
     if TAIL and not (aligned and start + CHUNK <= size):
         _rows(
-            theta, grad, m, v, mu, start, size, clip.to(REAL), alpha.to(REAL), (1 - alpha).to(REAL), lamb.to(REAL),
-            beta1.to(REAL), (1 - beta1).to(REAL), beta2.to(REAL), (1 - beta2).to(REAL), root.to(REAL), eps.to(REAL),
-            decay.to(REAL), step.to(REAL), PARAM, GRAD, STATE, CHUNK, BLOCK // 4, HAS_MU, RAW, True,
+            theta, grad, m, v, mu, start, size, usable, clip.to(REAL), keep_mu.to(REAL), (1 - alpha).to(REAL),
+            lamb.to(REAL), keep_m.to(REAL), (1 - beta1).to(REAL), keep_v.to(REAL), add_v.to(REAL), root.to(REAL),
+            eps.to(REAL), decay.to(REAL), step.to(REAL), PARAM, GRAD, STATE, CHUNK, BLOCK // 4, HAS_MU, RAW, MOVES,
+            IS_PART and HAS_FINITE, True,
         )  # fmt: skip
     else:
         _rows(
-            theta, grad, m, v, mu, start, size, clip.to(REAL), alpha.to(REAL), (1 - alpha).to(REAL), lamb.to(REAL),
-            beta1.to(REAL), (1 - beta1).to(REAL), beta2.to(REAL), (1 - beta2).to(REAL), root.to(REAL), eps.to(REAL),
-            decay.to(REAL), step.to(REAL), PARAM, GRAD, STATE, CHUNK, BLOCK, HAS_MU, RAW, False,
+            theta, grad, m, v, mu, start, size, usable, clip.to(REAL), keep_mu.to(REAL), (1 - alpha).to(REAL),
+            lamb.to(REAL), keep_m.to(REAL), (1 - beta1).to(REAL), keep_v.to(REAL), add_v.to(REAL), root.to(REAL),
+            eps.to(REAL), decay.to(REAL), step.to(REAL), PARAM, GRAD, STATE, CHUNK, BLOCK, HAS_MU, RAW, MOVES,
+            IS_PART and HAS_FINITE, False,
         )  # fmt: skip
 
 

@@ -210,8 +210,8 @@ def words_of(n: Numbers) -> bytes:
     first = chain.from_iterable(_address_and_value(number) for number in (n.lr, n.alpha, n.clip))
     log_beta2 = math.log(n.beta2) if n.beta2 else -math.inf
     after, sign = float(n.amplify_after), -1.0 if n.maximize else 1.0
-    rest = (n.beta2, log_beta2, n.eps, n.weight_decay, n.lamb, after, sign)
-    return struct.pack("QdQdQd7d", *first, *rest)
+    rest = (n.beta2, log_beta2, n.eps, n.weight_decay, n.lamb, after, sign, n.micro_step.of, n.micro_step.decays)
+    return struct.pack("QdQdQd9d", *first, *rest)
 
 
 def _address_and_value(number: Number) -> tuple[int, float]:

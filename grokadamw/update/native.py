@@ -21,9 +21,13 @@ class Table(ctypes.Structure):
         ("count", ctypes.c_int64),
         *((name, ctypes.c_char_p) for name in ("ends", "params", "grads", "exp_avgs", "exp_avg_sqs", "grok_emas")),
         *((name, ctypes.c_char_p) for name in ("steps", "beta1", "bias_beta1")),
-        *((name, ctypes.c_double) for name in ("beta2", "lr", "eps", "weight_decay", "alpha", "lamb", "clip")),
+        *(
+            (name, ctypes.c_double)
+            for name in ("beta2", "lr", "eps", "weight_decay", "alpha", "lamb", "clip", "micro_steps")
+        ),
         ("amplify_after", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("eps_before_correction", "raw_second_moment", "param", "grad", "state")),
+        *((name, ctypes.c_int32) for name in ("eps_before_correction", "raw_second_moment", "decays", "moves")),
+        *((name, ctypes.c_int32) for name in ("param", "grad", "state")),
     ]
 
 

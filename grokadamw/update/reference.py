@@ -30,10 +30,19 @@ class Tensors(NamedTuple):
     kept: Any = None  # what the implementation keeps of these lists between steps; see `memory.where`
 
 
-def written(tensors: Tensors) -> list[list[Tensor]]:
-    """The lists that a step writes to."""
+def written(tensors: Tensors, moves: bool = True) -> list[list[Tensor]]:
+    """The lists that a step writes to; without those that only the last of several micro-batches does."""
     columns = (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas, tensors.steps)
-    return [column for column in columns if column is not None]
+    averages = (tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas)
+    return [column for column in (columns if moves else averages) if column is not None]
+
+
+class MicroStep(NamedTuple):
+    """One of several micro-batches of a step, which adds a k-th of its gradient to the averages."""
+
+    of: int  # k
+    decays: bool  # these tensors' first in the cycle: averages decay
+    moves: bool  # the cycle's last: μ joins m, θ moves, and the step is counted
 
 
 class Numbers(NamedTuple):
@@ -53,6 +62,7 @@ class Numbers(NamedTuple):
     raw_second_moment: bool  # v of (c g)² instead of ĝ²
     maximize: bool
     finite: Tensor | None  # 0-d bool: where it is False, nothing is written. None: the caller has looked already
+    micro_step: MicroStep = MicroStep(1, True, True)  # of more than one: where `finite` is False, the gradient is 0
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
@@ -67,14 +77,16 @@ def step(tensors: Tensors, numbers: Numbers) -> None:
         m, v, count = tensors.exp_avgs[i], tensors.exp_avg_sqs[i], tensors.steps[i]
         mu = tensors.grok_emas[i] if tensors.grok_emas else None
         g = tensors.grads[i].to(m.dtype)
+        finite = numbers.finite if numbers.micro_step.of == 1 else None
         t = count.to(accumulator(count.device)) + 1
         # a derivative may need θ as it was before it is written over
         start = theta.to(m.dtype, copy=torch.is_grad_enabled())
         new = _rows_6_to_10(start, g, m, v, mu, t, numbers.beta1[i], numbers.bias_beta1[i], numbers)
-        for old, value in zip((theta, m, v, mu, count), (*new, t), strict=True):
+        pairs = list(zip((m, v, mu, theta, count), (*new, t), strict=True))
+        for old, value in pairs if numbers.micro_step.moves else pairs[:3]:
             if old is not None and value is not None:
                 # a product with 0 or 1 would not do: NaN and infinity survive it
-                old.copy_(value if numbers.finite is None else torch.where(numbers.finite, value, old))
+                old.copy_(value if finite is None else torch.where(finite, value, old))
 
 
 def _rows_6_to_10(
@@ -87,18 +99,22 @@ def _rows_6_to_10(
     beta1: float,
     bias_beta1: float,
     n: Numbers,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(θ, m, v, μ) after step t, from those before it."""
-    g = n.clip * (-g if n.maximize else g)
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(m, v, μ, θ) after step t, from those before it."""
+    k, decays, moves = n.micro_step
+    keep_mu, keep_m, keep_v = (n.alpha, beta1, n.beta2) if decays else (1, 1, 1)
+    g = n.clip * (-g if n.maximize else g) / k
+    if n.finite is not None and k > 1:
+        g = torch.where(n.finite, g, 0)  # after c, which is NaN where they are
     g_hat = g
     if mu is not None:
-        mu = n.alpha * mu + (1 - n.alpha) * g  # row 6
-        lamb = n.lamb * (t > n.amplify_after).to(t.dtype)
+        mu = keep_mu * mu + (1 - n.alpha) * g  # row 6
+        lamb = n.lamb * (t > n.amplify_after).to(t.dtype) if moves else 0
         g_hat = g + lamb * mu  # row 7
-    m = beta1 * m + (1 - beta1) * g_hat  # row 8
-    v = n.beta2 * v + (1 - n.beta2) * (g if n.raw_second_moment else g_hat).square()  # row 9
+    m = keep_m * m + (1 - beta1) * g_hat  # row 8
+    v = keep_v * v + (1 - n.beta2) * k * (g if n.raw_second_moment else g_hat).square()  # row 9
     # row 10, in torch.optim.AdamW's order: decay, then step
     root = (1 - n.beta2**t).sqrt()
     denominator = (v.sqrt() + n.eps) / root if n.eps_before_correction else v.sqrt() / root + n.eps
     theta = theta * (1 - n.lr * n.weight_decay) - n.lr / (1 - bias_beta1**t) * (m / denominator)
-    return theta, m, v, mu
+    return m, v, mu, theta

@@ -18,6 +18,7 @@ from grokadamw import GrokAdamW
 from grokadamw.update import gpu, reference
 from grokadamw.update.gpu_tables import SHAPES
 
+from ..models import KEEPERS, batch, network
 from ..oracle import Oracle
 from ..update import test_update
 from ..update.test_memory import EVENTS, add_a_group, replace_the_parameters, share_the_model, share_the_state
@@ -187,7 +188,15 @@ def nothing_waits() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"nonfinite": "propagate", "gradient_clipping": 0.0}, {"fused": True}], ids=str
+    "options",
+    [
+        {},
+        {"nonfinite": "propagate", "gradient_clipping": 0.0},
+        {"fused": True},
+        {"window_size": 3},
+        {"accumulation_steps": 2, "second_moment": "raw"},
+    ],
+    ids=str,
 )
 def test_no_step_waits_for_the_device(options: dict[str, Any]) -> None:
     """With lr, losses and the place of the gradients changing; nor under GradScaler, where it unscales."""
@@ -208,7 +217,24 @@ def test_no_step_waits_for_the_device(options: dict[str, Any]) -> None:
                 optimizer.step()
         if options.get("fused"):
             scaler.update()
-    assert optimizer.metrics()["step"] == 5
+    assert optimizer.metrics()["step"] == 5 // options.get("accumulation_steps", 1)
+
+
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_what_keeps_more_does_as_on_the_cpu(keeper: str) -> None:
+    """Filters around others, windows, micro-batches."""
+    weights = []
+    for device in ("cpu", "cuda"):
+        model = network(torch.float64).to(device)
+        optimizer = KEEPERS[keeper](model)
+        for step in range(9):
+            x, y = (part.to(device) for part in batch(step, torch.float64))
+            model.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+        weights.append([p.detach().cpu() for p in model.parameters()])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("tensors_in_a_group", [1, 150])

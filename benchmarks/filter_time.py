@@ -1,0 +1,180 @@
+"""What the filters cost: a training step of the demonstration's transformer, and each filter alone.
+
+    python -m benchmarks.filter_time [--rounds 30] [--out benchmarks/results]
+    python -m benchmarks.filter_time --table benchmarks/results/filter_time-cpu.json
+
+Windows are full. Arms take turns, in a new order each round, and a ratio is that of two turns in the same round;
+medians are printed, and written to filter_time-cpu.json. The second form prints the README's table of such a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import Adam
+
+from grokadamw import GrokAdamW
+from grokadamw.grokfast import Grokfast, GrokfastMA, gradfilter_ema, gradfilter_ma
+
+from .grokking.demo import BATCH
+from .grokking.modular import Transformer, products
+from .peers import PEERS, version
+from .step_time import processor
+
+PEER = "pytorch-optimizer"
+COMPARED = {"training": "GrokAdamW", "alone": "gradfilter_ema"}
+
+
+class Arm(NamedTuple):
+    """A step's optimizer, or a filter alone."""
+
+    name: str
+    make: Callable[[nn.Module], Callable[[], Any]]
+    window: int = 0
+
+
+def stepping(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[nn.Module], Callable[[], Any]]:
+    return lambda model: make(model).step
+
+
+def filtering(function: Callable[..., Any], **options: Any) -> Callable[[nn.Module], Callable[[], Any]]:
+    """A filter on the gradients, which stay small, as λ is: no backward pass writes them anew."""
+
+    def make(model: nn.Module) -> Callable[[], Any]:
+        memory = function(model, None, lamb=1e-9, **options)
+        return lambda: function(model, memory, lamb=1e-9, **options)
+
+    return make
+
+
+def peers_filter(model: nn.Module) -> Callable[[], Any]:
+    if str(PEERS / PEER) not in sys.path:
+        sys.path.append(str(PEERS / PEER))
+    from pytorch_optimizer.optimizer.grokfast import gradfilter_ma as published
+
+    return filtering(published, window_size=100)(model)
+
+
+TRAINING = [
+    Arm("GrokAdamW", stepping(lambda model: GrokAdamW(model.named_parameters(), gamma=0.01))),
+    Arm(
+        "GrokAdamW, window_size=100",
+        stepping(lambda model: GrokAdamW(model.named_parameters(), gamma=0.01, window_size=100)),
+        100,
+    ),
+    Arm("Grokfast(Adam)", stepping(lambda model: Grokfast(Adam(model.parameters())))),
+    Arm("GrokfastMA(Adam), w 100", stepping(lambda model: GrokfastMA(Adam(model.parameters()), 100)), 100),
+    Arm("Adam", stepping(lambda model: Adam(model.parameters()))),
+]
+ALONE = [
+    Arm("gradfilter_ema", filtering(gradfilter_ema)),
+    Arm("gradfilter_ma, w 100", filtering(gradfilter_ma, window_size=100), 100),
+    Arm("gradfilter_ma, w 1,000", filtering(gradfilter_ma, window_size=1000), 1000),
+    Arm("pytorch-optimizer's gradfilter_ma, w 100", peers_filter, 100),
+]
+
+
+def training_step(model: nn.Module, step: Callable[[], Any], data: Any) -> Callable[[], None]:
+    def run() -> None:
+        loss = F.cross_entropy(model(data.tokens), data.answers)
+        model.zero_grad()
+        loss.backward()
+        step()
+
+    return run
+
+
+def ready(arms: list[Arm], with_backward: bool) -> dict[str, Callable[[], Any]]:
+    """Each arm's turn, its window full; an arm whose package is not installed is left out."""
+    data = products(0).train
+    batch = data._replace(tokens=data.tokens[:BATCH], answers=data.answers[:BATCH])
+    turns = {}
+    for arm in arms:
+        torch.manual_seed(0)
+        model = Transformer()
+        training_step(model, lambda: None, batch)()  # gradients
+        try:
+            step = arm.make(model)
+        except ImportError:
+            continue
+        for _ in range(arm.window + 1):
+            step()
+        turns[arm.name] = training_step(model, step, batch) if with_backward else step
+    return turns
+
+
+def measured(turns: dict[str, Callable[[], Any]], rounds: int, each: int, console: Console) -> dict[str, list[float]]:
+    """Seconds of a call by arm, one entry a round."""
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    generator = random.Random(0)
+    for _ in track(range(rounds), "taking turns", console=console):
+        names = list(turns)
+        generator.shuffle(names)
+        for name in names:
+            turns[name]()
+            began = time.perf_counter()
+            for _ in range(each):
+                turns[name]()
+            seconds[name].append((time.perf_counter() - began) / each)
+    return seconds
+
+
+def summary(seconds: dict[str, list[float]], compared: str) -> dict[str, dict[str, float]]:
+    return {
+        name: {
+            "ms": round(1e3 * statistics.median(mine), 4),
+            "ratio": round(statistics.median(a / b for a, b in zip(mine, seconds[compared], strict=True)), 4),
+        }
+        for name, mine in seconds.items()
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The README's."""
+    lines = ["|  | ms | × |", "| --- | ---: | ---: |"]
+    for kind, title in (("training", "a training step"), ("alone", "the filter alone")):
+        lines.append(f"| **{title}** | | |")
+        lines += [f"| {name} | {x['ms']:.2f} | {x['ratio']:.2f} |" for name, x in results[kind].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="What the filters cost.")
+    parser.add_argument("--rounds", type=int, default=30, help="turns of each arm (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
+    parser.add_argument("--table", type=Path, help="print the table of a file of results, and measure nothing")
+    options = parser.parse_args(arguments)
+    if options.table:
+        print(table(json.loads(options.table.read_text())), end="")
+        return
+    console = Console()
+    options.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "peer": {PEER: version(PEER)},
+        "rounds": options.rounds,
+    }
+    for kind, arms, each in (("training", TRAINING, 3), ("alone", ALONE, 20)):
+        seconds = measured(ready(arms, kind == "training"), options.rounds, each, console)
+        results[kind] = summary(seconds, COMPARED[kind])
+    (options.out / "filter_time-cpu.json").write_text(json.dumps(results, indent=1) + "\n")
+    console.print(table(results), markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

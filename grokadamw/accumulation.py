@@ -1,0 +1,257 @@
+"""Gradient accumulation inside the optimizer (Su Jianlin, https://kexue.fm/archives/6794).
+
+`Accumulate` collects the gradients of several micro-batches in a buffer, for any optimizer: exactly the step of one
+batch that is so many times as large. `Cycle` is what GrokAdamW knows of a step whose micro-batches its moments collect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .arguments import check_count, check_number
+from .gradients import clip_coefficient, global_norm
+from .numbers import Number, as_number, as_real, reads_are_free
+from .state import State
+from .update import fastest_sum_of_squares
+from .update.reference import MicroStep
+from .wrapper import Part, Wrapper, by_kind, check_saved
+
+__all__ = ["Accumulate"]
+
+
+# what a group of GrokAdamW says of its cycle: the micro-batches so far; and as the first of them found it, α, what the
+# signal multiplies λ by, λ, β1, β2 and γ
+AT_REST = {"micro_step": 0, "cycle": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)}
+
+
+class Cycle:
+    """Where a GrokAdamW with ``accumulation_steps`` is, as its groups and its state say, in one of its steps.
+
+    Args:
+        of: k.
+        groups: the optimizer's.
+        state: the optimizer's.
+    """
+
+    def __init__(self, of: int, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> None:
+        self.of, self._groups, self._state = of, groups, state
+        self._nth = 1 if of == 1 else groups[0]["micro_step"] + 1
+        self.is_first, self._moves = self._nth == 1, self._nth >= of
+        self.groups = groups  # with the numbers that hold
+        if not self.is_first:
+            self.groups = [_with_numbers(group) for group in groups]
+        self.begun: set[Tensor] = set()  # parameters that are to move, whether or not they have a gradient now
+        self.is_regular = True  # whether they are those that have one
+        if of > 1 and self._moves:
+            params = [param for group in groups for param in group["params"]]
+            self.begun = {param for param in params if state.get(param, {}).get("micro_step")}
+            self.is_regular = all(param.grad is not None for param in self.begun)
+
+    @property
+    def alphas(self) -> list[Number]:
+        """α of each group, as the cycle's first micro-batch found it."""
+        return [group["cycle"][0] for group in self._groups]
+
+    @property
+    def amplification(self) -> float:
+        """What λ is multiplied by, as the first micro-batch found it."""
+        return float(self._groups[0]["cycle"][1])
+
+    def begin(self, alphas: Sequence[Number], amplification: float) -> None:
+        """Keep, at the first micro-batch, the numbers that hold for all of them."""
+        for group, alpha in zip(self._groups, alphas, strict=True):
+            group["cycle"] = (alpha, amplification, *_numbers(group))
+
+    def fits(self, lists: Iterable[Sequence[Tensor]]) -> bool:
+        """Whether parameters that are taken together may be: all of them, or none, have begun their cycle."""
+        return self.of == 1 or (self.is_regular and all(len(set(map(self._has_begun, mine))) == 1 for mine in lists))
+
+    def _has_begun(self, param: Tensor) -> bool:
+        return bool(self._state.get(param, {}).get("micro_step"))
+
+    def micro_step(self, param: Tensor) -> MicroStep:
+        """What this micro-batch does of a step, for a parameter."""
+        return MicroStep(self.of, not self._has_begun(param), self._moves)
+
+    def end(self, params: Iterable[Tensor]) -> bool:
+        """Count this micro-batch, in which these parameters had a gradient. Whether it was the last."""
+        if self.of == 1:
+            return True
+        for param in params:
+            state = self._state[param]
+            state["micro_step"] = 0 if self._moves else state.get("micro_step", 0) + 1
+        for group in self._groups:
+            group["micro_step"] = 0 if self._moves else self._nth
+        return self._moves
+
+
+def join(group: dict[str, Any], first: dict[str, Any]) -> None:
+    """Let a new group take part in the cycle that the optimizer's first group is in, with its own numbers."""
+    if group is first:
+        group.update(AT_REST)  # which may have been another optimizer's
+    elif first["micro_step"] > 0:
+        group["cycle"] = (as_number(group["alpha_init"]), first["cycle"][1], *_numbers(group))
+        group["micro_step"] = first["micro_step"]
+    else:
+        group.update(AT_REST)
+
+
+def _numbers(group: dict[str, Any]) -> list[float]:
+    return [float(x) for x in (group["lamb"], *group["betas"], group["gamma"])]
+
+
+def _with_numbers(group: dict[str, Any]) -> dict[str, Any]:
+    _, _, lamb, beta1, beta2, gamma = group["cycle"]
+    return {**group, "lamb": lamb, "betas": (beta1, beta2), "gamma": gamma}
+
+
+class Accumulate(Wrapper):
+    """An optimizer that takes a micro-batch at every call of ``step()``, and changes parameters at every k-th.
+
+    What the inner optimizer gets at every k-th is the mean of the k gradients: it clips once, steps once, and evaluates
+    its signals once, as for one batch k times as large.
+
+    ::
+
+        optimizer = Accumulate(torch.optim.AdamW(model.parameters()), steps=10)
+        for x, y in micro_batches:
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
+            if optimizer.stepped:
+                scheduler.step()
+        optimizer.flush()
+
+    Gradients are to be zeroed after every micro-batch, and losses not to be divided. Groups and state are the inner
+    optimizer's, which is ``optimizer.optimizer``. A step that GradScaler has found infinity in is no micro-batch; its
+    scale is left to this optimizer, so that frameworks do not clip under it. Source: Su Jianlin,
+    https://kexue.fm/archives/6794.
+
+    Args:
+        optimizer: any that takes a step without evaluating its closure again, as LBFGS does.
+        steps: k ≥ 1, micro-batches of a step.
+        gradient_clipping: largest norm ≥ 0 of the mean gradient, by ``clip_grad_norm_``'s formula; 0 is off. A loop
+            that clips by itself clips micro-batches.
+
+    The groups hold ``accumulated_steps``, the micro-batches of the cycle so far, and ``accumulation_cycle``, k.
+    ``state[p]`` gets ``accumulated``, the sum of its gradients (in the parameter's shape, and its dtype, but float32 at
+    least; of a complex parameter as two real numbers an element), and ``accumulated_grads``, how many those are.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is written above. The message names it and its value.
+    """
+
+    _state_names = ("accumulated", "accumulated_grads")
+    _settings = ("_steps", "_clipping", "_last")
+    _runs = ("accumulated_steps",)
+    _mark, _rank = "accumulation_cycle", 2
+    _always_unscales = True  # so that `stepped` hears of a step that is none; and a loop cannot clip what it collects
+
+    def __init__(self, optimizer: Optimizer, steps: int, gradient_clipping: float = 0.0) -> None:
+        check_count("steps", steps, at_least=1)
+        check_number("gradient_clipping", gradient_clipping)
+        self._steps, self._clipping = steps, gradient_clipping
+        self._last = {"stepped": False}  # in an object: what Lightning makes of this has attributes of its own
+        super().__init__(optimizer, {"accumulated_steps": 0, "accumulation_cycle": steps})
+
+    def _described(self) -> str:
+        return f"steps={self._steps}, gradient_clipping={self._clipping}"
+
+    def _skip(self) -> None:
+        self._last["stepped"] = False
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the last call of ``step()`` or ``flush()`` was one of the inner optimizer's: a scheduler's turn."""
+        return self._last["stepped"]
+
+    def flush(self) -> None:
+        """Step with the mean of what has come since the last step, if anything has: a last, incomplete cycle."""
+        self._fill_groups()
+        self._last["stepped"] = False
+        with torch.no_grad():
+            if (count := self._count()) > 0:
+                self._step_with([], count)
+
+    def discard(self) -> None:
+        """Forget what has come since the last step, as where the inner optimizer refuses it."""
+        for state in self.state.values():
+            if isinstance(state, dict) and state.get("accumulated_grads"):
+                state["accumulated"].zero_()
+                state["accumulated_grads"] = 0
+        for group in self.param_groups:
+            group["accumulated_steps"] = 0
+
+    def _count(self) -> int:
+        """Micro-batches of the cycle so far."""
+        return max((int(group["accumulated_steps"]) for group in self.param_groups), default=0)
+
+    def _make_state(self, parts: list[Part]) -> None:
+        for part in parts:
+            if "accumulated" not in self.state.get(part.param, {}):
+                dtype = torch.promote_types(part.grad.dtype, torch.float32)
+                self.state[part.param].update(accumulated=torch.zeros_like(part.grad, dtype=dtype), accumulated_grads=0)
+
+    def _take(self, parts: list[Part]) -> None:
+        self._last["stepped"] = False
+        count = self._count() + 1
+        if count >= self._steps:
+            self._step_with(parts, count)
+            return
+        self._make_state(parts)
+        for _, mine in by_kind(parts, lambda part: None):
+            torch._foreach_add_([self.state[part.param]["accumulated"] for part in mine], [part.grad for part in mine])
+        for part in parts:
+            self.state[part.param]["accumulated_grads"] += 1
+        for group in self.param_groups:
+            group["accumulated_steps"] = count
+
+    def _step_with(self, parts: list[Part], count: int) -> None:
+        """A step of the inner optimizer with the mean of so many micro-batches, of which `parts` are the last."""
+        last = {part.param: part.grad for part in parts}
+        summed = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                state, grad = self.state.get(param, {}), last.get(param)
+                if state.get("accumulated_grads"):
+                    total = state["accumulated"]
+                    summed.append(Part(param, total.clone() if grad is None else total + grad, state, group))
+                elif grad is not None:
+                    dtype = torch.promote_types(grad.dtype, torch.float32) if count > 1 else grad.dtype
+                    summed.append(Part(param, grad.to(dtype, copy=True), state, group))
+        lists = [[part.grad for part in mine] for _, mine in by_kind(summed, lambda part: None)]
+        for grads in lists:
+            torch._foreach_div_(grads, count)
+        if self._clipping > 0 and summed:
+            devices = (grad.device for grads in lists for grad in grads)
+            home = next((device for device in devices if not reads_are_free(device)), None)
+            norm = global_norm([part.grad for part in summed], fastest_sum_of_squares, home)
+            clip = clip_coefficient(norm, self._clipping)
+            for grads in lists:
+                torch._foreach_mul_(grads, clip.to(grads[0]) if isinstance(clip, Tensor) else clip)
+        self._inner_step(summed, [part.grad for part in summed])
+        self.discard()
+        self._last["stepped"] = True
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            begun, steps = group.get("accumulated_steps", 0), group.get("accumulation_cycle")
+            if begun and steps != self._steps:
+                raise ValueError(
+                    f"state_dict was saved after {begun} of {steps} micro-batches, and the optimizer takes "
+                    f"{self._steps}: construct it with steps={steps}, and change that between cycles"
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group["accumulation_cycle"] = self._steps
+
+    def _check_state(self, param: Tensor, state: State) -> None:
+        if "accumulated" in state:
+            check_saved("accumulated", state["accumulated"], as_real(param).shape)

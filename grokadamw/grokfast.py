@@ -1,0 +1,489 @@
+"""The Grokfast filters on their own, for any optimizer (Lee et al. 2024, arXiv:2405.20233).
+
+Two functions with the names, arguments and use of the published ones (https://github.com/ironjr/grokfast), called
+between ``backward()`` and ``step()``; and two optimizers around another one, which keep the filter's memory in
+checkpoints.
+
+For a gradient g, `gradfilter_ema` and `Grokfast` are section 2.3 of the paper, `gradfilter_ma` and `GrokfastMA` 2.2:
+
+    EMA   μ ← α μ + (1 − α) g          g ← g + λ μ        μ is the first gradient at first
+    MA    μ ← mean of the last w g     g ← g + λ μ        once there are w of them
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import window
+from .arguments import check_count, check_dtype, check_number
+from .filter_memory import Signals, mean_over_ranks
+from .notices import warn
+from .numbers import as_float, as_real, mesh_of
+from .state import State
+from .wrapper import Part, Wrapper, by_kind, check_saved
+
+__all__ = ["Grokfast", "GrokfastMA", "gradfilter_ema", "gradfilter_ma"]
+
+
+@torch.no_grad()
+def gradfilter_ema(
+    m: nn.Module, grads: dict[str, Tensor] | None = None, alpha: float = 0.98, lamb: float = 2.0
+) -> dict[str, Tensor]:
+    """Amplify the slow part of a model's gradients, an exponential moving average; they are written in place.
+
+    Under a GradScaler call ``unscale_`` first, and nothing where it has found infinity: that, and NaN, would stay in μ.
+
+    ::
+
+        grads = None
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            grads = gradfilter_ema(model, grads)
+            optimizer.step()
+
+    Args:
+        m: the model. Parameters that are frozen or have no gradient are left out; one whose first gradient comes later
+            starts then.
+        grads: what the last call returned; None at first. It is written in place.
+        alpha: α in [0, 1].
+        lamb: λ ≥ 0.
+
+    Returns:
+        μ of each parameter by its name, in the gradient's shape, and its dtype, but float32 at least.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is written above, or `grads` is of other parameters.
+        RuntimeError: a gradient is sparse. No gradient was changed in any case.
+    """
+    check_number("alpha", alpha, at_most=1)
+    check_number("lamb", lamb)
+    found = _gradients(m)
+    memory: dict[str, Tensor] = _memory(m, grads)
+    for name, grad in found.items():
+        if name in memory:
+            _check_kept(f"grads[{name!r}]", memory[name], grad.shape)
+    new = {name: grad for name, grad in found.items() if name not in memory}
+    memory.update({name: grad.to(_dtype(grad), copy=True) for name, grad in new.items()})
+    for names in _alike(found):
+        old = [name for name in names if name not in new]
+        if old:
+            torch._foreach_lerp_([memory[n] for n in old], [found[n].to(memory[n].dtype) for n in old], 1 - alpha)
+        torch._foreach_add_([found[n] for n in names], [memory[n] for n in names], alpha=lamb)
+    return memory
+
+
+@torch.no_grad()
+def gradfilter_ma(
+    m: nn.Module,
+    grads: dict[str, Any] | None = None,
+    window_size: int = 100,
+    lamb: float = 5.0,
+    filter_type: str = "mean",
+    warmup: bool = True,
+    trigger: bool = False,
+) -> dict[str, Any]:
+    """Amplify the slow part of a model's gradients, the mean of the last ones; they are written in place.
+
+    A call costs the same for any window. Use it as `gradfilter_ema`; NaN and infinity stay for up to 2 w calls.
+
+    Args:
+        m: the model. Parameters that are frozen or have no gradient are left out; one whose first gradient comes later
+            starts then.
+        grads: what the last call returned; None at first. It is written in place.
+        window_size: w ≥ 1, how many gradients are kept.
+        lamb: λ ≥ 0.
+        filter_type: ``"mean"``, or ``"sum"``.
+        warmup: wait until a parameter has had w gradients. Without it their mean or sum so far is added, and `trigger`
+            is not looked at.
+        trigger: keep gradients, and add nothing.
+
+    Returns:
+        For each parameter by its name ``ring`` (w, *shape), in the gradient's dtype, ``ring_sum`` and ``ring_lap``
+        (shape), float32 at least, and ``ring_count``, 0-d int64. Complex gradients are kept as two real numbers an
+        element.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is written above, or `grads` is of other parameters, or of
+            another window.
+        RuntimeError: a gradient is sparse. No gradient was changed in any case.
+    """
+    _check_window(window_size, filter_type)
+    check_number("lamb", lamb)
+    found = {name: as_real(grad) for name, grad in _gradients(m).items()}
+    memory = _memory(m, grads)
+    for name, grad in found.items():
+        kept = memory.get(name)
+        if isinstance(kept, deque):  # as the published function returns them
+            if kept.maxlen != window_size:
+                raise ValueError(f"grads[{name!r}] is of window_size={kept.maxlen}: give that, or None to start afresh")
+            for old in kept:
+                _check_kept(f"grads[{name!r}]", old, grad.shape)
+        elif kept is not None:
+            ring = kept.get("ring") if isinstance(kept, Mapping) else kept
+            _check_kept(f"grads[{name!r}]['ring']", ring, (window_size, *grad.shape))
+    for name, grad in found.items():
+        kept = memory.get(name)
+        if not isinstance(kept, Mapping):
+            memory[name] = window.named(window.new(grad, window_size, None, torch.device("cpu")), "")
+            for old in kept or ():
+                window.push([window.of(memory[name], "")], [as_real(old)])
+    for names in _alike(found):
+        windows = [window.of(memory[name], "") for name in names]
+        window.push(windows, [found[name] for name in names])
+        for name, its in zip(names, windows, strict=True):
+            there = min(int(its.seen), window_size)
+            if not warmup or (there == window_size and not trigger):
+                found[name].add_(its.total, alpha=lamb / there if filter_type == "mean" else lamb)
+    return memory
+
+
+def _gradients(m: nn.Module) -> dict[str, Tensor]:
+    """The gradients of a model's parameters by their names."""
+    if not isinstance(m, nn.Module):
+        raise TypeError(f"m is a {type(m).__name__}, and not a torch.nn.Module: give the model itself")
+    found = {}
+    for name, param in m.named_parameters():
+        if param.requires_grad and param.grad is not None:
+            if param.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"the gradient of {name} is sparse, which no filter supports: build its module with sparse=False "
+                    "(torch.nn.Embedding)"
+                )
+            if param.grad.is_conj():  # a view, as autograd leaves complex ones, which cannot be written to as real
+                param.grad = param.grad.resolve_conj()
+            found[name] = param.grad.detach()
+    return found
+
+
+def _alike(grads: Mapping[str, Tensor]) -> Iterable[list[str]]:
+    """The names in lists for one of torch's operations on lists."""
+    lists: dict[Any, list[str]] = {}
+    for name, grad in grads.items():
+        lists.setdefault((grad.device, mesh_of(grad), grad.dtype), []).append(name)
+    return lists.values()
+
+
+def _memory(m: nn.Module, grads: Any) -> dict[str, Any]:
+    """What the last call returned, or an empty one."""
+    if grads is None:
+        return {}
+    if not isinstance(grads, dict):
+        raise TypeError(f"grads is a {type(grads).__name__}: give what the last call returned, or None to start afresh")
+    names = [name for name, _ in m.named_parameters()]
+    if grads and not set(grads) & set(names):
+        raise ValueError(
+            f"grads is of other parameters ({next(iter(grads))}, …) than those of m ({next(iter(names), 'none')}, …): "
+            "give the same model, under no other wrapper, or None to start afresh"
+        )
+    return grads
+
+
+def _check_kept(what: str, value: Any, shape: Iterable[int]) -> None:
+    if not isinstance(value, Tensor) or value.shape != torch.Size(shape):
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+        raise ValueError(
+            f"{what} has {found}, and not shape {tuple(shape)}: give what the last call of this function for this "
+            "model and this window_size returned, or None to start afresh"
+        )
+
+
+def _check_window(window_size: int, filter_type: str) -> None:
+    check_count("window_size", window_size, at_least=1)
+    if filter_type not in ("mean", "sum"):
+        raise ValueError(f"filter_type={filter_type!r} is unknown: give 'mean' or 'sum'")
+
+
+def _dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+# what the filters keep in the state
+_OF_EMA = ("grokfast_ema", "grokfast_step")
+_OF_MA = tuple(window.names("grokfast_"))
+_OF_ACCUMULATE = ("accumulated", "accumulated_grads")
+
+
+class _Filter(Wrapper):
+    """A filter in front of an optimizer."""
+
+    _settings: tuple[str, ...] = ("_signals",)
+    _runs = ("grokfast_signal_state",)
+    _mark, _rank = "grokfast_filter", 1
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        numbers: dict[str, Any],
+        amplify_after: int,
+        amplify_when: Callable[[], Any] | None,
+    ) -> None:
+        check_count("amplify_after", amplify_after)
+        self._signals = _signal(amplify_when)
+        kept = {"grokfast_amplify_after": amplify_after, "grokfast_signal_state": None}
+        super().__init__(optimizer, {**numbers, **kept, "grokfast_filter": self._described()})
+        if self._signals is not None:
+            self._signals.bind(self)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        check_number("grokfast_lamb", group["grokfast_lamb"])
+        check_count("grokfast_amplify_after", group["grokfast_amplify_after"])
+
+    def _gate(self) -> float:
+        """What λ is multiplied by, in [0, 1]: the same on all ranks."""
+        if self._signals is None:
+            return 1.0
+        signal = self._signals.evaluate(None, None)
+        device = next((param.device for group in self.param_groups for param in group["params"]), None)
+        if device is not None:
+            signal = mean_over_ranks(signal, device)
+        value = 0.0 if signal is None else as_float(signal)
+        return 0.0 if math.isnan(value) else min(max(value, 0.0), 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        for group in self.param_groups[:1]:
+            group["grokfast_signal_state"] = None if self._signals is None else self._signals.state()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            saved, group["grokfast_filter"] = group["grokfast_filter"], self._described()
+        if saved != self._described():
+            warn(
+                f"state_dict is of a run with Grokfast's filter ({saved}), and this optimizer goes on with "
+                f"({self._described()}), as it was constructed",
+                UserWarning,
+            )
+        if self._signals is not None:
+            self._signals.load(self.param_groups[0]["grokfast_signal_state"])
+
+
+def _usable(parts: list[Part]) -> list[Tensor]:
+    """The gradients as they are remembered: NaN, for which the inner optimizer may have a rule, would stay."""
+    return [part.grad.nan_to_num(0.0, 0.0, 0.0) for part in parts]
+
+
+def _signal(function: Any) -> Signals | None:
+    """amplify_when, as signals are evaluated."""
+    if function is None:
+        return None
+    way_out = "give a function of no arguments, as lambda: plateau(train_loss, eval_loss) is one"
+    if not callable(function):
+        raise TypeError(f"amplify_when={function!r} is no callable: {way_out}")
+    try:
+        signals = Signals(function, counted=False)
+    except TypeError:
+        raise TypeError(f"amplify_when={function!r} requires arguments: {way_out}") from None
+    if any(signals.takes_losses):
+        raise TypeError(f"amplify_when={function!r} takes losses, which nobody gives it here: {way_out}")
+    return signals
+
+
+class Grokfast(_Filter):
+    r"""The EMA filter in front of any optimizer: it steps with :math:`g + λ μ` where it would have stepped with g.
+
+    ::
+
+        optimizer = Grokfast(torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.005))
+
+    It is used as the inner optimizer was: schedulers, closures, GradScaler, checkpoints. Its groups and its state are
+    the inner one's, which is ``optimizer.optimizer``. ``p.grad`` is left as it was. NaN and infinity are the inner
+    optimizer's affair, and 0 in μ. Not for GrokAdamW, which has the filter. Source: arXiv:2405.20233, section 2.3.
+
+    Args:
+        optimizer: any that takes a step without evaluating its closure again, as LBFGS does.
+        alpha: α in [0, 1], the memory: an average over about 1 / (1 − α) steps.
+        lamb: λ ≥ 0; 0 is no filter.
+        amplify_after: gradients of a parameter before λ acts on it. μ is kept from the first on.
+        amplify_when: a signal of no arguments (see :mod:`grokadamw.signals`; one that returns a bool will do), called
+            at each step. λ is multiplied by what it says, limited to [0, 1]; while it says nothing, by 0. With several
+            processes it is the mean of theirs. Checkpoints hold what it remembers; pickle holds the function.
+
+    The groups hold ``grokfast_alpha``, ``grokfast_lamb`` and ``grokfast_amplify_after``, which may differ, and change
+    at any time; and ``grokfast_signal_state``. ``state[p]`` gets ``grokfast_ema`` (μ, in the parameter's shape, and its
+    dtype, but float32 at least; of a complex parameter as two real numbers an element) and ``grokfast_step``, the
+    gradients that it has seen, once λ was above 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is written above. The message names it and its value.
+    """
+
+    _state_names: tuple[str, ...] = _OF_EMA
+    _others = (*_OF_MA, *_OF_ACCUMULATE)
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        alpha: float = 0.98,
+        lamb: float = 2.0,
+        *,
+        amplify_after: int = 0,
+        amplify_when: Callable[[], Any] | None = None,
+    ) -> None:
+        check_number("alpha", alpha, at_most=1)
+        check_number("lamb", lamb)
+        super().__init__(optimizer, {"grokfast_alpha": alpha, "grokfast_lamb": lamb}, amplify_after, amplify_when)
+
+    def _described(self) -> str:
+        return "an exponential moving average"
+
+    def _check(self, group: dict[str, Any]) -> None:
+        check_number("grokfast_alpha", group["grokfast_alpha"], at_most=1)
+        super()._check(group)
+
+    def _make_state(self, parts: list[Part]) -> None:
+        for part in parts:
+            if "grokfast_step" not in part.state and part.group["grokfast_lamb"] > 0:
+                ema = torch.zeros_like(part.grad, dtype=_dtype(part.grad))
+                self.state[part.param].update(grokfast_ema=ema, grokfast_step=0)
+
+    def _take(self, parts: list[Part]) -> None:
+        self._make_state(parts)
+        gate = self._gate()
+
+        def kind(part: Part) -> tuple[float, float, bool] | None:
+            """α, λ, and whether this is the first gradient; None where no μ is kept."""
+            group, seen = part.group, self.state.get(part.param, {}).get("grokfast_step")
+            if seen is None:
+                return None
+            is_on = seen >= group["grokfast_amplify_after"]
+            return float(group["grokfast_alpha"]), float(group["grokfast_lamb"]) * gate * is_on, seen == 0
+
+        lists = by_kind(parts, kind)
+        filtered = []
+        for its, mine in lists:
+            grads = [part.grad for part in mine]
+            if its is None or its[1] == 0:
+                filtered += [grad.clone() for grad in grads]  # which hooks of the inner optimizer may write to
+            else:
+                alpha, lamb, is_first = its
+                # λ μ + g, by what μ will be
+                slow = grads if is_first else [self._ema(part) for part in mine]
+                amplified = torch._foreach_mul(slow, 1 + lamb if is_first else lamb * alpha)
+                if not is_first:
+                    torch._foreach_add_(amplified, grads, alpha=1 + lamb * (1 - alpha))
+                filtered += amplified
+        self._inner_step([part for _, mine in lists for part in mine], filtered)
+        for its, mine in lists:
+            if its is not None:
+                emas = [self._ema(part) for part in mine]
+                grads = [grad.to(ema.dtype) for grad, ema in zip(_usable(mine), emas, strict=True)]
+                torch._foreach_lerp_(emas, grads, 1.0 if its[2] else 1 - its[0])
+                for part in mine:
+                    self.state[part.param]["grokfast_step"] += 1
+
+    def _ema(self, part: Part) -> Tensor:
+        ema: Tensor = self.state[part.param]["grokfast_ema"]
+        return ema
+
+    def _check_state(self, param: Tensor, state: State) -> None:
+        if "grokfast_ema" in state:
+            check_saved("grokfast_ema", state["grokfast_ema"], as_real(param).shape)
+
+
+class GrokfastMA(_Filter):
+    r"""The moving-average filter in front of any optimizer: it steps with :math:`g + λ μ`, μ the mean of the last g.
+
+    Used as `Grokfast`. A step costs the same for any window; the memory is w + 2 times the parameters'. Source:
+    arXiv:2405.20233, section 2.2.
+
+    Args:
+        optimizer: any that takes a step without evaluating its closure again, as LBFGS does.
+        window_size: w ≥ 1.
+        lamb: λ ≥ 0; 0 is no filter.
+        filter_type: ``"mean"``, or ``"sum"``.
+        warmup: wait until a parameter has had w gradients. Without it μ is the mean, or the sum, of those so far.
+        window_dtype: that gradients are kept in; None for the parameter's, but float32 for float16, whose range is too
+            small. ``torch.bfloat16`` halves the memory that a float32 model needs; sums stay float32 at least.
+        amplify_after, amplify_when: as `Grokfast`'s.
+
+    The groups hold ``grokfast_lamb``, ``grokfast_amplify_after`` and ``grokfast_signal_state``. ``state[p]`` gets
+    ``grokfast_ring`` (w, \*shape), its sums ``grokfast_ring_sum`` and ``grokfast_ring_lap`` (shape), and
+    ``grokfast_ring_count``, a 0-d int64 tensor on the CPU; of a complex parameter as two real numbers an element.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is written above. The message names it and its value.
+    """
+
+    _state_names = _OF_MA
+    _others = (*_OF_EMA, *_OF_ACCUMULATE)
+    _settings: tuple[str, ...] = ("_signals", "_size", "_filter_type", "_warmup", "_dtype")
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        window_size: int = 100,
+        lamb: float = 5.0,
+        filter_type: str = "mean",
+        warmup: bool = True,
+        *,
+        window_dtype: torch.dtype | None = None,
+        amplify_after: int = 0,
+        amplify_when: Callable[[], Any] | None = None,
+    ) -> None:
+        _check_window(window_size, filter_type)
+        if not isinstance(warmup, bool):
+            raise TypeError(f"warmup={warmup!r} is neither True nor False")
+        check_dtype("window_dtype", window_dtype)
+        check_number("lamb", lamb)
+        self._size, self._filter_type, self._warmup, self._dtype = window_size, filter_type, warmup, window_dtype
+        super().__init__(optimizer, {"grokfast_lamb": lamb}, amplify_after, amplify_when)
+
+    def _make_state(self, parts: list[Part]) -> None:
+        for part in parts:
+            if "grokfast_ring" not in part.state and part.group["grokfast_lamb"] > 0:
+                its = window.new(part.param, self._size, self._dtype, torch.device("cpu"))
+                self.state[part.param].update(window.named(its, "grokfast_"))
+
+    def _take(self, parts: list[Part]) -> None:
+        self._make_state(parts)
+        gate = self._gate()
+
+        def kind(part: Part) -> float | None:
+            """What the mean is to be multiplied by; None where no window is kept."""
+            group, state = part.group, self.state.get(part.param, {})
+            if "grokfast_ring" not in state:
+                return None
+            seen = int(state["grokfast_ring_count"])
+            there = min(seen + 1, self._size)
+            if seen < group["grokfast_amplify_after"] or (self._warmup and there < self._size):
+                return 0.0
+            return float(group["grokfast_lamb"]) * gate * (there if self._filter_type == "sum" else 1)
+
+        lists = by_kind(parts, kind)
+        filtered = []
+        for lamb, mine in lists:
+            grads = [part.grad for part in mine]
+            if lamb:
+                amplified = window.means(self._windows(mine), grads)
+                torch._foreach_mul_(amplified, lamb)
+                torch._foreach_add_(amplified, grads)
+                filtered += amplified
+            else:
+                filtered += [grad.clone() for grad in grads]  # which hooks of the inner optimizer may write to
+        self._inner_step([part for _, mine in lists for part in mine], filtered)
+        for lamb, mine in lists:
+            if lamb is not None:
+                window.push(self._windows(mine), _usable(mine))
+
+    def _windows(self, parts: list[Part]) -> list[window.Window]:
+        return [window.of(self.state[part.param], "grokfast_") for part in parts]
+
+    def _described(self) -> str:
+        return f"window_size={self._size}, filter_type={self._filter_type!r}, warmup={self._warmup}"
+
+    def _placed(self, name: str, value: Any, param: Tensor) -> Any:
+        placed = super()._placed(name, value, param)
+        return placed.to(window.dtype_of(param, self._dtype)) if name == "grokfast_ring" else placed
+
+    def _check_state(self, param: Tensor, state: State) -> None:
+        if "grokfast_ring" in state:
+            check_saved("grokfast_ring", state["grokfast_ring"], (self._size, *as_real(param).shape))

@@ -1,0 +1,155 @@
+"""The mean of a parameter's last gradients: a ring of them, and its sum, which cost the same for any length.
+
+The sum is float32 at least. Each step takes the oldest gradient out of it and puts the newest in, whose rounding would
+add up over a run. So a second sum collects what the ring's current lap brings, and takes the first one's place when the
+lap is over: it is the sum of the whole ring then, and nothing was ever taken out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .numbers import as_real, mesh_of, reads_are_free
+
+
+class Window(NamedTuple):
+    """Of one parameter, as real numbers."""
+
+    ring: Tensor  # (size, *shape): the gradients, the n-th at n mod size; what has not come yet is 0
+    total: Tensor  # shape: the sum of the ring
+    lap: Tensor  # shape: the sum of ring[0] up to the newest
+    seen: Tensor  # 0-d int64: the gradients that have come so far
+
+
+def new(param: Tensor, size: int, dtype: torch.dtype | None, device: torch.device) -> Window:
+    """An empty window.
+
+    Args:
+        size: how many gradients it holds.
+        dtype: of the ring; None as `dtype_of` has it.
+        device: of the count.
+    """
+    dtype = dtype_of(param, dtype)
+    like = as_real(param.detach())
+    sums = [torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32)) for _ in range(2)]
+    if mesh_of(like) is None:
+        # memory that is 0 from the start takes no room before it is written to
+        ring = like.new_zeros((size, *like.shape), dtype=dtype)
+    else:
+        ring = torch.stack([torch.zeros_like(like, dtype=dtype)] * size)
+    total, lap = sums
+    return Window(ring, total, lap, torch.zeros((), dtype=torch.int64, device=device))
+
+
+def dtype_of(param: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """What a ring keeps gradients in where nothing was asked for: as they come, but float16 has too small a range."""
+    own = as_real(param.detach()).dtype
+    return dtype or (torch.float32 if own == torch.float16 else own)
+
+
+def named(window: Window, prefix: str) -> dict[str, Any]:
+    """The window as entries of a state."""
+    return dict(zip(names(prefix), window, strict=True))
+
+
+def names(prefix: str) -> list[str]:
+    """The entries of a state that are a window."""
+    return [f"{prefix}ring", f"{prefix}ring_sum", f"{prefix}ring_lap", f"{prefix}ring_count"]
+
+
+def of(state: Mapping[str, Any], prefix: str) -> Window:
+    """The window that is in a state."""
+    return Window(*(state[name] for name in names(prefix)))
+
+
+def average(
+    windows: Sequence[Window], grads: Sequence[Tensor], averages: Sequence[Tensor], finite: Tensor | None
+) -> None:
+    """Put a gradient into each window, and what their means are then into `averages`.
+
+    Args:
+        grads: real.
+        finite: 0-d bool; where it is False nothing is written. None: everything is.
+    """
+    for mu, mean in zip(averages, means(windows, grads), strict=True):
+        mu.copy_(mean if finite is None else torch.where(finite, mean, mu))
+    push(windows, grads, finite)
+
+
+def means(windows: Sequence[Window], grads: Sequence[Tensor]) -> list[Tensor]:
+    """What the means of the windows are once these gradients are in: new tensors, in the dtype of the sums."""
+    values = _stored(windows, grads)
+    if not _is_known(windows):
+        return [_total(w, x) / (w.seen + 1).clamp(max=len(w.ring)) for w, x in zip(windows, values, strict=True)]
+    totals = list(torch._foreach_sub([w.total for w in windows], _rows(windows)))
+    torch._foreach_add_(totals, values)
+    for i, w in enumerate(windows):
+        if _ends_lap(w):
+            totals[i] = w.lap + values[i]
+    torch._foreach_div_(totals, [float(min(int(w.seen) + 1, len(w.ring))) for w in windows])
+    return totals
+
+
+def push(windows: Sequence[Window], grads: Sequence[Tensor], finite: Tensor | None = None) -> None:
+    """Put a gradient into each window, in place of its oldest.
+
+    Args:
+        grads: real, and finite, unless `finite` says otherwise.
+        finite: 0-d bool; where it is False nothing is written.
+    """
+    values = _stored(windows, grads)
+    if finite is not None or not _is_known(windows):
+        for w, x in zip(windows, values, strict=True):
+            _push_unread(w, x, torch.ones_like(w.seen, dtype=torch.bool) if finite is None else finite)
+        return
+    rows, totals, laps = _rows(windows), [w.total for w in windows], [w.lap for w in windows]
+    torch._foreach_sub_(totals, rows)
+    torch._foreach_add_(totals, values)
+    torch._foreach_add_(laps, values)
+    for w, row, x in zip(windows, rows, values, strict=True):
+        row.copy_(x)
+        if _ends_lap(w):
+            w.total.copy_(w.lap)
+            w.lap.zero_()
+    torch._foreach_add_([w.seen for w in windows], 1)
+
+
+def _push_unread(w: Window, x: Tensor, finite: Tensor) -> None:
+    """The same where the count must not be read back."""
+    place, is_end = (w.seen % len(w.ring)).reshape(1), w.seen % len(w.ring) == len(w.ring) - 1
+    total = _total(w, x)
+    row = torch.where(finite, x, w.ring.index_select(0, place).squeeze(0))
+    w.ring.index_copy_(0, place, row.unsqueeze(0))
+    w.total.copy_(torch.where(finite, total, w.total))
+    w.lap.copy_(torch.where(finite, torch.where(is_end, 0, w.lap + x), w.lap))
+    w.seen.add_(finite)
+
+
+def _total(w: Window, x: Tensor) -> Tensor:
+    """The sum of the ring once x is in it, where the count must not be read back."""
+    place = w.seen % len(w.ring)
+    oldest = w.ring.index_select(0, place.reshape(1)).squeeze(0)
+    return torch.where(place == len(w.ring) - 1, w.lap + x, w.total - oldest + x)
+
+
+def _stored(windows: Sequence[Window], grads: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients as the rings keep them: what leaves a sum must be what came into it."""
+    return [grad.to(w.ring.dtype) for w, grad in zip(windows, grads, strict=True)]
+
+
+def _rows(windows: Sequence[Window]) -> list[Tensor]:
+    """Where each window's next gradient goes."""
+    return [w.ring[int(w.seen) % len(w.ring)] for w in windows]
+
+
+def _ends_lap(w: Window) -> bool:
+    return (int(w.seen) + 1) % len(w.ring) == 0
+
+
+def _is_known(windows: Sequence[Window]) -> bool:
+    """Whether the counts are numbers that the host has."""
+    return not torch.compiler.is_compiling() and reads_are_free(windows[0].seen.device)

@@ -1,0 +1,56 @@
+"""The benchmarks of filters and of accumulation, in small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import accumulation, filter_time
+from benchmarks.grokking import filters
+
+
+def test_a_short_run_of_the_first_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    filters.main(["--steps", "20", "--out", str(tmp_path)])
+    assert "> 20" in capsys.readouterr().out
+    arms = json.loads((tmp_path / "filters-seed0.json").read_text())["arms"]
+    assert [arm["steps"] for arm in arms] == [[10, 20]] * 2
+    assert [arm["published"] for arm in arms] == [910, 790]
+    assert all(0 < accuracy < 0.1 for arm in arms for accuracy in arm["validation"])
+
+
+def test_the_published_model() -> None:
+    torch.manual_seed(0)
+    model = filters.Decoder()
+    assert sum(p.numel() for p in model.parameters()) == 422_784  # a position more than the demonstration's
+    tokens = torch.randint(0, 97, (3, 4))
+    logits = model(tokens)
+    assert logits.shape == (3, 99)
+    changed = tokens.clone()
+    changed[:, 0] += 1
+    assert not torch.equal(model(changed), logits)  # the last position sees the first
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_filters_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filter_time, "ALONE", filter_time.ALONE[:2])  # a window of 1,000 takes 2 GB
+    filter_time.main(["--rounds", "2", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "filter_time-cpu.json").read_text())
+    assert list(results["training"]) == [arm.name for arm in filter_time.TRAINING]
+    assert results["training"]["GrokAdamW"]["ratio"] == results["alone"]["gradfilter_ema"]["ratio"] == 1
+    capsys.readouterr()
+    filter_time.main(["--table", str(tmp_path / "filter_time-cpu.json")])
+    assert capsys.readouterr().out == filter_time.table(results)
+
+
+def test_step_lengths_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accumulation, "AT", (1, 2))
+    accumulation.main(["--steps", "2", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "accumulation.json").read_text())["ratios"]
+    assert set(found) == {"2", "8", "32"}
+    assert all(k**-0.5 <= ratio <= 1 for k in (2, 8, 32) for ratio in found[f"{k}"].values())
+    assert "| 32 | 0." in capsys.readouterr().out

@@ -1,0 +1,888 @@
+"""The Grokfast filters: the published functions, and optimizers around others."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import os
+import pickle
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW
+
+from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA, window
+from grokadamw.grokfast import gradfilter_ema, gradfilter_ma
+from grokadamw.signals import AccuracyGap, SlowGradient
+
+from .models import network, train
+
+PEER = Path(sys.prefix) / "peers/pytorch-optimizer"
+SHAPES = {"a": (4, 3), "b": (5,), "c": ()}
+
+
+class Holder(nn.Module):
+    """Parameters without a model."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in SHAPES.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
+
+    def set_grads(self, grads: dict[str, np.ndarray]) -> None:
+        for name, p in self.named_parameters():
+            p.grad = torch.tensor(grads[name]).to(p.dtype) if name in grads else None
+
+    def grads(self) -> dict[str, np.ndarray]:
+        return {name: p.grad.double().numpy().copy() for name, p in self.named_parameters() if p.grad is not None}
+
+
+def recorded(steps: int, late: int = 0) -> list[dict[str, np.ndarray]]:
+    """Gradients with a slow part; those of "b" come from a later step on, and not always."""
+    rng = np.random.default_rng(0)
+    slow = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
+    return [
+        {
+            name: slow[name] + rng.normal(size=shape)
+            for name, shape in SHAPES.items()
+            if name != "b" or late == 0 or (step >= late and step % 7 != 3)
+        }
+        for step in range(steps)
+    ]
+
+
+# the published definition, in NumPy
+
+
+def oracle_ema(past: list[np.ndarray], alpha: float, lamb: float) -> np.ndarray:
+    mu = past[0]
+    for g in past:
+        mu = alpha * mu + (1 - alpha) * g
+    return past[-1] + lamb * mu
+
+
+def oracle_ma(
+    past: list[np.ndarray], window_size: int, lamb: float, filter_type: str, warmup: bool, trigger: bool
+) -> np.ndarray:
+    last = past[-window_size:]
+    if warmup and (len(last) < window_size or trigger):
+        return past[-1]
+    return past[-1] + lamb * (np.mean if filter_type == "mean" else np.sum)(last, axis=0)
+
+
+EMA = [{}, {"alpha": 0.9, "lamb": 5.0}, {"alpha": 0.0}, {"alpha": 1.0}, {"lamb": 0.0}]
+MA = [
+    {"window_size": size, "lamb": 3.0, "filter_type": filter_type, "warmup": warmup, "trigger": trigger}
+    for size in (1, 7, 100)
+    for filter_type in ("mean", "sum")
+    for warmup in (True, False)
+    for trigger in (True, False)
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("late", [0, 40])
+@pytest.mark.parametrize("options", EMA, ids=str)
+def test_ema_is_as_published(options: dict[str, Any], late: int, dtype: torch.dtype, tolerance: float) -> None:
+    def theirs(past: list[np.ndarray]) -> np.ndarray:
+        return oracle_ema(past, **{"alpha": 0.98, "lamb": 2.0} | options)
+
+    as_published(gradfilter_ema, theirs, options, late, dtype, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("late", [0, 40])
+@pytest.mark.parametrize("options", MA, ids=str)
+def test_ma_is_as_published(options: dict[str, Any], late: int, dtype: torch.dtype, tolerance: float) -> None:
+    as_published(gradfilter_ma, lambda past: oracle_ma(past, **options), options, late, dtype, tolerance)
+
+
+def as_published(
+    function: Callable[..., Any],
+    theirs: Callable[[list[np.ndarray]], np.ndarray],
+    options: dict[str, Any],
+    late: int,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    """300 steps, the memory saved and loaded on the way."""
+    model, memory = Holder(dtype), None
+    past: dict[str, list[np.ndarray]] = {name: [] for name in SHAPES}
+    for step, grads in enumerate(recorded(300, late)):
+        model.set_grads(grads)
+        for name, g in model.grads().items():
+            past[name].append(g)
+        memory = function(model, grads=memory, **options)
+        if step == 150:
+            memory = saved_and_loaded(memory)
+        for name, g in model.grads().items():
+            scale = theirs([np.abs(g) for g in past[name]]).max()  # of what is added, and may cancel
+            np.testing.assert_allclose(g, theirs(past[name]), rtol=0, atol=tolerance * scale)
+    assert list(memory) == (list(SHAPES) if not late else ["a", "c", "b"])
+
+
+def saved_and_loaded(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def published_modules() -> Iterator[Any]:
+    """pytorch-optimizer's functions, where `make peers` has put them, and the published file, where it is."""
+    yield pytest.param("peer", marks=pytest.mark.skipif(not PEER.exists(), reason="make peers installs it"))
+    reason = "GROKFAST_PY=/path/to/ironjr/grokfast/grokfast.py names the published file"
+    yield pytest.param("published", marks=pytest.mark.skipif("GROKFAST_PY" not in os.environ, reason=reason))
+
+
+@pytest.mark.parametrize("whose", list(published_modules()))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "options"), [("gradfilter_ema", o) for o in EMA] + [("gradfilter_ma", o) for o in MA], ids=str
+)
+def test_others_functions_do_the_same(whose: str, dtype: torch.dtype, name: str, options: dict[str, Any]) -> None:
+    if whose == "peer":
+        if options.get("trigger") and options["warmup"]:
+            pytest.skip("it has no trigger")
+        options = {key: value for key, value in options.items() if key != "trigger"}
+        if str(PEER) not in sys.path:
+            sys.path.append(str(PEER))
+        from pytorch_optimizer.optimizer import grokfast as theirs
+    else:
+        spec = importlib.util.spec_from_file_location("published_grokfast", os.environ["GROKFAST_PY"])
+        assert spec is not None
+        assert spec.loader is not None
+        theirs = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(theirs)
+    function = {"gradfilter_ema": gradfilter_ema, "gradfilter_ma": gradfilter_ma}[name]
+    ours, others, memory, others_memory = Holder(dtype), Holder(dtype), None, None
+    summed = options.get("window_size", 1) if options.get("filter_type") == "sum" else 1
+    scale = 5 * (1 + options.get("lamb", 2.0) * summed)  # of what is added, and may cancel
+    for grads in recorded(300):
+        ours.set_grads(grads)
+        others.set_grads(grads)
+        memory = function(ours, memory, **options)
+        others_memory = getattr(theirs, name)(others, others_memory, **options)
+        for g, expected in zip(ours.grads().values(), others.grads().values(), strict=True):
+            np.testing.assert_allclose(g, expected, rtol=0, atol=1e-6 * scale)
+    assert list(memory) == list(others_memory)
+
+
+# what the published functions get wrong
+
+
+@pytest.mark.parametrize("function", [gradfilter_ema, gradfilter_ma])
+def test_gradients_that_are_zeroed_in_place_are_remembered(function: Callable[..., Any]) -> None:
+    """A window of live gradients would hold zeros after zero_grad(set_to_none=False)."""
+    models, memories = [Holder(), Holder()], [None, None]
+    for step, grads in enumerate(recorded(12)):
+        for i, model in enumerate(models):
+            if step == 0 or i == 0:
+                model.set_grads(grads)
+            else:
+                model.zero_grad(set_to_none=False)
+                for name, p in model.named_parameters():
+                    p.grad.add_(torch.tensor(grads[name]))
+            options = {"window_size": 4} if function is gradfilter_ma else {}
+            memories[i] = function(model, memories[i], **options)
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+
+
+def test_the_published_memory_of_a_window_can_be_gone_on_from() -> None:
+    """A deque of gradients for each parameter, as an older checkpoint of a script may hold it."""
+    model, steps = Holder(), recorded(20)
+    memory: Any = {name: deque([torch.tensor(g[name]) for g in steps[:9]][-5:], maxlen=5) for name in SHAPES}
+    for i in range(9, 20):
+        model.set_grads(steps[i])
+        memory = gradfilter_ma(model, memory, window_size=5)
+        for name, g in model.grads().items():
+            expected = oracle_ma([g[name] for g in steps[: i + 1]], 5, 5.0, "mean", True, False)
+            np.testing.assert_allclose(g, expected, rtol=1e-12)
+
+
+def test_half_precision_gradients_are_averaged_in_float32() -> None:
+    model, memory, ring = Holder(torch.bfloat16), None, None
+    for grads in recorded(50):
+        model.set_grads(grads)
+        memory = gradfilter_ema(model, memory)
+        model.set_grads(grads)
+        ring = gradfilter_ma(model, ring, window_size=10)
+    assert {mu.dtype for mu in memory.values()} == {torch.float32}
+    assert {(x["ring"].dtype, x["ring_sum"].dtype) for x in ring.values()} == {(torch.bfloat16, torch.float32)}
+    exact = np.mean([torch.tensor(g["a"]).bfloat16().double().numpy() for g in recorded(50)[-10:]], axis=0)
+    np.testing.assert_allclose(ring["a"]["ring_sum"] / 10, exact, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "error", "words"),
+    [
+        (gradfilter_ema, {"m": "model"}, TypeError, "m is a str"),
+        (gradfilter_ema, {"alpha": 1.5}, ValueError, "alpha=1.5"),
+        (gradfilter_ema, {"lamb": "2"}, TypeError, "lamb='2'"),
+        (
+            gradfilter_ema,
+            {"grads": {"a": torch.zeros(3)}},
+            ValueError,
+            r"grads\['a'\] has shape \(3,\), and not shape \(4, 3\)",
+        ),
+        (gradfilter_ma, {"window_size": 0}, ValueError, "window_size=0"),
+        (gradfilter_ma, {"window_size": 2.5}, TypeError, "window_size=2.5"),
+        (gradfilter_ma, {"filter_type": "median"}, ValueError, "filter_type='median'.*'mean' or 'sum'"),
+        (gradfilter_ma, {"lamb": -1.0}, ValueError, "lamb=-1.0"),
+        (gradfilter_ma, {"grads": {"a": {"ring": torch.zeros(5, 4, 3)}}}, ValueError, r"not shape \(100, 4, 3\)"),
+        (gradfilter_ma, {"grads": {"a": deque([torch.zeros(3)], 100)}}, ValueError, r"grads\['a'\] has shape"),
+        (gradfilter_ma, {"grads": {"a": deque(maxlen=5)}}, ValueError, r"grads\['a'\] is of window_size=5"),
+        (gradfilter_ma, {"grads": {"a": torch.zeros(4, 3)}}, ValueError, "what the last call of this function"),
+        (gradfilter_ema, {"grads": {"a": {"ring": torch.zeros(5, 4, 3)}}}, ValueError, "has type dict"),
+        (gradfilter_ema, {"grads": []}, TypeError, "grads is a list"),
+        (gradfilter_ema, {"grads": {"module.a": torch.zeros(4, 3)}}, ValueError, "of other parameters .module.a, "),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_before_anything_has_changed(
+    function: Callable[..., Any], arguments: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    model = Holder()
+    model.set_grads(recorded(1)[0])
+    before = model.grads()
+    with pytest.raises(error, match=words):
+        function(**{"m": model} | arguments)
+    for name, g in model.grads().items():
+        assert (g == before[name]).all()
+
+
+@pytest.mark.parametrize("function", [gradfilter_ema, gradfilter_ma])
+def test_sparse_gradients_are_refused_by_name(function: Callable[..., Any]) -> None:
+    model = nn.Embedding(4, 2, sparse=True)
+    model(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="the gradient of weight is sparse"):
+        function(model)
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0"):
+        Grokfast(SGD(model.parameters())).step()
+
+
+# the window
+
+
+@settings(max_examples=100)
+@given(
+    size=st.integers(1, 6),
+    dtype=st.sampled_from([None, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+    finite=st.lists(st.booleans(), max_size=20),
+    known=st.booleans(),
+)
+def test_a_window_has_the_mean_of_the_last(
+    size: int, dtype: torch.dtype | None, seed: int, finite: list[bool], known: bool
+) -> None:
+    """Whether or not the host may read what is finite, and with windows that began at different steps."""
+    rng = np.random.default_rng(seed)
+    params = [torch.zeros(3, dtype=torch.float64), torch.zeros((), dtype=torch.float64)]
+    windows = [window.new(p, size, dtype, torch.device("cpu")) for p in params]
+    past: list[list[Tensor]] = [[], []]
+    for step, is_finite in enumerate(finite):
+        late = 2 if step >= 3 else 1  # the second begins later
+        grads = [torch.tensor(rng.normal(size=tuple(p.shape))) for p in params][:late]
+        if not is_finite:
+            grads[0].view(-1)[0] = torch.nan
+        means = [torch.full_like(p, 7.0) for p in params[:late]]
+        if known and is_finite:
+            window.average(windows[:late], grads, means, None)
+        else:
+            window.average(windows[:late], grads, means, torch.tensor(is_finite))
+        for mine, grad, mean in zip(past, grads, means, strict=False):
+            if is_finite:
+                mine.append(grad.to(dtype or grad.dtype).double())
+                torch.testing.assert_close(mean, torch.stack(mine[-size:]).mean(0), rtol=1e-12, atol=1e-12)
+            else:
+                assert (mean == 7).all()
+    assert [int(w.seen) for w in windows] == [len(mine) for mine in past]
+
+
+def test_rounding_does_not_add_up() -> None:
+    """Large gradients leave an error in a sum that they come into and go out of; it goes with the lap."""
+    w = window.new(torch.zeros(1000), 10, None, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1000):
+        window.push([w], [torch.randn(1000, generator=generator) * (1e6 if step < 980 else 1.0)])
+    exact = w.ring.double().sum(0)
+    torch.testing.assert_close(w.total.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+# optimizers around others
+
+INNER: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda params: SGD(params, lr=0.1),
+    "SGD, momentum": lambda params: SGD(params, lr=0.1, momentum=0.9),
+    "Adam": lambda params: Adam(params, lr=0.01, weight_decay=0.01),
+    "AdamW, fused": lambda params: AdamW(params, lr=0.01, fused=True),
+    "AdamW, capturable": lambda params: AdamW(params, lr=torch.tensor(0.01)),
+    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=0.01),
+    "Adafactor": lambda params: torch.optim.Adafactor(params, lr=0.01),
+    "GrokAdamW": lambda params: GrokAdamW(params, lr=0.01, lamb=0.0, gamma=0.0),
+}
+WRAPPERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "EMA": (lambda inner, **o: Grokfast(inner, alpha=0.9, lamb=3.0, **o), lambda *a: gradfilter_ema(*a, 0.9, 3.0)),
+    "MA": (lambda inner, **o: GrokfastMA(inner, 5, 3.0, **o), lambda *a: gradfilter_ma(*a, 5, 3.0)),
+    "MA, sum": (
+        lambda inner, **o: GrokfastMA(inner, 5, 0.1, "sum", False, **o),
+        lambda *a: gradfilter_ma(*a, 5, 0.1, "sum", False),
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("inner", INNER)
+def test_the_same_as_the_function_and_then_the_optimizer(inner: str, wrapper: str) -> None:
+    wrapped, function = WRAPPERS[wrapper]
+    ours, theirs = network(torch.float64), network(torch.float64)
+    optimizer, plain, memory = wrapped(INNER[inner](ours.parameters())), INNER[inner](theirs.parameters()), None
+
+    def filtered(step: int, loss: Tensor) -> None:
+        nonlocal memory
+        memory = function(theirs, memory)
+        plain.step()
+
+    def untouched(step: int, loss: Tensor) -> None:
+        before = [p.grad for p in ours.parameters()]
+        copies = [g.clone() for g in before]
+        optimizer.step()
+        assert all(p.grad is g for p, g in zip(ours.parameters(), before, strict=True))
+        assert all(torch.equal(g, c) for g, c in zip(before, copies, strict=True))
+
+    train(ours, range(25), untouched)
+    train(theirs, range(25), filtered)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def other_peoples() -> Iterator[Any]:
+    folder = Path(sys.prefix) / "peers"
+    for package, module, name in (
+        ("pytorch-optimizer", "pytorch_optimizer", "Lion"),
+        ("bitsandbytes", "bitsandbytes.optim", "AdamW8bit"),
+    ):
+        missing = not (folder / package).exists()
+        yield pytest.param(package, module, name, marks=pytest.mark.skipif(missing, reason="make peers installs it"))
+
+
+@pytest.mark.parametrize(("package", "module", "name"), list(other_peoples()))
+def test_around_other_peoples_optimizers(package: str, module: str, name: str) -> None:
+    """Theirs take other gradients as they take any: a resumed run is the uninterrupted run."""
+    folder = str(Path(sys.prefix) / "peers" / package)
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+    def make(model: nn.Module) -> Any:
+        return Grokfast(getattr(importlib.import_module(module), name)(model.parameters(), lr=0.01))
+
+    resumed_is_uninterrupted(make, torch.float32, copies=False)  # which they do not all know
+
+
+def resumed_is_uninterrupted(
+    make: Callable[[nn.Module], Any], dtype: torch.dtype = torch.float64, copies: bool = True
+) -> None:
+    """From a checkpoint, and by a deepcopy and a pickle of the optimizer."""
+    model = network(dtype)
+    optimizer = make(model)
+    train(model, range(8), lambda step, loss: optimizer.step())
+    state, saved = copy.deepcopy(model.state_dict()), saved_and_loaded(optimizer.state_dict())
+    others = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))] if copies else []
+    train(model, range(8, 20), lambda step, loss: optimizer.step())
+    resumed = network(dtype, seed=1)
+    again = make(resumed)
+    again.load_state_dict(saved)
+    resumed.load_state_dict(state)
+    train(resumed, range(8, 20), lambda step, loss: again.step())
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for other in others:  # a copy has parameters of its own
+        params = [p for group in other.param_groups for p in group["params"]]
+        twin = network(dtype)
+        with torch.no_grad():
+            for p, q in zip(twin.parameters(), params, strict=True):
+                p.copy_(q)
+
+        def step_twin(
+            step: int, loss: Tensor, twin: nn.Module = twin, params: Any = params, other: Any = other
+        ) -> None:
+            for p, q in zip(twin.parameters(), params, strict=True):
+                q.grad = p.grad
+            other.step()
+            with torch.no_grad():
+                for p, q in zip(twin.parameters(), params, strict=True):
+                    p.copy_(q)
+
+        train(twin, range(8, 20), step_twin)
+        for a, b in zip(model.parameters(), params, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("inner", INNER)
+def test_resumed_is_uninterrupted(inner: str, wrapper: str, dtype: torch.dtype) -> None:
+    resumed_is_uninterrupted(lambda model: WRAPPERS[wrapper][0](INNER[inner](model.parameters())), dtype)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_around_muon(wrapper: str) -> None:
+    """It takes matrices alone, and keeps a momentum under a name of its own."""
+    ours, theirs = (
+        nn.ParameterList([nn.Parameter(torch.eye(3)[:2]), nn.Parameter(torch.ones(4, 4))]) for _ in range(2)
+    )
+    wrapped, function = WRAPPERS[wrapper]
+    optimizer, plain, memory = wrapped(torch.optim.Muon(ours)), torch.optim.Muon(theirs), None
+    for i in range(12):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+            q.grad = p.grad.clone()
+        optimizer.step()
+        memory = function(theirs, memory)
+        plain.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)  # it computes in bfloat16
+        assert "momentum_buffer" in optimizer.state[p]
+
+
+def test_what_goes_around_what() -> None:
+    params = [nn.Parameter(torch.ones(2))]
+    for make in (
+        lambda: Grokfast(GrokfastMA(SGD(params))),
+        lambda: Grokfast(Accumulate(SGD(params), 2)),  # which would filter micro-batches
+        lambda: Accumulate(Accumulate(SGD(params), 2), 2),
+    ):
+        with pytest.raises(ValueError, match="one filter at most, and Accumulate is the outermost"):
+            make()
+    optimizer = Accumulate(GrokfastMA(Adam(params), 7), 3)
+    shown = (
+        "Accumulate(steps=3, gradient_clipping=0.0, GrokfastMA(window_size=7, filter_type='mean', warmup=True, Adam ("
+    )
+    assert repr(optimizer).startswith(shown)
+    resumed_is_uninterrupted(lambda m: Accumulate(Grokfast(Adam(m.parameters(), lr=0.01)), 3))
+
+
+def test_a_filter_of_another_kind_begins_anew_and_says_so() -> None:
+    model = network()
+    optimizer = GrokfastMA(Adam(model.parameters(), lr=0.01), 4)
+    train(model, range(6), lambda step, loss: optimizer.step())
+    saved = saved_and_loaded(optimizer.state_dict())
+    for other, words in (
+        (Grokfast(Adam(model.parameters())), r"\(window_size=4, .*\), and .* \(an exponential moving average\)"),
+        (GrokfastMA(Adam(model.parameters()), 4, filter_type="sum"), r"filter_type='mean'.*filter_type='sum'"),
+    ):
+        with pytest.warns(UserWarning, match=words):
+            other.load_state_dict(saved)
+        train(model, range(6, 7), lambda step, loss, other=other: other.step())
+    names = {name for state in optimizer.state.values() for name in state}
+    assert {"grokfast_ring", "exp_avg"} < names
+    ema = Grokfast(Adam(model.parameters()))
+    with pytest.warns(UserWarning, match="exponential"):
+        ema.load_state_dict(saved)
+    assert not any(name.startswith("grokfast") for state in ema.state.values() for name in state)
+    narrow = GrokfastMA(Adam(model.parameters()), 4, window_dtype=torch.bfloat16)
+    narrow.load_state_dict(saved)
+    assert {state["grokfast_ring"].dtype for state in narrow.state.values()} == {torch.bfloat16}
+
+
+def test_what_is_no_state_dict_is_refused() -> None:
+    optimizer = Grokfast(SGD([nn.Parameter(torch.ones(2))]))
+    for value in ({}, None, {"model": {}, "optimizer": optimizer.state_dict()}):
+        with pytest.raises(ValueError, match="no optimizer's"):
+            optimizer.load_state_dict(value)
+
+
+def test_the_slow_gradient_is_a_signal_here_too() -> None:
+    model = network()
+    signal = SlowGradient(every=1)
+    optimizer = Grokfast(SGD(model.parameters(), lr=0.1), amplify_when=signal)
+    said = []
+    train(model, range(5), lambda step, loss: (optimizer.step(), said.append(signal._value)))
+    assert said[0] == 0
+    assert all(0 < value <= 1 for value in said[1:])
+
+
+def test_a_checkpoint_of_the_inner_optimizer_is_gone_on_from_and_the_other_way_round() -> None:
+    model = network()
+    inner = Adam(model.parameters(), lr=0.01)
+    train(model, range(5), lambda step, loss: inner.step())
+    optimizer = Grokfast(Adam(model.parameters(), lr=0.5), lamb=1.5)
+    optimizer.load_state_dict(saved_and_loaded(inner.state_dict()))
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    assert optimizer.param_groups[0]["grokfast_lamb"] == 1.5
+    train(model, range(5, 10), lambda step, loss: optimizer.step())
+    assert {state["step"].item() for state in optimizer.state.values()} == {10}
+    plain = Adam(model.parameters())
+    plain.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    train(model, range(10, 12), lambda step, loss: plain.step())
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded() -> None:
+    model = network()
+    optimizer = GrokfastMA(Adam(model.parameters(), lr=0.01), 4)
+    train(model, range(6), lambda step, loss: optimizer.step())
+    saved = saved_and_loaded(optimizer.state_dict())
+    other = GrokfastMA(Adam(model.parameters(), lr=0.5), 9)
+    with pytest.raises(ValueError, match=r"grokfast_ring .* shape \(4, .*\), and not \(9, "):
+        other.load_state_dict(saved)
+    assert other.param_groups[0]["lr"] == 0.5
+    assert not other.state
+
+
+@pytest.mark.parametrize("wrapper", [lambda o: Grokfast(o), lambda o: GrokfastMA(o, 3), lambda o: Accumulate(o, 1)])
+def test_a_failed_step_leaves_everything_as_it_was(wrapper: Callable[[Any], Any]) -> None:
+    model = network()
+    optimizer = wrapper(GrokAdamW(model.parameters(), nonfinite="raise", lamb=0.0, gamma=0.0))
+    train(model, range(5), lambda step, loss: optimizer.step())
+    before = copy.deepcopy(optimizer.state_dict())
+    kept = [p.detach().clone() for p in model.parameters()]
+    grads = [torch.full_like(p, torch.nan) for p in model.parameters()]
+    for p, g in zip(model.parameters(), grads, strict=True):
+        p.grad = g
+    with pytest.raises(RuntimeError, match="not finite"):
+        optimizer.step()
+    after = optimizer.state_dict()
+    for key, state in before["state"].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(after["state"][key][name])), name
+    assert all(torch.equal(p, k) and p.grad is g for p, k, g in zip(model.parameters(), kept, grads, strict=True))
+
+
+def test_groups_state_and_schedulers_are_shared() -> None:
+    model = network()
+    first, *others = model.parameters()
+    inner = SGD([first], lr=0.1, momentum=0.9)
+    optimizer = Grokfast(inner)
+    optimizer.add_param_group({"params": others, "lr": 0.2, "grokfast_lamb": 0.0})
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups is inner.param_groups
+    assert optimizer.state is inner.state
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, range(3), lambda step, loss: (optimizer.step(), schedule.step()))
+    assert [group["lr"] for group in inner.param_groups] == [0.1 / 8, 0.2 / 8]
+    assert ["grokfast_ema" in inner.state[p] for p in model.parameters()] == [True] + [False] * 5  # λ = 0 there
+    optimizer.param_groups[1]["grokfast_lamb"] = 2.0
+    train(model, range(3, 4), lambda step, loss: optimizer.step())
+    assert all("grokfast_ema" in inner.state[p] for p in model.parameters())
+    assert "SGD" in repr(inner)
+    assert "grokfast_lamb: 2.0" in repr(optimizer)
+
+
+def test_hooks_fire() -> None:
+    fired: list[str] = []
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = Grokfast(SGD([p]))
+    optimizer.register_step_pre_hook(lambda *_: fired.append("before the step"))
+    optimizer.register_step_post_hook(lambda *_: fired.append("after the step"))
+    optimizer.optimizer.register_step_pre_hook(lambda *_: fired.append("before the inner step"))
+    optimizer.step()
+    assert fired == ["before the step", "before the inner step", "after the step"]
+    optimizer.register_state_dict_pre_hook(lambda *_: fired.append("before saving"))
+    optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "extra": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda _, saved: fired.append("before loading"))
+    optimizer.register_load_state_dict_post_hook(lambda _: fired.append("after loading"))
+    saved = optimizer.state_dict()
+    assert saved["extra"] == 1
+    optimizer.load_state_dict(saved)
+    assert fired[3:] == ["before saving", "before loading", "after loading"]
+
+
+@pytest.mark.parametrize("make", [Grokfast, lambda inner, **o: GrokfastMA(inner, 3, warmup=False, **o)])
+def test_the_filter_can_wait(make: Callable[..., Any]) -> None:
+    """For so many steps, or for a signal; what is slow is known by then."""
+    runs = {}
+    for name, options in {
+        "off": {"lamb": 0.0},
+        "on": {},
+        "after": {"amplify_after": 6},
+        "when": {"amplify_when": (gap := AccuracyGap())},  # which has nothing to say at first
+    }.items():
+        model = network()
+        optimizer = make(SGD(model.parameters(), lr=0.1), **options)
+
+        def take_step(step: int, loss: Tensor, optimizer: Any = optimizer, name: str = name) -> None:
+            if step == 6 and name == "when":
+                gap.record(train=1.0, eval=0.0)
+            optimizer.step()
+
+        weights = []
+        train(model, range(6), take_step)
+        weights.append(model[0].weight.detach().clone())
+        train(model, range(6, 9), take_step)
+        weights.append(model[0].weight.detach().clone())
+        runs[name] = weights
+    assert torch.equal(runs["off"][0], runs["after"][0])
+    assert torch.equal(runs["off"][0], runs["when"][0])
+    assert not torch.equal(runs["off"][0], runs["on"][0])
+    assert torch.equal(runs["after"][1], runs["when"][1])
+    assert not torch.equal(runs["after"][1], runs["off"][1])
+
+
+def test_a_signal_amplifies_once_at_most() -> None:
+    weights = []
+    for says in (None, lambda: 1.0, lambda: 7.0, lambda: True):
+        model = network()
+        optimizer = Grokfast(SGD(model.parameters(), lr=0.1), amplify_when=says)
+        train(model, range(3), lambda step, loss, optimizer=optimizer: optimizer.step())
+        weights.append(model[0].weight)
+    assert all(torch.equal(weights[0], other) for other in weights[1:])
+
+
+def test_another_one_around_the_same_optimizer_begins_anew() -> None:
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    inner = SGD([{"params": [p], "grokfast_lamb": 0.5}])
+    assert Grokfast(inner).param_groups[0]["grokfast_lamb"] == 0.5  # the user's own
+    first = GrokfastMA(inner, 3, 2.0)
+    for _ in range(5):
+        first.step()
+    second = GrokfastMA(inner, 5, 1.0)
+    assert second.param_groups[0]["grokfast_lamb"] == 1.0
+    second.step()
+    assert second.state[p]["grokfast_ring"].shape == (5, 2)
+    assert second.state[p]["grokfast_ring_count"] == 1
+    third = Grokfast(inner)
+    third.step()
+    assert set(third.state[p]) == {"grokfast_ema", "grokfast_step"}
+
+
+class AsksWhetherItIsThere(torch.optim.Optimizer):
+    """Makes its state where there is no entry for a parameter."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            if p not in self.state:
+                self.state[p] = {"m": torch.zeros_like(p)}
+            p.sub_(self.state[p]["m"].add_(p.grad))
+
+
+@pytest.mark.parametrize("make", [Grokfast, GrokfastMA, lambda o: Accumulate(o, 2)])
+def test_the_inner_optimizer_finds_its_state_as_if_it_were_alone(make: Callable[[Any], Any]) -> None:
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = make(AsksWhetherItIsThere([p]))
+    optimizer.step()
+    saved = optimizer.state_dict()["state"][0]
+    for _ in range(5):
+        optimizer.step()
+    assert saved is optimizer.state[p]
+    assert "m" in saved
+    assert len(saved) > 2
+
+
+@pytest.mark.parametrize("value", [torch.nan, -1.0, None, "a string"])
+@pytest.mark.filterwarnings("ignore:the grokking signal")
+def test_a_signal_that_says_nothing_leaves_the_filter_off(value: Any) -> None:
+    model, plain = network(), network()
+    optimizer = Grokfast(SGD(model.parameters(), lr=0.1), amplify_when=lambda: value)
+    train(model, range(3), lambda step, loss: optimizer.step())
+    inner = SGD(plain.parameters(), lr=0.1)
+    train(plain, range(3), lambda step, loss: inner.step())
+    assert torch.equal(model[0].weight, plain[0].weight)
+
+
+def test_what_a_signal_remembers_is_in_the_checkpoint() -> None:
+    def make(gap: AccuracyGap) -> Grokfast:
+        return Grokfast(SGD([nn.Parameter(torch.ones(2))]), amplify_when=gap)
+
+    gap, other = AccuracyGap(), AccuracyGap()
+    optimizer, again = make(gap), make(other)
+    gap.record(train=0.9, eval=0.5)
+    again.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    assert other() == gap()
+    assert copy.deepcopy(optimizer)._gate() == pickle.loads(pickle.dumps(optimizer))._gate() == 0.9 - 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda p: Grokfast(SGD([p]), amplify_when=lambda train_loss, eval_loss: 1), TypeError, "takes losses"),
+        (lambda p: Grokfast([p]), TypeError, "optimizer is of type list, and not a torch.optim.Optimizer"),
+        (lambda p: Grokfast(SGD([p]), amplify_when=lambda step: 1), TypeError, "amplify_when=.*requires arguments"),
+        (lambda p: GrokfastMA(SGD([p]), warmup="no"), TypeError, "warmup='no'"),
+        (lambda p: Grokfast(torch.optim.LBFGS([p])), TypeError, "LBFGS evaluates its closure"),
+        (lambda p: Grokfast(SGD([p]), alpha=2.0), ValueError, "alpha=2.0"),
+        (lambda p: Grokfast(SGD([p]), lamb=-1.0), ValueError, "lamb=-1.0"),
+        (lambda p: Grokfast(SGD([p]), amplify_after=1.5), TypeError, "amplify_after=1.5"),
+        (lambda p: Grokfast(SGD([p]), amplify_when=3), TypeError, "amplify_when=3"),
+        (lambda p: Grokfast(SGD([{"params": [p], "grokfast_lamb": "2"}])), TypeError, "grokfast_lamb='2'"),
+        (lambda p: GrokfastMA(SGD([p]), 0), ValueError, "window_size=0"),
+        (lambda p: GrokfastMA(SGD([p]), filter_type="max"), ValueError, "filter_type='max'"),
+        (lambda p: GrokfastMA(SGD([p]), window_dtype=torch.int8), ValueError, "window_dtype=torch.int8"),
+        (lambda p: Accumulate(SGD([p]), 0), ValueError, "steps=0"),
+        (lambda p: Accumulate(SGD([p]), 2, gradient_clipping=None), TypeError, "gradient_clipping=None"),
+    ],
+)
+def test_bad_arguments_are_refused(make: Callable[[Any], Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        make(nn.Parameter(torch.ones(2)))
+
+
+def test_a_number_set_wrong_by_hand_is_refused_at_the_next_step() -> None:
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = Grokfast(SGD([p]))
+    optimizer.param_groups[0]["grokfast_alpha"] = -0.5
+    with pytest.raises(ValueError, match="grokfast_alpha=-0.5"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(2))
+    with pytest.raises(ValueError, match="grokfast_lamb=-2"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "grokfast_lamb": -2})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("make", [lambda o: Grokfast(o), lambda o: GrokfastMA(o, 3, warmup=False)])
+def test_complex_parameters_and_a_narrow_ring(make: Callable[[Any], Any]) -> None:
+    """A complex parameter is two real ones."""
+    one = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+    two = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
+    optimizers = [make(SGD([p], lr=0.1)) for p in (one, two)]
+    for i in range(7):
+        two.grad = torch.randn(2, 2, generator=torch.Generator().manual_seed(i))
+        one.grad = torch.view_as_complex(two.grad).conj().resolve_conj().conj()
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(torch.view_as_real(one), two)
+    p = nn.Parameter(torch.ones(3))
+    optimizer = GrokfastMA(SGD([p]), 3, window_dtype=torch.bfloat16)
+    p.grad = torch.full((3,), 1 + 2**-12)
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.state[p]["grokfast_ring"].dtype == torch.bfloat16
+    assert torch.equal(optimizer.state[p]["grokfast_ring_sum"], torch.full((3,), 3.0))
+
+
+@pytest.mark.parametrize("make", [lambda o: Grokfast(o), lambda o: GrokfastMA(o, 3)])
+@pytest.mark.filterwarnings("ignore:a step was skipped")
+def test_what_is_not_finite_is_not_remembered(make: Callable[[Any], Any]) -> None:
+    """The inner optimizer may go on after it."""
+    model = network()
+    optimizer = make(GrokAdamW(model.named_parameters(), lamb=0.0, gamma=0.0))
+
+    def take_step(step: int, loss: Tensor) -> None:
+        if step == 2:
+            model[0].weight.grad[0, 0] = torch.nan
+        optimizer.step()
+
+    train(model, range(8), take_step)
+    assert optimizer.optimizer.metrics()["skipped_steps"] == 1
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_hooks_of_the_inner_optimizer_do_not_reach_the_loops_gradients() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = Grokfast(SGD([p]), amplify_after=5)
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_([p], 1.0)
+
+    optimizer.optimizer.register_step_pre_hook(clip)
+    p.grad = torch.full((2,), 100.0)
+    optimizer.step()
+    assert (p.grad == 100).all()
+    assert (optimizer.state[p]["grokfast_ema"] == 100).all()
+
+
+@pytest.mark.parametrize("function", [gradfilter_ema, gradfilter_ma])
+def test_complex_gradients_as_autograd_leaves_them(function: Callable[..., Any]) -> None:
+    model = nn.ParameterList([nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))])
+    (model[0].conj() * torch.tensor([1 - 1j, 2j])).real.sum().backward()
+    before = model[0].grad.resolve_conj().clone()
+    assert model[0].grad.is_conj()
+    options = {"window_size": 1} if function is gradfilter_ma else {}
+    function(model, lamb=1.0, **options)
+    torch.testing.assert_close(model[0].grad, 2 * before)
+
+
+def test_a_signals_memory_is_found_when_groups_are() -> None:
+    """By their names, in another order."""
+    model = network()
+    params = list(model.named_parameters())
+
+    def make(reverse: bool, gap: AccuracyGap) -> Grokfast:
+        groups = [{"params": params[:3]}, {"params": params[3:]}]
+        return Grokfast(AdamW(groups[::-1] if reverse else groups), amplify_when=gap)
+
+    gap, other = AccuracyGap(), AccuracyGap()
+    gap.record(train=1.0, eval=0.5)
+    make(True, other).load_state_dict(saved_and_loaded(make(False, gap).state_dict()))
+    assert other() == 0.5
+
+
+def test_what_is_saved_stays_what_it_was_called() -> None:
+    """As torch's, a state dict shows the tensors that are there, also after the next step."""
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = Accumulate(SGD([p]), 3)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    optimizer.step()
+    optimizer.step()
+    assert list(saved["state"][0]) == ["accumulated", "accumulated_grads"]
+    optimizer.state["of a hook"] = torch.ones(2)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert torch.equal(optimizer.state["of a hook"], torch.ones(2))
+    optimizer.param_groups = list(optimizer.param_groups)
+    assert optimizer.param_groups is optimizer.optimizer.param_groups
+
+
+def test_no_learning_rate_is_none_at_all() -> None:
+    """Some optimizers find their own, and have None there."""
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.zeros(2)
+    inner = SGD([p], lr=0.0)
+    optimizer = Accumulate(inner, 3)
+    inner.step = lambda closure=None: None  # type: ignore[method-assign]
+    optimizer.param_groups[0]["lr"] = None
+    optimizer.step()
+    assert optimizer.param_groups[0]["accumulated_steps"] == 1
+
+
+def test_a_graph_cannot_capture_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = Grokfast(SGD([nn.Parameter(torch.ones(2))]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot capture a step of Grokfast"):
+        optimizer.step()
+
+
+def test_a_closure_runs_before_gradients_are_read() -> None:
+    model, twin = network(), network()
+    optimizer, other = Grokfast(SGD(model.parameters(), lr=0.1)), Grokfast(SGD(twin.parameters(), lr=0.1))
+    x, y = torch.ones(4, 5), torch.ones(4, 3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        first = optimizer.step(closure)
+        other.zero_grad()
+        (twin(x) - y).square().mean().backward()
+        other.step()
+    assert first.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
