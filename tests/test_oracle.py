@@ -188,4 +188,5 @@ def every_step_is_the_oracles(problem: dict[str, Any], options: dict[str, Any]) 
 
 def close(ours: torch.Tensor, theirs: np.ndarray) -> None:
     real = torch.view_as_real(ours) if ours.is_complex() else ours
-    np.testing.assert_allclose(real.numpy(), theirs, rtol=1e-10, atol=1e-10)
+    # m / √v of a small ĝ, after large ones, magnifies rounding
+    np.testing.assert_allclose(real.numpy(), theirs, rtol=1e-9, atol=1e-10)
