@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from .arguments import check_count, check_number
 from .gradients import clip_coefficient, global_norm
-from .numbers import Number, as_number, as_real, reads_are_free
+from .numbers import Number, as_number, as_real, reads_are_free, wide
 from .state import State
 from .update import fastest_sum_of_squares
 from .update.reference import MicroStep
@@ -194,8 +194,8 @@ class Accumulate(Wrapper):
     def _make_state(self, parts: list[Part]) -> None:
         for part in parts:
             if "accumulated" not in self.state.get(part.param, {}):
-                dtype = torch.promote_types(part.grad.dtype, torch.float32)
-                self.state[part.param].update(accumulated=torch.zeros_like(part.grad, dtype=dtype), accumulated_grads=0)
+                total = torch.zeros_like(part.grad, dtype=wide(part.grad.dtype))
+                self.state[part.param].update(accumulated=total, accumulated_grads=0)
 
     def _take(self, parts: list[Part]) -> None:
         self._last["stepped"] = False
@@ -222,7 +222,7 @@ class Accumulate(Wrapper):
                     total = state["accumulated"]
                     summed.append(Part(param, total.clone() if grad is None else total + grad, state, group))
                 elif grad is not None:
-                    dtype = torch.promote_types(grad.dtype, torch.float32) if count > 1 else grad.dtype
+                    dtype = wide(grad.dtype) if count > 1 else grad.dtype
                     summed.append(Part(param, grad.to(dtype, copy=True), state, group))
         lists = [[part.grad for part in mine] for _, mine in by_kind(summed, lambda part: None)]
         for grads in lists:

@@ -668,10 +668,10 @@ class GrokAdamW(Optimizer):
         """What the last step did, or :meth:`update_signals` since, as plain floats. Reading them waits for the device.
 
         ``step`` (steps taken, the most of any parameter), ``signal`` (GS), ``signal/<name>`` (each function's last
-        usable value), ``alpha`` (α), ``grad_norm`` (N, before clipping), ``clip_coefficient`` (c), ``skipped_steps``,
-        ``signal_failures``, ``beta1_min`` and ``beta1_max`` (of β1_l). Where groups differ, ``alpha`` and
-        ``clip_coefficient`` are the smallest. NaN stands for what is not known: before the first step, without a
-        usable signal, or a norm that nothing asked for.
+        usable value), ``alpha`` (α, which a window does without), ``grad_norm`` (N, before clipping),
+        ``clip_coefficient`` (c), ``skipped_steps``, ``signal_failures``, ``beta1_min`` and ``beta1_max`` (of β1_l).
+        Where groups differ, ``alpha`` and ``clip_coefficient`` are the smallest. NaN stands for what is not known:
+        before the first step, without a usable signal, or a norm that nothing asked for.
         """
         self._settle()
         run = self._run

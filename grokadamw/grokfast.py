@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import window
+from .accumulation import Accumulate
 from .arguments import check_count, check_dtype, check_number
 from .filter_memory import Signals, mean_over_ranks
 from .notices import warn
-from .numbers import as_float, as_real, mesh_of
+from .numbers import as_float, as_real, mesh_of, wide
 from .state import State
 from .wrapper import Part, Wrapper, by_kind, check_saved
 
@@ -71,7 +72,7 @@ def gradfilter_ema(
         if name in memory:
             _check_kept(f"grads[{name!r}]", memory[name], grad.shape)
     new = {name: grad for name, grad in found.items() if name not in memory}
-    memory.update({name: grad.to(_dtype(grad), copy=True) for name, grad in new.items()})
+    memory.update({name: grad.to(wide(grad.dtype), copy=True) for name, grad in new.items()})
     for names in _alike(found):
         old = [name for name in names if name not in new]
         if old:
@@ -201,14 +202,9 @@ def _check_window(window_size: int, filter_type: str) -> None:
         raise ValueError(f"filter_type={filter_type!r} is unknown: give 'mean' or 'sum'")
 
 
-def _dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 # what the filters keep in the state
 _OF_EMA = ("grokfast_ema", "grokfast_step")
 _OF_MA = tuple(window.names("grokfast_"))
-_OF_ACCUMULATE = ("accumulated", "accumulated_grads")
 
 
 class _Filter(Wrapper):
@@ -317,7 +313,7 @@ class Grokfast(_Filter):
     """
 
     _state_names: tuple[str, ...] = _OF_EMA
-    _others = (*_OF_MA, *_OF_ACCUMULATE)
+    _others = (*_OF_MA, *Accumulate._state_names)
 
     def __init__(
         self,
@@ -342,7 +338,7 @@ class Grokfast(_Filter):
     def _make_state(self, parts: list[Part]) -> None:
         for part in parts:
             if "grokfast_step" not in part.state and part.group["grokfast_lamb"] > 0:
-                ema = torch.zeros_like(part.grad, dtype=_dtype(part.grad))
+                ema = torch.zeros_like(part.grad, dtype=wide(part.grad.dtype))
                 self.state[part.param].update(grokfast_ema=ema, grokfast_step=0)
 
     def _take(self, parts: list[Part]) -> None:
@@ -414,7 +410,7 @@ class GrokfastMA(_Filter):
     """
 
     _state_names = _OF_MA
-    _others = (*_OF_EMA, *_OF_ACCUMULATE)
+    _others = (*_OF_EMA, *Accumulate._state_names)
     _settings: tuple[str, ...] = ("_signals", "_size", "_filter_type", "_warmup", "_dtype")
 
     def __init__(

@@ -24,6 +24,11 @@ def accumulator(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What averages and sums of that dtype are kept in: one that small changes do not vanish in, float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def as_real(tensor: Tensor) -> Tensor:
     """A complex tensor as two real numbers an element, sharing memory; any other as it is."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from . import window
 from .checkpoints import to_grokadamw
 from .layers import unwrapped
-from .numbers import as_real, reads_are_free
+from .numbers import as_real, reads_are_free, wide
 
 State: TypeAlias = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "grok_ema")
@@ -273,7 +273,7 @@ def _placed(param: Tensor, state: State, published: bool, options: dict[str, Any
 
 def _dtype(param: Tensor, published: bool) -> torch.dtype:
     """Of the moments: one that small updates do not vanish in, but in release 0.1.2 the parameter's own."""
-    return param.dtype if published else torch.promote_types(param.dtype, torch.float32)
+    return param.dtype if published else wide(param.dtype)
 
 
 def step_device(param: Tensor) -> torch.device:

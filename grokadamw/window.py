@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .numbers import as_real, mesh_of, reads_are_free
+from .numbers import as_real, mesh_of, reads_are_free, wide
 
 
 class Window(NamedTuple):
@@ -35,7 +35,7 @@ def new(param: Tensor, size: int, dtype: torch.dtype | None, device: torch.devic
     """
     dtype = dtype_of(param, dtype)
     like = as_real(param.detach())
-    sums = [torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32)) for _ in range(2)]
+    sums = [torch.zeros_like(like, dtype=wide(like.dtype)) for _ in range(2)]
     if mesh_of(like) is None:
         # memory that is 0 from the start takes no room before it is written to
         ring = like.new_zeros((size, *like.shape), dtype=dtype)
