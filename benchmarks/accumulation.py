@@ -3,10 +3,10 @@
     python -m benchmarks.accumulation [--steps 400] [--out benchmarks/results]
     python -m benchmarks.accumulation --table benchmarks/results/accumulation.json
 
-The demonstration's transformer is trained with batches of 512 in k micro-batches, by Accumulate. A second optimizer
-gets the same micro-gradients and collects them in its moments. m is the same in both, v is not; what is compared is the
-length of m / √v over all parameters. Prints the ratios, and writes accumulation.json. The second form prints the
-README's table.
+The transformer of benchmarks/grokking is trained with batches of 512 in k micro-batches, by Accumulate. A second
+optimizer gets the same micro-gradients and collects them in its moments. m is the same in both, v is not; what is
+compared is the length of m / √v over all parameters. Prints the ratios, and writes accumulation.json. The second form
+prints the README's table.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from torch.nn import functional as F
 
 from grokadamw import Accumulate, GrokAdamW
 
-from .grokking.demo import BATCH, BETAS, shuffled
-from .grokking.modular import Transformer, products
+from .grokking.tasks import load
 
+BATCH = 512
 MICRO_BATCHES = (2, 8, 32)
 AT = (10, 100, 400)  # steps
 
@@ -40,19 +39,18 @@ def length(optimizer: GrokAdamW) -> float:
 
 def ratios(k: int, steps: int, console: Console) -> dict[int, float]:
     """Length of a step with accumulation_steps=k to that of the exact one, after so many steps."""
-    torch.manual_seed(0)
-    model = Transformer()
+    task = load()["mul97"]
+    model, _, batches = task.start(0)
     shadow = copy.deepcopy(model)
-    options: dict[str, Any] = {"lr": 1e-3, "betas": BETAS, "second_moment": "raw", "gamma": 0.0, "lamb": 0.0}
+    options: dict[str, Any] = {"lr": 1e-3, "betas": task.betas, "second_moment": "raw", "gamma": 0.0, "lamb": 0.0}
     options["gradient_clipping"] = 0.0
     exact = GrokAdamW(model.parameters(), **options)
     outer, collecting = Accumulate(exact, k), GrokAdamW(shadow.parameters(), accumulation_steps=k, **options)
-    batches, found = shuffled(products(0).train, 0), {}
+    found = {}
     for step in track(range(1, steps + 1), f"{k} micro-batches", console=console):
-        tokens, answers = next(batches)
-        while len(answers) < BATCH:  # an epoch's last
-            tokens, answers = next(batches)
-        for x, y in zip(tokens.chunk(k), answers.chunk(k), strict=True):
+        while len(batch := next(batches)) < BATCH:  # an epoch's last
+            pass
+        for x, y in zip(batch.inputs.chunk(k), batch.targets.chunk(k), strict=True):
             outer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             for p, q in zip(model.parameters(), shadow.parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""What the filters cost: a training step of the demonstration's transformer, and each filter alone.
+"""What the filters cost: a training step of a small transformer, and each filter alone.
 
     python -m benchmarks.filter_time [--rounds 30] [--out benchmarks/results]
     python -m benchmarks.filter_time --table benchmarks/results/filter_time-cpu.json
@@ -30,8 +30,7 @@ from torch.optim import Adam
 from grokadamw import GrokAdamW
 from grokadamw.grokfast import Grokfast, GrokfastMA, gradfilter_ema, gradfilter_ma
 
-from .grokking.demo import BATCH
-from .grokking.modular import Transformer, products
+from .grokking.tasks import Split, load
 from .peers import PEERS, version
 from .step_time import processor
 
@@ -88,9 +87,9 @@ ALONE = [
 ]
 
 
-def training_step(model: nn.Module, step: Callable[[], Any], data: Any) -> Callable[[], None]:
+def training_step(model: nn.Module, step: Callable[[], Any], batch: Split) -> Callable[[], None]:
     def run() -> None:
-        loss = F.cross_entropy(model(data.tokens), data.answers)
+        loss = F.cross_entropy(model(batch.inputs), batch.targets)
         model.zero_grad()
         loss.backward()
         step()
@@ -100,12 +99,11 @@ def training_step(model: nn.Module, step: Callable[[], Any], data: Any) -> Calla
 
 def ready(arms: list[Arm], with_backward: bool) -> dict[str, Callable[[], Any]]:
     """Each arm's turn, its window full; an arm whose package is not installed is left out."""
-    data = products(0).train
-    batch = data._replace(tokens=data.tokens[:BATCH], answers=data.answers[:BATCH])
+    task = load()["mul97"]
     turns = {}
     for arm in arms:
-        torch.manual_seed(0)
-        model = Transformer()
+        model, _, batches = task.start(0)
+        batch = next(batches)
         training_step(model, lambda: None, batch)()  # gradients
         try:
             step = arm.make(model)

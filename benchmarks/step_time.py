@@ -42,7 +42,7 @@ from torch import nn
 import grokadamw
 from grokadamw import GrokAdamW
 
-from .grokking.modular import Transformer
+from .grokking.tasks.modular import Transformer
 from .peers import ARMS, CLIPPED, FUSED, Arm, Shapes, Step, Tensors, free_memory, heats, version
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +76,7 @@ def gpt2() -> Shapes:
 
 MODELS = {
     "a": Model("GPT-2, 124 M", gpt2, 80, True),
-    "b": Model("demonstration, 0.4 M", lambda: [tuple(p.shape) for p in Transformer().parameters()], 15, False),
+    "b": Model("demonstration, 0.4 M", lambda: [tuple(p.shape) for p in Transformer(97).parameters()], 15, False),
     "c": Model("1,000 × 1,000", lambda: [(1000,)] * 1000, 15, False),
     "d": Model("1 × 100 M", lambda: [(100_000_000,)], 60, True),
     "e": Model("1 B in 300", lambda: [(1024, 3255)] * 300, 60, True, ("cuda",)),

@@ -19,7 +19,7 @@ PER_OPTIMIZER = (
 HOW_TO_RUN = ("foreach", "fused", "capturable")
 _NEVER_IN_A_GROUP = ("grokking_signal_fns", "grokking_signal_fn", "combine")
 
-_NOT_NEGATIVE = ("eps", "weight_decay", "lamb", "grokking_signal_decay_rate", "gradient_clipping")
+_NOT_NEGATIVE = ("eps", "weight_decay", "lamb", "grokking_signal_decay_rate", "gradient_clipping", "max_row_norm")
 _SETTABLE = (
     *("lr", "betas", "alpha_init", "gamma", "amplify_after", "maximize", "layer"),
     *(*_NOT_NEGATIVE, *HOW_TO_RUN, *PER_OPTIMIZER, *_NEVER_IN_A_GROUP),
@@ -172,7 +172,7 @@ def make_plain(group: dict[str, Any]) -> None:
 
 def check_number(name: str, value: Any, *, below: float = math.inf, at_most: float | None = None) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
-        hint = "; 0 switches it off" if name == "gradient_clipping" else ""
+        hint = "; 0 switches it off" if name in ("gradient_clipping", "max_row_norm") else ""
         raise TypeError(f"{name}={value!r} is not a number{hint}")
     if not 0 <= float(value) < below or (at_most is not None and float(value) > at_most):
         limits = f"in [0, {at_most}]" if at_most is not None else f"in [0, {below})"

@@ -50,6 +50,7 @@ _ADDED_LATER = {
     "window_size": None,
     "window_dtype": None,
     "accumulation_steps": 1,
+    "max_row_norm": 0.0,
     **accumulation.AT_REST,
 }
 
@@ -97,8 +98,8 @@ class GrokAdamW(Optimizer):
         params: parameters, ``(name, parameter)`` pairs such as ``model.named_parameters()``, or dicts of either; of
             float16, bfloat16, float32, float64 or complex dtype. With names, layers are the model's modules; without,
             every tensor is a layer of its own. A dict may set any number from ``lr`` to ``gradient_clipping``,
-            ``amplify_after``, ``foreach``, ``maximize``, ``capturable``, and ``layer``, an integer ≥ 0: the layer of
-            all its parameters.
+            ``max_row_norm``, ``amplify_after``, ``foreach``, ``maximize``, ``capturable``, and ``layer``, an integer
+            ≥ 0: the layer of all its parameters.
         lr: learning rate η ≥ 0, a float or a tensor of one element.
         betas: (β1, β2), each in [0, 1): decay of the first and second moment.
         eps: ε ≥ 0.
@@ -112,6 +113,10 @@ class GrokAdamW(Optimizer):
             :meth:`record`; an empty list is no signal. ``grokking_signal_fn`` is an alias.
         grokking_signal_decay_rate: κ ≥ 0, how strongly the signal shortens the memory.
         gradient_clipping: largest norm ≥ 0 of all gradients together; 0 is off.
+        max_row_norm: largest norm ≥ 0 of a row of a parameter with two dimensions or more, which is its slice along the
+            first: a linear layer's weights of one output, an embedding's vector. After a step longer rows are shortened
+            to it. 0 is off. It costs a pass over those parameters, in torch's operations. Source: the max-norm
+            constraint of Srivastava et al. 2014, JMLR 15, section 5.1.
         combine: how several signals become one: ``"mean"``, ``"max"``, ``"min"``, or a callable of the list of usable
             values. A callable reads values back from a GPU; the others do not.
         second_moment: ``"filtered"``, v averages ĝ²; or ``"raw"``, (c g)².
@@ -171,6 +176,7 @@ class GrokAdamW(Optimizer):
         grokking_signal_decay_rate: float = 0.1,
         gradient_clipping: float = 1.0,
         *,
+        max_row_norm: float = 0.0,
         combine: Combine = "mean",
         second_moment: str = "filtered",
         amplify_after: int = 0,
@@ -205,6 +211,7 @@ class GrokAdamW(Optimizer):
             "grokking_signal_fns": None,  # never in a group; the key is there for 0.1.2's readers
             "grokking_signal_decay_rate": grokking_signal_decay_rate,
             "gradient_clipping": gradient_clipping,
+            "max_row_norm": max_row_norm,
             "second_moment": second_moment,
             "amplify_after": amplify_after,
             "amplify_by_signal": amplify_by_signal,
@@ -228,6 +235,31 @@ class GrokAdamW(Optimizer):
         super().__init__(params, defaults)
         self._say_whether_it_unscales()
         signals.bind(self)
+
+    @classmethod
+    def for_grokking(
+        cls, model: nn.Module, lr: float | Tensor = 1e-3, weight_decay: float = 3.0, **options: Any
+    ) -> GrokAdamW:
+        """With what did best on small models that memorise first, and that begin large, as embeddings do in torch.
+
+        α 0.9, γ 0.3, betas (0.9, 0.98) and rows no longer than 1 (``max_row_norm``), with weight decay that is strong
+        on purpose. Evidence: benchmarks/results/GROKKING_REPORT.md. Not for models that are trained already, whose
+        rows it would shorten.
+
+        Args:
+            model: whose parameters that require gradients are optimized, under their names.
+            lr, weight_decay, options: as the constructor's; what is given wins.
+
+        Raises:
+            TypeError: model is no module.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}, and not a torch.nn.Module: give the model itself")
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, "gamma": 0.3, "max_row_norm": 1.0}
+        optimizer = cls(named, lr=lr, weight_decay=weight_decay, **preset | options)
+        optimizer._run.layers_checked = "gamma" not in options  # a low β1 is meant
+        return optimizer
 
     def _say_whether_it_unscales(self) -> None:
         """By GradScaler's word for it. With micro-batches it does, so that `stepped` hears of one that is none."""
@@ -258,19 +290,27 @@ class GrokAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        calls, tables, averages = self._calls(torch.compiler.is_compiling())
+        calls, tables, averages, caps = self._calls(torch.compiler.is_compiling())
         for each in averages:  # row 6 of moving averages
             update.average(*each)
         update.steps(calls, tables)  # rows 6 to 10, and all that torch.compile sees
+        for cap in caps:
+            update.cap_rows(*cap)  # row 11
         return loss
 
     @_disable_dynamo  # so that what changes from step to step comes as tensors, and no value becomes a guard
     def _calls(
         self, compiling: bool
-    ) -> tuple[list[tuple[ModuleType, Tensors, Numbers]], Any, list[tuple[list[Window], Tensors, Numbers]]]:
+    ) -> tuple[
+        list[tuple[ModuleType, Tensors, Numbers]],
+        Any,
+        list[tuple[list[Window], Tensors, Numbers]],
+        list[tuple[list[Tensor], float, bool | Tensor]],
+    ]:
         """All of a step but its writing: what is to be called with which tensors and numbers, its state being there.
 
-        And what the GPU's implementation keeps of them, and the windows that are to be filled first.
+        And what the GPU's implementation keeps of them, the windows that are to be filled first, and the parameters
+        whose rows are to be capped last.
         """
         capturing = capture.is_capturing(self)
         self._run.stepped = False
@@ -280,7 +320,7 @@ class GrokAdamW(Optimizer):
         cycle = accumulation.Cycle(self.defaults["accumulation_steps"], self.param_groups, self.state)
         if found_inf is not None and (self._may_read(found_inf.device) or cycle.of > 1):
             if found_inf.item():
-                return [], None, []  # as if this step had not been called
+                return [], None, [], []  # as if this step had not been called
             found_inf = None
         self._check_settings()
         plan, groups = self._run.plan, cycle.groups
@@ -294,7 +334,7 @@ class GrokAdamW(Optimizer):
         sum_of_squares = update.sum_of_squares(self.defaults, compiling)
         if self._is_for_state_alone(work, sum_of_squares):
             self._make_state(work, compiling)
-            return [], None, []
+            return [], None, [], []
         self._check_layers()
         tables = None if plan is None or now is None or compiling else plan.tables(capturing, self._is_capturable)
         if capturing and tables is not None:
@@ -311,7 +351,7 @@ class GrokAdamW(Optimizer):
         if measured.finite is False:
             self._count_skipped(1)
             if cycle.of == 1:
-                return [], None, []
+                return [], None, [], []
         if plan is not None and now is not None and self._run.signals.are_others:  # which may have changed something
             now = plan.again(now, groups, self.state)
         if now is None:
@@ -346,7 +386,12 @@ class GrokAdamW(Optimizer):
                 windows = [window.of(self.state[w.params[place]], "grok_") for place in call.places]
                 averages.append((windows, call.tensors, numbers))
         self._run.stepped = cycle.end(param for w in work for param in w.params)
-        return calls, tables, averages
+        return calls, tables, averages, self._caps(work, measured.finite) if self._run.stepped else []
+
+    def _caps(self, work: list[Work], finite: bool | Tensor) -> list[tuple[list[Tensor], float, bool | Tensor]]:
+        """Row 11: the parameters that have rows, with what limits these."""
+        limits = ((w, float(w.group["max_row_norm"])) for w in work)
+        return [([p for p in w.params if p.dim() > 1], limit, finite) for w, limit in limits if limit]
 
     def _amplification(self) -> float:
         """What the signal multiplies λ by."""

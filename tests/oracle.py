@@ -33,7 +33,7 @@ def combined_signal(values: list[float | None], combine: str) -> float | None:
 
 
 class Oracle:
-    """Rows 1 to 3 and 5 to 10 for groups of tensors.
+    """Rows 1 to 3 and 5 to 11 for groups of tensors.
 
     Each group is a dict of the optimizer's hyper-parameters, with lists of `values`, arrays, and of `layers`, numbers.
     """
@@ -58,6 +58,7 @@ class Oracle:
             self.add(group)
 
     def add(self, group: dict) -> None:
+        group["has_rows"] = [value.ndim > 1 for value in group["values"]]
         group["values"] = [
             _real(value.astype(complex if np.iscomplexobj(value) else float)) for value in group["values"]
         ]
@@ -113,7 +114,7 @@ class Oracle:
         self.micro_step = 0 if is_last else self.micro_step + 1
 
     def _update(self, group: dict, i: int, g: np.ndarray, is_last: bool) -> None:
-        """Rows 6 to 10, of a micro-batch as they are in https://kexue.fm/archives/8634."""
+        """Rows 6 to 11, of a micro-batch as they are in https://kexue.fm/archives/8634."""
         k, state, fixed = self.accumulation_steps, group["state"][i], group["fixed"]
         (beta1, beta2), alpha = fixed["betas"], fixed["alpha"]
         beta1 = beta1 * (1 - fixed["gamma"]) ** group["layers"][i]
@@ -140,6 +141,11 @@ class Oracle:
         m_hat, v_hat = state["m"] / (1 - beta1**t), state["v"] / (1 - beta2**t)
         theta = group["values"][i] * (1 - group["lr"] * group["weight_decay"])
         group["values"][i] = theta - group["lr"] * m_hat / (np.sqrt(v_hat) + group["eps"])
+        if group["max_row_norm"] and group["has_rows"][i] and theta.size:
+            rows = group["values"][i].reshape(len(theta), -1)
+            norms = np.maximum(np.linalg.norm(rows, axis=1), 1e-300)
+            shorter = rows * np.minimum(1, group["max_row_norm"] / norms)[:, None]
+            group["values"][i] = shorter.reshape(theta.shape)
 
 
 def _real(array: np.ndarray) -> np.ndarray:

@@ -194,12 +194,13 @@ def test_complex_parameters() -> None:
     ("options", "graphs"),
     [
         ({"window_size": 3}, 1),
+        ({"max_row_norm": 0.5}, 1),
         ({"accumulation_steps": 3, "second_moment": "raw"}, 3),  # the first micro-batch, those between, the last
     ],
     ids=str,
 )
 @pytest.mark.parametrize("foreach", [None, False])
-def test_windows_and_micro_batches(foreach: bool | None, options: dict[str, Any], graphs: int) -> None:
+def test_windows_rows_and_micro_batches(foreach: bool | None, options: dict[str, Any], graphs: int) -> None:
     counter = CompileCounter()
     ours, optimizer, seen = run(counter, dtype=torch.float64, foreach=foreach, **options)
     theirs, eager, _ = run(None, dtype=torch.float64, foreach=foreach, **options)

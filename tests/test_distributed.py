@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from grokadamw import GrokAdamW, Grokfast, grokadamw, numbers, signals, state
 from grokadamw.signals import SlowGradient
@@ -64,12 +64,16 @@ def test_ranks_agree_on_alpha(tmp_path: Path) -> None:
 
 
 def _sharded(rank: int) -> list[dict[str, Any]]:
-    """Sharded whole, in part (the first layer is sharded, the others are plain), and with numbers kept as tensors."""
+    """Sharded whole, in part (the first layer is sharded, the others are plain), across rows, and with numbers kept as
+    tensors."""
     mesh = init_device_mesh("cpu", (RANKS,))
     results = []
-    for how in ("whole", "in part", "numbers on the device"):
+    for how in ("whole", "in part", "across rows", "numbers on the device"):
         model = network()
         fully_shard(model[0], mesh=mesh)
+        if how == "across rows":
+            fully_shard(model[2], mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.dim() > 1 else None)
+            assert model[2].weight.placements == (Shard(1),)
         if how != "in part":
             fully_shard(model, mesh=mesh)
         if how == "numbers on the device":
@@ -86,7 +90,11 @@ def _sharded(rank: int) -> list[dict[str, Any]]:
 
 def _run(model: torch.nn.Module) -> GrokAdamW:
     optimizer = GrokAdamW(
-        model.named_parameters(), lr=0.01, gradient_clipping=0.5, grokking_signal_fns=SlowGradient(every=2)
+        model.named_parameters(),
+        lr=0.01,
+        gradient_clipping=0.5,
+        max_row_norm=0.5,
+        grokking_signal_fns=SlowGradient(every=2),
     )
 
     def take_step(step: int, loss: torch.Tensor) -> None:

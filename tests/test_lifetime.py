@@ -52,7 +52,7 @@ class Lifetime(RuleBasedStateMachine):
             group["layers"] = layers
 
     def _hyper(self, i: int) -> dict[str, Any]:
-        of_oracle = ("values", "layers", "state", "fixed")
+        of_oracle = ("values", "has_rows", "layers", "state", "fixed")
         return {name: value for name, value in self.oracle.groups[i].items() if name not in of_oracle}
 
     def _group(self, i: int, **hyper: Any) -> dict[str, Any]:
@@ -147,15 +147,16 @@ class Lifetime(RuleBasedStateMachine):
         mode = self.oracle.accumulation_steps, self.oracle.amplify_by_signal
         self.oracle.accumulation_steps, self.oracle.amplify_by_signal = 1, False
         self.oracle.rest()
+        ours = ("lamb", "gamma", "gradient_clipping", "max_row_norm")
         for group in self.oracle.groups:
-            group.update(lamb=0.0, gamma=0.0, gradient_clipping=0.0)
+            group.update(dict.fromkeys(ours, 0.0))
         self.oracle.has_state = True  # AdamW has no such rule
         for i in range(steps):
             grads = self._set_gradients(seed + i)
             adamw.step()
             self.oracle.step(grads, None)
         for group, old in zip(self.oracle.groups, kept, strict=True):
-            group.update({name: old[name] for name in ("lamb", "gamma", "gradient_clipping")})
+            group.update({name: old[name] for name in ours})
         self.oracle.accumulation_steps, self.oracle.amplify_by_signal = mode
         self.optimizer = self._optimizer()
         self.optimizer.load_state_dict(adamw.state_dict())

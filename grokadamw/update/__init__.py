@@ -1,4 +1,4 @@
-"""The step's rows 2 and 6 to 10: the same mathematics in several files, each with the same two functions.
+"""The step's rows 2 and 6 to 11. All but the last are the same mathematics in several files, with two functions each.
 
     sum_of_squares(tensors) -> 0-d float64 tensor
     step(Tensors, Numbers) -> None
@@ -20,6 +20,7 @@ from . import blocks, cpu, foreach, gpu, memory, native, reference
 from .foreach import average
 from .gpu_tables import Tables
 from .reference import MicroStep, Numbers, Tensors
+from .rows import cap_rows
 
 __all__ = [
     "BY_ADDRESS",
@@ -27,6 +28,7 @@ __all__ = [
     "Choice",
     "average",
     "MicroStep",
+    "cap_rows",
     "checked",
     "choose",
     "fastest_sum_of_squares",

@@ -6,31 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import accumulation, filter_time
-from benchmarks.grokking import filters
-
-
-def test_a_short_run_of_the_first_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    filters.main(["--steps", "20", "--out", str(tmp_path)])
-    assert "> 20" in capsys.readouterr().out
-    arms = json.loads((tmp_path / "filters-seed0.json").read_text())["arms"]
-    assert [arm["steps"] for arm in arms] == [[10, 20]] * 2
-    assert [arm["published"] for arm in arms] == [910, 790]
-    assert all(0 < accuracy < 0.1 for arm in arms for accuracy in arm["validation"])
-
-
-def test_the_published_model() -> None:
-    torch.manual_seed(0)
-    model = filters.Decoder()
-    assert sum(p.numel() for p in model.parameters()) == 422_784  # a position more than the demonstration's
-    tokens = torch.randint(0, 97, (3, 4))
-    logits = model(tokens)
-    assert logits.shape == (3, 99)
-    changed = tokens.clone()
-    changed[:, 0] += 1
-    assert not torch.equal(model(changed), logits)  # the last position sees the first
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,0 +1,117 @@
+"""The runs that the report is made of, in the order in which it needs them.
+
+Every method gets the same trials. Of the tasks mod 97: a grid of lr × wd on two of them, two seeds a cell; the best
+cell is kept for ten seeds on all five. Of every other task: four cells, one seed; the best is kept for three seeds.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import product
+from math import log
+
+from .methods import load
+from .runs import Row, Run
+
+MOD97 = ["mul97", "add97", "sub97", "div97", "quad97"]
+METHODS = ["adamw", "grokadamw-grokking", "grokadamw", "grokfast-adamw"]
+OTHER_METHODS = ["row-norm-cap", "orthograd", "muon"]
+
+GRID_TASKS, LRS, DECAYS = ["mul97", "sub97"], (1e-3, 3e-3, 1e-2), (0.3, 1.0, 3.0)
+GRID_BUDGET, BUDGET, AFTERWARDS = 1500, 3000, 100  # steps
+SEEDS, OTHER_SEEDS = range(10), range(3)
+
+# lr and wd of each of the other tasks: two of each
+OTHER_TASKS = {
+    "parity": ((3e-3, 1e-2), (0.3, 1.0)),
+    "mnist": ((1e-3, 3e-3), (0.3, 2.0)),
+    "s5": ((1e-3, 3e-3), (1.0, 3.0)),
+    "sentiment": ((3e-4, 1e-3), (1.0, 10.0)),
+    "qm9": ((1e-3, 3e-3), (0.01, 1.0)),
+    "add113": ((1e-3, 3e-3), (1.0, 3.0)),
+}
+
+# {filter} × {weight decay}: Grokfast's settings of its section 4 with and without one of the two
+TWO_BY_TWO = {
+    "mnist": ({"alpha": 0.8, "lamb": 0.1}, 1e-3, (0.01, 2.0), 60000),
+    "sentiment": ({"alpha": 0.98, "lamb": 2.0}, 3e-4, (1.0, 10.0), 1500),
+}
+
+Cell = tuple[float, float]  # lr, wd
+
+
+def best(rows: Iterable[Row]) -> Cell | None:
+    """The cell with the lowest geometric mean of steps, a failure counting as twice the budget; of equals that with the
+    highest score. None if there are no rows."""
+    steps: dict[Cell, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        steps[row.lr, row.weight_decay].append((log(row.sustained or 2 * row.budget), -row.best))
+    means = {cell: tuple(sum(each) / len(found) for each in zip(*found, strict=True)) for cell, found in steps.items()}
+    return min(means, key=means.__getitem__, default=None)
+
+
+def select(rows: Iterable[Row], asked: Iterable[Run]) -> list[Row]:
+    """The rows of those runs that are done, in their order."""
+    by_run = {row.run: row for row in rows}
+    return [by_run[each] for each in asked if each in by_run]
+
+
+def published() -> list[Run]:
+    """Grokfast's first table."""
+    return [Run.of("published", method, 0) for method in ("grokfast", "grokfast-ma", "adam")]
+
+
+def grid(method: str) -> list[Run]:
+    cells = product((0, 1), GRID_TASKS, LRS, DECAYS)
+    return [Run.of(task, method, seed, lr, wd, budget=GRID_BUDGET) for seed, task, lr, wd in cells]
+
+
+def finals(method: str, rows: list[Row]) -> list[Run]:
+    """With the grid's best cell. A method that has no grid of its own has that of GrokAdamW's preset."""
+    tuned = method if method in METHODS + OTHER_METHODS else "grokadamw-grokking"
+    cell = best(select(rows, grid(tuned)))
+    if cell is None:
+        return []
+    return [
+        Run.of(task, method, seed, *cell, budget=BUDGET, afterwards=AFTERWARDS) for task, seed in product(MOD97, SEEDS)
+    ]
+
+
+def trials(task: str, method: str) -> list[Run]:
+    return [Run.of(task, method, 0, lr, wd) for lr, wd in product(*OTHER_TASKS[task])]
+
+
+def other_finals(task: str, method: str, rows: list[Row]) -> list[Run]:
+    cell = best(select(rows, trials(task, method)))
+    return [] if cell is None else [Run.of(task, method, seed, *cell) for seed in OTHER_SEEDS]
+
+
+def two_by_two(task: str) -> list[Run]:
+    options, lr, decays, budget = TWO_BY_TWO[task]
+    arms = [("adamw", {}), ("grokfast-adamw", options)]
+    return [
+        Run.of(task, method, seed, lr, wd, {**settings, "clip": 0.0}, budget)
+        for seed, wd, (method, settings) in product(OTHER_SEEDS, decays, arms)
+    ]
+
+
+def without_a_part() -> list[str]:
+    return [name for name in load() if name.startswith("grokadamw-grokking-")]
+
+
+def todo(rows: list[Row]) -> list[Run]:
+    """The next runs that are not done yet; what is chosen from them comes later."""
+    done = {row.run for row in rows}
+    stages = [stage for method in METHODS for stage in (grid(method), finals(method, rows))]
+    stages += [published()]
+    stages += [two_by_two(task) for task in TWO_BY_TWO]
+    stages += [trials(task, method) for task in OTHER_TASKS for method in METHODS]
+    stages += [other_finals(task, method, rows) for task in OTHER_TASKS for method in METHODS]
+    stages += [finals(method, rows) for method in without_a_part()]
+    stages += [grid(method) for method in OTHER_METHODS]
+    stages += [finals(method, rows) for method in OTHER_METHODS]
+    for stage in stages:
+        if missing := [run for run in stage if run not in done]:
+            return missing
+    return []

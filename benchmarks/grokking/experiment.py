@@ -1,0 +1,107 @@
+"""One run: a task, a method and a seed, from the start until the task is learnt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grokadamw import GrokAdamW
+
+from .methods import Method
+from .tasks import Split, Task
+
+IN_A_ROW = 6  # evaluations that have to be good for the task to count as learnt: *sustained*
+CHUNK = 1024  # examples evaluated at once; those of the first chunk alone while they are mostly wrong
+
+
+@dataclass
+class Curve:
+    """What a run did. Lists are parallel, one entry an evaluation."""
+
+    solved: float
+    steps: list[int] = field(default_factory=list)
+    train: list[float] = field(default_factory=list)  # score on the batches since the last evaluation
+    report: list[float] = field(default_factory=list)  # score on the part that no signal sees
+    seconds: list[float] = field(default_factory=list)  # since the start, evaluations left out
+    signal: list[float] = field(default_factory=list)
+    alpha: list[float] = field(default_factory=list)
+
+    def first(self, scores: list[float]) -> int | None:
+        """The index of the first evaluation that is good enough, or None."""
+        return next((i for i, score in enumerate(scores) if score >= self.solved), None)
+
+    def sustained(self, scores: list[float]) -> int | None:
+        """The index of the first of six evaluations in a row that are good enough, or None."""
+        good = [score >= self.solved for score in scores]
+        return next((i for i in range(len(good) - IN_A_ROW + 1) if all(good[i : i + IN_A_ROW])), None)
+
+
+def run(
+    task: Task,
+    method: Method,
+    settings: Mapping[str, Any],
+    seed: int,
+    budget: int,
+    afterwards: int = 0,
+    on_evaluation: Callable[[Curve], None] = lambda curve: None,
+) -> Curve:
+    """Train until the task is learnt, and for `afterwards` more steps, or else for `budget` steps."""
+    model, data, batches = task.start(seed)
+    settings = dict(settings)
+    clip = settings.pop("clip", method.clip) or task.clip
+    optimizer = method.optimizer(model, betas=task.betas, **settings)
+    grok = optimizer if isinstance(optimizer, GrokAdamW) else None
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / task.warmup))
+    curve = Curve(task.solved)
+    scores: list[Tensor] = []
+    seconds, start = 0.0, time.perf_counter()
+    end: int | None = None
+    for step in range(1, budget + 1):
+        batch = next(batches)
+        outputs = model(batch.inputs)
+        loss = task.loss(outputs, batch.targets)
+        optimizer.zero_grad()
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        schedule.step()
+        scores.append(task.score(outputs.detach(), batch.targets))
+        if step % task.evaluate_every == 0:
+            seconds += time.perf_counter() - start
+            model.eval()
+            with torch.no_grad():
+                if grok:
+                    grok.record(train_loss=loss, eval_loss=task.loss(model(data.signal.inputs), data.signal.targets))
+                report = evaluate(task, model, data.report)
+            model.train()
+            metrics = grok.metrics() if grok else {}
+            curve.steps.append(step)
+            curve.train.append(torch.cat(scores).mean().item())
+            curve.report.append(report)
+            curve.seconds.append(seconds)
+            curve.signal.append(metrics.get("signal", torch.nan))
+            curve.alpha.append(metrics.get("alpha", torch.nan))
+            scores.clear()
+            on_evaluation(curve)
+            if end is None and curve.sustained(curve.report) is not None:
+                end = step + afterwards
+            if step >= (end or budget):
+                break
+            start = time.perf_counter()
+    return curve
+
+
+def evaluate(task: Task, model: nn.Module, data: Split) -> float:
+    """The mean score; of the first examples alone while that is far from solved, as nothing depends on it there."""
+    scores: list[Tensor] = []
+    for inputs, targets in zip(data.inputs.split(CHUNK), data.targets.split(CHUNK), strict=True):
+        scores.append(task.score(model(inputs), targets))
+        if scores[0].mean() < task.solved - 0.1:
+            break
+    return torch.cat(scores).mean().item()

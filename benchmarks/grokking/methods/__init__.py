@@ -1,0 +1,36 @@
+"""What is to learn it: optimizers. Each file here has a list METHODS; a new method is a new file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer, and the settings that it has unless a run says otherwise."""
+
+    name: str
+    about: str
+    make: Callable[..., Optimizer]  # (model, lr=…, weight_decay=…, betas=…, **options)
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    options: Mapping[str, Any] = field(default_factory=dict)
+    clip: float = 0.0  # torch's clip_grad_norm_ before each step, unless a run says otherwise; 0 is off
+
+    def optimizer(self, model: nn.Module, **settings: Any) -> Optimizer:
+        return self.make(model, **{"lr": self.lr, "weight_decay": self.weight_decay, **self.options, **settings})
+
+
+@cache
+def load() -> dict[str, Method]:
+    """All methods, by name."""
+    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
+    return {method.name: method for module in modules for method in module.METHODS}

@@ -1,0 +1,24 @@
+"""torch's own optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Adam, AdamW, Optimizer
+
+from . import Method
+
+
+def adamw(model: nn.Module, **settings: Any) -> Optimizer:
+    return AdamW(model.parameters(), **settings)
+
+
+def adam(model: nn.Module, **settings: Any) -> Optimizer:
+    return Adam(model.parameters(), **settings)
+
+
+METHODS = [
+    Method("adamw", "AdamW, gradients clipped to norm 1", adamw, lr=3e-3, weight_decay=1.0, clip=1.0),
+    Method("adam", "Adam without weight decay: the baseline of Grokfast's tables", adam, weight_decay=0.0),
+]

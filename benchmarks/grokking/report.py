@@ -1,0 +1,143 @@
+"""Tables and pictures of the runs in grokking.csv, put between the marks of the pages that show them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from . import evidence, methods, pictures
+from .evidence import DECAYS, GRID_TASKS, LRS, METHODS, MOD97, OTHER_METHODS, OTHER_TASKS, TWO_BY_TWO, select
+from .runs import Row
+
+Table = Callable[[list[Row]], str]
+
+REPORT = "GROKKING_REPORT.md"
+PUBLISHED = {"grokfast": 910, "grokfast-ma": 790, "adam": 39890}  # steps to 95% (arXiv:2405.20233, table 1)
+
+
+def steps(rows: Iterable[Row]) -> list[float]:
+    """To sustained; infinite where there is none."""
+    return [math.inf if row.sustained is None else row.sustained for row in rows]
+
+
+def shown(value: float) -> str:
+    return f"{value:,.0f}" if math.isfinite(value) else "–"
+
+
+def quartiles(rows: list[Row]) -> str:
+    """Median (first to third quartile), and how many failed. Quartiles are steps that were seen."""
+    if not rows:
+        return ""
+    found = steps(rows)
+    low, high = np.quantile(found, [0.25, 0.75], method="closest_observation")
+    failed = sum(map(math.isinf, found))
+    text = f"{shown(float(np.median(found)))} ({shown(low)} to {shown(high)})"
+    return f"{text}, {failed} of {len(rows)} failed" if failed else text
+
+
+def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *lines])
+
+
+def cell(rows: list[Row]) -> str:
+    return f"{rows[0].lr:g}, {rows[0].weight_decay:g}" if rows else ""
+
+
+def published(rows: list[Row]) -> str:
+    lines = []
+    for row in select(rows, evidence.published()):
+        found = f"{row.first:,}" if row.first else f"> {row.budget:,}"
+        lines.append([methods.load()[row.method].about, found, f"{PUBLISHED[row.method]:,}"])
+    return markdown(["", "steps to 95%", "published"], lines)
+
+
+def mod97(names: list[str], rows: list[Row]) -> str:
+    lines = []
+    for name in names:
+        found = select(rows, evidence.finals(name, rows))
+        if found:
+            by_task = [quartiles([row for row in found if row.task == task]) for task in MOD97]
+            lines.append([name, cell(found), *by_task])
+    return markdown(["", "lr, wd", *MOD97], lines)
+
+
+def reach(names: list[str], rows: list[Row]) -> str:
+    """Over the grid of lr × wd."""
+    lines = []
+    for name in names:
+        found = select(rows, evidence.grid(name))
+        if found:
+            reached = sum(row.sustained is not None for row in found)
+            best = select(rows, evidence.grid(name))
+            chosen = evidence.best(best)
+            there = [row for row in best if (row.lr, row.weight_decay) == chosen]
+            median = shown(float(np.median(steps(found))))
+            share = f"{reached / len(found):.0%} of {len(found)}"
+            lines.append([name, share, median, cell(there), shown(float(np.median(steps(there))))])
+    return markdown(["", "grokked", "median, all cells", "best cell", "median there"], lines)
+
+
+def others(rows: list[Row]) -> str:
+    lines = []
+    for task in OTHER_TASKS:
+        for name in METHODS:
+            found = select(rows, evidence.other_finals(task, name, rows))
+            if found:
+                score = f"{np.median([row.best for row in found]):.3f}"
+                lines.append([task, name, cell(found), quartiles(found), score, str(len(found))])
+    return markdown(["task", "method", "lr, wd", "steps", "best score", "seeds"], lines)
+
+
+def two_by_two(task: str, rows: list[Row]) -> str:
+    lines = []
+    found = select(rows, evidence.two_by_two(task))
+    for name, title in (("adamw", "AdamW"), ("grokfast-adamw", "with the filter")):
+        line = [title]
+        for decay in TWO_BY_TWO[task][2]:
+            there = [row for row in found if row.method == name and row.weight_decay == decay]
+            line.append(f"{quartiles(there)}; {np.median([row.best for row in there]):.3f}" if there else "")
+        lines.append(line)
+    return markdown([task, *(f"wd {decay:g}: steps; best score" for decay in TWO_BY_TWO[task][2])], lines)
+
+
+def effort(rows: list[Row]) -> str:
+    hours = sum(row.minutes for row in rows) / 60
+    commits = ", ".join(dict.fromkeys(row.commit for row in rows))
+    return f"{len(rows):,} runs, {hours:.1f} core-hours, at commit {commits}.\n"
+
+
+TABLES: dict[str, Table] = {
+    "effort": effort,
+    "published": published,
+    "mod97": partial(mod97, METHODS),
+    "reach": partial(reach, METHODS),
+    "others": others,
+    **{f"filter and decay, {task}": partial(two_by_two, task) for task in TWO_BY_TWO},
+    "parts": lambda rows: mod97(["grokadamw-grokking", *evidence.without_a_part()], rows),
+    "other methods": lambda rows: reach(OTHER_METHODS, rows),
+}
+
+
+def filled(text: str, rows: list[Row]) -> str:
+    """The page with each table that it has marks for, `<!-- name -->` and `<!-- /name -->`, made anew."""
+    for name, table in TABLES.items():
+        mark = f"<!-- {name} -->\n"
+        pattern = re.compile(f"{re.escape(mark)}.*?<!-- /{re.escape(name)} -->", re.DOTALL)
+        text = pattern.sub(lambda _, mark=mark, table=table, name=name: f"{mark}{table(rows)}<!-- /{name} -->", text)
+    return text
+
+
+def main(rows: list[Row], out: Path) -> None:
+    """Pictures into `out`, and tables into its GROKKING_REPORT.md and the README."""
+    for page in (out / REPORT, out.parent.parent / "README.md"):
+        page.write_text(filled(page.read_text(), rows))
+    finals = {name: select(rows, evidence.finals(name, rows)) for name in METHODS}
+    pictures.quartiles(finals, MOD97, out / "grokking-mod97.png")
+    grids = {name: select(rows, evidence.grid(name)) for name in METHODS}
+    pictures.maps(grids, GRID_TASKS, LRS, DECAYS, out / "grokking-maps.png")

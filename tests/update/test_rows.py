@@ -1,0 +1,68 @@
+"""Row 11 alone; tests/test_oracle.py has it within the step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grokadamw import GrokAdamW
+from grokadamw.update import cap_rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+def test_rows_are_slices_along_the_first_dimension(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    filters = torch.randn(4, 3, 2, 2).to(dtype)
+    filters[1] *= 0.01
+    filters[2] = 0
+    before = filters.clone()
+    cap_rows([filters], 1.5, True)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    norms = filters.to(wide).flatten(1).norm(dim=1)
+    exact = 2e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-6
+    torch.testing.assert_close(norms[[0, 3]].real, torch.tensor([1.5, 1.5], dtype=torch.float64), rtol=exact, atol=0)
+    assert torch.equal(filters[1:3], before[1:3])  # shorter ones stay, bit for bit
+
+
+def test_what_has_no_rows_stays() -> None:
+    params = [torch.nn.Parameter(torch.full(shape, 5.0)) for shape in [(), (3,), (3, 2), (0, 2), (2, 0)]]
+    optimizer = GrokAdamW(params, lr=0.0, max_row_norm=1.0, gamma=0.0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert [p.detach().flatten()[:1].tolist() for p in params] == [[5.0], [5.0], [pytest.approx(0.5**0.5)], [], []]
+
+
+def test_one_row_of_complex_numbers_is_none() -> None:
+    """As real numbers it has two dimensions."""
+    p = torch.nn.Parameter(torch.full((3,), 5 + 5j))
+    optimizer = GrokAdamW([p], lr=0.0, max_row_norm=1.0)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert (p.detach() == 5 + 5j).all()
+
+
+@pytest.mark.filterwarnings("ignore:a step was skipped")
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_skipped_step_leaves_long_rows_alone(on_device: bool, request: pytest.FixtureRequest) -> None:
+    if on_device:
+        request.getfixturevalue("nothing_is_free_to_read")
+    p = torch.nn.Parameter(torch.full((2, 2), 5.0))
+    optimizer = GrokAdamW([p], max_row_norm=1.0)
+    p.grad = torch.full((2, 2), torch.nan)
+    optimizer.step()
+    assert (p.detach() == 5).all()
+    p.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert p.detach().norm(dim=1).max() < 1.001
+
+
+def test_groups_have_limits_of_their_own_and_micro_batches_wait_for_the_last() -> None:
+    params = [torch.nn.Parameter(torch.full((1, 4), 5.0)) for _ in range(2)]
+    groups = [{"params": params[:1], "max_row_norm": 2.0}, {"params": params[1:]}]
+    optimizer = GrokAdamW(groups, lr=1e-9, weight_decay=0, accumulation_steps=2, second_moment="raw")
+    for expected in ([10, 10], [2, 10]):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert [p.detach().norm().item() for p in params] == pytest.approx(expected)
