@@ -109,6 +109,11 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
     check_count("amplify_after", group["amplify_after"])
     if group["layer"] is not None:
         check_count("layer", group["layer"])
+    if group["compat"] is not None and group["max_row_norm"]:
+        raise ValueError(
+            f"max_row_norm={group['max_row_norm']} with compat={group['compat']!r}, which has no such thing: leave one "
+            "of them out"
+        )
     for name, is_on in (
         ("accumulation_steps", group["accumulation_steps"] > 1),
         ("amplify_by_signal", group["amplify_by_signal"]),

@@ -115,8 +115,8 @@ class GrokAdamW(Optimizer):
         gradient_clipping: largest norm ≥ 0 of all gradients together; 0 is off.
         max_row_norm: largest norm ≥ 0 of a row of a parameter with two dimensions or more, which is its slice along the
             first: a linear layer's weights of one output, an embedding's vector. After a step longer rows are shortened
-            to it. 0 is off. It costs a pass over those parameters, in torch's operations. Source: the max-norm
-            constraint of Srivastava et al. 2014, JMLR 15, section 5.1.
+            to it. 0 is off. It costs a pass over those parameters, in torch's operations. What a wrapper has flattened,
+            as FSDP1 does, has no rows. Source: the max-norm constraint of Srivastava et al. 2014, JMLR 15, section 5.1.
         combine: how several signals become one: ``"mean"``, ``"max"``, ``"min"``, or a callable of the list of usable
             values. A callable reads values back from a GPU; the others do not.
         second_moment: ``"filtered"``, v averages ĝ²; or ``"raw"``, (c g)².
@@ -386,7 +386,9 @@ class GrokAdamW(Optimizer):
                 windows = [window.of(self.state[w.params[place]], "grok_") for place in call.places]
                 averages.append((windows, call.tensors, numbers))
         self._run.stepped = cycle.end(param for w in work for param in w.params)
-        return calls, tables, averages, self._caps(work, measured.finite) if self._run.stepped else []
+        # of what is not finite in the last micro-batch the others are a step all the same
+        caps = self._caps(work, measured.finite if cycle.of == 1 else True) if self._run.stepped else []
+        return calls, tables, averages, caps
 
     def _caps(self, work: list[Work], finite: bool | Tensor) -> list[tuple[list[Tensor], float, bool | Tensor]]:
         """Row 11: the parameters that have rows, with what limits these."""

@@ -1318,3 +1318,35 @@ def test_numpys_numbers_are_numbers() -> None:
         optimizer.add_param_group({"params": parameters(1), "layer": np.int64(3), "amplify_after": np.int64(3)})
         through_a_file(optimizer.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# The preset
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_preset_takes_a_model_and_what_is_given_wins() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    model[1].weight.requires_grad_(False)
+    optimizer = GrokAdamW.for_grokking(model, lr=0.01, lamb=0.5, max_row_norm=0.25)
+    (group,) = optimizer.param_groups
+    assert [name for name in group["param_names"] if name.startswith("1.")] == ["1.bias"]
+    assert (group["lr"], group["weight_decay"], group["lamb"], group["max_row_norm"]) == (0.01, 3.0, 0.5, 0.25)
+    assert (group["betas"], group["alpha_init"], group["gamma"]) == ((0.9, 0.98), 0.9, 0.3)
+    set_gradients(list(model.parameters()))
+    optimizer.step()  # whose low β1 is meant, and not warned of
+    assert optimizer.layer_table()[-1].beta1 == pytest.approx(0.9 * 0.7**5)
+    weights = [layer.weight.detach() for i, layer in enumerate(model) if i != 1]
+    assert max(weight.norm(dim=1).max().item() for weight in weights) < 0.25001
+
+
+def test_the_preset_warns_of_a_gamma_that_was_given() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    optimizer = GrokAdamW.for_grokking(model, gamma=0.4)
+    set_gradients(list(model.parameters()))
+    with pytest.warns(UserWarning, match="layer"):
+        optimizer.step()
+
+
+def test_the_preset_needs_a_model() -> None:
+    with pytest.raises(TypeError, match="model is a generator, and not a torch.nn.Module: give the model itself"):
+        GrokAdamW.for_grokking(network().parameters())  # type: ignore[arg-type]

@@ -65,7 +65,6 @@ def inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput
         "raw second moment": {"second_moment": "raw"},
         "late filter": {"amplify_after": 2},
         "signal": {"grokking_signal_fns": SlowGradient(every=2)},
-        "short rows": {"max_row_norm": 0.1},
         "no norm": {"nonfinite": "propagate", "gradient_clipping": 0.0},
         # its state has the parameter's dtype, in which the default eps is 0
         "0.1.2": {"compat": "0.1.2"} | ({"eps": 0.1} if dtype == torch.float16 else {}),
@@ -106,6 +105,7 @@ def errors(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
         (ValueError, "Tensor alpha_init must be 1-element", {"alpha_init": torch.tensor([0.9, 0.9])}),
         (ValueError, "grokking_signal_decay_rate=-1 is out of range", {"grokking_signal_decay_rate": -1}),
         (TypeError, "gradient_clipping=None is not a number; 0 switches it off", {"gradient_clipping": None}),
+        (ValueError, "max_row_norm=1.0 with compat='0.1.2'", {"max_row_norm": 1.0, "compat": "0.1.2"}),
         (ValueError, r"max_row_norm=-0\.1 is out of range", {"max_row_norm": -0.1}),
         (TypeError, "max_row_norm=None is not a number; 0 switches it off", {"max_row_norm": None}),
         (TypeError, "amplify_after=0.5 is not an integer", {"amplify_after": 0.5}),

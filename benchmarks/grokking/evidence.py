@@ -1,7 +1,8 @@
 """The runs that the report is made of, in the order in which it needs them.
 
 Every method gets the same trials. Of the tasks mod 97: a grid of lr × wd on two of them, two seeds a cell; the best
-cell is kept for ten seeds on all five. Of every other task: four cells, one seed; the best is kept for three seeds.
+cell is kept for ten other seeds on all five. Of every other task: four cells, one seed; the best is kept for three
+others.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import product
 from math import log
+from typing import Any
 
-from .methods import load
 from .runs import Row, Run
 
 MOD97 = ["mul97", "add97", "sub97", "div97", "quad97"]
-METHODS = ["adamw", "grokadamw-grokking", "grokadamw", "grokfast-adamw"]
+PRESET = "grokadamw-grokking"
+METHODS = ["adamw", PRESET, "grokadamw", "grokfast-adamw", "adamw-short-rows"]
 OTHER_METHODS = ["row-norm-cap", "orthograd", "muon"]
 
 GRID_TASKS, LRS, DECAYS = ["mul97", "sub97"], (1e-3, 3e-3, 1e-2), (0.3, 1.0, 3.0)
+DECAYS_OF = {"row-norm-cap": (0.0, 0.3, 1.0)}  # whose point is to do without
 GRID_BUDGET, BUDGET, AFTERWARDS = 1500, 3000, 100  # steps
-SEEDS, OTHER_SEEDS = range(10), range(3)
+GRID_SEEDS, SEEDS = (0, 1), range(2, 12)
+TRIAL_SEED, OTHER_SEEDS = 0, (1, 2, 3)  # what is reported was not chosen on
 
 # lr and wd of each of the other tasks: two of each
 OTHER_TASKS = {
@@ -30,6 +34,28 @@ OTHER_TASKS = {
     "sentiment": ((3e-4, 1e-3), (1.0, 10.0)),
     "qm9": ((1e-3, 3e-3), (0.01, 1.0)),
     "add113": ((1e-3, 3e-3), (1.0, 3.0)),
+}
+
+# the preset with one thing changed
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "without the filter": {"lamb": 0.0},
+    "α does not adapt": {"grokking_signal_decay_rate": 0.0},
+    "without γ": {"gamma": 0.0},
+    "without a largest norm of rows": {"max_row_norm": 0.0},
+    "without clipping": {"gradient_clipping": 0.0},
+    "second_moment='raw'": {"second_moment": "raw"},
+    "α 0.8": {"alpha_init": 0.8},
+    "α 0.95": {"alpha_init": 0.95},
+    "α 0.98": {"alpha_init": 0.98},
+    "λ 1": {"lamb": 1.0},
+    "λ 4": {"lamb": 4.0},
+    "γ 0.1": {"gamma": 0.1},
+    "γ 0.5": {"gamma": 0.5},
+    "rows of 0.7": {"max_row_norm": 0.7},
+    "rows of 1.5": {"max_row_norm": 1.5},
+    "rows of 3": {"max_row_norm": 3.0},
+    "only rows of 1": {"lamb": 0.0, "gamma": 0.0},
 }
 
 # {filter} × {weight decay}: Grokfast's settings of its section 4 with and without one of the two
@@ -63,14 +89,13 @@ def published() -> list[Run]:
 
 
 def grid(method: str) -> list[Run]:
-    cells = product((0, 1), GRID_TASKS, LRS, DECAYS)
+    cells = product(GRID_SEEDS, GRID_TASKS, LRS, DECAYS_OF.get(method, DECAYS))
     return [Run.of(task, method, seed, lr, wd, budget=GRID_BUDGET) for seed, task, lr, wd in cells]
 
 
 def finals(method: str, rows: list[Row]) -> list[Run]:
-    """With the grid's best cell. A method that has no grid of its own has that of GrokAdamW's preset."""
-    tuned = method if method in METHODS + OTHER_METHODS else "grokadamw-grokking"
-    cell = best(select(rows, grid(tuned)))
+    """With the grid's best cell."""
+    cell = best(select(rows, grid(method)))
     if cell is None:
         return []
     return [
@@ -79,7 +104,7 @@ def finals(method: str, rows: list[Row]) -> list[Run]:
 
 
 def trials(task: str, method: str) -> list[Run]:
-    return [Run.of(task, method, 0, lr, wd) for lr, wd in product(*OTHER_TASKS[task])]
+    return [Run.of(task, method, TRIAL_SEED, lr, wd) for lr, wd in product(*OTHER_TASKS[task])]
 
 
 def other_finals(task: str, method: str, rows: list[Row]) -> list[Run]:
@@ -96,21 +121,25 @@ def two_by_two(task: str) -> list[Run]:
     ]
 
 
-def without_a_part() -> list[str]:
-    return [name for name in load() if name.startswith("grokadamw-grokking-")]
+def variations(rows: list[Row]) -> dict[str, list[Run]]:
+    """With the cell of the preset's grid."""
+    cell = best(select(rows, grid(PRESET)))
+    tried = list(product(GRID_TASKS, SEEDS[:3]))
+    return {
+        name: [Run.of(task, PRESET, seed, *cell, options, GRID_BUDGET) for task, seed in tried] if cell else []
+        for name, options in VARIATIONS.items()
+    }
 
 
 def todo(rows: list[Row]) -> list[Run]:
     """The next runs that are not done yet; what is chosen from them comes later."""
     done = {row.run for row in rows}
     stages = [stage for method in METHODS for stage in (grid(method), finals(method, rows))]
-    stages += [published()]
+    stages += [*variations(rows).values(), published()]
     stages += [two_by_two(task) for task in TWO_BY_TWO]
     stages += [trials(task, method) for task in OTHER_TASKS for method in METHODS]
     stages += [other_finals(task, method, rows) for task in OTHER_TASKS for method in METHODS]
-    stages += [finals(method, rows) for method in without_a_part()]
     stages += [grid(method) for method in OTHER_METHODS]
-    stages += [finals(method, rows) for method in OTHER_METHODS]
     for stage in stages:
         if missing := [run for run in stage if run not in done]:
             return missing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .methods import Method
 from .tasks import Split, Task
 
 IN_A_ROW = 6  # evaluations that have to be good for the task to count as learnt: *sustained*
-CHUNK = 1024  # examples evaluated at once; those of the first chunk alone while they are mostly wrong
+CHUNK = 1024  # examples evaluated at once; those of the first chunk alone where the task is far from learnt
 
 
 @dataclass
@@ -50,18 +51,21 @@ def run(
     afterwards: int = 0,
     on_evaluation: Callable[[Curve], None] = lambda curve: None,
 ) -> Curve:
-    """Train until the task is learnt, and for `afterwards` more steps, or else for `budget` steps."""
+    """Train until the task is learnt, and for `afterwards` more steps, or else for `budget` steps.
+
+    Six good evaluations that begin within the budget are seen to their end.
+    """
     model, data, batches = task.start(seed)
     settings = dict(settings)
     clip = settings.pop("clip", method.clip) or task.clip
-    optimizer = method.optimizer(model, betas=task.betas, **settings)
+    optimizer = method.optimizer(model, **{"betas": task.betas, **settings})
     grok = optimizer if isinstance(optimizer, GrokAdamW) else None
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / task.warmup))
     curve = Curve(task.solved)
     scores: list[Tensor] = []
     seconds, start = 0.0, time.perf_counter()
     end: int | None = None
-    for step in range(1, budget + 1):
+    for step in count(1):
         batch = next(batches)
         outputs = model(batch.inputs)
         loss = task.loss(outputs, batch.targets)
@@ -72,7 +76,7 @@ def run(
         optimizer.step()
         schedule.step()
         scores.append(task.score(outputs.detach(), batch.targets))
-        if step % task.evaluate_every == 0:
+        if step % task.evaluate_every == 0 or step == budget:
             seconds += time.perf_counter() - start
             model.eval()
             with torch.no_grad():
@@ -91,14 +95,14 @@ def run(
             on_evaluation(curve)
             if end is None and curve.sustained(curve.report) is not None:
                 end = step + afterwards
-            if step >= (end or budget):
-                break
+            if step >= (end or budget) and not (end is None and curve.report[-1] >= task.solved):
+                break  # but not in the middle of what may become six
             start = time.perf_counter()
     return curve
 
 
 def evaluate(task: Task, model: nn.Module, data: Split) -> float:
-    """The mean score; of the first examples alone while that is far from solved, as nothing depends on it there."""
+    """The mean score; of the first examples alone, as an estimate, where that is far from solved."""
     scores: list[Tensor] = []
     for inputs, targets in zip(data.inputs.split(CHUNK), data.targets.split(CHUNK), strict=True):
         scores.append(task.score(model(inputs), targets))

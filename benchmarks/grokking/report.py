@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import evidence, methods, pictures
+from . import evidence, methods, pictures, tasks
 from .evidence import DECAYS, GRID_TASKS, LRS, METHODS, MOD97, OTHER_METHODS, OTHER_TASKS, TWO_BY_TWO, select
 from .runs import Row
 
@@ -34,7 +34,7 @@ def quartiles(rows: list[Row]) -> str:
     if not rows:
         return ""
     found = steps(rows)
-    low, high = np.quantile(found, [0.25, 0.75], method="closest_observation")
+    low, high = np.quantile(found, [0.25, 0.75], method="inverted_cdf")
     failed = sum(map(math.isinf, found))
     text = f"{shown(float(np.median(found)))} ({shown(low)} to {shown(high)})"
     return f"{text}, {failed} of {len(rows)} failed" if failed else text
@@ -43,6 +43,16 @@ def quartiles(rows: list[Row]) -> str:
 def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *lines])
+
+
+def times_sooner(rows: list[Row], opponents: list[Row]) -> str:
+    """The opponents' median by that of the rows."""
+    if not rows or not opponents:
+        return ""
+    mine, theirs = (float(np.median(steps(each))) for each in (rows, opponents))
+    if math.isinf(theirs) or math.isinf(mine):
+        return "–" if math.isinf(mine) else "∞"
+    return f"{theirs / mine:.2f}"
 
 
 def cell(rows: list[Row]) -> str:
@@ -64,7 +74,45 @@ def mod97(names: list[str], rows: list[Row]) -> str:
         if found:
             by_task = [quartiles([row for row in found if row.task == task]) for task in MOD97]
             lines.append([name, cell(found), *by_task])
-    return markdown(["", "lr, wd", *MOD97], lines)
+    adamw, preset = (select(rows, evidence.finals(name, rows)) for name in ("adamw", evidence.PRESET))
+    by_task = []
+    for task in MOD97:
+        mine, theirs = ([row for row in each if row.task == task] for each in (preset, adamw))
+        by_task.append(times_sooner(mine, theirs))
+    return markdown(["", "lr, wd", *MOD97], [*lines, [f"adamw / {evidence.PRESET}", "", *by_task]])
+
+
+def afterwards(names: list[str], rows: list[Row]) -> str:
+    """Of the same runs: training first, the time that a step takes, and what comes after."""
+    lines = []
+    for name in names:
+        found = select(rows, evidence.finals(name, rows))
+        learnt = [row for row in found if row.sustained is not None and row.seconds is not None]
+        if learnt:
+            memorised = shown(float(np.median([row.train or math.inf for row in found])))
+            early = sum((row.first or 0) < (row.sustained or 0) for row in learnt)
+            lowest = [row.lowest or 0.0 for row in learnt]
+            fell = sum(score < tasks.load()[row.task].solved for row, score in zip(learnt, lowest, strict=True))
+            seconds = np.median([row.seconds for row in learnt])
+            lines.append(
+                [
+                    name,
+                    memorised,
+                    f"{early} of {len(learnt)}",
+                    f"{fell} of {len(learnt)}",
+                    f"{min(lowest):.0%}",
+                    f"{seconds:.0f} s",
+                ]
+            )
+    head = [
+        "",
+        "training at 95%",
+        "dipped before it stayed",
+        "fell again within 100 steps",
+        "lowest then",
+        "median time",
+    ]
+    return markdown(head, lines)
 
 
 def reach(names: list[str], rows: list[Row]) -> str:
@@ -74,9 +122,8 @@ def reach(names: list[str], rows: list[Row]) -> str:
         found = select(rows, evidence.grid(name))
         if found:
             reached = sum(row.sustained is not None for row in found)
-            best = select(rows, evidence.grid(name))
-            chosen = evidence.best(best)
-            there = [row for row in best if (row.lr, row.weight_decay) == chosen]
+            chosen = evidence.best(found)
+            there = [row for row in found if (row.lr, row.weight_decay) == chosen]
             median = shown(float(np.median(steps(found))))
             share = f"{reached / len(found):.0%} of {len(found)}"
             lines.append([name, share, median, cell(there), shown(float(np.median(steps(there))))])
@@ -86,12 +133,13 @@ def reach(names: list[str], rows: list[Row]) -> str:
 def others(rows: list[Row]) -> str:
     lines = []
     for task in OTHER_TASKS:
-        for name in METHODS:
-            found = select(rows, evidence.other_finals(task, name, rows))
+        finals = {name: select(rows, evidence.other_finals(task, name, rows)) for name in METHODS}
+        for name, found in finals.items():
             if found:
                 score = f"{np.median([row.best for row in found]):.3f}"
-                lines.append([task, name, cell(found), quartiles(found), score, str(len(found))])
-    return markdown(["task", "method", "lr, wd", "steps", "best score", "seeds"], lines)
+                sooner = times_sooner(found, finals["adamw"])
+                lines.append([task, name, cell(found), quartiles(found), sooner, score, str(len(found))])
+    return markdown(["task", "method", "lr, wd", "steps", "adamw's by these", "best score", "seeds"], lines)
 
 
 def two_by_two(task: str, rows: list[Row]) -> str:
@@ -106,6 +154,15 @@ def two_by_two(task: str, rows: list[Row]) -> str:
     return markdown([task, *(f"wd {decay:g}: steps; best score" for decay in TWO_BY_TWO[task][2])], lines)
 
 
+def variations(rows: list[Row]) -> str:
+    lines = []
+    for name, asked in evidence.variations(rows).items():
+        found = select(rows, asked)
+        if found:
+            lines.append([name, *(quartiles([row for row in found if row.task == task]) for task in GRID_TASKS)])
+    return markdown(["", *GRID_TASKS], lines)
+
+
 def effort(rows: list[Row]) -> str:
     hours = sum(row.minutes for row in rows) / 60
     commits = ", ".join(dict.fromkeys(row.commit for row in rows))
@@ -116,10 +173,11 @@ TABLES: dict[str, Table] = {
     "effort": effort,
     "published": published,
     "mod97": partial(mod97, METHODS),
+    "afterwards": partial(afterwards, METHODS),
     "reach": partial(reach, METHODS),
     "others": others,
     **{f"filter and decay, {task}": partial(two_by_two, task) for task in TWO_BY_TWO},
-    "parts": lambda rows: mod97(["grokadamw-grokking", *evidence.without_a_part()], rows),
+    "variations": variations,
     "other methods": lambda rows: reach(OTHER_METHODS, rows),
 }
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import math
 import multiprocessing
 import os
-import platform
 import queue
+import signal
 import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 
+from ..step_time import processor
 from . import methods, tasks
 from .experiment import Curve, run
 
@@ -32,7 +35,8 @@ COLUMNS = (
     "{task.fields[shown]}",
     TimeElapsedColumn(),
 )
-CSV = Path(__file__).parent.parent / "results" / "grokking.csv"
+ROOT = Path(__file__).parent.parent.parent
+CSV = ROOT / "benchmarks" / "results" / "grokking.csv"
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Run:
     ) -> Run:
         """None is what the task, or the method, says."""
         t, m = tasks.load()[task], methods.load()[method]
+        for name in {"lr", "weight_decay"} & set(options or {}):
+            raise ValueError(f"{name} is not one of the options, which differ from a method's own: give it by itself")
         lr, weight_decay = m.lr if lr is None else lr, m.weight_decay if weight_decay is None else weight_decay
         return cls(
             task,
@@ -93,7 +99,7 @@ class Row(Run):
     date: str = ""
     machine: str = ""
 
-    @property
+    @cached_property
     def run(self) -> Run:
         return Run(**{f.name: getattr(self, f.name) for f in fields(Run)})
 
@@ -102,6 +108,7 @@ def execute(asked: Run, on_evaluation: Callable[[Curve], None] = lambda curve: N
     """In this process."""
     task, method = tasks.load()[asked.task], methods.load()[asked.method]
     settings = {"lr": asked.lr, "weight_decay": asked.weight_decay, **json.loads(asked.options)}
+    version = commit()  # of the code that is loaded now
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "layer")  # a low β1 is meant
@@ -120,21 +127,29 @@ def execute(asked: Run, on_evaluation: Callable[[Curve], None] = lambda curve: N
         seconds=None if sustained is None else round(curve.seconds[sustained], 2),
         steps=curve.steps[-1],
         lowest=None if sustained is None else round(min(curve.report[sustained:]), 4),
-        best=round(max(curve.report), 4),
+        best=round(max((score for score in curve.report if score == score), default=-math.inf), 4),
         last=round(curve.report[-1], 4),
         last_train=round(curve.train[-1], 4),
         minutes=round(minutes, 3),
-        commit=commit(),
+        commit=version,
         date=datetime.date.today().isoformat(),
-        machine=f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
+        machine=f"{processor()}, torch {torch.__version__}",
     )
     return row, curve
 
 
+@cache
 def commit() -> str:
-    """Of this checkout, with a + where something in it has been changed since."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=9", "--dirty=+", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    """Of this checkout, with a + where the package or the bench has been changed since; empty outside of git."""
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:
+            return ""
+
+    changed = git("status", "--porcelain", "--", "grokadamw", "benchmarks/grokking")
+    return git("rev-parse", "--short=9", "HEAD") + ("+" if changed else "")
 
 
 def read(path: Path) -> list[Row]:
@@ -142,8 +157,16 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     kinds: dict[str, Callable[[str], Any]] = {f.name: KINDS[str(f.type)] for f in fields(Row)}
-    with path.open(newline="") as file:
-        return [Row(**{key: kinds[key](value) for key, value in row.items()}) for row in csv.DictReader(file)]
+    reader = csv.DictReader(whole_lines(path).splitlines())
+    if reader.fieldnames != list(kinds):
+        raise ValueError(f"{path} has other columns than a row of now: give another file, or bring it into that form")
+    return [Row(**{key: kinds[key](value) for key, value in row.items()}) for row in reader]
+
+
+def whole_lines(path: Path) -> str:
+    """Without a last one that was cut off as it was written."""
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1]
 
 
 KINDS: dict[str, Callable[[str], Any]] = {
@@ -157,10 +180,12 @@ KINDS: dict[str, Callable[[str], Any]] = {
 
 def append(path: Path, row: Row) -> None:
     """On disk when this returns, so that an end of the process at any time costs the runs under way and no more."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
+    whole = len(whole_lines(path).encode()) if path.exists() else 0
+    with path.open("r+" if whole else "w", newline="") as file:
+        file.truncate(whole)
+        file.seek(whole)
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if new:
+        if not whole:
             writer.writeheader()
         writer.writerow(asdict(row))
         file.flush()
@@ -168,13 +193,17 @@ def append(path: Path, row: Row) -> None:
 
 
 def execute_all(asked: Iterable[Run], path: Path, jobs: int | None, console: Console) -> dict[Run, Curve]:
-    """`jobs` at a time (None: one a core). Each has its row in the file when it ends."""
+    """`jobs` at a time (None: one a core). Each has its row in the file when it ends.
+
+    Raises:
+        Exception: the first that a run raised, with that run in its notes, when the others have come to their end.
+    """
     todo = list(dict.fromkeys(asked))
     curves: dict[Run, Curve] = {}
     failure: BaseException | None = None
     # processes are spawned, as a forked one has none of torch's threads
     context = multiprocessing.get_context("spawn")
-    workers = ProcessPoolExecutor(jobs or os.cpu_count(), context, torch.set_num_threads, (1,))
+    workers = ProcessPoolExecutor(jobs or os.cpu_count(), context, begin)
     with context.Manager() as manager, Progress(*COLUMNS, console=console) as progress, workers:
         news: queue.Queue[tuple[Run, int, str]] = manager.Queue()  # type: ignore[assignment]
         every = progress.add_task("all runs", total=len(todo), shown="")
@@ -192,19 +221,22 @@ def execute_all(asked: Iterable[Run], path: Path, jobs: int | None, console: Con
                 each = futures.pop(future)
                 if each in bars:
                     progress.remove_task(bars.pop(each))
-                if future.cancelled():
-                    continue
                 if error := future.exception():
+                    error.add_note(f"in {each}")
                     failure = failure or error
-                    for other in futures:
-                        other.cancel()  # but for those under way, whose rows are written
-                    continue
-                row, curves[each] = future.result()
-                append(path, row)
+                else:
+                    row, curves[each] = future.result()
+                    append(path, row)
                 progress.advance(every)
     if failure:
         raise failure
-    return curves
+    return {each: curves[each] for each in todo}
+
+
+def begin() -> None:
+    """In each worker: one thread, and Ctrl-C ends it, where it would else go on with the next run."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
 
 
 def work(asked: Run, news: queue.Queue[tuple[Run, int, str]]) -> tuple[Row, Curve]:

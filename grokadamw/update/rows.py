@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..numbers import accumulator, wide
+
 
 def cap_rows(params: Sequence[Tensor], limit: float, finite: bool | Tensor) -> None:
     """θ_r ← θ_r · min(1, limit / ‖θ_r‖) for each row r, in place.
@@ -16,10 +18,13 @@ def cap_rows(params: Sequence[Tensor], limit: float, finite: bool | Tensor) -> N
         finite: where False, a flag on a device too, nothing changes.
     """
     for param in params:
-        narrow = param.dtype in (torch.float16, torch.bfloat16)
-        dims = tuple(range(1, param.dim()))
-        norms = torch.linalg.vector_norm(param, dim=dims, keepdim=True, dtype=torch.float32 if narrow else None)
-        factors = limit / norms.clamp(min=limit)
+        before = param.clone() if torch.is_grad_enabled() else param  # which a backward pass through the step reads
+        dtype = torch.promote_types(param.dtype, accumulator(param.device))  # where no square overflows
+        norms = torch.linalg.vector_norm(before, dim=tuple(range(1, param.dim())), keepdim=True, dtype=dtype)
+        factors = (limit / norms.clamp(min=limit)).to(wide(param.dtype.to_real()))
         if finite is not True:
             factors = torch.where(torch.as_tensor(finite, device=param.device), factors, 1.0)
-        param.mul_(factors.to(param.dtype))
+        if before is param:
+            param.mul_(factors)
+        else:
+            param.copy_(before * factors)

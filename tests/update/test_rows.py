@@ -57,6 +57,37 @@ def test_a_skipped_step_leaves_long_rows_alone(on_device: bool, request: pytest.
     assert p.detach().norm(dim=1).max() < 1.001
 
 
+@pytest.mark.filterwarnings("ignore:the gradients of a micro-batch")
+@pytest.mark.parametrize("poisoned", [0, 1])
+def test_of_micro_batches_that_are_not_finite_the_others_are_a_step(poisoned: int) -> None:
+    p = torch.nn.Parameter(torch.full((1, 4), 5.0))
+    optimizer = GrokAdamW([p], accumulation_steps=2, second_moment="raw", max_row_norm=1.0)
+    for i in range(2):
+        p.grad = torch.full_like(p, torch.nan if i == poisoned else 1.0)
+        optimizer.step()
+    assert p.detach().norm().item() == pytest.approx(1)
+
+
+def test_norms_whose_squares_overflow() -> None:
+    for dtype, large in ((torch.float32, 1e30), (torch.bfloat16, 1e30), (torch.float16, 6e4)):
+        p = torch.full((2, 4), large, dtype=dtype)
+        cap_rows([p], 1e-3, True)
+        torch.testing.assert_close(p.double().norm(dim=1), torch.tensor([1e-3, 1e-3]).double(), rtol=1e-2, atol=0)
+
+
+def test_a_backward_pass_goes_through() -> None:
+    start = torch.tensor([[3.0, 4.0], [0.1, 0.2]], dtype=torch.float64, requires_grad=True)
+
+    def stepped(start: torch.Tensor) -> torch.Tensor:
+        p = start.clone()
+        optimizer = GrokAdamW([p], lr=0.1, differentiable=True, max_row_norm=1.0)
+        p.grad = 0.1 * start
+        optimizer.step()
+        return p
+
+    assert torch.autograd.gradcheck(stepped, start)
+
+
 def test_groups_have_limits_of_their_own_and_micro_batches_wait_for_the_last() -> None:
     params = [torch.nn.Parameter(torch.full((1, 4), 5.0)) for _ in range(2)]
     groups = [{"params": params[:1], "max_row_norm": 2.0}, {"params": params[1:]}]

@@ -1,4 +1,4 @@
-"""GrokAdamW with its defaults and with its preset, and what remains of that with each of its parts left out."""
+"""GrokAdamW with its defaults, and with its preset for grokking."""
 
 from __future__ import annotations
 
@@ -11,21 +11,17 @@ from grokadamw import GrokAdamW
 from . import Method
 
 
-def plain(model: nn.Module, **settings: Any) -> GrokAdamW:
+def make(model: nn.Module, **settings: Any) -> GrokAdamW:
     return GrokAdamW(model.named_parameters(), **settings)
 
 
-def preset(name: str, about: str, **options: Any) -> Method:
-    return Method(name, about, GrokAdamW.for_grokking, lr=1e-3, weight_decay=3.0, options=options)
+def adamw(model: nn.Module, max_row_norm: float, **settings: Any) -> GrokAdamW:
+    """GrokAdamW without filter and γ is AdamW; with gradients clipped to norm 1 and short rows."""
+    return make(model, lamb=0.0, gamma=0.0, grokking_signal_fns=[], max_row_norm=max_row_norm, **settings)
 
 
 METHODS = [
-    Method("grokadamw", "GrokAdamW with its defaults", plain, lr=3e-3, weight_decay=1.0),
-    preset("grokadamw-grokking", "GrokAdamW.for_grokking"),
-    preset("grokadamw-grokking-no-filter", "without the filter", lamb=0.0),
-    preset("grokadamw-grokking-no-gamma", "without γ", gamma=0.0),
-    preset("grokadamw-grokking-no-cap", "without the cap on rows", max_row_norm=0.0),
-    preset("grokadamw-grokking-fixed-alpha", "without a signal", grokking_signal_fns=[]),
-    preset("grokadamw-grokking-no-clipping", "without clipping", gradient_clipping=0.0),
-    preset("grokadamw-grokking-raw", 'with second_moment="raw"', second_moment="raw"),
+    Method("adamw-short-rows", "AdamW, all rows no longer than 1", adamw, 3e-3, 1.0, {"max_row_norm": 1.0}),
+    Method("grokadamw", "GrokAdamW with its defaults", make, lr=3e-3, weight_decay=1.0),
+    Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, lr=1e-3, weight_decay=3.0),
 ]

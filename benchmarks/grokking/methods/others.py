@@ -53,7 +53,9 @@ class MuonAndAdamW(Optimizer):
     def __init__(self, model: nn.Module, muon: dict[str, Any], adamw: dict[str, Any]) -> None:
         matrices = inner_matrices(model)
         others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-        self.parts = [Muon(matrices, **muon), AdamW(others, **adamw)]
+        self.parts: list[Optimizer] = [AdamW(others, **adamw)]
+        if matrices:
+            self.parts.insert(0, Muon(matrices, **muon))
         super().__init__(matrices + others, {})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 

@@ -1,7 +1,7 @@
 """Grokfast's first experiment as it was published, down to the order of random numbers (arXiv:2405.20233, table 1).
 
-Of the held-out half nothing is set apart for signals there. The published steps to 95% are 910 with the EMA (method
-grokfast), 790 with the moving average (grokfast-ma), and 39,890 with Adam alone (adam).
+Of the held-out half nothing is set apart for signals there: they see the training half. The published steps to 95% are
+910 with the EMA (method grokfast), 790 with the moving average (grokfast-ma), and 39,890 with Adam alone (adam).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def start(seed: int) -> Start:
             for first in range(0, len(train), BATCH):
                 yield train[first : first + BATCH]
 
-    return Start(model, Data(train, held_out, held_out), batches())
+    return Start(model, Data(train, train, held_out), batches())
 
 
 TASKS = [Task("published", "x · y mod 97 as Grokfast published it", start, budget=5000)]

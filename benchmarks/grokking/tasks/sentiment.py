@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import Data, Task, packaged, split, starts
+from . import Data, Split, Task, packaged, split, starts
 from .mnist import enlarged
 
 WORDS = 1000  # the most frequent ones, without stop words; 0 is padding
@@ -47,25 +47,31 @@ def imdb() -> Reviews:
     folder = Path(os.environ.get("IMDB", "aclImdb"), "train")
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: unpack aclImdb_v1.tar.gz, and set IMDB to the path of aclImdb")
-    unkind, kind = ([path.read_text() for path in sorted((folder / side).glob("*.txt"))] for side in ("neg", "pos"))
+    unkind, kind = (
+        [path.read_text(encoding="utf-8") for path in sorted((folder / side).glob("*.txt"))] for side in ("neg", "pos")
+    )
     return unkind, kind
 
 
 def data(reviews: Callable[[], Reviews], train: int, held_out: int, length: int, seed: int) -> Data:
-    """As many of both kinds, in a random order; words by their frequency, padded on the left."""
+    """As many of both kinds, in a random order; the training texts' most frequent words, padded on the left."""
     from sklearn.feature_extraction.text import CountVectorizer
 
     generator = torch.Generator().manual_seed(seed)
     half = (train + held_out) // 2
-    texts = [side[i] for side in reviews() for i in torch.randperm(len(side), generator=generator)[:half]]
+    sides = [list(dict.fromkeys(side)) for side in reviews()]
+    if min(map(len, sides)) < half:
+        raise ValueError(f"{[len(side) for side in sides]} different reviews: {half} of each kind are needed")
+    texts = [side[i] for side in sides for i in torch.randperm(len(side), generator=generator)[:half]]
+    numbers = split(torch.arange(len(texts)), torch.arange(len(texts)).ge(half).float(), train, seed)
     counter = CountVectorizer(stop_words="english", max_features=WORDS)
-    counter.fit(texts)
+    counter.fit([texts[i] for i in numbers.train.inputs])
     words = counter.build_analyzer()
     inputs = torch.zeros(len(texts), length, dtype=torch.int64)
     for row, text in zip(inputs, texts, strict=True):
         known = [counter.vocabulary_[word] + 1 for word in words(text) if word in counter.vocabulary_][:length]
         row[length - len(known) :] = torch.tensor(known)
-    return split(inputs, torch.arange(len(texts)).ge(half).float(), train, seed)
+    return Data(*(Split(inputs[part.inputs], part.targets) for part in numbers))
 
 
 def right(logits: Tensor, kind: Tensor) -> Tensor:

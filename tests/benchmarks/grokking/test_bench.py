@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -102,7 +108,16 @@ def test_a_run_ends_with_six_good_evaluations_in_a_row() -> None:
 def test_a_run_goes_on_afterwards_and_stops_at_its_budget() -> None:
     afterwards = experiment.run(toy([0.97] * 50), METHODS["adamw"], {}, seed=0, budget=100, afterwards=8)
     assert afterwards.steps[-1] == 12 + 8
-    assert experiment.run(toy([0.9] * 50), METHODS["adamw"], {}, seed=0, budget=21).steps[-1] == 20
+    assert experiment.run(toy([0.9] * 50), METHODS["adamw"], {}, seed=0, budget=21).steps[-2:] == [20, 21]
+    begun = experiment.run(toy([*[0.9] * 9, *[0.97] * 9]), METHODS["adamw"], {}, seed=0, budget=20)
+    assert begun.steps[begun.sustained(begun.report)] == 20
+
+
+def test_what_would_contradict_its_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="lr is not one of the options"):
+        Run.of("mul97", "adamw", 0, options={"lr": 0.1})
+    row, _ = runs.execute(Run.of("parity", "adamw", 0, options={"betas": [0.5, 0.9]}, budget=2))
+    assert (row.steps, row.sustained) == (2, None)
 
 
 def test_signals_hear_of_the_tenth_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +162,14 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     for row in (ROW, other):
         runs.append(path, row)
     assert runs.read(path) == [ROW, other]
+    with path.open("a") as file:
+        file.write("mul97,adamw,5,0.0")  # the process has died while it wrote
+    assert runs.read(path) == [ROW, other]
+    runs.append(path, replace(ROW, seed=6))
+    assert [row.seed for row in runs.read(path)] == [3, 4, 6]
+    path.write_text("task,seed\nmul97,1\n")
+    with pytest.raises(ValueError, match="other columns"):
+        runs.read(path)
     assert ROW.run == Run.of("mul97", "adamw", 3, options={"eps": 1e-6})
 
 
@@ -164,12 +187,33 @@ def test_runs_in_parallel_are_those_in_one_process(tmp_path: Path) -> None:
     assert found.minutes > 0
 
 
-def test_a_run_that_fails_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_is_named_and_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMDB", str(tmp_path))
-    asked = [Run.of("parity", "adamw", 0, budget=400), Run.of("imdb", "adamw", 0, budget=50)]
-    with pytest.raises(FileNotFoundError, match="set IMDB"):
-        runs.execute_all(asked, tmp_path / "runs.csv", 2, Console(quiet=True))
-    assert [row.task for row in runs.read(tmp_path / "runs.csv")] == ["parity"]
+    asked = [Run.of("imdb", "adamw", 0, budget=50), *(Run.of("parity", "adamw", seed, budget=100) for seed in (0, 1))]
+    with pytest.raises(FileNotFoundError, match="set IMDB") as error:
+        runs.execute_all(asked, tmp_path / "runs.csv", 1, Console(quiet=True))
+    assert "task='imdb'" in error.value.__notes__[0]
+    assert [row.seed for row in runs.read(tmp_path / "runs.csv")] == [0, 1]
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+def test_the_keyboard_ends_it_at_once_and_what_is_done_stays(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    code = f"""if __name__ == "__main__":
+        from pathlib import Path
+        from rich.console import Console
+        from benchmarks.grokking.runs import Run, execute_all
+        asked = [Run.of("parity", "adamw", 0, budget=50), Run.of("parity", "adamw", 1, budget=10**6)]
+        execute_all(asked, Path({str(path)!r}), 1, Console(quiet=True))"""
+    (tmp_path / "main.py").write_text(textwrap.dedent(code))
+    environment = {**os.environ, "PYTHONPATH": str(runs.ROOT)}
+    process = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env=environment, start_new_session=True)
+    while not runs.read(path):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) != 0
+    assert [row.seed for row in runs.read(path)] == [0]
 
 
 def pretended(run: Run) -> Row:
@@ -193,7 +237,10 @@ def test_evidence_comes_to_an_end_and_gives_every_method_the_same_trials() -> No
         assert {row.lr for row in mine} == {1e-3}  # the best cell
         assert len([row for row in rows if row.run in evidence.grid(method)]) == 36
         for task in evidence.OTHER_TASKS:
-            assert len({row.seed for row in rows if (row.method, row.task) == (method, task)}) == 3
+            reported = evidence.other_finals(task, method, rows)
+            assert len(reported) == 3
+            assert not {run.seed for run in reported} & {run.seed for run in evidence.trials(task, method)}
+    assert not {row.seed for row in finals} & set(evidence.GRID_SEEDS)
     text = report.filled("".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in report.TABLES), rows)
     assert "old" not in text
     assert report.filled(text, rows) == text
@@ -216,7 +263,7 @@ def test_the_best_cell() -> None:
             (3e-3, 0, 700, 1.0),
             (3e-3, 1, 700, 1.0),
             (1e-2, 0, None, 0.3),
-            (1e-2, 1, None, 0.4),
+            (1e-2, 1, None, -math.inf),
         ]
     ]
     assert evidence.best(rows) == (3e-3, 1.0)
@@ -226,8 +273,11 @@ def test_the_best_cell() -> None:
 
 def test_quartiles() -> None:
     rows = [replace(ROW, seed=i, sustained=steps) for i, steps in enumerate([100, 200, 300, 400, None])]
+    assert report.quartiles(rows[:3]) == "200 (100 to 300)"
     assert report.quartiles(rows[:4]) == "250 (100 to 300)"
-    assert report.quartiles(rows) == "300 (100 to 400), 1 of 5 failed"
+    assert report.quartiles(rows) == "300 (200 to 400), 1 of 5 failed"
+    ten = [replace(ROW, seed=i, sustained=10 * i) for i in range(1, 11)]
+    assert report.quartiles(ten) == "55 (30 to 80)"
     assert report.quartiles([rows[4]]) == "– (– to –), 1 of 1 failed"
 
 
@@ -260,13 +310,11 @@ def test_sustained() -> None:
     assert curve.sustained(curve.report[:8]) is None
 
 
-def test_parts_differ_from_the_preset_in_one_thing() -> None:
-    whole = METHODS["grokadamw-grokking"].optimizer(small(), betas=(0.9, 0.98))
-    for name in evidence.without_a_part():
-        part = METHODS[name].optimizer(small(), betas=(0.9, 0.98))
-        keys = set(whole.defaults) - {"params"}
-        changed = [key for key in keys if part.defaults[key] != whole.defaults[key]]
-        assert len(changed) == (name != "grokadamw-grokking-fixed-alpha"), name
+def test_variations_change_what_they_say() -> None:
+    whole = METHODS[evidence.PRESET].optimizer(small(), betas=(0.9, 0.98)).defaults
+    for options in evidence.VARIATIONS.values():
+        other = METHODS[evidence.PRESET].optimizer(small(), betas=(0.9, 0.98), **options).defaults
+        assert {key for key in whole if other[key] != whole[key]} == set(options)
 
 
 def test_a_task_and_a_method_are_a_file_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
