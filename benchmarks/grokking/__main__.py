@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from . import evidence, methods, pictures, report, tasks
 from .runs import CSV, Run, execute_all, read
@@ -54,7 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command == "list":
         listing(console)
     elif options.command == "run":
-        run(options, console)
+        try:  # before there is anything to lose
+            asked = checked(options)
+            options.out.mkdir(parents=True, exist_ok=True)
+        except (TypeError, ValueError, OSError) as error:
+            parser.error(str(error))
+        run(options, asked, console)
     elif options.command == "evidence":
         while todo := evidence.todo(read(CSV)):  # what is chosen depends on what was found
             execute_all(todo, CSV, options.jobs, console)
@@ -71,13 +77,21 @@ def listing(console: Console) -> None:
         console.print(table)
 
 
-def run(options: argparse.Namespace, console: Console) -> None:
+def checked(options: argparse.Namespace) -> list[Run]:
+    """The runs that are asked for. TypeError or ValueError for what an optimizer, or a run, does not take."""
+    if options.seeds < 1:
+        raise ValueError(f"--seeds {options.seeds}: give at least 1")
     asked = [
         Run.of(options.task, method, seed, options.lr, options.weight_decay, dict(options.set), options.steps)
         for method in options.method
         for seed in range(options.seeds)
     ]
-    options.out.mkdir(parents=True, exist_ok=True)  # before there is anything to lose
+    for each in asked:
+        each.optimizer(nn.Linear(2, 2))
+    return asked
+
+
+def run(options: argparse.Namespace, asked: list[Run], console: Console) -> None:
     csv, picture = options.out / "grokking.csv", options.out / f"{options.task}.png"
     curves = execute_all(asked, csv, options.jobs, console)
     task = tasks.load()[options.task]

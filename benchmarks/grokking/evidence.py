@@ -17,8 +17,8 @@ from .runs import Row, Run
 
 MOD97 = ["mul97", "add97", "sub97", "div97", "quad97"]
 PRESET = "grokadamw-grokking"
-METHODS = ["adamw", PRESET, "grokadamw", "grokfast-adamw", "adamw-short-rows"]
-OTHER_METHODS = ["row-norm-cap", "orthograd", "muon"]
+METHODS = ["adamw", PRESET, "adamw-short-rows", "grokadamw", "grokfast-adamw"]
+OTHER_METHODS = ["late-decay", "row-norm-cap", "orthograd", "muon"]
 
 GRID_TASKS, LRS, DECAYS = ["mul97", "sub97"], (1e-3, 3e-3, 1e-2), (0.3, 1.0, 3.0)
 DECAYS_OF = {"row-norm-cap": (0.0, 0.3, 1.0)}  # whose point is to do without
@@ -134,8 +134,10 @@ def variations(rows: list[Row]) -> dict[str, list[Run]]:
 def todo(rows: list[Row]) -> list[Run]:
     """The next runs that are not done yet; what is chosen from them comes later."""
     done = {row.run for row in rows}
-    stages = [stage for method in METHODS for stage in (grid(method), finals(method, rows))]
-    stages += [*variations(rows).values(), published()]
+    stages = [stage for method in METHODS[:2] for stage in (grid(method), finals(method, rows))]
+    stages += [*variations(rows).values()]
+    stages += [stage for method in METHODS[2:] for stage in (grid(method), finals(method, rows))]
+    stages += [published()]
     stages += [two_by_two(task) for task in TWO_BY_TWO]
     stages += [trials(task, method) for task in OTHER_TASKS for method in METHODS]
     stages += [other_finals(task, method, rows) for task in OTHER_TASKS for method in METHODS]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from grokadamw import GrokAdamW
 
-from .methods import Method
 from .tasks import Split, Task
 
 IN_A_ROW = 6  # evaluations that have to be good for the task to count as learnt: *sustained*
@@ -44,11 +43,12 @@ class Curve:
 
 def run(
     task: Task,
-    method: Method,
-    settings: Mapping[str, Any],
+    make: Callable[[nn.Module], Optimizer],
     seed: int,
     budget: int,
     afterwards: int = 0,
+    *,
+    clip: float = 0.0,
     on_evaluation: Callable[[Curve], None] = lambda curve: None,
 ) -> Curve:
     """Train until the task is learnt, and for `afterwards` more steps, or else for `budget` steps.
@@ -56,9 +56,7 @@ def run(
     Six good evaluations that begin within the budget are seen to their end.
     """
     model, data, batches = task.start(seed)
-    settings = dict(settings)
-    clip = settings.pop("clip", method.clip) or task.clip
-    optimizer = method.optimizer(model, **{"betas": task.betas, **settings})
+    optimizer = make(model)
     grok = optimizer if isinstance(optimizer, GrokAdamW) else None
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / task.warmup))
     curve = Curve(task.solved)

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
+from torch import nn
+from torch.optim import Optimizer
 
 from ..step_time import processor
 from . import methods, tasks
@@ -80,6 +82,22 @@ class Run:
             afterwards,
         )
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its optimizer is constructed with, where that differs from the method's own."""
+        options = {name: value for name, value in json.loads(self.options).items() if name != "clip"}
+        betas = tasks.load()[self.task].betas
+        return {"betas": betas, "lr": self.lr, "weight_decay": self.weight_decay, **options}
+
+    @property
+    def clip(self) -> float:
+        """The norm that the loop clips to; 0 is off."""
+        clip: float = json.loads(self.options).get("clip", methods.load()[self.method].clip)
+        return clip or tasks.load()[self.task].clip
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        return methods.load()[self.method].optimizer(model, **self.settings)
+
 
 @dataclass(frozen=True)
 class Row(Run):
@@ -106,13 +124,13 @@ class Row(Run):
 
 def execute(asked: Run, on_evaluation: Callable[[Curve], None] = lambda curve: None) -> tuple[Row, Curve]:
     """In this process."""
-    task, method = tasks.load()[asked.task], methods.load()[asked.method]
-    settings = {"lr": asked.lr, "weight_decay": asked.weight_decay, **json.loads(asked.options)}
+    task = tasks.load()[asked.task]
     version = commit()  # of the code that is loaded now
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "layer")  # a low β1 is meant
-        curve = run(task, method, settings, asked.seed, asked.budget, asked.afterwards, on_evaluation)
+        how: dict[str, Any] = {"clip": asked.clip, "on_evaluation": on_evaluation}
+        curve = run(task, asked.optimizer, asked.seed, asked.budget, asked.afterwards, **how)
     minutes = (time.perf_counter() - start) / 60
     train, first, sustained = curve.sustained(curve.train), curve.first(curve.report), curve.sustained(curve.report)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from statistics import fmean
 from typing import Any
 
 from torch import nn
@@ -20,7 +22,24 @@ def adamw(model: nn.Module, max_row_norm: float, **settings: Any) -> GrokAdamW:
     return make(model, lamb=0.0, gamma=0.0, grokking_signal_fns=[], max_row_norm=max_row_norm, **settings)
 
 
+def late_decay(model: nn.Module, weight_decay: float, **settings: Any) -> GrokAdamW:
+    """The preset, with weight decay times max(0, 1 − training loss), as it was in the mean of the last evaluations."""
+    optimizer = GrokAdamW.for_grokking(model, weight_decay=0.0, **settings)
+    losses: deque[float] = deque(maxlen=3)
+
+    def set_decay(*_: Any) -> None:
+        loss = optimizer.param_groups[0]["train_loss"]
+        if loss is not None and loss not in losses:
+            losses.append(loss)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = weight_decay * max(0.0, 1 - fmean(losses)) if losses else 0.0
+
+    optimizer.register_step_pre_hook(set_decay)
+    return optimizer
+
+
 METHODS = [
+    Method("late-decay", "GrokAdamW.for_grokking, decay only while the training loss is low", late_decay, 1e-3, 3.0),
     Method("adamw-short-rows", "AdamW, all rows no longer than 1", adamw, 3e-3, 1.0, {"max_row_norm": 1.0}),
     Method("grokadamw", "GrokAdamW with its defaults", make, lr=3e-3, weight_decay=1.0),
     Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, lr=1e-3, weight_decay=3.0),

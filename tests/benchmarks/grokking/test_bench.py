@@ -49,7 +49,8 @@ def test_a_method_trains_every_parameter(method: Method) -> None:
     listed = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, listed)) == sorted(map(id, model.parameters()))
     decays = [group["weight_decay"] * group["lr"] for group in optimizer.param_groups]
-    assert decays == pytest.approx([method.weight_decay * method.lr] * len(decays))
+    decay = 0 if method.name == "late-decay" else method.weight_decay * method.lr
+    assert decays == pytest.approx([decay] * len(decays))
     learn(model, optimizer)
     assert all(
         p.isfinite().all() and not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)
@@ -95,9 +96,17 @@ def toy(scores: list[float]) -> Task:
     return Task("toy", "", start, loss=nn.functional.mse_loss, score=score, evaluate_every=2)
 
 
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters())
+
+
+def grokadamw(model: nn.Module) -> GrokAdamW:
+    return GrokAdamW(model.named_parameters())
+
+
 def test_a_run_ends_with_six_good_evaluations_in_a_row() -> None:
     task = toy([0.2, 0.97, 0.2, *[0.97] * 20])
-    curve = experiment.run(task, METHODS["adamw"], {}, seed=0, budget=100)
+    curve = experiment.run(task, adamw, seed=0, budget=100)
     assert curve.steps == list(range(2, 20, 2))
     assert curve.steps[curve.first(curve.report)] == 4
     assert curve.steps[curve.sustained(curve.report)] == 8
@@ -106,10 +115,10 @@ def test_a_run_ends_with_six_good_evaluations_in_a_row() -> None:
 
 
 def test_a_run_goes_on_afterwards_and_stops_at_its_budget() -> None:
-    afterwards = experiment.run(toy([0.97] * 50), METHODS["adamw"], {}, seed=0, budget=100, afterwards=8)
+    afterwards = experiment.run(toy([0.97] * 50), adamw, seed=0, budget=100, afterwards=8)
     assert afterwards.steps[-1] == 12 + 8
-    assert experiment.run(toy([0.9] * 50), METHODS["adamw"], {}, seed=0, budget=21).steps[-2:] == [20, 21]
-    begun = experiment.run(toy([*[0.9] * 9, *[0.97] * 9]), METHODS["adamw"], {}, seed=0, budget=20)
+    assert experiment.run(toy([0.9] * 50), adamw, seed=0, budget=21).steps[-2:] == [20, 21]
+    begun = experiment.run(toy([*[0.9] * 9, *[0.97] * 9]), adamw, seed=0, budget=20)
     assert begun.steps[begun.sustained(begun.report)] == 20
 
 
@@ -123,7 +132,7 @@ def test_what_would_contradict_its_row_is_refused() -> None:
 def test_signals_hear_of_the_tenth_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     heard = []
     monkeypatch.setattr(GrokAdamW, "record", lambda self, **losses: heard.append(losses))
-    experiment.run(toy([0.5] * 9), METHODS["grokadamw"], {}, seed=0, budget=4)
+    experiment.run(toy([0.5] * 9), grokadamw, seed=0, budget=4)
     assert [set(losses) for losses in heard] == [{"train_loss", "eval_loss"}] * 2
     # in the toy the part for signals is the training batch, and the report's is another
     assert heard[0]["eval_loss"] < heard[0]["train_loss"]
@@ -294,13 +303,24 @@ def test_the_command_trains_prints_a_table_and_draws(tmp_path: Path, capsys: pyt
     }
 
 
-def test_the_command_lists_what_there_is_and_refuses_what_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lists_what_there_is_and_refuses_what_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     __main__.main(["list"])
     listed = capsys.readouterr().out
     assert all(name in listed for name in [*tasks.load(), *METHODS])
-    with pytest.raises(SystemExit):
-        __main__.main(["run", "--task", "mul98", "--method", "adamw"])
-    assert "mul97" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for arguments, said in [
+        (["--task", "mul98"], "mul97"),
+        (["--task", "mul97", "--seeds", "0"], "give at least 1"),
+        (["--task", "mul97", "--set", "lr=0.1"], "lr is not one of the options"),
+        (["--task", "mul97", "--set", "memory=0.1"], "unexpected keyword argument 'memory'"),
+        (["--task", "mul97", "--lr", "-1"], "Invalid learning rate"),
+        (["--task", "mul97", "--out", str(tmp_path / "file")], "File exists"),
+    ]:
+        with pytest.raises(SystemExit):
+            __main__.main(["run", "--method", "adamw", *arguments])
+        assert said in capsys.readouterr().err
 
 
 def test_sustained() -> None:
@@ -330,3 +350,15 @@ def test_a_task_and_a_method_are_a_file_each(tmp_path: Path, monkeypatch: pytest
     assert row.best > 0.8
     for package in (tasks, methods):
         package.load.cache_clear()
+
+
+def test_late_decay_waits_for_a_low_training_loss() -> None:
+    model = small()
+    optimizer = METHODS["late-decay"].optimizer(model, betas=(0.9, 0.98), weight_decay=2.0)
+    decays = []
+    for loss in (None, 3.0, 0.5, 0.1, 0.0):
+        if loss is not None:
+            optimizer.record(train_loss=loss)
+        learn(model, optimizer, 2)
+        decays.append(optimizer.param_groups[0]["weight_decay"])
+    assert decays == pytest.approx([0, 0, 0, 0, 1.6])  # of the last three losses' mean
