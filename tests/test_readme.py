@@ -1,4 +1,4 @@
-"""The README's code runs, and its figures are those that the demonstration wrote."""
+"""The README's code runs, and its figures are those that the benchmarks wrote."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import accumulation, filter_time, step_time
+from benchmarks.grokking import report, runs
 from grokadamw import GrokAdamW
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,7 @@ RESULTS = ROOT / "benchmarks/results"
 @pytest.mark.filterwarnings("error")
 def test_code_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = code_blocks()
+    blocks = code_blocks(README)
     assert len(blocks) >= 5
     namespace: dict[str, Any] = {}
     for block in blocks:
@@ -30,8 +31,16 @@ def test_code_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def code_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+@pytest.mark.filterwarnings("error")
+def test_the_code_on_tuning_runs() -> None:
+    namespace: dict[str, Any] = {}
+    for block in code_blocks((ROOT / "docs/tuning.md").read_text()):
+        exec(compile(block, "tuning.md", "exec"), namespace)
+    assert namespace["optimizer"].metrics()["signal"] >= 0
+
+
+def code_blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 def test_every_argument_is_in_the_table_with_its_default() -> None:
@@ -43,47 +52,24 @@ def test_every_argument_is_in_the_table_with_its_default() -> None:
             assert eval(rows.pop(name)) == parameter.default, name
 
 
-@pytest.mark.parametrize("table", ["results", "parts", "step time", "filters", "filter time", "accumulation"])
+@pytest.mark.parametrize("page", [ROOT / "README.md", RESULTS / report.REPORT], ids=lambda page: page.name)
+def test_the_figures_on_grokking_are_those_of_the_runs(page: Path) -> None:
+    text = page.read_text()
+    assert "<!-- mod97 -->\n| " in text
+    assert report.filled(text, runs.read(runs.CSV)) == text
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (page.parent / picture).exists()
+
+
+@pytest.mark.parametrize("table", ["step time", "filter time", "accumulation"])
 def test_the_tables_are_what_the_benchmarks_wrote(table: str) -> None:
-    assert (RESULTS / "demo-seed0.png").exists()
-    assert (RESULTS / "step_time-cpu.png").exists()
     written = re.search(rf"<!-- {table} -->\n(.*?)<!-- /{table} -->", README, re.DOTALL)
     assert written is not None
     assert written.group(1) == TABLES[table]()
 
 
-def results_table() -> str:
-    """Of the demonstration's three seeds."""
-    seeds = [json.loads((RESULTS / f"demo-seed{seed}.json").read_text()) for seed in range(3)]
-    rows = []
-    for arms in zip(*(seed["arms"] for seed in seeds), strict=True):
-        steps = [[arm["steps_to_95"][key] for arm in arms] for key in ("validation", "sustained")]
-        shown = [[f"{step:,}" if step else "> 2,000" for step in each] for each in steps]
-        rows.append([f"{arms[0]['arm']} ({arms[0]['settings']})", *shown[0], ", ".join(shown[1])])
-    return markdown(["", "seed 0", "seed 1", "seed 2", "sustained"], rows)
-
-
-def parts_table() -> str:
-    """Of GrokAdamW without one of its parts."""
-    arms = json.loads((RESULTS / "parts.json").read_text())["arms"]
-    rows = [
-        [name, *(f"{r['validation'] or '–'} / {r['sustained'] or '–'}" for r in runs)] for name, runs in arms.items()
-    ]
-    return markdown(["", "seed 0", "seed 1", "seed 2"], rows)
-
-
 def step_time_table() -> str:
     return step_time.table(json.loads((RESULTS / "step_time-cpu.json").read_text()))
-
-
-def filters_table() -> str:
-    """Of Grokfast's first experiment."""
-    results = json.loads((RESULTS / "filters-seed0.json").read_text())
-    rows = [
-        [f"{arm['arm']} ({arm['settings']})", *(f"{arm[key]:,}" for key in ("steps_to_95", "published"))]
-        for arm in results["arms"]
-    ]
-    return markdown(["", "steps to 95%", "published"], rows)
 
 
 def filter_time_table() -> str:
@@ -94,15 +80,8 @@ def accumulation_table() -> str:
     return accumulation.table(json.loads((RESULTS / "accumulation.json").read_text()))
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
-
-
 TABLES = {
-    "results": results_table,
-    "parts": parts_table,
     "step time": step_time_table,
-    "filters": filters_table,
     "filter time": filter_time_table,
     "accumulation": accumulation_table,
 }

@@ -195,7 +195,7 @@ def main(rows: list[Row], out: Path) -> None:
     """Pictures into `out`, and tables into its GROKKING_REPORT.md and the README."""
     for page in (out / REPORT, out.parent.parent / "README.md"):
         page.write_text(filled(page.read_text(), rows))
-    finals = {name: select(rows, evidence.finals(name, rows)) for name in METHODS}
+    finals = {name: found for name in METHODS if (found := select(rows, evidence.finals(name, rows)))}
     pictures.quartiles(finals, MOD97, out / "grokking-mod97.png")
-    grids = {name: select(rows, evidence.grid(name)) for name in METHODS}
+    grids = {name: found for name in METHODS if (found := select(rows, evidence.grid(name)))}
     pictures.maps(grids, GRID_TASKS, LRS, DECAYS, out / "grokking-maps.png")

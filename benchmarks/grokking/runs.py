@@ -8,17 +8,18 @@ import json
 import math
 import multiprocessing
 import os
-import queue
 import signal
 import subprocess
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
+from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
@@ -39,6 +40,10 @@ COLUMNS = (
 )
 ROOT = Path(__file__).parent.parent.parent
 CSV = ROOT / "benchmarks" / "results" / "grokking.csv"
+
+
+News: TypeAlias = "tuple[Run, int, str]"  # steps taken, and what to show
+news: Queue[News]  # a worker's, to its parent
 
 
 @dataclass(frozen=True)
@@ -221,16 +226,16 @@ def execute_all(asked: Iterable[Run], path: Path, jobs: int | None, console: Con
     failure: BaseException | None = None
     # processes are spawned, as a forked one has none of torch's threads
     context = multiprocessing.get_context("spawn")
-    workers = ProcessPoolExecutor(jobs or os.cpu_count(), context, begin)
-    with context.Manager() as manager, Progress(*COLUMNS, console=console) as progress, workers:
-        news: queue.Queue[tuple[Run, int, str]] = manager.Queue()  # type: ignore[assignment]
+    told: Queue[News] = context.Queue()
+    workers = ProcessPoolExecutor(jobs or os.cpu_count(), context, begin, (told,))
+    with Progress(*COLUMNS, console=console) as progress, workers:
         every = progress.add_task("all runs", total=len(todo), shown="")
         bars: dict[Run, TaskID] = {}
-        futures = {workers.submit(work, each, news): each for each in todo}
+        futures = {workers.submit(work, each): each for each in todo}
         while futures:
             finished = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED).done
-            while not news.empty():
-                each, step, shown = news.get()
+            while not told.empty():
+                each, step, shown = told.get()
                 if each not in bars:
                     title = f"{each.task} {each.method}, seed {each.seed}"
                     bars[each] = progress.add_task(title, total=each.budget, shown="")
@@ -251,13 +256,23 @@ def execute_all(asked: Iterable[Run], path: Path, jobs: int | None, console: Con
     return {each: curves[each] for each in todo}
 
 
-def begin() -> None:
-    """In each worker: one thread, and Ctrl-C ends it, where it would else go on with the next run."""
+def begin(told: Queue[News]) -> None:
+    """In each worker: one thread. Ctrl-C ends it, and not just the run that it is at; so does its parent's end."""
+    global news
+    news = told
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
-def work(asked: Run, news: queue.Queue[tuple[Run, int, str]]) -> tuple[Row, Curve]:
+def work(asked: Run) -> tuple[Row, Curve]:
     """In a process of its own."""
 
     def tell(curve: Curve) -> None:

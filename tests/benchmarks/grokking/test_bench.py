@@ -206,7 +206,8 @@ def test_a_run_that_fails_is_named_and_takes_no_other_with_it(tmp_path: Path, mo
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
-def test_the_keyboard_ends_it_at_once_and_what_is_done_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["the keyboard", "SIGKILL"])
+def test_an_end_at_any_time_ends_all_of_it_and_what_is_done_stays(how: str, tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     code = f"""if __name__ == "__main__":
         from pathlib import Path
@@ -216,12 +217,18 @@ def test_the_keyboard_ends_it_at_once_and_what_is_done_stays(tmp_path: Path) -> 
         execute_all(asked, Path({str(path)!r}), 1, Console(quiet=True))"""
     (tmp_path / "main.py").write_text(textwrap.dedent(code))
     environment = {**os.environ, "PYTHONPATH": str(runs.ROOT)}
-    process = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "main.py")], env=environment, start_new_session=True, stdout=-1
+    )
     while not runs.read(path):
         assert process.poll() is None
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    if how == "SIGKILL":
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGINT)
     assert process.wait(30) != 0
+    process.communicate(timeout=30)  # until no worker has its output open
     assert [row.seed for row in runs.read(path)] == [0]
 
 
