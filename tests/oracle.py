@@ -141,7 +141,7 @@ class Oracle:
         m_hat, v_hat = state["m"] / (1 - beta1**t), state["v"] / (1 - beta2**t)
         theta = group["values"][i] * (1 - group["lr"] * group["weight_decay"])
         group["values"][i] = theta - group["lr"] * m_hat / (np.sqrt(v_hat) + group["eps"])
-        if group["max_row_norm"] and group["has_rows"][i] and theta.size:
+        if group.get("max_row_norm") and group["has_rows"][i] and theta.size:
             rows = group["values"][i].reshape(len(theta), -1)
             norms = np.maximum(np.linalg.norm(rows, axis=1), 1e-300)
             shorter = rows * np.minimum(1, group["max_row_norm"] / norms)[:, None]

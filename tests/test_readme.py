@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks/results"
 @pytest.mark.filterwarnings("error")
 def test_code_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = code_blocks(README)
+    blocks = code_blocks()
     assert len(blocks) >= 5
     namespace: dict[str, Any] = {}
     for block in blocks:
@@ -39,7 +39,7 @@ def test_the_code_on_tuning_runs() -> None:
     assert namespace["optimizer"].metrics()["signal"] >= 0
 
 
-def code_blocks(page: str) -> list[str]:
+def code_blocks(page: str = README) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 

@@ -182,31 +182,24 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     assert ROW.run == Run.of("mul97", "adamw", 3, options={"eps": 1e-6})
 
 
-def test_runs_in_parallel_are_those_in_one_process(tmp_path: Path) -> None:
-    asked = [Run.of("parity", "adamw", seed, budget=100) for seed in (0, 1)]
-    curves = runs.execute_all([*asked, asked[0]], tmp_path / "runs.csv", 2, Console(quiet=True))
-    rows = runs.read(tmp_path / "runs.csv")
-    assert {row.run for row in rows} == set(asked) == set(curves)
-    assert len(rows) == 2
-    here, curve = runs.execute(asked[0])
-    assert curve.report == curves[asked[0]].report
-    found = next(row for row in rows if row.seed == 0)
-    assert (found.steps, found.best, found.sustained) == (here.steps, here.best, here.sustained)
-    assert found.commit
-    assert found.minutes > 0
-
-
-def test_a_run_that_fails_is_named_and_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_in_parallel_are_those_in_one_process_and_one_that_fails_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("IMDB", str(tmp_path))
     asked = [Run.of("imdb", "adamw", 0, budget=50), *(Run.of("parity", "adamw", seed, budget=100) for seed in (0, 1))]
     with pytest.raises(FileNotFoundError, match="set IMDB") as error:
-        runs.execute_all(asked, tmp_path / "runs.csv", 1, Console(quiet=True))
+        runs.execute_all([*asked, asked[1]], tmp_path / "runs.csv", 1, Console(quiet=True))
     assert "task='imdb'" in error.value.__notes__[0]
-    assert [row.seed for row in runs.read(tmp_path / "runs.csv")] == [0, 1]
+    rows = runs.read(tmp_path / "runs.csv")
+    assert [row.run for row in rows] == asked[1:]
+    here, _ = runs.execute(asked[1])
+    assert (rows[0].steps, rows[0].best, rows[0].last, rows[0].sustained) == (100, here.best, here.last, None)
+    assert rows[0].commit
+    assert rows[0].minutes > 0
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
-@pytest.mark.parametrize("how", ["the keyboard", "SIGKILL"])
+@pytest.mark.parametrize("how", ["the keyboard", pytest.param("SIGKILL", marks=pytest.mark.long)])
 def test_an_end_at_any_time_ends_all_of_it_and_what_is_done_stays(how: str, tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     code = f"""if __name__ == "__main__":
