@@ -236,6 +236,8 @@ def execute_all(asked: Iterable[Run], path: Path, jobs: int | None, console: Con
             finished = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED).done
             while not told.empty():
                 each, step, shown = told.get()
+                if each not in futures.values():
+                    continue  # it has ended, and its news come late
                 if each not in bars:
                     title = f"{each.task} {each.method}, seed {each.seed}"
                     bars[each] = progress.add_task(title, total=each.budget, shown="")
