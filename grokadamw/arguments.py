@@ -19,7 +19,8 @@ PER_OPTIMIZER = (
 HOW_TO_RUN = ("foreach", "fused", "capturable")
 _NEVER_IN_A_GROUP = ("grokking_signal_fns", "grokking_signal_fn", "combine")
 
-_NOT_NEGATIVE = ("eps", "weight_decay", "lamb", "grokking_signal_decay_rate", "gradient_clipping", "max_row_norm")
+_LIMITS = ("gradient_clipping", "max_row_norm", "max_row_change")  # 0 is off
+_NOT_NEGATIVE = ("eps", "weight_decay", "lamb", "grokking_signal_decay_rate", *_LIMITS)
 _SETTABLE = (
     *("lr", "betas", "alpha_init", "gamma", "amplify_after", "maximize", "layer"),
     *(*_NOT_NEGATIVE, *HOW_TO_RUN, *PER_OPTIMIZER, *_NEVER_IN_A_GROUP),
@@ -109,11 +110,11 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
     check_count("amplify_after", group["amplify_after"])
     if group["layer"] is not None:
         check_count("layer", group["layer"])
-    if group["compat"] is not None and group["max_row_norm"]:
-        raise ValueError(
-            f"max_row_norm={group['max_row_norm']} with compat={group['compat']!r}, which has no such thing: leave one "
-            "of them out"
-        )
+    for name in ("max_row_norm", "max_row_change"):
+        if group["compat"] is not None and group[name]:
+            raise ValueError(
+                f"{name}={group[name]} with compat={group['compat']!r}, which has no such thing: leave one of them out"
+            )
     for name, is_on in (
         ("accumulation_steps", group["accumulation_steps"] > 1),
         ("amplify_by_signal", group["amplify_by_signal"]),
@@ -177,7 +178,7 @@ def make_plain(group: dict[str, Any]) -> None:
 
 def check_number(name: str, value: Any, *, below: float = math.inf, at_most: float | None = None) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
-        hint = "; 0 switches it off" if name in ("gradient_clipping", "max_row_norm") else ""
+        hint = "; 0 switches it off" if name in _LIMITS else ""
         raise TypeError(f"{name}={value!r} is not a number{hint}")
     if not 0 <= float(value) < below or (at_most is not None and float(value) > at_most):
         limits = f"in [0, {at_most}]" if at_most is not None else f"in [0, {below})"

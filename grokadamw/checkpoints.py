@@ -24,7 +24,7 @@ _ADAMS_OWN = ("amsgrad", "decoupled_weight_decay")
 # what a group of GrokAdamW holds beside AdamW's numbers
 _OURS = (
     *("alpha_init", "lamb", "gamma", "grokking_signal_fns", "grokking_signal_decay_rate", "gradient_clipping"),
-    "max_row_norm",
+    *("max_row_norm", "max_row_change"),
     *("second_moment", "amplify_after", "amplify_by_signal", "nonfinite", "compat", "layer", "layers"),
     *("window_size", "window_dtype", "accumulation_steps", "micro_step", "cycle"),
     *("train_loss", "eval_loss", "signal_state", "skipped_steps"),

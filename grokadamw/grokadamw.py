@@ -51,6 +51,7 @@ _ADDED_LATER = {
     "window_dtype": None,
     "accumulation_steps": 1,
     "max_row_norm": 0.0,
+    "max_row_change": 0.0,
     **accumulation.AT_REST,
 }
 
@@ -98,8 +99,8 @@ class GrokAdamW(Optimizer):
         params: parameters, ``(name, parameter)`` pairs such as ``model.named_parameters()``, or dicts of either; of
             float16, bfloat16, float32, float64 or complex dtype. With names, layers are the model's modules; without,
             every tensor is a layer of its own. A dict may set any number from ``lr`` to ``gradient_clipping``,
-            ``max_row_norm``, ``amplify_after``, ``foreach``, ``maximize``, ``capturable``, and ``layer``, an integer
-            ≥ 0: the layer of all its parameters.
+            ``max_row_norm``, ``max_row_change``, ``amplify_after``, ``foreach``, ``maximize``, ``capturable``, and
+            ``layer``, an integer ≥ 0: the layer of all its parameters.
         lr: learning rate η ≥ 0, a float or a tensor of one element.
         betas: (β1, β2), each in [0, 1): decay of the first and second moment.
         eps: ε ≥ 0.
@@ -117,6 +118,10 @@ class GrokAdamW(Optimizer):
             first: a linear layer's weights of one output, an embedding's vector. After a step longer rows are shortened
             to it. 0 is off. It costs a pass over those parameters, in torch's operations. What a wrapper has flattened,
             as FSDP1 does, has no rows. Source: the max-norm constraint of Srivastava et al. 2014, JMLR 15, section 5.1.
+        max_row_change: largest distance ≥ 0 that such a row moves in a step, by the update and by decay, as a share of
+            its norm before; of a row shorter than 0.1, as a share of 0.1. It comes before ``max_row_norm``. 0 is off.
+            It costs some passes over those parameters, and while a step runs a copy of them. Source: the ratio to the
+            weights' norm of LAMB (arXiv:1904.00962), as a limit, and by unit, as in arXiv:2102.06171, section 4.1.
         combine: how several signals become one: ``"mean"``, ``"max"``, ``"min"``, or a callable of the list of usable
             values. A callable reads values back from a GPU; the others do not.
         second_moment: ``"filtered"``, v averages ĝ²; or ``"raw"``, (c g)².
@@ -177,6 +182,7 @@ class GrokAdamW(Optimizer):
         gradient_clipping: float = 1.0,
         *,
         max_row_norm: float = 0.0,
+        max_row_change: float = 0.0,
         combine: Combine = "mean",
         second_moment: str = "filtered",
         amplify_after: int = 0,
@@ -212,6 +218,7 @@ class GrokAdamW(Optimizer):
             "grokking_signal_decay_rate": grokking_signal_decay_rate,
             "gradient_clipping": gradient_clipping,
             "max_row_norm": max_row_norm,
+            "max_row_change": max_row_change,
             "second_moment": second_moment,
             "amplify_after": amplify_after,
             "amplify_by_signal": amplify_by_signal,
@@ -238,13 +245,13 @@ class GrokAdamW(Optimizer):
 
     @classmethod
     def for_grokking(
-        cls, model: nn.Module, lr: float | Tensor = 1e-3, weight_decay: float = 3.0, **options: Any
+        cls, model: nn.Module, lr: float | Tensor = 3e-3, weight_decay: float = 3.0, **options: Any
     ) -> GrokAdamW:
         """With what did best on small models that memorise first, and that begin large, as embeddings do in torch.
 
-        α 0.9, γ 0.3, betas (0.9, 0.98) and rows no longer than 1 (``max_row_norm``), with weight decay that is strong
-        on purpose. Evidence: benchmarks/results/GROKKING_REPORT.md. Not for models that are trained already, whose
-        rows it would shorten.
+        α 0.8, γ 0.3, betas (0.9, 0.98), rows no longer than 1 (``max_row_norm``) that move by no more than 0.015 of
+        that in a step (``max_row_change``), with lr and weight decay that are high on purpose. Evidence:
+        benchmarks/results/GROKKING_REPORT.md. Not for models that are trained already, whose rows it would shorten.
 
         Args:
             model: whose parameters that require gradients are optimized, under their names.
@@ -256,7 +263,13 @@ class GrokAdamW(Optimizer):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, and not a torch.nn.Module: give the model itself")
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, "gamma": 0.3, "max_row_norm": 1.0}
+        preset: dict[str, Any] = {
+            "betas": (0.9, 0.98),
+            "alpha_init": 0.8,
+            "gamma": 0.3,
+            "max_row_norm": 1.0,
+            "max_row_change": 0.015,
+        }
         optimizer = cls(named, lr=lr, weight_decay=weight_decay, **preset | options)
         optimizer._run.layers_checked = "gamma" not in options  # a low β1 is meant
         return optimizer
@@ -290,12 +303,13 @@ class GrokAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        calls, tables, averages, caps = self._calls(torch.compiler.is_compiling())
+        calls, tables, averages, limited = self._calls(torch.compiler.is_compiling())
+        before = [update.rows.before(rows) for rows in limited]
         for each in averages:  # row 6 of moving averages
             update.average(*each)
         update.steps(calls, tables)  # rows 6 to 10, and all that torch.compile sees
-        for cap in caps:
-            update.cap_rows(*cap)  # row 11
+        for rows, old in zip(limited, before, strict=True):  # row 11
+            update.rows.limit(rows, old)
         return loss
 
     @_disable_dynamo  # so that what changes from step to step comes as tensors, and no value becomes a guard
@@ -305,12 +319,12 @@ class GrokAdamW(Optimizer):
         list[tuple[ModuleType, Tensors, Numbers]],
         Any,
         list[tuple[list[Window], Tensors, Numbers]],
-        list[tuple[list[Tensor], float, bool | Tensor]],
+        list[update.rows.Rows],
     ]:
         """All of a step but its writing: what is to be called with which tensors and numbers, its state being there.
 
         And what the GPU's implementation keeps of them, the windows that are to be filled first, and the parameters
-        whose rows are to be capped last.
+        whose rows are limited last.
         """
         capturing = capture.is_capturing(self)
         self._run.stepped = False
@@ -387,13 +401,17 @@ class GrokAdamW(Optimizer):
                 averages.append((windows, call.tensors, numbers))
         self._run.stepped = cycle.end(param for w in work for param in w.params)
         # of what is not finite in the last micro-batch the others are a step all the same
-        caps = self._caps(work, measured.finite if cycle.of == 1 else True) if self._run.stepped else []
-        return calls, tables, averages, caps
+        limited = self._limited(work, measured.finite if cycle.of == 1 else True) if self._run.stepped else []
+        return calls, tables, averages, limited
 
-    def _caps(self, work: list[Work], finite: bool | Tensor) -> list[tuple[list[Tensor], float, bool | Tensor]]:
+    def _limited(self, work: list[Work], finite: bool | Tensor) -> list[update.rows.Rows]:
         """Row 11: the parameters that have rows, with what limits these."""
-        limits = ((w, float(w.group["max_row_norm"])) for w in work)
-        return [([p for p in w.params if p.dim() > 1], limit, finite) for w, limit in limits if limit]
+        limits = ((w, float(w.group["max_row_change"]), float(w.group["max_row_norm"])) for w in work)
+        return [
+            update.rows.Rows([p for p in w.params if p.dim() > 1], change, norm, finite)
+            for w, change, norm in limits
+            if change or norm
+        ]
 
     def _amplification(self) -> float:
         """What the signal multiplies λ by."""

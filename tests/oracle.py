@@ -139,13 +139,19 @@ class Oracle:
             return
         state["t"] = t
         m_hat, v_hat = state["m"] / (1 - beta1**t), state["v"] / (1 - beta2**t)
-        theta = group["values"][i] * (1 - group["lr"] * group["weight_decay"])
+        before = group["values"][i]
+        theta = before * (1 - group["lr"] * group["weight_decay"])
         group["values"][i] = theta - group["lr"] * m_hat / (np.sqrt(v_hat) + group["eps"])
-        if group.get("max_row_norm") and group["has_rows"][i] and theta.size:
-            rows = group["values"][i].reshape(len(theta), -1)
-            norms = np.maximum(np.linalg.norm(rows, axis=1), 1e-300)
-            shorter = rows * np.minimum(1, group["max_row_norm"] / norms)[:, None]
-            group["values"][i] = shorter.reshape(theta.shape)
+        if group["has_rows"][i] and theta.size:
+            rows, old = group["values"][i].reshape(len(theta), -1), before.reshape(len(theta), -1)
+            if group.get("max_row_change"):
+                moved = np.maximum(np.linalg.norm(rows - old, axis=1), 1e-300)
+                furthest = group["max_row_change"] * np.maximum(np.linalg.norm(old, axis=1), 0.1)
+                rows = old + (rows - old) * np.minimum(1, furthest / moved)[:, None]
+            if group.get("max_row_norm"):
+                norms = np.maximum(np.linalg.norm(rows, axis=1), 1e-300)
+                rows = rows * np.minimum(1, group["max_row_norm"] / norms)[:, None]
+            group["values"][i] = rows.reshape(theta.shape)
 
 
 def _real(array: np.ndarray) -> np.ndarray:

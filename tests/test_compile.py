@@ -194,7 +194,7 @@ def test_complex_parameters() -> None:
     ("options", "graphs"),
     [
         ({"window_size": 3}, 1),
-        ({"max_row_norm": 0.5}, 1),
+        ({"max_row_norm": 0.5, "max_row_change": 0.01}, 1),
         ({"accumulation_steps": 3, "second_moment": "raw"}, 3),  # the first micro-batch, those between, the last
     ],
     ids=str,

@@ -94,6 +94,7 @@ def _run(model: torch.nn.Module) -> GrokAdamW:
         lr=0.01,
         gradient_clipping=0.5,
         max_row_norm=0.5,
+        max_row_change=0.02,
         grokking_signal_fns=SlowGradient(every=2),
     )
 

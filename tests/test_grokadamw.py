@@ -1331,7 +1331,8 @@ def test_the_preset_takes_a_model_and_what_is_given_wins() -> None:
     (group,) = optimizer.param_groups
     assert [name for name in group["param_names"] if name.startswith("1.")] == ["1.bias"]
     assert (group["lr"], group["weight_decay"], group["lamb"], group["max_row_norm"]) == (0.01, 3.0, 0.5, 0.25)
-    assert (group["betas"], group["alpha_init"], group["gamma"]) == ((0.9, 0.98), 0.9, 0.3)
+    assert (group["betas"], group["alpha_init"], group["gamma"]) == ((0.9, 0.98), 0.8, 0.3)
+    assert group["max_row_change"] == 0.015
     set_gradients(list(model.parameters()))
     optimizer.step()  # whose low β1 is meant, and not warned of
     assert optimizer.layer_table()[-1].beta1 == pytest.approx(0.9 * 0.7**5)

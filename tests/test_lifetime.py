@@ -147,7 +147,7 @@ class Lifetime(RuleBasedStateMachine):
         mode = self.oracle.accumulation_steps, self.oracle.amplify_by_signal
         self.oracle.accumulation_steps, self.oracle.amplify_by_signal = 1, False
         self.oracle.rest()
-        ours = ("lamb", "gamma", "gradient_clipping", "max_row_norm")
+        ours = ("lamb", "gamma", "gradient_clipping", "max_row_norm", "max_row_change")
         for group in self.oracle.groups:
             group.update(dict.fromkeys(ours, 0.0))
         self.oracle.has_state = True  # AdamW has no such rule

@@ -106,6 +106,7 @@ def errors(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
         (ValueError, "grokking_signal_decay_rate=-1 is out of range", {"grokking_signal_decay_rate": -1}),
         (TypeError, "gradient_clipping=None is not a number; 0 switches it off", {"gradient_clipping": None}),
         (ValueError, "max_row_norm=1.0 with compat='0.1.2'", {"max_row_norm": 1.0, "compat": "0.1.2"}),
+        (ValueError, "max_row_change=0.5 with compat='0.1.2'", {"max_row_change": 0.5, "compat": "0.1.2"}),
         (ValueError, r"max_row_norm=-0\.1 is out of range", {"max_row_norm": -0.1}),
         (TypeError, "max_row_norm=None is not a number; 0 switches it off", {"max_row_norm": None}),
         (TypeError, "amplify_after=0.5 is not an integer", {"amplify_after": 0.5}),

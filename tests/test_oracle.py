@@ -45,6 +45,7 @@ hyper_parameters = st.fixed_dictionaries(
         "grokking_signal_decay_rate": between(0, 2),
         "gradient_clipping": st.just(0.0) | between(0.01, 10),
         "max_row_norm": st.just(0.0) | between(0.1, 3),
+        "max_row_change": st.just(0.0) | between(1e-3, 0.5),
         "amplify_after": st.integers(0, 3),
         "maximize": st.booleans(),
     }

@@ -105,7 +105,7 @@ def run(options: argparse.Namespace, asked: list[Run], console: Console) -> None
         table.add_row(each.method, str(each.seed), *steps, "–" if row.seconds is None else f"{row.seconds:.0f}")
     console.print(table)
     pictures.curves(task, curves, picture)
-    console.print(f"curves  {picture}\nruns    {csv}", highlight=False)
+    console.print(f"curves  {picture}\nruns    {csv}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

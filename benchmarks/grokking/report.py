@@ -11,7 +11,18 @@ from pathlib import Path
 import numpy as np
 
 from . import evidence, methods, pictures, tasks
-from .evidence import DECAYS, GRID_TASKS, LRS, METHODS, MOD97, OTHER_METHODS, OTHER_TASKS, TWO_BY_TWO, select
+from .evidence import (
+    DECAYS,
+    GRID_TASKS,
+    LRS,
+    METHODS,
+    MOD97,
+    MOD97_METHODS,
+    OTHER_METHODS,
+    OTHER_TASKS,
+    TWO_BY_TWO,
+    select,
+)
 from .runs import Row
 
 Table = Callable[[list[Row]], str]
@@ -172,9 +183,9 @@ def effort(rows: list[Row]) -> str:
 TABLES: dict[str, Table] = {
     "effort": effort,
     "published": published,
-    "mod97": partial(mod97, METHODS),
-    "afterwards": partial(afterwards, METHODS),
-    "reach": partial(reach, METHODS),
+    "mod97": partial(mod97, MOD97_METHODS),
+    "afterwards": partial(afterwards, MOD97_METHODS),
+    "reach": partial(reach, MOD97_METHODS),
     "others": others,
     **{f"filter and decay, {task}": partial(two_by_two, task) for task in TWO_BY_TWO},
     "variations": variations,
@@ -195,7 +206,7 @@ def main(rows: list[Row], out: Path) -> None:
     """Pictures into `out`, and tables into its GROKKING_REPORT.md and the README."""
     for page in (out / REPORT, out.parent.parent / "README.md"):
         page.write_text(filled(page.read_text(), rows))
-    finals = {name: found for name in METHODS if (found := select(rows, evidence.finals(name, rows)))}
+    finals = {name: found for name in MOD97_METHODS if (found := select(rows, evidence.finals(name, rows)))}
     pictures.quartiles(finals, MOD97, out / "grokking-mod97.png")
-    grids = {name: found for name in METHODS if (found := select(rows, evidence.grid(name)))}
+    grids = {name: found for name in MOD97_METHODS if (found := select(rows, evidence.grid(name)))}
     pictures.maps(grids, GRID_TASKS, LRS, DECAYS, out / "grokking-maps.png")

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ..numbers import mesh_of
-from . import blocks, cpu, foreach, gpu, memory, native, reference
+from . import blocks, cpu, foreach, gpu, memory, native, reference, rows
 from .foreach import average
 from .gpu_tables import Tables
 from .reference import MicroStep, Numbers, Tensors
-from .rows import cap_rows
 
 __all__ = [
     "BY_ADDRESS",
@@ -28,12 +27,12 @@ __all__ = [
     "Choice",
     "average",
     "MicroStep",
-    "cap_rows",
     "checked",
     "choose",
     "fastest_sum_of_squares",
     "is_fused_on",
     "memory_is_all",
+    "rows",
     "steps",
     "sum_of_squares",
 ]

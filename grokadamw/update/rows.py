@@ -1,30 +1,57 @@
-"""Row 11: how long a parameter's rows may be. One implementation, in torch's operations, for every device."""
+"""Row 11: how far a parameter's rows may move in a step, and how long they may be.
+
+One implementation, in torch's operations, for every device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..numbers import accumulator, wide
+from ..numbers import accumulator, as_real, wide
+
+SHORT = 0.1  # a row that is shorter may move as one of this length, or none would ever leave 0
 
 
-def cap_rows(params: Sequence[Tensor], limit: float, finite: bool | Tensor) -> None:
-    """θ_r ← θ_r · min(1, limit / ‖θ_r‖) for each row r, in place.
+class Rows(NamedTuple):
+    """Parameters of two dimensions or more, whose rows, slices along the first, are limited. Of DTensors whole ones."""
 
-    Args:
-        params: of two dimensions or more; a row is a slice along the first. Of DTensors the whole row counts.
-        finite: where False, a flag on a device too, nothing changes.
+    params: list[Tensor]
+    change: float  # the largest, of a row's length; 0 is no limit
+    norm: float  # the largest; 0 is no limit
+    finite: bool | Tensor  # where False, a flag on a device too, nothing changes
+
+
+def before(rows: Rows) -> list[Tensor]:
+    """What `limit` needs to know: the parameters as they are before the step."""
+    return [param.clone() for param in rows.params] if rows.change else []
+
+
+def limit(rows: Rows, before: list[Tensor]) -> None:
+    """θ_r ← θ'_r + min(1, change · ‖θ'_r‖ / ‖θ_r − θ'_r‖) (θ_r − θ'_r) for each row r, in place; θ' is `before`'s.
+
+    Then θ_r ← θ_r · min(1, norm / ‖θ_r‖). What is within its limits stays as it is, bit for bit.
     """
-    for param in params:
-        before = param.clone() if torch.is_grad_enabled() else param  # which a backward pass through the step reads
-        dtype = torch.promote_types(param.dtype, accumulator(param.device))  # where no square overflows
-        norms = torch.linalg.vector_norm(before, dim=tuple(range(1, param.dim())), keepdim=True, dtype=dtype)
-        factors = (limit / norms.clamp(min=limit)).to(wide(param.dtype.to_real()))
-        if finite is not True:
-            factors = torch.where(torch.as_tensor(finite, device=param.device), factors, 1.0)
-        if before is param:
-            param.mul_(factors)
-        else:
-            param.copy_(before * factors)
+    for i, param in enumerate(map(as_real, rows.params)):
+        dtype = wide(param.dtype)
+        value = param.to(dtype, copy=torch.is_grad_enabled())  # which a backward pass through the step reads
+        if rows.change:
+            old = as_real(before[i]).to(dtype)
+            furthest = rows.change * _norms(old).clamp(min=SHORT)
+            share = furthest / torch.maximum(_norms(value - old), furthest)
+            value = torch.lerp(old, value, share.to(dtype))
+        if rows.norm:
+            factors = (rows.norm / _norms(value).clamp(min=rows.norm)).to(dtype)
+            if rows.finite is not True:
+                factors = torch.where(torch.as_tensor(rows.finite, device=param.device), factors, 1.0)
+            value = value * factors
+        param.copy_(value)
+
+
+def _norms(values: Tensor) -> Tensor:
+    """Of each row, (rows, 1, …), in a dtype in which no square overflows."""
+    dtype = torch.promote_types(values.dtype, accumulator(values.device))
+    norms: Tensor = torch.linalg.vector_norm(values, dim=tuple(range(1, values.dim())), keepdim=True, dtype=dtype)
+    return norms

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from grokadamw import GrokAdamW
-from grokadamw.update import cap_rows
+from grokadamw.update.rows import Rows, before, limit
+
+
+def limited(
+    params: list[torch.Tensor], was: list[torch.Tensor] | None = None, *, change: float = 0, norm: float = 0
+) -> None:
+    rows = Rows(params, change, norm, True)
+    limit(rows, before(rows) if was is None else was)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
@@ -15,18 +22,52 @@ def test_rows_are_slices_along_the_first_dimension(dtype: torch.dtype) -> None:
     filters = torch.randn(4, 3, 2, 2).to(dtype)
     filters[1] *= 0.01
     filters[2] = 0
-    before = filters.clone()
-    cap_rows([filters], 1.5, True)
+    was = filters.clone()
+    limited([filters], norm=1.5)
     wide = torch.complex128 if dtype.is_complex else torch.float64
     norms = filters.to(wide).flatten(1).norm(dim=1)
     exact = 2e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-6
     torch.testing.assert_close(norms[[0, 3]].real, torch.tensor([1.5, 1.5], dtype=torch.float64), rtol=exact, atol=0)
-    assert torch.equal(filters[1:3], before[1:3])  # shorter ones stay, bit for bit
+    assert torch.equal(filters[1:3], was[1:3])  # shorter ones stay, bit for bit
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+def test_a_row_moves_by_a_share_of_its_norm(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    was = torch.randn(5, 3, 2, 2).to(dtype)
+    was[3] *= 1e-3  # short: it moves as one of norm 0.1
+    was[4] = 0
+    step = torch.randn_like(was)
+    step[1] *= 1e-3
+    step[2] = 0
+    filters = was + step
+    asked = filters.clone()
+    limited([filters], [was], change=0.25)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+
+    def norms(rows: torch.Tensor) -> torch.Tensor:
+        return rows.to(wide).flatten(1).norm(dim=1).real
+
+    exact = 3e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-5
+    moved = filters.to(wide) - was.to(wide)
+    torch.testing.assert_close(norms(moved)[[0, 3, 4]], 0.25 * norms(was)[[0, 3, 4]].clamp(min=0.1), rtol=exact, atol=0)
+    for i in (0, 3, 4):
+        direction = asked[i].to(wide) - was[i].to(wide)
+        torch.testing.assert_close(moved[i] / moved[i].norm(), direction / direction.norm(), rtol=0, atol=exact)
+    assert torch.equal(filters[1:3], asked[1:3])  # what is near enough stays, bit for bit
+
+
+def test_the_limits_hold_for_decay_too_and_the_norm_has_the_last_word() -> None:
+    p = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.3, 0.4]]))
+    optimizer = GrokAdamW([p], lr=0.1, weight_decay=5.0, max_row_change=0.1, max_row_norm=10.0)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()  # AdamW would halve them
+    torch.testing.assert_close(p.detach(), torch.tensor([[2.7, 3.6], [6.0, 8.0], [0.27, 0.36]]))
 
 
 def test_what_has_no_rows_stays() -> None:
     params = [torch.nn.Parameter(torch.full(shape, 5.0)) for shape in [(), (3,), (3, 2), (0, 2), (2, 0)]]
-    optimizer = GrokAdamW(params, lr=0.0, max_row_norm=1.0, gamma=0.0)
+    optimizer = GrokAdamW(params, lr=0.0, max_row_norm=1.0, max_row_change=0.1, gamma=0.0)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -36,10 +77,10 @@ def test_what_has_no_rows_stays() -> None:
 def test_one_row_of_complex_numbers_is_none() -> None:
     """As real numbers it has two dimensions."""
     p = torch.nn.Parameter(torch.full((3,), 5 + 5j))
-    optimizer = GrokAdamW([p], lr=0.0, max_row_norm=1.0)
-    p.grad = torch.ones_like(p)
+    optimizer = GrokAdamW([p], lr=0.1, weight_decay=0, max_row_norm=1.0, max_row_change=0.001)
+    p.grad = torch.full_like(p, 1 + 1j)
     optimizer.step()
-    assert (p.detach() == 5 + 5j).all()
+    torch.testing.assert_close(p.detach(), torch.full_like(p, 4.9 + 4.9j))
 
 
 @pytest.mark.filterwarnings("ignore:a step was skipped")
@@ -48,7 +89,7 @@ def test_a_skipped_step_leaves_long_rows_alone(on_device: bool, request: pytest.
     if on_device:
         request.getfixturevalue("nothing_is_free_to_read")
     p = torch.nn.Parameter(torch.full((2, 2), 5.0))
-    optimizer = GrokAdamW([p], max_row_norm=1.0)
+    optimizer = GrokAdamW([p], max_row_norm=1.0, max_row_change=0.1)
     p.grad = torch.full((2, 2), torch.nan)
     optimizer.step()
     assert (p.detach() == 5).all()
@@ -71,7 +112,7 @@ def test_of_micro_batches_that_are_not_finite_the_others_are_a_step(poisoned: in
 def test_norms_whose_squares_overflow() -> None:
     for dtype, large in ((torch.float32, 1e30), (torch.bfloat16, 1e30), (torch.float16, 6e4)):
         p = torch.full((2, 4), large, dtype=dtype)
-        cap_rows([p], 1e-3, True)
+        limited([p], norm=1e-3)
         torch.testing.assert_close(p.double().norm(dim=1), torch.tensor([1e-3, 1e-3]).double(), rtol=1e-2, atol=0)
 
 
@@ -80,12 +121,29 @@ def test_a_backward_pass_goes_through() -> None:
 
     def stepped(start: torch.Tensor) -> torch.Tensor:
         p = start.clone()
-        optimizer = GrokAdamW([p], lr=0.1, differentiable=True, max_row_norm=1.0)
+        optimizer = GrokAdamW([p], lr=0.1, differentiable=True, max_row_norm=1.0, max_row_change=0.1)
         p.grad = 0.1 * start
         optimizer.step()
         return p
 
     assert torch.autograd.gradcheck(stepped, start)
+
+
+def test_a_whole_step_moves_no_row_further() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7))
+    optimizer = GrokAdamW(model.named_parameters(), lr=0.5, max_row_change=0.02)
+    for _ in range(5):
+        was = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        model(torch.arange(7)).square().sum().backward()
+        optimizer.step()
+        for p, old in zip(model.parameters(), was, strict=True):
+            moved = (p.detach() - old).norm(dim=-1)
+            if p.dim() > 1:
+                torch.testing.assert_close(moved, 0.02 * old.norm(dim=1).clamp(min=0.1), rtol=1e-3, atol=0)
+            else:
+                assert moved > 0.1
 
 
 def test_groups_have_limits_of_their_own_and_micro_batches_wait_for_the_last() -> None:

@@ -1,4 +1,4 @@
-"""GrokAdamW with its defaults, and with its preset for grokking."""
+"""GrokAdamW with its defaults, with its preset for grokking, and with parts of that."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def make(model: nn.Module, **settings: Any) -> GrokAdamW:
     return GrokAdamW(model.named_parameters(), **settings)
 
 
-def adamw(model: nn.Module, max_row_norm: float, **settings: Any) -> GrokAdamW:
-    """GrokAdamW without filter and γ is AdamW; with gradients clipped to norm 1 and short rows."""
-    return make(model, lamb=0.0, gamma=0.0, grokking_signal_fns=[], max_row_norm=max_row_norm, **settings)
+def adamw(model: nn.Module, **settings: Any) -> GrokAdamW:
+    """GrokAdamW without filter and γ is AdamW; with gradients clipped to norm 1, and limits on rows."""
+    return make(model, lamb=0.0, gamma=0.0, grokking_signal_fns=[], **settings)
 
 
 def late_decay(model: nn.Module, weight_decay: float, **settings: Any) -> GrokAdamW:
@@ -39,8 +39,24 @@ def late_decay(model: nn.Module, weight_decay: float, **settings: Any) -> GrokAd
 
 
 METHODS = [
-    Method("late-decay", "GrokAdamW.for_grokking, decay only while the training loss is low", late_decay, 1e-3, 3.0),
+    Method("late-decay", "GrokAdamW.for_grokking, decay only while the training loss is low", late_decay, 3e-3, 3.0),
     Method("adamw-short-rows", "AdamW, all rows no longer than 1", adamw, 3e-3, 1.0, {"max_row_norm": 1.0}),
+    Method(
+        "adamw-row-limits",
+        "AdamW, rows limited as GrokAdamW.for_grokking limits them",
+        adamw,
+        3e-3,
+        3.0,
+        {"max_row_norm": 1.0, "max_row_change": 0.015},
+    ),
     Method("grokadamw", "GrokAdamW with its defaults", make, lr=3e-3, weight_decay=1.0),
-    Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, lr=1e-3, weight_decay=3.0),
+    Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, lr=3e-3, weight_decay=3.0),
+    Method(
+        "grokadamw-short-rows",
+        "GrokAdamW.for_grokking with α 0.9, rows no longer than 1 that move freely",
+        GrokAdamW.for_grokking,
+        1e-3,
+        3.0,
+        {"alpha_init": 0.9, "max_row_change": 0.0},
+    ),
 ]
