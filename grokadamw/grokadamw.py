@@ -254,7 +254,8 @@ class GrokAdamW(Optimizer):
         benchmarks/results/GROKKING_REPORT.md. Not for models that are trained already, whose rows it would shorten.
 
         Args:
-            model: whose parameters that require gradients are optimized, under their names.
+            model: whose parameters that require gradients are optimized, under their names, in two groups: those of
+                two dimensions or more decay; biases and the gains of norms, in the other group, do not.
             lr, weight_decay, options: as the constructor's; what is given wins.
 
         Raises:
@@ -263,6 +264,10 @@ class GrokAdamW(Optimizer):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, and not a torch.nn.Module: give the model itself")
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [(name, p) for name, p in named if p.dim() > 1]},
+            {"params": [(name, p) for name, p in named if p.dim() <= 1], "weight_decay": 0.0},
+        ]
         preset: dict[str, Any] = {
             "betas": (0.9, 0.98),
             "alpha_init": 0.8,
@@ -270,7 +275,10 @@ class GrokAdamW(Optimizer):
             "max_row_norm": 1.0,
             "max_row_change": 0.015,
         }
-        optimizer = cls(named, lr=lr, weight_decay=weight_decay, **preset | options)
+        optimizer = cls(
+            [group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay, **preset | options
+        )
+        optimizer.set_layers(model)  # in the model's order, and not in that of the groups
         optimizer._run.layers_checked = "gamma" not in options  # a low β1 is meant
         return optimizer
 

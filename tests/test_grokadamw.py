@@ -1328,8 +1328,10 @@ def test_the_preset_takes_a_model_and_what_is_given_wins() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
     model[1].weight.requires_grad_(False)
     optimizer = GrokAdamW.for_grokking(model, lr=0.01, lamb=0.5, max_row_norm=0.25)
-    (group,) = optimizer.param_groups
-    assert [name for name in group["param_names"] if name.startswith("1.")] == ["1.bias"]
+    group, vectors = optimizer.param_groups
+    assert group["param_names"] == [f"{i}.weight" for i in (0, 2, 3, 4, 5)]
+    assert vectors["param_names"] == [f"{i}.bias" for i in range(6)]
+    assert vectors["weight_decay"] == 0
     assert (group["lr"], group["weight_decay"], group["lamb"], group["max_row_norm"]) == (0.01, 3.0, 0.5, 0.25)
     assert (group["betas"], group["alpha_init"], group["gamma"]) == ((0.9, 0.98), 0.8, 0.3)
     assert group["max_row_change"] == 0.015
@@ -1338,6 +1340,18 @@ def test_the_preset_takes_a_model_and_what_is_given_wins() -> None:
     assert optimizer.layer_table()[-1].beta1 == pytest.approx(0.9 * 0.7**5)
     weights = [layer.weight.detach() for i, layer in enumerate(model) if i != 1]
     assert max(weight.norm(dim=1).max().item() for weight in weights) < 0.25001
+
+
+def test_the_preset_has_layers_in_the_models_order() -> None:
+    model = nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4), nn.Linear(4, 4, bias=False))
+    optimizer = GrokAdamW.for_grokking(model)
+    assert [row.names for row in optimizer.layer_table()] == [
+        ["0.weight"],
+        ["1.weight", "1.bias"],
+        ["2.weight"],
+    ]
+    only_matrices = GrokAdamW.for_grokking(nn.Linear(4, 4, bias=False))
+    assert len(only_matrices.param_groups) == 1
 
 
 def test_the_preset_warns_of_a_gamma_that_was_given() -> None:

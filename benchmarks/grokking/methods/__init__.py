@@ -29,6 +29,13 @@ class Method:
         return self.make(model, **{"lr": self.lr, "weight_decay": self.weight_decay, **self.options, **settings})
 
 
+def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups, as many training scripts have them: biases and norms do not decay."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
 @cache
 def load() -> dict[str, Method]:
     """All methods, by name."""

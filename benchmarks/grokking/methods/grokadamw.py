@@ -17,46 +17,48 @@ def make(model: nn.Module, **settings: Any) -> GrokAdamW:
     return GrokAdamW(model.named_parameters(), **settings)
 
 
-def adamw(model: nn.Module, **settings: Any) -> GrokAdamW:
-    """GrokAdamW without filter and γ is AdamW; with gradients clipped to norm 1, and limits on rows."""
-    return make(model, lamb=0.0, gamma=0.0, grokking_signal_fns=[], **settings)
-
-
 def late_decay(model: nn.Module, weight_decay: float, **settings: Any) -> GrokAdamW:
     """The preset, with weight decay times max(0, 1 − training loss), as it was in the mean of the last evaluations."""
     optimizer = GrokAdamW.for_grokking(model, weight_decay=0.0, **settings)
     losses: deque[float] = deque(maxlen=3)
 
     def set_decay(*_: Any) -> None:
-        loss = optimizer.param_groups[0]["train_loss"]
+        matrices = optimizer.param_groups[0]
+        loss = matrices["train_loss"]
         if loss is not None and loss not in losses:
             losses.append(loss)
-        for group in optimizer.param_groups:
-            group["weight_decay"] = weight_decay * max(0.0, 1 - fmean(losses)) if losses else 0.0
+        matrices["weight_decay"] = weight_decay * max(0.0, 1 - fmean(losses)) if losses else 0.0
 
     optimizer.register_step_pre_hook(set_decay)
     return optimizer
 
 
 METHODS = [
-    Method("late-decay", "GrokAdamW.for_grokking, decay only while the training loss is low", late_decay, 3e-3, 3.0),
-    Method("adamw-short-rows", "AdamW, all rows no longer than 1", adamw, 3e-3, 1.0, {"max_row_norm": 1.0}),
-    Method(
-        "adamw-row-limits",
-        "AdamW, rows limited as GrokAdamW.for_grokking limits them",
-        adamw,
-        3e-3,
-        3.0,
-        {"max_row_norm": 1.0, "max_row_change": 0.015},
-    ),
     Method("grokadamw", "GrokAdamW with its defaults", make, lr=3e-3, weight_decay=1.0),
     Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, lr=3e-3, weight_decay=3.0),
     Method(
-        "grokadamw-short-rows",
-        "GrokAdamW.for_grokking with α 0.9, rows no longer than 1 that move freely",
+        "adamw-row-limits",
+        "GrokAdamW.for_grokking without filter and γ, which is AdamW with limits on rows",
         GrokAdamW.for_grokking,
+        3e-3,
+        3.0,
+        {"lamb": 0.0, "gamma": 0.0, "grokking_signal_fns": []},
+    ),
+    Method(
+        "grokadamw-short-rows",
+        "GrokAdamW with rows no longer than 1, γ 0.3, α 0.9",
+        make,
         1e-3,
         3.0,
-        {"alpha_init": 0.9, "max_row_change": 0.0},
+        {"max_row_norm": 1.0, "gamma": 0.3, "alpha_init": 0.9},
     ),
+    Method(
+        "adamw-short-rows",
+        "AdamW, rows no longer than 1, gradients clipped to norm 1",
+        make,
+        3e-3,
+        1.0,
+        {"max_row_norm": 1.0, "lamb": 0.0, "gamma": 0.0, "grokking_signal_fns": []},
+    ),
+    Method("late-decay", "GrokAdamW.for_grokking, decay only while the training loss is low", late_decay, 3e-3, 3.0),
 ]
