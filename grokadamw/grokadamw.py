@@ -120,7 +120,8 @@ class GrokAdamW(Optimizer):
             as FSDP1 does, has no rows. Source: the max-norm constraint of Srivastava et al. 2014, JMLR 15, section 5.1.
         max_row_change: largest distance ≥ 0 that such a row moves in a step, by the update and by decay, as a share of
             its norm before; of a row shorter than 0.1, as a share of 0.1. It comes before ``max_row_norm``. 0 is off.
-            It costs some passes over those parameters, and while a step runs a copy of them. Source: the ratio to the
+            It costs some passes over those parameters, and while a step runs a copy of them. Below 0.01, rounding
+            outweighs it in bfloat16. Source: the ratio to the
             weights' norm of LAMB (arXiv:1904.00962), as a limit, and by unit, as in arXiv:2102.06171, section 4.1.
         combine: how several signals become one: ``"mean"``, ``"max"``, ``"min"``, or a callable of the list of usable
             values. A callable reads values back from a GPU; the others do not.
@@ -249,13 +250,15 @@ class GrokAdamW(Optimizer):
     ) -> GrokAdamW:
         """With what did best on small models that memorise first, and that begin large, as embeddings do in torch.
 
-        α 0.8, γ 0.3, betas (0.9, 0.98), rows no longer than 1 (``max_row_norm``) that move by no more than 0.015 of
-        that in a step (``max_row_change``), with lr and weight decay that are high on purpose. Evidence:
-        benchmarks/results/GROKKING_REPORT.md. Not for models that are trained already, whose rows it would shorten.
+        α 0.8, γ 0.3, betas (0.9, 0.98), rows no longer than 1 (``max_row_norm``), to which the first step shortens
+        them, and which move by no more than 0.015 of their norm a step (``max_row_change``); lr and weight decay are
+        high on purpose. Evidence: benchmarks/results/GROKKING_REPORT.md. Not for models that are trained already, whose
+        rows it would shorten.
 
         Args:
-            model: whose parameters that require gradients are optimized, under their names, in two groups: those of
-                two dimensions or more decay; biases and the gains of norms, in the other group, do not.
+            model: whose parameters that require gradients are optimized, under their names and in its layers. Those of
+                two dimensions or more decay; biases and norms are in a second group, which does not. Where nothing has
+                two dimensions, as in what FSDP1 flattened, all decay.
             lr, weight_decay, options: as the constructor's; what is given wins.
 
         Raises:
@@ -264,10 +267,12 @@ class GrokAdamW(Optimizer):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, and not a torch.nn.Module: give the model itself")
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [(name, p) for name, p in named if p.dim() > 1]},
-            {"params": [(name, p) for name, p in named if p.dim() <= 1], "weight_decay": 0.0},
-        ]
+        groups: list[dict[str, Any]] = [{"params": [(name, p) for name, p in named if p.dim() > 1]}]
+        groups += [{"params": [(name, p) for name, p in named if p.dim() <= 1], "weight_decay": 0.0}]
+        if isinstance(lr, Tensor):
+            groups[1]["lr"] = lr.clone()  # what schedulers write into one group's is that group's
+        if not groups[0]["params"]:
+            groups = [{"params": named}]
         preset: dict[str, Any] = {
             "betas": (0.9, 0.98),
             "alpha_init": 0.8,

@@ -39,6 +39,19 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
+def summed(value: Tensor) -> Tensor:
+    """A reduction whose parts a DTensor's ranks hold, put together; sharded as it was. Any other tensor as it is.
+
+    torch 2.6 clamps the first number that it was asked for, and no other, where it has to do that itself.
+    """
+    if mesh_of(value) is None:
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(value, DTensor)
+    return value.redistribute(placements=[Replicate() if each.is_partial() else each for each in value.placements])
+
+
 def mesh_of(tensor: Tensor) -> Any:
     """What a DTensor is sharded over, None for a plain tensor: torch takes no list that mixes them."""
     return getattr(tensor, "device_mesh", None)

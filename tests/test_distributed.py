@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from grokadamw import GrokAdamW, Grokfast, grokadamw, numbers, signals, state
 from grokadamw.signals import SlowGradient
@@ -120,6 +120,30 @@ def test_shards_train_as_the_whole(tmp_path: Path) -> None:
         assert result["metrics"]["skipped_steps"] == 1
         for name, value in model.state_dict().items():
             torch.testing.assert_close(result["weights"][name], value, rtol=1e-5, atol=1e-6)
+
+
+def _limited(rank: int) -> float:
+    """The largest error of rows that are in parts on two ranks; of torch 2.6, which has no FSDP2 on the CPU, too."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    torch.manual_seed(0)
+    rows = torch.randn(5, 4) * torch.tensor([[0.01], [0.3], [1], [1], [3]])
+    grad = torch.randn(5, 4)
+    results = []
+    for placement in (None, Shard(0), Shard(1), Replicate()):
+        params = []
+        for _ in range(2):
+            whole_or_not = rows if placement is None else distribute_tensor(rows, mesh, [placement])
+            params.append(torch.nn.Parameter(whole_or_not.clone()))
+            params[-1].grad = grad if placement is None else distribute_tensor(grad, mesh, [placement])
+        limits = [{"max_row_change": 0.05, "max_row_norm": 1.5}, {"max_row_norm": 0.5}]
+        groups = [{"params": [p], **limit} for p, limit in zip(params, limits, strict=True)]
+        GrokAdamW(groups, lr=0.1).step()
+        results.append(torch.stack([whole(p.detach()) for p in params]))
+    return max((result - results[0]).abs().max().item() for result in results)
+
+
+def test_rows_on_two_ranks_are_limited_as_the_whole(tmp_path: Path) -> None:
+    assert max(in_processes(_limited, tmp_path)) < 1e-6
 
 
 def _resumed_from(folder: Path, rank: int) -> bool:

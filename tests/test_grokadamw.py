@@ -1350,8 +1350,18 @@ def test_the_preset_has_layers_in_the_models_order() -> None:
         ["1.weight", "1.bias"],
         ["2.weight"],
     ]
-    only_matrices = GrokAdamW.for_grokking(nn.Linear(4, 4, bias=False))
-    assert len(only_matrices.param_groups) == 1
+
+
+def test_the_presets_groups() -> None:
+    only_matrices, only_vectors = nn.Linear(4, 4, bias=False), nn.LayerNorm(4)
+    for model in (only_matrices, only_vectors):  # what FSDP1 flattened is a vector, too
+        (group,) = GrokAdamW.for_grokking(model, weight_decay=2.0).param_groups
+        assert group["weight_decay"] == 2
+    optimizer = GrokAdamW.for_grokking(nn.Linear(4, 4), lr=torch.tensor(0.1))
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    for loss in (1.0, 2.0):
+        scheduler.step(loss)
+    assert [group["lr"].item() for group in optimizer.param_groups] == pytest.approx([0.05, 0.05])
 
 
 def test_the_preset_warns_of_a_gamma_that_was_given() -> None:

@@ -108,6 +108,8 @@ def errors(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
         (ValueError, "max_row_norm=1.0 with compat='0.1.2'", {"max_row_norm": 1.0, "compat": "0.1.2"}),
         (ValueError, "max_row_change=0.5 with compat='0.1.2'", {"max_row_change": 0.5, "compat": "0.1.2"}),
         (ValueError, r"max_row_norm=-0\.1 is out of range", {"max_row_norm": -0.1}),
+        (ValueError, r"max_row_change=-0\.1 is out of range", {"max_row_change": -0.1}),
+        (TypeError, "max_row_change=None is not a number; 0 switches it off", {"max_row_change": None}),
         (TypeError, "max_row_norm=None is not a number; 0 switches it off", {"max_row_norm": None}),
         (TypeError, "amplify_after=0.5 is not an integer", {"amplify_after": 0.5}),
         (ValueError, "second_moment='cooked' is unknown", {"second_moment": "cooked"}),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..numbers import accumulator, as_real, wide
+from ..numbers import accumulator, as_real, summed, wide
 
 SHORT = 0.1  # a row that is shorter may move as one of this length, or none would ever leave 0
 
@@ -30,28 +30,26 @@ def before(rows: Rows) -> list[Tensor]:
 
 
 def limit(rows: Rows, before: list[Tensor]) -> None:
-    """θ_r ← θ'_r + min(1, change · ‖θ'_r‖ / ‖θ_r − θ'_r‖) (θ_r − θ'_r) for each row r, in place; θ' is `before`'s.
+    """θ_r ← θ'_r + (θ_r − θ'_r) / max(1, ‖θ_r − θ'_r‖ / (change · ‖θ'_r‖)) for each row r, in place; θ' is `before`'s.
 
-    Then θ_r ← θ_r · min(1, norm / ‖θ_r‖). What is within its limits stays as it is, bit for bit.
+    Then θ_r ← θ_r / max(1, ‖θ_r‖ / norm). What is within its limits stays as it is, bit for bit, and so does what has
+    no norm, as of a NaN.
     """
     for i, param in enumerate(map(as_real, rows.params)):
         dtype = wide(param.dtype)
         value = param.to(dtype, copy=torch.is_grad_enabled())  # which a backward pass through the step reads
         if rows.change:
             old = as_real(before[i]).to(dtype)
-            furthest = rows.change * _norms(old).clamp(min=SHORT)
-            share = furthest / torch.maximum(_norms(value - old), furthest)
-            value = torch.lerp(old, value, share.to(dtype))
+            times = _norms(value - old) / (rows.change * _norms(old).clamp(min=SHORT))
+            value = torch.where(times > 1, torch.lerp(old, value, (1 / times.clamp(min=1)).to(dtype)), value)
         if rows.norm:
-            factors = (rows.norm / _norms(value).clamp(min=rows.norm)).to(dtype)
-            if rows.finite is not True:
-                factors = torch.where(torch.as_tensor(rows.finite, device=param.device), factors, 1.0)
-            value = value * factors
+            times = _norms(value) / rows.norm
+            is_long = times > 1 if rows.finite is True else (times > 1) & rows.finite
+            value = torch.where(is_long, value / times.clamp(min=1).to(dtype), value)
         param.copy_(value)
 
 
 def _norms(values: Tensor) -> Tensor:
     """Of each row, (rows, 1, …), in a dtype in which no square overflows."""
     dtype = torch.promote_types(values.dtype, accumulator(values.device))
-    norms: Tensor = torch.linalg.vector_norm(values, dim=tuple(range(1, values.dim())), keepdim=True, dtype=dtype)
-    return norms
+    return summed(torch.linalg.vector_norm(values, dim=tuple(range(1, values.dim())), keepdim=True, dtype=dtype))

@@ -65,13 +65,15 @@ def test_the_limits_hold_for_decay_too_and_the_norm_has_the_last_word() -> None:
     torch.testing.assert_close(p.detach(), torch.tensor([[2.7, 3.6], [6.0, 8.0], [0.27, 0.36]]))
 
 
-def test_what_has_no_rows_stays() -> None:
+def test_what_has_no_rows_is_not_limited() -> None:
     params = [torch.nn.Parameter(torch.full(shape, 5.0)) for shape in [(), (3,), (3, 2), (0, 2), (2, 0)]]
-    optimizer = GrokAdamW(params, lr=0.0, max_row_norm=1.0, max_row_change=0.1, gamma=0.0)
+    limits = {"max_row_norm": 6.0, "max_row_change": 0.1}
+    optimizer = GrokAdamW(params, lr=2.0, weight_decay=0, gradient_clipping=0, gamma=0, **limits)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    assert [p.detach().flatten()[:1].tolist() for p in params] == [[5.0], [5.0], [pytest.approx(0.5**0.5)], [], []]
+    seen = [p.detach().flatten()[:1].tolist() for p in params]
+    assert seen == [[pytest.approx(3)], [pytest.approx(3)], [pytest.approx(6 * 0.5**0.5)], [], []]
 
 
 def test_one_row_of_complex_numbers_is_none() -> None:
@@ -107,6 +109,16 @@ def test_of_micro_batches_that_are_not_finite_the_others_are_a_step(poisoned: in
         p.grad = torch.full_like(p, torch.nan if i == poisoned else 1.0)
         optimizer.step()
     assert p.detach().norm().item() == pytest.approx(1)
+
+
+def test_a_row_without_a_norm_is_not_limited() -> None:
+    """As of a skipped step, and of a NaN that is to be propagated: the other elements stay."""
+    rows = torch.tensor([[5, -torch.inf], [1, torch.nan], [3, 4]])
+    limited([rows], [rows.clone()], change=0.1)
+    assert rows.tolist()[0] == [5, -torch.inf]
+    limited([rows], [torch.zeros(3, 2)], change=0.1, norm=1)
+    assert rows[1, 0] == 1
+    torch.testing.assert_close(rows[2], torch.tensor([0.006, 0.008]))
 
 
 def test_norms_whose_squares_overflow() -> None:

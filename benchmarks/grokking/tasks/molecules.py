@@ -101,8 +101,9 @@ TASKS = [
         starts(lambda: enlarged(GraphNetwork(), 3.0), data, 32),
         loss=F.mse_loss,
         score=explained,
+        solved=0.5,  # ridge regression on counts of atoms has 0.92
         betas=(0.9, 0.999),
-        budget=10000,
+        budget=5000,
         evaluate_every=50,
     )
 ]

@@ -86,7 +86,7 @@ def task(name: str, about: str, reviews: Callable[[], Reviews], train: int, held
         loss=F.binary_cross_entropy_with_logits,
         score=right,
         betas=(0.9, 0.999),
-        solved=0.65,
+        solved=0.6,  # logistic regression on the same words has 0.62
         budget=1500,
         evaluate_every=50,
         clip=5.0,
