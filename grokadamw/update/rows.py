@@ -33,20 +33,27 @@ def limit(rows: Rows, before: list[Tensor]) -> None:
     """θ_r ← θ'_r + (θ_r − θ'_r) / max(1, ‖θ_r − θ'_r‖ / (change · ‖θ'_r‖)) for each row r, in place; θ' is `before`'s.
 
     Then θ_r ← θ_r / max(1, ‖θ_r‖ / norm). What is within its limits stays as it is, bit for bit, and so does what has
-    no norm, as of a NaN.
+    no norm. Elements that are not finite neither move nor count as having moved.
     """
-    for i, param in enumerate(map(as_real, rows.params)):
-        dtype = wide(param.dtype)
-        value = param.to(dtype, copy=torch.is_grad_enabled())  # which a backward pass through the step reads
-        if rows.change:
-            old = as_real(before[i]).to(dtype)
-            times = _norms(value - old) / (rows.change * _norms(old).clamp(min=SHORT))
-            value = torch.where(times > 1, torch.lerp(old, value, (1 / times.clamp(min=1)).to(dtype)), value)
-        if rows.norm:
-            times = _norms(value) / rows.norm
-            is_long = times > 1 if rows.finite is True else (times > 1) & rows.finite
-            value = torch.where(is_long, value / times.clamp(min=1).to(dtype), value)
-        param.copy_(value)
+    for param, old in zip(rows.params, before, strict=bool(before)):
+        real, dtype = as_real(param), wide(as_real(param).dtype)
+        moved = torch.nan_to_num(real.to(dtype) - as_real(old).to(dtype), 0.0, 0.0, 0.0)
+        share = _share(_norms(moved) / (rows.change * _norms(as_real(old)).clamp(min=SHORT)), True)
+        real.add_(moved * (share - 1).to(dtype))
+    for param in rows.params if rows.norm else ():
+        real = as_real(param)
+        long = real.clone() if torch.is_grad_enabled() else real  # which a backward pass through the step reads
+        share = _share(_norms(long) / rows.norm, rows.finite).to(wide(real.dtype))
+        if long is real:
+            real.mul_(share)
+        else:
+            real.copy_(long * share)
+
+
+def _share(times: Tensor, finite: bool | Tensor) -> Tensor:
+    """What a row is multiplied with that is so many times too long: 1 if it is not, or nobody knows."""
+    is_long = (times > 1) & (times < torch.inf)
+    return torch.where(is_long if finite is True else is_long & finite, 1 / times.clamp(min=1), 1.0)
 
 
 def _norms(values: Tensor) -> Tensor:
