@@ -250,36 +250,42 @@ class GrokAdamW(Optimizer):
     ) -> GrokAdamW:
         """With what did best on small models that memorise first, and that begin large, as embeddings do in torch.
 
-        α 0.8, γ 0.3, betas (0.9, 0.98), rows no longer than 1 (``max_row_norm``), to which the first step shortens
-        them, and which move by no more than 0.015 of their norm a step (``max_row_change``); lr and weight decay are
-        high on purpose. Evidence: benchmarks/results/GROKKING_REPORT.md. Not for models that are trained already, whose
-        rows it would shorten.
+        α 0.8, γ 0.3, betas (0.9, 0.98); rows move by no more than 0.015 of their norm a step (``max_row_change``); lr
+        and weight decay are high on purpose. Biases and norms do not decay. Embeddings, which torch makes √width long,
+        become no longer than 1 (``max_row_norm``) in the first step. Evidence: benchmarks/results/GROKKING_REPORT.md.
+        Not for models that are trained already, whose embeddings it would shorten.
 
         Args:
-            model: whose parameters that require gradients are optimized, under their names and in its layers. Those of
-                two dimensions or more decay; biases and norms are in a second group, which does not. Where nothing has
-                two dimensions, as in what FSDP1 flattened, all decay.
-            lr, weight_decay, options: as the constructor's; what is given wins.
+            model: whose parameters that require gradients are optimized, under their names and in its layers, in up to
+                three groups: weights; embeddings, which are what ``nn.Embedding`` and ``nn.EmbeddingBag`` hold; and
+                what has less than two dimensions. Where nothing has two, as in what FSDP1 flattened, all decay.
+            lr, weight_decay, options: as the constructor's; what is given wins, ``max_row_norm`` for all rows.
 
         Raises:
             TypeError: model is no module.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, and not a torch.nn.Module: give the model itself")
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": [(name, p) for name, p in named if p.dim() > 1]}]
-        groups += [{"params": [(name, p) for name, p in named if p.dim() <= 1], "weight_decay": 0.0}]
+        kinds = (nn.Embedding, nn.EmbeddingBag)
+        embeddings = {p for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)}
+        weights: list[tuple[str, nn.Parameter]] = []
+        shortened: list[tuple[str, nn.Parameter]] = []
+        vectors: list[tuple[str, nn.Parameter]] = []
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                kind = shortened if p in embeddings else weights if p.dim() > 1 else vectors
+                kind.append((name, p))
+        if all(p.dim() < 2 for _, p in weights + shortened):
+            weights, vectors = weights + vectors, []
+        groups: list[dict[str, Any]] = [
+            {"params": weights},
+            {"params": shortened, "max_row_norm": options.get("max_row_norm", 1.0)},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         if isinstance(lr, Tensor):
-            groups[1]["lr"] = lr.clone()  # what schedulers write into one group's is that group's
-        if not groups[0]["params"]:
-            groups = [{"params": named}]
-        preset: dict[str, Any] = {
-            "betas": (0.9, 0.98),
-            "alpha_init": 0.8,
-            "gamma": 0.3,
-            "max_row_norm": 1.0,
-            "max_row_change": 0.015,
-        }
+            for group in groups:
+                group["lr"] = lr.clone()  # what a scheduler writes into one group's is that group's
+        preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.8, "gamma": 0.3, "max_row_change": 0.015}
         optimizer = cls(
             [group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay, **preset | options
         )

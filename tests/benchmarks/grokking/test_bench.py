@@ -12,6 +12,7 @@ import textwrap
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -332,10 +333,13 @@ def test_sustained() -> None:
 
 
 def test_variations_change_what_they_say() -> None:
-    whole = METHODS[evidence.PRESET].optimizer(small(), betas=(0.9, 0.98)).defaults
+    def groups(**options: Any) -> list[dict[str, Any]]:
+        return METHODS[evidence.PRESET].optimizer(small(), betas=(0.9, 0.98), **options).param_groups
+
     for options in evidence.VARIATIONS.values():
-        other = METHODS[evidence.PRESET].optimizer(small(), betas=(0.9, 0.98), **options).defaults
-        assert {key for key in whole if other[key] != whole[key]} == set(options)
+        pairs = list(zip(groups(), groups(**options), strict=True))
+        changed = {key for whole, other in pairs for key in whole if key != "params" and other[key] != whole[key]}
+        assert changed == set(options)
 
 
 def test_a_task_and_a_method_are_a_file_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
