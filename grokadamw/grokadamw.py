@@ -120,9 +120,10 @@ class GrokAdamW(Optimizer):
             as FSDP1 does, has no rows. Source: the max-norm constraint of Srivastava et al. 2014, JMLR 15, section 5.1.
         max_row_change: largest distance ≥ 0 that such a row moves in a step, by the update and by decay, as a share of
             its norm before; of a row shorter than 0.1, as a share of 0.1. It comes before ``max_row_norm``. 0 is off.
-            It costs some passes over those parameters, and while a step runs a copy of them. Below 0.01, rounding
-            outweighs it in bfloat16. Source: the ratio to the
-            weights' norm of LAMB (arXiv:1904.00962), as a limit, and by unit, as in arXiv:2102.06171, section 4.1.
+            It costs a copy of those parameters while a step runs, and passes over them in torch's operations: on the
+            CPU a few times what the rest of a step does, on a GPU some twenty launches a parameter. Below 0.01,
+            rounding outweighs it in bfloat16. Source: the ratio to the weights' norm of LAMB (arXiv:1904.00962), as a
+            limit, and by unit, as in arXiv:2102.06171, section 4.1.
         combine: how several signals become one: ``"mean"``, ``"max"``, ``"min"``, or a callable of the list of usable
             values. A callable reads values back from a GPU; the others do not.
         second_moment: ``"filtered"``, v averages ĝ²; or ``"raw"``, (c g)².

@@ -23,11 +23,12 @@ def late_decay(model: nn.Module, weight_decay: float, **settings: Any) -> GrokAd
     losses: deque[float] = deque(maxlen=3)
 
     def set_decay(*_: Any) -> None:
-        matrices = optimizer.param_groups[0]
-        loss = matrices["train_loss"]
+        loss = optimizer.param_groups[0]["train_loss"]
         if loss is not None and loss not in losses:
             losses.append(loss)
-        matrices["weight_decay"] = weight_decay * max(0.0, 1 - fmean(losses)) if losses else 0.0
+        for group in optimizer.param_groups:
+            if group["params"][0].dim() > 1:  # biases and norms never decay
+                group["weight_decay"] = weight_decay * max(0.0, 1 - fmean(losses)) if losses else 0.0
 
     optimizer.register_step_pre_hook(set_decay)
     return optimizer

@@ -367,3 +367,4 @@ def test_late_decay_waits_for_a_low_training_loss() -> None:
         learn(model, optimizer, 2)
         decays.append(optimizer.param_groups[0]["weight_decay"])
     assert decays == pytest.approx([0, 0, 0, 0, 1.6])  # of the last three losses' mean
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([1.6, 1.6, 0])
