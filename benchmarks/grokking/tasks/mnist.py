@@ -45,6 +45,6 @@ TASKS = [
         solved=0.85,
         betas=(0.9, 0.999),
         budget=20000,
-        evaluate_every=50,
+        evaluate_every=10,
     )
 ]
