@@ -21,6 +21,7 @@ from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 from . import accumulation, capture, gradients, layers, metrics, update, window
 from .arguments import HOW_TO_RUN, PER_OPTIMIZER, check_group, check_options, check_settings, make_plain, settings
 from .filter_memory import Combine, Signal, Signals, filter_memories
+from .groups import check_model, grokking_groups
 from .notices import warn
 from .numbers import Number, accumulator, as_float, as_number, detached, reads_are_free
 from .state import WINDOW, State, check, keeping_precision, new_counts, prepare
@@ -265,31 +266,12 @@ class GrokAdamW(Optimizer):
         Raises:
             TypeError: model is no module.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}, and not a torch.nn.Module: give the model itself")
-        kinds = (nn.Embedding, nn.EmbeddingBag)
-        embeddings = {p for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)}
-        weights: list[tuple[str, nn.Parameter]] = []
-        shortened: list[tuple[str, nn.Parameter]] = []
-        vectors: list[tuple[str, nn.Parameter]] = []
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                kind = shortened if p in embeddings else weights if p.dim() > 1 else vectors
-                kind.append((name, p))
-        if all(p.dim() < 2 for _, p in weights + shortened):
-            weights, vectors = weights + vectors, []
-        groups: list[dict[str, Any]] = [
-            {"params": weights},
-            {"params": shortened, "max_row_norm": options.get("max_row_norm", 1.0)},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        groups = grokking_groups(model, options.get("max_row_norm", 1.0))
         if isinstance(lr, Tensor):
             for group in groups:
                 group["lr"] = lr.clone()  # what a scheduler writes into one group's is that group's
         preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.8, "gamma": 0.3, "max_row_change": 0.015}
-        optimizer = cls(
-            [group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay, **preset | options
-        )
+        optimizer = cls(groups, lr=lr, weight_decay=weight_decay, **preset | options)
         optimizer.set_layers(model)  # in the model's order, and not in that of the groups
         optimizer._run.layers_checked = "gamma" not in options  # a low β1 is meant
         return optimizer
@@ -710,8 +692,7 @@ class GrokAdamW(Optimizer):
         Raises:
             TypeError, ValueError: that is no module, or it lacks a parameter of the optimizer.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}, and not a torch.nn.Module: give the model itself")
+        check_model(model)
         told = {param for group in self.param_groups if group["layer"] is not None for param in group["params"]}
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p not in told}
         found = layers.layers_in(names)

@@ -105,11 +105,12 @@ def warnings_for(groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) 
         if group["params"] and smallest < 0.499 * beta1:
             deepest = max(group["layers"])
             largest = math.floor((1 - 0.5 ** (1 / deepest)) * 1000) / 1000
-            unnamed = "pass model.named_parameters() or " if "param_names" not in group else ""
-            ways_out = (
-                f"{unnamed}call optimizer.set_layers(model), so that a layer is one of its modules; or choose a gamma "
-                f"of at most {largest:g}"
-            )
+            ways_out = f"choose a gamma of at most {largest:g}"
+            if not all(param in known for param in group["params"]):
+                unnamed = "pass model.named_parameters() or " if "param_names" not in group else ""
+                ways_out = (
+                    f"{unnamed}call optimizer.set_layers(model), so that a layer is one of its modules; or {ways_out}"
+                )
             yield (
                 f"layer {deepest} of parameter group {i} has β1 = {smallest:.3g}, less than half of betas[0] = "
                 f"{beta1:g}: gamma = {group['gamma']:g} lowers it layer by layer. If that is not wanted, {ways_out}. "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import warnings
 
-_NOT_THE_USERS = ("grokadamw", "torch", "contextlib", "functools")
+_FRAMEWORKS = ("transformers", "accelerate", "lightning", "pytorch_lightning", "lightning_utilities")
+_NOT_THE_USERS = ("grokadamw", "torch", "contextlib", "functools", *_FRAMEWORKS)
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """warnings.warn for the innermost frame that is neither this package's nor torch's."""
+    """warnings.warn for the innermost frame that is neither this package's nor torch's, nor a framework's."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
         frame, level = frame.f_back, level + 1

@@ -189,8 +189,9 @@ def test_the_warning_comes_for_layers_that_are_set_later() -> None:
         warnings.simplefilter("error")
         step(optimizer, model)
     optimizer.set_layers(model)
-    with pytest.warns(UserWarning, match="less than half"):
+    with pytest.warns(UserWarning, match="less than half") as caught:
         step(optimizer, model)
+    assert "set_layers" not in str(caught[0].message)  # which was done
 
 
 def test_set_layers_refuses_another_model_and_changes_nothing() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from grokadamw import Accumulate
+from grokadamw import Accumulate, GrokAdamW
+from grokadamw.signals import SlowGradient, loss_gap
 
 from .models import KEEPERS, network, train
 
 lightning = pytest.importorskip("lightning")
+
+from grokadamw.lightning import GrokAdamWCallback  # noqa: E402
+
 BATCHES = 9  # of an epoch, at whose end cycles of two micro-batches are under way
 
 
@@ -135,3 +143,167 @@ def test_in_mixed_precision(keeper: str, trainer: Callable[..., Any]) -> None:
     train(plain, range(BATCHES), lambda step, loss: optimizer.step())
     for a, b in zip(module.network.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+class Measured(Module):
+    """Logs what it evaluates."""
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        x, y = batch
+        self.log("val_loss", 1 + (self.network(x) - y).square().mean())
+
+
+def grokadamw(model: nn.Module, **options: Any) -> GrokAdamW:
+    return GrokAdamW(model.parameters(), lr=0.01, grokking_signal_fns=[loss_gap, SlowGradient(every=4)], **options)
+
+
+def run(folder: Path, *, killed: bool = False, resume: bool = False) -> tuple[Measured, GrokAdamW]:
+    """Train, saving after each epoch, as Lightning begins an epoch anew; where it is to be killed, in the second."""
+
+    class Killed(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if killed and trainer.global_step == BATCHES + 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    saves = lightning.pytorch.callbacks.ModelCheckpoint(folder, "{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    it = lightning.Trainer(
+        accelerator="cpu", max_epochs=2, val_check_interval=3, callbacks=[GrokAdamWCallback(), saves, Killed()], **quiet
+    )
+    module = Measured(grokadamw)
+    last = {"ckpt_path": folder / "epoch=0.ckpt", "weights_only": True} if resume else {}
+    it.fit(module, data(), data(), **last)
+    return module, it.optimizers[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills a process")
+def test_a_killed_run_resumes_as_if_nothing_had_been(tmp_path: Path) -> None:
+    code = f"from tests.test_lightning import run; run(__import__('pathlib').Path({str(tmp_path)!r}), killed=True)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    whole, other = run(tmp_path / "whole")
+    resumed, optimizer = run(tmp_path, resume=True)
+    for (name, a), b in zip(resumed.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert optimizer.metrics() == pytest.approx(other.metrics(), rel=0, abs=0, nan_ok=True)
+    assert optimizer.metrics()["alpha"] < 0.98
+    assert optimizer.state_dict()["param_groups"] == other.state_dict()["param_groups"]
+
+
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    """What a TensorBoardLogger wrote."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+def logging_trainer(folder: Path, *callbacks: Any, **options: Any) -> Any:
+    pytest.importorskip("tensorboard")
+    logger = lightning.pytorch.loggers.TensorBoardLogger(folder, name="", version="")
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=logger,
+        callbacks=list(callbacks),
+        log_every_n_steps=2,
+        **quiet,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_evaluation_reaches_alpha(accumulated: int, tmp_path: Path) -> None:
+    it = logging_trainer(
+        tmp_path, GrokAdamWCallback(), val_check_interval=4 * accumulated, accumulate_grad_batches=accumulated
+    )
+    it.fit(Measured(grokadamw), data(), data())
+    found = curves(tmp_path)
+    alphas = found["grok_alpha"]
+    assert list(alphas) == list(range(1, 2 * -(-BATCHES // accumulated), 2))  # Lightning counts from 0
+    assert alphas[1] == alphas[3] == pytest.approx(0.98)  # nothing was evaluated before these steps
+    assert all(alpha < 0.98 - 1e-4 for step, alpha in alphas.items() if step > 3)
+    assert {"grok_signal", "grok_grad_norm", "grok_clip_coefficient", "grok_skipped_steps"} < set(found)
+
+
+class TwoOptimizers(Measured):
+    """Two parts of a model, each with an optimizer, stepped by hand."""
+
+    automatic_optimization = False
+
+    def __init__(self) -> None:
+        super().__init__(grokadamw)
+        self.other = nn.Sequential(network(), network())
+
+    def configure_optimizers(self) -> Any:
+        return [grokadamw(self.network), grokadamw(self.other, lamb=1.0)]
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        x, y = batch
+        for optimizer, part in zip(self.optimizers(), (self.network, self.other[0]), strict=True):
+            optimizer.zero_grad()
+            loss = (part(x) - y).square().mean()
+            self.manual_backward(loss)
+            optimizer.step()
+        self.log("mse", loss)
+
+
+def test_several_optimizers_by_hand(tmp_path: Path) -> None:
+    it = logging_trainer(tmp_path, GrokAdamWCallback(train_loss="mse"))
+    module = TwoOptimizers()
+    it.fit(module, data(), data())
+    found = curves(tmp_path)
+    assert set(found["grok_alpha"]) == set(found["grok_alpha_1"]) == set(range(1, 2 * BATCHES, 2))
+    one, other = it.optimizers
+    assert one.param_groups[0]["train_loss"] == other.param_groups[0]["train_loss"] > 0
+    assert one.layer_table()[0].names[0].startswith("0.")
+    own = dict(module.other.named_parameters())
+    assert [name for row in other.layer_table() for name in row.names] == list(own)
+    assert other.layer_table()[0].layer == 0
+
+
+def test_layers_are_the_modules(tmp_path: Path) -> None:
+    """Across groups, and with parameters that came without names."""
+
+    def in_groups(model: nn.Module) -> GrokAdamW:
+        *others, last = model.parameters()
+        return GrokAdamW([{"params": [last], "weight_decay": 0.0}, {"params": others}], gamma=0.2)
+
+    module = Measured(in_groups)
+    it = logging_trainer(tmp_path, GrokAdamWCallback())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("default", module="lightning")
+        it.fit(module, data(), data())
+    assert [group["layers"] for group in it.optimizers[0].param_groups] == [[2], [0, 0, 1, 1, 2]]
+
+
+def test_what_it_warns_of_and_refuses(tmp_path: Path, trainer: Callable[..., Any]) -> None:
+    def fit(callback: Any, make: Any, **options: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(max_epochs=1, callbacks=[callback], **options).fit(Measured(make), data(), data())
+        return [str(warning.message) for warning in caught if warning.filename == __file__]
+
+    assert not fit(GrokAdamWCallback(), grokadamw)
+    (said,) = fit(GrokAdamWCallback("loss"), grokadamw)
+    assert "eval_loss='loss'" in said
+    assert "val_loss" in said
+    (said,) = fit(GrokAdamWCallback(), grokadamw, gradient_clip_val=0.5)
+    assert "What acts is gradient_clip_val," in said
+    with pytest.raises(TypeError, match="found AdamW, and no GrokAdamW"):
+        fit(GrokAdamWCallback(), lambda model: torch.optim.AdamW(model.parameters()))
+    with pytest.raises(TypeError, match="eval_loss=None"):
+        GrokAdamWCallback(None)  # type: ignore[arg-type]
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    """bfloat16, with the model's own weights in it."""
+    it = logging_trainer(tmp_path, GrokAdamWCallback(), precision="bf16-true")
+    module = Measured(grokadamw)
+    it.fit(module, data(), data())
+    assert next(module.parameters()).dtype == torch.bfloat16
+    assert it.optimizers[0].metrics()["alpha"] < 0.98
+    assert all(state["exp_avg"].dtype == torch.float32 for state in it.optimizers[0].state.values())

@@ -43,6 +43,29 @@ print(sorted(name for name in after - before if name not in sys.stdlib_module_na
     assert run(code).strip() == "['grokadamw']"
 
 
+@pytest.mark.parametrize(
+    ("code", "missing", "extra"),
+    [
+        ("import grokadamw.huggingface", ["transformers"], "huggingface"),
+        ("import grokadamw.lightning", ["lightning", "pytorch_lightning"], "lightning"),
+        ("monitor.plot()", ["matplotlib"], "monitor"),
+        ("monitor.to_pandas()", ["pandas"], "monitor"),
+    ],
+)
+def test_front_doors_say_which_extra_to_install(code: str, missing: list[str], extra: str) -> None:
+    said = run(f"""
+import sys, torch, grokadamw
+sys.modules.update(dict.fromkeys({missing}))
+monitor = grokadamw.Monitor(grokadamw.GrokAdamW([torch.zeros(1)]))
+try:
+    {code}
+except ImportError as error:
+    print(error)
+""")
+    assert said.endswith(f" needs {missing[0]}: pip install 'grokadamw[{extra}]'\n")
+    assert any(f'extra == "{extra}"' in requirement for requirement in requires("grokadamw") or [])
+
+
 def test_there_are_no_public_instance_attributes_beyond_torchs() -> None:
     p = torch.nn.Parameter(torch.zeros(1))
     assert {name for name in vars(grokadamw.GrokAdamW([p])) if not name.startswith("_")} == {

@@ -1,0 +1,97 @@
+"""Parameter groups of a model, by what its parameters are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from .arguments import check_number
+from .layers import layers_in
+
+__all__ = ["decay_groups"]
+
+Named: TypeAlias = list[tuple[str, nn.Parameter]]
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+
+
+def decay_groups(
+    model: nn.Module, weight_decay: float = 1e-2, no_decay: Callable[[str, Tensor], bool] | None = None
+) -> list[dict[str, Any]]:
+    """A model's parameters in two groups: those whose weights decay, and biases, norms and embeddings, which do not.
+
+    ::
+
+        optimizer = GrokAdamW(decay_groups(model, weight_decay=0.1), lr=3e-4)
+
+    Names are kept, and layers are those of the whole model in its order, which both groups cut across.
+
+    Args:
+        model: whose parameters that require gradients are taken, shared ones once.
+        weight_decay: of the first group, wd ≥ 0.
+        no_decay: which do not decay, told by name and parameter, as in ``lambda name, param: param.dim() < 2``. None:
+            what has less than two dimensions, and what belongs to torch's norms and embeddings. Where nothing has two,
+            as in what FSDP1 flattened, all decay.
+
+    Returns:
+        ``[{"params": [(name, parameter), …], "layers": [l, …], "weight_decay": …}, …]``, for GrokAdamW, and for torch's
+        optimizers. A group without parameters is left out.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is written above.
+    """
+    check_model(model)
+    check_number("weight_decay", weight_decay)
+    named = trained(model)
+    if no_decay is None:
+        exempt = of_modules(model, (*_EMBEDDINGS, *_NORMS))
+        flat = all(param.dim() < 2 for _, param in named)
+
+        def no_decay(name: str, param: Tensor) -> bool:
+            return not flat and (param.dim() < 2 or param in exempt)
+
+    parts: tuple[Named, Named] = ([], [])
+    for name, param in named:
+        parts[bool(no_decay(name, param))].append((name, param))
+    layers = layers_in({param: name for name, param in model.named_parameters()})
+    return [
+        {"params": part, "layers": [layers[param] for _, param in part], "weight_decay": decay}
+        for part, decay in zip(parts, (weight_decay, 0.0), strict=True)
+        if part
+    ]
+
+
+def grokking_groups(model: nn.Module, max_row_norm: float) -> list[dict[str, Any]]:
+    """Those of `GrokAdamW.for_grokking`: weights; embeddings, no longer than that; and vectors, which do not decay."""
+    check_model(model)
+    named = trained(model)
+    embeddings = of_modules(model, _EMBEDDINGS)
+    rows: Named = [(name, p) for name, p in named if p in embeddings]
+    weights: Named = [(name, p) for name, p in named if p not in embeddings and p.dim() > 1]
+    vectors: Named = [(name, p) for name, p in named if p not in embeddings and p.dim() < 2]
+    if not any(p.dim() > 1 for _, p in weights + rows):
+        weights, vectors = vectors, []
+    groups: list[dict[str, Any]] = [
+        {"params": weights},
+        {"params": rows, "max_row_norm": max_row_norm},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, and not a torch.nn.Module: give the model itself")
+
+
+def trained(model: nn.Module) -> Named:
+    """The parameters that require gradients, in the model's order."""
+    return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+
+
+def of_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[Tensor]:
+    """What modules of these kinds hold themselves."""
+    modules: Iterable[nn.Module] = (module for module in model.modules() if isinstance(module, kinds))
+    return {param for module in modules for param in module.parameters(recurse=False)}

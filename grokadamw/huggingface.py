@@ -1,0 +1,173 @@
+"""For Hugging Face's Trainer: losses for the signals, layers from the model, and what the optimizer does in the logs.
+
+::
+
+    Trainer(model, TrainingArguments(optim="grokadamw", ...), callbacks=[GrokAdamWCallback()], ...)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+import torch
+
+from . import trainers
+from .arguments import PER_OPTIMIZER, check_settings, make_plain
+from .filter_memory import Combine, Signal, Signals
+from .grokadamw import GrokAdamW
+from .notices import warn
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import CallbackHandler
+except ImportError as error:
+    raise ImportError("grokadamw.huggingface needs transformers: pip install 'grokadamw[huggingface]'") from error
+
+__all__ = ["GrokAdamWCallback"]
+
+_BY_THE_TRAINER = ("lr", "weight_decay")
+_FOR_ALL = (*PER_OPTIMIZER, "capturable", "foreach", "fused", "grokking_signal_fns", "grokking_signal_fn")
+
+
+class GrokAdamWCallback(TrainerCallback):
+    """Makes the Trainer and a GrokAdamW work together, whatever the Trainer has wrapped around it.
+
+    - Layers are the model's modules, over decay and no-decay groups.
+    - The training loss of every log, and the loss of every evaluation during training, go to the signals: α adapts.
+    - Every log of the training loss has ``grok_alpha``, ``grok_signal``, ``grok_grad_norm``,
+      ``grok_clip_coefficient`` and ``grok_skipped_steps`` beside it, as far as they are known: for the console, the
+      history and what is reported to.
+
+    It warns, once, where the Trainer clips gradients, too; where a checkpoint is saved at a step that is not logged
+    (the Trainer forgets the losses since the last log, and a resumed run then hears of another mean); and where no
+    evaluation has the loss it waits for.
+
+    Args:
+        eval_loss: which of the evaluation's metrics is the loss, ``"eval_<name>_loss"`` for one of several sets.
+        signals, combine: as :meth:`GrokAdamW.set_signals`'s; None leaves the optimizer those that it has.
+        options: what else the optimizer's groups are to hold, such as ``betas``, which ``optim_args`` cannot carry:
+            any argument of :class:`~grokadamw.GrokAdamW` that a group may set, but lr and weight decay. What holds for
+            the whole optimizer, as a window does, is given with
+            ``Trainer(optimizer_cls_and_kwargs=(GrokAdamW, {...}))``.
+
+    Raises:
+        TypeError, ValueError: an option is not allowed; or, when training begins, the optimizer is no GrokAdamW.
+    """
+
+    def __init__(
+        self,
+        eval_loss: str = "eval_loss",
+        *,
+        signals: Signal | Iterable[Signal] | None = None,
+        combine: Combine | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(eval_loss, str):
+            raise TypeError(f"eval_loss={eval_loss!r} is not the name of a metric, as in 'eval_loss'")
+        for name, value in options.items():
+            if name in _BY_THE_TRAINER:
+                raise ValueError(f"{name}={value!r} is the Trainer's: give it in TrainingArguments")
+            if name in _FOR_ALL:
+                raise ValueError(
+                    f"{name}={value!r} cannot be set once there is an optimizer: give signals as signals=, and what "
+                    "else holds for the whole optimizer by Trainer(optimizer_cls_and_kwargs=(GrokAdamW, {...}))"
+                )
+        GrokAdamW([torch.zeros(1)], **options)  # which refuses what is wrong
+        if signals is None and combine is not None:
+            raise ValueError(f"combine={combine!r} without signals: give those that it is to combine")
+        if signals is not None:
+            signals = Signals(signals, "mean" if combine is None else combine).functions
+        self._signals, self._combine, self._options = signals, combine, options
+        self._eval_loss = eval_loss
+        self._optimizer: GrokAdamW | None = None  # while it trains
+        self._logged_at = 0
+        self._metrics: set[str] = set()  # what evaluations had, until one has the loss
+        self._said: set[str] = set()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        found = trainers.grokadamw_in(optimizer)
+        if found is None:
+            raise TypeError(
+                f"GrokAdamWCallback found a {type(getattr(optimizer, 'optimizer', optimizer)).__name__}, and no "
+                'GrokAdamW: train with TrainingArguments(optim="grokadamw"), or leave the callback out'
+            )
+        found.set_layers(model)
+        for group in found.param_groups:
+            check_settings({**group, **self._options}, found.defaults)
+        for group in found.param_groups:
+            group.update(self._options)
+            make_plain(group)
+        if self._signals is not None:
+            found.set_signals(self._signals, self._combine)
+        self._optimizer, self._logged_at = found, state.global_step
+        self._go_first()
+        if "clips" not in self._said:
+            self._said.add("clips")
+            trainers.say_who_clips(found, args.max_grad_norm, "max_grad_norm")
+
+    def _go_first(self) -> None:
+        """Move before the callbacks that report, as these read a log when it is their turn.
+
+        A callback is not told who calls it; so it looks for its caller.
+        """
+        frame: FrameType | None = sys._getframe(1)
+        while frame := frame and frame.f_back:
+            handler = frame.f_locals.get("self")
+            if isinstance(handler, CallbackHandler):
+                handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
+                return
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
+        if self._optimizer is None or "loss" not in logs:
+            return
+        new = trainers.readings(self._optimizer)
+        logs.update(new)
+        if state.log_history and state.log_history[-1]["step"] == state.global_step:
+            state.log_history[-1].update(new)
+        self._optimizer.record(train_loss=logs["loss"])
+        self._logged_at = state.global_step
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        metrics: dict[str, float] = kwargs["metrics"]
+        if self._optimizer is None:
+            return
+        if self._eval_loss in metrics:
+            self._optimizer.record(eval_loss=metrics[self._eval_loss])
+            self._said.add("metrics")
+        self._metrics.update(metrics)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._metrics and "metrics" not in self._said:  # all sets of an evaluation have been
+            self._said.add("metrics")
+            losses = ", ".join(sorted(name for name in self._metrics if name.endswith("loss"))) or "no loss"
+            warn(
+                f"GrokAdamWCallback waits for {self._eval_loss!r}, and the evaluation has {losses}: signals of losses "
+                "stay silent; give the name of one as eval_loss=",
+                UserWarning,
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        is_last = state.global_step >= state.max_steps
+        if self._optimizer is None or is_last or self._logged_at == state.global_step or "saves" in self._said:
+            return
+        self._said.add("saves")
+        warn(
+            f"a checkpoint is saved at step {state.global_step}, and the training loss was last logged at step "
+            f"{self._logged_at}: a run resumed from it hears of another mean of the losses, and its α differs. Choose "
+            "save_steps as a multiple of logging_steps",
+            UserWarning,
+        )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._optimizer = None

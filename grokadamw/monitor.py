@@ -1,0 +1,182 @@
+"""A record of what the optimizer did, to look at: as a picture, in TensorBoard, as a table."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+from . import trainers
+from .arguments import check_count
+from .grokadamw import GrokAdamW
+from .numbers import as_float
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["Monitor"]
+
+_SATURATED, _IMPROVED = 0.1, 0.5  # of the first training loss, of the largest evaluation loss
+
+
+class Monitor:
+    """Keeps the losses recorded last, lr and :meth:`GrokAdamW.metrics` of every so many steps, until :meth:`close`.
+
+    ::
+
+        monitor = Monitor(optimizer, every=10)
+        ...  # train
+        monitor.plot("run.png")
+
+    Reading them waits for the device, so on a GPU ``every`` should not be 1. While a CUDA graph is captured nothing is
+    kept, and its replays are not heard of.
+
+    Args:
+        optimizer: a GrokAdamW, or what a framework or this package has wrapped around one.
+        every: steps from one record to the next, ≥ 1.
+        capacity: records at most, ≥ 2. Before there are more, every second one is dropped, and from then on every
+            second one that was due is kept: so any number of steps fits.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is written above.
+    """
+
+    def __init__(self, optimizer: Optimizer, every: int = 10, capacity: int = 4096) -> None:
+        check_count("every", every, at_least=1)
+        check_count("capacity", capacity, at_least=2)
+        found = trainers.grokadamw_in(optimizer)
+        if found is None:
+            raise TypeError(f"optimizer is a {type(optimizer).__name__}, and has no GrokAdamW in it: give a GrokAdamW")
+        self._optimizer, self._every, self._capacity = found, every, capacity
+        self._steps = 0
+        self._written = -math.inf  # the step up to which TensorBoard has it all
+        self._rows: list[dict[str, float]] = []
+        self._hook = found.register_step_post_hook(self._after_step)
+
+    @_disable_dynamo
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._optimizer.stepped or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return
+        self._steps += 1
+        if self._steps % self._every == 0:
+            if len(self._rows) == self._capacity:
+                del self._rows[::2]
+                self._every *= 2
+            if self._steps % self._every == 0:
+                self._rows.append(_row(self._optimizer))
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """The records, in order: ``step``, ``train_loss``, ``eval_loss``, ``lr`` (of the first group), and metrics().
+
+        NaN stands for what was not known then.
+        """
+        return [dict(row) for row in self._rows]
+
+    @property
+    def grokked_at(self) -> int | None:
+        """The step of the first record at which evaluation has improved after training had long been saturated.
+
+        That is: the training loss has been at a tenth of its first value or below, and the evaluation loss, which had
+        not come down then, is at half of its largest value or below. None if that did not happen, as where
+        evaluation followed training all along.
+        """
+        first = next((row["train_loss"] for row in self._rows if not math.isnan(row["train_loss"])), math.nan)
+        saturated, late, largest = False, False, -math.inf
+        for row in self._rows:
+            if not math.isnan(row["eval_loss"]):
+                largest = max(largest, row["eval_loss"])
+            improved = row["eval_loss"] <= _IMPROVED * largest
+            if not saturated and row["train_loss"] <= _SATURATED * first:
+                saturated, late = True, not improved
+            if late and improved:
+                return int(row["step"])
+        return None
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw losses, signal and α, gradient norm and clip coefficient over the steps, and β1 of each layer.
+
+        Args:
+            path: where to save it, too; matplotlib tells the format by the name.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Monitor.plot needs matplotlib: pip install 'grokadamw[monitor]'") from error
+        figure = Figure(figsize=(8, 9), layout="constrained")
+        losses, memory, norms, layers = figure.subplots(4, 1)
+        steps = [row["step"] for row in self._rows]
+        panels = [
+            (losses, [("train_loss", "training loss"), ("eval_loss", "evaluation loss")]),
+            (memory, [("signal", "signal GS"), ("alpha", "filter memory α")]),
+            (norms, [("grad_norm", "gradient norm N"), ("clip_coefficient", "clip coefficient c")]),
+        ]
+        for axes, curves in panels:
+            for name, label in curves:
+                axes.plot(steps, [row[name] for row in self._rows], label=label, linewidth=1)
+            axes.set_xlabel("step")
+        for axes in (losses, norms):
+            if any(value > 0 for line in axes.lines for value in line.get_ydata()):
+                axes.set_yscale("log")
+        if self.grokked_at is not None:
+            for axes in (losses, memory, norms):
+                axes.axvline(self.grokked_at, color="grey", linestyle=":", label=f"grokked at {self.grokked_at:,}")
+        for axes in (losses, memory, norms):
+            axes.legend(fontsize="small")
+        table = self._optimizer.layer_table()
+        layers.plot([row.layer for row in table], [row.beta1 for row in table], "o-", markersize=4, linewidth=1)
+        layers.set(xlabel="layer", ylabel="β1", ylim=(0, 1))
+        layers.xaxis.get_major_locator().set_params(integer=True)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
+
+    def to_tensorboard(self, writer: SummaryWriter, prefix: str = "grokadamw/") -> None:
+        """Write what was not written yet, as scalars of these names, to a ``torch.utils.tensorboard.SummaryWriter``."""
+        for row in self._rows:
+            if row["step"] > self._written:
+                for name, value in row.items():
+                    if name != "step" and not math.isnan(value):
+                        writer.add_scalar(prefix + name, value, int(row["step"]))
+                self._written = row["step"]
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write a line a record; what was not known is left empty."""
+        names = dict.fromkeys(name for row in self._rows for name in row)
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names, restval="")
+            writer.writeheader()
+            writer.writerows({name: "" if math.isnan(x) else x for name, x in row.items()} for row in self._rows)
+
+    def to_pandas(self) -> DataFrame:
+        """A row a record, indexed by step.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError as error:
+            raise ImportError("Monitor.to_pandas needs pandas: pip install 'grokadamw[monitor]'") from error
+        table = DataFrame(self._rows, columns=None if self._rows else ["step"])
+        return table.astype({"step": int}).set_index("step")
+
+    def close(self) -> None:
+        """Keep no more. What was kept stays."""
+        self._hook.remove()
+
+
+def _row(optimizer: GrokAdamW) -> dict[str, float]:
+    metrics, group = optimizer.metrics(), optimizer.param_groups[0]
+    losses = {name: math.nan if group[name] is None else as_float(group[name]) for name in ("train_loss", "eval_loss")}
+    return {"step": metrics.pop("step"), **losses, "lr": as_float(group["lr"]), **metrics}

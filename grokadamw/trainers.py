@@ -1,0 +1,51 @@
+"""What the callbacks for training frameworks have in common: finding the optimizer, and reading it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from .grokadamw import GrokAdamW
+from .notices import warn
+
+_LOGGED = ("alpha", "signal", "grad_norm", "clip_coefficient", "skipped_steps")
+
+
+def grokadamw_in(optimizer: Any) -> GrokAdamW | None:
+    """The GrokAdamW behind what frameworks and this package wrap around one; None where there is another."""
+    while not isinstance(optimizer, GrokAdamW):
+        optimizer = getattr(optimizer, "optimizer", None)
+        if optimizer is None:
+            return None
+    return optimizer
+
+
+def readings(optimizer: GrokAdamW) -> dict[str, float]:
+    """What is worth a curve: metrics() that are known, under names of our own."""
+    metrics = optimizer.metrics()
+    return {f"grok_{name}": metrics[name] for name in _LOGGED if not math.isnan(metrics[name])}
+
+
+def smallest_with(optimizer: GrokAdamW, model: nn.Module) -> nn.Module:
+    """The smallest module of a model that has all parameters of the optimizer; the model, if none has."""
+    wanted = {param for group in optimizer.param_groups for param in group["params"]}
+    found = model
+    for module in model.modules():  # what contains another comes before it
+        if wanted <= set(module.parameters()):
+            found = module
+    return found
+
+
+def say_who_clips(optimizer: GrokAdamW, limit: float, name: str) -> None:
+    """Warn where the framework clips to `limit` before the optimizer does."""
+    own = [float(group["gradient_clipping"]) for group in optimizer.param_groups if group["gradient_clipping"]]
+    if not own or not limit:
+        return
+    acts = name if limit <= min(own) else "gradient_clipping"
+    warn(
+        f"gradients are clipped twice, to {name}={limit:g} and by the optimizer to gradient_clipping={min(own):g}. "
+        f"What acts is {acts}, and metrics()['grad_norm'] is the norm in between. Set one of them to 0",
+        UserWarning,
+    )

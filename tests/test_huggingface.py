@@ -1,0 +1,290 @@
+"""The real Trainer, on a tiny language model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grokadamw import GrokAdamW
+from grokadamw.signals import AccuracyGap, SlowGradient, loss_gap
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from grokadamw.huggingface import GrokAdamWCallback  # noqa: E402
+
+STEPS, SAVE_AT = 12, 6
+NO_WARNING_OF_CLIPS = {"max_grad_norm": 0.0}
+
+
+def model() -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=13,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        attention_dropout=0.1,  # which asks for the state of the random numbers
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
+
+
+def data(seed: int, count: int = 64) -> list[dict[str, Any]]:
+    tokens = torch.randint(13, (count, 8), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def trainer(folder: Path, *callbacks: Any, eval_sets: Any = None, make: Any = None, **arguments: Any) -> Any:
+    arguments = {
+        "optim": "grokadamw",
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "max_steps": STEPS,
+        "logging_steps": 2,
+        "save_steps": SAVE_AT,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **NO_WARNING_OF_CLIPS,
+        **arguments,
+    }
+    return transformers.Trainer(
+        model(),
+        transformers.TrainingArguments(str(folder), **arguments),
+        train_dataset=data(0),
+        eval_dataset=data(1, 16) if eval_sets is None else eval_sets,
+        callbacks=list(callbacks),
+        optimizer_cls_and_kwargs=make,
+    )
+
+
+def grokadamw_of(trainer: Any) -> GrokAdamW:
+    return trainer.optimizer.optimizer
+
+
+def ratio(train_loss: float, eval_loss: float) -> float:
+    """A signal that is above 0 whenever there are losses."""
+    return eval_loss / train_loss
+
+
+def signals() -> list[Any]:
+    return [loss_gap, SlowGradient(every=4)]
+
+
+def run(folder: Path, *, killed: bool) -> None:
+    """Train; where it is to be killed, between two checkpoints."""
+
+    class Killed(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if killed and state.global_step == SAVE_AT + 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer(folder, GrokAdamWCallback(signals=signals(), betas=(0.8, 0.98)), Killed()).train()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills a process")
+def test_a_killed_run_resumes_as_if_nothing_had_been(tmp_path: Path) -> None:
+    code = f"from tests.test_huggingface import run; run(__import__('pathlib').Path({str(tmp_path)!r}), killed=True)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    whole = trainer(tmp_path / "whole", GrokAdamWCallback(signals=signals(), betas=(0.8, 0.98)))
+    whole.train()
+    resumed = trainer(tmp_path, GrokAdamWCallback(signals=signals(), betas=(0.8, 0.98)))
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVE_AT}"))
+    for (name, a), b in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    one, other = grokadamw_of(resumed), grokadamw_of(whole)
+    assert one.param_groups[0]["betas"] == (0.8, 0.98)
+    assert alphas(resumed) == alphas(whole)
+    assert len(set(alphas(whole))) > 3  # all that there is to go wrong
+    assert json.loads(one.state_dict()["param_groups"][0]["signal_state"])["SlowGradient"]["calls"] == STEPS
+    assert one.metrics() == pytest.approx(other.metrics(), rel=0, abs=0, nan_ok=True)
+    assert one.state_dict()["param_groups"] == other.state_dict()["param_groups"]
+
+
+def alphas(trainer: Any) -> list[float]:
+    return [logs["grok_alpha"] for logs in trainer.state.log_history if "grok_alpha" in logs]
+
+
+@pytest.mark.filterwarnings("error::UserWarning:grokadamw")
+def test_evaluation_reaches_alpha(tmp_path: Path) -> None:
+    it = trainer(tmp_path, GrokAdamWCallback(signals=ratio), eval_steps=5, save_strategy="no")
+    it.train()
+    # logged at 2 and 4, evaluated at 5
+    assert alphas(it)[:2] == [0.98, 0.98]
+    assert all(alpha < 0.98 for alpha in alphas(it)[2:])
+    logs = next(logs for logs in it.state.log_history if logs["step"] == 6 and "loss" in logs)
+    assert logs["grok_signal"] > 0
+    assert logs["grok_grad_norm"] > 0
+    assert 0 < logs["grok_clip_coefficient"] <= 1
+    assert logs["grok_skipped_steps"] == 0
+    json.dumps(it.state.log_history, allow_nan=False)
+
+
+def test_evaluation_at_the_start(tmp_path: Path) -> None:
+    callback = GrokAdamWCallback(signals=ratio)
+    it = trainer(tmp_path, callback, eval_on_start=True, eval_strategy="no", save_strategy="no")
+    it.train()
+    assert grokadamw_of(it).param_groups[0]["eval_loss"] > 0
+    assert alphas(it)[0] == 0.98  # before there is a training loss
+    assert alphas(it)[1] < 0.98
+
+
+def test_one_of_several_evaluation_sets(tmp_path: Path) -> None:
+    sets = {"easy": data(0, 16), "hard": data(1, 16)}
+    it = trainer(tmp_path, GrokAdamWCallback("eval_hard_loss"), eval_sets=sets, save_strategy="no")
+    it.train()
+    last = [logs["eval_hard_loss"] for logs in it.state.log_history if "eval_hard_loss" in logs][-1]
+    assert grokadamw_of(it).param_groups[0]["eval_loss"] == last
+    easy = [logs["eval_easy_loss"] for logs in it.state.log_history if "eval_easy_loss" in logs][-1]
+    assert last != easy
+    it.evaluate({"hard": data(2, 16)})  # afterwards, it is not training's
+    assert grokadamw_of(it).param_groups[0]["eval_loss"] == last
+
+
+def test_a_set_that_is_not_there(tmp_path: Path) -> None:
+    sets = {"easy": data(0, 16), "hard": data(1, 16)}
+    it = trainer(tmp_path, GrokAdamWCallback(), eval_sets=sets, save_strategy="no")
+    with pytest.warns(UserWarning, match="'eval_loss'.*eval_easy_loss, eval_hard_loss") as caught:
+        it.train()
+    assert sum("eval_easy_loss" in str(warning.message) for warning in caught) == 1
+    assert set(alphas(it)) == {0.98}
+
+
+def test_layers(tmp_path: Path) -> None:
+    plain = trainer(tmp_path, eval_strategy="no", save_strategy="no", max_steps=1)
+    with pytest.warns(UserWarning, match=r"call optimizer\.set_layers\(model\)"):
+        plain.train()
+    for group in grokadamw_of(plain).param_groups:
+        assert group["layers"] == list(range(len(group["params"])))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*layer")
+        it = trainer(tmp_path, GrokAdamWCallback(), eval_strategy="no", save_strategy="no", max_steps=1)
+        it.train()
+    decay, no_decay = grokadamw_of(it).param_groups
+    assert decay["weight_decay"] == 0.1
+    assert no_decay["weight_decay"] == 0.0
+    expected = {"model.embed_tokens": 0, "model.layers.0": 1, "model.layers.1": 2, "model.layers.2": 3}
+    expected |= {"model.norm": 4, "lm_head": 5}
+    names = {param: name for name, param in it.model.named_parameters()}
+    for group in (decay, no_decay):
+        assert group["params"]
+        for param, layer in zip(group["params"], group["layers"], strict=True):
+            path = next(path for path in expected if names[param].startswith(f"{path}."))
+            assert layer == expected[path]
+    assert "model.layers.1.mlp.down_proj.weight" in grokadamw_of(it).layer_table()[2].names
+
+
+def test_arguments_reach_the_optimizer(tmp_path: Path) -> None:
+    callback = GrokAdamWCallback(
+        signals=lambda: 0.5, betas=[0.5, 0.9], amplify_after=3, max_row_norm=2, gradient_clipping=0
+    )
+    it = trainer(tmp_path, callback, optim_args="lamb=1.5,gamma=0.05", max_steps=2, save_strategy="no")
+    it.train()
+    for group in grokadamw_of(it).param_groups:
+        assert (group["lamb"], group["gamma"]) == (1.5, 0.05)
+        assert group["betas"] == (0.5, 0.9)
+        assert (group["amplify_after"], group["max_row_norm"], group["gradient_clipping"]) == (3, 2.0, 0.0)
+    assert grokadamw_of(it).metrics()["signal"] == 0.5
+
+
+def test_what_holds_for_the_whole_optimizer(tmp_path: Path) -> None:
+    make = (GrokAdamW, {"lr": 0.01, "window_size": 4, "second_moment": "raw"})
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    runs = {folder: trainer(folder, GrokAdamWCallback(), make=make) for folder in (whole, half)}
+    runs[whole].train()
+    runs[half].train(resume_from_checkpoint=str(whole / f"checkpoint-{SAVE_AT}"))
+    assert grokadamw_of(runs[half]).defaults["window_size"] == 4
+    for a, b in zip(runs[half].model.parameters(), runs[whole].model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"lamb": -1.0}, ValueError, "lamb=-1.0"),
+        ({"gama": 0.1}, TypeError, "gama"),
+        ({"window_size": 3}, ValueError, "window_size=3.*optimizer_cls_and_kwargs"),
+        ({"lr": 0.1}, ValueError, "lr=0.1.*TrainingArguments"),
+        ({"signals": 3}, TypeError, "3"),
+        ({"combine": "max"}, ValueError, "combine='max'"),
+        ({"eval_loss": None}, TypeError, "eval_loss=None"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        GrokAdamWCallback(**arguments)
+
+
+def test_another_optimizer(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match='AdamW, and no GrokAdamW.*optim="grokadamw"'):
+        trainer(tmp_path, GrokAdamWCallback(), optim="adamw_torch").train()
+
+
+@pytest.mark.parametrize(("limit", "acts"), [(1.0, "max_grad_norm"), (5.0, "gradient_clipping"), (0.0, None)])
+def test_who_clips(limit: float, acts: str | None, tmp_path: Path) -> None:
+    it = trainer(
+        tmp_path, GrokAdamWCallback(), max_grad_norm=limit, eval_strategy="no", save_strategy="no", max_steps=1
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        it.train()
+        it.train()
+    said = [warning for warning in caught if "clipped twice" in str(warning.message)]
+    assert len(said) == (acts is not None)
+    if acts:
+        assert f"What acts is {acts}," in str(said[0].message)
+        assert said[0].filename == __file__
+
+
+@pytest.mark.parametrize(("save_steps", "warns"), [(3, True), (4, False)])
+def test_checkpoints_that_forget_the_running_loss(save_steps: int, warns: bool, tmp_path: Path) -> None:
+    it = trainer(tmp_path, GrokAdamWCallback(), save_steps=save_steps, max_steps=7)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        it.train()
+    said = [str(warning.message) for warning in caught if "checkpoint is saved" in str(warning.message)]
+    assert len(said) == warns
+
+
+def test_tensorboard_gets_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    it = trainer(tmp_path, GrokAdamWCallback(), report_to="tensorboard", save_strategy="no")
+    it.train()
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    curve = [(event.step, event.value) for event in events.Scalars("train/grok_alpha")]
+    assert [step for step, _ in curve] == list(range(2, STEPS + 1, 2))
+    assert [value for _, value in curve] == pytest.approx(alphas(it), rel=1e-6)
+    assert len({value for _, value in curve}) > 2
+    for name in ("signal", "grad_norm", "clip_coefficient", "skipped_steps"):
+        assert events.Scalars(f"train/grok_{name}")
+
+
+def test_accuracies_as_a_signal(tmp_path: Path) -> None:
+    """What compute_metrics finds goes to a signal by another callback."""
+    gap = AccuracyGap()
+
+    class Accuracy(transformers.TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            gap.record(train=1.0, eval=0.25)
+
+    it = trainer(tmp_path, GrokAdamWCallback(signals=gap), Accuracy(), save_strategy="no")
+    it.train()
+    assert grokadamw_of(it).metrics()["signal"] == 0.75
