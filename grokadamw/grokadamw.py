@@ -81,17 +81,17 @@ class GrokAdamW(Optimizer):
 
     One step, for a parameter θ of layer l with gradient g at its step t:
 
-    .. code-block:: text
+    ```text
+    c   = min(1, gradient_clipping / (N + 1e-6))          N: the norm of all gradients together
+    α_t = alpha_init · exp(−κ · max(GS_t, 0))             GS_t: the combined grokking signal
+    μ   = α_t μ + (1 − α_t) c g                           the slow gradient, an exponential moving average
+    ĝ   = c g + λ μ
+    m   = β1_l m + (1 − β1_l) ĝ,  β1_l = β1 (1 − γ)^l
+    v   = β2 v + (1 − β2) ĝ²
+    θ   = θ (1 − lr · wd) − lr · m̂ / (√v̂ + ε),            m̂ = m / (1 − β1_l^t),  v̂ = v / (1 − β2^t)
+    ```
 
-        c   = min(1, gradient_clipping / (N + 1e-6))          N: the norm of all gradients together
-        α_t = alpha_init · exp(−κ · max(GS_t, 0))             GS_t: the combined grokking signal
-        μ   = α_t μ + (1 − α_t) c g                           the slow gradient, an exponential moving average
-        ĝ   = c g + λ μ
-        m   = β1_l m + (1 − β1_l) ĝ,  β1_l = β1 (1 − γ)^l
-        v   = β2 v + (1 − β2) ĝ²
-        θ   = θ (1 − lr · wd) − lr · m̂ / (√v̂ + ε),            m̂ = m / (1 − β1_l^t),  v̂ = v / (1 − β2^t)
-
-    With ``lamb=0, gamma=0, gradient_clipping=0`` that is :class:`torch.optim.AdamW`.
+    With ``lamb=0, gamma=0, gradient_clipping=0`` that is ``torch.optim.AdamW``.
 
     Sources: Grokfast (Lee et al. 2024, arXiv:2405.20233, section 2.3) for μ and ĝ; AdamW (Loshchilov & Hutter,
     arXiv:1711.05101, algorithm 2) for m, v and θ; the published GrokAdamW description for α_t and β1_l.
@@ -111,8 +111,8 @@ class GrokAdamW(Optimizer):
         lamb: λ ≥ 0, how much of the slow gradient is added; 0 is no filter.
         gamma: γ in [0, 1), how much β1 falls from layer to layer.
         grokking_signal_fns: a callable or a list of them, of no arguments or of ``(train_loss, eval_loss)``; see
-            :mod:`grokadamw.signals`. None is :func:`~grokadamw.signals.loss_gap` of the losses given to
-            :meth:`record`; an empty list is no signal. ``grokking_signal_fn`` is an alias.
+            ``grokadamw.signals``. None is ``loss_gap`` of the losses given to
+            ``record``; an empty list is no signal. ``grokking_signal_fn`` is an alias.
         grokking_signal_decay_rate: κ ≥ 0, how strongly the signal shortens the memory.
         gradient_clipping: largest norm ≥ 0 of all gradients together; 0 is off.
         max_row_norm: largest norm ≥ 0 of a row of a parameter with two dimensions or more, which is its slice along the
@@ -138,12 +138,12 @@ class GrokAdamW(Optimizer):
             section 2.2.
         window_dtype: that those gradients are kept in, None for the parameter's, but float32 for float16; sums are
             float32 at least.
-        accumulation_steps: k ≥ 1, micro-batches that make one step, each by a call of :meth:`step`, without a buffer
+        accumulation_steps: k ≥ 1, micro-batches that make one step, each by a call of ``step``, without a buffer
             for gradients: m, v and μ collect a k-th of each, and parameters change at every k-th. m and μ are then
             what the joined batch would give, v is the mean of the micro-gradients' squares; so
             ``second_moment="raw"`` is required, and steps are up to √k times shorter. Each micro-gradient is clipped
             on its own; with ``nonfinite="skip"`` one that is not finite counts as 0. Signals are heard, and λ, γ and
-            betas taken, at the first micro-batch. :class:`~grokadamw.Accumulate` has a buffer, and is exact. Source:
+            betas taken, at the first micro-batch. ``Accumulate`` has a buffer, and is exact. Source:
             Su Jianlin, https://kexue.fm/archives/8634.
         nonfinite: what to do with a step whose gradients hold NaN or infinity, or whose Σg² overflows float64.
             ``"skip"``: write nothing, and count it (``metrics()["skipped_steps"]``). ``"raise"``: write nothing, and
@@ -153,10 +153,10 @@ class GrokAdamW(Optimizer):
             instead of β1_l, ε added before v's correction, clipping tensor by tensor, layers counted over the tensors
             that have a gradient, signals evaluated for each group, no limit to α, state in the parameter's dtype, no
             rule for NaN.
-        foreach: None for the fastest implementation that can take a tensor, see :meth:`implementation`; True for
+        foreach: None for the fastest implementation that can take a tensor, see ``implementation``; True for
             torch's operations on lists of tensors; False for one tensor at a time, with the least scratch memory.
         maximize: climb instead of descend.
-        capturable: let CUDA graphs capture the step; all parameters are on a GPU then. See :meth:`update_signals`.
+        capturable: let CUDA graphs capture the step; all parameters are on a GPU then. See ``update_signals``.
         differentiable: let autograd pass through the step.
         fused: None as with ``foreach``; False for foreach. True is None, for parameters on the CPU and on CUDA
             or ROCm GPUs, and lets GradScaler leave the loss scale to the optimizer, as torch's fused optimizers do.
@@ -448,7 +448,7 @@ class GrokAdamW(Optimizer):
     def update_signals(self) -> None:
         """Evaluate the signals, and set the filter memory α from them.
 
-        :meth:`step` does so itself, once the gradients are there. The replay of a CUDA graph does not: call this
+        ``step`` does so itself, once the gradients are there. The replay of a CUDA graph does not: call this
         between replays, at the steps whose signals are to be heard; α stays as it is in between. With several
         processes, call it on all of them.
         """
@@ -657,7 +657,7 @@ class GrokAdamW(Optimizer):
 
     @property
     def stepped(self) -> bool:
-        """Whether the last :meth:`step` was the last micro-batch of ``accumulation_steps``: a scheduler's turn."""
+        """Whether the last ``step`` was the last micro-batch of ``accumulation_steps``: a scheduler's turn."""
         return self._run.stepped
 
     def record(self, *, train_loss: Any = None, eval_loss: Any = None) -> None:
@@ -731,7 +731,7 @@ class GrokAdamW(Optimizer):
         return layers.table(self.param_groups, self._run.names)
 
     def metrics(self) -> dict[str, float]:
-        """What the last step did, or :meth:`update_signals` since, as plain floats. Reading them waits for the device.
+        """What the last step did, or ``update_signals`` since, as plain floats. Reading them waits for the device.
 
         ``step`` (steps taken, the most of any parameter), ``signal`` (GS), ``signal/<name>`` (each function's last
         usable value), ``alpha`` (α, which a window does without), ``grad_norm`` (N, before clipping),
@@ -800,8 +800,8 @@ class GrokAdamW(Optimizer):
         whole optimizer, ``foreach``, ``fused`` and ``capturable`` stay as they were constructed.
 
         Args:
-            state_dict: of a GrokAdamW, release 0.1.2's too, or of a :class:`torch.optim.AdamW` or ``Adam``. What that
-                does not know stays as it was, and μ starts at 0. See :mod:`grokadamw.checkpoints`.
+            state_dict: of a GrokAdamW, release 0.1.2's too, or of a ``torch.optim.AdamW`` or ``Adam``. What that
+                does not know stays as it was, and μ starts at 0. See ``grokadamw.checkpoints``.
 
         Raises:
             ValueError: groups, parameters or shapes are not those that were saved, or it cannot be gone on from.

@@ -41,14 +41,14 @@ def gradfilter_ema(
 
     Under a GradScaler call ``unscale_`` first, and nothing where it has found infinity: that, and NaN, would stay in μ.
 
-    ::
-
-        grads = None
-        for x, y in batches:
-            optimizer.zero_grad()
-            loss(model(x), y).backward()
-            grads = gradfilter_ema(model, grads)
-            optimizer.step()
+    ```python
+    grads = None
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        grads = gradfilter_ema(model, grads)
+        optimizer.step()
+    ```
 
     Args:
         m: the model. Parameters that are frozen or have no gradient are left out; one whose first gradient comes later
@@ -286,9 +286,9 @@ def _signal(function: Any) -> Signals | None:
 class Grokfast(_Filter):
     r"""The EMA filter in front of any optimizer: it steps with :math:`g + λ μ` where it would have stepped with g.
 
-    ::
-
-        optimizer = Grokfast(torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.005))
+    ```python
+    optimizer = Grokfast(torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.005))
+    ```
 
     It is used as the inner optimizer was: schedulers, closures, GradScaler, checkpoints. Its groups and its state are
     the inner one's, which is ``optimizer.optimizer``. ``p.grad`` is left as it was. NaN and infinity are the inner
@@ -299,7 +299,7 @@ class Grokfast(_Filter):
         alpha: α in [0, 1], the memory: an average over about 1 / (1 − α) steps.
         lamb: λ ≥ 0; 0 is no filter.
         amplify_after: gradients of a parameter before λ acts on it. μ is kept from the first on.
-        amplify_when: a signal of no arguments (see :mod:`grokadamw.signals`; one that returns a bool will do), called
+        amplify_when: a signal of no arguments (see ``grokadamw.signals``; one that returns a bool will do), called
             at each step. λ is multiplied by what it says, limited to [0, 1]; while it says nothing, by 0. With several
             processes it is the mean of theirs. Checkpoints hold what it remembers; pickle holds the function.
 

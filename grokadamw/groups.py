@@ -22,9 +22,9 @@ def decay_groups(
 ) -> list[dict[str, Any]]:
     """A model's parameters in two groups: those whose weights decay, and biases, norms and embeddings, which do not.
 
-    ::
-
-        optimizer = GrokAdamW(decay_groups(model, weight_decay=0.1), lr=3e-4)
+    ```python
+    optimizer = GrokAdamW(decay_groups(model, weight_decay=0.1), lr=3e-4)
+    ```
 
     Names are kept, and layers are those of the whole model in its order, which both groups cut across.
 

@@ -1,8 +1,8 @@
 """For Hugging Face's Trainer: losses for the signals, layers from the model, and what the optimizer does in the logs.
 
-::
-
-    Trainer(model, TrainingArguments(optim="grokadamw", ...), callbacks=[GrokAdamWCallback()], ...)
+```python
+Trainer(model, TrainingArguments(optim="grokadamw", ...), callbacks=[GrokAdamWCallback()], ...)
+```
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class GrokAdamWCallback(TrainerCallback):
 
     Args:
         eval_loss: which of the evaluation's metrics is the loss, ``"eval_<name>_loss"`` for one of several sets.
-        signals, combine: as :meth:`GrokAdamW.set_signals`'s; None leaves the optimizer those that it has.
+        signals, combine: as ``GrokAdamW.set_signals``'s; None leaves the optimizer those that it has.
         options: what else the optimizer's groups are to hold, such as ``betas``, which ``optim_args`` cannot carry:
-            any argument of :class:`~grokadamw.GrokAdamW` that a group may set, but lr and weight decay. What holds for
+            any argument of ``GrokAdamW`` that a group may set, but lr and weight decay. What holds for
             the whole optimizer, as a window does, is given with
             ``Trainer(optimizer_cls_and_kwargs=(GrokAdamW, {...}))``.
 

@@ -1,8 +1,8 @@
 """For Lightning: losses for the signals, layers from the model, and what the optimizer does in the logs.
 
-::
-
-    Trainer(callbacks=[GrokAdamWCallback()], ...).fit(module)
+```python
+Trainer(callbacks=[GrokAdamWCallback()], ...).fit(module)
+```
 """
 
 from __future__ import annotations

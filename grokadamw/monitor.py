@@ -27,13 +27,13 @@ _SATURATED, _IMPROVED = 0.1, 0.5  # of the first training loss, of the largest e
 
 
 class Monitor:
-    """Keeps the losses recorded last, lr and :meth:`GrokAdamW.metrics` of every so many steps, until :meth:`close`.
+    """Keeps the losses recorded last, lr and ``GrokAdamW.metrics`` of every so many steps, until ``close``.
 
-    ::
-
-        monitor = Monitor(optimizer, every=10)
-        ...  # train
-        monitor.plot("run.png")
+    ```python
+    monitor = Monitor(optimizer, every=10)
+    ...  # train
+    monitor.plot("run.png")
+    ```
 
     Reading them waits for the device, so on a GPU ``every`` should not be 1. While a CUDA graph is captured nothing is
     kept, and its replays are not heard of.
@@ -115,24 +115,28 @@ class Monitor:
             raise ImportError("Monitor.plot needs matplotlib: pip install 'grokadamw[monitor]'") from error
         figure = Figure(figsize=(8, 9), layout="constrained")
         losses, memory, norms, layers = figure.subplots(4, 1)
-        steps = [row["step"] for row in self._rows]
-        panels = [
-            (losses, [("train_loss", "training loss"), ("eval_loss", "evaluation loss")]),
-            (memory, [("signal", "signal GS"), ("alpha", "filter memory α")]),
-            (norms, [("grad_norm", "gradient norm N"), ("clip_coefficient", "clip coefficient c")]),
+        curves = [
+            (losses, "C0", "train_loss", "training loss"),
+            (losses, "C1", "eval_loss", "evaluation loss"),
+            (memory, "C0", "signal", "signal GS"),
+            (memory.twinx(), "C1", "alpha", "filter memory α"),
+            (norms, "C0", "grad_norm", "gradient norm N"),
+            (norms.twinx(), "C1", "clip_coefficient", "clip coefficient c"),
         ]
-        for axes, curves in panels:
-            for name, label in curves:
-                axes.plot(steps, [row[name] for row in self._rows], label=label, linewidth=1)
-            axes.set_xlabel("step")
-        for axes in (losses, norms):
-            if any(value > 0 for line in axes.lines for value in line.get_ydata()):
+        for axes, color, name, label in curves:
+            values = [row[name] for row in self._rows]
+            axes.plot([row["step"] for row in self._rows], values, color=color, label=label, linewidth=1)
+            if name in ("train_loss", "eval_loss", "grad_norm") and any(value > 0 for value in values):
                 axes.set_yscale("log")
+            if axes is not losses:
+                axes.set_ylabel(label, color=color)
+            if axes in (memory, norms):
+                axes.sharex(losses)
+                axes.set_xlabel("step")
         if self.grokked_at is not None:
             for axes in (losses, memory, norms):
                 axes.axvline(self.grokked_at, color="grey", linestyle=":", label=f"grokked at {self.grokked_at:,}")
-        for axes in (losses, memory, norms):
-            axes.legend(fontsize="small")
+        losses.legend(fontsize="small")
         table = self._optimizer.layer_table()
         layers.plot([row.layer for row in table], [row.beta1 for row in table], "o-", markersize=4, linewidth=1)
         layers.set(xlabel="layer", ylabel="β1", ylim=(0, 1))

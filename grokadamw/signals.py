@@ -52,11 +52,11 @@ def loss_gap(train_loss: Number, eval_loss: Number) -> Number:
 class AccuracyGap:
     """max(0, training accuracy − evaluation accuracy), from the two accuracies recorded last. No signal before that.
 
-    ::
-
-        gap = AccuracyGap()
-        optimizer = GrokAdamW(model.named_parameters(), grokking_signal_fns=gap)
-        gap.record(train=0.99, eval=0.31)  # whenever they are known
+    ```python
+    gap = AccuracyGap()
+    optimizer = GrokAdamW(model.named_parameters(), grokking_signal_fns=gap)
+    gap.record(train=0.99, eval=0.31)  # whenever they are known
+    ```
     """
 
     def __init__(self) -> None:

@@ -107,16 +107,17 @@ def test_a_picture(tmp_path: Path) -> None:
     monitor = with_losses([(4.0, 4.0), (0.3, 5.0), (0.1, 6.0), (0.1, 0.1)])
     figure = monitor.plot(tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
-    losses, memory, norms, layers = figure.axes
+    losses, signals, norms, layers, alphas, clips = figure.axes
     assert list(losses.lines[1].get_ydata()) == [4.0, 5.0, 6.0, 0.1]
-    assert list(memory.lines[1].get_ydata()) == [row["alpha"] for row in monitor.rows]
-    assert list(norms.lines[0].get_xdata()) == [1, 2, 3, 4]
+    for axes, name in ((signals, "signal"), (alphas, "alpha"), (norms, "grad_norm"), (clips, "clip_coefficient")):
+        assert list(axes.lines[0].get_xdata()) == [1, 2, 3, 4]
+        assert list(axes.lines[0].get_ydata()) == [row[name] for row in monitor.rows]
     assert list(layers.lines[0].get_ydata()) == [0.9]
     assert "grokked at 4" in [text.get_text() for text in losses.get_legend().get_texts()]
 
 
 def test_a_picture_of_nothing() -> None:
-    assert len(monitored()[2].plot().axes) == 4
+    assert len(monitored()[2].plot().axes) == 6
 
 
 def test_tensorboard(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 
 from . import evidence, methods, pictures, tasks
 from .evidence import (
+    COMPARED,
     DECAYS,
     GRID_TASKS,
     LRS,
-    METHODS,
     MOD97,
     MOD97_METHODS,
     OTHER_METHODS,
@@ -27,7 +27,8 @@ from .runs import Row
 
 Table = Callable[[list[Row]], str]
 
-REPORT = "GROKKING_REPORT.md"
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [ROOT / page for page in ("README.md", "docs/grokfast.md", "benchmarks/results/GROKKING_REPORT.md")]
 PUBLISHED = {"grokfast": 910, "grokfast-ma": 790, "adam": 39890}  # steps to 95% (arXiv:2405.20233, table 1)
 
 
@@ -144,7 +145,7 @@ def reach(names: list[str], rows: list[Row]) -> str:
 def others(rows: list[Row]) -> str:
     lines = []
     for task in OTHER_TASKS:
-        finals = {name: select(rows, evidence.other_finals(task, name, rows)) for name in METHODS}
+        finals = {name: select(rows, evidence.other_finals(task, name, rows)) for name in COMPARED}
         for name, found in finals.items():
             if found:
                 score = f"{np.median([row.best for row in found]):.3f}"
@@ -205,8 +206,8 @@ def filled(text: str, rows: list[Row]) -> str:
 
 
 def main(rows: list[Row], out: Path) -> None:
-    """Pictures into `out`, and tables into its GROKKING_REPORT.md and the README."""
-    for page in (out / REPORT, out.parent.parent / "README.md"):
+    """Pictures into `out`, and tables into the pages that have them."""
+    for page in PAGES:
         page.write_text(filled(page.read_text(), rows))
     finals = {name: found for name in MOD97_METHODS if (found := select(rows, evidence.finals(name, rows)))}
     pictures.quartiles(finals, MOD97, out / "grokking-mod97.png")

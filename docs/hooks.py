@@ -1,0 +1,29 @@
+"""For MkDocs: pages and pictures of the repository that lie outside of docs/ become part of the site.
+
+On a page they are linked as in the repository, `../benchmarks/results/…`; in the site they are below its root.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["CONTRIBUTING.md", "benchmarks/results/GROKKING_REPORT.md"]
+
+
+def on_files(files: Files, config: Any) -> Files:
+    for page in PAGES:
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / page)))
+        for picture in re.findall(r"!\[[^\]]*\]\(([^):]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+            path = (ROOT / page).parent / picture
+            files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    linked = "|".join(map(re.escape, PAGES))
+    return re.sub(rf"\]\(\.\./({linked})", r"](\1", markdown)
