@@ -117,14 +117,14 @@ class GrokAdamW(Optimizer):
         gradient_clipping: largest norm ≥ 0 of all gradients together; 0 is off.
         max_row_norm: largest norm ≥ 0 of a row of a parameter with two dimensions or more, which is its slice along the
             first: a linear layer's weights of one output, an embedding's vector. After a step longer rows are shortened
-            to it. 0 is off. It costs a pass over those parameters, in torch's operations. What a wrapper has flattened,
-            as FSDP1 does, has no rows. Source: the max-norm constraint of Srivastava et al. 2014, JMLR 15, section 5.1.
+            to it. 0 is off. It costs a pass over those parameters. What a wrapper has flattened, as FSDP1 does, has no
+            rows. Source: the max-norm constraint of Srivastava et al. 2014, JMLR 15, section 5.1.
         max_row_change: largest distance ≥ 0 that such a row moves in a step, by the update and by decay, as a share of
             its norm before; of a row shorter than 0.1, as a share of 0.1. It comes before ``max_row_norm``. 0 is off.
-            It costs a copy of those parameters while a step runs, and passes over them in torch's operations: on the
-            CPU a few times what the rest of a step does, on a GPU some twenty launches a parameter. Below 0.01,
-            rounding outweighs it in bfloat16. Source: the ratio to the weights' norm of LAMB (arXiv:1904.00962), as a
-            limit, and by unit, as in arXiv:2102.06171, section 4.1.
+            It costs a copy of those parameters while a step runs, and a pass over them: on the CPU half as long again
+            as the rest of a step does, but three times as long and more where no native kernel takes them, and on a GPU
+            some twenty launches a parameter. Below 0.01, rounding outweighs it in bfloat16. Source: the ratio to the
+            weights' norm of LAMB (arXiv:1904.00962), as a limit, and by unit, as in arXiv:2102.06171, section 4.1.
         combine: how several signals become one: ``"mean"``, ``"max"``, ``"min"``, or a callable of the list of usable
             values. A callable reads values back from a GPU; the others do not.
         second_moment: ``"filtered"``, v averages ĝ²; or ``"raw"``, (c g)².
@@ -403,14 +403,21 @@ class GrokAdamW(Optimizer):
                 averages.append((windows, call.tensors, numbers))
         self._run.stepped = cycle.end(param for w in work for param in w.params)
         # of what is not finite in the last micro-batch the others are a step all the same
-        limited = self._limited(work, measured.finite if cycle.of == 1 else True) if self._run.stepped else []
+        finite = measured.finite if cycle.of == 1 else True
+        limited = self._limited(work, finite, memory_is_all) if self._run.stepped else []
         return calls, tables, averages, limited
 
-    def _limited(self, work: list[Work], finite: bool | Tensor) -> list[update.rows.Rows]:
+    def _limited(self, work: list[Work], finite: bool | Tensor, memory_is_all: bool) -> list[update.rows.Rows]:
         """Row 11: the parameters that have rows, with what limits these."""
         limits = ((w, float(w.group["max_row_change"]), float(w.group["max_row_norm"])) for w in work)
         return [
-            update.rows.Rows([p for p in w.params if p.dim() > 1], change, norm, finite)
+            update.rows.Rows(
+                [p for p in w.params if p.dim() > 1],
+                change,
+                norm,
+                finite,
+                not memory_is_all or update.is_by_torch(w.group),
+            )
             for w, change, norm in limits
             if change or norm
         ]

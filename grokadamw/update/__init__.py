@@ -30,6 +30,7 @@ __all__ = [
     "checked",
     "choose",
     "fastest_sum_of_squares",
+    "is_by_torch",
     "is_fused_on",
     "memory_is_all",
     "rows",
@@ -83,6 +84,11 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any]) -> Choi
     if reason := blocks.why_not(row, options["second_moment"] == "raw", options["compat"] is not None):
         return Choice(foreach, f"{kernel}, and {reason}")
     return Choice(blocks, kernel)
+
+
+def is_by_torch(options: dict[str, Any]) -> bool:
+    """Whether the options of a group ask for torch's operations."""
+    return bool(options["differentiable"] or options["foreach"] is not None or options["fused"] is False)
 
 
 def is_fused_on(device: torch.device) -> bool:

@@ -1,4 +1,6 @@
-"""Rows 2 and 6 to 10 of the step on the CPU, in one pass through memory: a C kernel that gets arrays of addresses.
+"""Rows 2 and 6 to 10 of the step on the CPU, in one pass through memory, and row 11 in another.
+
+A C kernel gets arrays of addresses.
 
 `cpu_kernel.c` is compiled when the package is installed, for several instruction sets. It takes tensors that lie in
 memory without gaps, all of a kind: `memory.why_not` tells.
@@ -13,9 +15,9 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..numbers import mesh_of
+from ..numbers import as_real, mesh_of
 from . import foreach, native
 from .memory import DTYPES, Where, addresses, ends_of, has_no_gaps, plain, where
 from .reference import Numbers, Tensors, written
@@ -68,6 +70,41 @@ def flat(tensors: Sequence[Tensor]) -> Callable[[bytes], float] | None:
         return found.sum_of_squares(table, sums, *_threads(elements))
 
     return squares
+
+
+def can_limit(param: Tensor) -> bool:
+    """Whether the kernel can limit the rows of a parameter, which has some: they lie one after the other."""
+    if type(param) not in (Tensor, nn.Parameter) or not param.is_cpu or param.is_neg() or param.is_conj():
+        return False
+    rows = max(param.shape[0], 1)
+    return (
+        (as_real(param) if param.is_complex() else param).dtype in DTYPES
+        and has_no_gaps(param)
+        and (rows == 1 or param.stride(0) == param.numel() // rows)
+        and not isinstance(native.kernel(), str)
+    )
+
+
+def limit(params: Sequence[Tensor], before: Sequence[Tensor], change: float, shortest: float, norm: float) -> None:
+    """Row 11 for tensors of one dtype that `can_limit` has cleared, and that share no memory; see `rows.limit`."""
+    found = native.kernel()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    real, count = list(map(as_real, params)), len(params)
+    rows = [x.shape[0] for x in real]
+    table = native.Limits(
+        count=count,
+        rows=struct.pack(f"{count}q", *rows),
+        widths=struct.pack(f"{count}q", *(x.numel() // max(n, 1) for x, n in zip(real, rows, strict=True))),
+        params=addresses(real),
+        before=addresses(list(map(as_real, before))) if before else None,
+        change=change,
+        shortest=shortest,
+        norm=norm,
+        param=DTYPES.index(real[0].dtype),
+    )
+    torch.autograd.graph.increment_version(params)
+    found.limit(table, (ctypes.c_int64 * count)(), *_threads(sum(map(Tensor.numel, real))))
 
 
 def _can_be_summed(x: Tensor) -> bool:

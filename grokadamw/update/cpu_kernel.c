@@ -1,4 +1,5 @@
-/* Rows 2 and 6 to 10 of the step for all tensors of a list in one pass through memory; cpu.py calls it.
+/* Rows 2 and 6 to 10 of the step for all tensors of a list in one pass through memory, and row 11 in another; cpu.py
+ * calls it.
  *
  * setup.py compiles this file once for each instruction set, with VARIANT after the names of its functions. It leaves
  * vectors to the compiler, and forbids it to join a product and a sum: so an element's result has the same bits wherever
@@ -36,8 +37,20 @@ typedef struct {
     int32_t param, grad, state;    /* dtypes */
 } table;
 
+/* Tensors whose rows, slices along the first dimension that lie one after the other, are limited; `Limits` in native.py. */
 typedef struct {
+    int64_t count;                 /* of tensors */
+    const int64_t *ends;           /* pieces of all tensors up to and with each */
+    const int64_t *rows, *widths;  /* of each tensor; elements of a row */
+    char *const *params, *const *before; /* before may be NULL */
+    double change, shortest, norm; /* a change of 0 and a norm of 0 are no limits */
+    int32_t param;                 /* dtype */
+} limits;
+
+typedef struct job {
+    void (*work)(struct job *);    /* takes pieces until there are no more */
     const table *t;
+    const limits *l;
     double *sums;                  /* of squares, one a piece; NULL for a step */
     int64_t pieces, next, done;    /* next: the piece to be taken */
     int64_t users;                 /* threads that may still look at this */
@@ -48,6 +61,7 @@ typedef struct {
 typedef void gomp_parallel(void (*)(void *), void *, unsigned threads, unsigned flags);
 
 int64_t NAME(table_size)(void) { return sizeof(table); }
+int64_t NAME(limits_size)(void) { return sizeof(limits); }
 int64_t NAME(piece)(void) { return PIECE; }
 
 /* Conversions: branchless, so that they become vectors. */
@@ -217,15 +231,105 @@ static double squares_part(const table *t, int64_t tensor, int64_t from, int64_t
     return sum;
 }
 
+/* Row 11. Squares are summed in double, in the same order wherever a row lies. */
+
+static double *load_double(double *room, const char *at, int64_t i, int64_t n, int32_t dtype)
+{
+    return (double *)at + i;
+}
+static void store_double(const double *room, char *at, int64_t i, int64_t n, int32_t dtype) {}
+
+#define LIMIT(real, load, store)                                                                                      \
+    static inline real moved_##real(real now, real before) /* what is not finite has not moved */                     \
+    {                                                                                                                 \
+        const real way = now - before;                                                                                \
+        return way - way == 0 ? way : 0;                                                                              \
+    }                                                                                                                 \
+    static void add_moved_##real(int64_t n, const real *x, const real *y, double *ways, double *olds)                 \
+    {                                                                                                                 \
+        int64_t i = 0;                                                                                                \
+        for (; i + LANES <= n; i += LANES)                                                                            \
+            for (int j = 0; j < LANES; j++) {                                                                         \
+                const double way = moved_##real(x[i + j], y[i + j]), old = y[i + j];                                  \
+                ways[j] += way * way, olds[j] += old * old;                                                           \
+            }                                                                                                         \
+        for (int j = 0; i < n; i++, j++) {                                                                            \
+            const double way = moved_##real(x[i], y[i]), old = y[i];                                                  \
+            ways[j] += way * way, olds[j] += old * old;                                                               \
+        }                                                                                                             \
+    }                                                                                                                 \
+    static void limit_change_##real(const limits *t, char *theta, const char *before, int64_t from, int64_t to)       \
+    {                                                                                                                 \
+        real rooms[2][CHUNK];                                                                                         \
+        double ways[LANES] = {0}, olds[LANES] = {0}, way = 0, old = 0;                                                \
+        for (int64_t i = from, n; i < to; i += n) {                                                                   \
+            n = to - i < CHUNK ? to - i : CHUNK;                                                                      \
+            add_moved_##real(n, load(rooms[0], theta, i, n, t->param), load(rooms[1], before, i, n, t->param), ways, olds);\
+        }                                                                                                             \
+        for (int j = 0; j < LANES; j++) way += ways[j], old += olds[j];                                               \
+        old = sqrt(old);                                                                                              \
+        const double times = sqrt(way) / (t->change * (old < t->shortest ? t->shortest : old));                       \
+        if (!(times > 1 && times < INFINITY)) return;                                                                 \
+        const real less = 1 / times - 1;                                                                              \
+        for (int64_t i = from, n; i < to; i += n) {                                                                   \
+            n = to - i < CHUNK ? to - i : CHUNK;                                                                      \
+            real *x = load(rooms[0], theta, i, n, t->param);                                                          \
+            const real *y = load(rooms[1], before, i, n, t->param);                                                   \
+            for (int64_t j = 0; j < n; j++) x[j] += moved_##real(x[j], y[j]) * less;                                  \
+            store(rooms[0], theta, i, n, t->param);                                                                   \
+        }                                                                                                             \
+    }                                                                                                                 \
+    static void limit_norm_##real(const limits *t, char *theta, int64_t from, int64_t to)                             \
+    {                                                                                                                 \
+        real room[CHUNK];                                                                                             \
+        double sum = 0;                                                                                               \
+        for (int64_t i = from, n; i < to; i += n) {                                                                   \
+            n = to - i < CHUNK ? to - i : CHUNK;                                                                      \
+            sum += squares_##real(n, load(room, theta, i, n, t->param));                                              \
+        }                                                                                                             \
+        const double times = sqrt(sum) / t->norm;                                                                     \
+        if (!(times > 1 && times < INFINITY)) return;                                                                 \
+        const real share = 1 / times;                                                                                 \
+        for (int64_t i = from, n; i < to; i += n) {                                                                   \
+            n = to - i < CHUNK ? to - i : CHUNK;                                                                      \
+            real *x = load(room, theta, i, n, t->param);                                                              \
+            for (int64_t j = 0; j < n; j++) x[j] *= share;                                                            \
+            store(room, theta, i, n, t->param);                                                                       \
+        }                                                                                                             \
+    }                                                                                                                 \
+    static void limit_##real(const limits *t, int64_t tensor, int64_t from, int64_t to)                               \
+    {                                                                                                                 \
+        char *theta = t->params[tensor];                                                                              \
+        if (t->before) limit_change_##real(t, theta, t->before[tensor], from, to);                                    \
+        if (t->norm) limit_norm_##real(t, theta, from, to);                                                           \
+    }
+LIMIT(float, load, store)
+LIMIT(double, load_double, store_double)
+
+/* Rows of all tensors, one tensor after the other, in pieces of about as many elements as the others'. */
+static int64_t rows_of_a_piece(int64_t width) { return width < PIECE ? PIECE / width : 1; }
+
+static void limit_pieces(job *j)
+{
+    const limits *t = j->l;
+    int64_t tensor = 0, piece;
+    while ((piece = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->pieces) {
+        while (t->ends[tensor] <= piece) tensor++;
+        const int64_t width = t->widths[tensor], rows = rows_of_a_piece(width);
+        const int64_t from = (piece - (tensor ? t->ends[tensor - 1] : 0)) * rows;
+        const int64_t to = from + rows < t->rows[tensor] ? from + rows : t->rows[tensor];
+        for (int64_t row = from; row < to; row++)
+            (t->param == FLOAT64 ? limit_double : limit_float)(t, tensor, row * width, (row + 1) * width);
+        __atomic_fetch_add(&j->done, 1, __ATOMIC_RELEASE);
+    }
+}
+
 /* The elements of all tensors, one tensor after the other, are cut into pieces; threads take one when they are free. */
 
-static void work(job *j)
+static void step_pieces(job *j)
 {
     int64_t tensor = 0, piece;
     numbers kept = {0};
-    fenv_t mine;
-    fegetenv(&mine);
-    fesetenv(&j->environment);
     while ((piece = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->pieces) {
         const table *t = j->t;
         const int64_t total = t->ends[t->count - 1], end = (piece + 1) * PIECE < total ? (piece + 1) * PIECE : total;
@@ -241,6 +345,14 @@ static void work(job *j)
         if (j->sums) j->sums[piece] = sum;
         __atomic_fetch_add(&j->done, 1, __ATOMIC_RELEASE);
     }
+}
+
+static void work(job *j)
+{
+    fenv_t mine;
+    fegetenv(&mine);
+    fesetenv(&j->environment);
+    j->work(j);
     fesetenv(&mine);
 }
 
@@ -261,9 +373,10 @@ static void *help(void *j)
 /* In torch's own OpenMP threads, which are there and awake, where the caller found the function that starts them. Else in
  * threads for this one call: to start one costs 20 µs, and a core that is to run it may be held by threads of others that
  * wait in a loop; so the call ends with the last piece, and a thread that comes later finds nothing to do. */
-static void work_on(const table *t, double *sums, int64_t pieces, int64_t threads, gomp_parallel *parallel)
+static void work_on(job alone, int64_t threads, gomp_parallel *parallel)
 {
-    job alone = {.t = t, .sums = sums, .pieces = pieces}, *j = NULL;
+    const int64_t pieces = alone.pieces;
+    job *j = NULL;
     fegetenv(&alone.environment);
     if (threads > pieces) threads = pieces;
     if (threads > 1 && parallel)
@@ -291,7 +404,7 @@ static int64_t pieces_of(const table *t) { return t->count ? (t->ends[t->count -
 
 void NAME(step)(const table *t, int64_t threads, gomp_parallel *parallel)
 {
-    work_on(t, NULL, pieces_of(t), threads, parallel);
+    work_on((job){.work = step_pieces, .t = t, .pieces = pieces_of(t)}, threads, parallel);
     for (int64_t i = 0; t->moves && i < t->count; i++) *t->steps[i] += 1;
 }
 
@@ -299,10 +412,22 @@ void NAME(step)(const table *t, int64_t threads, gomp_parallel *parallel)
 double NAME(sum_of_squares)(const table *t, double *sums, int64_t threads, gomp_parallel *parallel)
 {
     const int64_t pieces = pieces_of(t);
-    work_on(t, sums, pieces, threads, parallel);
+    work_on((job){.work = step_pieces, .t = t, .sums = sums, .pieces = pieces}, threads, parallel);
     double sum = 0;
     for (int64_t i = 0; i < pieces; i++) sum += sums[i];
     return sum;
+}
+
+/* `ends` is room, which it fills. */
+void NAME(limit)(limits *t, int64_t *ends, int64_t threads, gomp_parallel *parallel)
+{
+    int64_t pieces = 0;
+    for (int64_t i = 0; i < t->count; i++) {
+        const int64_t rows = t->widths[i] ? rows_of_a_piece(t->widths[i]) : 1;
+        ends[i] = pieces += t->widths[i] ? (t->rows[i] + rows - 1) / rows : 0;
+    }
+    t->ends = ends;
+    work_on((job){.work = limit_pieces, .l = t, .pieces = pieces}, threads, parallel);
 }
 
 /* Whether something of these sizes at these addresses has memory in common with ranges, which are sorted and apart. */

@@ -31,6 +31,17 @@ class Table(ctypes.Structure):
     ]
 
 
+class Limits(ctypes.Structure):
+    """`limits` in cpu_kernel.c."""
+
+    _fields_ = [
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_char_p) for name in ("ends", "rows", "widths", "params", "before")),
+        *((name, ctypes.c_double) for name in ("change", "shortest", "norm")),
+        ("param", ctypes.c_int32),
+    ]
+
+
 class Kernel(NamedTuple):
     """The functions of cpu_kernel.c, compiled for one instruction set."""
 
@@ -38,6 +49,7 @@ class Kernel(NamedTuple):
     piece: int  # elements of a sum of squares
     step: Callable[..., None]
     sum_of_squares: Callable[..., float]
+    limit: Callable[..., None]
     meet: Callable[..., int]
     look: Callable[..., int] | None  # None where torch has no table of DLPack's functions
 
@@ -50,7 +62,7 @@ def kernel() -> Kernel | str:
     try:
         library = ctypes.CDLL(str(_LIBRARY))
         for name in _instruction_sets():
-            if hasattr(library, f"step_{name}"):
+            if hasattr(library, f"limit_{name}"):
                 return _kernel(library, name)
     except OSError as error:
         return f"the native kernel cannot be loaded: {error}"
@@ -64,16 +76,20 @@ def _instruction_sets() -> list[str]:
 
 
 def _kernel(library: ctypes.CDLL, name: str) -> Kernel | str:
-    size, piece, step, squares, meet = (
-        getattr(library, f"{function}_{name}") for function in ("table_size", "piece", "step", "sum_of_squares", "meet")
+    table_size, limits_size, piece, step, squares, limit, meet = (
+        getattr(library, f"{function}_{name}")
+        for function in ("table_size", "limits_size", "piece", "step", "sum_of_squares", "limit", "meet")
     )
-    if size() != ctypes.sizeof(Table):
+    if (table_size(), limits_size()) != (ctypes.sizeof(Table), ctypes.sizeof(Limits)):
         return "the native kernel is of another version of grokadamw: install it again"
-    step.restype, squares.restype = None, ctypes.c_double
+    step.restype, squares.restype, limit.restype = None, ctypes.c_double, None
+    limit.argtypes = (ctypes.POINTER(Limits), ctypes.POINTER(ctypes.c_int64), ctypes.c_int64, ctypes.c_void_p)
     step.argtypes = (ctypes.POINTER(Table), ctypes.c_int64, ctypes.c_void_p)
     squares.argtypes = (ctypes.POINTER(Table), ctypes.POINTER(ctypes.c_double), ctypes.c_int64, ctypes.c_void_p)
     meet.argtypes = (ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p) * 2
-    return Kernel({"v3": "x86-64-v3", "v4": "x86-64-v4"}.get(name, name), piece(), step, squares, meet, _look(name))
+    return Kernel(
+        {"v3": "x86-64-v3", "v4": "x86-64-v4"}.get(name, name), piece(), step, squares, limit, meet, _look(name)
+    )
 
 
 class _Python(ctypes.Structure):

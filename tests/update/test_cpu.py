@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from grokadamw import GrokAdamW, update
 from grokadamw.update import cpu, native
 from grokadamw.update.reference import Numbers, Tensors
+from grokadamw.update.rows import Rows, limit
 
 from ..models import running
 from .test_update import TOLERANCES, everything, numbers
@@ -393,3 +396,90 @@ dist.destroy_process_group()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "foreach True", done.stderr
+
+
+# row 11
+
+SHAPES = [(5, 3), (1, 70_000), (3000, 7), (4, 3, 2, 2), (0, 2), (2, 0), (1, 1), (70, 1030), (2, 17)]
+
+
+def moved(dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters before and after a step, some rows of which have moved far, or are long."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        scale = torch.rand(shape[:1] + (1,) * (len(shape) - 1), generator=generator) * 3
+        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+    was = [normal(shape) for shape in SHAPES]
+    was.append(normal((4, 3, 2, 5)).to(memory_format=torch.channels_last))
+    return was, [old + 0.1 * torch.randn(old.shape, generator=generator).to(dtype) for old in was]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]),
+    st.sampled_from([0.0, 0.01, 0.2]),
+    st.sampled_from([0.0, 0.5, 20.0]),
+    st.integers(0, 99),
+)
+def test_rows_are_limited_as_torch_does_it(dtype: torch.dtype, change: float, norm: float, seed: int) -> None:
+    was, by_kernel = moved(dtype, seed)
+    by_torch = [x.clone() for x in by_kernel]
+    assert all(cpu.can_limit(x) for x in by_kernel if x.numel())
+    for params, torch_alone in ((by_kernel, False), (by_torch, True)):
+        asked = Rows(params, change, norm, True, torch_alone)
+        limit(asked, was if change else [])
+    for a, b in zip(by_kernel, by_torch, strict=True):
+        exact = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float64: 1e-14}.get(dtype, 1e-6)
+        torch.testing.assert_close(a, b, rtol=exact, atol=exact / 10)
+
+
+def test_rows_have_the_same_bits_for_any_number_of_threads_and_instruction_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count, name in ((1, "baseline"), (2, "baseline"), (3, "v3"), (1, "v4")):
+            torch.set_num_threads(count)
+            if name not in native._instruction_sets():
+                continue
+            with compiled_for(monkeypatch, name):
+                was, params = moved(torch.float32)
+                limit(Rows(params, 0.01, 2.0, True), was)
+                results.append(params)
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def taken(monkeypatch: pytest.MonkeyPatch, params: list[Any], **options: Any) -> int:
+    """How many parameters the kernel gets in a step."""
+    seen = []
+    inner = cpu.limit
+    monkeypatch.setattr(cpu, "limit", lambda params, *rest: (seen.extend(params), inner(params, *rest)))
+    optimizer = GrokAdamW(params, lr=0.1, max_row_change=0.01, **options)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return len(seen)
+
+
+def test_whose_rows_the_kernel_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def two() -> list[Any]:
+        return [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2, 3).t()), torch.ones(4)]
+
+    assert taken(monkeypatch, two()) == 1  # not what lies column by column, nor what has no rows
+    for options in ({"foreach": True}, {"foreach": False}, {"fused": False}):
+        assert taken(monkeypatch, two(), **options) == 0
+    shared = torch.ones(4, 2)
+    assert taken(monkeypatch, [shared[:3], shared[1:]]) == 0
+
+
+def test_autograd_hears_of_it() -> None:
+    p = torch.ones(2, 2)
+    version = p._version
+    limit(Rows([p], 0.0, 0.5, True), [])
+    assert p._version > version

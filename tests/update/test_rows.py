@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from grokadamw import GrokAdamW
+from grokadamw.update import cpu, native
 from grokadamw.update.rows import Rows, before, limit
+
+needs_the_kernel = pytest.mark.skipif(isinstance(native.kernel(), str), reason="the native kernel was not built")
+
+
+@pytest.fixture(autouse=True, params=[False, pytest.param(True, marks=needs_the_kernel)], ids=["torch", "kernel"])
+def by_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """By torch's operations, and by the kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.param:
+            patch.setattr(cpu, "can_limit", lambda param: False)
+        yield
 
 
 def limited(
