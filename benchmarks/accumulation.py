@@ -6,7 +6,7 @@
 The transformer of benchmarks/grokking is trained with batches of 512 in k micro-batches, by Accumulate. A second
 optimizer gets the same micro-gradients and collects them in its moments. m is the same in both, v is not; what is
 compared is the length of m / √v over all parameters. Prints the ratios, and writes accumulation.json. The second form
-prints the README's table.
+prints the table of docs/accumulation.md.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def ratios(k: int, steps: int, console: Console) -> dict[int, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The README's."""
+    """That of docs/accumulation.md."""
     lines = [f"| k | {' | '.join(f'step {step}' for step in AT)} | 1/√k |", f"| ---: |{' ---: |' * (len(AT) + 1)}"]
     for k, found in results["ratios"].items():
         cells = [f"{found[str(step)]:.2f}" if str(step) in found else "–" for step in AT]

@@ -4,7 +4,8 @@
     python -m benchmarks.filter_time --table benchmarks/results/filter_time-cpu.json
 
 Windows are full. Arms take turns, in a new order each round, and a ratio is that of two turns in the same round;
-medians are printed, and written to filter_time-cpu.json. The second form prints the README's table of such a file.
+medians are printed, and written to filter_time-cpu.json. The second form prints the table of docs/grokfast.md from such
+a file.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def summary(seconds: dict[str, list[float]], compared: str) -> dict[str, dict[st
 
 
 def table(results: dict[str, Any]) -> str:
-    """The README's."""
+    """That of docs/grokfast.md."""
     lines = ["|  | ms | × |", "| --- | ---: | ---: |"]
     for kind, title in (("training", "a training step"), ("alone", "the filter alone")):
         lines.append(f"| **{title}** | | |")

@@ -790,6 +790,7 @@ class GrokAdamW(Optimizer):
         given = group.get("layers")
         if given is None or len(given) != len(group["params"]) or group["layer"] is not None:
             group["layers"] = layers.layers_of(group, earlier)
+        group["layers"] = list(group["layers"])
         self._run.layers_checked = False
 
     def state_dict(self) -> dict[str, Any]:

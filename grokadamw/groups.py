@@ -33,7 +33,7 @@ def decay_groups(
         weight_decay: of the first group, wd ≥ 0.
         no_decay: which do not decay, told by name and parameter, as in ``lambda name, param: param.dim() < 2``. None:
             what has less than two dimensions, and what belongs to torch's norms and embeddings. Where nothing has two,
-            as in what FSDP1 flattened, all decay.
+            as in a model that FSDP1 flattened, all decay.
 
     Returns:
         ``[{"params": [(name, parameter), …], "layers": [l, …], "weight_decay": …}, …]``, for GrokAdamW, and for torch's
@@ -44,10 +44,14 @@ def decay_groups(
     """
     check_model(model)
     check_number("weight_decay", weight_decay)
+    if no_decay is not None and not callable(no_decay):
+        raise TypeError(
+            f"no_decay={no_decay!r} cannot be called: give a function of a name and a parameter, as in "
+            "lambda name, param: name.endswith('bias')"
+        )
     named = trained(model)
     if no_decay is None:
-        exempt = of_modules(model, (*_EMBEDDINGS, *_NORMS))
-        flat = all(param.dim() < 2 for _, param in named)
+        exempt, flat = of_modules(model, (*_EMBEDDINGS, *_NORMS)), is_flat(model)
 
         def no_decay(name: str, param: Tensor) -> bool:
             return not flat and (param.dim() < 2 or param in exempt)
@@ -71,7 +75,7 @@ def grokking_groups(model: nn.Module, max_row_norm: float) -> list[dict[str, Any
     rows: Named = [(name, p) for name, p in named if p in embeddings]
     weights: Named = [(name, p) for name, p in named if p not in embeddings and p.dim() > 1]
     vectors: Named = [(name, p) for name, p in named if p not in embeddings and p.dim() < 2]
-    if not any(p.dim() > 1 for _, p in weights + rows):
+    if is_flat(model):
         weights, vectors = vectors, []
     groups: list[dict[str, Any]] = [
         {"params": weights},
@@ -84,6 +88,11 @@ def grokking_groups(model: nn.Module, max_row_norm: float) -> list[dict[str, Any
 def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, and not a torch.nn.Module: give the model itself")
+
+
+def is_flat(model: nn.Module) -> bool:
+    """Whether nothing has two dimensions, so that they tell nothing."""
+    return all(param.dim() < 2 for param in model.parameters())
 
 
 def trained(model: nn.Module) -> Named:

@@ -7,7 +7,10 @@ Trainer(model, TrainingArguments(optim="grokadamw", ...), callbacks=[GrokAdamWCa
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
+import weakref
 from collections.abc import Iterable
 from types import FrameType
 from typing import Any
@@ -28,6 +31,7 @@ except ImportError as error:
 
 __all__ = ["GrokAdamWCallback"]
 
+_NOT_IN_A_GROUP = ("params", "combine", "layer")
 _BY_THE_TRAINER = ("lr", "weight_decay")
 _FOR_ALL = (*PER_OPTIMIZER, "capturable", "foreach", "fused", "grokking_signal_fns", "grokking_signal_fn")
 
@@ -42,8 +46,9 @@ class GrokAdamWCallback(TrainerCallback):
       history and what is reported to.
 
     It warns, once, where the Trainer clips gradients, too; where a checkpoint is saved at a step that is not logged
-    (the Trainer forgets the losses since the last log, and a resumed run then hears of another mean); and where no
-    evaluation has the loss it waits for.
+    (the Trainer forgets the losses since the last log, and a resumed run then hears of another mean); and where
+    evaluations have other losses than the one that it waits for. Signals that remember something begin each run with
+    what they knew when the first began; a resumed one goes on with the checkpoint's.
 
     Args:
         eval_loss: which of the evaluation's metrics is the loss, ``"eval_<name>_loss"`` for one of several sets.
@@ -68,6 +73,8 @@ class GrokAdamWCallback(TrainerCallback):
         if not isinstance(eval_loss, str):
             raise TypeError(f"eval_loss={eval_loss!r} is not the name of a metric, as in 'eval_loss'")
         for name, value in options.items():
+            if name not in inspect.signature(GrokAdamW).parameters or name in _NOT_IN_A_GROUP:
+                raise TypeError(f"{name}={value!r} is no argument of GrokAdamW's that its parameter groups may set")
             if name in _BY_THE_TRAINER:
                 raise ValueError(f"{name}={value!r} is the Trainer's: give it in TrainingArguments")
             if name in _FOR_ALL:
@@ -79,10 +86,16 @@ class GrokAdamWCallback(TrainerCallback):
         if signals is None and combine is not None:
             raise ValueError(f"combine={combine!r} without signals: give those that it is to combine")
         if signals is not None:
-            signals = Signals(signals, "mean" if combine is None else combine).functions
+            try:
+                signals = Signals(signals, "mean" if combine is None else combine).functions
+            except (TypeError, ValueError) as error:
+                raise type(error)(str(error).replace("grokking_signal_fns", "signals")) from None
         self._signals, self._combine, self._options = signals, combine, options
         self._eval_loss = eval_loss
         self._optimizer: GrokAdamW | None = None  # while it trains
+        self._trained: weakref.ref[GrokAdamW] | None = None  # the optimizer of the last run
+        self._at_first: list[Any] = []  # what the signals remembered when the first run began
+        self._goes_on = True  # steps have been taken, or there is no checkpoint that they go on from
         self._logged_at = 0
         self._metrics: set[str] = set()  # what evaluations had, until one has the loss
         self._said: set[str] = set()
@@ -97,19 +110,31 @@ class GrokAdamWCallback(TrainerCallback):
                 f"GrokAdamWCallback found a {type(getattr(optimizer, 'optimizer', optimizer)).__name__}, and no "
                 'GrokAdamW: train with TrainingArguments(optim="grokadamw"), or leave the callback out'
             )
-        found.set_layers(model)
         for group in found.param_groups:
             check_settings({**group, **self._options}, found.defaults)
+        if self._signals is not None:
+            self._begin_signals(found)
         for group in found.param_groups:
             group.update(self._options)
             make_plain(group)
-        if self._signals is not None:
-            found.set_signals(self._signals, self._combine)
-        self._optimizer, self._logged_at = found, state.global_step
+        trainers.name_layers(found, model)
+        self._optimizer, self._trained, self._logged_at = found, weakref.ref(found), state.global_step
+        self._goes_on = state.global_step == 0
+        self._metrics.clear()
         self._go_first()
         if "clips" not in self._said:
             self._said.add("clips")
             trainers.say_who_clips(found, args.max_grad_norm, "max_grad_norm")
+
+    def _begin_signals(self, optimizer: GrokAdamW) -> None:
+        """Register them. For another optimizer than the last run's they are to be as they were at first."""
+        remember = [signal for signal in self._signals or () if hasattr(signal, "state_dict")]
+        if self._trained is None:
+            self._at_first = [copy.deepcopy(signal.state_dict()) for signal in remember]
+        elif self._trained() is not optimizer:
+            for signal, state in zip(remember, self._at_first, strict=True):
+                signal.load_state_dict(copy.deepcopy(state))
+        optimizer.set_signals(self._signals, self._combine)
 
     def _go_first(self) -> None:
         """Move before the callbacks that report, as these read a log when it is their turn.
@@ -119,7 +144,7 @@ class GrokAdamWCallback(TrainerCallback):
         frame: FrameType | None = sys._getframe(1)
         while frame := frame and frame.f_back:
             handler = frame.f_locals.get("self")
-            if isinstance(handler, CallbackHandler):
+            if isinstance(handler, CallbackHandler) and self in handler.callbacks:
                 handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
                 return
 
@@ -129,23 +154,25 @@ class GrokAdamWCallback(TrainerCallback):
             return
         new = trainers.readings(self._optimizer)
         logs.update(new)
-        if state.log_history and state.log_history[-1]["step"] == state.global_step:
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(new)
         self._optimizer.record(train_loss=logs["loss"])
         self._logged_at = state.global_step
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         metrics: dict[str, float] = kwargs["metrics"]
-        if self._optimizer is None:
+        if self._optimizer is None or not self._goes_on:  # by eval_on_start: the checkpoint knows the last one
             return
         if self._eval_loss in metrics:
             self._optimizer.record(eval_loss=metrics[self._eval_loss])
             self._said.add("metrics")
-        self._metrics.update(metrics)
+        prefix = self._eval_loss.partition("_")[0]
+        self._metrics.update(name for name in metrics if name.startswith(f"{prefix}_"))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._goes_on = True
         if self._metrics and "metrics" not in self._said:  # all sets of an evaluation have been
             self._said.add("metrics")
             losses = ", ".join(sorted(name for name in self._metrics if name.endswith("loss"))) or "no loss"

@@ -106,10 +106,10 @@ def warnings_for(groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) 
             deepest = max(group["layers"])
             largest = math.floor((1 - 0.5 ** (1 / deepest)) * 1000) / 1000
             ways_out = f"choose a gamma of at most {largest:g}"
-            if not all(param in known for param in group["params"]):
-                unnamed = "pass model.named_parameters() or " if "param_names" not in group else ""
+            if "param_names" not in group and not all(param in known for param in group["params"]):
                 ways_out = (
-                    f"{unnamed}call optimizer.set_layers(model), so that a layer is one of its modules; or {ways_out}"
+                    "pass model.named_parameters() or call optimizer.set_layers(model), so that a layer is one of its "
+                    f"modules; or {ways_out}"
                 )
             yield (
                 f"layer {deepest} of parameter group {i} has β1 = {smallest:.3g}, less than half of betas[0] = "

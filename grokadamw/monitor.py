@@ -58,6 +58,7 @@ class Monitor:
         self._steps = 0
         self._written = -math.inf  # the step up to which TensorBoard has it all
         self._rows: list[dict[str, float]] = []
+        self._onset = _Onset()
         self._hook = found.register_step_post_hook(self._after_step)
 
     @_disable_dynamo
@@ -70,7 +71,14 @@ class Monitor:
                 del self._rows[::2]
                 self._every *= 2
             if self._steps % self._every == 0:
-                self._rows.append(_row(self._optimizer))
+                self._keep(_row(self._optimizer))
+
+    def _keep(self, row: dict[str, float]) -> None:
+        while self._rows and self._rows[-1]["step"] >= row["step"]:  # of a checkpoint that was gone back to
+            self._rows.pop()
+        self._written = min(self._written, self._rows[-1]["step"] if self._rows else -math.inf)
+        self._rows.append(row)
+        self._onset.hear(row)
 
     @property
     def rows(self) -> list[dict[str, float]]:
@@ -82,23 +90,12 @@ class Monitor:
 
     @property
     def grokked_at(self) -> int | None:
-        """The step of the first record at which evaluation has improved after training had long been saturated.
+        """The step of the first record at which evaluation had improved after training was saturated.
 
         That is: the training loss has been at a tenth of its first value or below, and the evaluation loss, which had
-        not come down then, is at half of its largest value or below. None if that did not happen, as where
-        evaluation followed training all along.
+        not come down by then, is at half of its largest value or below. None if that did not happen.
         """
-        first = next((row["train_loss"] for row in self._rows if not math.isnan(row["train_loss"])), math.nan)
-        saturated, late, largest = False, False, -math.inf
-        for row in self._rows:
-            if not math.isnan(row["eval_loss"]):
-                largest = max(largest, row["eval_loss"])
-            improved = row["eval_loss"] <= _IMPROVED * largest
-            if not saturated and row["train_loss"] <= _SATURATED * first:
-                saturated, late = True, not improved
-            if late and improved:
-                return int(row["step"])
-        return None
+        return self._onset.at
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw losses, signal and α, gradient norm and clip coefficient over the steps, and β1 of each layer.
@@ -156,7 +153,7 @@ class Monitor:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write a line a record; what was not known is left empty."""
-        names = dict.fromkeys(name for row in self._rows for name in row)
+        names = dict.fromkeys(name for row in self._rows or [_row(self._optimizer)] for name in row)
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names, restval="")
             writer.writeheader()
@@ -180,7 +177,33 @@ class Monitor:
         self._hook.remove()
 
 
+class _Onset:
+    """`Monitor.grokked_at`, found as the records come, as some are dropped later."""
+
+    def __init__(self) -> None:
+        self.at: int | None = None
+        self._first = math.nan  # training loss
+        self._largest = -math.inf  # evaluation loss
+        self._saturated = False
+        self._is_late: bool | None = None  # whether evaluation had not come down by then
+
+    def hear(self, row: dict[str, float]) -> None:
+        train_loss, eval_loss = row["train_loss"], row["eval_loss"]
+        if math.isnan(self._first):
+            self._first = train_loss
+        self._saturated |= train_loss <= _SATURATED * self._first
+        if math.isnan(eval_loss):
+            return
+        self._largest = max(self._largest, eval_loss)
+        improved = eval_loss <= _IMPROVED * self._largest
+        if self._saturated and self._is_late is None:
+            self._is_late = not improved
+        if self._is_late and improved and self.at is None:
+            self.at = int(row["step"])
+
+
 def _row(optimizer: GrokAdamW) -> dict[str, float]:
-    metrics, group = optimizer.metrics(), optimizer.param_groups[0]
-    losses = {name: math.nan if group[name] is None else as_float(group[name]) for name in ("train_loss", "eval_loss")}
-    return {"step": metrics.pop("step"), **losses, "lr": as_float(group["lr"]), **metrics}
+    metrics, groups = optimizer.metrics(), optimizer.param_groups
+    said = {name: [g[name] for g in groups if g[name] is not None] for name in ("train_loss", "eval_loss")}
+    losses = {name: as_float(values[0]) if values else math.nan for name, values in said.items()}
+    return {"step": metrics.pop("step"), **losses, "lr": as_float(groups[0]["lr"]), **metrics}

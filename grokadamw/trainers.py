@@ -38,6 +38,14 @@ def smallest_with(optimizer: GrokAdamW, model: nn.Module) -> nn.Module:
     return found
 
 
+def name_layers(optimizer: GrokAdamW, model: nn.Module) -> None:
+    """Layers from the model; where it lacks parameters of the optimizer they stay as they are, with a warning."""
+    try:
+        optimizer.set_layers(model)
+    except ValueError as error:
+        warn(f"layers stay as they were ({error})", UserWarning)
+
+
 def say_who_clips(optimizer: GrokAdamW, limit: float, name: str) -> None:
     """Warn where the framework clips to `limit` before the optimizer does."""
     own = [float(group["gradient_clipping"]) for group in optimizer.param_groups if group["gradient_clipping"]]

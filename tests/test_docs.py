@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import subprocess
 import sys
@@ -51,7 +52,12 @@ def test_examples_run(example: str, few: dict[str, int], tmp_path: Path, capsys:
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"needs {needed}")
     importlib.import_module(example).main(tmp_path / "picture.png", **few)
-    assert "α 0.9" in capsys.readouterr().out
+    found = re.search(r"losses (.*) and (.*), α (.*);", capsys.readouterr().out)
+    assert found is not None
+    train_loss, eval_loss, alpha = map(float, found.groups())
+    gap = max(0, eval_loss - train_loss) / max(eval_loss, train_loss)
+    assert alpha == pytest.approx(0.98 * math.exp(-0.1 * gap), abs=2e-3)
+    assert min(train_loss, eval_loss) > 1
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 

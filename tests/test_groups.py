@@ -68,6 +68,22 @@ def test_what_is_flat_decays() -> None:
     assert group["weight_decay"] == 0.5
 
 
+def test_of_a_model_of_which_only_biases_are_trained_none_decays() -> None:
+    model = network()
+    for name, param in model.named_parameters():
+        param.requires_grad_(name.endswith("bias"))
+    (group,) = decay_groups(model, weight_decay=0.5)
+    assert group["weight_decay"] == 0.0
+    assert [g["weight_decay"] for g in GrokAdamW.for_grokking(model).param_groups] == [0.0]
+
+
+def test_optimizers_made_of_the_same_groups_share_no_lists() -> None:
+    groups = decay_groups(network())
+    one, other = GrokAdamW(groups), GrokAdamW(groups)
+    one.param_groups[0]["layers"][0] = 7
+    assert other.param_groups[0]["layers"][0] == 0
+
+
 def test_torchs_optimizers_take_them() -> None:
     model, other = network(), network()
     one = GrokAdamW(decay_groups(model, 0.5), lamb=0, gamma=0, gradient_clipping=0)
@@ -85,6 +101,7 @@ def test_torchs_optimizers_take_them() -> None:
         (("model",), TypeError, "model is a str"),
         ((network(), -1.0), ValueError, "weight_decay=-1.0"),
         ((network(), "0.1"), TypeError, "weight_decay='0.1'"),
+        ((network(), 0.1, ["bias"]), TypeError, r"no_decay=\['bias'\] cannot be called"),
     ],
 )
 def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:

@@ -133,6 +133,31 @@ def test_evaluation_reaches_alpha(tmp_path: Path) -> None:
     json.dumps(it.state.log_history, allow_nan=False)
 
 
+def test_evaluation_at_the_start_of_a_resumed_run(tmp_path: Path) -> None:
+    """It is of the model as it was saved, and the checkpoint's is what the uninterrupted run goes on with."""
+    runs = []
+    for _ in range(2):
+        runs.append(trainer(tmp_path, GrokAdamWCallback(signals=ratio), eval_on_start=True, eval_steps=4))
+        runs[-1].train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVE_AT}") if runs[:-1] else None)
+    assert alphas(runs[1]) == alphas(runs[0])
+    for a, b in zip(runs[1].model.parameters(), runs[0].model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_each_run_begins_with_signals_as_they_were(tmp_path: Path) -> None:
+    gap = AccuracyGap()
+    gap.record(eval=0.25)
+    callback = GrokAdamWCallback(signals=[gap, SlowGradient(every=5)])
+    found = []
+    for _ in range(2):
+        it = trainer(tmp_path, callback, max_steps=8, eval_strategy="no", save_strategy="no")
+        it.train()
+        found.append(alphas(it))
+        gap.record(train=0.75, eval=0.5)
+    assert found[0] == found[1]
+    assert gap.state_dict() == {"train": 0.75, "eval": 0.5}  # the user's own object
+
+
 def test_evaluation_at_the_start(tmp_path: Path) -> None:
     callback = GrokAdamWCallback(signals=ratio)
     it = trainer(tmp_path, callback, eval_on_start=True, eval_strategy="no", save_strategy="no")
@@ -161,6 +186,42 @@ def test_a_set_that_is_not_there(tmp_path: Path) -> None:
         it.train()
     assert sum("eval_easy_loss" in str(warning.message) for warning in caught) == 1
     assert set(alphas(it)) == {0.98}
+
+
+def test_other_evaluations_are_none_of_its_business(tmp_path: Path) -> None:
+    class Tests(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            it.evaluate(data(2, 8), metric_key_prefix="test")
+
+    it = trainer(tmp_path, GrokAdamWCallback(), Tests(), save_strategy="no")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="GrokAdamWCallback waits")
+        it.train()
+
+
+def test_parameters_beside_the_model(tmp_path: Path) -> None:
+    it = trainer(tmp_path, GrokAdamWCallback(), max_steps=1, eval_strategy="no", save_strategy="no")
+    own = torch.nn.Parameter(torch.ones(3))
+    it.optimizer = GrokAdamW([*it.model.parameters(), own], gamma=0.0)
+    with pytest.warns(UserWarning, match="layers stay as they were .*this LlamaForCausalLM has no parameter"):
+        it.train()
+    assert grokadamw_of(it).param_groups[0]["layers"] == list(range(len(list(it.model.parameters())) + 1))
+
+
+def test_it_goes_first_only_where_it_is(tmp_path: Path) -> None:
+    inner = GrokAdamWCallback()
+
+    class Holds(transformers.TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            inner.on_train_begin(*args, **kwargs)
+
+    it = trainer(tmp_path, Holds(), max_steps=1, eval_strategy="no", save_strategy="no")
+    it.train()
+    assert inner not in it.callback_handler.callbacks
+    it = trainer(tmp_path, inner, max_steps=1, eval_strategy="no", save_strategy="no")
+    it.train()
+    assert it.callback_handler.callbacks[0] is inner
+    assert it.callback_handler.callbacks.count(inner) == 1
 
 
 def test_layers(tmp_path: Path) -> None:
@@ -216,10 +277,12 @@ def test_what_holds_for_the_whole_optimizer(tmp_path: Path) -> None:
     ("arguments", "error", "message"),
     [
         ({"lamb": -1.0}, ValueError, "lamb=-1.0"),
-        ({"gama": 0.1}, TypeError, "gama"),
+        ({"gama": 0.1}, TypeError, "gama=0.1 is no argument"),
+        ({"layer": 3}, TypeError, "layer=3 is no argument"),
+        ({"params": []}, TypeError, r"params=\[\] is no argument"),
         ({"window_size": 3}, ValueError, "window_size=3.*optimizer_cls_and_kwargs"),
         ({"lr": 0.1}, ValueError, "lr=0.1.*TrainingArguments"),
-        ({"signals": 3}, TypeError, "3"),
+        ({"signals": 3}, TypeError, "^signals=3 is neither"),
         ({"combine": "max"}, ValueError, "combine='max'"),
         ({"eval_loss": None}, TypeError, "eval_loss=None"),
     ],

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from grokadamw import Accumulate, GrokAdamW
+from grokadamw import Accumulate, GrokAdamW, decay_groups
 from grokadamw.signals import SlowGradient, loss_gap
 
 from .models import KEEPERS, network, train
@@ -228,40 +228,109 @@ def test_evaluation_reaches_alpha(accumulated: int, tmp_path: Path) -> None:
     assert {"grok_signal", "grok_grad_norm", "grok_clip_coefficient", "grok_skipped_steps"} < set(found)
 
 
+class Told(Measured):
+    """Remembers the losses of its batches, and may leave one out."""
+
+    def __init__(self, make: Callable[[nn.Module], Any], without: int = -1) -> None:
+        super().__init__(make)
+        self.losses: list[float] = []
+        self.without = without
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        loss = super().training_step(batch)
+        self.log("mse", loss)
+        if batch_idx == self.without:
+            return None
+        self.losses.append(loss.item())
+        return {"loss": loss, "other": 3.0}
+
+
+class Hears(lightning.Callback):
+    """What was recorded, batch by batch."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        if outputs:
+            self.losses.append(trainer.optimizers[0].param_groups[0]["train_loss"])
+
+
+@pytest.mark.parametrize(("accumulated", "without"), [(1, -1), (4, -1), (1, 0), (1, 5)])
+def test_the_loss_that_is_recorded(accumulated: int, without: int, tmp_path: Path) -> None:
+    """Is that of training_step, whatever Lightning has divided it by; a batch without one changes nothing."""
+    module, hears = Told(grokadamw, without), Hears()
+    it = logging_trainer(tmp_path, GrokAdamWCallback(), hears, accumulate_grad_batches=accumulated)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="GrokAdamWCallback")
+        it.fit(module, data(), data())
+    assert hears.losses == pytest.approx(module.losses, rel=1e-6)
+    assert len(hears.losses) == 2 * (BATCHES - (without >= 0))
+
+
 class TwoOptimizers(Measured):
-    """Two parts of a model, each with an optimizer, stepped by hand."""
+    """Two parts of a model, each with an optimizer, stepped by hand, the second from a batch on."""
 
     automatic_optimization = False
 
-    def __init__(self) -> None:
+    def __init__(self, late: int = 0) -> None:
         super().__init__(grokadamw)
         self.other = nn.Sequential(network(), network())
+        self.late = late
+        self.norms: dict[int, float] = {}
 
     def configure_optimizers(self) -> Any:
         return [grokadamw(self.network), grokadamw(self.other, lamb=1.0)]
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> None:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
-        for optimizer, part in zip(self.optimizers(), (self.network, self.other[0]), strict=True):
+        for i, (optimizer, part) in enumerate(zip(self.optimizers(), (self.network, self.other[0]), strict=True)):
             optimizer.zero_grad()
             loss = (part(x) - y).square().mean()
             self.manual_backward(loss)
-            optimizer.step()
+            if i == 0 or batch_idx >= self.late:
+                optimizer.step()
+        self.norms[batch_idx] = self.optimizers()[1].optimizer.metrics()["grad_norm"]
         self.log("mse", loss)
 
 
-def test_several_optimizers_by_hand(tmp_path: Path) -> None:
-    it = logging_trainer(tmp_path, GrokAdamWCallback(train_loss="mse"))
-    module = TwoOptimizers()
+@pytest.mark.parametrize("late", [0, 2])
+def test_several_optimizers_by_hand(late: int, tmp_path: Path) -> None:
+    callback, module = GrokAdamWCallback(train_loss="mse"), TwoOptimizers(late)
+    it = logging_trainer(tmp_path, callback)
+    it.fit_loop.max_epochs = 1
     it.fit(module, data(), data())
     found = curves(tmp_path)
-    assert set(found["grok_alpha"]) == set(found["grok_alpha_1"]) == set(range(1, 2 * BATCHES, 2))
+    logged = list(range(1, BATCHES, 2))
+    assert list(found["grok_grad_norm"]) == logged
+    assert found["grok_grad_norm_1"] == {i: pytest.approx(module.norms[i], rel=1e-6) for i in logged if i >= late}
     one, other = it.optimizers
     assert one.param_groups[0]["train_loss"] == other.param_groups[0]["train_loss"] > 0
     assert one.layer_table()[0].names[0].startswith("0.")
     own = dict(module.other.named_parameters())
     assert [name for row in other.layer_table() for name in row.names] == list(own)
     assert other.layer_table()[0].layer == 0
+
+
+def test_a_callback_that_is_used_again_logs_again(tmp_path: Path) -> None:
+    callback = GrokAdamWCallback()
+    for folder in ("one", "other"):
+        it = logging_trainer(tmp_path / folder, callback, max_steps=2)
+        it.fit(Measured(grokadamw), data(), data())
+        assert list(curves(tmp_path / folder)["grok_grad_norm"]) == [1]
+
+
+def test_a_frozen_part_shifts_nobody(tmp_path: Path) -> None:
+    class Probe(Measured):
+        def __init__(self) -> None:
+            super().__init__(lambda _: GrokAdamW(decay_groups(self), lr=0.01))
+            self.network[0].requires_grad_(False)
+
+    module = Probe()
+    layers = [group["layers"] for group in decay_groups(module)]
+    it = logging_trainer(tmp_path, GrokAdamWCallback())
+    it.fit(module, data(), data())
+    assert [group["layers"] for group in it.optimizers[0].param_groups] == layers == [[1, 2], [1, 2]]
 
 
 def test_layers_are_the_modules(tmp_path: Path) -> None:
@@ -291,6 +360,8 @@ def test_what_it_warns_of_and_refuses(tmp_path: Path, trainer: Callable[..., Any
     (said,) = fit(GrokAdamWCallback("loss"), grokadamw)
     assert "eval_loss='loss'" in said
     assert "val_loss" in said
+    (said,) = fit(GrokAdamWCallback(train_loss="mse"), grokadamw)
+    assert "train_loss='mse'" in said
     (said,) = fit(GrokAdamWCallback(), grokadamw, gradient_clip_val=0.5)
     assert "What acts is gradient_clip_val," in said
     with pytest.raises(TypeError, match="found AdamW, and no GrokAdamW"):

@@ -24,11 +24,11 @@ def monitored(every: int = 1, capacity: int = 4096, **options: Any) -> tuple[Any
     return model, optimizer, Monitor(optimizer, every, capacity)
 
 
-def with_losses(losses: list[tuple[float, float]]) -> Monitor:
+def with_losses(losses: list[tuple[float, float]], capacity: int = 4096) -> Monitor:
     """A monitor of steps before which these training and evaluation losses were recorded."""
     param = torch.nn.Parameter(torch.ones(1))
     optimizer = GrokAdamW([param])
-    monitor = Monitor(optimizer, every=1)
+    monitor = Monitor(optimizer, every=1, capacity=capacity)
     for train_loss, eval_loss in losses:
         optimizer.record(train_loss=train_loss, eval_loss=eval_loss)
         param.grad = torch.ones(1)
@@ -75,10 +75,47 @@ def test_memory_is_bounded_and_records_stay_evenly_spaced(every: int, capacity: 
     assert len(kept) >= min(steps // every, capacity // 2)
 
 
-def test_micro_batches_and_skipped_steps() -> None:
+def test_micro_batches_are_no_steps() -> None:
     model, optimizer, monitor = monitored(accumulation_steps=2, second_moment="raw")
     train(model, range(6), lambda step, loss: optimizer.step())
     assert [row["step"] for row in monitor.rows] == [1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore:a step was skipped")
+def test_skipped_steps_are_none_either() -> None:
+    model, optimizer, monitor = monitored()
+
+    def take_step(step: int, loss: Any) -> None:
+        if step == 1:
+            next(model.parameters()).grad.fill_(math.nan)
+        optimizer.step()
+
+    train(model, range(3), take_step)
+    assert [(row["step"], row["skipped_steps"]) for row in monitor.rows] == [(1, 0), (2, 1)]
+
+
+def test_going_back_to_a_checkpoint(tmp_path: Path) -> None:
+    """What came after it did not happen."""
+    model, optimizer, monitor = monitored()
+    written: list[tuple[str, int]] = []
+
+    class Writer:
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, step))
+
+    train(model, range(3), lambda step, loss: optimizer.step())
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["lr"] = 0.5
+    train(model, range(3), lambda step, loss: optimizer.step())
+    monitor.to_tensorboard(Writer())  # type: ignore[arg-type]
+    optimizer.load_state_dict(
+        saved | {"state": {k: dict(v, step=torch.tensor(3.0)) for k, v in saved["state"].items()}}
+    )
+    train(model, range(2), lambda step, loss: optimizer.step())
+    assert [(row["step"], row["lr"]) for row in monitor.rows] == [(1, 0.01), (2, 0.01), (3, 0.01), (4, 0.5), (5, 0.5)]
+    written.clear()
+    monitor.to_tensorboard(Writer())  # type: ignore[arg-type]
+    assert [step for name, step in written if name == "grokadamw/lr"] == [4, 5]
 
 
 def test_behind_a_wrapper() -> None:
@@ -96,11 +133,13 @@ def test_behind_a_wrapper() -> None:
         ([(4.0, 4.0), (2.0, 2.0), (0.3, 0.4), (0.1, 0.1)], None),  # evaluation follows
         ([(4.0, 4.0), (0.3, 5.0), (0.1, 6.0)], None),  # not yet
         ([(4.0, 9.0), (3.0, 1.0), (0.3, 6.0), (0.3, 5.0), (0.2, 4.0)], 5),
+        ([(4.0, math.nan), (0.3, math.nan), (0.3, 4.0), (0.3, 1.0)], 4),
+        ([(4.0, 4.0)] + 9 * [(0.3, 6.0)] + 30 * [(0.2, 1.0)], 11),  # though records are dropped
         ([], None),
     ],
 )
 def test_where_grokking_set_in(losses: list[tuple[float, float]], at: int | None) -> None:
-    assert with_losses(losses).grokked_at == at
+    assert with_losses(losses, capacity=16).grokked_at == at
 
 
 def test_a_picture(tmp_path: Path) -> None:
@@ -156,7 +195,10 @@ def test_tables(tmp_path: Path) -> None:
     assert list(table.index) == [1, 2, 3]
     assert math.isnan(table.loc[1, "signal/loss_gap"])
     assert table.loc[3, "signal/loss_gap"] == 0.5
-    assert len(monitored()[2].to_pandas()) == 0
+    nothing = monitored()[2]
+    assert len(nothing.to_pandas()) == 0
+    nothing.to_csv(tmp_path / "nothing.csv")
+    assert (tmp_path / "nothing.csv").read_text().startswith("step,train_loss,")
 
 
 @pytest.mark.parametrize(("every", "capacity", "name"), [(0, 10, "every=0"), (1, 1, "capacity=1"), (1.5, 10, "every")])
