@@ -21,7 +21,7 @@ from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 from . import accumulation, capture, gradients, layers, metrics, update, window
 from .arguments import HOW_TO_RUN, PER_OPTIMIZER, check_group, check_options, check_settings, make_plain, settings
 from .filter_memory import Combine, Signal, Signals, filter_memories
-from .groups import check_model, grokking_groups
+from .groups import check_model, grokking_groups, has_norms
 from .notices import warn
 from .numbers import Number, accumulator, as_float, as_number, detached, reads_are_free
 from .state import WINDOW, State, check, keeping_precision, new_counts, prepare
@@ -252,15 +252,17 @@ class GrokAdamW(Optimizer):
     ) -> GrokAdamW:
         """With what did best on small models that memorise first, and that begin large, as embeddings do in torch.
 
-        α 0.8, γ 0.3, betas (0.9, 0.98); rows move by no more than 0.015 of their norm a step (``max_row_change``); lr
-        and weight decay are high on purpose. Biases and norms do not decay. Embeddings, which torch makes √width long,
-        become no longer than 1 (``max_row_norm``) in the first step. Evidence: benchmarks/results/GROKKING_REPORT.md.
-        Not for models that are trained already, whose embeddings it would shorten.
+        α 0.8, γ 0.3, betas (0.9, 0.98); lr and weight decay are high on purpose. Biases and norms do not decay.
+        Embeddings, which torch makes √width long, become no longer than 1 (``max_row_norm``) in the first step. In a
+        model with norm layers, in which weights turn rather than grow, rows move by no more than 0.015 of their norm a
+        step (``max_row_change``). Evidence: benchmarks/results/GROKKING_REPORT.md. Not for models that are trained
+        already, whose embeddings it would shorten.
 
         Args:
             model: whose parameters that require gradients are optimized, under their names and in its layers, in up to
                 three groups: weights; embeddings, which are what ``nn.Embedding`` and ``nn.EmbeddingBag`` hold; and
-                what has less than two dimensions. Where nothing has two, as in what FSDP1 flattened, all decay.
+                what has less than two dimensions. Where nothing has two, as in what FSDP1 flattened, all decay. Norm
+                layers are torch's, and those of classes with "norm" in their name.
             lr, weight_decay, options: as the constructor's; what is given wins, ``max_row_norm`` for all rows.
 
         Raises:
@@ -270,7 +272,8 @@ class GrokAdamW(Optimizer):
         if isinstance(lr, Tensor):
             for group in groups:
                 group["lr"] = lr.clone()  # what a scheduler writes into one group's is that group's
-        preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.8, "gamma": 0.3, "max_row_change": 0.015}
+        preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.8, "gamma": 0.3}
+        preset["max_row_change"] = 0.015 if has_norms(model) else 0.0
         optimizer = cls(groups, lr=lr, weight_decay=weight_decay, **preset | options)
         optimizer.set_layers(model)  # in the model's order, and not in that of the groups
         optimizer._run.layers_checked = "gamma" not in options  # a low β1 is meant

@@ -90,6 +90,11 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model is a {type(model).__name__}, and not a torch.nn.Module: give the model itself")
 
 
+def has_norms(model: nn.Module) -> bool:
+    """Whether one of its layers normalises: one of torch's, or of a class that calls itself so."""
+    return any(isinstance(module, _NORMS) or "norm" in type(module).__name__.lower() for module in model.modules())
+
+
 def is_flat(model: nn.Module) -> bool:
     """Whether nothing has two dimensions, so that they tell nothing."""
     return all(param.dim() < 2 for param in model.parameters())

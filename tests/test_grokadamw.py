@@ -1325,13 +1325,13 @@ def test_numpys_numbers_are_numbers() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_the_preset_takes_a_model_and_what_is_given_wins() -> None:
-    model = nn.Sequential(nn.Embedding(9, 4), *(nn.Linear(4, 4) for _ in range(5)))
+    model = nn.Sequential(nn.Embedding(9, 4), *(nn.Linear(4, 4) for _ in range(5)), nn.LayerNorm(4, bias=False))
     model[1].weight.requires_grad_(False)
     optimizer = GrokAdamW.for_grokking(model, lr=0.01, lamb=0.5)
     weights, embeddings, vectors = optimizer.param_groups
     assert weights["param_names"] == [f"{i}.weight" for i in (2, 3, 4, 5)]
     assert embeddings["param_names"] == ["0.weight"]
-    assert vectors["param_names"] == [f"{i}.bias" for i in (1, 2, 3, 4, 5)]
+    assert vectors["param_names"] == [f"{i}.bias" for i in (1, 2, 3, 4, 5)] + ["6.weight"]
     for group in optimizer.param_groups:
         assert (group["lr"], group["lamb"], group["max_row_change"]) == (0.01, 0.5, 0.015)
         assert (group["betas"], group["alpha_init"], group["gamma"]) == ((0.9, 0.98), 0.8, 0.3)
@@ -1342,11 +1342,24 @@ def test_the_preset_takes_a_model_and_what_is_given_wins() -> None:
             layer.weight.mul_(9)
     set_gradients(list(model.parameters()))
     optimizer.step()  # whose low β1 is meant, and not warned of
-    assert optimizer.layer_table()[-1].beta1 == pytest.approx(0.9 * 0.7**5)
+    assert optimizer.layer_table()[-1].beta1 == pytest.approx(0.9 * 0.7**6)
     assert model[0].weight.norm(dim=1).max() < 1.0001
     assert model[2].weight.norm(dim=1).min() > 1.0001
     given = GrokAdamW.for_grokking(model, max_row_norm=0.25)
     assert {group["max_row_norm"] for group in given.param_groups} == {0.25}
+
+
+def test_the_preset_limits_how_rows_move_where_there_are_norms() -> None:
+    class MyRMSNorm(nn.Module):
+        pass
+
+    for norm in (nn.LayerNorm(4), nn.BatchNorm1d(4), MyRMSNorm()):
+        optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), norm))
+        assert {group["max_row_change"] for group in optimizer.param_groups} == {0.015}
+    optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    assert {group["max_row_change"] for group in optimizer.param_groups} == {0.0}
+    optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), max_row_change=0.5)
+    assert {group["max_row_change"] for group in optimizer.param_groups} == {0.5}
 
 
 def test_the_preset_has_layers_in_the_models_order() -> None:
