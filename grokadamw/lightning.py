@@ -86,6 +86,7 @@ class GrokAdamWCallback(Callback):
             self._heard = True
             self._record(train_loss=loss)
         step = trainer.global_step
+        # as Lightning's own callbacks ask; it counts batches, and global_step the steps of all optimizers
         if trainer._logger_connector.should_update_logs and step != self._logged_at:
             self._logged_at = step
             for i, optimizer in enumerate(self._optimizers):
