@@ -17,7 +17,7 @@ from .runs import Row, Run
 
 MOD97 = ["mul97", "add97", "sub97", "div97", "quad97"]
 PRESET = "grokadamw-grokking"
-METHODS = ["adamw", "adamw-matrices", PRESET, "adamw-row-limits", "grokadamw", "grokfast-adamw"]
+METHODS = ["adamw", "adamw-matrices", PRESET, "grokadamw-no-filter", "adamw-row-limits", "grokadamw", "grokfast-adamw"]
 MOD97_METHODS = [*METHODS, "grokadamw-short-rows"]
 COMPARED = ["adamw", "grokfast-adamw", "grokadamw", PRESET]  # on the other tasks
 OTHER_METHODS = ["adamw-short-rows", "late-decay", "row-norm-cap", "orthograd", "muon"]

@@ -38,6 +38,14 @@ METHODS = [
     Method("grokadamw", "GrokAdamW with its defaults", make, lr=3e-3, weight_decay=1.0),
     Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, lr=3e-3, weight_decay=3.0),
     Method(
+        "grokadamw-no-filter",
+        "GrokAdamW.for_grokking without the filter",
+        GrokAdamW.for_grokking,
+        3e-3,
+        3.0,
+        {"lamb": 0.0, "grokking_signal_fns": []},
+    ),
+    Method(
         "adamw-row-limits",
         "GrokAdamW.for_grokking without filter and γ, which is AdamW with limits on rows",
         GrokAdamW.for_grokking,
