@@ -121,10 +121,10 @@ class GrokAdamW(Optimizer):
             rows. Source: the max-norm constraint of Srivastava et al. 2014, JMLR 15, section 5.1.
         max_row_change: largest distance ≥ 0 that such a row moves in a step, by the update and by decay, as a share of
             its norm before; of a row shorter than 0.1, as a share of 0.1. It comes before ``max_row_norm``. 0 is off.
-            It costs a copy of those parameters while a step runs, and a pass over them: on the CPU half as long again
-            as the rest of a step does, but three times as long and more where no native kernel takes them, and on a GPU
-            some twenty launches a parameter. Below 0.01, rounding outweighs it in bfloat16. Source: the ratio to the
-            weights' norm of LAMB (arXiv:1904.00962), as a limit, and by unit, as in arXiv:2102.06171, section 4.1.
+            It costs a copy of those parameters while a step runs, and a pass over them: on the CPU less than the rest
+            of the step where the native kernel takes them, else a few times as much, and on a GPU many small launches
+            for each parameter. Below 0.01, rounding outweighs it in bfloat16. Source: the ratio to the weights' norm
+            of LAMB (arXiv:1904.00962), as a limit, and by unit, as in arXiv:2102.06171, section 4.1.
         combine: how several signals become one: ``"mean"``, ``"max"``, ``"min"``, or a callable of the list of usable
             values. A callable reads values back from a GPU; the others do not.
         second_moment: ``"filtered"``, v averages ĝ²; or ``"raw"``, (c g)².
@@ -262,7 +262,7 @@ class GrokAdamW(Optimizer):
             model: whose parameters that require gradients are optimized, under their names and in its layers, in up to
                 three groups: weights; embeddings, which are what ``nn.Embedding`` and ``nn.EmbeddingBag`` hold; and
                 what has less than two dimensions. Where nothing has two, as in what FSDP1 flattened, all decay. Norm
-                layers are torch's, and those of classes with "norm" in their name.
+                layers are torch's, and those of classes with the word "Norm" in their name.
             lr, weight_decay, options: as the constructor's; what is given wins, ``max_row_norm`` for all rows.
 
         Raises:

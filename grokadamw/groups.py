@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -91,8 +92,8 @@ def check_model(model: Any) -> None:
 
 
 def has_norms(model: nn.Module) -> bool:
-    """Whether one of its layers normalises: one of torch's, or of a class that calls itself so."""
-    return any(isinstance(module, _NORMS) or "norm" in type(module).__name__.lower() for module in model.modules())
+    """Whether one of its layers normalises: one of torch's, or of a class that is called a Norm, as in LlamaRMSNorm."""
+    return any(isinstance(m, _NORMS) or re.search("Norm(?![a-z])", type(m).__name__) for m in model.modules())
 
 
 def is_flat(model: nn.Module) -> bool:

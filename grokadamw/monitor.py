@@ -7,12 +7,12 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import trainers
 from .arguments import check_count
+from .capture import is_capturing
 from .grokadamw import GrokAdamW
 from .numbers import as_float
 
@@ -63,7 +63,7 @@ class Monitor:
 
     @_disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._optimizer.stepped or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        if not self._optimizer.stepped or is_capturing(self._optimizer):
             return
         self._steps += 1
         if self._steps % self._every == 0:

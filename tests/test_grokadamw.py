@@ -1356,8 +1356,13 @@ def test_the_preset_limits_how_rows_move_where_there_are_norms() -> None:
     for norm in (nn.LayerNorm(4), nn.BatchNorm1d(4), MyRMSNorm()):
         optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), norm))
         assert {group["max_row_change"] for group in optimizer.param_groups} == {0.015}
-    optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
-    assert {group["max_row_change"] for group in optimizer.param_groups} == {0.0}
+
+    class Normal(nn.Module):
+        pass
+
+    for other in (nn.ReLU(), Normal()):
+        optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), other))
+        assert {group["max_row_change"] for group in optimizer.param_groups} == {0.0}
     optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), max_row_change=0.5)
     assert {group["max_row_change"] for group in optimizer.param_groups} == {0.5}
 

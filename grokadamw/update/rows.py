@@ -65,7 +65,8 @@ def _by_the_kernel(rows: Rows, before: list[Tensor]) -> tuple[Rows, list[Tensor]
     for mine in by_dtype.values() if rows.finite else ():
         params, old = ([tensors[i] for i in mine if tensors] for tensors in (rows.params, before))
         cpu.limit(params, old, rows.change, SHORT, rows.norm)
-    rest = [i for i in range(len(rows.params)) if i not in set(places)]
+    taken = set(places)
+    rest = [i for i in range(len(rows.params)) if i not in taken]
     return rows._replace(params=[rows.params[i] for i in rest]), [before[i] for i in rest if before]
 
 
