@@ -432,7 +432,8 @@ def test_rows_are_limited_as_torch_does_it(dtype: torch.dtype, change: float, no
         limit(asked, was if change else [])
     for a, b in zip(by_kernel, by_torch, strict=True):
         exact = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float64: 1e-14}.get(dtype, 1e-6)
-        torch.testing.assert_close(a, b, rtol=exact, atol=exact / 10)
+        near = exact / 10 if dtype.itemsize == 2 else 3 * exact  # a sum of two elements of up to 10 may be near 0
+        torch.testing.assert_close(a, b, rtol=exact, atol=near)
 
 
 def test_rows_have_the_same_bits_for_any_number_of_threads_and_instruction_set(
