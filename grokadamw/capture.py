@@ -5,6 +5,7 @@ Nothing is read back in them, and what changes from one to the next stays in its
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def check_devices(work: list[Work]) -> None:
             )
 
 
-def check_state(work: list[Work], state: dict[Tensor, Any], has_alphas: bool, nonfinite: str) -> None:
+def check_state(work: list[Work], state: Mapping[Tensor, Any], has_alphas: bool, nonfinite: str) -> None:
     """Raise RuntimeError where a capture would read something back, or make state that every replay makes anew."""
     if nonfinite == "raise":
         raise RuntimeError(

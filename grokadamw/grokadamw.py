@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from numbers import Real
-from operator import attrgetter
-from types import ModuleType
-from typing import Any, TypeAlias, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,62 +13,17 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, without im
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
-from . import accumulation, capture, gradients, layers, metrics, update, window
-from .arguments import HOW_TO_RUN, PER_OPTIMIZER, check_group, check_options, check_settings, make_plain, settings
+from . import accumulation, capture, group_data, layers, metrics, update
+from .arguments import check_group, check_options, make_plain
 from .filter_memory import Combine, Signal, Signals, filter_memories
 from .groups import check_model, grokking_groups, has_norms
 from .notices import warn
-from .numbers import Number, accumulator, as_float, as_number, detached, reads_are_free
-from .state import WINDOW, State, check, keeping_precision, new_counts, prepare
-from .update.gpu_tables import Tables
-from .update.reference import Numbers, Tensors
-from .window import Window
-from .work import Now, Plan, Work, calls_for, choices_of, collect
+from .numbers import as_number
+from .state import WINDOW, State, keeping_precision, prepare
+from .step import Run, Step, Writes, count_skipped
+from .work import choices_of
 
 __all__ = ["GrokAdamW"]
-
-_SumOfSquares: TypeAlias = Callable[[Sequence[Tensor]], Tensor]
-
-# Plain data in every group beside the arguments, from the start: sharded checkpoints want the same keys on both sides.
-_KEPT_IN_GROUPS = {
-    "layer": None,
-    "train_loss": None,
-    "eval_loss": None,
-    "signal_state": None,
-    "skipped_steps": 0,
-    **accumulation.AT_REST,
-}
-# What older versions of this package did not know, and so is not in what they pickled.
-_ADDED_LATER = {
-    "capturable": False,
-    "fused": None,
-    "amplify_by_signal": False,
-    "window_size": None,
-    "window_dtype": None,
-    "accumulation_steps": 1,
-    "max_row_norm": 0.0,
-    "max_row_change": 0.0,
-    **accumulation.AT_REST,
-}
-
-
-@dataclass
-class _Run:
-    """What a running optimizer keeps beside defaults, state and groups.
-
-    One object, as wrappers copy attributes (Lightning's does): what changes later must be inside, not replaced.
-    """
-
-    signals: Signals
-    last: metrics.LastStep = metrics.LastStep()
-    captured: dict[int, Tensor] = field(default_factory=dict)  # the α that a CUDA graph reads, by group
-    layers_checked: bool = False
-    checked: list[list[Any]] = field(default_factory=list)  # what the groups said when they were last found right
-    skipped: Tensor | None = None  # counts the steps skipped on a device that were not yet read back
-    names: dict[Tensor, str] = field(default_factory=dict)  # of parameters, as set_layers found them
-    stepped: bool = False  # whether the last step was a whole one, or the last of its micro-batches
-    plan: Plan | None = None  # how the last step was called, for the next
-    graphs: list[Any] = field(default_factory=list)  # what CUDA graphs of the step read, besides tensors that users see
 
 
 class GrokAdamW(Optimizer):
@@ -235,13 +185,13 @@ class GrokAdamW(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
-            **_KEPT_IN_GROUPS,
+            **group_data.AT_FIRST,
         }
         check_options(defaults)
         signals.check_amplifies(amplify_by_signal)
         check_group(defaults, defaults)
         make_plain(defaults)
-        self._run = _Run(signals)
+        self._run = Run(signals)
         super().__init__(params, defaults)
         self._say_whether_it_unscales()
         signals.bind(self)
@@ -252,27 +202,29 @@ class GrokAdamW(Optimizer):
     ) -> GrokAdamW:
         """With what did best on small models that memorise first, and that begin large, as embeddings do in torch.
 
-        α 0.8, γ 0.3, betas (0.9, 0.98); lr and weight decay are high on purpose. Biases and norms do not decay.
-        Embeddings, which torch makes √width long, become no longer than 1 (``max_row_norm``) in the first step. In a
-        model with norm layers, in which weights turn rather than grow, rows move by no more than 0.015 of their norm a
-        step (``max_row_change``). Evidence: benchmarks/results/GROKKING_REPORT.md. Not for models that are trained
-        already, whose embeddings it would shorten.
+        α 0.8, γ 0.6, betas (0.9, 0.98); lr and weight decay are high on purpose. The gains and biases of norm layers
+        decay a third as fast, other biases do not. Embeddings, which torch makes √width long, become no longer than 1
+        (``max_row_norm``) in the first step. In a model with norm layers, in which weights turn rather than grow, rows
+        move by no more than 0.015 of their norm a step (``max_row_change``). Evidence:
+        benchmarks/results/GROKKING_REPORT.md. Not for models that are trained already, whose embeddings it would
+        shorten.
 
         Args:
             model: whose parameters that require gradients are optimized, under their names and in its layers, in up to
-                three groups: weights; embeddings, which are what ``nn.Embedding`` and ``nn.EmbeddingBag`` hold; and
-                what has less than two dimensions. Where nothing has two, as in what FSDP1 flattened, all decay. Norm
-                layers are torch's, and those of classes with the word "Norm" in their name.
+                four groups: weights; embeddings, which are what ``nn.Embedding`` and ``nn.EmbeddingBag`` hold; and
+                what has less than two dimensions, of norm layers and of others. Where nothing has two, as in what FSDP1
+                flattened, all is weights. Norm layers are torch's, and those of classes with the word "Norm" in their
+                name.
             lr, weight_decay, options: as the constructor's; what is given wins, ``max_row_norm`` for all rows.
 
         Raises:
-            TypeError: model is no module.
+            TypeError, ValueError: model is no module, or a number is not what the constructor takes.
         """
-        groups = grokking_groups(model, options.get("max_row_norm", 1.0))
+        groups = grokking_groups(model, weight_decay, options.get("max_row_norm", 1.0))
         if isinstance(lr, Tensor):
             for group in groups:
                 group["lr"] = lr.clone()  # what a scheduler writes into one group's is that group's
-        preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.8, "gamma": 0.3}
+        preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.8, "gamma": 0.6}
         preset["max_row_change"] = 0.015 if has_norms(model) else 0.0
         optimizer = cls(groups, lr=lr, weight_decay=weight_decay, **preset | options)
         optimizer.set_layers(model)  # in the model's order, and not in that of the groups
@@ -308,151 +260,18 @@ class GrokAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        calls, tables, averages, limited = self._calls(torch.compiler.is_compiling())
-        before = [update.rows.before(rows) for rows in limited]
-        for each in averages:  # row 6 of moving averages
+        todo = self._writes(torch.compiler.is_compiling())
+        before = [update.rows.before(rows) for rows in todo.limited]
+        for each in todo.averages:  # row 6 of moving averages
             update.average(*each)
-        update.steps(calls, tables)  # rows 6 to 10, and all that torch.compile sees
-        for rows, old in zip(limited, before, strict=True):  # row 11
+        update.steps(todo.calls, todo.tables)  # rows 6 to 10, and all that torch.compile sees
+        for rows, old in zip(todo.limited, before, strict=True):  # row 11
             update.rows.limit(rows, old)
         return loss
 
     @_disable_dynamo  # so that what changes from step to step comes as tensors, and no value becomes a guard
-    def _calls(
-        self, compiling: bool
-    ) -> tuple[
-        list[tuple[ModuleType, Tensors, Numbers]],
-        Any,
-        list[tuple[list[Window], Tensors, Numbers]],
-        list[update.rows.Rows],
-    ]:
-        """All of a step but its writing: what is to be called with which tensors and numbers, its state being there.
-
-        And what the GPU's implementation keeps of them, the windows that are to be filled first, and the parameters
-        whose rows are limited last.
-        """
-        capturing = capture.is_capturing(self)
-        self._run.stepped = False
-        found_inf = getattr(self, "found_inf", None)  # GradScaler's, where `_step_supports_amp_scaling` is set
-        if not isinstance(found_inf, Tensor):  # it is 0 where there are no gradients
-            found_inf = None
-        cycle = accumulation.Cycle(self.defaults["accumulation_steps"], self.param_groups, self.state)
-        if found_inf is not None and (self._may_read(found_inf.device) or cycle.of > 1):
-            if found_inf.item():
-                return [], None, [], []  # as if this step had not been called
-            found_inf = None
-        self._check_settings()
-        plan, groups = self._run.plan, cycle.groups
-        now = None if plan is None else plan.now(groups, self.state)
-        if now is not None and not (cycle.fits(call.tensors.params for call in now.calls) and self._has_windows(now)):
-            now = None
-        work = self._collected(groups, cycle.begun) if now is None else now.work
-        capture.check_devices(work)
-        if capturing:
-            capture.check_state(work, self.state, bool(self._run.last.alphas), self._nonfinite)
-        sum_of_squares = update.sum_of_squares(self.defaults, compiling)
-        if self._is_for_state_alone(work, sum_of_squares):
-            self._make_state(work, compiling)
-            return [], None, [], []
-        self._check_layers()
-        tables = None if plan is None or now is None or compiling else plan.tables(capturing, self._is_capturable)
-        if capturing and tables is not None:
-            self._run.graphs.append(tables)
-        measured = self._measured(work, now, sum_of_squares, found_inf, tables, capturing)
-        if not capturing and cycle.is_first:
-            self.update_signals()  # rows 4 and 5
-        amplification = self._amplification() if cycle.is_first else cycle.amplification
-        if cycle.of > 1:
-            if cycle.is_first:
-                cycle.begin(self._run.last.alphas, amplification)
-            self._run.last = self._run.last._replace(alphas=cycle.alphas)
-        self._run.last = self._run.last._replace(norms=detached(measured.norms), clips=detached(measured.clips))
-        if measured.finite is False:
-            self._count_skipped(1)
-            if cycle.of == 1:
-                return [], None, [], []
-        if plan is not None and now is not None and self._run.signals.are_others:  # which may have changed something
-            now = plan.again(now, groups, self.state)
-        if now is None:
-            tables = None
-            self._make_state(work, compiling)
-            calls_to_make = calls_for(work, self.state)
-            plan = Plan(groups, work, calls_to_make) if cycle.is_regular else None
-            self._run.plan = plan if plan and plan.lasts else None
-        else:
-            calls_to_make = now.calls
-        memory_is_all = update.memory_is_all(compiling)
-        calls, averages = [], []
-        for i, call in enumerate(calls_to_make):
-            w = work[call.work_index]
-            alpha = self._run.last.alphas[w.group_index]
-            beta1 = layers.beta1s(w.group, call.layers) if now is None or plan is None else plan.beta1s(i, w.group)
-            numbers = self._numbers(call.tensors, w, beta1, alpha, measured.factors[call.work_index], measured.finite)
-            if amplification != 1:
-                numbers = numbers._replace(lamb=numbers.lamb * amplification)
-            if cycle.of > 1:
-                numbers = numbers._replace(micro_step=cycle.micro_step(w.params[call.places[0]]))
-            is_windowed = self.defaults["window_size"] is not None and call.tensors.grok_emas is not None
-            if is_windowed:
-                numbers = numbers._replace(alpha=1.0)
-            if compiling:
-                numbers = capture.for_compiler(call.tensors, numbers)
-            module = call.choice.module
-            if not (memory_is_all or module is update.reference) or (module is update.gpu and capturing and not tables):
-                module = update.foreach
-            calls.append((module, call.tensors, numbers))
-            if is_windowed:
-                windows = [window.of(self.state[w.params[place]], "grok_") for place in call.places]
-                averages.append((windows, call.tensors, numbers))
-        self._run.stepped = cycle.end(param for w in work for param in w.params)
-        # of what is not finite in the last micro-batch the others are a step all the same
-        finite = measured.finite if cycle.of == 1 else True
-        limited = self._limited(work, finite, memory_is_all) if self._run.stepped else []
-        return calls, tables, averages, limited
-
-    def _limited(self, work: list[Work], finite: bool | Tensor, memory_is_all: bool) -> list[update.rows.Rows]:
-        """Row 11: the parameters that have rows, with what limits these."""
-        limits = ((w, float(w.group["max_row_change"]), float(w.group["max_row_norm"])) for w in work)
-        return [
-            update.rows.Rows(
-                [p for p in w.params if p.dim() > 1],
-                change,
-                norm,
-                finite,
-                not memory_is_all or update.is_by_torch(w.group),
-            )
-            for w, change, norm in limits
-            if change or norm
-        ]
-
-    def _amplification(self) -> float:
-        """What the signal multiplies λ by."""
-        if not self.defaults["amplify_by_signal"]:
-            return 1.0
-        signal = self._run.last.signal
-        value = 0.0 if signal is None else as_float(signal)
-        return min(max(value, 0.0), 1.0) if value == value else 0.0
-
-    def _has_windows(self, now: Now) -> bool:
-        """Whether there is a window wherever there is a slow gradient, as there is to be."""
-        if self.defaults["window_size"] is None:
-            return True
-        states = (self.state[param] for w in now.work for param in w.params)
-        return all(WINDOW[0] in state for state in states if "grok_ema" in state)
-
-    def _collected(self, groups: list[dict[str, Any]], begun: Container[Tensor]) -> list[Work]:
-        """Row 1: what there is to do, looked through for what a step cannot go on with."""
-        work = collect(groups, self._published, self._run.names, begun)
-        for w in work:
-            for param in w.params:
-                check(self.state.get(param, {}), param)
-                if w.group["fused"] and not update.is_fused_on(param.device):
-                    raise RuntimeError(
-                        "`fused=True` requires all the params to be floating point Tensors of supported devices: "
-                        f"{update.FUSED_ON}, and param_groups[{w.group_index}] has one on {param.device}: leave fused "
-                        "out"
-                    )
-        return work
+    def _writes(self, compiling: bool) -> Writes:
+        return Step(self, self._run, compiling).writes()
 
     @_disable_dynamo
     def update_signals(self) -> None:
@@ -468,22 +287,6 @@ class GrokAdamW(Optimizer):
         pairs = zip(self.param_groups, alphas, strict=True)
         alphas = [capture.in_place(self._run.captured, i, group, alpha) for i, (group, alpha) in enumerate(pairs)]
         self._run.last = self._run.last._replace(signal=signal, alphas=alphas)
-
-    def _is_for_state_alone(self, work: list[Work], sum_of_squares: _SumOfSquares) -> bool:
-        """Whether torch.distributed.checkpoint takes this step, to have the state made that it loads into.
-
-        There is no state yet, the learning rate is 0, and so are the gradients. A warm-up's first step has gradients.
-        """
-        if self.state or not work or any(as_float(group["lr"]) != 0 for group in self.param_groups):
-            return False
-        return as_float(gradients.global_norm([grad for w in work for grad in w.grads], sum_of_squares, None)) == 0
-
-    def _make_state(self, work: list[Work], compiling: bool) -> None:
-        counts = {} if compiling else new_counts(self.state, [param for w in work for param in w.params])
-        for w in work:
-            with_mu = float(w.group["lamb"]) > 0
-            for param in w.params:
-                prepare(self.state[param], param, self.defaults, with_mu, counts.get(param))
 
     def _init_group(
         self,
@@ -527,143 +330,11 @@ class GrokAdamW(Optimizer):
             if param in self.state:
                 yield param, self.state[param]
 
-    def _check_settings(self) -> None:
-        """Refuse what was set wrong by hand in a group since the last step."""
-        now = [settings(group) for group in self.param_groups]
-        if now != self._run.checked:
-            for group in self.param_groups:
-                check_settings(group, self.defaults)
-            self._run.checked = now
-
-    def _check_layers(self) -> None:
-        """Warn of doubtful layers: at the first step, when set_layers has had its chance."""
-        if not self._run.layers_checked and not self._published:
-            for sentence in layers.warnings_for(self.param_groups, self._run.names):
-                warn(sentence, UserWarning)
-        self._run.layers_checked = True
-
-    def _measured(
-        self,
-        work: list[Work],
-        now: Now | None,
-        sum_of_squares: _SumOfSquares,
-        found_inf: Tensor | None,
-        tables: Tables | None,
-        capturing: bool,
-    ) -> gradients.Measured:
-        """Rows 2 and 3, the quickest way there is."""
-        plan, nonfinite = self._run.plan if now is not None else None, self._nonfinite
-        lists, limits = [w.grads for w in work], [float(w.group["gradient_clipping"]) for w in work]
-        scale = getattr(self, "grad_scale", None)  # GradScaler's, where it has left that to the optimizer
-        if scale is None and found_inf is None and not gradients.norm_is_wanted(limits, nonfinite):
-            return gradients.Measured([None] * len(work), [1.0] * len(work), [1.0] * len(work), True, None)
-        grads = chain.from_iterable(lists)
-        devices = plan.devices if plan else list(dict.fromkeys(map(attrgetter("device"), grads)))
-        home = next((device for device in devices if not self._on_host(device)), None)
-        fastest = sum_of_squares is update.fastest_sum_of_squares and not self._published
-        without_tables = capturing and tables is None  # and what a graph reads must not come and go
-        if fastest and home is not None and len(devices) == 1 and nonfinite != "raise" and not without_tables:
-            known = now if plan and plan.can_be_judged else None
-            measured = gradients.judge(
-                lists,
-                limits,
-                scale=scale,
-                found_inf=found_inf,
-                nonfinite=nonfinite,
-                counter=partial(self._counter, capturing=capturing),
-                at=known and known.gradients,
-                tables=tables if known else None,
-            )
-            if measured is not None:
-                return measured
-        measured = gradients.measure(
-            lists,
-            limits,
-            sum_of_squares=update.foreach.sum_of_squares if fastest and capturing else sum_of_squares,
-            known=partial(plan.sum_of_squares, now) if fastest and plan and now else None,
-            scale=scale,
-            found_inf=found_inf,
-            nonfinite=nonfinite,
-            apart=self._published,
-            home=home,
-        )
-        if nonfinite == "raise" and not measured.finite:
-            pairs = chain.from_iterable(zip(w.params, w.grads, strict=True) for w in work)
-            names = [self._name(param) for param, grad in pairs if not grad.isfinite().all()]
-            raise RuntimeError(
-                f"the gradients are not finite: {', '.join(names) or 'their sum of squares overflows'}. Nothing was "
-                'written; nonfinite="skip" goes on without such a step'
-            )
-        if measured.skipped is not None:
-            counter = self._counter(measured.skipped.device, capturing)
-            counter.add_(measured.skipped.to(counter.device))  # in place, for CUDA graphs
-        return measured
-
-    def _counter(self, device: torch.device, capturing: bool) -> Tensor:
-        """Of the steps that are skipped on a device; where a graph is to go on with it, in its place."""
-        if self._run.skipped is None:
-            self._run.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        elif self._run.skipped.device != device and not capturing and not self._is_capturable:
-            self._run.skipped = self._run.skipped.to(device)
-        return self._run.skipped
-
-    @property
-    def _is_capturable(self) -> bool:
-        return any(group["capturable"] for group in self.param_groups)
-
-    def _numbers(
-        self, tensors: Tensors, w: Work, beta1: list[float], alpha: Number, clip: Number, finite: bool | Tensor
-    ) -> Numbers:
-        group, device = w.group, tensors.params[0].device
-        return Numbers(
-            beta1=beta1,
-            bias_beta1=[float(group["betas"][0])] * len(beta1) if self._published else beta1,
-            beta2=float(group["betas"][1]),
-            lr=self._number(group["lr"], device),
-            eps=float(group["eps"]),
-            eps_before_correction=self._published,
-            weight_decay=float(group["weight_decay"]),
-            alpha=self._number(alpha, device),
-            lamb=float(group["lamb"]),
-            amplify_after=int(group["amplify_after"]),
-            clip=self._number(clip, device),
-            raw_second_moment=self.defaults["second_moment"] == "raw",
-            maximize=group["maximize"],
-            finite=None if finite is True else torch.as_tensor(finite, device=device),
-        )
-
-    def _number(self, value: Number, device: torch.device) -> Number:
-        """A number for parameters on this device: a tensor is moved there, or read where that is free."""
-        if not isinstance(value, Tensor):
-            return float(value)
-        if self._on_host(value.device) or self._on_host(device):
-            return value.item()
-        return value.reshape(()).to(device, accumulator(device), non_blocking=True)
-
-    def _may_read(self, device: torch.device) -> bool:
-        """Whether the host may read from this device in a step."""
-        return self._on_host(device) or self._nonfinite == "raise"
-
-    def _on_host(self, device: torch.device) -> bool:
-        """Whether numbers for parameters on this device are Python's: reading is free, and loses no derivative."""
-        return reads_are_free(device) and not self.defaults["differentiable"]
-
     # Options of the whole optimizer live in `defaults`, which every way of copying one keeps.
 
     @property
     def _published(self) -> bool:
         return self.defaults["compat"] is not None
-
-    @property
-    def _nonfinite(self) -> Any:
-        return "propagate" if self._published else self.defaults["nonfinite"]
-
-    def _name(self, param: Tensor) -> str:
-        for i, group in enumerate(self.param_groups):
-            for name, p in zip(layers.names(group, i, self._run.names), group["params"], strict=True):
-                if p is param:
-                    return name
-        raise KeyError(param)
 
     @property
     def stepped(self) -> bool:
@@ -709,8 +380,9 @@ class GrokAdamW(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for param in params:
             if param not in found and param not in told:
+                name = layers.name(param, self.param_groups, self._run.names)
                 raise ValueError(
-                    f"model: this {type(model).__name__} has no {self._name(param)}, of shape {tuple(param.shape)}: "
+                    f"model: this {type(model).__name__} has no {name}, of shape {tuple(param.shape)}: "
                     "give the model that is optimized; parameters beside it go in a group that says layer="
                 )
         for group in self.param_groups:
@@ -754,25 +426,12 @@ class GrokAdamW(Optimizer):
         states = (state for _, state in self._states())
         return metrics.as_floats(run.last, self.param_groups, states, run.signals, self._published)
 
-    def _count_skipped(self, steps: int) -> None:
-        total = self.param_groups[0]["skipped_steps"] + steps
-        for group in self.param_groups:
-            group["skipped_steps"] = total
-        if total == steps:
-            what = "a step was skipped: its gradients hold NaN or infinity, and nothing was written"
-            if self.defaults["accumulation_steps"] > 1:
-                what = "the gradients of a micro-batch hold NaN or infinity, and it counts as 0"
-            warn(
-                f"{what}. metrics()['skipped_steps'] counts such steps; nonfinite=\"raise\" stops at the first",
-                RuntimeWarning,
-            )
-
     def _settle(self) -> None:
         """Read back what was counted on a device."""
         skipped = self._run.skipped
         if skipped is not None and (steps := int(skipped)) > 0:
             skipped.zero_()
-            self._count_skipped(steps)
+            count_skipped(self.param_groups, steps)
         self._run.signals.settle()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -835,14 +494,7 @@ class GrokAdamW(Optimizer):
 
     def _before_saving(self) -> None:
         self._settle()
-        for group in self.param_groups:
-            for name, value in group.items():
-                if isinstance(value, Real) and type(value).__module__ != "builtins":  # NumPy's, by a scheduler
-                    group[name] = float(value)
-            for name in ("train_loss", "eval_loss"):
-                if group[name] is not None:  # set by hand, it may have a graph, which cannot be copied
-                    group[name] = as_number(group[name], name)
-            group["cycle"] = tuple(map(as_float, group["cycle"]))
+        group_data.make_savable(self.param_groups)
         for group in self.param_groups[:1]:
             group["signal_state"] = self._run.signals.state()
 
@@ -858,24 +510,12 @@ class GrokAdamW(Optimizer):
             )
         earlier = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
-        for name, value in _ADDED_LATER.items():
+        for name, value in group_data.ADDED_LATER.items():
             self.defaults.setdefault(name, value)
         self._say_whether_it_unscales()
-        fixed = {name: self.defaults[name] for name in PER_OPTIMIZER} | {"grokking_signal_fns": None}
-        for i, group in enumerate(self.param_groups):
-            # what another optimizer's checkpoint does not say stays as it was
-            kept = self.defaults | (earlier[i] if i < len(earlier) else {})
-            kept |= {"signal_state": None, **accumulation.AT_REST}
-            for name, value in kept.items():
-                if name != "param_names":
-                    group.setdefault(name, value)
-            if i < len(earlier):
-                group.update({name: kept[name] for name in HOW_TO_RUN})
-            group.update(fixed, betas=tuple(group["betas"]), cycle=tuple(group["cycle"]))
-            if len(group.get("layers", ())) != len(group["params"]):
-                group["layers"] = layers.layers_of(group, self.param_groups[:i])
+        group_data.fill_in(self.param_groups, earlier, self.defaults)
         if "_run" not in self.__dict__:  # unpickled, or a copy
-            self._run = _Run(Signals())
+            self._run = Run(Signals())
             for group in self.param_groups[:1]:
                 self._run.signals.load(group["signal_state"])
 

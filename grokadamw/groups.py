@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -52,7 +52,8 @@ def decay_groups(
         )
     named = trained(model)
     if no_decay is None:
-        exempt, flat = of_modules(model, (*_EMBEDDINGS, *_NORMS)), is_flat(model)
+        exempt = of_modules(model, lambda module: isinstance(module, (*_EMBEDDINGS, *_NORMS)))
+        flat = is_flat(model)
 
         def no_decay(name: str, param: Tensor) -> bool:
             return not flat and (param.dim() < 2 or param in exempt)
@@ -68,22 +69,32 @@ def decay_groups(
     ]
 
 
-def grokking_groups(model: nn.Module, max_row_norm: float) -> list[dict[str, Any]]:
-    """Those of `GrokAdamW.for_grokking`: weights; embeddings, no longer than that; and vectors, which do not decay."""
+def grokking_groups(model: nn.Module, weight_decay: float, max_row_norm: float) -> list[dict[str, Any]]:
+    """Those of `GrokAdamW.for_grokking`.
+
+    Weights; embeddings, no longer than `max_row_norm`; the vectors of norm layers, which decay a third as fast; and
+    biases, which do not.
+    """
     check_model(model)
-    named = trained(model)
-    embeddings = of_modules(model, _EMBEDDINGS)
-    rows: Named = [(name, p) for name, p in named if p in embeddings]
-    weights: Named = [(name, p) for name, p in named if p not in embeddings and p.dim() > 1]
-    vectors: Named = [(name, p) for name, p in named if p not in embeddings and p.dim() < 2]
-    if is_flat(model):
-        weights, vectors = vectors, []
-    groups: list[dict[str, Any]] = [
-        {"params": weights},
-        {"params": rows, "max_row_norm": max_row_norm},
-        {"params": vectors, "weight_decay": 0.0},
+    check_number("weight_decay", weight_decay)
+    of_embeddings = of_modules(model, lambda module: isinstance(module, _EMBEDDINGS))
+    of_norms = of_modules(model, is_norm)
+    parts: tuple[Named, Named, Named, Named] = ([], [], [], [])
+    weights, embeddings, norms, biases = parts
+    for name, param in trained(model):
+        if param in of_embeddings:
+            embeddings.append((name, param))
+        elif param.dim() > 1 or is_flat(model):
+            weights.append((name, param))
+        else:
+            (norms if param in of_norms else biases).append((name, param))
+    differences: list[dict[str, Any]] = [
+        {},
+        {"max_row_norm": max_row_norm},
+        {"weight_decay": weight_decay / 3},
+        {"weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    return [{"params": part, **its} for part, its in zip(parts, differences, strict=True) if part]
 
 
 def check_model(model: Any) -> None:
@@ -92,8 +103,13 @@ def check_model(model: Any) -> None:
 
 
 def has_norms(model: nn.Module) -> bool:
-    """Whether one of its layers normalises: one of torch's, or of a class that is called a Norm, as in LlamaRMSNorm."""
-    return any(isinstance(m, _NORMS) or re.search("Norm(?![a-z])", type(m).__name__) for m in model.modules())
+    """Whether one of its layers normalises."""
+    return any(map(is_norm, model.modules()))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is one of torch's layers that normalise, or of a class that is called a Norm, as in LlamaRMSNorm."""
+    return isinstance(module, _NORMS) or re.search("Norm(?![a-z])", type(module).__name__) is not None
 
 
 def is_flat(model: nn.Module) -> bool:
@@ -106,7 +122,6 @@ def trained(model: nn.Module) -> Named:
     return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
 
 
-def of_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[Tensor]:
-    """What modules of these kinds hold themselves."""
-    modules: Iterable[nn.Module] = (module for module in model.modules() if isinstance(module, kinds))
-    return {param for module in modules for param in module.parameters(recurse=False)}
+def of_modules(model: nn.Module, of_kind: Callable[[nn.Module], bool]) -> set[Tensor]:
+    """What modules of a kind hold themselves."""
+    return {param for module in model.modules() if of_kind(module) for param in module.parameters(recurse=False)}

@@ -80,6 +80,13 @@ def names(group: dict[str, Any], i: int, known: Mapping[Tensor, str]) -> list[st
     return [known.get(param, name) for param, name in zip(group["params"], own, strict=True)]
 
 
+def name(param: Tensor, groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> str:
+    """What `names` calls a parameter of the groups."""
+    places = ((i, j) for i, group in enumerate(groups) for j, p in enumerate(group["params"]) if p is param)
+    i, j = next(places)
+    return names(groups[i], i, known)[j]
+
+
 def table(groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> list[Layer]:
     """What came out: one row a layer, in order."""
     rows: dict[int, Layer] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA
 from grokadamw.update import blocks, gpu, native
 from grokadamw.update.gpu_tables import SHAPES, Shape
+
+AS_ADAMW = {"lamb": 0.0, "gamma": 0.0, "gradient_clipping": 0.0}
 
 
 def network(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
@@ -37,6 +40,44 @@ def train(model: nn.Module, steps: range, take_step: Callable[[int, Tensor], obj
         loss = (model(x) - y).square().mean()
         loss.backward()
         take_step(step, loss)
+
+
+def parameters(count: int = 2) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(3, 2)) for _ in range(count)]
+
+
+def set_gradients(params: list[nn.Parameter], seed: int = 1, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = scale * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal to the bit, dtypes included."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and (a == b or (a != a and b != b))
+
+
+def trained(**options: Any) -> tuple[nn.Module, GrokAdamW]:
+    model = network()
+    optimizer = GrokAdamW(model.named_parameters(), lr=0.01, **options)
+    optimizer.record(train_loss=0.1, eval_loss=0.4)
+    train(model, range(3), lambda step, loss: optimizer.step())
+    return model, optimizer
+
+
+def saved_and_loaded(value: Any) -> Any:
+    """Through a file, which holds plain data alone."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def _named(model: nn.Module) -> list[tuple[str, Tensor]]:

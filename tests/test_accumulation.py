@@ -23,8 +23,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA
 from grokadamw.checkpoints import to_adamw
 
-from .models import IMPLEMENTATIONS, batch, network, running
-from .test_grokfast import resumed_is_uninterrupted, saved_and_loaded
+from .models import IMPLEMENTATIONS, batch, network, running, saved_and_loaded
+from .test_grokfast import resumed_is_uninterrupted
 
 STEPS = 6
 

@@ -50,16 +50,14 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "without clipping": {"gradient_clipping": 0.0},
     "second_moment='raw'": {"second_moment": "raw"},
     "α 0.9": {"alpha_init": 0.9},
-    "α 0.95": {"alpha_init": 0.95},
     "α 0.98": {"alpha_init": 0.98},
     "λ 1": {"lamb": 1.0},
     "λ 4": {"lamb": 4.0},
-    "γ 0.1": {"gamma": 0.1},
+    "γ 0.3": {"gamma": 0.3},
+    "γ 0.8": {"gamma": 0.8},
     "all rows no longer than 1": {"max_row_norm": 1.0},
-    "all rows no longer than 2": {"max_row_norm": 2.0},
     "rows move by 0.01": {"max_row_change": 0.01},
     "rows move by 0.02": {"max_row_change": 0.02},
-    "rows move by 0.03": {"max_row_change": 0.03},
 }
 
 # {filter} × {weight decay}: Grokfast's settings of its section 4 with and without one of the two

@@ -25,12 +25,12 @@ __all__ = [
     "BY_ADDRESS",
     "FUSED_ON",
     "Choice",
+    "asked_for",
     "average",
     "MicroStep",
     "checked",
     "choose",
     "fastest_sum_of_squares",
-    "is_by_torch",
     "is_fused_on",
     "memory_is_all",
     "rows",
@@ -63,14 +63,10 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any]) -> Choi
         row: the parameter, its gradient, m, v and, where there is one, μ; real.
         step: its step count.
     """
-    if options["differentiable"]:
-        return Choice(reference, "differentiable=True")
-    if options["foreach"] is not None:
-        return Choice(foreach if options["foreach"] else reference, f"foreach={options['foreach']}")
     if any(map(torch._C._functorch.is_functorch_wrapped_tensor, row)):
         return Choice(reference, "torch.func transforms it, and has no rules for lists")
-    if options["fused"] is False:
-        return Choice(foreach, "fused=False")
+    if asked := asked_for(options):
+        return asked
     if gpu.is_for(row[0].device):
         reason = gpu.why_not(row, step)
         return Choice(foreach, reason) if reason else Choice(gpu, "one Triton launch for all tensors of a kind")
@@ -86,9 +82,13 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any]) -> Choi
     return Choice(blocks, kernel)
 
 
-def is_by_torch(options: dict[str, Any]) -> bool:
-    """Whether the options of a group ask for torch's operations."""
-    return bool(options["differentiable"] or options["foreach"] is not None or options["fused"] is False)
+def asked_for(options: dict[str, Any]) -> Choice | None:
+    """What the options themselves choose, whatever the tensors; None where they leave it to be found."""
+    if options["differentiable"]:
+        return Choice(reference, "differentiable=True")
+    if options["foreach"] is not None:
+        return Choice(foreach if options["foreach"] else reference, f"foreach={options['foreach']}")
+    return Choice(foreach, "fused=False") if options["fused"] is False else None
 
 
 def is_fused_on(device: torch.device) -> bool:
@@ -105,9 +105,10 @@ def checked(choice: Choice, *lists: Tensors) -> Choice:
 
 def sum_of_squares(options: dict[str, Any], compiling: bool) -> Callable[[Sequence[Tensor]], Tensor]:
     """The function for a list of tensors on one device, as `choose` chooses, under the options of the optimizer."""
-    if options["differentiable"] or options["foreach"] is False:
-        return reference.sum_of_squares
-    if options["foreach"] or options["fused"] is False or not memory_is_all(compiling):
+    if asked := asked_for(options):
+        function: Callable[[Sequence[Tensor]], Tensor] = asked.module.sum_of_squares
+        return function
+    if not memory_is_all(compiling):
         return foreach.sum_of_squares
     return fastest_sum_of_squares
 

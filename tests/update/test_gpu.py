@@ -24,6 +24,7 @@ from torch import nn
 
 import grokadamw
 from grokadamw import GrokAdamW
+from grokadamw.step import Step
 from grokadamw.update import gpu, memory
 from grokadamw.update.gpu_tables import SHAPES, Tables, _runs
 
@@ -39,7 +40,7 @@ def as_on_a_gpu() -> Iterator[None]:
         warnings.simplefilter("ignore")  # of skipped steps and layers, which have tests of their own
         patches = [
             patch(f"grokadamw.{name}.reads_are_free", lambda device: False)
-            for name in ("grokadamw", "numbers", "signals", "state", "window")
+            for name in ("numbers", "signals", "state", "step", "window")
         ]
         for each in patches:
             each.start()
@@ -290,7 +291,7 @@ def test_skips_are_counted_where_the_gradients_are(monkeypatch: pytest.MonkeyPat
     p.grad = torch.full((3,), torch.nan)
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "to", to)
-        optimizer._counter(p.device, capturing=False)
+        Step(optimizer, optimizer._run, compiling=False)._counter(p.device)
     optimizer.step()
     assert moved == [elsewhere]
     assert optimizer.metrics()["skipped_steps"] == 6

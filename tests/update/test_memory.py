@@ -313,7 +313,7 @@ def test_nothing_is_kept_that_others_drop() -> None:
 def test_what_others_keep_in_the_state_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     calls_for = work.calls_for
-    monkeypatch.setattr("grokadamw.grokadamw.calls_for", lambda *args: (made.append(1), calls_for(*args))[1])
+    monkeypatch.setattr("grokadamw.step.calls_for", lambda *args: (made.append(1), calls_for(*args))[1])
     p = nn.Parameter(torch.ones(3))
     optimizer = GrokAdamW([p])
     optimizer.state["mine"] = 0.5

@@ -19,16 +19,16 @@ def make(model: nn.Module, **settings: Any) -> GrokAdamW:
 
 def late_decay(model: nn.Module, weight_decay: float, **settings: Any) -> GrokAdamW:
     """The preset, with weight decay times max(0, 1 − training loss), as it was in the mean of the last evaluations."""
-    optimizer = GrokAdamW.for_grokking(model, weight_decay=0.0, **settings)
+    optimizer = GrokAdamW.for_grokking(model, weight_decay=weight_decay, **settings)
+    strongest = [group["weight_decay"] for group in optimizer.param_groups]
     losses: deque[float] = deque(maxlen=3)
 
     def set_decay(*_: Any) -> None:
         loss = optimizer.param_groups[0]["train_loss"]
         if loss is not None and loss not in losses:
             losses.append(loss)
-        for group in optimizer.param_groups:
-            if group["params"][0].dim() > 1:  # biases and norms never decay
-                group["weight_decay"] = weight_decay * max(0.0, 1 - fmean(losses)) if losses else 0.0
+        for group, decay in zip(optimizer.param_groups, strongest, strict=True):
+            group["weight_decay"] = decay * max(0.0, 1 - fmean(losses)) if losses else 0.0
 
     optimizer.register_step_pre_hook(set_decay)
     return optimizer

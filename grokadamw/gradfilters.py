@@ -1,0 +1,189 @@
+"""Grokfast's two functions, with the names, arguments and use of the published ones (https://github.com/ironjr/grokfast).
+
+They are called between ``backward()`` and ``step()``, and write the filtered gradients in place. See `grokfast` for the
+optimizers that do the same.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import window
+from .arguments import check_count, check_number
+from .numbers import as_real, mesh_of, wide
+
+__all__ = ["gradfilter_ema", "gradfilter_ma"]
+
+
+@torch.no_grad()
+def gradfilter_ema(
+    m: nn.Module, grads: dict[str, Tensor] | None = None, alpha: float = 0.98, lamb: float = 2.0
+) -> dict[str, Tensor]:
+    """Amplify the slow part of a model's gradients, an exponential moving average; they are written in place.
+
+    Under a GradScaler call ``unscale_`` first, and nothing where it has found infinity: that, and NaN, would stay in μ.
+
+    ```python
+    grads = None
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        grads = gradfilter_ema(model, grads)
+        optimizer.step()
+    ```
+
+    Args:
+        m: the model. Parameters that are frozen or have no gradient are left out; one whose first gradient comes later
+            starts then.
+        grads: what the last call returned; None at first. It is written in place.
+        alpha: α in [0, 1].
+        lamb: λ ≥ 0.
+
+    Returns:
+        μ of each parameter by its name, in the gradient's shape, and its dtype, but float32 at least.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is written above, or `grads` is of other parameters.
+        RuntimeError: a gradient is sparse. No gradient was changed in any case.
+    """
+    check_number("alpha", alpha, at_most=1)
+    check_number("lamb", lamb)
+    found = _gradients(m)
+    memory: dict[str, Tensor] = _memory(m, grads)
+    for name, grad in found.items():
+        if name in memory:
+            _check_kept(f"grads[{name!r}]", memory[name], grad.shape)
+    new = {name: grad for name, grad in found.items() if name not in memory}
+    memory.update({name: grad.to(wide(grad.dtype), copy=True) for name, grad in new.items()})
+    for names in _alike(found):
+        old = [name for name in names if name not in new]
+        if old:
+            torch._foreach_lerp_([memory[n] for n in old], [found[n].to(memory[n].dtype) for n in old], 1 - alpha)
+        torch._foreach_add_([found[n] for n in names], [memory[n] for n in names], alpha=lamb)
+    return memory
+
+
+@torch.no_grad()
+def gradfilter_ma(
+    m: nn.Module,
+    grads: dict[str, Any] | None = None,
+    window_size: int = 100,
+    lamb: float = 5.0,
+    filter_type: str = "mean",
+    warmup: bool = True,
+    trigger: bool = False,
+) -> dict[str, Any]:
+    """Amplify the slow part of a model's gradients, the mean of the last ones; they are written in place.
+
+    A call costs the same for any window. Use it as `gradfilter_ema`; NaN and infinity stay for up to 2 w calls.
+
+    Args:
+        m: the model. Parameters that are frozen or have no gradient are left out; one whose first gradient comes later
+            starts then.
+        grads: what the last call returned; None at first. It is written in place.
+        window_size: w ≥ 1, how many gradients are kept.
+        lamb: λ ≥ 0.
+        filter_type: ``"mean"``, or ``"sum"``.
+        warmup: wait until a parameter has had w gradients. Without it their mean or sum so far is added, and `trigger`
+            is not looked at.
+        trigger: keep gradients, and add nothing.
+
+    Returns:
+        For each parameter by its name ``ring`` (w, *shape), in the gradient's dtype, ``ring_sum`` and ``ring_lap``
+        (shape), float32 at least, and ``ring_count``, 0-d int64. Complex gradients are kept as two real numbers an
+        element.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is written above, or `grads` is of other parameters, or of
+            another window.
+        RuntimeError: a gradient is sparse. No gradient was changed in any case.
+    """
+    check_window(window_size, filter_type)
+    check_number("lamb", lamb)
+    found = {name: as_real(grad) for name, grad in _gradients(m).items()}
+    memory = _memory(m, grads)
+    for name, grad in found.items():
+        kept = memory.get(name)
+        if isinstance(kept, deque):  # as the published function returns them
+            if kept.maxlen != window_size:
+                raise ValueError(f"grads[{name!r}] is of window_size={kept.maxlen}: give that, or None to start afresh")
+            for old in kept:
+                _check_kept(f"grads[{name!r}]", old, grad.shape)
+        elif kept is not None:
+            ring = kept.get("ring") if isinstance(kept, Mapping) else kept
+            _check_kept(f"grads[{name!r}]['ring']", ring, (window_size, *grad.shape))
+    for name, grad in found.items():
+        kept = memory.get(name)
+        if not isinstance(kept, Mapping):
+            memory[name] = window.named(window.new(grad, window_size, None, torch.device("cpu")), "")
+            for old in kept or ():
+                window.push([window.of(memory[name], "")], [as_real(old)])
+    for names in _alike(found):
+        windows = [window.of(memory[name], "") for name in names]
+        window.push(windows, [found[name] for name in names])
+        for name, its in zip(names, windows, strict=True):
+            there = min(int(its.seen), window_size)
+            if not warmup or (there == window_size and not trigger):
+                found[name].add_(its.total, alpha=lamb / there if filter_type == "mean" else lamb)
+    return memory
+
+
+def _gradients(m: nn.Module) -> dict[str, Tensor]:
+    """The gradients of a model's parameters by their names."""
+    if not isinstance(m, nn.Module):
+        raise TypeError(f"m is a {type(m).__name__}, and not a torch.nn.Module: give the model itself")
+    found = {}
+    for name, param in m.named_parameters():
+        if param.requires_grad and param.grad is not None:
+            if param.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"the gradient of {name} is sparse, which no filter supports: build its module with sparse=False "
+                    "(torch.nn.Embedding)"
+                )
+            if param.grad.is_conj():  # a view, as autograd leaves complex ones, which cannot be written to as real
+                param.grad = param.grad.resolve_conj()
+            found[name] = param.grad.detach()
+    return found
+
+
+def _alike(grads: Mapping[str, Tensor]) -> Iterable[list[str]]:
+    """The names in lists for one of torch's operations on lists."""
+    lists: dict[Any, list[str]] = {}
+    for name, grad in grads.items():
+        lists.setdefault((grad.device, mesh_of(grad), grad.dtype), []).append(name)
+    return lists.values()
+
+
+def _memory(m: nn.Module, grads: Any) -> dict[str, Any]:
+    """What the last call returned, or an empty one."""
+    if grads is None:
+        return {}
+    if not isinstance(grads, dict):
+        raise TypeError(f"grads is a {type(grads).__name__}: give what the last call returned, or None to start afresh")
+    names = [name for name, _ in m.named_parameters()]
+    if grads and not set(grads) & set(names):
+        raise ValueError(
+            f"grads is of other parameters ({next(iter(grads))}, …) than those of m ({next(iter(names), 'none')}, …): "
+            "give the same model, under no other wrapper, or None to start afresh"
+        )
+    return grads
+
+
+def _check_kept(what: str, value: Any, shape: Iterable[int]) -> None:
+    if not isinstance(value, Tensor) or value.shape != torch.Size(shape):
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+        raise ValueError(
+            f"{what} has {found}, and not shape {tuple(shape)}: give what the last call of this function for this "
+            "model and this window_size returned, or None to start afresh"
+        )
+
+
+def check_window(window_size: int, filter_type: str) -> None:
+    check_count("window_size", window_size, at_least=1)
+    if filter_type not in ("mean", "sum"):
+        raise ValueError(f"filter_type={filter_type!r} is unknown: give 'mean' or 'sum'")

@@ -1,0 +1,243 @@
+"""What is refused, by the constructor, in a group, and at the next step."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from grokadamw import GrokAdamW
+from grokadamw.signals import AccuracyGap
+
+from .models import parameters, same, saved_and_loaded, set_gradients, trained
+
+BY_HAND = [
+    ({"nonfinite": "raise"}, ValueError, "nonfinite='raise' in a parameter group: it holds for the whole optimizer"),
+    ({"second_moment": "raw"}, ValueError, "second_moment='raw'"),
+    ({"compat": "0.1.2"}, ValueError, "compat='0.1.2'"),
+    ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True`"),
+    ({"betas": (1.5, 0.9)}, ValueError, r"betas\[0\]=1\.5"),
+    ({"betas": (0.9,)}, TypeError, "betas="),
+    ({"gamma": 2}, ValueError, "gamma=2"),
+    ({"lamb": -1}, ValueError, "lamb=-1"),
+    ({"lr": None}, TypeError, "lr=None"),
+    ({"lr": torch.zeros(2)}, ValueError, "Tensor lr must be 1-element"),
+    ({"gradient_clipping": None}, TypeError, "gradient_clipping=None is not a number; 0 switches it off"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BY_HAND)
+@pytest.mark.parametrize("at_first", [True, False])
+def test_what_is_set_wrong_by_hand_is_refused_before_the_step(
+    change: dict[str, Any], error: type[Exception], message: str, at_first: bool
+) -> None:
+    heard = []
+    params = parameters()
+    optimizer = GrokAdamW([{"params": params[:1]}, {"params": params[1:]}], grokking_signal_fns=lambda: heard.append(1))
+    set_gradients(params)
+    if not at_first:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+    before, count = copy.deepcopy(optimizer.state_dict()["state"]), len(heard)
+    kept = [p.detach().clone() for p in params]
+    was = {name: optimizer.param_groups[1][name] for name in change}
+    optimizer.param_groups[1].update(change)
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            optimizer.step()
+    assert same(optimizer.state_dict()["state"], before)
+    assert all(torch.equal(p, old) for p, old in zip(params, kept, strict=True))
+    assert len(heard) == count
+    optimizer.param_groups[1].update(was)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step()
+    assert len(heard) == count + 1
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "numpy"])
+def test_what_schedulers_leave_is_taken(scheduler: str) -> None:
+    """A learning rate that is 0 but for rounding, and NumPy's numbers, which no checkpoint could be read back with."""
+    params = parameters()
+    optimizer = GrokAdamW(params)
+    if scheduler == "linear":
+        schedule: Any = torch.optim.lr_scheduler.LinearLR(optimizer, 0.3, 0.0, 3)
+    else:
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.interp(epoch, [0, 10], [0, 1]))
+    for step in range(5):
+        set_gradients(params, step)
+        optimizer.step()
+        schedule.step()
+    assert scheduler == "numpy" or optimizer.param_groups[0]["lr"] < 0
+    saved = saved_and_loaded(optimizer.state_dict())
+    assert type(saved["param_groups"][0]["lr"]) is float
+    optimizer.load_state_dict(saved)
+
+
+def test_a_list_that_is_changed_in_place_and_an_array_are_looked_at() -> None:
+    optimizer = GrokAdamW(parameters())
+    optimizer.param_groups[0]["betas"] = [0.9, 0.99]
+    optimizer.step()
+    optimizer.param_groups[0]["betas"][0] = 3.0
+    with pytest.raises(ValueError, match=r"betas\[0\]=3\.0"):
+        optimizer.step()
+    optimizer.param_groups[0]["betas"] = np.array([0.9, 0.99])
+    with pytest.raises(TypeError, match="betas=array"):
+        optimizer.step()
+    optimizer.param_groups[0].update(betas=(0.9, 0.99), combine="max")
+    with pytest.raises(ValueError, match="combine='max'"):
+        optimizer.step()
+
+
+def test_groups_of_adamws_are_taken_over() -> None:
+    params = parameters()
+    adamw = torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.5}], lr=0.25)
+    optimizer = GrokAdamW(adamw.param_groups)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.25, 0.01), (0.25, 0.5)]
+    assert not {"amsgrad", "decoupled_weight_decay"} & optimizer.param_groups[0].keys()
+    set_gradients(params)
+    optimizer.step()
+    other = GrokAdamW(adamw.param_groups)
+    other.load_state_dict(optimizer.state_dict())
+    assert "grok_ema" in other.state[params[0]]
+    with pytest.raises(ValueError, match="amsgrad=True"):
+        GrokAdamW([{"params": params, "amsgrad": True}])
+
+
+def test_a_tensor_that_is_set_by_hand_is_not_read() -> None:
+    """It may be on a GPU."""
+    p = nn.Parameter(torch.empty(2, device="meta"))
+    p.grad = torch.empty_like(p)
+    optimizer = GrokAdamW([p])
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
+    optimizer.param_groups[0]["alpha_init"] = torch.tensor(0.9, device="meta")
+    optimizer.step()
+
+
+def test_options_of_the_whole_optimizer_stay_as_constructed() -> None:
+    _, optimizer = trained(nonfinite="propagate", second_moment="raw")
+    _, other = trained()
+    with pytest.warns(UserWarning, match="run with second_moment='raw', and this optimizer goes on with .*'filtered'"):
+        other.load_state_dict(optimizer.state_dict())
+    assert (other.param_groups[0]["nonfinite"], other.param_groups[0]["second_moment"]) == ("skip", "filtered")
+
+
+# bad arguments
+
+
+BAD = [
+    ({"lr": -1.0}, ValueError, r"lr=-1\.0"),
+    ({"lr": float("nan")}, ValueError, "lr=nan"),
+    ({"lr": "0.1"}, TypeError, "lr='0.1'"),
+    ({"lr": True}, TypeError, "lr=True"),
+    ({"lr": torch.zeros(2)}, ValueError, "Tensor lr must be 1-element"),
+    ({"betas": (1.0, 0.9)}, ValueError, r"betas\[0\]=1\.0"),
+    ({"betas": (0.9, -0.1)}, ValueError, r"betas\[1\]=-0\.1"),
+    ({"betas": 0.9}, TypeError, r"betas=0\.9"),
+    ({"betas": (0.9,)}, TypeError, r"betas=\(0\.9,\)"),
+    ({"betas": ("a", 0.9)}, TypeError, r"betas\[0\]='a'"),
+    ({"eps": -1e-8}, ValueError, "eps=-1e-08"),
+    ({"weight_decay": -0.1}, ValueError, r"weight_decay=-0\.1"),
+    ({"alpha_init": 1.1}, ValueError, r"alpha_init=1\.1"),
+    ({"alpha_init": -0.1}, ValueError, r"alpha_init=-0\.1"),
+    ({"lamb": -1.0}, ValueError, r"lamb=-1\.0"),
+    ({"lamb": float("inf")}, ValueError, "lamb=inf"),
+    ({"gamma": -0.1}, ValueError, r"gamma=-0\.1"),
+    ({"gamma": 1.0}, ValueError, r"gamma=1\.0"),
+    ({"grokking_signal_decay_rate": -0.1}, ValueError, r"grokking_signal_decay_rate=-0\.1"),
+    ({"gradient_clipping": -1.0}, ValueError, r"gradient_clipping=-1\.0"),
+    ({"gradient_clipping": None}, TypeError, "gradient_clipping=None is not a number; 0 switches it off"),
+    ({"amplify_after": -1}, ValueError, "amplify_after=-1"),
+    ({"amplify_after": 1.5}, TypeError, r"amplify_after=1\.5"),
+    ({"maximize": 1}, ValueError, "maximize=1"),
+    ({"combine": "median"}, ValueError, "combine='median'"),
+    ({"combine": 3}, ValueError, "combine=3"),
+    ({"second_moment": "both"}, ValueError, "second_moment='both'"),
+    ({"nonfinite": "ignore"}, ValueError, "nonfinite='ignore'"),
+    ({"compat": "0.1.2", "nonfinite": "raise"}, ValueError, r"nonfinite='raise' with compat='0\.1\.2'"),
+    ({"lr": torch.tensor(-1.0)}, ValueError, r"lr=-1\.0"),
+    ({"grokking_signal_fns": AccuracyGap}, TypeError, "AccuracyGap"),
+    ({"compat": "0.1.1"}, ValueError, r"compat='0\.1\.1'"),
+    ({"foreach": "yes"}, ValueError, "foreach='yes'"),
+    ({"foreach": 1}, ValueError, "foreach=1"),
+    ({"differentiable": None}, ValueError, "differentiable=None"),
+    ({"foreach": True, "differentiable": True}, ValueError, "foreach=True with differentiable=True"),
+    ({"foreach": True, "lr": torch.tensor(0.1)}, ValueError, "lr as a Tensor is not supported"),
+    ({"fused": 1}, ValueError, "fused=1"),
+    ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together."),
+    ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `differentiable`"),
+    ({"capturable": None}, ValueError, "capturable=None"),
+    ({"alpha_init": torch.zeros(2)}, ValueError, "Tensor alpha_init must be 1-element"),
+    ({"alpha_init": torch.tensor(1.5)}, ValueError, r"alpha_init=1\.5"),
+    ({"grokking_signal_fns": 3}, TypeError, "grokking_signal_fns=3"),
+    ({"grokking_signal_fns": "loss_gap"}, TypeError, "grokking_signal_fns='loss_gap' is neither"),
+    ({"grokking_signal_fns": {}}, TypeError, "grokking_signal_fns={} is neither"),
+    ({"grokking_signal_fns": [3]}, TypeError, "grokking_signal_fns holds 3"),
+    ({"grokking_signal_fns": lambda a, b, c: 0.0}, TypeError, r"<lambda>, which requires \(a, b, c\)"),
+    ({"grokking_signal_fns": lambda a: 0.0}, TypeError, r"<lambda>, which requires \(a\)"),
+    ({"grokking_signal_fns": lambda *, a, b: 0.0}, TypeError, r"<lambda>, which requires \(a, b\)"),
+    ({"grokking_signal_fns": [], "grokking_signal_fn": []}, ValueError, "grokking_signal_fns and its alias"),
+]
+BAD_IN_A_GROUP = [
+    ({"second_moment": "raw"}, ValueError, "second_moment='raw'"),
+    ({"nonfinite": "raise"}, ValueError, "nonfinite='raise'"),
+    ({"compat": "0.1.2"}, ValueError, r"compat='0\.1\.2'"),
+    ({"foreach": "no"}, ValueError, "foreach='no'"),
+    ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True`"),
+    ({"differentiable": True}, ValueError, "differentiable=True"),
+    ({"combine": "max"}, ValueError, "combine='max'"),
+    ({"grokking_signal_fns": [len]}, ValueError, "grokking_signal_fns="),
+    ({"layer": -1}, ValueError, "layer=-1"),
+    ({"layer": "head"}, TypeError, "layer='head'"),
+    ({"lr": -1.0}, ValueError, r"lr=-1\.0"),
+    ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\]=1\.0"),
+    ({"gamma": 2.0}, ValueError, r"gamma=2\.0"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD)
+def test_a_bad_argument_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        GrokAdamW(parameters(), **options)
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_IN_A_GROUP)
+def test_a_bad_group_is_refused_before_it_is_added(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    first, second = parameters()
+    with pytest.raises(error, match=message):
+        GrokAdamW([{"params": [first], **options}])
+    optimizer = GrokAdamW([first])
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": [second], **options})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("loss", ["0.3", [1.0], torch.zeros(2)])
+def test_a_bad_loss_is_refused_before_it_is_kept(loss: Any) -> None:
+    optimizer = GrokAdamW(parameters())
+    with pytest.raises(TypeError, match="eval_loss"):
+        optimizer.record(train_loss=1.0, eval_loss=loss)
+    assert optimizer.param_groups[0]["train_loss"] is None
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    ours, theirs = parameters(), parameters()
+    for params, kind in ((ours, np.float32), (theirs, float)):
+        set_gradients(params)
+        numbers = {"lr": kind(0.5), "eps": kind(0.25), "weight_decay": kind(0.5), "lamb": kind(2), "gamma": kind(0.25)}
+        optimizer = GrokAdamW(params, betas=(kind(0.5), kind(0.75)), **numbers)
+        optimizer.record(train_loss=kind(0.5), eval_loss=kind(0.75))
+        optimizer.step()
+        assert type(optimizer.param_groups[0]["train_loss"]) is float
+        optimizer.add_param_group({"params": parameters(1), "layer": np.int64(3), "amplify_after": np.int64(3)})
+        saved_and_loaded(optimizer.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -1,0 +1,310 @@
+"""The published filter functions, and the window."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from grokadamw import Grokfast, window
+from grokadamw.grokfast import gradfilter_ema, gradfilter_ma
+
+from .models import saved_and_loaded
+
+PEER = Path(sys.prefix) / "peers/pytorch-optimizer"
+SHAPES = {"a": (4, 3), "b": (5,), "c": ()}
+
+
+class Holder(nn.Module):
+    """Parameters without a model."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in SHAPES.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
+
+    def set_grads(self, grads: dict[str, np.ndarray]) -> None:
+        for name, p in self.named_parameters():
+            p.grad = torch.tensor(grads[name]).to(p.dtype) if name in grads else None
+
+    def grads(self) -> dict[str, np.ndarray]:
+        return {name: p.grad.double().numpy().copy() for name, p in self.named_parameters() if p.grad is not None}
+
+
+def recorded(steps: int, late: int = 0) -> list[dict[str, np.ndarray]]:
+    """Gradients with a slow part; those of "b" come from a later step on, and not always."""
+    rng = np.random.default_rng(0)
+    slow = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
+    return [
+        {
+            name: slow[name] + rng.normal(size=shape)
+            for name, shape in SHAPES.items()
+            if name != "b" or late == 0 or (step >= late and step % 7 != 3)
+        }
+        for step in range(steps)
+    ]
+
+
+# the published definition, in NumPy
+
+
+def oracle_ema(past: list[np.ndarray], alpha: float, lamb: float) -> np.ndarray:
+    mu = past[0]
+    for g in past:
+        mu = alpha * mu + (1 - alpha) * g
+    return past[-1] + lamb * mu
+
+
+def oracle_ma(
+    past: list[np.ndarray], window_size: int, lamb: float, filter_type: str, warmup: bool, trigger: bool
+) -> np.ndarray:
+    last = past[-window_size:]
+    if warmup and (len(last) < window_size or trigger):
+        return past[-1]
+    return past[-1] + lamb * (np.mean if filter_type == "mean" else np.sum)(last, axis=0)
+
+
+EMA = [{}, {"alpha": 0.9, "lamb": 5.0}, {"alpha": 0.0}, {"alpha": 1.0}, {"lamb": 0.0}]
+MA = [
+    {"window_size": size, "lamb": 3.0, "filter_type": filter_type, "warmup": warmup, "trigger": trigger}
+    for size in (1, 7, 100)
+    for filter_type in ("mean", "sum")
+    for warmup in (True, False)
+    for trigger in (True, False)
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("late", [0, 40])
+@pytest.mark.parametrize("options", EMA, ids=str)
+def test_ema_is_as_published(options: dict[str, Any], late: int, dtype: torch.dtype, tolerance: float) -> None:
+    def theirs(past: list[np.ndarray]) -> np.ndarray:
+        return oracle_ema(past, **{"alpha": 0.98, "lamb": 2.0} | options)
+
+    as_published(gradfilter_ema, theirs, options, late, dtype, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("late", [0, 40])
+@pytest.mark.parametrize("options", MA, ids=str)
+def test_ma_is_as_published(options: dict[str, Any], late: int, dtype: torch.dtype, tolerance: float) -> None:
+    as_published(gradfilter_ma, lambda past: oracle_ma(past, **options), options, late, dtype, tolerance)
+
+
+def as_published(
+    function: Callable[..., Any],
+    theirs: Callable[[list[np.ndarray]], np.ndarray],
+    options: dict[str, Any],
+    late: int,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    """300 steps, the memory saved and loaded on the way."""
+    model, memory = Holder(dtype), None
+    past: dict[str, list[np.ndarray]] = {name: [] for name in SHAPES}
+    for step, grads in enumerate(recorded(300, late)):
+        model.set_grads(grads)
+        for name, g in model.grads().items():
+            past[name].append(g)
+        memory = function(model, grads=memory, **options)
+        if step == 150:
+            memory = saved_and_loaded(memory)
+        for name, g in model.grads().items():
+            scale = theirs([np.abs(g) for g in past[name]]).max()  # of what is added, and may cancel
+            np.testing.assert_allclose(g, theirs(past[name]), rtol=0, atol=tolerance * scale)
+    assert list(memory) == (list(SHAPES) if not late else ["a", "c", "b"])
+
+
+def published_modules() -> Iterator[Any]:
+    """pytorch-optimizer's functions, where `make peers` has put them, and the published file, where it is."""
+    yield pytest.param("peer", marks=pytest.mark.skipif(not PEER.exists(), reason="make peers installs it"))
+    reason = "GROKFAST_PY=/path/to/ironjr/grokfast/grokfast.py names the published file"
+    yield pytest.param("published", marks=pytest.mark.skipif("GROKFAST_PY" not in os.environ, reason=reason))
+
+
+@pytest.mark.parametrize("whose", list(published_modules()))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "options"), [("gradfilter_ema", o) for o in EMA] + [("gradfilter_ma", o) for o in MA], ids=str
+)
+def test_others_functions_do_the_same(whose: str, dtype: torch.dtype, name: str, options: dict[str, Any]) -> None:
+    if whose == "peer":
+        if options.get("trigger") and options["warmup"]:
+            pytest.skip("it has no trigger")
+        options = {key: value for key, value in options.items() if key != "trigger"}
+        if str(PEER) not in sys.path:
+            sys.path.append(str(PEER))
+        from pytorch_optimizer.optimizer import grokfast as theirs
+    else:
+        spec = importlib.util.spec_from_file_location("published_grokfast", os.environ["GROKFAST_PY"])
+        assert spec is not None
+        assert spec.loader is not None
+        theirs = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(theirs)
+    function = {"gradfilter_ema": gradfilter_ema, "gradfilter_ma": gradfilter_ma}[name]
+    ours, others, memory, others_memory = Holder(dtype), Holder(dtype), None, None
+    summed = options.get("window_size", 1) if options.get("filter_type") == "sum" else 1
+    scale = 5 * (1 + options.get("lamb", 2.0) * summed)  # of what is added, and may cancel
+    for grads in recorded(300):
+        ours.set_grads(grads)
+        others.set_grads(grads)
+        memory = function(ours, memory, **options)
+        others_memory = getattr(theirs, name)(others, others_memory, **options)
+        for g, expected in zip(ours.grads().values(), others.grads().values(), strict=True):
+            np.testing.assert_allclose(g, expected, rtol=0, atol=1e-6 * scale)
+    assert list(memory) == list(others_memory)
+
+
+# what the published functions get wrong
+
+
+@pytest.mark.parametrize("function", [gradfilter_ema, gradfilter_ma])
+def test_gradients_that_are_zeroed_in_place_are_remembered(function: Callable[..., Any]) -> None:
+    """A window of live gradients would hold zeros after zero_grad(set_to_none=False)."""
+    models, memories = [Holder(), Holder()], [None, None]
+    for step, grads in enumerate(recorded(12)):
+        for i, model in enumerate(models):
+            if step == 0 or i == 0:
+                model.set_grads(grads)
+            else:
+                model.zero_grad(set_to_none=False)
+                for name, p in model.named_parameters():
+                    p.grad.add_(torch.tensor(grads[name]))
+            options = {"window_size": 4} if function is gradfilter_ma else {}
+            memories[i] = function(model, memories[i], **options)
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+
+
+def test_the_published_memory_of_a_window_can_be_gone_on_from() -> None:
+    """A deque of gradients for each parameter, as an older checkpoint of a script may hold it."""
+    model, steps = Holder(), recorded(20)
+    memory: Any = {name: deque([torch.tensor(g[name]) for g in steps[:9]][-5:], maxlen=5) for name in SHAPES}
+    for i in range(9, 20):
+        model.set_grads(steps[i])
+        memory = gradfilter_ma(model, memory, window_size=5)
+        for name, g in model.grads().items():
+            expected = oracle_ma([g[name] for g in steps[: i + 1]], 5, 5.0, "mean", True, False)
+            np.testing.assert_allclose(g, expected, rtol=1e-12)
+
+
+def test_half_precision_gradients_are_averaged_in_float32() -> None:
+    model, memory, ring = Holder(torch.bfloat16), None, None
+    for grads in recorded(50):
+        model.set_grads(grads)
+        memory = gradfilter_ema(model, memory)
+        model.set_grads(grads)
+        ring = gradfilter_ma(model, ring, window_size=10)
+    assert {mu.dtype for mu in memory.values()} == {torch.float32}
+    assert {(x["ring"].dtype, x["ring_sum"].dtype) for x in ring.values()} == {(torch.bfloat16, torch.float32)}
+    exact = np.mean([torch.tensor(g["a"]).bfloat16().double().numpy() for g in recorded(50)[-10:]], axis=0)
+    np.testing.assert_allclose(ring["a"]["ring_sum"] / 10, exact, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "error", "words"),
+    [
+        (gradfilter_ema, {"m": "model"}, TypeError, "m is a str"),
+        (gradfilter_ema, {"alpha": 1.5}, ValueError, "alpha=1.5"),
+        (gradfilter_ema, {"lamb": "2"}, TypeError, "lamb='2'"),
+        (
+            gradfilter_ema,
+            {"grads": {"a": torch.zeros(3)}},
+            ValueError,
+            r"grads\['a'\] has shape \(3,\), and not shape \(4, 3\)",
+        ),
+        (gradfilter_ma, {"window_size": 0}, ValueError, "window_size=0"),
+        (gradfilter_ma, {"window_size": 2.5}, TypeError, "window_size=2.5"),
+        (gradfilter_ma, {"filter_type": "median"}, ValueError, "filter_type='median'.*'mean' or 'sum'"),
+        (gradfilter_ma, {"lamb": -1.0}, ValueError, "lamb=-1.0"),
+        (gradfilter_ma, {"grads": {"a": {"ring": torch.zeros(5, 4, 3)}}}, ValueError, r"not shape \(100, 4, 3\)"),
+        (gradfilter_ma, {"grads": {"a": deque([torch.zeros(3)], 100)}}, ValueError, r"grads\['a'\] has shape"),
+        (gradfilter_ma, {"grads": {"a": deque(maxlen=5)}}, ValueError, r"grads\['a'\] is of window_size=5"),
+        (gradfilter_ma, {"grads": {"a": torch.zeros(4, 3)}}, ValueError, "what the last call of this function"),
+        (gradfilter_ema, {"grads": {"a": {"ring": torch.zeros(5, 4, 3)}}}, ValueError, "has type dict"),
+        (gradfilter_ema, {"grads": []}, TypeError, "grads is a list"),
+        (gradfilter_ema, {"grads": {"module.a": torch.zeros(4, 3)}}, ValueError, "of other parameters .module.a, "),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_before_anything_has_changed(
+    function: Callable[..., Any], arguments: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    model = Holder()
+    model.set_grads(recorded(1)[0])
+    before = model.grads()
+    with pytest.raises(error, match=words):
+        function(**{"m": model} | arguments)
+    for name, g in model.grads().items():
+        assert (g == before[name]).all()
+
+
+@pytest.mark.parametrize("function", [gradfilter_ema, gradfilter_ma])
+def test_sparse_gradients_are_refused_by_name(function: Callable[..., Any]) -> None:
+    model = nn.Embedding(4, 2, sparse=True)
+    model(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="the gradient of weight is sparse"):
+        function(model)
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0"):
+        Grokfast(SGD(model.parameters())).step()
+
+
+# the window
+
+
+@settings(max_examples=100)
+@given(
+    size=st.integers(1, 6),
+    dtype=st.sampled_from([None, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+    finite=st.lists(st.booleans(), max_size=20),
+    known=st.booleans(),
+)
+def test_a_window_has_the_mean_of_the_last(
+    size: int, dtype: torch.dtype | None, seed: int, finite: list[bool], known: bool
+) -> None:
+    """Whether or not the host may read what is finite, and with windows that began at different steps."""
+    rng = np.random.default_rng(seed)
+    params = [torch.zeros(3, dtype=torch.float64), torch.zeros((), dtype=torch.float64)]
+    windows = [window.new(p, size, dtype, torch.device("cpu")) for p in params]
+    past: list[list[Tensor]] = [[], []]
+    for step, is_finite in enumerate(finite):
+        late = 2 if step >= 3 else 1  # the second begins later
+        grads = [torch.tensor(rng.normal(size=tuple(p.shape))) for p in params][:late]
+        if not is_finite:
+            grads[0].view(-1)[0] = torch.nan
+        means = [torch.full_like(p, 7.0) for p in params[:late]]
+        if known and is_finite:
+            window.average(windows[:late], grads, means, None)
+        else:
+            window.average(windows[:late], grads, means, torch.tensor(is_finite))
+        for mine, grad, mean in zip(past, grads, means, strict=False):
+            if is_finite:
+                mine.append(grad.to(dtype or grad.dtype).double())
+                torch.testing.assert_close(mean, torch.stack(mine[-size:]).mean(0), rtol=1e-12, atol=1e-12)
+            else:
+                assert (mean == 7).all()
+    assert [int(w.seen) for w in windows] == [len(mine) for mine in past]
+
+
+def test_rounding_does_not_add_up() -> None:
+    """Large gradients leave an error in a sum that they come into and go out of; it goes with the lap."""
+    w = window.new(torch.zeros(1000), 10, None, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1000):
+        window.push([w], [torch.randn(1000, generator=generator) * (1e6 if step < 980 else 1.0)])
+    exact = w.ring.double().sum(0)
+    torch.testing.assert_close(w.total.double(), exact, rtol=1e-5, atol=1e-5)

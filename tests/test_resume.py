@@ -1,0 +1,324 @@
+"""A run that is saved, loaded, copied or pickled, and goes on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from grokadamw import GrokAdamW
+from grokadamw.signals import AccuracyGap, SlowGradient
+
+from .models import network, parameters, same, saved_and_loaded, set_gradients, train, trained
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stop", range(14))
+@pytest.mark.filterwarnings("ignore:a step was skipped", "ignore:layer")
+def test_a_resumed_run_is_the_uninterrupted_run(stop: int, dtype: torch.dtype) -> None:
+    """Signals with a memory, recorded losses, skipped steps and float32 state of bfloat16 parameters, at every step."""
+
+    def start() -> tuple[nn.Module, GrokAdamW]:
+        model = network(dtype)
+        decayed = [(n, p) for n, p in model.named_parameters() if n.endswith("weight")]
+        others = [(n, p) for n, p in model.named_parameters() if n.endswith("bias")]
+        gap = AccuracyGap()
+        optimizer = GrokAdamW(
+            [{"params": decayed, "amplify_after": 3}, {"params": others, "weight_decay": 0.0, "alpha_init": 0.9}],
+            lr=0.01,
+            grokking_signal_fns=[SlowGradient(every=4), gap, lambda train_loss, eval_loss: eval_loss - train_loss],
+            grokking_signal_decay_rate=1.0,
+        )
+        optimizer.gap = gap  # type: ignore[attr-defined]
+        return model, optimizer
+
+    def run(model: nn.Module, optimizer: GrokAdamW, steps: range) -> None:
+        def take_step(step: int, loss: torch.Tensor) -> None:
+            if step in (0, 6):
+                model[0].bias.grad[0] = torch.nan
+            if step == 4:
+                optimizer.gap.record(train=0.9, eval=0.1)  # type: ignore[attr-defined]
+            if step % 3 == 0:
+                optimizer.record(train_loss=loss, eval_loss=loss + 0.2)
+            optimizer.step()
+
+        train(model, steps, take_step)
+
+    model, optimizer = start()
+    run(model, optimizer, range(14))
+
+    half, stopped = start()
+    run(half, stopped, range(stop))
+    saved = saved_and_loaded({"model": half.state_dict(), "optimizer": stopped.state_dict()})
+    resumed_model, resumed = start()
+    resumed_model.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    run(resumed_model, resumed, range(stop, 14))
+
+    assert same(model.state_dict(), resumed_model.state_dict())
+    assert same(optimizer.state_dict(), resumed.state_dict())
+    assert resumed.metrics()["skipped_steps"] == 2
+    if stop < 14:
+        assert same(optimizer.metrics(), resumed.metrics())
+
+
+def test_a_state_dict_is_plain_data() -> None:
+    _, optimizer = trained(grokking_signal_fns=[lambda: 0.5, SlowGradient()])
+    state_dict = optimizer.state_dict()
+    assert same(saved_and_loaded(state_dict), state_dict)
+    group = state_dict["param_groups"][0]
+    assert group["grokking_signal_fns"] is None
+    assert (group["train_loss"], group["eval_loss"]) == (0.1, 0.4)
+    assert group["layers"] == [0, 0, 1, 1, 2, 2]
+
+
+def test_every_group_has_the_same_keys_from_the_start() -> None:
+    first, second, third = parameters(3)
+    optimizer = GrokAdamW([{"params": [first]}, {"params": [second], "layer": 3}])
+    keys = set(optimizer.param_groups[0])
+    optimizer.record(train_loss=1.0, eval_loss=2.0)
+    set_gradients([first, second])
+    optimizer.step()
+    optimizer.add_param_group({"params": [third]})
+    assert {"grokking_signal_fns", "train_loss", "eval_loss", "layers"} <= keys
+    assert all(set(group) == keys for group in optimizer.param_groups)
+    assert all(set(group) == keys for group in optimizer.state_dict()["param_groups"])
+
+
+def test_pickle_keeps_all_but_signals() -> None:
+    _, optimizer = trained(grokking_signal_fns=lambda: 0.5, nonfinite="raise", second_moment="raw")
+    copied = pickle.loads(pickle.dumps(optimizer))
+    assert same(copied.state_dict(), optimizer.state_dict())
+    assert copied.defaults == optimizer.defaults
+    copied.step()
+    assert copied.metrics()["signal"] == pytest.approx(0.75)  # the default one, of the recorded losses
+    copied.set_signals(lambda: 0.25)
+    copied.step()
+    assert copied.metrics()["signal"] == 0.25
+
+
+def test_deepcopy_keeps_signals_and_gives_them_the_copy() -> None:
+    model, optimizer = trained(grokking_signal_fns=[lambda: 0.5, SlowGradient(every=1)], combine="max")
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), (twin_model, twin)):
+        train(m, range(3, 6), lambda step, loss, o=o: o.step())
+    assert same(model.state_dict(), twin_model.state_dict())
+    assert same(optimizer.metrics(), twin.metrics())
+    train(twin_model, range(6, 9), lambda step, loss: twin.step())
+    assert twin.metrics()["signal/SlowGradient"] != optimizer.metrics()["signal/SlowGradient"]
+
+
+def test_deepcopy_knows_what_the_last_step_did_and_what_layers_are_called() -> None:
+    model = network()
+    optimizer = GrokAdamW(model.parameters())
+    optimizer.set_layers(model)
+    train(model, range(2), lambda step, loss: optimizer.step())
+    copied = copy.deepcopy(optimizer)
+    assert same(copied.metrics(), optimizer.metrics())
+    assert copied.layer_table() == optimizer.layer_table()
+
+
+def test_a_loss_with_a_graph_that_was_set_by_hand_can_be_copied() -> None:
+    _, optimizer = trained()
+    optimizer.param_groups[0]["train_loss"] = (2 * torch.ones(1, requires_grad=True)).sum()
+    copy.deepcopy(optimizer).load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["train_loss"] == 2.0
+
+
+def test_state_waits_for_signals_that_are_registered_later() -> None:
+    _, optimizer = trained(grokking_signal_fns=SlowGradient(every=2))
+    saved = saved_and_loaded(optimizer.state_dict())
+    _, late = trained()
+    late.load_state_dict(saved)
+    assert late.state_dict()["param_groups"][0]["signal_state"] == saved["param_groups"][0]["signal_state"]
+    signal = SlowGradient(every=2)
+    late.set_signals(signal)
+    assert signal.state_dict() == json.loads(saved["param_groups"][0]["signal_state"])["SlowGradient"]
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+def test_copies_keep_what_signals_remember_until_they_are_registered(how: str) -> None:
+    _, optimizer = trained(grokking_signal_fns=SlowGradient(every=2))
+    remembered = json.loads(optimizer.state_dict()["param_groups"][0]["signal_state"])["SlowGradient"]
+    copied = pickle.loads(pickle.dumps(optimizer))
+    if how == "deepcopy":
+        copied = copy.deepcopy(copied)
+    assert "SlowGradient" in copied.state_dict()["param_groups"][0]["signal_state"]
+    signal = SlowGradient(every=2)
+    copied.set_signals([lambda: 0.5, signal])
+    assert signal.state_dict() == remembered
+
+
+def test_what_signals_remember_goes_by_their_names() -> None:
+    gap = AccuracyGap()
+    gap.record(train=0.9, eval=0.5)
+    _, optimizer = trained(grokking_signal_fns=[gap, SlowGradient()])
+    saved = saved_and_loaded(optimizer.state_dict())
+    other_gap, slow = AccuracyGap(), SlowGradient()
+    _, other = trained(grokking_signal_fns=[lambda: 0.5, slow, other_gap])
+    other.load_state_dict(saved)
+    assert other_gap() == pytest.approx(0.4)
+    assert slow.state_dict()["calls"] == 3
+    _, without = trained()
+    without.load_state_dict(saved)
+    assert without.state_dict()["param_groups"][0]["signal_state"] == saved["param_groups"][0]["signal_state"]
+
+
+def test_a_signal_that_cannot_go_on_starts_afresh() -> None:
+    class Renamed(SlowGradient):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise KeyError("count")
+
+    Renamed.__name__ = "SlowGradient"
+    _, optimizer = trained(grokking_signal_fns=SlowGradient())
+    _, other = trained(grokking_signal_fns=Renamed())
+    with pytest.warns(RuntimeWarning, match="SlowGradient cannot go on"):
+        other.load_state_dict(optimizer.state_dict())
+    other.step()
+
+
+def test_what_another_optimizers_checkpoint_does_not_say_stays_as_it_was() -> None:
+    ours, theirs = parameters(), parameters()
+    adamw = torch.optim.AdamW([{"params": theirs[:1]}, {"params": theirs[1:], "lr": 0.5}])
+    set_gradients(theirs)
+    adamw.step()
+    optimizer = GrokAdamW(
+        [{"params": ours[:1], "lamb": 0.0, "gamma": 0.3}, {"params": ours[1:], "layer": 3, "gradient_clipping": 0.0}]
+    )
+    signal = SlowGradient()
+    optimizer.set_signals(signal)
+    optimizer.state_dict()
+    signal()
+    optimizer.load_state_dict(adamw.state_dict())
+    assert signal.state_dict()["calls"] == 1
+    first, second = optimizer.param_groups
+    assert (first["lamb"], first["gamma"], first["layers"]) == (0, 0.3, [0])
+    assert (second["lr"], second["layer"], second["layers"], second["gradient_clipping"]) == (0.5, 3, [3], 0)
+
+
+def test_loading_forgets_what_the_last_step_did() -> None:
+    _, optimizer = trained()
+    assert optimizer.metrics()["alpha"] < 0.98
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert np.isnan(optimizer.metrics()["alpha"])
+    assert "signal/loss_gap" not in optimizer.metrics()
+
+
+def test_a_step_count_from_elsewhere_becomes_a_tensor() -> None:
+    _, optimizer = trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for i, state in saved["state"].items():
+        state["step"] = 3 if i % 2 else torch.tensor(3)
+    optimizer.load_state_dict(saved)
+    assert all(s["step"].dtype == torch.float32 and s["step"] == 3 for s in optimizer.state.values())
+    optimizer.step()
+
+
+def test_a_wrapper_that_copies_attributes_shares_what_changes() -> None:
+    """As Lightning's does."""
+    params = parameters()
+    optimizer = GrokAdamW(params)
+    wrapper = GrokAdamW.__new__(GrokAdamW)
+    wrapper.__dict__ = dict(optimizer.__dict__)
+    wrapper.set_signals(lambda: 0.25)
+    set_gradients(params)
+    optimizer.step()
+    assert wrapper.metrics()["signal"] == optimizer.metrics()["signal"] == 0.25
+
+
+def test_a_state_of_another_shape_is_refused_before_anything_changes() -> None:
+    _, optimizer = trained()
+    before = copy.deepcopy(optimizer.state_dict())
+    wrong = copy.deepcopy(before)
+    wrong["state"][3]["exp_avg"] = torch.zeros(2, 2)
+    wrong["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 3 has shape \(2, 2\), the parameter itself \(8,\)"):
+        optimizer.load_state_dict(wrong)
+    assert same(optimizer.state_dict(), before)
+
+
+def test_load_hooks_see_what_is_loaded() -> None:
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = GrokAdamW([p])
+    p.grad = torch.full_like(p, 0.1)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    seen = []
+    optimizer.register_load_state_dict_pre_hook(
+        lambda o, s: {**s, "state": {0: {**s["state"][0], "step": torch.tensor(9.0)}}}
+    )
+    optimizer.register_load_state_dict_post_hook(
+        lambda o: seen.append((o.state[p]["exp_avg"].dtype, o.state[p]["step"]))
+    )
+    optimizer.load_state_dict(saved)
+    assert seen == [(torch.float32, 9.0)]
+
+
+def test_how_to_run_is_not_a_checkpoints_affair() -> None:
+    model, optimizer = trained(foreach=False)
+    _, other = trained()
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["foreach"] is None
+    saved = optimizer.state_dict()
+    for name in ("foreach", "fused", "capturable"):
+        del saved["param_groups"][0][name]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["foreach"] is False
+
+
+def test_what_a_hook_keeps_in_the_state_is_no_trouble() -> None:
+    _, optimizer = trained()
+    optimizer.state["a hook's"] = 1  # type: ignore[index]
+    assert optimizer.metrics()["step"] > 0
+    optimizer.free_slow_gradient()
+    assert optimizer.state["a hook's"] == 1  # type: ignore[index]
+
+
+def test_a_slow_gradient_that_is_not_in_the_checkpoint_is_missed() -> None:
+    _, optimizer = trained()
+    optimizer.free_slow_gradient()
+    with pytest.warns(UserWarning, match="lamb=2 in group 0, and no slow gradient") as caught:
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.usefixtures("nothing_is_free_to_read")
+def test_losses_come_back_to_the_device_that_they_were_on() -> None:
+    """From a checkpoint that was loaded to the CPU: so that α is computed where it was."""
+    optimizer = GrokAdamW([nn.Parameter(torch.empty(2, device="meta"))])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["train_loss"] = torch.tensor(0.5, dtype=torch.float64)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["train_loss"].device.type == "meta"
+
+
+def test_a_corrupt_memory_of_signals_starts_afresh() -> None:
+    optimizer = GrokAdamW(parameters(), grokking_signal_fns=AccuracyGap())
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["signal_state"] = "{"
+    with pytest.warns(RuntimeWarning, match="no JSON.*start afresh"):
+        optimizer.load_state_dict(saved)
+
+
+def test_init_group_is_that_of_torchs_optimizers() -> None:
+    real, complex_, frozen = parameters(1)[0], nn.Parameter(torch.ones(2, dtype=torch.complex64)), parameters(1)[0]
+    optimizer = GrokAdamW([{"params": [real, complex_, frozen]}, {"params": parameters(1), "lamb": 0.0}])
+    other = optimizer.param_groups[1]["params"][0]
+    for p in (real, complex_, other):
+        p.grad = torch.ones_like(p)
+    lists: list[list[Any]] = [[] for _ in range(6)]
+    assert optimizer._init_group(optimizer.param_groups[0], *lists) is True
+    assert optimizer._init_group(optimizer.param_groups[1], *lists) is False
+    params = [real, complex_, other]
+    assert [id(p) for p in lists[0]] == [id(p) for p in params]
+    assert [id(g) for g in lists[1]] == [id(p.grad) for p in params]
+    for values, name in zip(lists[2:], ("exp_avg", "exp_avg_sq", "grok_ema", "step"), strict=True):
+        assert [id(value) for value in values] == [id(optimizer.state[p].get(name)) for p in params]
+    assert frozen not in optimizer.state
+    assert "grok_ema" not in optimizer.state[other]

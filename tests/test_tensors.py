@@ -1,0 +1,165 @@
+"""Which tensors a step takes: dtypes, strides, groups of several kinds."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from grokadamw import GrokAdamW, update
+
+from .models import AS_ADAMW, parameters, set_gradients
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_dtypes_and_kinds_may_be_mixed_in_a_group(foreach: bool) -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.float16]
+    torch.manual_seed(0)
+    params = [
+        nn.Parameter(torch.randn(3, 2, dtype=torch.complex64).to(d) if d.is_complex else torch.randn(3, 2).to(d))
+        for d in dtypes
+    ]
+    alone = copy.deepcopy(params)
+    for group in (params, alone):
+        for i, p in enumerate(group):
+            torch.manual_seed(i)
+            p.grad = torch.randn_like(p)
+    options = {"gamma": 0.0, "gradient_clipping": 0.0, "foreach": foreach}
+    together = GrokAdamW(params, **options)
+    for _ in range(2):
+        together.step()
+    for p, q in zip(params, alone, strict=True):
+        by_itself = GrokAdamW([q], **options)
+        for _ in range(2):
+            by_itself.step()
+        assert torch.equal(p, q)
+
+
+def test_foreach_false_is_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    (p,) = parameters(1)
+    set_gradients([p])
+    monkeypatch.setattr(torch, "_foreach_mul", None)
+    monkeypatch.setattr(torch, "_foreach_lerp_", None)
+    GrokAdamW([p], foreach=False).step()
+    with pytest.raises(TypeError):
+        GrokAdamW([p], foreach=True).step()
+
+
+def test_groups_may_be_run_in_different_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(4)
+    settings = [{"foreach": False}, {}, {"fused": False}, {"foreach": True}]
+    optimizer = GrokAdamW([{"params": [p], **each} for p, each in zip(params, settings, strict=True)])
+    set_gradients(params)
+    seen = []
+    for name in ("reference", "foreach", "cpu"):
+        module = getattr(update, name)
+        step = module.step
+        monkeypatch.setattr(module, "step", lambda t, n, name=name, step=step: (seen.append(name), step(t, n)))
+    optimizer.step()
+    optimizer.step()
+    assert seen == 2 * ["reference", "cpu", "foreach", "foreach"]
+    optimizer.param_groups[0]["foreach"] = None
+    optimizer.param_groups[1]["foreach"] = True
+    optimizer.step()
+    assert seen[8:] == ["cpu", "foreach", "foreach", "foreach"]
+
+
+def test_propagate_without_clipping_reads_no_norm() -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params, nonfinite="propagate", gradient_clipping=0.0)
+    set_gradients(params)
+    optimizer.step()
+    assert np.isnan(optimizer.metrics()["grad_norm"])
+
+
+def test_a_conjugate_gradient_is_taken_for_what_it_is() -> None:
+    p, q = (nn.Parameter(torch.ones(2, dtype=torch.complex64)) for _ in range(2))
+    gradient = torch.tensor([1 + 2j, 3 - 1j])
+    p.grad, q.grad = gradient.conj(), gradient.conj().resolve_conj()
+    GrokAdamW([p]).step()
+    GrokAdamW([q]).step()
+    assert torch.equal(p, q)
+
+
+def test_a_group_is_not_written_into() -> None:
+    first, second = parameters()
+    groups = [{"params": [first]}, {"params": [second], "lr": 0.1}]
+    GrokAdamW(groups)
+    assert groups == [{"params": [first]}, {"params": [second], "lr": 0.1}]
+    GrokAdamW(groups, nonfinite="raise")
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "transposed": lambda x: x.t().contiguous().t(),
+    "every other": lambda x: torch.stack([x, x], dim=-1).flatten(1)[:, ::2],
+    "columns of a wider one": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    "expanded": lambda x: x[:1, :1].expand_as(x),
+    "expanded rows": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("of_grad", LAYOUTS)
+@pytest.mark.parametrize("of_param", [name for name in LAYOUTS if not name.startswith("expanded")])
+def test_strides_do_not_matter(of_param: str, of_grad: str, foreach: bool) -> None:
+    torch.manual_seed(0)
+    value = torch.randn(3, 4)
+    strided = LAYOUTS[of_param](value).detach()
+    ours, theirs = nn.Parameter(strided), nn.Parameter(value.clone())
+    assert ours.stride() == strided.stride()
+    optimizer, adamw = GrokAdamW([ours], **AS_ADAMW, foreach=foreach), torch.optim.AdamW([theirs])
+    for _ in range(3):
+        ours.grad = LAYOUTS[of_grad](torch.randn(3, 4))
+        theirs.grad = ours.grad.contiguous()
+        optimizer.step()
+        adamw.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_a_parameter_that_overlaps_itself_is_refused() -> None:
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1).expand(3))
+    optimizer = GrokAdamW([("first", first), ("second", second)])
+    set_gradients([first, second])
+    heard = []
+    optimizer.set_signals(lambda: heard.append(1))
+    with pytest.raises(RuntimeError, match=r"shape \(3,\).*several.*clone\(\)"):
+        optimizer.step()
+    assert first.tolist() == [1, 1]
+    assert not optimizer.state
+    assert not heard
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
+def test_a_dtype_that_cannot_be_trained_is_refused(dtype: torch.dtype) -> None:
+    p = torch.zeros(3).to(dtype)
+    p.grad = torch.zeros(3).to(dtype)
+    with pytest.raises(RuntimeError, match=f"shape \\(3,\\) has dtype {dtype}: give parameters of float16"):
+        GrokAdamW([p], nonfinite="propagate", gradient_clipping=0.0).step()
+
+
+@pytest.mark.parametrize("value", [torch.ones(1).as_strided((1, 1), (0, 0)), torch.from_numpy(np.zeros((0, 2)))])
+def test_strides_of_0_that_do_not_overlap(value: torch.Tensor) -> None:
+    p = nn.Parameter(value)
+    assert 0 in p.stride()
+    set_gradients([p])
+    GrokAdamW([p]).step()
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("given", [0.9, torch.tensor(0.9), torch.tensor([0.9], dtype=torch.float64)])
+def test_alpha_may_be_a_tensor(given: Any, foreach: bool) -> None:
+    params, kind = parameters(1), copy.deepcopy(given)
+    optimizer = GrokAdamW(params, alpha_init=kind, grokking_signal_fns=lambda: 1.0, foreach=foreach)
+    set_gradients(params)
+    optimizer.step()
+    assert optimizer.metrics()["alpha"] == pytest.approx(0.9 * np.exp(-0.1), rel=1e-7)
+    if isinstance(kind, torch.Tensor):
+        kind.fill_(0.5)
+        assert optimizer.metrics()["alpha"] == pytest.approx(0.9 * np.exp(-0.1), rel=1e-7)  # it was, then
+        optimizer.step()
+        assert optimizer.metrics()["alpha"] == pytest.approx(0.5 * np.exp(-0.1), rel=1e-7)
