@@ -38,26 +38,29 @@ OTHER_TASKS = {
     "add113": ((1e-3, 3e-3), (1.0, 3.0)),
 }
 
-# the preset with one thing changed
-VARIATIONS: dict[str, dict[str, Any]] = {
-    "as it is": {},
-    "without the filter": {"lamb": 0.0},
-    "without filter and γ": {"lamb": 0.0, "gamma": 0.0},
-    "α does not adapt": {"grokking_signal_decay_rate": 0.0},
-    "without γ": {"gamma": 0.0},
-    "without a largest norm of embeddings": {"max_row_norm": 0.0},
-    "without a largest change of rows": {"max_row_change": 0.0},
-    "without clipping": {"gradient_clipping": 0.0},
-    "second_moment='raw'": {"second_moment": "raw"},
-    "α 0.9": {"alpha_init": 0.9},
-    "α 0.98": {"alpha_init": 0.98},
-    "λ 1": {"lamb": 1.0},
-    "λ 4": {"lamb": 4.0},
-    "γ 0.3": {"gamma": 0.3},
-    "γ 0.8": {"gamma": 0.8},
-    "all rows no longer than 1": {"max_row_norm": 1.0},
-    "rows move by 0.01": {"max_row_change": 0.01},
-    "rows move by 0.02": {"max_row_change": 0.02},
+# the preset with one thing changed: a method, and its options
+VARIATION_TASKS = [*GRID_TASKS, "s5"]
+VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "as it is": (PRESET, {}),
+    "without the filter": (PRESET, {"lamb": 0.0}),
+    "without filter and γ": (PRESET, {"lamb": 0.0, "gamma": 0.0}),
+    "without γ": (PRESET, {"gamma": 0.0}),
+    "γ 0.3": (PRESET, {"gamma": 0.3}),
+    "γ 0.8": (PRESET, {"gamma": 0.8}),
+    "norms do not decay": ("grokadamw-norm-decay", {}),
+    "norms decay as weights do": ("grokadamw-norm-decay", {"share": 1.0}),
+    "without a largest change of rows": (PRESET, {"max_row_change": 0.0}),
+    "rows move by 0.01": (PRESET, {"max_row_change": 0.01}),
+    "rows move by 0.02": (PRESET, {"max_row_change": 0.02}),
+    "without a largest norm of embeddings": (PRESET, {"max_row_norm": 0.0}),
+    "all rows no longer than 1": (PRESET, {"max_row_norm": 1.0}),
+    "α does not adapt": (PRESET, {"grokking_signal_decay_rate": 0.0}),
+    "α 0.9": (PRESET, {"alpha_init": 0.9}),
+    "α 0.98": (PRESET, {"alpha_init": 0.98}),
+    "λ 1": (PRESET, {"lamb": 1.0}),
+    "λ 4": (PRESET, {"lamb": 4.0}),
+    "without clipping": (PRESET, {"gradient_clipping": 0.0}),
+    "second_moment='raw'": (PRESET, {"second_moment": "raw"}),
 }
 
 # {filter} × {weight decay}: Grokfast's settings of its section 4 with and without one of the two
@@ -126,10 +129,10 @@ def two_by_two(task: str) -> list[Run]:
 def variations(rows: list[Row]) -> dict[str, list[Run]]:
     """With the cell of the preset's grid."""
     cell = best(select(rows, grid(PRESET)))
-    tried = list(product(GRID_TASKS, SEEDS[:3]))
+    tried = list(product(VARIATION_TASKS, SEEDS[:3]))
     return {
-        name: [Run.of(task, PRESET, seed, *cell, options, GRID_BUDGET) for task, seed in tried] if cell else []
-        for name, options in VARIATIONS.items()
+        name: [Run.of(task, method, seed, *cell, options, GRID_BUDGET) for task, seed in tried] if cell else []
+        for name, (method, options) in VARIATIONS.items()
     }
 
 

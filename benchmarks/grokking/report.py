@@ -21,6 +21,7 @@ from .evidence import (
     OTHER_METHODS,
     OTHER_TASKS,
     TWO_BY_TWO,
+    VARIATION_TASKS,
     select,
 )
 from .runs import Row
@@ -171,8 +172,9 @@ def variations(rows: list[Row]) -> str:
     for name, asked in evidence.variations(rows).items():
         found = select(rows, asked)
         if found:
-            lines.append([name, *(quartiles([row for row in found if row.task == task]) for task in GRID_TASKS)])
-    return markdown(["", *GRID_TASKS], lines)
+            by_task = [quartiles([row for row in found if row.task == task]) for task in VARIATION_TASKS]
+            lines.append([name, *by_task])
+    return markdown(["", *VARIATION_TASKS], lines)
 
 
 def effort(rows: list[Row]) -> str:

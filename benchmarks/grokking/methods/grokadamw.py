@@ -34,6 +34,15 @@ def late_decay(model: nn.Module, weight_decay: float, **settings: Any) -> GrokAd
     return optimizer
 
 
+def norms_decay(model: nn.Module, weight_decay: float, share: float, **settings: Any) -> GrokAdamW:
+    """The preset, with another share of weight decay for norms."""
+    optimizer = GrokAdamW.for_grokking(model, weight_decay=weight_decay, **settings)
+    for group in optimizer.param_groups:
+        if 0 < group["weight_decay"] < weight_decay:
+            group["weight_decay"] = share * weight_decay
+    return optimizer
+
+
 METHODS = [
     Method("grokadamw", "GrokAdamW with its defaults", make, lr=3e-3, weight_decay=1.0),
     Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, lr=3e-3, weight_decay=3.0),
@@ -68,6 +77,14 @@ METHODS = [
         3e-3,
         1.0,
         {"max_row_norm": 1.0, "lamb": 0.0, "gamma": 0.0, "grokking_signal_fns": []},
+    ),
+    Method(
+        "grokadamw-norm-decay",
+        "GrokAdamW.for_grokking, norms with another share of weight decay, or none",
+        norms_decay,
+        3e-3,
+        3.0,
+        {"share": 0.0},
     ),
     Method("late-decay", "GrokAdamW.for_grokking, decay only while the training loss is low", late_decay, 3e-3, 3.0),
 ]
