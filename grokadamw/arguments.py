@@ -192,6 +192,12 @@ def check_count(name: str, value: Any, at_least: int = 0) -> None:
         raise ValueError(f"{name}={value!r} is out of range: give an integer of at least {at_least}")
 
 
+def check_window(window_size: int, filter_type: str) -> None:
+    check_count("window_size", window_size, at_least=1)
+    if filter_type not in ("mean", "sum"):
+        raise ValueError(f"filter_type={filter_type!r} is unknown: give 'mean' or 'sum'")
+
+
 def check_dtype(name: str, value: Any) -> None:
     """Raise ValueError unless it is None, or a dtype of real numbers that gradients can be kept in."""
     if value not in (None, torch.bfloat16, torch.float32, torch.float64):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import window
-from .arguments import check_count, check_number
+from .arguments import check_number, check_window
 from .numbers import as_real, mesh_of, wide
 
 __all__ = ["gradfilter_ema", "gradfilter_ma"]
@@ -181,9 +181,3 @@ def _check_kept(what: str, value: Any, shape: Iterable[int]) -> None:
             f"{what} has {found}, and not shape {tuple(shape)}: give what the last call of this function for this "
             "model and this window_size returned, or None to start afresh"
         )
-
-
-def check_window(window_size: int, filter_type: str) -> None:
-    check_count("window_size", window_size, at_least=1)
-    if filter_type not in ("mean", "sum"):
-        raise ValueError(f"filter_type={filter_type!r} is unknown: give 'mean' or 'sum'")

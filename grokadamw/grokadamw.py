@@ -1,4 +1,4 @@
-"""The optimizer: arguments, state, and one step read from top to bottom."""
+"""The optimizer as its users call it. `step.py` has a step up to its writing."""
 
 from __future__ import annotations
 
@@ -202,8 +202,8 @@ class GrokAdamW(Optimizer):
     ) -> GrokAdamW:
         """With what did best on small models that memorise first, and that begin large, as embeddings do in torch.
 
-        α 0.8, γ 0.6, betas (0.9, 0.98); lr and weight decay are high on purpose. The gains and biases of norm layers
-        decay a third as fast, other biases do not. Embeddings, which torch makes √width long, become no longer than 1
+        α 0.8, γ 0.6, betas (0.9, 0.98); lr and weight decay are high on purpose. What norm layers hold decays a third
+        as fast, biases and other vectors do not. Embeddings, which torch makes √width long, become no longer than 1
         (``max_row_norm``) in the first step. In a model with norm layers, in which weights turn rather than grow, rows
         move by no more than 0.015 of their norm a step (``max_row_change``). Evidence:
         benchmarks/results/GROKKING_REPORT.md. Not for models that are trained already, whose embeddings it would
@@ -211,10 +211,9 @@ class GrokAdamW(Optimizer):
 
         Args:
             model: whose parameters that require gradients are optimized, under their names and in its layers, in up to
-                four groups: weights; embeddings, which are what ``nn.Embedding`` and ``nn.EmbeddingBag`` hold; and
-                what has less than two dimensions, of norm layers and of others. Where nothing has two, as in what FSDP1
-                flattened, all is weights. Norm layers are torch's, and those of classes with the word "Norm" in their
-                name.
+                four groups: weights; embeddings, which are what ``nn.Embedding`` and ``nn.EmbeddingBag`` hold; what
+                norm layers hold; and other vectors. Where nothing has two dimensions, as in what FSDP1 flattened, all
+                is weights. Norm layers are torch's, and those of classes with the word "Norm" in their name.
             lr, weight_decay, options: as the constructor's; what is given wins, ``max_row_norm`` for all rows.
 
         Raises:
@@ -260,7 +259,7 @@ class GrokAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        todo = self._writes(torch.compiler.is_compiling())
+        todo = self._prepared(torch.compiler.is_compiling())
         before = [update.rows.before(rows) for rows in todo.limited]
         for each in todo.averages:  # row 6 of moving averages
             update.average(*each)
@@ -270,8 +269,8 @@ class GrokAdamW(Optimizer):
         return loss
 
     @_disable_dynamo  # so that what changes from step to step comes as tensors, and no value becomes a guard
-    def _writes(self, compiling: bool) -> Writes:
-        return Step(self, self._run, compiling).writes()
+    def _prepared(self, compiling: bool) -> Writes:
+        return Step(self, self._run, compiling).prepare()
 
     @_disable_dynamo
     def update_signals(self) -> None:
@@ -330,10 +329,8 @@ class GrokAdamW(Optimizer):
             if param in self.state:
                 yield param, self.state[param]
 
-    # Options of the whole optimizer live in `defaults`, which every way of copying one keeps.
-
     @property
-    def _published(self) -> bool:
+    def _published(self) -> bool:  # options of the whole optimizer are in `defaults`, which every copy keeps
         return self.defaults["compat"] is not None
 
     @property
@@ -380,7 +377,7 @@ class GrokAdamW(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for param in params:
             if param not in found and param not in told:
-                name = layers.name(param, self.param_groups, self._run.names)
+                name = layers.name_of(param, self.param_groups, self._run.names)
                 raise ValueError(
                     f"model: this {type(model).__name__} has no {name}, of shape {tuple(param.shape)}: "
                     "give the model that is optimized; parameters beside it go in a group that says layer="

@@ -36,7 +36,7 @@ ADDED_LATER = {
 
 
 def make_savable(groups: list[dict[str, Any]]) -> None:
-    """Python's own numbers in place of what schedulers and users have set."""
+    """Python's own numbers in place of NumPy's, and losses without the graph that they came from."""
     for group in groups:
         for name, value in group.items():
             if isinstance(value, Real) and type(value).__module__ != "builtins":  # NumPy's, by a scheduler

@@ -72,22 +72,22 @@ def decay_groups(
 def grokking_groups(model: nn.Module, weight_decay: float, max_row_norm: float) -> list[dict[str, Any]]:
     """Those of `GrokAdamW.for_grokking`.
 
-    Weights; embeddings, no longer than `max_row_norm`; the vectors of norm layers, which decay a third as fast; and
-    biases, which do not.
+    Weights; embeddings, no longer than `max_row_norm`; what norm layers hold, which decays a third as fast; and
+    other vectors, which do not decay.
     """
     check_model(model)
     check_number("weight_decay", weight_decay)
     of_embeddings = of_modules(model, lambda module: isinstance(module, _EMBEDDINGS))
-    of_norms = of_modules(model, is_norm)
+    of_norms, flat = of_modules(model, is_norm), is_flat(model)
     parts: tuple[Named, Named, Named, Named] = ([], [], [], [])
-    weights, embeddings, norms, biases = parts
+    weights, embeddings, norms, vectors = parts
     for name, param in trained(model):
         if param in of_embeddings:
             embeddings.append((name, param))
-        elif param.dim() > 1 or is_flat(model):
-            weights.append((name, param))
+        elif param in of_norms and not flat:
+            norms.append((name, param))
         else:
-            (norms if param in of_norms else biases).append((name, param))
+            (weights if param.dim() > 1 or flat else vectors).append((name, param))
     differences: list[dict[str, Any]] = [
         {},
         {"max_row_norm": max_row_norm},

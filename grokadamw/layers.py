@@ -80,11 +80,12 @@ def names(group: dict[str, Any], i: int, known: Mapping[Tensor, str]) -> list[st
     return [known.get(param, name) for param, name in zip(group["params"], own, strict=True)]
 
 
-def name(param: Tensor, groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> str:
+def name_of(param: Tensor, groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> str:
     """What `names` calls a parameter of the groups."""
     places = ((i, j) for i, group in enumerate(groups) for j, p in enumerate(group["params"]) if p is param)
-    i, j = next(places)
-    return names(groups[i], i, known)[j]
+    for i, j in places:
+        return names(groups[i], i, known)[j]
+    raise KeyError(param)
 
 
 def table(groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> list[Layer]:

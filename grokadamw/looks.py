@@ -22,7 +22,7 @@ class Looks:
     """How a list of tensors looks, which are no subclasses, and where they lie: `addresses`, 8 bytes for each."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self._look = native.look()
+        self._look, self._count = native.look(), len(tensors)
         if self._look is None:
             self._read = [list(map(read, tensors)) for read in _READ]
             self.addresses = memory.addresses(tensors)
@@ -35,12 +35,16 @@ class Looks:
 
     def hold(self, tensors: list[Tensor]) -> bool:
         """Whether as many tensors look so, and lie where those lay."""
+        if len(tensors) != self._count:  # which C does not ask
+            return False
         if self._look is None:
             return self._look_so(tensors) and memory.addresses(tensors) == self.addresses
         return bool(self._look(tensors, len(tensors), self._hints, self._words, self.addresses, True, True))
 
     def of(self, tensors: list[Tensor]) -> bytes | None:
         """Where as many tensors lie, if they look so; else None."""
+        if len(tensors) != self._count:
+            return None
         if self._look is None:
             return memory.addresses(tensors) if self._look_so(tensors) else None
         room = ctypes.create_string_buffer(8 * len(tensors))

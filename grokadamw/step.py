@@ -5,7 +5,7 @@ What it finds out stays in the optimizer's `Run`, for `metrics` and for the next
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -63,10 +63,10 @@ class Writes(NamedTuple):
 
 
 class Step:
-    """One step of an optimizer.
+    """A step of an optimizer, up to its writing.
 
     Args:
-        optimizer: whose gradients are there.
+        optimizer: its gradients are there.
         run: the optimizer's.
         compiling: whether torch.compile will see what is written.
     """
@@ -74,9 +74,10 @@ class Step:
     def __init__(self, optimizer: GrokAdamW, run: Run, compiling: bool) -> None:
         self.optimizer, self.run, self.compiling = optimizer, run, compiling
         self.options = optimizer.defaults  # of the whole optimizer
-        self.published = self.options["compat"] is not None
+        self.published = optimizer._published
         self.nonfinite = "propagate" if self.published else self.options["nonfinite"]
         self.capturing = capture.is_capturing(optimizer)
+        run.stepped = False
         self.capturable = any(group["capturable"] for group in optimizer.param_groups)
         self.cycle = Cycle(self.options["accumulation_steps"], optimizer.param_groups, optimizer.state)
         self.plan = run.plan
@@ -86,15 +87,17 @@ class Step:
         self.found_inf = found_inf if isinstance(found_inf, Tensor) else None
 
     @property
-    def state(self) -> Mapping[Tensor, State]:
+    def state(self) -> MutableMapping[Tensor, State]:
         """The optimizer's of this moment: a signal may load another."""
         return self.optimizer.state
 
-    def writes(self) -> Writes:
-        """Rows 1 to 5, and what the others are to do; their state is there then."""
+    def prepare(self) -> Writes:
+        """Rows 1 to 5, and what the others are to do.
+
+        Parameters' state is there then, and what `Run` keeps is about this step; a micro-batch counts.
+        """
         run, cycle = self.run, self.cycle
-        run.stepped = False
-        if self._is_called_off():
+        if self._found_infinity():
             return Writes()
         self._check_settings()
         now = self._planned()
@@ -107,7 +110,7 @@ class Step:
             self._make_state(work)
             return Writes()
         self._check_layers()
-        tables = None if self.plan is None or now is None or self.compiling else self._tables(self.plan)
+        tables = None if now is None or self.compiling else self._tables()
         measured = self._measured(work, now, sum_of_squares, tables)
         amplification = self._hear_signals()
         run.last = run.last._replace(norms=detached(measured.norms), clips=detached(measured.clips))
@@ -122,7 +125,9 @@ class Step:
         else:
             calls = now.calls
         numbers = [
-            self._numbers(call, work[call.work_index], self._beta1(i, call, work, now), measured, amplification)
+            self._numbers(
+                call, work[call.work_index], self._beta1(i, call, work[call.work_index], now), measured, amplification
+            )
             for i, call in enumerate(calls)
         ]
         memory_is_all = update.memory_is_all(self.compiling)
@@ -142,12 +147,12 @@ class Step:
             self._limited(work, finite, memory_is_all) if run.stepped else (),
         )
 
-    def _is_called_off(self) -> bool:
-        """Whether GradScaler has found infinity, which makes this as if the step had not been called."""
+    def _found_infinity(self) -> bool:
+        """Whether GradScaler has, where that may be read: it is as if this step had not been called."""
         found_inf = self.found_inf
         if found_inf is None or not (self._may_read(found_inf.device) or self.cycle.of > 1):
             return False
-        self.found_inf = None
+        self.found_inf = None  # which is known now
         return bool(found_inf.item())
 
     def _check_settings(self) -> None:
@@ -210,8 +215,8 @@ class Step:
                 warn(sentence, UserWarning)
         self.run.layers_checked = True
 
-    def _tables(self, plan: Plan) -> Tables | None:
-        tables = plan.tables(self.capturing, self.capturable)
+    def _tables(self) -> Tables | None:
+        tables = None if self.plan is None else self.plan.tables(self.capturing, self.capturable)
         if self.capturing and tables is not None:
             self.run.graphs.append(tables)
         return tables
@@ -257,7 +262,7 @@ class Step:
         if nonfinite == "raise" and not measured.finite:
             pairs = chain.from_iterable(zip(w.params, w.grads, strict=True) for w in work)
             groups, known_names = self.optimizer.param_groups, self.run.names
-            names = [layers.name(param, groups, known_names) for param, grad in pairs if not grad.isfinite().all()]
+            names = [layers.name_of(param, groups, known_names) for param, grad in pairs if not grad.isfinite().all()]
             raise RuntimeError(
                 f"the gradients are not finite: {', '.join(names) or 'their sum of squares overflows'}. Nothing was "
                 'written; nonfinite="skip" goes on without such a step'
@@ -303,10 +308,9 @@ class Step:
         self.run.plan = plan if plan and plan.lasts else None
         return calls
 
-    def _beta1(self, i: int, call: Call, work: list[Work], now: Now | None) -> list[float]:
+    def _beta1(self, i: int, call: Call, w: Work, now: Now | None) -> list[float]:
         """β1_l of the i-th call's parameters."""
-        group = work[call.work_index].group
-        return layers.beta1s(group, call.layers) if now is None or self.plan is None else self.plan.beta1s(i, group)
+        return layers.beta1s(w.group, call.layers) if now is None or self.plan is None else self.plan.beta1s(i, w.group)
 
     def _numbers(
         self, call: Call, w: Work, beta1: list[float], measured: gradients.Measured, amplification: float

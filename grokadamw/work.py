@@ -154,10 +154,14 @@ class Plan:
     def __init__(self, groups: Sequence[dict[str, Any]], work: Sequence[Work], calls: Sequence[Call]) -> None:
         grads = list(chain.from_iterable(w.grads for w in work))
         tensors = [x for call in calls for column in written(call.tensors) for x in column]
+        mine = list(chain.from_iterable(w.params for w in work))
+        has_grad = set(map(id, mine))  # when the work was collected: signals, which were heard since, may change it
+        params = [param for group in groups for param in group["params"]]
+        self._has_grad = [id(param) in has_grad for param in params]
         # what is behind a complex view, a DTensor or a subclass would have to be looked up each time
-        self.lasts = set(map(type, [*tensors, *grads])) <= {Tensor, nn.Parameter} and not any(
-            param.is_complex() for w in work for param in w.params
-        )
+        kinds, complex_ = set(map(type, [*tensors, *grads])), any(map(torch.is_complex, mine))
+        in_order = list(map(id, mine)) == [id(param) for param in params if id(param) in has_grad]
+        self.lasts = kinds <= {Tensor, nn.Parameter} and not complex_ and in_order
         if self.lasts:
             try:
                 self._looks, self._grad_looks = Looks(tensors), Looks(grads)
@@ -166,7 +170,6 @@ class Plan:
         if not self.lasts:
             return
         self._facts = [_facts(group) for group in groups]
-        self._has_grad = [param.grad is not None for group in groups for param in group["params"]]
         self._work = [w._replace(group={}, params=[], grads=[]) for w in work]
         self._ends = list(accumulate(len(w.params) for w in work))
         self._calls: list[Call] = []

@@ -83,7 +83,7 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any]) -> Choi
 
 
 def asked_for(options: dict[str, Any]) -> Choice | None:
-    """What the options themselves choose, whatever the tensors; None where they leave it to be found."""
+    """What the options themselves choose, unless torch.func transforms those; None where they leave it to be found."""
     if options["differentiable"]:
         return Choice(reference, "differentiable=True")
     if options["foreach"] is not None:
@@ -105,6 +105,8 @@ def checked(choice: Choice, *lists: Tensors) -> Choice:
 
 def sum_of_squares(options: dict[str, Any], compiling: bool) -> Callable[[Sequence[Tensor]], Tensor]:
     """The function for a list of tensors on one device, as `choose` chooses, under the options of the optimizer."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return reference.sum_of_squares
     if asked := asked_for(options):
         function: Callable[[Sequence[Tensor]], Tensor] = asked.module.sum_of_squares
         return function

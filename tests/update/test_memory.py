@@ -218,6 +218,33 @@ def test_whatever_moves_is_followed(
     assert steps_of_kernel[:2] == [6, 6]
 
 
+@pytest.mark.usefixtures("_looks")
+@pytest.mark.parametrize("comes", [True, False], ids=["comes", "goes"])
+def test_a_gradient_that_a_signal_brings_or_takes_is_the_next_steps_affair(comes: bool) -> None:
+    """The step in which that happens is taken with those that were there before; none of the later ones is lost."""
+
+    def run(change: bool) -> list[nn.Parameter]:
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(4, dtype=dtype)) for dtype in (torch.float32, torch.float64, torch.float32)]
+        which, step = params[-1 if comes else 0], [0]
+
+        def signal() -> float:
+            if change and step[0] == 1:
+                which.grad = torch.ones(4) if comes else None
+            return 0.0
+
+        optimizer = GrokAdamW(params, lr=0.1, grokking_signal_fns=signal)
+        for step[0] in range(5):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            if comes == (step[0] < 2):
+                which.grad = None
+            optimizer.step()
+        return params
+
+    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+
+
 def memory(optimizer: GrokAdamW) -> list[Tensor]:
     """Parameters and state as tensors that keep their memory."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -513,6 +540,15 @@ class TestStepsAside:
 
         start = torch.ones(2, 3)
         assert (torch.func.vmap(train)(start) < 1).all()
+
+        def clipped(gradient: Tensor) -> Tensor:
+            p = nn.Parameter(torch.ones(3))
+            p.grad = gradient
+            GrokAdamW([p]).step()
+            return p.detach() * 1
+
+        moved, _ = torch.func.jvp(clipped, (torch.ones(3),), (torch.ones(3),))
+        assert (moved < 1).all()
 
     def test_for_fake_tensors(self) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
