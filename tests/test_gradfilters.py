@@ -238,7 +238,6 @@ def test_half_precision_gradients_are_averaged_in_float32() -> None:
         (gradfilter_ema, {"grads": []}, TypeError, "grads is a list"),
         (gradfilter_ema, {"grads": {"module.a": torch.zeros(4, 3)}}, ValueError, "of other parameters .module.a, "),
     ],
-    ids=str,
 )
 def test_bad_input_is_refused_before_anything_has_changed(
     function: Callable[..., Any], arguments: dict[str, Any], error: type[Exception], words: str

@@ -362,7 +362,6 @@ def test_it_says_what_the_next_step_will_do() -> None:
         ({"Table": native._Python}, "is of another version of grokadamw: install it again"),
         ({"_instruction_sets": lambda: ["mmx"]}, "is of another version of grokadamw: install it again"),
     ],
-    ids=str,
 )
 def test_why_there_is_no_kernel(change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in change.items():
