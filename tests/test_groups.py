@@ -69,7 +69,7 @@ def test_what_is_flat_decays() -> None:
 
 
 def test_of_a_model_of_which_only_biases_are_trained_none_decays() -> None:
-    model = network()
+    model = nn.Sequential(network(), nn.LayerNorm(3, elementwise_affine=False))
     for name, param in model.named_parameters():
         param.requires_grad_(name.endswith("bias"))
     (group,) = decay_groups(model, weight_decay=0.5)

@@ -71,7 +71,10 @@ def test_the_presets_groups() -> None:
     for model in (only_matrices, only_vectors):  # what FSDP1 flattened is a vector, too
         (group,) = GrokAdamW.for_grokking(model, weight_decay=2.0).param_groups
         assert group["weight_decay"] == 2
-    optimizer = GrokAdamW.for_grokking(nn.Linear(4, 4), lr=torch.tensor(0.1))
+    model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4), nn.ReLU())  # without norms biases decay
+    optimizer = GrokAdamW.for_grokking(model, lr=torch.tensor(0.1))
+    assert [group["param_names"] for group in optimizer.param_groups] == [["1.weight", "1.bias"], ["0.weight"]]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [3, 3]
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     for loss in (1.0, 2.0):
         scheduler.step(loss)
