@@ -96,10 +96,10 @@ def mod97(names: list[str], rows: list[Row]) -> str:
 
 
 def afterwards(names: list[str], rows: list[Row]) -> str:
-    """Of the same runs: training first, the time that a step takes, and what comes after."""
+    """Of the same runs, on tasks that are learnt: training first, the time that a step takes, and what comes after."""
     lines = []
     for name in names:
-        found = select(rows, evidence.finals(name, rows))
+        found = [row for row in select(rows, evidence.finals(name, rows)) if row.task != "quad97"]
         learnt = [row for row in found if row.sustained is not None and row.seconds is not None]
         if learnt:
             memorised = shown(float(np.median([row.train or math.inf for row in found])))
