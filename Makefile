@@ -12,8 +12,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
-# most of what is installed is never imported; of what is, the first import makes the byte code
+# most of what is installed is never imported; what is, is compiled then, and kept, even where the environment says not to
 INSTALL := $(PIP) install --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 PEERS  := pytorch-optimizer==4.1.0 grokfast-pytorch==0.0.11 torch-optimi==0.3.3 bitsandbytes==0.50.2 deepspeed==0.19.8
 # whose wheels carry data that the benchmarks train on; nothing of their code is used, nor what that needs

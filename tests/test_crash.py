@@ -86,7 +86,6 @@ def test_no_kill_loses_a_checkpoint_or_changes_the_run(kills: int, tmp_path: Pat
     whole = tmp_path / "whole"
     whole.mkdir()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_crash", "torch._dynamo"])
     timed(context, tmp_path)  # which starts the server that the others are forked from
     all_steps, a_start = timed(context, whole), timed(context, whole)
     a_step = (all_steps - a_start) / STEPS

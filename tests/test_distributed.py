@@ -29,7 +29,7 @@ RANKS = 2
 
 def in_processes(function: Any, folder: Path) -> list[Any]:
     """What function(rank) returns on each of two ranks."""
-    mp.spawn(_process, args=(function, folder), nprocs=RANKS)
+    mp.start_processes(_process, args=(function, folder), nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -106,11 +106,14 @@ def problems(draw: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@settings(max_examples=150)
-@given(problem=problems())
-def test_every_step_is_the_oracles(implementation: str, problem: dict[str, Any]) -> None:
-    with running(implementation) as options:
+def test_every_step_is_the_oracles(implementation: str) -> None:
+    @settings(max_examples=50 if implementation == "gpu" else 150)  # as interpreted kernels are slow
+    @given(problem=problems())
+    def check(problem: dict[str, Any]) -> None:
         every_step_is_the_oracles(problem, options)
+
+    with running(implementation) as options:
+        check()
 
 
 def every_step_is_the_oracles(problem: dict[str, Any], options: dict[str, Any]) -> None:

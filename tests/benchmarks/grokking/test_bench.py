@@ -360,6 +360,7 @@ def test_a_task_and_a_method_are_a_file_each(tmp_path: Path, monkeypatch: pytest
 
 def test_late_decay_waits_for_a_low_training_loss() -> None:
     model = small()
+    model.insert(1, nn.LayerNorm(8, bias=False))
     optimizer = METHODS["late-decay"].optimizer(model, betas=(0.9, 0.98), weight_decay=2.0)
     decays = []
     for loss in (None, 3.0, 0.5, 0.1, 0.0):
@@ -368,4 +369,4 @@ def test_late_decay_waits_for_a_low_training_loss() -> None:
         learn(model, optimizer, 2)
         decays.append(optimizer.param_groups[0]["weight_decay"])
     assert decays == pytest.approx([0, 0, 0, 0, 1.6])  # of the last three losses' mean
-    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([1.6, 1.6, 0])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([1.6, 1.6, 1.6 / 3, 0])
