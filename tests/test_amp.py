@@ -66,7 +66,7 @@ def same(ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> None:
     [{}, {"nonfinite": "raise"}, {"nonfinite": "propagate", "gradient_clipping": 0.0}, {"compat": "0.1.2"}],
     ids=str,
 )
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(overflows=st.lists(st.booleans(), min_size=1, max_size=8), poison=st.sampled_from([torch.inf, torch.nan]))
 def test_bit_for_bit_the_run_without_those_steps(
     amp: bool, implementation: str, options: dict[str, Any], overflows: list[bool], poison: float
