@@ -44,7 +44,6 @@ OTHER_TASKS = {
 }
 
 # the preset with one thing changed: a method, and its options
-VARIATION_TASKS = [*GRID_TASKS, "s5"]
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "as it is": (PRESET, {}),
     "without the filter": (PRESET, {"lamb": 0.0}),
@@ -135,7 +134,7 @@ def two_by_two(task: str) -> list[Run]:
 def variations(rows: list[Row]) -> dict[str, list[Run]]:
     """With the cell of the preset's grid."""
     cell = best(select(rows, grid(PRESET)))
-    tried = list(product(VARIATION_TASKS, SEEDS[:3]))
+    tried = list(product(GRID_TASKS, SEEDS[:3]))
     return {
         name: [Run.of(task, method, seed, *cell, options, GRID_BUDGET) for task, seed in tried] if cell else []
         for name, (method, options) in VARIATIONS.items()

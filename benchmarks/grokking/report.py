@@ -21,7 +21,6 @@ from .evidence import (
     OTHER_METHODS,
     OTHER_TASKS,
     TWO_BY_TWO,
-    VARIATION_TASKS,
     select,
 )
 from .runs import Row
@@ -172,9 +171,9 @@ def variations(rows: list[Row]) -> str:
     for name, asked in evidence.variations(rows).items():
         found = select(rows, asked)
         if found:
-            by_task = [quartiles([row for row in found if row.task == task]) for task in VARIATION_TASKS]
+            by_task = [quartiles([row for row in found if row.task == task]) for task in GRID_TASKS]
             lines.append([name, *by_task])
-    return markdown(["", *VARIATION_TASKS], lines)
+    return markdown(["", *GRID_TASKS], lines)
 
 
 def effort(rows: list[Row]) -> str:

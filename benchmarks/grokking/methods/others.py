@@ -48,14 +48,15 @@ def orthograd(model: nn.Module, **settings: Any) -> Optimizer:
 
 
 class MuonAndAdamW(Optimizer):
-    """Muon for the inner matrices, AdamW for everything else, each with its own learning rate."""
+    """Muon for the inner matrices, AdamW for everything else. Muon's update is scaled to the size of AdamW's
+    (arXiv:2502.16982, section 2.2), so that one learning rate and weight decay stand for both."""
 
-    def __init__(self, model: nn.Module, muon: dict[str, Any], adamw: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, betas: tuple[float, float], **settings: Any) -> None:
         matrices = inner_matrices(model)
         others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-        self.parts: list[Optimizer] = [AdamW(others, **adamw)]
+        self.parts: list[Optimizer] = [AdamW(others, betas=betas, **settings)]
         if matrices:
-            self.parts.insert(0, Muon(matrices, **muon))
+            self.parts.insert(0, Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings))
         super().__init__(matrices + others, {})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
@@ -64,15 +65,10 @@ class MuonAndAdamW(Optimizer):
             part.step()
 
 
-def muon(model: nn.Module, muon_lr: float, betas: tuple[float, float], lr: float, weight_decay: float) -> Optimizer:
-    adamw = {"lr": lr, "weight_decay": weight_decay, "betas": betas}
-    return MuonAndAdamW(model, {"lr": muon_lr, "weight_decay": weight_decay * lr / muon_lr}, adamw)
-
-
 METHODS = [
     Method(
         "row-norm-cap", "AdamW, rows of inner matrices no longer than 1", row_norm_cap, 3e-3, 0.0, {"cap": 1.0}, 1.0
     ),
     Method("orthograd", "AdamW, gradients orthogonal to the weights", orthograd, 3e-3, 1.0, clip=1.0),
-    Method("muon", "Muon for inner matrices, AdamW for the rest", muon, 3e-3, 1.0, {"muon_lr": 0.02}),
+    Method("muon", "Muon for inner matrices, AdamW for the rest", MuonAndAdamW, 3e-3, 1.0, clip=1.0),
 ]
