@@ -20,7 +20,7 @@ PRESET = "grokadamw-grokking"
 METHODS = ["adamw", "adamw-matrices", PRESET, "grokadamw-no-filter", "adamw-row-limits", "grokadamw", "grokfast-adamw"]
 MOD97_METHODS = [*METHODS, "grokadamw-short-rows"]
 COMPARED = ["adamw", "grokfast-adamw", "grokadamw", PRESET]  # on the other tasks
-OTHER_METHODS = ["adamw-short-rows", "late-decay", "row-norm-cap", "orthograd", "muon"]
+OTHER_METHODS = ["late-decay", "row-norm-cap", "orthograd", "muon"]
 
 GRID_TASKS, LRS, DECAYS = ["mul97", "sub97"], (1e-3, 3e-3, 1e-2), (0.3, 1.0, 3.0)
 DECAYS_OF = {"row-norm-cap": (0.0, 0.3, 1.0)}  # whose point is to do without

@@ -71,14 +71,6 @@ METHODS = [
         {"max_row_norm": 1.0, "gamma": 0.3, "alpha_init": 0.9},
     ),
     Method(
-        "adamw-short-rows",
-        "AdamW, rows no longer than 1, gradients clipped to norm 1",
-        make,
-        3e-3,
-        1.0,
-        {"max_row_norm": 1.0, "lamb": 0.0, "gamma": 0.0, "grokking_signal_fns": []},
-    ),
-    Method(
         "grokadamw-norm-decay",
         "GrokAdamW.for_grokking, norms with another share of weight decay, or none",
         norms_decay,
