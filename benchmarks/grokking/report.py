@@ -128,11 +128,12 @@ def afterwards(names: list[str], rows: list[Row]) -> str:
 
 
 def reach(names: list[str], rows: list[Row]) -> str:
-    """Over the grid of lr × wd."""
+    """Over the grid of lr × wd, where all of it is done."""
     lines = []
     for name in names:
-        found = select(rows, evidence.grid(name))
-        if found:
+        asked = evidence.grid(name)
+        found = select(rows, asked)
+        if len(found) == len(asked):
             reached = sum(row.sustained is not None for row in found)
             chosen = evidence.best(found)
             there = [row for row in found if (row.lr, row.weight_decay) == chosen]
