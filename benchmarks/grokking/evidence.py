@@ -2,7 +2,7 @@
 
 Every method gets the same trials. Of the tasks mod 97: a grid of lr × wd on two of them, two seeds a cell; the best
 cell is kept for ten other seeds on all five. Of every other task: four cells, one seed; the best is kept for three
-others, or for ten where a run is quick.
+others, or for ten where a run is quick. Of the architectures: the grid on each of four tasks, and five seeds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from itertools import product
 from math import log
 from typing import Any
 
+from . import architectures
 from .runs import Row, Run
+from .tasks.architectures import PROBLEMS
 
 MOD97 = ["mul97", "add97", "sub97", "div97", "quad97"]
 PRESET = "grokadamw-grokking"
@@ -66,6 +68,12 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "without clipping": (PRESET, {"gradient_clipping": 0.0}),
     "second_moment='raw'": (PRESET, {"second_moment": "raw"}),
 }
+
+# every architecture × four tasks, each with a grid of its own
+PAIRS = [f"{problem}/{name}" for problem in PROBLEMS for name in architectures.load()]
+PAIR_METHODS = ["adamw", PRESET, "grokadamw"]
+PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # else the grid's
+PAIR_SEEDS = range(100, 105)
 
 # {filter} × {weight decay}: Grokfast's settings of its section 4 with and without one of the two
 TWO_BY_TWO = {
@@ -122,6 +130,21 @@ def other_finals(task: str, method: str, rows: list[Row]) -> list[Run]:
     return [] if cell is None else [Run.of(task, method, seed, *cell) for seed in seeds]
 
 
+def pair_grid(pair: str, method: str, seeds: Iterable[int] = GRID_SEEDS) -> list[Run]:
+    budget = PAIR_BUDGETS.get(pair.partition("/")[0], GRID_BUDGET)
+    return [Run.of(pair, method, seed, lr, wd, budget=budget) for seed, lr, wd in product(seeds, LRS, DECAYS)]
+
+
+def pair_finals(pair: str, method: str, rows: list[Row]) -> list[Run]:
+    cell = best(select(rows, pair_grid(pair, method)))
+    return [] if cell is None else [Run.of(pair, method, seed, *cell) for seed in PAIR_SEEDS]
+
+
+def untuned(pair: str, method: str) -> list[Run]:
+    """With the method's own learning rate and weight decay."""
+    return [Run.of(pair, method, seed) for seed in PAIR_SEEDS]
+
+
 def two_by_two(task: str) -> list[Run]:
     options, lr, decays, budget = TWO_BY_TWO[task]
     arms = [("adamw", {}), ("grokfast-adamw", options)]
@@ -144,8 +167,10 @@ def variations(rows: list[Row]) -> dict[str, list[Run]]:
 def todo(rows: list[Row]) -> list[Run]:
     """The next runs that are not done yet; what is chosen from them comes later."""
     done = {row.run for row in rows}
+    stages = [pair_grid(pair, "adamw", [seed]) for seed in GRID_SEEDS for pair in PAIRS]
+    stages += [pair_finals(pair, "adamw", rows) for pair in PAIRS]
     by_method = {method: finals(method, rows) for method in MOD97_METHODS}
-    stages = [grid(method) for method in MOD97_METHODS]
+    stages += [grid(method) for method in MOD97_METHODS]
     stages += [[run for run in by_method[method] if run.task != "quad97"] for method in MOD97_METHODS]
     stages += [published(), *variations(rows).values()]
     stages += [two_by_two(task) for task in TWO_BY_TWO]
