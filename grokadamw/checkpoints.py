@@ -27,7 +27,7 @@ _OURS = (
     *("max_row_norm", "max_row_change"),
     *("second_moment", "amplify_after", "amplify_by_signal", "nonfinite", "compat", "layer", "layers"),
     *("window_size", "window_dtype", "accumulation_steps", "micro_step", "cycle"),
-    *("train_loss", "eval_loss", "signal_state", "skipped_steps"),
+    *("train_loss", "eval_loss", "train_acc", "eval_acc", "signal_state", "skipped_steps"),
 )
 # and its state beside AdamW's
 _OUR_STATE = ("grok_ema", "grok_ring", "grok_ring_sum", "grok_ring_lap", "grok_ring_count", "micro_step")

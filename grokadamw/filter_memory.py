@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from .notices import warn
 from .numbers import Number, accumulator, as_float, as_number
-from .signals import loss_gap
+from .signals import loss_gap, recorded
 
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -48,10 +48,7 @@ def filter_memories(
         losses = [[x if x == x else None for x in (group["train_loss"], group["eval_loss"])] for group in groups]
         said = [signals.evaluate(train, evaluation, keep_nonfinite=True) for train, evaluation in losses]
     else:
-        train_loss, eval_loss = (
-            next((group[loss] for group in groups if group[loss] is not None), None)
-            for loss in ("train_loss", "eval_loss")
-        )
+        train_loss, eval_loss = recorded(groups, "train_loss"), recorded(groups, "eval_loss")
         signal = signals.evaluate(train_loss, eval_loss)
         device = next((param.device for group in groups for param in group["params"]), None)
         if device is not None and signals.in_use(train_loss, eval_loss):

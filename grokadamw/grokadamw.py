@@ -18,7 +18,7 @@ from .arguments import check_group, check_options, make_plain
 from .filter_memory import Combine, Signal, Signals, filter_memories
 from .groups import check_model, grokking_groups, has_norms
 from .notices import warn
-from .numbers import as_number
+from .numbers import as_number, as_share
 from .state import WINDOW, State, keeping_precision, prepare
 from .step import Run, Step, Writes, count_skipped
 from .work import choices_of
@@ -339,22 +339,27 @@ class GrokAdamW(Optimizer):
         """Whether the last ``step`` was the last micro-batch of ``accumulation_steps``: a scheduler's turn."""
         return self._run.stepped
 
-    def record(self, *, train_loss: Any = None, eval_loss: Any = None) -> None:
-        """Keep losses for the signals, in every group's ``train_loss`` and ``eval_loss``; a checkpoint holds them.
+    def record(
+        self, *, train_loss: Any = None, eval_loss: Any = None, train_acc: Any = None, eval_acc: Any = None
+    ) -> None:
+        """Keep losses and accuracies for the signals, in every group under these names; a checkpoint holds them.
 
         The next step evaluates the signals. With several processes, call it on all of them.
 
         Args:
             train_loss, eval_loss: a number, or a tensor of one element; one on a GPU stays there, not waited for. None
                 leaves the loss recorded before.
+            train_acc, eval_acc: the same for the share of right answers, in [0, 1]. One on a GPU is not checked.
 
         Raises:
-            TypeError: a loss is not one number.
+            TypeError, ValueError: a value is not one number, or an accuracy is not in [0, 1]. Nothing was kept then.
         """
-        given = {"train_loss": train_loss, "eval_loss": eval_loss}
-        losses = {name: as_number(loss, name) for name, loss in given.items() if loss is not None}
+        losses = {"train_loss": train_loss, "eval_loss": eval_loss}
+        shares = {"train_acc": train_acc, "eval_acc": eval_acc}
+        given = {name: as_number(loss, name) for name, loss in losses.items() if loss is not None}
+        given |= {name: as_share(share, name) for name, share in shares.items() if share is not None}
         for group in self.param_groups:
-            group.update(losses)
+            group.update(given)
 
     def set_signals(self, fns: Signal | Iterable[Signal] | None, combine: Combine | None = None) -> None:
         """Replace the signals: as the constructor's ``grokking_signal_fns`` and ``combine``; None keeps ``combine``."""
@@ -480,7 +485,7 @@ class GrokAdamW(Optimizer):
         for sentence in doubts:
             warn(sentence, UserWarning)
         for group, param in ((group, group["params"][0]) for group in self.param_groups if group["params"]):
-            for name in ("train_loss", "eval_loss"):  # as record() had them, so that α is computed where it was
+            for name in group_data.RECORDED:  # as record() had them, so that α is computed where it was
                 if isinstance(group[name], Tensor):
                     group[name] = as_number(group[name].to(param.device), name)
         if self._run.skipped is not None:

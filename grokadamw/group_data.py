@@ -12,11 +12,12 @@ from . import accumulation, layers
 from .arguments import HOW_TO_RUN, PER_OPTIMIZER
 from .numbers import as_float, as_number
 
+# What `GrokAdamW.record` keeps.
+RECORDED = ("train_loss", "eval_loss", "train_acc", "eval_acc")
 # In every group from the start: sharded checkpoints want the same keys on both sides.
 AT_FIRST = {
     "layer": None,
-    "train_loss": None,
-    "eval_loss": None,
+    **dict.fromkeys(RECORDED),
     "signal_state": None,
     "skipped_steps": 0,
     **accumulation.AT_REST,
@@ -31,17 +32,19 @@ ADDED_LATER = {
     "accumulation_steps": 1,
     "max_row_norm": 0.0,
     "max_row_change": 0.0,
+    "train_acc": None,
+    "eval_acc": None,
     **accumulation.AT_REST,
 }
 
 
 def make_savable(groups: list[dict[str, Any]]) -> None:
-    """Python's own numbers in place of NumPy's, and losses without the graph that they came from."""
+    """Python's own numbers in place of NumPy's, and what was recorded without the graph that it came from."""
     for group in groups:
         for name, value in group.items():
             if isinstance(value, Real) and type(value).__module__ != "builtins":  # NumPy's, by a scheduler
                 group[name] = float(value)
-        for name in ("train_loss", "eval_loss"):
+        for name in RECORDED:
             if group[name] is not None:  # set by hand, it may have a graph, which cannot be copied
                 group[name] = as_number(group[name], name)
         group["cycle"] = tuple(map(as_float, group["cycle"]))

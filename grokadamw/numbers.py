@@ -73,6 +73,20 @@ def as_number(value: Any, name: str = "the value") -> Number:
     return float(value)
 
 
+def as_share(value: Any, name: str) -> Number:
+    """Somebody's accuracy, as `as_number`. A tensor that is not read is not checked.
+
+    Raises:
+        TypeError, ValueError: it is not one number, or not in [0, 1].
+    """
+    share = as_number(value, name)
+    if isinstance(share, Tensor):
+        return share
+    if not -1e-6 <= share <= 1 + 1e-6:  # a mean of rounded numbers may be a little more than 1
+        raise ValueError(f"{name}={value!r} is not an accuracy: give a share of right answers, in [0, 1]")
+    return min(max(share, 0.0), 1.0)
+
+
 def product(a: Number, b: Number) -> Number:
     """a · b, on a's device, and at no cost where b is 1."""
     if isinstance(b, Tensor):

@@ -8,7 +8,8 @@ that it requires. A signal of losses waits until both are there.
 Ready-made, and when to use which:
 
 - `loss_gap`, the default: both losses are recorded, and mean the same thing on both sets.
-- `AccuracyGap`: the share of right answers is what matters, as on algorithmic tasks, whose losses move on after it.
+- `AccuracyGap`: accuracies are recorded, and the share of right answers is what matters, as on algorithmic tasks, whose
+  losses move on after it.
 - `Plateau`: the filter is to be left alone until training is as good as done.
 - `SlowGradient`: there is no evaluation data, or evaluating is dear.
 
@@ -23,6 +24,7 @@ A signal that is an object may also have
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .gradients import global_norm
-from .numbers import Number, accumulator, as_number, as_real, reads_are_free, whole
+from .numbers import Number, accumulator, as_float, as_number, as_real, as_share, reads_are_free, whole
 from .update.foreach import sum_of_squares
 
 __all__ = ["AccuracyGap", "Plateau", "SlowGradient", "loss_gap"]
@@ -49,22 +51,35 @@ def loss_gap(train_loss: Number, eval_loss: Number) -> Number:
     return max(0.0, gap) / largest if largest > 0 else 0.0
 
 
+def recorded(groups: Sequence[dict[str, Any]], name: str) -> Number | None:
+    """What `GrokAdamW.record` was given last under that name: the first group's that has one counts."""
+    return next((group[name] for group in groups if group.get(name) is not None), None)
+
+
 class AccuracyGap:
     """max(0, training accuracy − evaluation accuracy), from the two accuracies recorded last. No signal before that.
 
     ```python
-    gap = AccuracyGap()
-    optimizer = GrokAdamW(model.named_parameters(), grokking_signal_fns=gap)
-    gap.record(train=0.99, eval=0.31)  # whenever they are known
+    optimizer = GrokAdamW(model.named_parameters(), grokking_signal_fns=AccuracyGap())
+    optimizer.record(train_acc=0.99, eval_acc=0.31)  # whenever they are known
     ```
+
+    It reads them from the optimizer that it was registered with last. An accuracy that was given to its own ``record``
+    counts instead of the optimizer's.
     """
 
     def __init__(self) -> None:
         self._train: float | None = None
         self._eval: float | None = None
+        self._optimizer: Optimizer | None = None
+
+    def bind(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
 
     def record(self, *, train: Any = None, eval: Any = None) -> None:
-        """Keep accuracies; None leaves the one recorded before. A tensor on a GPU is read back.
+        """Keep accuracies here, for optimizers without a ``record`` such as ``Grokfast``; None leaves the one before.
+
+        A tensor on a GPU is read back.
 
         Args:
             train, eval: shares of right answers, in [0, 1].
@@ -72,18 +87,27 @@ class AccuracyGap:
         Raises:
             TypeError, ValueError: an accuracy is not one number, or not in [0, 1].
         """
-        new_train = self._train if train is None else _share("train", train)
-        new_eval = self._eval if eval is None else _share("eval", eval)
+        new_train = self._train if train is None else _read_share(train, "train")
+        new_eval = self._eval if eval is None else _read_share(eval, "eval")
         self._train, self._eval = new_train, new_eval
 
     @property
     def ready(self) -> bool:
-        return self._train is not None and self._eval is not None
+        return None not in self._accuracies()
 
-    def __call__(self) -> float:
-        assert self._train is not None
-        assert self._eval is not None
-        return max(self._train - self._eval, 0.0)
+    def __call__(self) -> Number:
+        train, evaluation = self._accuracies()
+        assert train is not None
+        assert evaluation is not None
+        gap = train - evaluation
+        return gap.clamp(min=0) if isinstance(gap, Tensor) else max(gap, 0.0)
+
+    def _accuracies(self) -> tuple[Number | None, Number | None]:
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        return (
+            recorded(groups, "train_acc") if self._train is None else self._train,
+            recorded(groups, "eval_acc") if self._eval is None else self._eval,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"train": self._train, "eval": self._eval}
@@ -92,11 +116,8 @@ class AccuracyGap:
         self._train, self._eval = state["train"], state["eval"]
 
 
-def _share(name: str, value: Any) -> float:
-    share = float(as_number(value, name))
-    if not 0 <= share <= 1:
-        raise ValueError(f"{name}={value!r} is not an accuracy: give a share of right answers, in [0, 1]")
-    return share
+def _read_share(value: Any, name: str) -> float:
+    return as_float(as_share(as_float(as_number(value, name)), name))
 
 
 class Plateau:

@@ -229,6 +229,42 @@ def test_a_bad_loss_is_refused_before_it_is_kept(loss: Any) -> None:
     assert optimizer.param_groups[0]["train_loss"] is None
 
 
+@pytest.mark.parametrize("name", ["train_acc", "eval_acc"])
+@pytest.mark.parametrize(
+    ("accuracy", "error", "message"),
+    [
+        ("0.3", TypeError, "'0.3' is not one number"),
+        (torch.zeros(2), TypeError, "is a tensor of shape"),
+        (95.0, ValueError, r"=95\.0 is not an accuracy: give a share of right answers, in \[0, 1\]"),
+        (-0.01, ValueError, r"=-0\.01 is not an accuracy"),
+        (torch.tensor(1.5), ValueError, r"=tensor\(1\.5.* is not an accuracy"),
+        (float("nan"), ValueError, "=nan is not an accuracy"),
+        (float("inf"), ValueError, "=inf is not an accuracy"),
+    ],
+)
+def test_a_bad_accuracy_is_refused_before_anything_is_kept(
+    name: str, accuracy: Any, error: type[Exception], message: str
+) -> None:
+    optimizer = GrokAdamW(parameters())
+    optimizer.record(**{name: 0.5})
+    with pytest.raises(error, match=f"{name}.*{message}"):
+        optimizer.record(**{"train_loss": 1.0, "train_acc": 0.25, "eval_acc": 0.75, name: accuracy})
+    group = optimizer.param_groups[0]
+    assert group["train_loss"] is None
+    assert {each: group[each] for each in ("train_acc", "eval_acc")} == {"train_acc": None, "eval_acc": None, name: 0.5}
+
+
+@pytest.mark.parametrize("accuracy", [0, 1, True, 0.25, np.float32(0.5), torch.tensor([[0.75]]), 1 + 1e-7, -1e-9])
+def test_an_accuracy_is_a_share_to_rounding(accuracy: Any) -> None:
+    optimizer = GrokAdamW([{"params": [p]} for p in parameters()])
+    optimizer.record(train_acc=accuracy, eval_acc=accuracy)
+    for group in optimizer.param_groups:
+        for name in ("train_acc", "eval_acc"):
+            assert type(group[name]) is float
+            assert group[name] == pytest.approx(float(accuracy), abs=1e-6)
+            assert 0 <= group[name] <= 1
+
+
 def test_numpys_numbers_are_numbers() -> None:
     ours, theirs = parameters(), parameters()
     for params, kind in ((ours, np.float32), (theirs, float)):

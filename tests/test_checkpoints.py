@@ -77,6 +77,18 @@ def test_a_conversion_leaves_what_it_is_given_alone(name: str) -> None:
         assert repr(given) == repr(before)
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in HERE.glob("*.pt")))
+def test_older_files_know_no_accuracies_and_go_on_with_some(name: str) -> None:
+    model = write["model"]()
+    optimizer = GrokAdamW(write["groups"](model, named="0.1.2" not in name), grokking_signal_fns=AccuracyGap())
+    optimizer.load_state_dict(load(name)["optimizer"])
+    assert all(group["train_acc"] is group["eval_acc"] is None for group in optimizer.param_groups)
+    optimizer.record(train_acc=1.0, eval_acc=0.25)
+    write["train"](model, optimizer, range(5, 6))
+    assert optimizer.metrics()["signal/AccuracyGap"] == 0.75
+    assert not {"train_acc", "eval_acc"} & to_adamw(optimizer.state_dict())["param_groups"][0].keys()
+
+
 # the published release
 
 
@@ -441,7 +453,7 @@ def test_a_pickled_optimizer_of_an_older_version_goes_on() -> None:
     optimizer = GrokAdamW(network().named_parameters())
     state = optimizer.__getstate__()
     for where in (state["defaults"], *state["param_groups"]):
-        for name in ("capturable", "fused"):
+        for name in ("capturable", "fused", "train_acc", "eval_acc"):
             del where[name]
     older = GrokAdamW.__new__(GrokAdamW)
     older.__setstate__(pickle.loads(pickle.dumps(state)))
@@ -449,3 +461,5 @@ def test_a_pickled_optimizer_of_an_older_version_goes_on() -> None:
         p.grad = torch.ones_like(p)
     older.step()
     assert older.param_groups[0]["fused"] is None
+    older.add_param_group({"params": [("new", nn.Parameter(torch.ones(1)))]})
+    assert all(group["train_acc"] is group["eval_acc"] is None for group in older.param_groups)

@@ -119,7 +119,13 @@ def test_a_run_that_dcp_saved_goes_on(tmp_path: Path, flatten: bool) -> None:
 
     def start() -> tuple[nn.Module, GrokAdamW, AccuracyGap]:
         model, gap = network(), AccuracyGap()
-        signals = [gap, SlowGradient(every=2), Counted(), lambda train_loss, eval_loss: eval_loss - train_loss]
+        signals = [
+            gap,
+            AccuracyGap(),
+            SlowGradient(every=2),
+            Counted(),
+            lambda train_loss, eval_loss: eval_loss - train_loss,
+        ]
         return model, split(model, grokking_signal_fns=signals), gap
 
     model, optimizer, gap = start()
@@ -127,7 +133,7 @@ def test_a_run_that_dcp_saved_goes_on(tmp_path: Path, flatten: bool) -> None:
     def take_step(step: int, loss: torch.Tensor) -> None:
         if step == 2:
             gap.record(train=0.9, eval=0.2)
-            optimizer.record(train_loss=loss, eval_loss=2 * loss)
+            optimizer.record(train_loss=loss, eval_loss=2 * loss, train_acc=0.75, eval_acc=0.25)
         optimizer.step()
 
     train(model, range(5), take_step)
@@ -149,6 +155,27 @@ def test_a_run_that_dcp_saved_goes_on(tmp_path: Path, flatten: bool) -> None:
         for name, value in optimizer.state[b].items():
             assert torch.equal(other.state[a][name], value)
     assert other.metrics() == optimizer.metrics()
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    """Its groups lack keys that came later, which torch refuses unless it is told to load a part."""
+    model, twin = network(), network(seed=1)
+    optimizer, other = split(model), split(twin)
+    train(model, range(3), lambda step, loss: optimizer.step())
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    for group in of_optimizer["param_groups"]:
+        del group["train_acc"], group["eval_acc"]
+    dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=tmp_path, no_dist=True)
+
+    of_model, of_optimizer = get_state_dict(twin, other)
+    loaded = {"model": of_model, "optimizer": of_optimizer}
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True, planner=planner)
+    set_state_dict(twin, other, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    for each, its in ((model, optimizer), (twin, other)):
+        train(each, range(3, 6), lambda step, loss, its=its: its.step())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert other.param_groups[0]["eval_acc"] is None
 
 
 @pytest.mark.parametrize("flatten", [False, True])

@@ -28,11 +28,16 @@ def test_a_resumed_run_is_the_uninterrupted_run(stop: int, dtype: torch.dtype) -
         model = network(dtype)
         decayed = [(n, p) for n, p in model.named_parameters() if n.endswith("weight")]
         others = [(n, p) for n, p in model.named_parameters() if n.endswith("bias")]
-        gap = AccuracyGap()
+        gap, told = AccuracyGap(), AccuracyGap()
         optimizer = GrokAdamW(
             [{"params": decayed, "amplify_after": 3}, {"params": others, "weight_decay": 0.0, "alpha_init": 0.9}],
             lr=0.01,
-            grokking_signal_fns=[SlowGradient(every=4), gap, lambda train_loss, eval_loss: eval_loss - train_loss],
+            grokking_signal_fns=[
+                SlowGradient(every=4),
+                gap,
+                told,
+                lambda train_loss, eval_loss: eval_loss - train_loss,
+            ],
             grokking_signal_decay_rate=1.0,
         )
         optimizer.gap = gap  # type: ignore[attr-defined]
@@ -46,6 +51,8 @@ def test_a_resumed_run_is_the_uninterrupted_run(stop: int, dtype: torch.dtype) -
                 optimizer.gap.record(train=0.9, eval=0.1)  # type: ignore[attr-defined]
             if step % 3 == 0:
                 optimizer.record(train_loss=loss, eval_loss=loss + 0.2)
+            if step % 5 == 2:
+                optimizer.record(train_acc=0.9 + step / 140, eval_acc=step / 14)
             optimizer.step()
 
         train(model, steps, take_step)
@@ -86,7 +93,7 @@ def test_every_group_has_the_same_keys_from_the_start() -> None:
     set_gradients([first, second])
     optimizer.step()
     optimizer.add_param_group({"params": [third]})
-    assert {"grokking_signal_fns", "train_loss", "eval_loss", "layers"} <= keys
+    assert {"grokking_signal_fns", "train_loss", "eval_loss", "train_acc", "eval_acc", "layers"} <= keys
     assert all(set(group) == keys for group in optimizer.param_groups)
     assert all(set(group) == keys for group in optimizer.state_dict()["param_groups"])
 
@@ -126,9 +133,20 @@ def test_deepcopy_knows_what_the_last_step_did_and_what_layers_are_called() -> N
 
 def test_a_loss_with_a_graph_that_was_set_by_hand_can_be_copied() -> None:
     _, optimizer = trained()
-    optimizer.param_groups[0]["train_loss"] = (2 * torch.ones(1, requires_grad=True)).sum()
+    for name in ("train_loss", "eval_acc"):
+        optimizer.param_groups[0][name] = (0.5 * torch.ones(1, requires_grad=True)).sum()
     copy.deepcopy(optimizer).load_state_dict(optimizer.state_dict())
-    assert optimizer.param_groups[0]["train_loss"] == 2.0
+    assert optimizer.param_groups[0]["train_loss"] == optimizer.param_groups[0]["eval_acc"] == 0.5
+
+
+def test_a_copy_hears_its_own_accuracies() -> None:
+    _, optimizer = trained(grokking_signal_fns=AccuracyGap())
+    optimizer.record(train_acc=1.0, eval_acc=0.25)
+    copied = copy.deepcopy(optimizer)
+    copied.record(eval_acc=0.5)
+    for each, gap in ((optimizer, 0.75), (copied, 0.5)):
+        each.step()
+        assert each.metrics()["signal"] == gap
 
 
 def test_state_waits_for_signals_that_are_registered_later() -> None:
@@ -293,9 +311,11 @@ def test_losses_come_back_to_the_device_that_they_were_on() -> None:
     """From a checkpoint that was loaded to the CPU: so that α is computed where it was."""
     optimizer = GrokAdamW([nn.Parameter(torch.empty(2, device="meta"))])
     saved = optimizer.state_dict()
-    saved["param_groups"][0]["train_loss"] = torch.tensor(0.5, dtype=torch.float64)
+    for name in ("train_loss", "eval_acc"):
+        saved["param_groups"][0][name] = torch.tensor(0.5, dtype=torch.float64)
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["train_loss"].device.type == "meta"
+    assert optimizer.param_groups[0]["eval_acc"].device.type == "meta"
 
 
 def test_a_corrupt_memory_of_signals_starts_afresh() -> None:

@@ -363,6 +363,62 @@ def test_accuracy_gap() -> None:
     assert gap() == 0
 
 
+def test_accuracy_gap_hears_what_the_optimizer_records() -> None:
+    gap = AccuracyGap()
+    optimizer = optimizer_with(gap)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    optimizer.record(train_acc=1.0)
+    assert alpha_after(optimizer) == 0.98  # it waits for both
+    assert optimizer.metrics()["signal_failures"] == 0
+    optimizer.record(eval_acc=0.25)
+    assert alpha_after(optimizer) == pytest.approx(0.98 * math.exp(-0.1 * 0.75))
+    assert optimizer.metrics()["signal/AccuracyGap"] == 0.75
+    optimizer.record(train_acc=0.125)
+    assert alpha_after(optimizer) == 0.98
+    optimizer.set_signals(AccuracyGap())  # a later one knows what was recorded
+    optimizer.record(train_acc=0.75)
+    assert alpha_after(optimizer) == pytest.approx(0.98 * math.exp(-0.1 * 0.5))
+
+
+def test_what_an_accuracy_gap_was_given_itself_counts_first() -> None:
+    gap = AccuracyGap()
+    optimizer = optimizer_with(gap)
+    optimizer.record(train_acc=1.0, eval_acc=0.25)
+    gap.record(eval=0.5)
+    assert gap() == 0.5
+    gap.record(train=0.75)
+    assert gap() == 0.25
+    optimizer.record(train_acc=0.5, eval_acc=0.5)
+    assert gap() == 0.25
+    assert gap.state_dict() == {"train": 0.75, "eval": 0.5}
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.none() | st.floats(0, 1), st.none() | st.floats(0, 1))
+def test_the_gap_of_accuracies(train: float, evaluation: float, own_train: Any, own_eval: Any) -> None:
+    gap = AccuracyGap()
+    optimizer = optimizer_with(gap)
+    optimizer.record(train_acc=train, eval_acc=evaluation)
+    gap.record(train=own_train, eval=own_eval)
+    expected = (train if own_train is None else own_train) - (evaluation if own_eval is None else own_eval)
+    assert gap() == max(expected, 0)
+    assert Signals(gap).evaluate(None, None) == max(expected, 0)
+
+
+@pytest.mark.usefixtures("nothing_is_free_to_read")
+def test_an_accuracy_that_is_on_a_device_is_not_read() -> None:
+    gap = AccuracyGap()
+    optimizer = GrokAdamW([nn.Parameter(torch.empty(2, device="meta"))], grokking_signal_fns=gap)
+    optimizer.record(train_acc=torch.empty((), device="meta"), eval_acc=torch.empty(1, device="meta"))  # has no number
+    assert gap.ready
+    assert gap().device.type == "meta"
+    here = optimizer_with(gap)
+    here.record(train_acc=torch.tensor(0.75), eval_acc=torch.tensor(0.25, requires_grad=True))
+    assert isinstance(gap(), torch.Tensor)
+    assert float(gap()) == 0.5
+    here.record(train_acc=0.125)
+    assert float(gap()) == 0
+
+
 @given(losses, losses, st.floats(1e-3, 1e3))
 def test_plateau(train_loss: float, eval_loss: float, threshold: float) -> None:
     signal = Plateau(threshold)(train_loss, eval_loss)
