@@ -344,7 +344,8 @@ class GrokAdamW(Optimizer):
     ) -> None:
         """Keep losses and accuracies for the signals, in every group under these names; a checkpoint holds them.
 
-        The next step evaluates the signals. With several processes, call it on all of them.
+        The next step evaluates the signals. With several processes, call it on all of them. A ``Monitor`` takes each
+        evaluation accuracy as one evaluation, and reads it.
 
         Args:
             train_loss, eval_loss: a number, or a tensor of one element; one on a GPU stays there, not waited for. None
@@ -360,6 +361,9 @@ class GrokAdamW(Optimizer):
         given |= {name: as_share(share, name) for name, share in shares.items() if share is not None}
         for group in self.param_groups:
             group.update(given)
+        if eval_acc is not None:
+            for listener in self._run.evaluation_listeners:
+                listener()
 
     def set_signals(self, fns: Signal | Iterable[Signal] | None, combine: Combine | None = None) -> None:
         """Replace the signals: as the constructor's ``grokking_signal_fns`` and ``combine``; None keeps ``combine``."""

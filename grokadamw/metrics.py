@@ -33,7 +33,7 @@ def as_floats(
     norms = [as_float(norm) for norm in (last.norms if published else last.norms[:1]) if norm is not None]
     beta1s = [beta1 for group in groups for beta1 in layers.beta1s(group)]
     return {
-        "step": _most(state["step"] for state in states if "step" in state),
+        "step": most(state["step"] for state in states if "step" in state),
         "signal": math.nan if last.signal is None else as_float(last.signal),
         **{f"signal/{name}": as_float(value) for name, value in signals.values.items()},
         "alpha": min(map(as_float, last.alphas), default=math.nan),
@@ -46,7 +46,7 @@ def as_floats(
     }
 
 
-def _most(steps: Iterable[torch.Tensor]) -> float:
+def most(steps: Iterable[torch.Tensor]) -> float:
     """The largest of 0-d tensors, with one read a device."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for step in steps:

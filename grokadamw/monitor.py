@@ -11,10 +11,13 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import trainers
-from .arguments import check_count
+from .arguments import check_count, check_number
 from .capture import is_capturing
 from .grokadamw import GrokAdamW
+from .group_data import RECORDED
+from .metrics import most
 from .numbers import as_float
+from .signals import recorded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,11 +26,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Monitor"]
 
-_SATURATED, _IMPROVED = 0.1, 0.5  # of the first training loss, of the largest evaluation loss
+_IN_A_ROW = 6  # evaluations that have to be good, as in the report of the grokking benchmarks
+_ROUNDING = 1e-6  # 0.95 in float32 is a little less than 0.95
 
 
 class Monitor:
-    """Keeps the losses recorded last, lr and ``GrokAdamW.metrics`` of every so many steps, until ``close``.
+    """Keeps what was recorded last, lr and ``GrokAdamW.metrics`` of every so many steps, until ``close``.
 
     ```python
     monitor = Monitor(optimizer, every=10)
@@ -35,31 +39,38 @@ class Monitor:
     monitor.plot("run.png")
     ```
 
-    Reading them waits for the device, so on a GPU ``every`` should not be 1. While a CUDA graph is captured nothing is
-    kept, and its replays are not heard of.
+    Reading them waits for the device, so on a GPU ``every`` should not be 1. Each ``optimizer.record(eval_acc=…)`` is
+    read, too, for ``grokked_at``. While a CUDA graph is captured nothing is kept, and its replays are not heard of.
 
     Args:
         optimizer: a GrokAdamW, or what a framework or this package has wrapped around one.
         every: steps from one record to the next, ≥ 1.
         capacity: records at most, ≥ 2. Before there are more, every second one is dropped, and from then on every
             second one that was due is kept: so any number of steps fits.
+        solved: the evaluation accuracy, in [0, 1], from which on a model counts as good, for ``grokked_at``.
 
     Raises:
         TypeError, ValueError: an argument is not what is written above.
     """
 
-    def __init__(self, optimizer: Optimizer, every: int = 10, capacity: int = 4096) -> None:
+    def __init__(self, optimizer: Optimizer, every: int = 10, capacity: int = 4096, solved: float = 0.95) -> None:
         check_count("every", every, at_least=1)
         check_count("capacity", capacity, at_least=2)
+        check_number("solved", solved, at_most=1)
         found = trainers.grokadamw_in(optimizer)
         if found is None:
             raise TypeError(f"optimizer is a {type(optimizer).__name__}, and has no GrokAdamW in it: give a GrokAdamW")
         self._optimizer, self._every, self._capacity = found, every, capacity
+        self._solved = float(solved)
         self._steps = 0
         self._written = -math.inf  # the step up to which TensorBoard has it all
         self._rows: list[dict[str, float]] = []
-        self._onset = _Onset()
-        self._hook = found.register_step_post_hook(self._after_step)
+        self._evaluations: list[tuple[int, bool]] = []  # the step, and whether it was good; six good ones are the last
+        self._hooks = [
+            found.register_step_post_hook(self._after_step),
+            found.register_load_state_dict_post_hook(self._after_loading),
+        ]
+        found._run.evaluation_listeners.append(self._after_evaluation)
 
     @_disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -73,32 +84,63 @@ class Monitor:
             if self._steps % self._every == 0:
                 self._keep(_row(self._optimizer))
 
+    @_disable_dynamo
+    def _after_evaluation(self) -> None:
+        """Judge it now: what is evaluated between two steps is the model that the first of them left."""
+        if is_capturing(self._optimizer):
+            return
+        accuracy = recorded(self._optimizer.param_groups, "eval_acc")
+        assert accuracy is not None
+        step = self._steps_taken()
+        self._forget_evaluations_after(step - 1)  # one model is evaluated once
+        if self.grokked_at is None:
+            self._evaluations.append((step, as_float(accuracy) >= self._solved - _ROUNDING))
+            del self._evaluations[: -max(self._capacity, _IN_A_ROW)]
+
+    def _after_loading(self, optimizer: Optimizer) -> None:
+        self._forget_evaluations_after(self._steps_taken())
+
+    def _steps_taken(self) -> int:
+        return int(most(state["step"] for _, state in self._optimizer._states() if "step" in state))
+
+    def _forget_evaluations_after(self, step: int) -> None:
+        while self._evaluations and self._evaluations[-1][0] > step:
+            self._evaluations.pop()
+
     def _keep(self, row: dict[str, float]) -> None:
         while self._rows and self._rows[-1]["step"] >= row["step"]:  # of a checkpoint that was gone back to
             self._rows.pop()
         self._written = min(self._written, self._rows[-1]["step"] if self._rows else -math.inf)
         self._rows.append(row)
-        self._onset.hear(row)
 
     @property
     def rows(self) -> list[dict[str, float]]:
-        """The records, in order: ``step``, ``train_loss``, ``eval_loss``, ``lr`` (of the first group), and metrics().
+        """The records, in order.
 
-        NaN stands for what was not known then.
+        Each has ``step``; ``train_loss``, ``eval_loss``, ``train_acc`` and ``eval_acc`` as they were recorded last;
+        ``lr`` of the first group; and metrics(). NaN stands for what was not known then.
         """
         return [dict(row) for row in self._rows]
 
     @property
     def grokked_at(self) -> int | None:
-        """The step of the first record at which evaluation had improved after training was saturated.
+        """The steps taken at the first of six evaluations in a row whose accuracy was at least ``solved``; else None.
 
-        That is: the training loss has been at a tenth of its first value or below, and the evaluation loss, which had
-        not come down by then, is at half of its largest value or below. None if that did not happen.
+        An evaluation is a call of ``optimizer.record(eval_acc=…)`` since the monitor was made, whatever ``every`` is. A
+        second one without a step in between replaces the first. Loading a checkpoint of an earlier step takes away the
+        evaluations after it.
+
+        It is None before the sixth good one, and where only losses are recorded: an evaluation loss can halve long
+        before the answers are right. It does not look at the training accuracy. Where evaluation came along with
+        training nothing was grokked, and it is the step all the same; ``train_acc`` in ``rows`` tells the two apart.
         """
-        return self._onset.at
+        last = self._evaluations[-_IN_A_ROW:]
+        return last[0][0] if len(last) == _IN_A_ROW and all(good for _, good in last) else None
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw losses, signal and α, gradient norm and clip coefficient over the steps, and β1 of each layer.
+
+        Accuracies, where they were recorded, are dashed, on an axis of their own beside the losses.
 
         Args:
             path: where to save it, too; matplotlib tells the format by the name.
@@ -120,9 +162,10 @@ class Monitor:
             (norms, "C0", "grad_norm", "gradient norm N"),
             (norms.twinx(), "C1", "clip_coefficient", "clip coefficient c"),
         ]
+        steps = [row["step"] for row in self._rows]
         for axes, color, name, label in curves:
             values = [row[name] for row in self._rows]
-            axes.plot([row["step"] for row in self._rows], values, color=color, label=label, linewidth=1)
+            axes.plot(steps, values, color=color, label=label, linewidth=1)
             if name in ("train_loss", "eval_loss", "grad_norm") and any(value > 0 for value in values):
                 axes.set_yscale("log")
             if axes is not losses:
@@ -130,10 +173,24 @@ class Monitor:
             if axes in (memory, norms):
                 axes.sharex(losses)
                 axes.set_xlabel("step")
+        losses.set_ylabel("loss")
+        handles = list(losses.lines)
+        if any(not math.isnan(row[name]) for row in self._rows for name in ("train_acc", "eval_acc")):
+            accuracies = losses.twinx()
+            for color, name, label in (
+                ("C0", "train_acc", "training accuracy"),
+                ("C1", "eval_acc", "evaluation accuracy"),
+            ):
+                values = [row[name] for row in self._rows]
+                accuracies.plot(steps, values, color=color, label=label, linewidth=1, linestyle="--")
+            accuracies.set(ylabel="accuracy (dashed)", ylim=(0, 1.02))
+            handles += accuracies.lines
         if self.grokked_at is not None:
-            for axes in (losses, memory, norms):
-                axes.axvline(self.grokked_at, color="grey", linestyle=":", label=f"grokked at {self.grokked_at:,}")
-        losses.legend(fontsize="small")
+            label = f"accuracy ≥ {self._solved:g} from {self.grokked_at:,}"
+            for axes in (norms, memory, losses):
+                mark = axes.axvline(self.grokked_at, color="grey", linestyle=":", label=label)
+            handles.append(mark)
+        losses.legend(handles=handles, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
         table = self._optimizer.layer_table()
         layers.plot([row.layer for row in table], [row.beta1 for row in table], "o-", markersize=4, linewidth=1)
         layers.set(xlabel="layer", ylabel="β1", ylim=(0, 1))
@@ -174,36 +231,15 @@ class Monitor:
 
     def close(self) -> None:
         """Keep no more. What was kept stays."""
-        self._hook.remove()
-
-
-class _Onset:
-    """`Monitor.grokked_at`, found as the records come, as some are dropped later."""
-
-    def __init__(self) -> None:
-        self.at: int | None = None
-        self._first = math.nan  # training loss
-        self._largest = -math.inf  # evaluation loss
-        self._saturated = False
-        self._is_late: bool | None = None  # whether evaluation had not come down by then
-
-    def hear(self, row: dict[str, float]) -> None:
-        train_loss, eval_loss = row["train_loss"], row["eval_loss"]
-        if math.isnan(self._first):
-            self._first = train_loss
-        self._saturated |= train_loss <= _SATURATED * self._first
-        if math.isnan(eval_loss):
-            return
-        self._largest = max(self._largest, eval_loss)
-        improved = eval_loss <= _IMPROVED * self._largest
-        if self._saturated and self._is_late is None:
-            self._is_late = not improved
-        if self._is_late and improved and self.at is None:
-            self.at = int(row["step"])
+        for hook in self._hooks:
+            hook.remove()
+        listeners = self._optimizer._run.evaluation_listeners
+        if self._after_evaluation in listeners:
+            listeners.remove(self._after_evaluation)
 
 
 def _row(optimizer: GrokAdamW) -> dict[str, float]:
     metrics, groups = optimizer.metrics(), optimizer.param_groups
-    said = {name: [g[name] for g in groups if g[name] is not None] for name in ("train_loss", "eval_loss")}
-    losses = {name: as_float(values[0]) if values else math.nan for name, values in said.items()}
-    return {"step": metrics.pop("step"), **losses, "lr": as_float(groups[0]["lr"]), **metrics}
+    said = {name: recorded(groups, name) for name in RECORDED}
+    numbers = {name: math.nan if value is None else as_float(value) for name, value in said.items()}
+    return {"step": metrics.pop("step"), **numbers, "lr": as_float(groups[0]["lr"]), **metrics}

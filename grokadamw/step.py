@@ -50,6 +50,7 @@ class Run:
     names: dict[Tensor, str] = field(default_factory=dict)  # of parameters, as set_layers found them
     stepped: bool = False  # whether the last step was a whole one, or the last of its micro-batches
     plan: Plan | None = None  # how the last step was called, for the next
+    evaluation_listeners: list[Callable[[], None]] = field(default_factory=list)  # called after record(eval_acc=…)
     graphs: list[Any] = field(default_factory=list)  # what CUDA graphs of the step read, besides tensors that users see
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.grokking.experiment import Curve
 from grokadamw import Accumulate, GrokAdamW
 from grokadamw.monitor import Monitor
 
@@ -126,20 +129,199 @@ def test_behind_a_wrapper() -> None:
     assert [row["step"] for row in monitor.rows] == [1, 2]
 
 
+def take_step(optimizer: GrokAdamW) -> None:
+    """One of an optimizer of a single parameter."""
+    (param,) = optimizer.param_groups[0]["params"]
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+
+
+def evaluated(accuracies: Iterable[float | None], apart: int = 10, **options: Any) -> tuple[GrokAdamW, Monitor]:
+    """A monitor of a run with so many steps between evaluations of these accuracies; None is none."""
+    optimizer = GrokAdamW([torch.nn.Parameter(torch.ones(1))])
+    monitor = Monitor(optimizer, **options)
+    for accuracy in accuracies:
+        for _ in range(apart):
+            take_step(optimizer)
+        optimizer.record(eval_acc=accuracy)
+    return optimizer, monitor
+
+
+def sustained(accuracies: list[float], apart: int = 10, solved: float = 0.95) -> int | None:
+    """The report's rule, on the steps that `evaluated` takes."""
+    curve = Curve(solved)
+    at = curve.sustained(accuracies)
+    return None if at is None else (at + 1) * apart
+
+
 @pytest.mark.parametrize(
-    ("losses", "at"),
+    ("accuracies", "halved_at", "reached_at"),
     [
-        ([(4.0, 4.0), (0.3, 5.0), (0.1, 6.0), (0.1, 3.5), (0.1, 3.0), (0.1, 0.1)], 5),
-        ([(4.0, 4.0), (2.0, 2.0), (0.3, 0.4), (0.1, 0.1)], None),  # evaluation follows
-        ([(4.0, 4.0), (0.3, 5.0), (0.1, 6.0)], None),  # not yet
-        ([(4.0, 9.0), (3.0, 1.0), (0.3, 6.0), (0.3, 5.0), (0.2, 4.0)], 5),
-        ([(4.0, math.nan), (0.3, math.nan), (0.3, 4.0), (0.3, 1.0)], 4),
-        ([(4.0, 4.0)] + 9 * [(0.3, 6.0)] + 30 * [(0.2, 1.0)], 11),  # though records are dropped
-        ([], None),
+        ([0.01] * 20 + [0.3] * 16 + [0.45] * 20 + [0.9] * 5 + [0.96] * 10, 370, 620),
+        ([0.01] * 40 + [0.3] * 29 + [0.49] * 81, 700, None),
+        ([0.01] * 15 + [0.3] * 11 + [0.47] * 20 + [0.97] * 20, 270, 470),
     ],
 )
-def test_where_grokking_set_in(losses: list[tuple[float, float]], at: int | None) -> None:
-    assert with_losses(losses, capacity=16).grokked_at == at
+def test_half_of_the_evaluation_loss_is_not_grokking(
+    accuracies: list[float], halved_at: int, reached_at: int | None
+) -> None:
+    """Three runs as they were seen. The training loss has long been low when the evaluation loss halves."""
+    optimizer = GrokAdamW([torch.nn.Parameter(torch.ones(1))])
+    monitor, deaf = Monitor(optimizer), Monitor(GrokAdamW([torch.nn.Parameter(torch.ones(1))]))
+    for i, accuracy in enumerate(accuracies):
+        step = 10 * (i + 1)
+        losses = {"train_loss": 4.0 if i == 0 else 0.01, "eval_loss": 6.0 if step < halved_at else 2.9}
+        for _ in range(10):
+            take_step(optimizer)
+            take_step(deaf._optimizer)
+        optimizer.record(**losses, train_acc=float(i > 0), eval_acc=accuracy)
+        deaf._optimizer.record(**losses)
+    assert accuracies[halved_at // 10 - 1] < 0.5
+    assert monitor.grokked_at == reached_at == sustained(accuracies)
+    assert deaf.grokked_at is None  # of losses alone it claims nothing
+    assert all(math.isnan(row["eval_acc"]) for row in deaf.rows)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "at"),
+    [
+        ([], None),
+        ([0.95] * 5, None),  # not yet
+        ([0.95] * 6, 10),
+        ([0.2] + [0.95] * 6, 20),
+        ([0.95] * 5 + [0.94] + [0.95] * 5, None),  # a dip, and it counts anew
+        ([0.95] * 5 + [0.94] + [0.95] * 6, 70),
+        ([1.0] * 6 + [0.1] * 9 + [1.0] * 6, 10),  # the first time
+        ([0.2, 1.0, None, None, 1.0, 1.0, None, 1.0, 1.0, 1.0], 20),  # steps without an evaluation are none
+        ([torch.tensor(0.95)] * 6, 10),  # which is a little less, in float32
+        ([torch.tensor(0.9499)] * 9, None),
+    ],
+)
+def test_six_good_evaluations_in_a_row(accuracies: list[Any], at: int | None) -> None:
+    assert evaluated(accuracies)[1].grokked_at == at
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from([0.0, 0.5, 0.94, 0.95, 0.95, 0.95, 1.0, 1.0, 1.0]), max_size=30),
+    st.integers(1, 4),
+    st.integers(1, 12),
+    st.integers(2, 9),
+    st.sampled_from([0.5, 0.95, 1.0]),
+)
+def test_grokking_is_the_reports_rule(
+    accuracies: list[float], apart: int, every: int, capacity: int, solved: float
+) -> None:
+    """Whatever records are kept."""
+    _, monitor = evaluated(accuracies, apart, every=every, capacity=capacity, solved=solved)
+    assert monitor.grokked_at == sustained(accuracies, apart, solved)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([*["good"] * 8, "bad", "no evaluation", "back"]), st.integers(0, 9)),
+        max_size=40,
+    )
+)
+@example([("good", 0)] * 7 + [("back", 3)])
+@example([("good", 0)] * 5 + [("back", 3)] + [("no evaluation", 0)] * 2 + [("good", 0)] * 3)
+def test_evaluations_after_a_checkpoint_that_was_gone_back_to_did_not_happen(acts: list[tuple[str, int]]) -> None:
+    optimizer, monitor = evaluated([])
+    saved = [copy.deepcopy(optimizer.state_dict())]
+    heard: dict[int, bool] = {}  # by step
+    for act, steps in acts:
+        if act == "back":
+            del saved[max(1, len(saved) - steps) :]
+            optimizer.load_state_dict(copy.deepcopy(saved[-1]))
+            heard = {step: good for step, good in heard.items() if step < len(saved)}
+        else:
+            take_step(optimizer)
+            saved.append(copy.deepcopy(optimizer.state_dict()))
+            if act != "no evaluation":
+                heard[len(saved) - 1] = act == "good"
+                optimizer.record(eval_acc=float(act == "good"))
+        first = Curve(1.0).sustained([float(good) for good in heard.values()])
+        assert monitor.grokked_at == (None if first is None else list(heard)[first])
+
+
+def test_one_model_is_evaluated_once() -> None:
+    optimizer, monitor = evaluated([1.0])
+    for _ in range(9):
+        optimizer.record(eval_acc=1.0)
+    assert monitor.grokked_at is None
+    for accuracy in (1.0, 1.0, 1.0, 1.0):
+        take_step(optimizer)
+        optimizer.record(eval_acc=accuracy)
+    take_step(optimizer)
+    optimizer.record(eval_acc=0.2)
+    assert monitor.grokked_at is None
+    optimizer.record(eval_acc=1.0)  # the last word on that model
+    assert monitor.grokked_at == 10
+
+
+def test_losses_and_training_are_no_evaluations() -> None:
+    optimizer, monitor = evaluated([1.0])
+    for _ in range(10):
+        take_step(optimizer)
+        optimizer.record(train_loss=0.1, eval_loss=0.1, train_acc=1.0)
+    assert monitor.grokked_at is None
+    assert monitor.rows[-1]["eval_acc"] == 1.0
+
+
+def test_a_resumed_run_hears_what_comes_after() -> None:
+    optimizer, _ = evaluated([0.2] + [1.0] * 3)
+    other, monitor = evaluated([])
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["eval_acc"] == 1.0
+    for _ in range(6):
+        take_step(other)
+        assert monitor.grokked_at is None
+        other.record(eval_acc=1.0)
+    assert monitor.grokked_at == 41
+
+
+def test_monitors_end_and_copies_have_none() -> None:
+    optimizer, monitor = evaluated([1.0] * 5)
+    second = Monitor(optimizer)
+    copied = copy.deepcopy(optimizer)
+    take_step(copied)
+    copied.record(eval_acc=1.0)
+    assert monitor.grokked_at is None
+    second.close()
+    second.close()
+    take_step(optimizer)
+    optimizer.record(eval_acc=1.0)
+    assert monitor.grokked_at == 10
+    monitor.close()
+    optimizer.load_state_dict(evaluated([])[0].state_dict())
+    assert monitor.grokked_at == 10
+
+
+def test_evaluations_behind_a_wrapper() -> None:
+    model = network()
+    optimizer = Accumulate(GrokAdamW(model.named_parameters(), lr=0.01), 3)
+    monitor = Monitor(optimizer)
+    train(model, range(18), lambda step, loss: (optimizer.step(), optimizer.optimizer.record(eval_acc=1.0)))
+    assert monitor.grokked_at == 0  # the first micro-batch of a cycle changes nothing
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(model, range(3), lambda step, loss: optimizer.step())
+    optimizer.optimizer.record(eval_acc=0.2)
+    optimizer.load_state_dict(saved)
+    assert monitor.grokked_at == 0
+
+
+def test_rows_have_what_was_recorded() -> None:
+    optimizer, monitor = evaluated([], every=1)
+    take_step(optimizer)
+    optimizer.record(train_acc=0.5)
+    take_step(optimizer)
+    optimizer.record(eval_acc=torch.tensor(0.25))
+    take_step(optimizer)
+    rows = [{name: row[name] for name in ("train_acc", "eval_acc")} for row in monitor.rows]
+    expected = [(math.nan, math.nan), (0.5, math.nan), (0.5, 0.25)]
+    for row, (train_acc, eval_acc) in zip(rows, expected, strict=True):
+        assert row == pytest.approx({"train_acc": train_acc, "eval_acc": eval_acc}, nan_ok=True)
 
 
 def test_a_picture(tmp_path: Path) -> None:
@@ -152,7 +334,26 @@ def test_a_picture(tmp_path: Path) -> None:
         assert list(axes.lines[0].get_xdata()) == [1, 2, 3, 4]
         assert list(axes.lines[0].get_ydata()) == [row[name] for row in monitor.rows]
     assert list(layers.lines[0].get_ydata()) == [0.9]
-    assert "grokked at 4" in [text.get_text() for text in losses.get_legend().get_texts()]
+    assert losses.get_ylabel() == "loss"
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == ["training loss", "evaluation loss"]
+
+
+def test_a_picture_of_accuracies() -> None:
+    optimizer, monitor = evaluated([0.25] + [1.0] * 6)
+    take_step(optimizer)
+    for _ in range(9):
+        take_step(optimizer)
+    figure = monitor.plot()
+    accuracies = figure.axes[6]
+    training, evaluation = accuracies.lines
+    assert list(evaluation.get_xdata()) == [row["step"] for row in monitor.rows]
+    assert list(evaluation.get_ydata())[1:] == [0.25] + [1.0] * 6
+    assert all(math.isnan(value) for value in training.get_ydata())
+    assert accuracies.get_ylabel() == "accuracy (dashed)"
+    losses = figure.axes[0]
+    assert [line.get_xdata()[0] for line in losses.lines if "from" in line.get_label()] == [20]
+    said = [text.get_text() for text in losses.get_legend().get_texts()]
+    assert said[-3:] == ["training accuracy", "evaluation accuracy", "accuracy ≥ 0.95 from 20"]
 
 
 def test_a_picture_of_nothing() -> None:
@@ -201,10 +402,20 @@ def test_tables(tmp_path: Path) -> None:
     assert (tmp_path / "nothing.csv").read_text().startswith("step,train_loss,")
 
 
-@pytest.mark.parametrize(("every", "capacity", "name"), [(0, 10, "every=0"), (1, 1, "capacity=1"), (1.5, 10, "every")])
-def test_bad_arguments(every: Any, capacity: Any, name: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=name):
-        Monitor(GrokAdamW([torch.zeros(1)]), every, capacity)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every=0"),
+        ({"every": 1.5}, "every=1.5"),
+        ({"capacity": 1}, "capacity=1"),
+        ({"solved": 95}, r"solved=95 is out of range: give a number in \[0, 1\]"),
+        ({"solved": -0.1}, "solved=-0.1"),
+        ({"solved": None}, "solved=None is not a number"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Monitor(GrokAdamW([torch.zeros(1)]), **options)
 
 
 def test_another_optimizer() -> None:
