@@ -1,4 +1,4 @@
-"""For Hugging Face's Trainer: losses for the signals, layers from the model, and what the optimizer does in the logs.
+"""For Hugging Face's Trainer: losses and accuracies for the signals, layers from the model, and readings in the logs.
 
 ```python
 Trainer(model, TrainingArguments(optim="grokadamw", ...), callbacks=[GrokAdamWCallback()], ...)
@@ -41,17 +41,22 @@ class GrokAdamWCallback(TrainerCallback):
 
     - Layers are the model's modules, over decay and no-decay groups.
     - The training loss of every log, and the loss of every evaluation during training, go to the signals: α adapts.
+    - Accuracies go there, too, where their keys are given: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
     - Every log of the training loss has ``grok_alpha``, ``grok_signal``, ``grok_grad_norm``,
       ``grok_clip_coefficient`` and ``grok_skipped_steps`` beside it, as far as they are known: for the console, the
       history and what is reported to.
 
     It warns, once, where the Trainer clips gradients, too; where a checkpoint is saved at a step that is not logged
-    (the Trainer forgets the losses since the last log, and a resumed run then hears of another mean); and where
-    evaluations have other losses than the one that it waits for. Signals that remember something begin each run with
-    what they knew when the first began; a resumed one goes on with the checkpoint's.
+    (the Trainer forgets the losses since the last log, and a resumed run then hears of another mean); and where a
+    metric that it waits for does not come. Signals that remember something begin each run with what they knew when the
+    first began; a resumed one goes on with the checkpoint's.
 
     Args:
         eval_loss: which of the evaluation's metrics is the loss, ``"eval_<name>_loss"`` for one of several sets.
+        eval_acc: which of them is the accuracy, a share in [0, 1]: ``"eval_accuracy"``, if ``compute_metrics`` returns
+            an ``"accuracy"``. None is none.
+        train_acc: the key of the training accuracy, a share in [0, 1], in anything that the Trainer logs: by
+            ``trainer.log``, or by an evaluation of training data, as ``"eval_<name>_accuracy"``. None is none.
         signals, combine: as ``GrokAdamW.set_signals``'s; None leaves the optimizer those that it has.
         options: what else the optimizer's groups are to hold, such as ``betas``, which ``optim_args`` cannot carry:
             any argument of ``GrokAdamW`` that a group may set, but lr and weight decay. What holds for
@@ -59,19 +64,27 @@ class GrokAdamWCallback(TrainerCallback):
             ``Trainer(optimizer_cls_and_kwargs=(GrokAdamW, {...}))``.
 
     Raises:
-        TypeError, ValueError: an option is not allowed; or, when training begins, the optimizer is no GrokAdamW.
+        TypeError, ValueError: an option is not allowed; or, when training begins, the optimizer is no GrokAdamW; or,
+            later, an accuracy is not in [0, 1].
     """
 
     def __init__(
         self,
         eval_loss: str = "eval_loss",
         *,
+        eval_acc: str | None = None,
+        train_acc: str | None = None,
         signals: Signal | Iterable[Signal] | None = None,
         combine: Combine | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(eval_loss, str):
             raise TypeError(f"eval_loss={eval_loss!r} is not the name of a metric, as in 'eval_loss'")
+        for name, value in (("eval_acc", eval_acc), ("train_acc", train_acc)):
+            if not isinstance(value, str | None):
+                raise TypeError(
+                    f"{name}={value!r} is not the name of a metric: give one, as 'eval_accuracy', or leave it out"
+                )
         for name, value in options.items():
             if name not in inspect.signature(GrokAdamW).parameters or name in _NOT_IN_A_GROUP:
                 raise TypeError(f"{name}={value!r} is no argument of GrokAdamW's that its parameter groups may set")
@@ -91,13 +104,15 @@ class GrokAdamWCallback(TrainerCallback):
             except (TypeError, ValueError) as error:
                 raise type(error)(str(error).replace("grokking_signal_fns", "signals")) from None
         self._signals, self._combine, self._options = signals, combine, options
-        self._eval_loss = eval_loss
+        evaluated = {"eval_loss": eval_loss, "eval_acc": eval_acc}
+        self._evaluated = {name: key for name, key in evaluated.items() if key is not None}
+        self._train_acc = train_acc
         self._optimizer: GrokAdamW | None = None  # while it trains
         self._trained: weakref.ref[GrokAdamW] | None = None  # the optimizer of the last run
         self._at_first: list[Any] = []  # what the signals remembered when the first run began
         self._goes_on = True  # steps have been taken, or there is no checkpoint that they go on from
         self._logged_at = 0
-        self._metrics: set[str] = set()  # what evaluations had, until one has the loss
+        self._metrics: set[str] = set()  # what evaluations had
         self._said: set[str] = set()
 
     def on_train_begin(
@@ -150,7 +165,12 @@ class GrokAdamWCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs["logs"]
-        if self._optimizer is None or "loss" not in logs:
+        if self._optimizer is None:
+            return
+        if self._train_acc in logs and self._goes_on:
+            self._optimizer.record(train_acc=logs[self._train_acc])
+            self._said.add("train_acc")
+        if "loss" not in logs:
             return
         new = trainers.readings(self._optimizer)
         logs.update(new)
@@ -163,24 +183,32 @@ class GrokAdamWCallback(TrainerCallback):
         metrics: dict[str, float] = kwargs["metrics"]
         if self._optimizer is None or not self._goes_on:  # by eval_on_start: the checkpoint knows the last one
             return
-        if self._eval_loss in metrics:
-            self._optimizer.record(eval_loss=metrics[self._eval_loss])
-            self._said.add("metrics")
-        prefix = self._eval_loss.partition("_")[0]
-        self._metrics.update(name for name in metrics if name.startswith(f"{prefix}_"))
+        found = {name: metrics[key] for name, key in self._evaluated.items() if key in metrics}
+        self._optimizer.record(**found)
+        self._said.update(found)
+        self._metrics.update(metrics)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._goes_on = True
-        if self._metrics and "metrics" not in self._said:  # all sets of an evaluation have been
-            self._said.add("metrics")
-            losses = ", ".join(sorted(name for name in self._metrics if name.endswith("loss"))) or "no loss"
-            warn(
-                f"GrokAdamWCallback waits for {self._eval_loss!r}, and the evaluation has {losses}: signals of losses "
-                "stay silent; give the name of one as eval_loss=",
-                UserWarning,
-            )
+        for name, key in self._evaluated.items():  # all sets of an evaluation have been
+            if name in self._said:
+                continue
+            prefix = key.partition("_")[0]
+            metrics = sorted(each for each in self._metrics if each.startswith(f"{prefix}_"))
+            if metrics:
+                if name == "eval_loss":
+                    metrics = [each for each in metrics if each.endswith("loss")]
+                self._warn(name, key, f"and the evaluation has {', '.join(metrics) or 'no loss'}")
+
+    def _warn(self, name: str, key: str, what: str) -> None:
+        self._said.add(name)
+        silent = "signals of losses" if name == "eval_loss" else "AccuracyGap and Monitor.grokked_at"
+        warn(
+            f"GrokAdamWCallback waits for {key!r}, {what}: {silent} stay silent; give the name of one as {name}=",
+            UserWarning,
+        )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         is_last = state.global_step >= state.max_steps
@@ -197,4 +225,6 @@ class GrokAdamWCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._train_acc is not None and "train_acc" not in self._said:
+            self._warn("train_acc", self._train_acc, "and no log had it")
         self._optimizer = None

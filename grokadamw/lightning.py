@@ -1,4 +1,4 @@
-"""For Lightning: losses for the signals, layers from the model, and what the optimizer does in the logs.
+"""For Lightning: losses and accuracies for the signals, layers from the model, and what the optimizer does in the logs.
 
 ```python
 Trainer(callbacks=[GrokAdamWCallback()], ...).fit(module)
@@ -30,30 +30,44 @@ class GrokAdamWCallback(Callback):
 
     - Layers are the module's; of several optimizers, each has those of the smallest module with all that it optimizes.
     - The loss of every training batch, and that of every validation, go to the signals: α adapts.
+    - Accuracies go there, too, where their names are given: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
     - ``grok_alpha``, ``grok_signal``, ``grok_grad_norm``, ``grok_clip_coefficient`` and ``grok_skipped_steps`` are
       logged every ``log_every_n_steps``, as far as they are known; those of a second optimizer as ``grok_alpha_1``, ….
 
-    It warns, once, where Lightning clips gradients, too, and where a loss that it waits for does not come.
+    It warns, once, where Lightning clips gradients, too, and where what it waits for does not come.
 
     Signals are given where the optimizer is made, in ``configure_optimizers``.
 
     Args:
         eval_loss: the name under which ``validation_step`` logs the loss.
         train_loss: the name under which ``training_step`` logs the loss; None for the one that it returns.
+        eval_acc, train_acc: the names under which these two log accuracies, shares in [0, 1]. None is none.
 
     Raises:
-        TypeError: an argument is no name; or, when training begins, no optimizer is a GrokAdamW.
+        TypeError, ValueError: an argument is no name; or, when training begins, no optimizer is a GrokAdamW; or, later,
+            an accuracy is not in [0, 1].
     """
 
-    def __init__(self, eval_loss: str = "val_loss", train_loss: str | None = None) -> None:
+    def __init__(
+        self,
+        eval_loss: str = "val_loss",
+        train_loss: str | None = None,
+        *,
+        eval_acc: str | None = None,
+        train_acc: str | None = None,
+    ) -> None:
         super().__init__()
-        for name, value in (("eval_loss", eval_loss), ("train_loss", "" if train_loss is None else train_loss)):
-            if not isinstance(value, str):
-                raise TypeError(f"{name}={value!r} is not the name of a loss, as in {name}='loss'")
-        self._train_loss, self._eval_loss = train_loss, eval_loss
+        if not isinstance(eval_loss, str):
+            raise TypeError(f"eval_loss={eval_loss!r} is not the name of a loss, as in eval_loss='loss'")
+        for name, value in (("train_loss", train_loss), ("eval_acc", eval_acc), ("train_acc", train_acc)):
+            if not isinstance(value, str | None):
+                raise TypeError(f"{name}={value!r} is not a name: give that under which it is logged, or leave it out")
+        self._train_loss, self._train_acc = train_loss, train_acc
+        evaluated = {"eval_loss": eval_loss, "eval_acc": eval_acc}
+        self._evaluated = {name: key for name, key in evaluated.items() if key is not None}
         self._optimizers: list[GrokAdamW] = []
         self._logged_at = 0
-        self._heard = False  # of a training loss
+        self._heard: set[str] = set()  # of train_loss and train_acc
         self._said: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -68,7 +82,8 @@ class GrokAdamWCallback(Callback):
         several = len(trainer.optimizers) > 1
         for optimizer in self._optimizers:
             trainers.name_layers(optimizer, trainers.smallest_with(optimizer, pl_module) if several else pl_module)
-        self._logged_at, self._heard = trainer.global_step, False
+        self._logged_at = trainer.global_step
+        self._heard.clear()
         limit = trainer.gradient_clip_val
         if limit and trainer.gradient_clip_algorithm != "value" and self._says("clips"):
             trainers.say_who_clips(self._optimizers[0], float(limit), "gradient_clip_val")
@@ -83,8 +98,9 @@ class GrokAdamWCallback(Callback):
             if loss is not None and pl_module.automatic_optimization:
                 loss = loss * trainer.accumulate_grad_batches  # by which Lightning has divided it
         if loss is not None:
-            self._heard = True
+            self._heard.add("train_loss")
             self._record(train_loss=loss)
+        self._record_training_accuracy(trainer)
         step = trainer.global_step
         # as Lightning's own callbacks ask; it counts batches, and global_step the steps of all optimizers
         if trainer._logger_connector.should_update_logs and step != self._logged_at:
@@ -93,29 +109,41 @@ class GrokAdamWCallback(Callback):
                 which = f"_{i}" if i else ""
                 pl_module.log_dict({f"{name}{which}": x for name, x in trainers.readings(optimizer).items()})
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._record_training_accuracy(trainer)  # what is logged for the epoch alone is not there before
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._optimizers or trainer.sanity_checking:
             return
-        if self._eval_loss in trainer.callback_metrics:
-            self._record(eval_loss=trainer.callback_metrics[self._eval_loss])
-        elif self._says("eval_loss"):
-            self._warn("eval_loss", self._eval_loss, trainer)
+        metrics = trainer.callback_metrics
+        self._record(**{name: metrics[key] for name, key in self._evaluated.items() if key in metrics})
+        for name, key in self._evaluated.items():
+            if key not in metrics and self._says(name):
+                self._warn(name, key, trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._heard and self._says("train_loss"):
+        if "train_loss" not in self._heard and self._says("train_loss"):
             self._warn("train_loss", self._train_loss, trainer)
+        if self._train_acc is not None and "train_acc" not in self._heard and self._says("train_acc"):
+            self._warn("train_acc", self._train_acc, trainer)
         self._optimizers = []
 
-    def _record(self, **loss: Any) -> None:
+    def _record_training_accuracy(self, trainer: Trainer) -> None:
+        if self._train_acc in trainer.callback_metrics:
+            self._heard.add("train_acc")
+            self._record(train_acc=trainer.callback_metrics[self._train_acc])
+
+    def _record(self, **values: Any) -> None:
         for optimizer in self._optimizers:
-            optimizer.record(**loss)
+            optimizer.record(**values)
 
     def _warn(self, which: str, name: str | None, trainer: Trainer) -> None:
         logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
         returned = ", and training_step returned none" if which == "train_loss" else ""
+        silent = "signals of losses" if which.endswith("loss") else "AccuracyGap and Monitor.grokked_at"
         warn(
-            f"GrokAdamWCallback waited for {which}={name!r}, and what is logged is {logged}{returned}: signals of "
-            "losses stay silent; log it under this name, or give another",
+            f"GrokAdamWCallback waited for {which}={name!r}, and what is logged is {logged}{returned}: {silent} stay "
+            "silent; log it under this name, or give another",
             UserWarning,
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from grokadamw import GrokAdamW
+from grokadamw import GrokAdamW, Monitor
 from grokadamw.signals import AccuracyGap, SlowGradient, loss_gap
 
 transformers = pytest.importorskip("transformers")
@@ -44,7 +44,14 @@ def data(seed: int, count: int = 64) -> list[dict[str, Any]]:
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def trainer(folder: Path, *callbacks: Any, eval_sets: Any = None, make: Any = None, **arguments: Any) -> Any:
+def trainer(
+    folder: Path,
+    *callbacks: Any,
+    eval_sets: Any = None,
+    make: Any = None,
+    compute_metrics: Any = None,
+    **arguments: Any,
+) -> Any:
     arguments = {
         "optim": "grokadamw",
         "learning_rate": 0.01,
@@ -67,6 +74,7 @@ def trainer(folder: Path, *callbacks: Any, eval_sets: Any = None, make: Any = No
         eval_dataset=data(1, 16) if eval_sets is None else eval_sets,
         callbacks=list(callbacks),
         optimizer_cls_and_kwargs=make,
+        compute_metrics=compute_metrics,
     )
 
 
@@ -285,6 +293,8 @@ def test_what_holds_for_the_whole_optimizer(tmp_path: Path) -> None:
         ({"signals": 3}, TypeError, "^signals=3 is neither"),
         ({"combine": "max"}, ValueError, "combine='max'"),
         ({"eval_loss": None}, TypeError, "eval_loss=None"),
+        ({"eval_acc": 0.9}, TypeError, "eval_acc=0.9 is not the name of a metric"),
+        ({"train_acc": True}, TypeError, "train_acc=True is not the name of a metric"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -351,3 +361,89 @@ def test_accuracies_as_a_signal(tmp_path: Path) -> None:
     it = trainer(tmp_path, GrokAdamWCallback(signals=gap), Accuracy(), save_strategy="no")
     it.train()
     assert grokadamw_of(it).metrics()["signal"] == 0.75
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """For compute_metrics: of the next token."""
+    return {"accuracy": (prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]).mean()}
+
+
+@pytest.mark.filterwarnings("error::UserWarning:grokadamw")
+def test_what_compute_metrics_finds_is_recorded(tmp_path: Path) -> None:
+    """By its key: the training accuracy from an evaluation of training data."""
+    sets = {"train": data(0, 16), "test": data(1, 16)}
+    monitors = []
+
+    class Monitored(transformers.TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            monitors.append(Monitor(kwargs["optimizer"], every=1, solved=0.0))
+
+    callback = GrokAdamWCallback(
+        "eval_test_loss", eval_acc="eval_test_accuracy", train_acc="eval_train_accuracy", signals=AccuracyGap()
+    )
+    options = {"max_steps": 22, "learning_rate": 0.03, "save_strategy": "no"}
+    it = trainer(tmp_path, callback, Monitored(), eval_sets=sets, compute_metrics=accuracy, **options)
+    it.train()
+    logged = {name: {} for name in ("eval_train_accuracy", "eval_test_accuracy")}
+    for logs in it.state.log_history:
+        for name in logged.keys() & logs.keys():
+            logged[name][logs["step"]] = logs[name]
+    assert len(set(logged["eval_train_accuracy"].values())) > 2
+    rows = {row["step"]: row for row in monitors[0].rows}
+    for step in (3, 6, 21):
+        assert rows[step + 1]["train_acc"] == logged["eval_train_accuracy"][step]
+        assert rows[step + 1]["eval_acc"] == logged["eval_test_accuracy"][step]
+    gap = logged["eval_train_accuracy"][21] - logged["eval_test_accuracy"][21]
+    assert grokadamw_of(it).metrics()["signal"] == pytest.approx(max(gap, 0.0))
+    assert monitors[0].grokked_at == 3  # evaluated every third step
+
+
+@pytest.mark.filterwarnings("error::UserWarning:grokadamw")
+def test_a_training_accuracy_that_is_logged(tmp_path: Path) -> None:
+    class Logs(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                it.log({"right": 0.75})
+
+    it = trainer(tmp_path, GrokAdamWCallback(train_acc="right"), Logs(), save_strategy="no")
+    it.train()
+    assert [group["train_acc"] for group in grokadamw_of(it).param_groups] == [0.75] * 2
+    assert len(alphas(it)) == STEPS // 2  # a log without the loss has no readings
+
+
+def test_accuracies_that_do_not_come(tmp_path: Path) -> None:
+    callback = GrokAdamWCallback(eval_acc="eval_acuracy", train_acc="right")
+    it = trainer(tmp_path, callback, compute_metrics=accuracy, save_strategy="no")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        it.train()
+        it.train()
+    first, second = (str(warning.message) for warning in caught if "waits for" in str(warning.message))
+    assert "waits for 'eval_acuracy', and the evaluation has eval_accuracy, eval_loss, " in first
+    assert first.endswith("AccuracyGap and Monitor.grokked_at stay silent; give the name of one as eval_acc=")
+    assert "waits for 'right', and no log had it" in second
+    assert grokadamw_of(it).param_groups[0]["eval_loss"] > 0
+
+
+def test_a_metric_that_is_no_accuracy_stops_the_run(tmp_path: Path) -> None:
+    it = trainer(tmp_path, GrokAdamWCallback(eval_acc="eval_loss"), save_strategy="no")
+    with pytest.raises(ValueError, match="eval_acc=.* is not an accuracy: give a share"):
+        it.train()
+
+
+@pytest.mark.filterwarnings("error::UserWarning:grokadamw")
+def test_accuracies_resume_with_the_run(tmp_path: Path) -> None:
+    """Also where an evaluation at the start of the resumed run logs the training accuracy anew."""
+    sets = {"train": data(0, 16), "test": data(1, 16)}
+    runs = []
+    for _ in range(2):
+        callback = GrokAdamWCallback(
+            "eval_test_loss", eval_acc="eval_test_accuracy", train_acc="eval_train_accuracy", signals=AccuracyGap()
+        )
+        options = {"eval_steps": 4, "learning_rate": 0.03, "eval_on_start": True, "max_steps": 11}
+        runs.append(trainer(tmp_path, callback, eval_sets=sets, compute_metrics=accuracy, **options))
+        runs[-1].train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVE_AT}") if runs[:-1] else None)
+    assert alphas(runs[1]) == alphas(runs[0])
+    assert len(set(alphas(runs[0]))) > 1
+    for a, b in zip(runs[1].model.parameters(), runs[0].model.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from grokadamw import Accumulate, GrokAdamW, decay_groups
-from grokadamw.signals import SlowGradient, loss_gap
+from grokadamw import Accumulate, GrokAdamW, Monitor, decay_groups
+from grokadamw.signals import AccuracyGap, SlowGradient, loss_gap
 
 from .models import KEEPERS, network, train
 
@@ -368,6 +369,73 @@ def test_what_it_warns_of_and_refuses(tmp_path: Path, trainer: Callable[..., Any
         fit(GrokAdamWCallback(), lambda model: torch.optim.AdamW(model.parameters()))
     with pytest.raises(TypeError, match="eval_loss=None"):
         GrokAdamWCallback(None)  # type: ignore[arg-type]
+    for name in ("train_loss", "eval_acc", "train_acc"):
+        with pytest.raises(TypeError, match=f"{name}=0.5 is not a name"):
+            GrokAdamWCallback(**{name: 0.5})  # type: ignore[arg-type]
+    (said, other) = fit(GrokAdamWCallback(eval_acc="val_acc", train_acc="acc"), grokadamw)
+    assert "eval_acc='val_acc', and what is logged is val_loss: AccuracyGap and Monitor.grokked_at stay silent" in said
+    assert "train_acc='acc'" in other
+    with pytest.raises(ValueError, match="eval_acc=.* is not an accuracy"):
+        fit(GrokAdamWCallback(eval_acc="val_loss"), grokadamw)
+
+
+class Counts(Measured):
+    """Logs accuracies that rise by 0.125 with each batch, and each validation."""
+
+    def __init__(self, make: Callable[[nn.Module], Any], **how: Any) -> None:
+        super().__init__(make)
+        self.batches, self.validations, self.how = 0, 0, how
+        self.monitor: Any = None
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.batches += 1
+        self.log("acc", min(self.batches / 8, 1.0), **self.how)
+        return super().training_step(batch)
+
+    def on_validation_epoch_start(self) -> None:
+        self.validations += not self.trainer.sanity_checking
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        super().validation_step(batch)
+        self.log("val_acc", torch.tensor(min(self.validations / 8, 1.0)))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make(self.network)
+        self.monitor = Monitor(optimizer, every=1, solved=0.5)
+        return optimizer
+
+
+def test_accuracies_are_recorded(tmp_path: Path, trainer: Callable[..., Any]) -> None:
+    """And reach signal and monitor."""
+    module = Counts(lambda model: GrokAdamW(model.parameters(), grokking_signal_fns=AccuracyGap()))
+    it = trainer(max_epochs=4, val_check_interval=3, callbacks=[GrokAdamWCallback(eval_acc="val_acc", train_acc="acc")])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="GrokAdamWCallback")
+        it.fit(module, data(), data())
+    rows = module.monitor.rows
+    assert len(rows) == 4 * BATCHES
+    for i, row in enumerate(rows):  # a row is of what was recorded before its step
+        assert row["train_acc"] == pytest.approx(min(i / 8, 1.0) if i else math.nan, nan_ok=True)
+        assert row["eval_acc"] == pytest.approx(min((i // 3) / 8, 1.0) if i >= 3 else math.nan, nan_ok=True)
+        if i >= 3:
+            assert row["signal"] == pytest.approx(row["train_acc"] - row["eval_acc"])
+    assert module.monitor.grokked_at == 12  # the fourth validation, which is the first that is good
+
+
+def test_an_accuracy_that_is_logged_for_the_epoch(tmp_path: Path, trainer: Callable[..., Any]) -> None:
+    module = Counts(grokadamw, on_step=False, on_epoch=True)
+    it = trainer(max_epochs=1, callbacks=[GrokAdamWCallback(eval_acc="val_acc", train_acc="acc")])
+    recorded = []
+
+    class Hears(lightning.Callback):
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            recorded.append(trainer.optimizers[0].param_groups[0]["train_acc"])
+
+    it.callbacks.append(Hears())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="GrokAdamWCallback")
+        it.fit(module, data(), data())
+    assert recorded == [pytest.approx(sum(min(i / 8, 1.0) for i in range(1, BATCHES + 1)) / BATCHES)]
 
 
 def test_half_precision(tmp_path: Path) -> None:
