@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from grokadamw.update import gpu
-from grokadamw.update.gpu_tables import SHAPES
+from grokadamw.update.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 90, 100)} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)
@@ -39,6 +39,7 @@ DTYPES = [  # of parameters and gradients, of state
     (torch.float16, torch.float32),
     (torch.float64, torch.float64),
 ]
+LISTS = [2, 32, 1024]  # groups of parameters, as a power of two: `judge` has a number for each in registers
 
 
 class Code(NamedTuple):
@@ -58,8 +59,11 @@ class Code(NamedTuple):
     other_stores: int | None
 
 
-def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) -> Iterator[tuple[str, ASTSource]]:
-    """Each kernel with the constants that `gpu` gives it; of `update` also what a micro-batch runs, before the last."""
+def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) -> Iterator[tuple[str, ASTSource, int]]:
+    """Each kernel with the constants that `gpu` gives it, and its threads, in warps of 32.
+
+    Of `update` also what a micro-batch runs, before the last; `judge` for each number of lists.
+    """
     tl, shape = kernels.tl, SHAPES[max(state.itemsize, 4)]
     of_grads = SHAPES[param.itemsize]
     dtypes = {name: getattr(tl, str(x).removeprefix("torch.")) for name, x in (("param", param), ("state", state))}
@@ -74,9 +78,12 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
         | {"RAW": False, "EPS_FIRST": False, "HAS_FINITE": True, "IS_PART": False, "MOVES": True, "TAIL": tail}
         | {"CHUNK": shape.chunk, "BLOCK": shape.block},
         "squares": {"GRAD": dtypes["param"], "TAIL": tail, "CHUNK": of_grads.chunk, "BLOCK": of_grads.block},
-        "judge": {"HAS_SCALE": True, "HAS_FOUND": True, "SKIPS": True, "LISTS": 2, "BLOCK": 1024},
     }
     constants["update, micro-batch"] = constants["update"] | {"RAW": True, "IS_PART": True, "MOVES": False}
+    for lists in LISTS:
+        flags = {"HAS_SCALE": True, "HAS_FOUND": True, "SKIPS": True}
+        constants[f"judge, {lists} lists"] = flags | {"LISTS": lists, "BLOCK": JUDGE_BLOCK}
+    warps = {"update": shape.warps, "squares": of_grads.warps, "judge": JUDGE_THREADS // 32}
     for name, values in constants.items():
         function = getattr(kernels, name.partition(",")[0])
         kinds = {arg: pointers[function.__name__].get(arg) or "i32" for arg in function.arg_names}
@@ -89,13 +96,16 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
                 constexprs=values,
                 attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
             ),
+            warps[function.__name__],
         )
 
 
 def compiled(target: str, param: torch.dtype, state: torch.dtype, tail: bool) -> Iterator[Code]:
-    for name, source in sources(gpu.kernels(), param, state, tail):
-        warps = SHAPES[max(state.itemsize, 4)].warps
-        asm = triton.compile(source, target=TARGETS[target], options={"num_warps": warps}).asm
+    wide = TARGETS[target].warp_size // 32
+    for name, source, warps in sources(gpu.kernels(), param, state, tail):
+        # gpu.py asks for as many warps of `squares` and `update` everywhere, and for as many threads of `judge`
+        given = warps // wide if name.startswith("judge") else warps
+        asm = triton.compile(source, target=TARGETS[target], options={"num_warps": given}).asm
         counts: list[int | None] = [None] * 8
         if "ptx" in asm:
             counts = [*resources(asm["cubin"]), *accesses(asm["ptx"], "ld"), *accesses(asm["ptx"], "st")]

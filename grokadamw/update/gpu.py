@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..numbers import mesh_of
 from . import memory
-from .gpu_tables import SHAPES, Part, Tables, Verdict, misaligned, words_of
+from .gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Part, Tables, Verdict, misaligned, words_of
 from .memory import DTYPES, addresses, has_no_gaps, plain, where
 from .reference import Numbers, Tensors, written
 
@@ -186,8 +186,8 @@ def judge(
             HAS_FOUND=found_inf is not None,
             SKIPS=skipped is not None,
             LISTS=1 << (len(limits) - 1).bit_length(),
-            BLOCK=1024,
-            num_warps=4,
+            BLOCK=JUDGE_BLOCK,
+            num_warps=JUDGE_THREADS // (64 if torch.version.hip else 32),
         )
     return verdict
 

@@ -31,6 +31,8 @@ class Shape(NamedTuple):
 
 
 SHAPES = {8: Shape(2048, 512, 4), 4: Shape(4096, 1024, 4), 2: Shape(4096, 1024, 4)}  # by bytes of an element
+# `judge` is one program, which adds the sums of all chunks: as many threads, and loads at a time, as a GPU lets it have
+JUDGE_BLOCK, JUDGE_THREADS = 8192, 1024
 
 
 class Verdict(NamedTuple):

@@ -26,7 +26,7 @@ import grokadamw
 from grokadamw import GrokAdamW
 from grokadamw.step import Step
 from grokadamw.update import gpu, memory
-from grokadamw.update.gpu_tables import SHAPES, Tables, _runs
+from grokadamw.update.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Tables, _runs
 
 from ..models import batch, network, running
 from ..oracle import Oracle
@@ -462,5 +462,37 @@ def test_every_kernel_is_compiled_for_every_gpu(codes: list[dict[str, Any]]) -> 
     assert counts == {
         (target, kernel): 6 if target == "sm_75" else 8
         for target in ("sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
-        for kernel in ("update", "update, micro-batch", "squares", "judge")
+        for kernel in (
+            "update",
+            "update, micro-batch",
+            "squares",
+            "judge, 2 lists",
+            "judge, 32 lists",
+            "judge, 1024 lists",
+        )
     }
+
+
+def test_the_judge_fills_a_block_and_has_few_turns(codes: list[dict[str, Any]]) -> None:
+    """It is one block, and adds the sums of a billion numbers in turns that wait for memory, one after the other."""
+    chunks = -(-(10**9) // SHAPES[4].chunk)
+    assert -(-chunks // JUDGE_BLOCK) <= 32
+    registers = [
+        code["registers"] for code in codes if code["target"].startswith("sm_") and code["kernel"].startswith("judge")
+    ]
+    assert max(registers) * JUDGE_THREADS <= 65536, registers  # what a block can have
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize(("hip", "warps"), [(None, 32), ("7.0", 16)])
+def test_the_judge_has_as_many_threads_as_a_gpu_lets_a_block_have(
+    hip: str | None, warps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warp of AMD's is 64 threads."""
+    given: list[dict[str, Any]] = []
+    kernels = gpu.kernels()
+    counted = SimpleNamespace(tl=kernels.tl, squares=kernels.squares, judge={(1,): lambda *_, **kw: given.append(kw)})
+    monkeypatch.setattr(gpu, "kernels", lambda: counted)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    gpu.judge([torch.ones(3)], [1.0], None, None, None, wants_norm=True)
+    assert [(kw["num_warps"], kw["BLOCK"]) for kw in given] == [(warps, JUDGE_BLOCK)]
