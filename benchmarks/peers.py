@@ -187,6 +187,15 @@ ARMS = [
 ]
 
 
+def gpt2() -> Shapes:
+    """GPT-2's 124 M parameters, in 148 tensors; the head is the token embedding."""
+    width = 768
+    norm: Shapes = [(width,), (width,)]
+    attention: Shapes = [(width, 3 * width), (3 * width,), (width, width), (width,)]
+    mlp: Shapes = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return [(50257, width), (1024, width), *12 * [*norm, *attention, *norm, *mlp], *norm]
+
+
 class Tensors:
     """Parameters and gradients that all arms of a model share; arms that write to gradients share others."""
 

@@ -5,7 +5,8 @@
 
 Optimizers take turns of a few steps, in a new order each round, on the same float32 parameters and gradients; there is
 no forward or backward pass. A ratio is that of two turns in the same round; the table has its median. Writes
-step_time-cpu.json and step_time-cpu.png, or -cuda; the second form prints the README's table of such a file.
+step_time-cpu.json, after each model anew, and step_time-cpu.png, or -cuda; the second form prints the README's table
+of such a file.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ import grokadamw
 from grokadamw import GrokAdamW
 
 from .grokking.tasks.modular import Transformer
-from .peers import ARMS, CLIPPED, FUSED, Arm, Shapes, Step, Tensors, free_memory, heats, version
+from .peers import ARMS, CLIPPED, FUSED, Arm, Shapes, Step, Tensors, free_memory, gpt2, heats, version
 
 ROOT = Path(__file__).parent.parent
 WARMUP = 3  # steps
@@ -63,15 +64,6 @@ class Model(NamedTuple):
     seconds: float  # for its rounds, about
     is_large: bool  # no cache holds it, so that memory's bandwidth is what limits a step
     devices: tuple[str, ...] = ("cpu", "cuda")
-
-
-def gpt2() -> Shapes:
-    """GPT-2's 124 M parameters, in 148 tensors; the head is the token embedding."""
-    width = 768
-    norm: Shapes = [(width,), (width,)]
-    attention: Shapes = [(width, 3 * width), (3 * width,), (width, width), (width,)]
-    mlp: Shapes = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    return [(50257, width), (1024, width), *12 * [*norm, *attention, *norm, *mlp], *norm]
 
 
 MODELS = {
@@ -387,11 +379,39 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def run(device: str, keys: Sequence[str], rounds: int, console: Console) -> dict[str, Any]:
-    """The results, as they are written."""
+def run(
+    device: str, keys: Sequence[str], rounds: int, console: Console, write: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:
+    """The results. As they are so far, `write` gets them after each model, and once they are whole."""
     arms = [arm for arm in ARMS if device in arm.devices]
     columns = ["{task.description:22}", BarColumn(bar_width=10), TimeElapsedColumn(), "{task.fields[shown]}"]
     models: dict[str, Any] = {}
+    peaks: dict[str, float | None] = {}
+    hosts: dict[str, list[float]] = {}
+    described = machine(device)
+    # the bytes of ours are counted for one pass through memory
+    is_one_pass = not described["implementation"].startswith("foreach")
+
+    def results() -> dict[str, Any]:
+        return {
+            "date": datetime.date.today().isoformat(),
+            "device": device,
+            "machine": described,
+            "rounds": rounds,
+            "peak_elements": PEAK_ELEMENTS,
+            "arms": [
+                {
+                    "name": arm.name,
+                    "ours": arm.ours,
+                    "bytes_per_parameter": arm.traffic if is_one_pass or not arm.ours else None,
+                    "peak_extra_mib": peaks.get(arm.name),
+                    "host_us": hosts.get(arm.name),
+                }
+                for arm in arms
+            ],
+            "models": {key: models[key] for key in keys if key in models},
+        }
+
     with Progress(*columns, console=console) as progress:
         # small ones first, as large ones leave a scattered heap behind
         for key in sorted(keys, key=lambda key: MODELS[key].is_large):
@@ -401,36 +421,18 @@ def run(device: str, keys: Sequence[str], rounds: int, console: Console) -> dict
                 progress.update(task, completed=share, shown=name)
 
             models[key] = measured(MODELS[key], arms, device, rounds, show)
+            write(results())
             release(device)
         runs = [arm for arm in arms if any("ms" in model["arms"][arm.name] for model in models.values())]
         task = progress.add_task("memory", total=len(runs), shown="")
-        peaks = {}
         with ThreadPoolExecutor(2) as pool:  # it is not time that counts there
             for arm, found in zip(runs, pool.map(peak_alone, runs, len(runs) * [device]), strict=True):
                 peaks[arm.name] = found
                 progress.update(task, advance=1)
-    hosts = {arm.name: host_time(arm, device) for arm in runs if arm.package is None} if device == "cuda" else {}
-    described = machine(device)
-    # the bytes of ours are counted for one pass through memory
-    is_one_pass = not described["implementation"].startswith("foreach")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "machine": described,
-        "rounds": rounds,
-        "peak_elements": PEAK_ELEMENTS,
-        "arms": [
-            {
-                "name": arm.name,
-                "ours": arm.ours,
-                "bytes_per_parameter": arm.traffic if is_one_pass or not arm.ours else None,
-                "peak_extra_mib": peaks.get(arm.name),
-                "host_us": hosts.get(arm.name),
-            }
-            for arm in arms
-        ],
-        "models": {key: models[key] for key in keys},
-    }
+    if device == "cuda":
+        hosts |= {arm.name: host_time(arm, device) for arm in runs if arm.package is None}
+    write(results())
+    return results()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -461,9 +463,12 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--out {options.out}: not a folder that can be made ({error}); name another")
         console = Console()
         keys = options.model or [key for key, model in MODELS.items() if options.device in model.devices]
-        results = run(options.device, keys, options.rounds, console)
-    path = options.out / f"step_time-{options.device}.json"
-    path.write_text(json.dumps(results, ensure_ascii=False) + "\n")
+        path = options.out / f"step_time-{options.device}.json"
+
+        def write(so_far: dict[str, Any]) -> None:
+            path.write_text(json.dumps(so_far, ensure_ascii=False) + "\n")
+
+        results = run(options.device, keys, options.rounds, console, write)
     draw(results, path.with_suffix(".png"))
     console.print(times(results))
     print(f"\n{table(results)}")

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import peers, step_time
-from benchmarks.peers import ARMS, CLIPPED, FUSED
 from grokadamw import GrokAdamW
 from grokadamw.update import native
+
+pytest.importorskip("rich", reason="the benchmarks print with rich, and draw with matplotlib")
+pytest.importorskip("matplotlib", reason="the benchmarks print with rich, and draw with matplotlib")
+
+from benchmarks import peers, step_time  # noqa: E402
+from benchmarks.peers import ARMS, CLIPPED, FUSED  # noqa: E402
 
 TINY = {
     "a": step_time.Model("tiny", lambda: [(4, 5), (5,)], 1.0, True),
@@ -62,6 +67,25 @@ def test_the_command_times_every_arm_and_writes_what_it_found(
 def test_one_model_alone(tmp_path: Path) -> None:
     step_time.main(["--rounds", "2", "--model", "b", "--out", str(tmp_path)])
     assert list(json.loads((tmp_path / "step_time-cpu.json").read_text())["models"]) == ["b"]
+
+
+@pytest.mark.usefixtures("small")
+def test_what_was_measured_is_there_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any moment after the first model."""
+    measured = step_time.measured
+
+    def stopped(model: step_time.Model, *rest: Any) -> Any:
+        if model.is_large:
+            raise KeyboardInterrupt
+        return measured(model, *rest)
+
+    monkeypatch.setattr(step_time, "measured", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        step_time.main(["--rounds", "2", "--out", str(tmp_path)])
+    written = json.loads((tmp_path / "step_time-cpu.json").read_text())
+    assert list(written["models"]) == ["b"]
+    assert "ms" in written["models"]["b"]["arms"][FUSED.name]
+    assert step_time.table(written)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(["--rounds", "1"], "--rounds 1"), (["--out", "{file}"], "name")])
