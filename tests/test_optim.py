@@ -23,8 +23,16 @@ from torch.nn.functional import linear
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.testing._internal import common_optimizers
-from torch.testing._internal.common_optimizers import (
+
+from grokadamw import GrokAdamW
+from grokadamw.signals import SlowGradient
+
+from .models import network, running
+
+pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest")
+
+from torch.testing._internal import common_optimizers  # noqa: E402
+from torch.testing._internal.common_optimizers import (  # noqa: E402
     ErrorOptimizerInput,
     OptimizerErrorEnum,
     OptimizerInfo,
@@ -34,12 +42,7 @@ from torch.testing._internal.common_optimizers import (
     get_error_inputs_for_all_optims,
     optim_db,
 )
-from torch.testing._internal.common_utils import TestCase
-
-from grokadamw import GrokAdamW
-from grokadamw.signals import SlowGradient
-
-from .models import network, running
+from torch.testing._internal.common_utils import TestCase  # noqa: E402
 
 settings.load_profile("default")  # the import above has loaded a profile of torch's, for all tests
 

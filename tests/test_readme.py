@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import accumulation, filter_time, step_time
-from benchmarks.grokking import report, runs
 from grokadamw import GrokAdamW
+
+pytest.importorskip("rich", reason="the benchmarks print with rich, and draw with matplotlib")
+pytest.importorskip("matplotlib", reason="the benchmarks print with rich, and draw with matplotlib")
+
+from benchmarks import accumulation, filter_time, step_time  # noqa: E402
+from benchmarks.grokking import report, runs  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accumulation, filter_time
+pytest.importorskip("rich", reason="the benchmarks print with rich, and draw with matplotlib")
+pytest.importorskip("matplotlib", reason="the benchmarks print with rich, and draw with matplotlib")
+
+from benchmarks import accumulation, filter_time  # noqa: E402
 
 
 @pytest.mark.filterwarnings("ignore")

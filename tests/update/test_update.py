@@ -11,6 +11,8 @@ from torch import Tensor
 from grokadamw.update import blocks, cpu, foreach, gpu, reference
 from grokadamw.update.reference import MicroStep, Numbers, Tensors, written
 
+from ..models import skip_unless_interpreted
+
 IMPLEMENTATIONS = {"reference": reference, "foreach": foreach, "cpu": cpu, "blocks": blocks, "gpu": gpu}
 SHAPES = [(), (0,), (7,), (3, 5), (2, 3, 4)]
 # dtype of the parameters → tolerance of what is computed in its state's dtype, and of the parameter itself
@@ -24,6 +26,8 @@ TOLERANCES = {
 
 @pytest.fixture(params=IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> Any:
+    if request.param is gpu:
+        skip_unless_interpreted()
     return request.param
 
 

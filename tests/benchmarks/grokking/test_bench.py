@@ -16,15 +16,20 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
-from benchmarks.grokking import __main__, evidence, experiment, methods, report, runs, tasks
-from benchmarks.grokking.experiment import Curve
-from benchmarks.grokking.methods import Method, others
-from benchmarks.grokking.runs import Row, Run
-from benchmarks.grokking.tasks import Data, Split, Start, Task
 from grokadamw import GrokAdamW
+
+pytest.importorskip("rich", reason="the benchmarks print with rich, and draw with matplotlib")
+pytest.importorskip("matplotlib", reason="the benchmarks print with rich, and draw with matplotlib")
+
+from rich.console import Console  # noqa: E402
+
+from benchmarks.grokking import __main__, evidence, experiment, methods, report, runs, tasks  # noqa: E402
+from benchmarks.grokking.experiment import Curve  # noqa: E402
+from benchmarks.grokking.methods import Method, others  # noqa: E402
+from benchmarks.grokking.runs import Row, Run  # noqa: E402
+from benchmarks.grokking.tasks import Data, Split, Start, Task  # noqa: E402
 
 METHODS = methods.load()
 

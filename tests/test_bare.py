@@ -1,0 +1,39 @@
+"""The tests themselves, on a machine that has little: files that cannot run are skipped, and say why."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from grokadamw.update import gpu
+
+from .models import skip_unless_interpreted
+
+ROOT = Path(__file__).parent.parent
+MISSING = ["accelerate", "expecttest", "lightning", "matplotlib", "rich", "transformers"]
+
+
+def test_what_is_not_installed_stops_no_collection() -> None:
+    """A file that cannot be imported would end the whole run."""
+    files = [str(path) for path in (ROOT / "tests").rglob("test_*.py")]
+    code = f"import sys, pytest; sys.modules |= dict.fromkeys({MISSING}); sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--collect-only", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert "torch.testing._internal needs expecttest" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
+def test_an_interpreter_that_numpy_does_not_fit_is_told_from_one_that_fails() -> None:
+    if isinstance(reason := gpu.kernels(), str):
+        pytest.skip(reason)
+    told = "Triton does not work here: TypeError('only 0-dimensional arrays can be converted to Python scalars')"
+    with patch.object(gpu, "_why_not_here", lambda device: told), pytest.raises(pytest.skip.Exception, match="NumPy"):
+        skip_unless_interpreted()
+    with patch.object(gpu, "_why_not_here", lambda device: "another"), pytest.raises(AssertionError, match="another"):
+        skip_unless_interpreted()
