@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.on_gpu.launches import launched
 from grokadamw import GrokAdamW
 from grokadamw.update import gpu, reference
 from grokadamw.update.gpu_tables import SHAPES
@@ -259,7 +260,7 @@ def test_launches(options: dict[str, Any], triton: dict[str, int], tensors_in_a_
     with torch.profiler.profile(activities=activities) as profile:
         optimizer.step()
         torch.cuda.synchronize()
-    of_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    of_device = launched(profile.events())
     counts = Counter(name if name in triton else "others" for name in of_device if "Mem" not in name)
     assert {name: counts[name] for name in triton} == triton
     assert counts["others"] <= 1, of_device

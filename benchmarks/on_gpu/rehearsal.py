@@ -1,0 +1,137 @@
+"""A rehearsal of the stages where there is no GPU: Triton compiles for one, and its launches do nothing.
+
+Real are imports, paths, flags and calls, what Triton compiles and what it compiles again for other arguments, and the
+host's time but for the driver's share. Not real are results and the device's times: tensors lie on the CPU, and what
+torch.cuda offers is replaced by stand-ins that take the same arguments. With TRITON_INTERPRET=1 Triton's interpreter
+runs the kernels instead, and the results are real, too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import create_autospec, patch
+
+import torch
+
+from .common import INTERPRETS
+
+_IMITATED = 90  # compute capability 9.0
+_patches: list[Any] = []
+_capturing = False
+
+
+class _Utils:
+    """What Triton asks of a driver about kernels and devices."""
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        return 0, 0, 0, 0, 1024  # module, function, registers, spilled, and the most threads: only the last is used
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 << 10, "multiprocessor_count": 132, "max_num_regs": 1 << 16, "warpSize": 32}
+
+
+class _Launcher:
+    """Launches nothing."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        pass
+
+    def __call__(self, *arguments: Any) -> None:
+        pass
+
+
+class _Driver:
+    """A GPU's, as far as the compiler can tell."""
+
+    launcher_cls, utils = _Launcher, _Utils()
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", _IMITATED, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class _Event:
+    """By the host's clock."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1000 * (end.at - self.at)
+
+
+class _Graph:
+    def replay(self) -> None:
+        pass
+
+
+@contextmanager
+def _graph(graph: _Graph) -> Iterator[None]:
+    """Inside, the optimizer takes its step as if it was captured."""
+    global _capturing
+    _capturing = True
+    try:
+        yield
+    finally:
+        _capturing = False
+
+
+def begin() -> None:
+    """From now on, tensors on the CPU take the GPU's way."""
+    from grokadamw.update import gpu
+
+    of_module = [(gpu, "_DEVICE_TYPE", "cpu")]
+    if not INTERPRETS:
+        from triton.runtime import driver
+
+        driver.set_active(_Driver())
+        of_module.append((gpu, "_why_not_here", lambda device: None))
+    of_module += [(torch.cuda, name, value) for name, value in _stand_ins().items()]
+    _patches.extend(patch.object(*each) for each in of_module)
+    for name in ("numbers", "signals", "state", "step", "window"):
+        _patches.append(patch(f"grokadamw.{name}.reads_are_free", lambda device: False))
+    _patches.append(patch("grokadamw.capture.is_capturing", lambda optimizer: _capturing))
+    _patches.append(patch("grokadamw.capture._get_capturable_supported_devices", lambda: ["cpu"]))
+    for each in _patches:
+        each.start()
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Inside, tensors on the CPU take the CPU's way."""
+    for each in _patches:
+        each.stop()
+    try:
+        yield
+    finally:
+        for each in _patches:
+            each.start()
+
+
+def _stand_ins() -> dict[str, Any]:
+    """For torch.cuda's. The functions refuse what the real ones do not take."""
+    answers = {
+        "synchronize": None,
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 0,
+        "memory_allocated": 0,
+    }
+    functions = {name: create_autospec(getattr(torch.cuda, name), return_value=x) for name, x in answers.items()}
+    return functions | {"Event": _Event, "CUDAGraph": _Graph, "graph": _graph}

@@ -1,0 +1,147 @@
+"""Stage 5: the kernels in other shapes, which are how much a program does at a time.
+
+    python3 -m benchmarks.on_gpu.sweep FILE
+
+Candidates take turns, in a new order each round. FILE is written anew after each round.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from grokadamw.update import gpu
+from grokadamw.update.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Shape, Tables
+from grokadamw.update.reference import Numbers, Tensors
+
+from . import common
+from .common import DEVICE, REHEARSES, quartiles, rounds_of
+from .kernels import Timed, timed
+from .record import Record, first_line
+from .times import BYTES, COPIES, copier, shown
+
+ELEMENTS = 1 << (18 if REHEARSES else 28)  # every chunk divides them
+LAUNCHES = 5  # in a turn
+# today's come first; wide loads of 16 bytes in flight a thread are chunk / (8 or 4 elements) / (32 warps)
+SQUARES = [
+    SHAPES[4],
+    Shape(4096, 2048, 4),
+    Shape(8192, 1024, 4),
+    Shape(8192, 2048, 8),
+    Shape(16384, 2048, 8),  # 16 wide loads
+    Shape(16384, 4096, 8),
+]
+UPDATE = [
+    SHAPES[4],
+    Shape(2048, 1024, 4),
+    Shape(4096, 1024, 8),
+    Shape(4096, 2048, 8),
+    Shape(8192, 1024, 4),
+    Shape(8192, 2048, 8),
+]
+JUDGE = [
+    Shape(JUDGE_BLOCK, JUDGE_BLOCK, JUDGE_THREADS // 32),
+    Shape(8192, 8192, 16),
+    Shape(4096, 4096, 32),
+    Shape(1024, 1024, 4),
+]
+NUMBERS = Numbers([0.9], [0.9], 0.999, 1e-3, 1e-8, False, 0.01, 0.98, 2.0, 0, 1.0, False, False, None)
+
+
+def norm(grad: Tensor) -> Callable[[Tables], Any]:
+    """Of it, `squares` and `judge`."""
+    return lambda tables: gpu.judge([grad], [1.0], None, None, None, wants_norm=True, tables=tables)
+
+
+def update(theta: Tensor, grad: Tensor) -> Callable[[Tables], Any]:
+    m, v, mu = (torch.zeros(len(theta), device=DEVICE) for _ in range(3))
+    tensors = Tensors([theta], [grad], [m], [v], [mu], [torch.zeros((), device=DEVICE)])
+    return lambda tables: gpu.steps([(tensors, NUMBERS)], tables)
+
+
+class Sweep:
+    """One kernel's candidates, on one dtype."""
+
+    def __init__(self, kernel: str, dtype: torch.dtype, shapes: list[Shape], run: Callable[[Tables], Any]) -> None:
+        self.kernel, self.dtype, self.run, self.copy = kernel, dtype, run, copier()
+        self.shapes = {str(tuple(shape)): shape for shape in shapes}
+        self.about: dict[str, dict[str, Any]] = {}
+
+    def turn(self, shape: Shape, kernels: Timed) -> list[float]:
+        """Milliseconds of each launch."""
+        if self.kernel == "judge":
+            change = patch.multiple(gpu, JUDGE_BLOCK=shape.block, JUDGE_THREADS=32 * shape.warps)
+        else:
+            change = patch.dict(SHAPES, dict.fromkeys(SHAPES, shape))
+        with change:
+            self.run(tables := Tables())  # which makes the tables, while the device waits
+            for _ in range(COPIES):
+                self.copy()  # while the host goes ahead
+            for _ in range(LAUNCHES):
+                self.run(tables)
+        torch.cuda.synchronize()
+        return kernels.milliseconds(self.kernel)[1:]
+
+    def rows(self, write: Callable[[list[dict[str, Any]]], None]) -> None:
+        with timed() as kernels:
+            works = {}
+            for name, shape in self.shapes.items():
+                row = {"kernel": self.kernel, "dtype": str(self.dtype), "chunk, block, warps": name}
+                try:
+                    self.turn(shape, kernels)  # compiles it
+                except Exception as error:
+                    self.about[name] = row | {"failed": first_line(error)}
+                    continue
+                code = kernels.compiled[self.kernel]
+                self.about[name] = row | {"registers": code.n_regs, "spilled": code.n_spills}
+                works[name] = shape
+            for said in rounds_of({name: (lambda s=s: self.turn(s, kernels)) for name, s in works.items()}):
+                write([row | self.found(said.get(name), self.shapes[name]) for name, row in self.about.items()])
+
+    def found(self, turns: list[list[float]] | None, shape: Shape) -> dict[str, Any]:
+        if turns is None:
+            return {}
+        ms = quartiles([x for turn in turns for x in turn])
+        if self.kernel == "judge":
+            return {"ms": ms}
+        moved = BYTES[self.kernel] * ELEMENTS
+        if self.dtype == torch.bfloat16:  # of the gradient, and of θ read and written
+            moved -= 2 * ELEMENTS if self.kernel == "squares" else 6 * ELEMENTS
+        return {"ms": ms, "gb_per_s": [round(1e-6 * moved / each, 1) for each in reversed(ms)]}
+
+
+def main(path: str) -> None:
+    common.begin()
+    record = Record(path)
+    record.write(device=common.device_name(), elements=ELEMENTS)
+    rows: list[dict[str, Any]] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        theta, grad = (torch.randn(ELEMENTS, device=DEVICE).mul_(0.02).to(dtype) for _ in range(2))
+        sweeps = [
+            Sweep("squares", dtype, SQUARES, norm(grad)),
+            Sweep("update", dtype, UPDATE, update(theta, grad)),
+        ]
+        if dtype == torch.float32:
+            sweeps.append(Sweep("judge", dtype, JUDGE, norm(grad)))
+        for sweep in sweeps:
+            earlier = list(rows)
+
+            def write(of_sweep: list[dict[str, Any]], earlier: list[dict[str, Any]] = earlier) -> None:
+                record.write(rows=earlier + of_sweep)
+
+            sweep.rows(write)
+            rows = record.results["rows"]
+            print(*map(shown, rows[len(earlier) :]), sep="\n")
+        del sweeps, sweep
+        common.release()
+    failed = [row for row in rows if "failed" in row]
+    record.write(summary=f"{len(rows) - len(failed)} of {len(rows)} candidates ran")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

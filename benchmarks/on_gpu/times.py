@@ -1,0 +1,270 @@
+"""Stage 2: how long a step takes, on the device and of the host's time.
+
+    python3 -m benchmarks.on_gpu.times FILE
+
+Arms take turns of a few steps, in a new order each round; a row has the first quartile, the median and the third.
+FILE is written anew after each round. What runs out of memory is left out, and its row says so.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grokadamw import GrokAdamW
+from grokadamw.update.gpu_tables import SHAPES
+
+from .. import peers
+from ..peers import CLIPPED, FUSED, PROPAGATE, Arm, Shapes, Step, Tensors
+from . import common
+from .common import DEVICE, REHEARSES, milliseconds, quartiles, rounds_of
+from .kernels import NAMES, timed
+from .record import Record, first_line
+
+COPIED = 100_000 if REHEARSES else 100_000_000  # float32 elements
+COPIES = 20  # in a turn: one alone would be bound by its launch
+HOST_STEPS = 3 if REHEARSES else 20  # in a turn
+MODELS: dict[str, Callable[[], Shapes]] = {
+    "GPT-2, 124 M in 148": peers.gpt2,
+    "1 B in 300": lambda: [(1024, 3255)] * 300,
+}
+
+
+def preset(params: list[nn.Parameter]) -> Step:
+    """`for_grokking` on a model that has these: the first is an embedding, and it has a norm layer."""
+    model = nn.Module()
+    model.embedding = nn.Embedding(1, 1)
+    model.embedding.weight = params[0]
+    model.norm = nn.LayerNorm(1, elementwise_affine=False)
+    model.rest = nn.ParameterList(params[1:])
+    return GrokAdamW.for_grokking(model).step
+
+
+ARMS = [
+    FUSED,
+    CLIPPED,
+    Arm("GrokAdamW, no clipping", peers.grokadamw(**PROPAGATE), kept=12, traffic=36, ours=True),
+    Arm("GrokAdamW, clip 1", peers.grokadamw(), kept=12, traffic=40, clips=True, ours=True),
+    Arm("GrokAdamW, the preset", preset, kept=12, clips=True, ours=True),
+]
+# bytes of a float32 parameter that a kernel moves; of `judge` those of a chunk
+BYTES = {"squares": 4, "update": 36, "judge": 8}
+
+
+def shapes_of(title: str) -> Shapes:
+    shapes = MODELS[title]()
+    return [tuple(-(-n // 32) for n in shape) for shape in shapes] if REHEARSES else shapes
+
+
+def copier() -> Step:
+    source, target = (torch.ones(COPIED, device=DEVICE) for _ in range(2))
+    return lambda: target.copy_(source)
+
+
+def of_models(record: Record) -> None:
+    rows: list[dict[str, Any]] = []
+    for title in MODELS:
+        earlier = list(rows)
+        for of_model in rows_of_model(title):
+            rows = earlier + of_model
+            record.write(steps=rows)
+        common.release()
+        print(*map(shown, rows[len(earlier) :]), sep="\n")
+
+
+def rows_of_model(title: str) -> Iterator[list[dict[str, Any]]]:
+    """A row for each arm, after each round anew; of arms that have no room one that says so."""
+    shapes = shapes_of(title)
+    elements = sum(map(math.prod, shapes))
+    arms: dict[str, tuple[Arm, Step, int]] = {}
+    skipped = []
+    try:
+        tensors = Tensors(shapes, DEVICE)
+        copy = copier()
+    except torch.OutOfMemoryError as error:
+        yield [{"model": title, "arm": "all", "skipped": first_line(error)}]
+        return
+    for arm in ARMS:
+        try:
+            step = arm.make(tensors.params(arm))
+            arms[arm.name] = arm, step, common.steps_of_a_turn(step)
+        except torch.OutOfMemoryError as error:
+            skipped.append({"model": title, "arm": arm.name, "skipped": first_line(error)})
+        common.release()
+    turns = {name: (lambda step=step, n=n: milliseconds(step, n)) for name, (_, step, n) in arms.items()}
+    turns["copy"] = lambda: milliseconds(copy, COPIES)
+    for said in rounds_of(turns):
+        copied = [8e-6 * COPIED / ms for ms in said["copy"]]
+        rows = [{"model": title, "arm": "copy", "ms": quartiles(said["copy"]), "gb_per_s": quartiles(copied)}]
+        for name, (arm, _, steps) in arms.items():
+            row = {"model": title, "arm": name, "parameters": elements, "steps": steps, "ms": quartiles(said[name])}
+            if FUSED.name in said:
+                row["of_fused"] = quartiles([a / b for a, b in zip(said[name], said[FUSED.name], strict=True)])
+            if arm.traffic:
+                speeds = [1e-6 * arm.traffic * elements / ms for ms in said[name]]
+                row["gb_per_s"] = quartiles(speeds)
+                row["of_copy"] = quartiles([a / b for a, b in zip(speeds, copied, strict=True)])
+            rows.append(row)
+        yield rows + skipped
+
+
+def of_kernels(record: Record) -> None:
+    """Each kernel's time and bandwidth, in steps that follow each other without a pause."""
+    rows: list[dict[str, Any]] = []
+    for title in MODELS:
+        try:
+            rows += rows_of_kernels(title)
+        except torch.OutOfMemoryError as error:
+            rows.append({"model": title, "kernel": "all", "skipped": first_line(error)})
+        record.write(kernels=rows)
+        common.release()
+    print(*map(shown, rows), sep="\n")
+
+
+def rows_of_kernels(title: str) -> list[dict[str, Any]]:
+    shapes = shapes_of(title)
+    params = Tensors(shapes, DEVICE).params(ARMS[-1])
+    step, copy = GrokAdamW(params, gamma=1e-3).step, copier()
+    chunks = sum(-(-math.prod(shape) // SHAPES[4].chunk) for shape in shapes)
+    for _ in range(common.WARMUP):
+        step()
+    with timed() as kernels:
+        for _ in range(COPIES):
+            copy()  # so that the device has enough to do while the host goes ahead
+        for _ in range(10):
+            step()
+        torch.cuda.synchronize()
+        rows = []
+        for name in NAMES:
+            ms = kernels.milliseconds(name)
+            moved = BYTES[name] * (chunks if name == "judge" else sum(map(math.prod, shapes)))
+            speeds = quartiles([1e-6 * moved / each for each in ms])
+            rows.append({"model": title, "kernel": name, "ms": quartiles(ms), "gb_per_s": speeds})
+    return rows
+
+
+def small(count: int) -> list[nn.Parameter]:
+    """Tensors of 100, with gradients."""
+    params = [nn.Parameter(torch.randn(100, device=DEVICE)) for _ in range(count)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return params
+
+
+def in_groups(params: list[nn.Parameter], groups: int) -> list[dict[str, Any]]:
+    size = -(-len(params) // groups)
+    return [{"params": params[i : i + size], "weight_decay": 0.01} for i in range(0, len(params), size)]
+
+
+def host_us(step: Step, params: Sequence[nn.Parameter] = ()) -> list[float]:
+    """Microseconds until a step returns that waits for nothing. Parameters that are given get new gradients first."""
+    times = []
+    for _ in range(HOST_STEPS):
+        made: list[Tensor] = [torch.ones_like(p) for p in params]  # while the old ones are there: elsewhere, that is
+        for p, grad in zip(params, made, strict=True):
+            p.grad = grad
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        step()
+        times.append(1e6 * (time.perf_counter() - began))
+    torch.cuda.synchronize()
+    return times
+
+
+def replay(optimizer: Any) -> Step:
+    """The replay of a graph of a step."""
+    for _ in range(common.WARMUP):
+        optimizer.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph.replay
+
+
+def of_host(record: Record) -> None:
+    rows: list[dict[str, Any]] = []
+    makers: dict[str, Callable[..., Any]] = {
+        "GrokAdamW": GrokAdamW,
+        FUSED.name: lambda params, **options: torch.optim.AdamW(params, fused=True, **options),
+    }
+    cases = [(count, 1) for count in (1, 300, 1000)] + [(300, groups) for groups in (24, 300)]
+    for count, groups in cases:
+        turns: dict[str, Callable[[], list[float]]] = {}
+        for name, make in makers.items():
+            of_name = host_turns(make, count, groups)
+            turns |= {f"{name}, {way}": turn for way, turn in of_name.items()}
+        said: dict[str, list[list[float]]] = {}
+        for said in rounds_of(turns):
+            of_case = [
+                {"tensors": count, "groups": groups, "arm": name, "us": quartiles([x for turn in each for x in turn])}
+                for name, each in said.items()
+            ]
+            record.write(host=rows + of_case)
+        rows += of_case
+        print(*map(shown, of_case), sep="\n")
+        common.release()
+
+
+def host_turns(make: Callable[..., Any], count: int, groups: int) -> dict[str, Callable[[], list[float]]]:
+    """With gradients that stay, with new ones as after set_to_none; and, of one group, as a graph's replay."""
+
+    def started(**options: Any) -> tuple[list[nn.Parameter], Any]:
+        params = small(count)
+        optimizer = make(in_groups(params, groups), **options)
+        for _ in range(common.WARMUP):
+            optimizer.step()
+        return params, optimizer
+
+    _, kept = started()
+    params, anew = started()
+    turns = {"gradients kept": lambda: host_us(kept.step), "set_to_none": lambda: host_us(anew.step, params)}
+    if groups == 1:
+        replayed = replay(started(capturable=True)[1])
+        turns["a graph's replay"] = lambda: host_us(replayed)
+    return turns
+
+
+def shown(row: dict[str, Any]) -> str:
+    """A row in a line: medians."""
+    return "  ".join(f"{key} {value[1] if isinstance(value, list) else value}" for key, value in row.items())
+
+
+def few_steps() -> None:
+    """For a profiler: five steps of 124 M parameters."""
+    common.begin()
+    params = Tensors(shapes_of("GPT-2, 124 M in 148"), DEVICE).params(ARMS[-1])
+    optimizer = GrokAdamW(params, gamma=1e-3)
+    for _ in range(5):
+        optimizer.step()
+    torch.cuda.synchronize()
+
+
+def main(path: str) -> None:
+    common.begin()
+    warnings.simplefilter("ignore")  # of β1 in a thousand layers, which is meant
+    record = Record(path)
+    record.write(device=common.device_name(), rounds=common.ROUNDS)
+    failed = []
+    for part in (of_models, of_kernels, of_host):
+        try:
+            part(record)
+        except Exception as error:  # the others can tell something still
+            failed.append(f"{part.__name__}: {first_line(error)}")
+            record.write(failed=failed)
+            traceback.print_exc()
+    counts = ", ".join(f"{len(record.results.get(name, []))} {name}" for name in ("steps", "kernels", "host"))
+    record.write(summary=f"rows: {counts}")
+    sys.exit("\n".join(failed) or 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
