@@ -40,7 +40,7 @@ def main(path: str, module: str = "benchmarks.on_gpu.checks") -> None:
     for name, found in checks.items():
         print(f"{found['outcome']:7} {name}")
         if found["outcome"] == "failed":
-            print(*found["traceback"].splitlines()[-3:], sep="\n")
+            print("       ", *found["traceback"].splitlines()[-1:])
     if not checks:
         sys.exit(f"the checks cannot be imported:\n{done.stdout}")
     record.write(summary=f"{len(checks) - len(failed)} of {len(checks)} checks passed")

@@ -77,7 +77,6 @@ def of_models(record: Record) -> None:
             rows = earlier + of_model
             record.write(steps=rows)
         common.release()
-        print(*map(shown, rows[len(earlier) :]), sep="\n")
 
 
 def rows_of_model(title: str) -> Iterator[list[dict[str, Any]]]:
@@ -126,7 +125,6 @@ def of_kernels(record: Record) -> None:
             rows.append({"model": title, "kernel": "all", "skipped": first_line(error)})
         record.write(kernels=rows)
         common.release()
-    print(*map(shown, rows), sep="\n")
 
 
 def rows_of_kernels(title: str) -> list[dict[str, Any]]:
@@ -210,7 +208,6 @@ def of_host(record: Record) -> None:
             ]
             record.write(host=rows + of_case)
         rows += of_case
-        print(*map(shown, of_case), sep="\n")
         common.release()
 
 
@@ -235,7 +232,8 @@ def host_turns(make: Callable[..., Any], count: int, groups: int) -> dict[str, C
 
 def shown(row: dict[str, Any]) -> str:
     """A row in a line: medians."""
-    return "  ".join(f"{key} {value[1] if isinstance(value, list) else value}" for key, value in row.items())
+    medians = {key: f"{value[1]:.4g}" if isinstance(value, list) else value for key, value in row.items()}
+    return "  ".join(f"{key} {value}" for key, value in medians.items())
 
 
 def few_steps() -> None:
@@ -261,6 +259,8 @@ def main(path: str) -> None:
             failed.append(f"{part.__name__}: {first_line(error)}")
             record.write(failed=failed)
             traceback.print_exc()
+    for name in ("host", "kernels", "steps"):  # what matters most comes last
+        print(*map(shown, record.results.get(name, [])), sep="\n")
     counts = ", ".join(f"{len(record.results.get(name, []))} {name}" for name in ("steps", "kernels", "host"))
     record.write(summary=f"rows: {counts}")
     sys.exit("\n".join(failed) or 0)

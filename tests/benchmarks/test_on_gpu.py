@@ -23,6 +23,8 @@ from benchmarks.on_gpu.launches import launched
 from grokadamw.update import native
 from grokadamw.update.gpu_tables import Shape
 
+from ..models import skip_unless_interpreted
+
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
@@ -65,10 +67,9 @@ def test_the_first_stages_are_whole(
     assert [line[0] for line in capsys.readouterr().out.splitlines()[-3:]] == ["0", "1", "2"]
 
 
-@needs_triton
-@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
 def test_smoke_compares_what_the_kernels_compute() -> None:
-    """Interpreted, to tolerances that right kernels keep; and kernels that forget ε or a NaN do not."""
+    """Interpreted, to tolerances that right kernels keep."""
+    skip_unless_interpreted()
     run = environment(TRITON_INTERPRET="1")
     code = "from benchmarks.on_gpu import checks; checks.here('norm, float32', 'five steps, float32', 'the preset')"
     done = subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, env=run, capture_output=True, text=True)
@@ -168,7 +169,7 @@ def test_the_stages_fit_what_is_lent() -> None:
     stages = gpu.stages()
     assert len({stage.file for stage in stages}) == 8
     assert not any("/" in stage.file for stage in stages)
-    assert sum(map(gpu.limit_of, stages[:5])) <= 300
+    assert sum(map(gpu.limit_of, stages[:5])) <= 360
     assert sum(map(gpu.limit_of, stages[5:])) <= 300
     tests = stages[3].commands[0].words
     assert {"tests/gpu/test_gpu.py", "tests/test_capture.py"} <= set(tests)
