@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,17 @@ def run(options: argparse.Namespace, asked: list[Run], console: Console) -> None
     csv, picture = options.out / "grokking.csv", options.out / f"{options.task}.png"
     curves = execute_all(asked, csv, options.jobs, console)
     task = tasks.load()[options.task]
-    table = Table(title=f"{task.about}: steps to {task.solved:.0%}", box=None)
-    for name in ("method", "seed", "training", "first", "sustained", "seconds"):
+    title = f"{task.about}: steps to {task.solved:.0%}" if math.isfinite(task.solved) else task.about
+    table = Table(title=title, box=None)
+    for name in ("method", "seed", "training", "first", "sustained", "seconds", "best", "at step"):
         table.add_column(name, justify="left" if name == "method" else "right")
     rows = {row.run: row for row in read(csv)}
     for each in asked:
         row = rows[each]
         steps = ["–" if step is None else f"{step:,}" for step in (row.train, row.first, row.sustained)]
-        table.add_row(each.method, str(each.seed), *steps, "–" if row.seconds is None else f"{row.seconds:.0f}")
+        seconds = "–" if row.seconds is None else f"{row.seconds:.0f}"
+        best = [f"{row.best:.3f}", "–" if row.best_at is None else f"{row.best_at:,}"]
+        table.add_row(each.method, str(each.seed), *steps, seconds, *best)
     console.print(table)
     pictures.curves(task, curves, picture)
     console.print(f"curves  {picture}\nruns    {csv}", highlight=False, soft_wrap=True)

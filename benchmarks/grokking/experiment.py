@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,6 +36,11 @@ class Curve:
         """The index of the first evaluation that is good enough, or None."""
         return next((i for i, score in enumerate(scores) if score >= self.solved), None)
 
+    def best(self, scores: list[float]) -> int | None:
+        """The index of the first evaluation with the highest score, or None if no score is a number."""
+        numbers = [i for i, score in enumerate(scores) if not math.isnan(score)]
+        return max(numbers, key=scores.__getitem__, default=None)
+
     def sustained(self, scores: list[float]) -> int | None:
         """The index of the first of six evaluations in a row that are good enough, or None."""
         good = [score >= self.solved for score in scores]
@@ -52,6 +58,8 @@ def run(
     on_evaluation: Callable[[Curve], None] = lambda curve: None,
 ) -> Curve:
     """Train until the task is learnt, and for `afterwards` more steps, or else for `budget` steps.
+
+    A task that has no level at which it is learnt takes the whole budget.
 
     Six good evaluations that begin within the budget are seen to their end.
     """
@@ -100,10 +108,13 @@ def run(
 
 
 def evaluate(task: Task, model: nn.Module, data: Split) -> float:
-    """The mean score; of the first examples alone, as an estimate, where that is far from solved."""
+    """The mean score; of the first examples alone, as an estimate, where that is far from solved.
+
+    All examples count where there is no level to reach.
+    """
     scores: list[Tensor] = []
     for inputs, targets in zip(data.inputs.split(CHUNK), data.targets.split(CHUNK), strict=True):
         scores.append(task.score(model(inputs), targets))
-        if scores[0].mean() < task.solved - 0.1:
+        if math.isfinite(task.solved) and scores[0].mean() < task.solved - 0.1:
             break
     return torch.cat(scores).mean().item()

@@ -25,13 +25,15 @@ def curves(task: Task, found: dict[Run, Curve], path: Path) -> None:
         axes[0].plot(curve.steps, curve.train, color=color, linestyle=":", linewidth=1)
         if adaptive:
             axes[1].plot(curve.steps, curve.alpha, color=color, linewidth=1)
-    axes[0].axhline(task.solved, color="grey", linewidth=0.5)
     for i, name in enumerate(names):
         axes[0].plot([], [], color=f"C{i}", label=name)
     axes[0].plot([], [], color="grey", label="held out")
     axes[0].plot([], [], color="grey", linestyle=":", label="training")
     axes[0].legend(loc="upper left", fontsize="small")
-    axes[0].set(xscale="log", ylabel="score", ylim=(-0.02, 1.02), title=task.about)
+    axes[0].set(xscale="log", ylabel="score", title=task.about)
+    if math.isfinite(task.solved):
+        axes[0].axhline(task.solved, color="grey", linewidth=0.5)
+        axes[0].set(ylim=(-0.02, 1.02))
     if adaptive:
         axes[1].set(ylabel="α")
     axes[-1].set(xlabel="step")

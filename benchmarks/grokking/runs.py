@@ -115,6 +115,7 @@ class Row(Run):
     steps: int = 0  # taken in all
     lowest: float | None = None  # the lowest score since `sustained`
     best: float = 0.0
+    best_at: int | None = None  # the step of the best score; empty in rows from before this column
     last: float = 0.0
     last_train: float = 0.0
     minutes: float = 0.0  # of a core, with evaluations
@@ -137,6 +138,7 @@ def execute(asked: Run, on_evaluation: Callable[[Curve], None] = lambda curve: N
         how: dict[str, Any] = {"clip": asked.clip, "on_evaluation": on_evaluation}
         curve = run(task, asked.optimizer, asked.seed, asked.budget, asked.afterwards, **how)
     minutes = (time.perf_counter() - start) / 60
+    best = curve.best(curve.report)
     train, first, sustained = curve.sustained(curve.train), curve.first(curve.report), curve.sustained(curve.report)
 
     def at(index: int | None) -> int | None:
@@ -150,7 +152,8 @@ def execute(asked: Run, on_evaluation: Callable[[Curve], None] = lambda curve: N
         seconds=None if sustained is None else round(curve.seconds[sustained], 2),
         steps=curve.steps[-1],
         lowest=None if sustained is None else round(min(curve.report[sustained:]), 4),
-        best=round(max((score for score in curve.report if score == score), default=-math.inf), 4),
+        best=-math.inf if best is None else round(curve.report[best], 4),
+        best_at=at(best),
         last=round(curve.report[-1], 4),
         last_train=round(curve.train[-1], 4),
         minutes=round(minutes, 3),

@@ -53,7 +53,11 @@ def right(logits: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its data, and when it counts as learnt."""
+    """A model, its data, and when it counts as learnt.
+
+    A task without such a level has `solved=math.inf`: a run then takes its whole budget, and its best score counts.
+    A loss is a score with a minus in front.
+    """
 
     name: str
     about: str

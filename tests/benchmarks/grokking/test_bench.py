@@ -129,6 +129,17 @@ def test_a_run_goes_on_afterwards_and_stops_at_its_budget() -> None:
     assert begun.steps[begun.sustained(begun.report)] == 20
 
 
+def test_a_task_without_a_level_takes_its_budget_and_its_best_evaluation_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = [-3.0, math.nan, -1.5, -2.0, -1.5, -4.0]
+    monkeypatch.setitem(tasks.load(), "toy", replace(toy(losses), solved=math.inf))
+    row, curve = runs.execute(Run.of("toy", "adamw", 0, budget=12))
+    assert curve.steps == [2, 4, 6, 8, 10, 12]
+    assert (row.best, row.best_at, row.last, row.first, row.sustained) == (-1.5, 6, -4.0, None, None)
+    assert curve.best([math.nan] * 3) is None
+
+
 def test_what_would_contradict_its_row_is_refused() -> None:
     with pytest.raises(ValueError, match="lr is not one of the options"):
         Run.of("mul97", "adamw", 0, options={"lr": 0.1})
@@ -158,6 +169,8 @@ def test_evaluation_stops_early_where_nothing_depends_on_it() -> None:
     assert experiment.evaluate(task, nn.Identity(), Split(half, half)) == pytest.approx(0.5, abs=1e-3)
     assert experiment.evaluate(task, nn.Identity(), Split(half, half.flip(0))) == 0
     assert seen == [experiment.CHUNK, experiment.CHUNK, 5, experiment.CHUNK]
+    everything = replace(task, solved=math.inf)
+    assert experiment.evaluate(everything, nn.Identity(), Split(half, half.flip(0))) == pytest.approx(0.5, abs=1e-3)
 
 
 ROW = Row(
@@ -187,6 +200,14 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other columns"):
         runs.read(path)
     assert ROW.run == Run.of("mul97", "adamw", 3, options={"eps": 1e-6})
+
+
+def test_rows_from_before_the_step_of_the_best_score_are_read() -> None:
+    rows = runs.read(runs.CSV)
+    old = [row for row in rows if row.best_at is None]
+    assert len(old) >= 1188
+    assert any(row.sustained is not None and row.best > 0.95 for row in old)
+    assert {row.task for row in old} <= set(tasks.load())
 
 
 def test_runs_in_parallel_are_those_in_one_process_and_one_that_fails_is_named(
