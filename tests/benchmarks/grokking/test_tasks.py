@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.grokking.tasks import Task, load, modular, molecules, published, sentiment
+from benchmarks.grokking.tasks import Task, language, load, modular, molecules, published, sentiment, tabular
 
 TASKS = load()
 HERE = [task for task in TASKS.values() if task.name != "imdb"]  # whose files are elsewhere
@@ -22,6 +22,13 @@ OPERATIONS = {
     "quad97": lambda x, y: (x**2 + x * y + y**2) % 97,
     "add113": lambda x, y: (x + y) % 113,
 }
+
+
+@pytest.fixture(autouse=True)
+def brief_pretraining(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps, kept for the session in a folder of its own."""
+    monkeypatch.setattr(language, "PRETRAINING", 2)
+    monkeypatch.setattr(language, "CACHE", tmp_path_factory.getbasetemp() / "pretrained")
 
 
 @pytest.mark.parametrize("task", HERE, ids=lambda task: task.name)
@@ -150,6 +157,92 @@ def test_imdb_is_read_from_its_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     data = TASKS["imdb"].start(0).data
     assert data.train.inputs.shape == (750, 500)
     assert len(data.signal) + len(data.report) == 250
+
+
+def test_windows_of_text_do_not_overlap() -> None:
+    text = language.hamlet()
+    pieces = language.windows(text)
+    assert len(pieces) == len(text) // 65
+    joined = torch.cat([pieces.inputs, pieces.targets[:, -1:]], dim=1)
+    assert bytes(joined.flatten().tolist()) == text[: 65 * len(pieces)]
+    assert torch.equal(pieces.inputs[:, 1:], pieces.targets[:, :-1])
+
+
+@pytest.mark.parametrize("name", ["hamlet", "hamlet-finetuning"])
+def test_each_window_is_in_one_part(name: str) -> None:
+    data = TASKS[name].start(0).data
+    parts = [torch.cat([part.inputs, part.targets[:, -1:]], dim=1).tolist() for part in data]
+    known = {tuple(piece) for part in parts for piece in part}
+    assert len(known) == sum(map(len, parts))
+    expected = language.windows(language.hamlet())[: len(known)]
+    assert known == {
+        (*inputs, last)
+        for inputs, last in zip(map(tuple, expected.inputs.tolist()), expected.targets[:, -1].tolist(), strict=True)
+    }
+
+
+def test_the_language_model_sees_nothing_that_comes_later() -> None:
+    torch.manual_seed(0)
+    model = language.LanguageModel()
+    text = torch.randint(256, (3, 64))
+    changed = text.clone()
+    changed[:, 40:] = (text[:, 40:] + 1) % 256
+    for mode in (True, False):
+        model.train(mode)
+        with torch.no_grad():
+            before, after = model(text), model(changed)
+        torch.testing.assert_close(before[:, :40], after[:, :40])
+        assert (before[:, 40:] - after[:, 40:]).abs().amin(dim=(0, 1)).max() > 0.01
+
+
+def test_a_score_is_minus_the_loss_of_the_example() -> None:
+    for name in ("hamlet", "breast-cancer", "diabetes"):
+        task = TASKS[name]
+        model, data, _ = task.start(0)
+        outputs, targets = model(data.signal.inputs), data.signal.targets
+        torch.testing.assert_close(task.score(outputs, targets).mean(), -task.loss(outputs, targets))
+        one = task.loss(outputs[3:4], targets[3:4])
+        torch.testing.assert_close(task.score(outputs, targets)[3], -one)
+
+
+def test_pretraining_is_done_once_and_repeatable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "CACHE", tmp_path)
+    first = language.finetuning(5).model.state_dict()
+    (path,) = tmp_path.iterdir()
+    path.rename(tmp_path / "old")
+    again = language.finetuning(5).model.state_dict()  # computed anew
+    assert path.exists()
+    computed = language.pretrain
+    monkeypatch.setattr(language, "pretrain", None)
+    cached = language.finetuning(5).model.state_dict()
+    assert first.keys() == again.keys() == cached.keys()
+    for name, weight in first.items():
+        assert torch.equal(weight, again[name])
+        assert torch.equal(weight, cached[name])
+    monkeypatch.setattr(language, "pretrain", computed)
+    language.pretrained(6)
+    monkeypatch.setattr(language, "PRETRAINING", 3)  # other weights, so another file
+    language.pretrained(6)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_pretraining_learns() -> None:
+    torch.manual_seed(0)
+    model = language.LanguageModel()
+    reviews = language.windows(language.reviews())[:50]
+    before = language.loss(model(reviews.inputs), reviews.targets)
+    model.load_state_dict(language.pretrain(0, 15))
+    assert language.loss(model(reviews.inputs), reviews.targets) < before - 1
+
+
+def test_columns_are_scaled_by_the_training_part() -> None:
+    data = TASKS["diabetes"].start(0).data
+    for values in (data.train.inputs, data.train.targets):
+        torch.testing.assert_close(values.mean(dim=0), torch.zeros_like(values[0]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(values.std(dim=0), torch.ones_like(values[0]))
+    assert data.report.inputs.mean(dim=0).abs().max() > 1e-3
+    never_changes = torch.tensor([[1.0], [3.0]])
+    assert torch.equal(tabular.standard(never_changes, torch.ones(4, 1)), torch.tensor([[0.0], [2.0]]))
 
 
 def test_a_package_that_is_not_there_is_named() -> None:
