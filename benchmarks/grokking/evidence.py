@@ -2,7 +2,8 @@
 
 Every method gets the same trials. Of the tasks mod 97: a grid of lr × wd on two of them, two seeds a cell; the best
 cell is kept for ten other seeds on all five. Of every other task: four cells, one seed; the best is kept for three
-others, or for ten where a run is quick. Of the architectures: the grid on each of four tasks, and five seeds.
+others, or for ten where a run is quick. Of the architectures: the grid on each of four tasks, and five seeds. The
+tasks on data that people have: a grid for each, and five seeds.
 """
 
 from __future__ import annotations
@@ -75,6 +76,21 @@ PAIR_METHODS = ["adamw", PRESET, "grokadamw"]
 PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # else the grid's
 PAIR_SEEDS = range(100, 105)
 
+# data that people have, where the best score counts: lrs, decays and seeds of the grid, and the methods
+DATA_LRS, DATA_DECAYS = (3e-4, 1e-3, 3e-3), (0.1, 1.0, 3.0, 10.0)
+DATA_METHODS = ["adamw", PRESET, "grokadamw"]
+FINETUNING = "hamlet-finetuning"
+FINETUNING_LRS, FINETUNING_DECAYS = (1e-4, 3e-4, 1e-3, 3e-3), (0.01, 1.0)
+DATA: dict[str, tuple[Iterable[float], Iterable[float], Iterable[int], list[str]]] = {
+    "hamlet": (DATA_LRS, DATA_DECAYS, [TRIAL_SEED], DATA_METHODS),
+    FINETUNING: (FINETUNING_LRS, FINETUNING_DECAYS, GRID_SEEDS, ["adamw", "grokadamw"]),
+    **dict.fromkeys(
+        ["mnist-cnn", "mnist-vit", "breast-cancer", "digits", "diabetes"],
+        (DATA_LRS, DATA_DECAYS, GRID_SEEDS, DATA_METHODS),
+    ),
+}
+DATA_SEEDS = range(100, 105)
+
 # {filter} × {weight decay}: Grokfast's settings of its section 4 with and without one of the two
 TWO_BY_TWO = {
     "mnist": ({"alpha": 0.8, "lamb": 0.1}, 1e-3, (0.01, 2.0), 60000),
@@ -86,11 +102,14 @@ Cell = tuple[float, float]  # lr, wd
 
 def best(rows: Iterable[Row]) -> Cell | None:
     """The cell with the lowest geometric mean of steps, a failure counting as twice the budget; of equals that with the
-    highest score. None if there are no rows."""
+    highest score. So the score alone decides where a task has no level to reach. None if there are no rows."""
     steps: dict[Cell, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         steps[row.lr, row.weight_decay].append((log(row.sustained or 2 * row.budget), -row.best))
-    means = {cell: tuple(sum(each) / len(found) for each in zip(*found, strict=True)) for cell, found in steps.items()}
+    means = {  # rounded, as means of the same numbers differ in the last digit with how many there are
+        cell: tuple(round(sum(each) / len(found), 9) for each in zip(*found, strict=True))
+        for cell, found in steps.items()
+    }
     return min(means, key=means.__getitem__, default=None)
 
 
@@ -145,6 +164,17 @@ def untuned(pair: str, method: str) -> list[Run]:
     return [Run.of(pair, method, seed) for seed in PAIR_SEEDS]
 
 
+def data_grid(task: str, method: str) -> list[Run]:
+    lrs, decays, seeds, _ = DATA[task]
+    return [Run.of(task, method, seed, lr, wd) for seed, lr, wd in product(seeds, lrs, decays)]
+
+
+def data_finals(task: str, method: str, rows: list[Row]) -> list[Run]:
+    """With the grid's best cell."""
+    cell = best(select(rows, data_grid(task, method)))
+    return [] if cell is None else [Run.of(task, method, seed, *cell) for seed in DATA_SEEDS]
+
+
 def two_by_two(task: str) -> list[Run]:
     options, lr, decays, budget = TWO_BY_TWO[task]
     arms = [("adamw", {}), ("grokfast-adamw", options)]
@@ -169,6 +199,9 @@ def todo(rows: list[Row]) -> list[Run]:
     done = {row.run for row in rows}
     stages = [pair_grid(pair, "adamw", [seed]) for seed in GRID_SEEDS for pair in PAIRS]
     stages += [pair_finals(pair, "adamw", rows) for pair in PAIRS]
+    by_task = {task: methods for task, (*_, methods) in DATA.items()}
+    stages += [[run for method in by_task[task] for run in data_grid(task, method)] for task in DATA]
+    stages += [[run for method in by_task[task] for run in data_finals(task, method, rows)] for task in DATA]
     by_method = {method: finals(method, rows) for method in MOD97_METHODS}
     stages += [grid(method) for method in MOD97_METHODS]
     stages += [[run for run in by_method[method] if run.task != "quad97"] for method in MOD97_METHODS]

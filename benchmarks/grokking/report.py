@@ -177,6 +177,25 @@ def variations(rows: list[Row]) -> str:
     return markdown(["", *GRID_TASKS], lines)
 
 
+def data(names: Iterable[str], rows: list[Row]) -> str:
+    """Of the best scores the median and the range; a loss is without the minus that makes it a score."""
+    lines = []
+    for task in names:
+        opponents: list[float] = []
+        for name in evidence.DATA[task][-1]:
+            found = select(rows, evidence.data_finals(task, name, rows))
+            amounts = [abs(row.best) for row in found]
+            opponents = amounts if name == "adamw" else opponents
+            if found:
+                kind = "loss" if found[0].best < 0 else "accuracy"
+                amount = f"{kind} {np.median(amounts):.4f} ({min(amounts):.4f} to {max(amounts):.4f})"
+                more = np.median(amounts) / np.median(opponents) - 1 if opponents else math.nan
+                difference = f"{more:+.1%}" if math.isfinite(more) and name != "adamw" else ""
+                step = f"{shown(float(np.median([row.best_at or math.inf for row in found])))} of {found[0].budget:,}"
+                lines.append([task, name, cell(found), amount, difference, step, str(len(found))])
+    return markdown(["task", "method", "lr, wd", "best (range)", "against adamw", "at step", "seeds"], lines)
+
+
 def effort(rows: list[Row]) -> str:
     hours = sum(row.minutes for row in rows) / 60
     commits = ", ".join(dict.fromkeys(row.commit for row in rows))
@@ -194,6 +213,8 @@ TABLES: dict[str, Table] = {
     "others": others,
     **{f"filter and decay, {task}": partial(two_by_two, task) for task in TWO_BY_TWO},
     "variations": variations,
+    "data": partial(data, [task for task in evidence.DATA if task != evidence.FINETUNING]),
+    "finetuning": partial(data, [evidence.FINETUNING]),
     "reach, others": partial(reach, ["adamw", evidence.PRESET, *OTHER_METHODS]),
 }
 

@@ -255,12 +255,12 @@ def test_an_end_at_any_time_ends_all_of_it_and_what_is_done_stays(how: str, tmp_
 
 def pretended(run: Run) -> Row:
     """A cell with a smaller lr · wd is better, and tasks differ."""
-    return Row(**asdict(run), sustained=round(1000 * run.lr**0.1) + 10 * run.seed, minutes=1.0, best=0.99)
+    return Row(**asdict(run), sustained=round(1000 * run.lr**0.1) + 10 * run.seed, minutes=1.0, best=0.99, best_at=90)
 
 
 def test_evidence_comes_to_an_end_and_gives_every_method_the_same_trials() -> None:
     rows: list[Row] = []
-    for _ in range(200):
+    for _ in range(300):
         todo = evidence.todo(rows)
         if not todo:
             break
@@ -306,6 +306,41 @@ def test_the_best_cell() -> None:
     assert evidence.best(rows) == (3e-3, 1.0)
     assert evidence.best(row for row in rows if row.sustained is None) == (1e-3, 1.0)  # by their score
     assert evidence.best([]) is None
+
+
+def losses(asked: list[Run]) -> list[Row]:
+    """The loss is lowest at lr 1e-3, wd 1, and grows with the seed; GrokAdamW's is a tenth higher."""
+    rows = []
+    for run in asked:
+        away = abs(math.log(run.lr / 1e-3)) + abs(math.log(run.weight_decay))
+        loss = (1 + away + run.seed / 1000) * (1.1 if run.method == "grokadamw" else 1)
+        rows.append(Row(**asdict(run), best=-loss, best_at=200 + run.seed, last=-9.0))
+    return rows
+
+
+def test_the_cell_with_the_lowest_loss_is_kept_and_reported() -> None:
+    rows: list[Row] = []
+    for method in ("adamw", "grokadamw"):
+        grid = evidence.data_grid("hamlet", method)
+        assert {run.weight_decay for run in grid} >= {0.1, 10.0}
+        rows += losses(grid)
+        assert evidence.best(rows) == (1e-3, 1.0)
+        finals = evidence.data_finals("hamlet", method, rows)
+        assert not {run.seed for run in finals} & {run.seed for run in grid}
+        rows += losses(finals)
+    assert report.data(["hamlet"], rows).splitlines()[2:] == [
+        "| hamlet | adamw | 0.001, 1 | loss 1.1020 (1.1000 to 1.1040) |  | 302 of 1,000 | 5 |",
+        "| hamlet | grokadamw | 0.001, 1 | loss 1.2122 (1.2100 to 1.2144) | +10.0% | 302 of 1,000 | 5 |",
+    ]
+
+
+def test_finetuning_gives_both_optimizers_the_same_learning_rates() -> None:
+    cells = [
+        {(run.lr, run.weight_decay) for run in evidence.data_grid(evidence.FINETUNING, name)}
+        for name in ("adamw", "grokadamw")
+    ]
+    assert cells[0] == cells[1]
+    assert len({lr for lr, _ in cells[0]}) == 4
 
 
 def test_quartiles() -> None:
