@@ -77,17 +77,14 @@ PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # else the grid's
 PAIR_SEEDS = range(100, 105)
 
 # data that people have, where the best score counts: lrs, decays and seeds of the grid, and the methods
-DATA_LRS, DATA_DECAYS = (3e-4, 1e-3, 3e-3), (0.1, 1.0, 3.0, 10.0)
+DATA_LRS, DATA_DECAYS = (3e-4, 1e-3, 3e-3), (0.1, 0.3, 1.0, 3.0, 10.0)
 DATA_METHODS = ["adamw", PRESET, "grokadamw"]
 FINETUNING = "hamlet-finetuning"
 FINETUNING_LRS, FINETUNING_DECAYS = (1e-4, 3e-4, 1e-3, 3e-3), (0.01, 1.0)
 DATA: dict[str, tuple[Iterable[float], Iterable[float], Iterable[int], list[str]]] = {
-    "hamlet": (DATA_LRS, DATA_DECAYS, [TRIAL_SEED], DATA_METHODS),
+    **dict.fromkeys(["hamlet", "mnist-cnn", "mnist-vit"], (DATA_LRS, DATA_DECAYS, [TRIAL_SEED], DATA_METHODS)),
     FINETUNING: (FINETUNING_LRS, FINETUNING_DECAYS, GRID_SEEDS, ["adamw", "grokadamw"]),
-    **dict.fromkeys(
-        ["mnist-cnn", "mnist-vit", "breast-cancer", "digits", "diabetes"],
-        (DATA_LRS, DATA_DECAYS, GRID_SEEDS, DATA_METHODS),
-    ),
+    **dict.fromkeys(["breast-cancer", "digits", "diabetes"], (DATA_LRS, DATA_DECAYS, GRID_SEEDS, DATA_METHODS)),
 }
 DATA_SEEDS = range(100, 105)
 

@@ -137,10 +137,10 @@ def task(name: str, about: str, start: Callable[[int], Start], budget: int, eval
 TASKS = [
     task(
         "hamlet",
-        "65 kB of Hamlet, bytes, transformer with two blocks",
-        starts(LanguageModel, partial(data, hamlet, 1000), 32),
-        1000,
-        25,
+        "33 kB of Hamlet, bytes, transformer with two blocks",
+        starts(LanguageModel, partial(data, hamlet, 500), 16),
+        2000,
+        40,
     ),
     task("hamlet-finetuning", "20 kB of Hamlet, the same model, trained on reviews before", finetuning, 400, 10),
 ]

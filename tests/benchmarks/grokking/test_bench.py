@@ -329,8 +329,8 @@ def test_the_cell_with_the_lowest_loss_is_kept_and_reported() -> None:
         assert not {run.seed for run in finals} & {run.seed for run in grid}
         rows += losses(finals)
     assert report.data(["hamlet"], rows).splitlines()[2:] == [
-        "| hamlet | adamw | 0.001, 1 | loss 1.1020 (1.1000 to 1.1040) |  | 302 of 1,000 | 5 |",
-        "| hamlet | grokadamw | 0.001, 1 | loss 1.2122 (1.2100 to 1.2144) | +10.0% | 302 of 1,000 | 5 |",
+        "| hamlet | adamw | 0.001, 1 | loss 1.1020 (1.1000 to 1.1040) |  | 302 of 2,000 | 5 |",
+        "| hamlet | grokadamw | 0.001, 1 | loss 1.2122 (1.2100 to 1.2144) | +10.0% | 302 of 2,000 | 5 |",
     ]
 
 

@@ -26,7 +26,7 @@ OPERATIONS = {
 
 @pytest.fixture(autouse=True)
 def brief_pretraining(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps, kept for the session in a folder of its own."""
+    """Two steps, kept for all tests in a folder of their own."""
     monkeypatch.setattr(language, "PRETRAINING", 2)
     monkeypatch.setattr(language, "CACHE", tmp_path_factory.getbasetemp() / "pretrained")
 
