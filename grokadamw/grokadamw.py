@@ -198,34 +198,36 @@ class GrokAdamW(Optimizer):
 
     @classmethod
     def for_grokking(
-        cls, model: nn.Module, lr: float | Tensor = 3e-3, weight_decay: float = 3.0, **options: Any
+        cls, model: nn.Module, lr: float | Tensor = 3e-3, weight_decay: float = 2.0, **options: Any
     ) -> GrokAdamW:
-        """With what did best on small models that memorise first, and that begin large, as embeddings do in torch.
+        """Make an optimizer with the settings that worked best on small models that memorise before they generalise.
 
-        α 0.8, γ 0.6, betas (0.9, 0.98); lr and weight decay are high on purpose. Embeddings, which torch makes √width
-        long, become no longer than 1 (``max_row_norm``) in the first step. In a model with norm layers, in which
-        weights turn rather than grow, rows move by no more than 0.015 of their norm a step (``max_row_change``); what
-        the norm layers hold decays a third as fast, and biases and other vectors do not. Without norm layers all
-        decays. Evidence: benchmarks/results/GROKKING_REPORT.md. Not for models that are trained already, whose
-        embeddings it would shorten.
+        They are α 0.9, γ 0.6, betas (0.9, 0.98), and a high learning rate and weight decay. In a model with norm
+        layers no row of a weight moves by more than 0.035 of its length in a step (``max_row_change``).
+
+        Evidence: benchmarks/results/GROKKING_REPORT.md.
 
         Args:
-            model: whose parameters that require gradients are optimized, under their names and in its layers, in up to
-                four groups: weights; embeddings, which are what ``nn.Embedding`` and ``nn.EmbeddingBag`` hold; what
-                norm layers hold; and other vectors. Without norm layers, and where nothing has two dimensions, as in
-                what FSDP1 flattened, all but embeddings is weights. Norm layers are torch's, and those of classes with
-                the word "Norm" in their name.
-            lr, weight_decay, options: as the constructor's; what is given wins, ``max_row_norm`` for all rows.
+            model: its parameters that require gradients are optimized, under their names and in its layers, in groups:
+                weights; what norm layers hold, with a third of the weight decay; other vectors, which do not decay;
+                and a group for each embedding whose rows are longer than 1 on average. Such an embedding gets ``lr``
+                times that length, and ``weight_decay`` divided by it, so that its rows turn as quickly as those of
+                weights, and shrink as slowly. torch's embeddings begin with a length of √width. Embeddings are those
+                of ``nn.Embedding`` and ``nn.EmbeddingBag``. Norm layers are torch's, and those of classes with the
+                word "Norm" in their name. In a model without norm layers everything but embeddings is a weight.
+            lr, weight_decay, options: as the constructor's; what is given wins. A scheduler that sets one lr for all
+                groups, as ``OneCycleLR`` does, slows the embeddings down: give it a list, one lr a group.
 
         Raises:
-            TypeError, ValueError: model is no module, or a number is not what the constructor takes.
+            TypeError, ValueError: model is no module, an embedding is on the meta device, or a number is not what the
+                constructor takes.
         """
-        groups = grokking_groups(model, weight_decay, options.get("max_row_norm", 1.0))
+        groups = grokking_groups(model, lr, weight_decay)
         if isinstance(lr, Tensor):
             for group in groups:
-                group["lr"] = lr.clone()  # what a scheduler writes into one group's is that group's
-        preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.8, "gamma": 0.6}
-        preset["max_row_change"] = 0.015 if has_norms(model) else 0.0
+                group["lr"] = torch.clone(group.get("lr", lr))  # each group's scheduler writes into its own
+        preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, "gamma": 0.6}
+        preset["max_row_change"] = 0.035 if has_norms(model) else 0.0
         optimizer = cls(groups, lr=lr, weight_decay=weight_decay, **preset | options)
         optimizer.set_layers(model)  # in the model's order, and not in that of the groups
         optimizer._run.layers_checked = "gamma" not in options  # a low β1 is meant

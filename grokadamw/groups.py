@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from .arguments import check_number
 from .layers import layers_in
+from .numbers import as_float, whole
 
 __all__ = ["decay_groups"]
 
@@ -69,32 +71,46 @@ def decay_groups(
     ]
 
 
-def grokking_groups(model: nn.Module, weight_decay: float, max_row_norm: float) -> list[dict[str, Any]]:
-    """Those of `GrokAdamW.for_grokking`.
+def grokking_groups(model: nn.Module, lr: float | Tensor, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the parameter groups of `GrokAdamW.for_grokking`.
 
-    Weights; embeddings, no longer than `max_row_norm`; what norm layers hold, which decays a third as fast; and
-    other vectors, which do not decay. Without norm layers all but embeddings are weights.
+    They are: weights; a group for each embedding whose rows are longer than 1 on average, with lr times and weight
+    decay divided by that length; what norm layers hold, which decays a third as fast; and other vectors, which do not
+    decay. Without norm layers everything but such embeddings is a weight.
     """
     check_model(model)
+    if not isinstance(lr, Tensor):
+        check_number("lr", lr)
     check_number("weight_decay", weight_decay)
-    of_embeddings = of_modules(model, lambda module: isinstance(module, _EMBEDDINGS))
+    lengths = {param: _mean_row_length(param) for param in of_modules(model, lambda m: isinstance(m, _EMBEDDINGS))}
     of_norms, alike = of_modules(model, is_norm), is_flat(model) or not has_norms(model)
-    parts: tuple[Named, Named, Named, Named] = ([], [], [], [])
-    weights, embeddings, norms, vectors = parts
+    weights, norms, vectors = list[Any](), list[Any](), list[Any]()
+    groups: list[dict[str, Any]] = [
+        {"params": weights},
+        {"params": norms, "weight_decay": weight_decay / 3},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     for name, param in trained(model):
-        if param in of_embeddings:
-            embeddings.append((name, param))
+        length = lengths.get(param, 1.0)
+        if length > 1:
+            groups.append({"params": [(name, param)], "lr": lr * length, "weight_decay": weight_decay / length})
         elif param in of_norms and not alike:
             norms.append((name, param))
         else:
             (weights if param.dim() > 1 or alike else vectors).append((name, param))
-    differences: list[dict[str, Any]] = [
-        {},
-        {"max_row_norm": max_row_norm},
-        {"weight_decay": weight_decay / 3},
-        {"weight_decay": 0.0},
-    ]
-    return [{"params": part, **its} for part, its in zip(parts, differences, strict=True) if part]
+    return [group for group in groups if group["params"]]
+
+
+@torch.no_grad()
+def _mean_row_length(weight: Tensor) -> float:
+    """Return the mean 2-norm of an embedding's rows; 1 where it has no rows, as in what FSDP1 flattened."""
+    if weight.dim() < 2 or weight.numel() == 0:
+        return 1.0
+    if weight.is_meta:
+        raise ValueError(
+            "model: an embedding is on the meta device, and has no length yet: give the model its weights first"
+        )
+    return as_float(whole(weight.float().norm(dim=1).mean()))
 
 
 def check_model(model: Any) -> None:

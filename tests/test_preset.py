@@ -13,29 +13,63 @@ from .models import network, set_gradients
 
 @pytest.mark.filterwarnings("error")
 def test_the_preset_takes_a_model_and_what_is_given_wins() -> None:
-    model = nn.Sequential(nn.Embedding(9, 4), *(nn.Linear(4, 4) for _ in range(5)), nn.LayerNorm(4, bias=False))
+    model = nn.Sequential(nn.Embedding(9, 16), *(nn.Linear(16, 16) for _ in range(5)), nn.LayerNorm(16, bias=False))
     model[1].weight.requires_grad_(False)
+    length = model[0].weight.norm(dim=1).mean().item()
     optimizer = GrokAdamW.for_grokking(model, lr=0.01, lamb=0.5)
-    weights, embeddings, norms, biases = optimizer.param_groups
+    weights, norms, biases, embedding = optimizer.param_groups
     assert weights["param_names"] == [f"{i}.weight" for i in (2, 3, 4, 5)]
-    assert embeddings["param_names"] == ["0.weight"]
     assert norms["param_names"] == ["6.weight"]
     assert biases["param_names"] == [f"{i}.bias" for i in (1, 2, 3, 4, 5)]
+    assert embedding["param_names"] == ["0.weight"]
     for group in optimizer.param_groups:
-        assert (group["lr"], group["lamb"], group["max_row_change"]) == (0.01, 0.5, 0.015)
-        assert (group["betas"], group["alpha_init"], group["gamma"]) == ((0.9, 0.98), 0.8, 0.6)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [3, 3, 1, 0]
-    assert [group["max_row_norm"] for group in optimizer.param_groups] == [0, 1, 0, 0]
-    with torch.no_grad():
-        for layer in model:
-            layer.weight.mul_(9)
+        assert (group["lamb"], group["max_row_change"], group["max_row_norm"]) == (0.5, 0.035, 0)
+        assert (group["betas"], group["alpha_init"], group["gamma"]) == ((0.9, 0.98), 0.9, 0.6)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([2, 2 / 3, 0, 2 / length])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.01, 0.01, 0.01 * length])
     set_gradients(list(model.parameters()))
     optimizer.step()  # whose low β1 is meant, and not warned of
     assert optimizer.layer_table()[-1].beta1 == pytest.approx(0.9 * 0.4**6)
-    assert model[0].weight.norm(dim=1).max() < 1.0001
-    assert model[2].weight.norm(dim=1).min() > 1.0001
     given = GrokAdamW.for_grokking(model, max_row_norm=0.25)
     assert {group["max_row_norm"] for group in given.param_groups} == {0.25}
+
+
+def test_an_embedding_moves_and_shrinks_as_far_for_its_length_as_if_it_were_short() -> None:
+    """Under Adam a step does not depend on the gradient's size: rows of any length turn by the same angle."""
+    moved = []
+    for length in (1.0, 4.0, 50.0):
+        torch.manual_seed(0)
+        model = nn.Embedding(7, 32)
+        with torch.no_grad():
+            model.weight.mul_(length / model.weight.norm(dim=1, keepdim=True))
+        before = model.weight.detach().clone()
+        optimizer = GrokAdamW.for_grokking(model, lr=0.01)
+        set_gradients([model.weight])
+        optimizer.step()
+        moved.append((model.weight.detach() - before) / length)
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(moved[2], moved[0], rtol=1e-4, atol=1e-6)
+
+
+def test_short_embeddings_are_weights_and_long_ones_have_a_group_each() -> None:
+    long, longer, short = nn.Embedding(5, 16), nn.EmbeddingBag(5, 64), nn.Embedding(5, 16)
+    with torch.no_grad():
+        short.weight.div_(16)
+    optimizer = GrokAdamW.for_grokking(nn.Sequential(long, longer, short, nn.Linear(4, 4)))
+    assert [group["param_names"] for group in optimizer.param_groups] == [
+        ["2.weight", "3.weight", "3.bias"],
+        ["0.weight"],
+        ["1.weight"],
+    ]
+    lengths = [each.weight.norm(dim=1).mean().item() for each in (long, longer)]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([3e-3, *(3e-3 * x for x in lengths)])
+
+
+def test_an_embedding_without_numbers_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Embedding(5, 16)
+    with pytest.raises(ValueError, match="on the meta device.*give the model its weights first"):
+        GrokAdamW.for_grokking(model)
 
 
 def test_the_preset_limits_how_rows_move_where_there_are_norms() -> None:
@@ -44,7 +78,7 @@ def test_the_preset_limits_how_rows_move_where_there_are_norms() -> None:
 
     for norm in (nn.LayerNorm(4), nn.BatchNorm1d(4), MyRMSNorm()):
         optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), norm))
-        assert {group["max_row_change"] for group in optimizer.param_groups} == {0.015}
+        assert {group["max_row_change"] for group in optimizer.param_groups} == {0.035}
 
     class Normal(nn.Module):
         pass
@@ -71,14 +105,15 @@ def test_the_presets_groups() -> None:
     for model in (only_matrices, only_vectors):  # what FSDP1 flattened is a vector, too
         (group,) = GrokAdamW.for_grokking(model, weight_decay=2.0).param_groups
         assert group["weight_decay"] == 2
-    model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4), nn.ReLU())  # without norms biases decay
+    model = nn.Sequential(nn.Embedding(4, 16), nn.Linear(16, 4), nn.ReLU())  # without norms biases decay
+    length = model[0].weight.norm(dim=1).mean().item()
     optimizer = GrokAdamW.for_grokking(model, lr=torch.tensor(0.1))
     assert [group["param_names"] for group in optimizer.param_groups] == [["1.weight", "1.bias"], ["0.weight"]]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [3, 3]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([2, 2 / length])
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     for loss in (1.0, 2.0):
         scheduler.step(loss)
-    assert [group["lr"].item() for group in optimizer.param_groups] == pytest.approx([0.05, 0.05])
+    assert [group["lr"].item() for group in optimizer.param_groups] == pytest.approx([0.05, 0.05 * length])
 
 
 def test_the_preset_warns_of_a_gamma_that_was_given() -> None:
@@ -92,5 +127,7 @@ def test_the_preset_warns_of_a_gamma_that_was_given() -> None:
 def test_the_preset_needs_a_model_and_numbers() -> None:
     with pytest.raises(TypeError, match="weight_decay='3' is not a number"):
         GrokAdamW.for_grokking(network(), weight_decay="3")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="lr='1e-3' is not a number"):
+        GrokAdamW.for_grokking(network(), lr="1e-3")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model is a generator, and not a torch.nn.Module: give the model itself"):
         GrokAdamW.for_grokking(network().parameters())  # type: ignore[arg-type]
