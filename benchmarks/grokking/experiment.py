@@ -69,7 +69,7 @@ def run(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / task.warmup))
     curve = Curve(task.solved)
     scores: list[Tensor] = []
-    seconds, start = 0.0, time.perf_counter()
+    seconds, start = 0.0, time.process_time()
     end: int | None = None
     for step in count(1):
         batch = next(batches)
@@ -83,7 +83,7 @@ def run(
         schedule.step()
         scores.append(task.score(outputs.detach(), batch.targets))
         if step % task.evaluate_every == 0 or step == budget:
-            seconds += time.perf_counter() - start
+            seconds += time.process_time() - start
             model.eval()
             with torch.no_grad():
                 if grok:
@@ -103,7 +103,7 @@ def run(
                 end = step + afterwards
             if step >= (end or budget) and not (end is None and curve.report[-1] >= task.solved):
                 break  # but not in the middle of what may become six
-            start = time.perf_counter()
+            start = time.process_time()
     return curve
 
 

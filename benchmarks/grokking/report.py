@@ -94,6 +94,39 @@ def mod97(names: list[str], rows: list[Row]) -> str:
     return markdown(["", "lr, wd", *MOD97], [*lines, [f"adamw / {evidence.PRESET}", "", *by_task]])
 
 
+def untuned(rows: list[Row]) -> str:
+    """A tuned AdamW, and the preset as it comes."""
+    both = [
+        ("AdamW, tuned", select(rows, evidence.finals("adamw", rows))),
+        ("the preset, as it comes", select(rows, evidence.untuned(evidence.PRESET))),
+    ]
+    by_task = [[[row for row in found if row.task == task] for task in MOD97] for _, found in both]
+    lines = [[name, cell(found), *map(quartiles, there)] for (name, found), there in zip(both, by_task, strict=True)]
+    sooner = [times_sooner(preset, adamw) for adamw, preset in zip(*by_task, strict=True)]
+    return markdown(["", "lr, wd", *MOD97], [*lines, ["times as quick", "", *sooner]])
+
+
+def pairs(rows: list[Row]) -> str:
+    """Architectures × tasks: AdamW tuned on each where its grid is done, and the preset as it comes on all."""
+    lines, ratios = [], []
+    for pair in evidence.PAIRS:
+        preset = select(rows, evidence.pair_untuned(pair, evidence.PRESET))
+        grid = evidence.pair_grid(pair, "adamw")
+        adamw = select(rows, evidence.pair_finals(pair, "adamw", rows)) if not set(grid) - {r.run for r in rows} else []
+        if not preset and not adamw:
+            continue
+        ratio = ""
+        if preset and adamw:
+            ours, theirs = (float(np.median(steps(each))) for each in (preset, adamw))
+            ratios.append(ours / theirs if math.isfinite(ours) else math.inf)
+            ratio = f"{ratios[-1]:.2f}"
+        lines.append([pair, cell(adamw), quartiles(adamw), quartiles(preset), ratio])
+    if ratios:
+        mean = math.exp(float(np.mean(np.log(ratios))))
+        lines.append(["geometric mean, worst", "", "", "", f"{mean:.2f}, {max(ratios):.2f}"])
+    return markdown(["task/architecture", "AdamW: lr, wd", "AdamW, tuned", "preset, as it comes", "ratio"], lines)
+
+
 def afterwards(names: list[str], rows: list[Row]) -> str:
     """Of the same runs, on tasks that are learnt: training first, the time that a step takes, and what comes after."""
     lines = []
@@ -206,7 +239,8 @@ TABLES: dict[str, Table] = {
     "effort": effort,
     "published": published,
     "mod97": partial(mod97, MOD97_METHODS),
-    "mod97, in short": partial(mod97, ["adamw", evidence.PRESET]),
+    "untuned": untuned,
+    "pairs": pairs,
     "afterwards": partial(afterwards, MOD97_METHODS),
     "reach": partial(reach, MOD97_METHODS),
     "reach, in short": partial(reach, ["adamw", evidence.PRESET]),

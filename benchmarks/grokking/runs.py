@@ -132,12 +132,12 @@ def execute(asked: Run, on_evaluation: Callable[[Curve], None] = lambda curve: N
     """In this process."""
     task = tasks.load()[asked.task]
     version = commit()  # of the code that is loaded now
-    start = time.perf_counter()
+    start = time.process_time()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "layer")  # a low β1 is meant
         how: dict[str, Any] = {"clip": asked.clip, "on_evaluation": on_evaluation}
         curve = run(task, asked.optimizer, asked.seed, asked.budget, asked.afterwards, **how)
-    minutes = (time.perf_counter() - start) / 60
+    minutes = (time.process_time() - start) / 60
     best = curve.best(curve.report)
     train, first, sustained = curve.sustained(curve.train), curve.first(curve.report), curve.sustained(curve.report)
 

@@ -38,28 +38,37 @@ def norms_decay(model: nn.Module, weight_decay: float, share: float, **settings:
     """The preset, with another share of weight decay for norms."""
     optimizer = GrokAdamW.for_grokking(model, weight_decay=weight_decay, **settings)
     for group in optimizer.param_groups:
-        if 0 < group["weight_decay"] < weight_decay:
+        if group["weight_decay"] == weight_decay / 3:
             group["weight_decay"] = share * weight_decay
+    return optimizer
+
+
+def same_lr(model: nn.Module, lr: float, weight_decay: float, **settings: Any) -> GrokAdamW:
+    """The preset, with the same learning rate and weight decay for embeddings as for weights."""
+    optimizer = GrokAdamW.for_grokking(model, lr=lr, weight_decay=weight_decay, **settings)
+    for group in optimizer.param_groups:
+        if group["lr"] != lr:
+            group.update(lr=lr, weight_decay=weight_decay)
     return optimizer
 
 
 METHODS = [
     Method("grokadamw", "GrokAdamW with its defaults", make, lr=3e-3, weight_decay=1.0),
-    Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, lr=3e-3, weight_decay=3.0),
+    Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, lr=3e-3, weight_decay=2.0),
     Method(
         "grokadamw-no-filter",
         "GrokAdamW.for_grokking without the filter",
         GrokAdamW.for_grokking,
         3e-3,
-        3.0,
+        2.0,
         {"lamb": 0.0, "grokking_signal_fns": []},
     ),
     Method(
         "adamw-row-limits",
-        "GrokAdamW.for_grokking without filter and γ, which is AdamW with limits on rows",
+        "GrokAdamW.for_grokking without filter and γ, which is AdamW with limited rows and quick embeddings",
         GrokAdamW.for_grokking,
         3e-3,
-        3.0,
+        2.0,
         {"lamb": 0.0, "gamma": 0.0, "grokking_signal_fns": []},
     ),
     Method(
@@ -75,8 +84,15 @@ METHODS = [
         "GrokAdamW.for_grokking, norms with another share of weight decay, or none",
         norms_decay,
         3e-3,
-        3.0,
+        2.0,
         {"share": 0.0},
     ),
-    Method("late-decay", "GrokAdamW.for_grokking, decay only while the training loss is low", late_decay, 3e-3, 3.0),
+    Method(
+        "grokadamw-same-lr",
+        "GrokAdamW.for_grokking, embeddings learn as slowly as weights",
+        same_lr,
+        3e-3,
+        2.0,
+    ),
+    Method("late-decay", "GrokAdamW.for_grokking, decay only while the training loss is low", late_decay, 3e-3, 2.0),
 ]

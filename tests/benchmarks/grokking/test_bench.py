@@ -205,7 +205,6 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
 def test_rows_from_before_the_step_of_the_best_score_are_read() -> None:
     rows = runs.read(runs.CSV)
     old = [row for row in rows if row.best_at is None]
-    assert len(old) >= 1188
     assert any(row.sustained is not None and row.best > 0.95 for row in old)
     assert {row.task for row in old} <= set(tasks.load())
 
@@ -395,13 +394,18 @@ def test_sustained() -> None:
 
 def test_variations_change_what_they_say() -> None:
     def groups(method: str, **options: Any) -> list[dict[str, Any]]:
+        torch.manual_seed(0)
         model = nn.Sequential(small(), nn.LayerNorm(4))  # as the preset limits how rows move only with norms
         return METHODS[method].optimizer(model, betas=(0.9, 0.98), **options).param_groups
 
     for method, options in evidence.VARIATIONS.values():
         pairs = list(zip(groups(evidence.PRESET), groups(method, **options), strict=True))
         changed = {key for whole, other in pairs for key in whole if key != "params" and other[key] != whole[key]}
-        assert changed == (set(options) if method == evidence.PRESET else {"weight_decay"})
+        assert changed == (
+            set(options)
+            if method == evidence.PRESET
+            else {"weight_decay", "lr"} - ({"lr"} if method == "grokadamw-norm-decay" else set())
+        )
 
 
 def test_a_task_and_a_method_are_a_file_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,6 +426,7 @@ def test_a_task_and_a_method_are_a_file_each(tmp_path: Path, monkeypatch: pytest
 def test_late_decay_waits_for_a_low_training_loss() -> None:
     model = small()
     model.insert(1, nn.LayerNorm(8, bias=False))
+    length = model[0].weight.norm(dim=1).mean().item()
     optimizer = METHODS["late-decay"].optimizer(model, betas=(0.9, 0.98), weight_decay=2.0)
     decays = []
     for loss in (None, 3.0, 0.5, 0.1, 0.0):
@@ -430,4 +435,4 @@ def test_late_decay_waits_for_a_low_training_loss() -> None:
         learn(model, optimizer, 2)
         decays.append(optimizer.param_groups[0]["weight_decay"])
     assert decays == pytest.approx([0, 0, 0, 0, 1.6])  # of the last three losses' mean
-    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([1.6, 1.6, 1.6 / 3, 0])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([1.6, 1.6 / 3, 0, 1.6 / length])
