@@ -74,26 +74,28 @@ def decay_groups(
 def grokking_groups(model: nn.Module, lr: float | Tensor, weight_decay: float) -> list[dict[str, Any]]:
     """Return the parameter groups of `GrokAdamW.for_grokking`.
 
-    They are: weights; a group for each embedding whose rows are longer than 1 on average, with lr times and weight
-    decay divided by that length; what norm layers hold, which decays a third as fast; and other vectors, which do not
-    decay. Without norm layers everything but such embeddings is a weight.
+    They are: weights; what norm layers hold, which decays a third as fast; other vectors, which do not decay; and a
+    group for each embedding whose rows are longer than 1 on average, with lr times and weight decay divided by that
+    length. Without norm layers vectors are weights, and all decays half as fast.
     """
     check_model(model)
     if not isinstance(lr, Tensor):
         check_number("lr", lr)
     check_number("weight_decay", weight_decay)
     lengths = {param: _mean_row_length(param) for param in of_modules(model, lambda m: isinstance(m, _EMBEDDINGS))}
-    of_norms, alike = of_modules(model, is_norm), is_flat(model) or not has_norms(model)
+    of_norms, normed = of_modules(model, is_norm), has_norms(model)
+    alike = is_flat(model) or not normed
+    decay = weight_decay if normed else weight_decay / 2
     weights, norms, vectors = list[Any](), list[Any](), list[Any]()
     groups: list[dict[str, Any]] = [
-        {"params": weights},
-        {"params": norms, "weight_decay": weight_decay / 3},
+        {"params": weights, "weight_decay": decay},
+        {"params": norms, "weight_decay": decay / 3},
         {"params": vectors, "weight_decay": 0.0},
     ]
     for name, param in trained(model):
         length = lengths.get(param, 1.0)
         if length > 1:
-            groups.append({"params": [(name, param)], "lr": lr * length, "weight_decay": weight_decay / length})
+            groups.append({"params": [(name, param)], "lr": lr * length, "weight_decay": decay / length})
         elif param in of_norms and not alike:
             norms.append((name, param))
         else:

@@ -72,22 +72,34 @@ def test_an_embedding_without_numbers_is_refused() -> None:
         GrokAdamW.for_grokking(model)
 
 
-def test_the_preset_limits_how_rows_move_where_there_are_norms() -> None:
+def test_without_norm_layers_the_preset_is_adamw() -> None:
     class MyRMSNorm(nn.Module):
         pass
 
     for norm in (nn.LayerNorm(4), nn.BatchNorm1d(4), MyRMSNorm()):
-        optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), norm))
-        assert {group["max_row_change"] for group in optimizer.param_groups} == {0.035}
+        for group in GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), norm)).param_groups:
+            assert (group["lamb"], group["gamma"], group["max_row_change"]) == (2, 0.6, 0.035)
 
     class Normal(nn.Module):
         pass
 
     for other in (nn.ReLU(), Normal()):
-        optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), other))
-        assert {group["max_row_change"] for group in optimizer.param_groups} == {0.0}
-    optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), max_row_change=0.5)
-    assert {group["max_row_change"] for group in optimizer.param_groups} == {0.5}
+        (group,) = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), other)).param_groups
+        assert (group["lamb"], group["gamma"], group["max_row_change"], group["weight_decay"]) == (0, 0, 0, 1)
+    given = GrokAdamW.for_grokking(nn.Linear(4, 4), lamb=1.0, gamma=0.5, max_row_change=0.5).param_groups[0]
+    assert (given["lamb"], given["gamma"], given["max_row_change"]) == (1, 0.5, 0.5)
+
+    ours, theirs = network(), network()
+    optimizers = (
+        GrokAdamW.for_grokking(ours, gradient_clipping=0.0),
+        torch.optim.AdamW(theirs.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=1.0),
+    )
+    for _ in range(5):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            set_gradients(list(model.parameters()))
+            optimizer.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
 
 
 def test_the_preset_has_layers_in_the_models_order() -> None:
@@ -104,12 +116,12 @@ def test_the_presets_groups() -> None:
     only_matrices, only_vectors = nn.Linear(4, 4, bias=False), nn.LayerNorm(4)
     for model in (only_matrices, only_vectors):  # what FSDP1 flattened is a vector, too
         (group,) = GrokAdamW.for_grokking(model, weight_decay=2.0).param_groups
-        assert group["weight_decay"] == 2
+        assert group["weight_decay"] == (2 if model is only_vectors else 1)
     model = nn.Sequential(nn.Embedding(4, 16), nn.Linear(16, 4), nn.ReLU())  # without norms biases decay
     length = model[0].weight.norm(dim=1).mean().item()
     optimizer = GrokAdamW.for_grokking(model, lr=torch.tensor(0.1))
     assert [group["param_names"] for group in optimizer.param_groups] == [["1.weight", "1.bias"], ["0.weight"]]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([2, 2 / length])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([1, 1 / length])
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     for loss in (1.0, 2.0):
         scheduler.step(loss)

@@ -9,7 +9,7 @@ tasks on data that people have: a grid for each, and five seeds.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import product
 from math import log
 from typing import Any
@@ -201,29 +201,48 @@ def variations(rows: list[Row]) -> dict[str, list[Run]]:
 def todo(rows: list[Row]) -> list[Run]:
     """The next runs that are not done yet; what is chosen from them comes later."""
     done = {row.run for row in rows}
-    by_method = {method: finals(method, rows) for method in MOD97_METHODS}
-    stages = [[run for run in untuned(PRESET) if run.task != "quad97"], grid(PRESET)]
-    stages += [pair_untuned(pair, PRESET) for pair in PAIRS]
-    stages += [pair_grid(pair, "adamw", [seed]) for seed in GRID_SEEDS for pair in PAIRS]
-    stages += [pair_finals(pair, "adamw", rows) for pair in PAIRS]
-    by_task = {task: methods for task, (*_, methods) in DATA.items()}
-    stages += [[run for method in by_task[task] for run in data_grid(task, method)] for task in DATA]
-    stages += [[run for method in by_task[task] for run in data_finals(task, method, rows)] for task in DATA]
-    stages += [grid(method) for method in MOD97_METHODS]
-    stages += [[run for run in by_method[method] if run.task != "quad97"] for method in MOD97_METHODS]
-    stages += [published(), *variations(rows).values()]
-    stages += [two_by_two(task) for task in TWO_BY_TWO]
-    stages += [trials(task, method) for task in OTHER_TASKS for method in COMPARED]
-    stages += [other_finals(task, method, rows) for task in OTHER_TASKS for method in COMPARED]
-    stages += [
-        [Run.of(pair, "adamw", seed, *cell, budget=GRID_BUDGET) for pair in PAIRS for seed in PAIR_SEEDS]
-        for cell in RECIPES
-    ]
-    stages += [untuned(PRESET), *by_method.values()]  # quad97, which takes longest, as it fails
-    stages += [grid(method) for method in OTHER_METHODS]
-    stages += [pair_grid(pair, method) for method in PAIR_METHODS for pair in PAIRS]
-    stages += [pair_finals(pair, method, rows) for method in PAIR_METHODS for pair in PAIRS]
-    for stage in stages:
+    for stage in stages(rows):
         if missing := [run for run in stage if run not in done]:
             return missing
     return []
+
+
+def stages(rows: list[Row]) -> Iterator[list[Run]]:
+    """Yield the runs in the order in which they are done, as far as `rows` say which they are."""
+
+    def learnt(asked: list[Run]) -> list[Run]:  # x² + xy + y² takes longest, as it fails, and comes later
+        return [run for run in asked if run.task != "quad97"]
+
+    yield learnt(untuned(PRESET))
+    yield grid(PRESET)
+    yield [run for pair in PAIRS for run in pair_untuned(pair, PRESET)]
+    for seed in GRID_SEEDS:
+        yield [run for pair in PAIRS for run in pair_grid(pair, "adamw", [seed])]
+    yield [run for pair in PAIRS for run in pair_finals(pair, "adamw", rows)]
+    for task, (*_, names) in DATA.items():
+        yield [run for method in names for run in data_grid(task, method)]
+    for task, (*_, names) in DATA.items():
+        yield [run for method in names for run in data_finals(task, method, rows)]
+    for method in MOD97_METHODS:
+        yield grid(method)
+    for method in MOD97_METHODS:
+        yield learnt(finals(method, rows))
+    yield published()
+    yield from variations(rows).values()
+    for task in TWO_BY_TWO:
+        yield two_by_two(task)
+    for task, method in product(OTHER_TASKS, COMPARED):
+        yield trials(task, method)
+    for task, method in product(OTHER_TASKS, COMPARED):
+        yield other_finals(task, method, rows)
+    for cell in RECIPES:
+        yield [Run.of(pair, "adamw", seed, *cell, budget=GRID_BUDGET) for pair in PAIRS for seed in PAIR_SEEDS]
+    yield untuned(PRESET)
+    for method in MOD97_METHODS:
+        yield finals(method, rows)
+    for method in OTHER_METHODS:
+        yield grid(method)
+    for method in PAIR_METHODS:
+        yield [run for pair in PAIRS for run in pair_grid(pair, method)]
+    for method in PAIR_METHODS:
+        yield [run for pair in PAIRS for run in pair_finals(pair, method, rows)]
