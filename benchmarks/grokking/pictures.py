@@ -10,33 +10,35 @@ from matplotlib.figure import Figure
 
 from .experiment import Curve
 from .runs import Row, Run
-from .tasks import Task
+from .tasks import Task, right
+
+NAMES = {  # of methods, for readers who do not know the bench
+    "adam": "Adam, no weight decay",
+    "adamw": "AdamW, tuned",
+    "grokadamw": "GrokAdamW, default settings",
+    "grokadamw-grokking": "GrokAdamW preset",
+}
 
 
 def curves(task: Task, found: dict[Run, Curve], path: Path) -> None:
-    """Scores over the steps, on a logarithmic axis, a colour a method, a line a seed; under them α, if there is one."""
+    """Draw scores over the steps: a colour for each method, a line for each seed."""
     names = list(dict.fromkeys(run.method for run in found))
-    adaptive = any(not math.isnan(alpha) for curve in found.values() for alpha in curve.alpha)
-    figure = Figure(figsize=(8, 5.5 if adaptive else 4), layout="constrained")
-    axes = figure.subplots(1 + adaptive, 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + adaptive])[:, 0]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
     for run, curve in found.items():
         color = f"C{names.index(run.method)}"
-        axes[0].plot(curve.steps, curve.report, color=color, linewidth=1)
-        axes[0].plot(curve.steps, curve.train, color=color, linestyle=":", linewidth=1)
-        if adaptive:
-            axes[1].plot(curve.steps, curve.alpha, color=color, linewidth=1)
-    for i, name in enumerate(names):
-        axes[0].plot([], [], color=f"C{i}", label=name)
-    axes[0].plot([], [], color="grey", label="held out")
-    axes[0].plot([], [], color="grey", linestyle=":", label="training")
-    axes[0].legend(loc="upper left", fontsize="small")
-    axes[0].set(xscale="log", ylabel="score", title=task.about)
+        axes.plot(curve.steps, curve.report, color=color, linewidth=1)
+        axes.plot(curve.steps, curve.train, color=color, linestyle=":", linewidth=1)
     if math.isfinite(task.solved):
-        axes[0].axhline(task.solved, color="grey", linewidth=0.5)
-        axes[0].set(ylim=(-0.02, 1.02))
-    if adaptive:
-        axes[1].set(ylabel="α")
-    axes[-1].set(xlabel="step")
+        axes.axhline(task.solved, color="grey", linewidth=0.5)
+        axes.set_ylim(-0.02, 1.02)
+    for i, name in enumerate(names):
+        axes.plot([], [], color=f"C{i}", label=NAMES.get(name, name))
+    axes.plot([], [], color="grey", label="held-out data")
+    axes.plot([], [], color="grey", linestyle=":", label="training data")
+    axes.legend(fontsize="small")
+    axes.set(xlabel="step", ylabel="accuracy" if task.score is right else "score", title=task.about)
+    axes.set_xlim(left=0)
     figure.savefig(path, dpi=120)
 
 
@@ -62,7 +64,7 @@ def quartiles(found: dict[str, list[Row]], names: list[str], path: Path) -> None
         )
         for x, values in zip(at, steps, strict=True):
             axes.plot([x] * len(values), values, ".", color=f"C{i}", alpha=0.5, markersize=4)
-        axes.plot([], [], color=f"C{i}", label=name)
+        axes.plot([], [], color=f"C{i}", label=NAMES.get(name, name))
     axes.set(yscale="log", ylabel=f"steps to 95%, sustained; {budget:,}: failed", xlim=(-0.6, len(names) - 0.4))
     axes.set_xticks(range(len(names)), names)
     axes.legend(fontsize="small")
@@ -72,11 +74,11 @@ def quartiles(found: dict[str, list[Row]], names: list[str], path: Path) -> None
 def maps(
     found: dict[str, list[Row]], names: list[str], lrs: tuple[float, ...], decays: tuple[float, ...], path: Path
 ) -> None:
-    """lr × wd, the methods side by side, a row a task: the mean of steps, and how many runs grokked."""
-    figure = Figure(figsize=(2.6 * max(len(found), 1), 2.4 * len(names)), layout="constrained")
-    axes = figure.subplots(len(names), len(found), squeeze=False, sharex=True, sharey=True)
-    for j, (name, rows) in enumerate(found.items()):
-        for i, task in enumerate(names):
+    """Draw the mean of steps over lr × wd, and how many runs grokked: a row for each method, a column for each task."""
+    figure = Figure(figsize=(3.6 * len(names), 2.1 * max(len(found), 1)), layout="constrained")
+    axes = figure.subplots(max(len(found), 1), len(names), squeeze=False, sharex=True, sharey=True)
+    for i, (name, rows) in enumerate(found.items()):
+        for j, task in enumerate(names):
             values = [[math.nan] * len(decays) for _ in lrs]
             for a, lr in enumerate(lrs):
                 for b, decay in enumerate(decays):
@@ -85,11 +87,11 @@ def maps(
                     if good:
                         values[a][b] = sum(good) / len(good)
                     text = f"{values[a][b]:.0f}\n" if good else ""
-                    axes[i, j].text(b, a, f"{text}{len(good)}/{len(there)}", ha="center", va="center", fontsize=8)
+                    axes[i, j].text(b, a, f"{text}{len(good)}/{len(there)}", ha="center", va="center", fontsize=9)
             axes[i, j].imshow(values, cmap="viridis_r", vmin=200, vmax=1500, alpha=0.6, aspect="auto")
             axes[i, j].set_xticks(range(len(decays)), [f"{decay:g}" for decay in decays])
             axes[i, j].set_yticks(range(len(lrs)), [f"{lr:g}" for lr in lrs])
-            axes[i, 0].set_ylabel(f"{task}: lr")
-        axes[0, j].set_title(name, fontsize=9)
-        axes[-1, j].set_xlabel("weight decay")
+            axes[i, j].set_title(f"{NAMES.get(name, name).removesuffix(', tuned')}: {task}", fontsize=9)
+            axes[-1, j].set_xlabel("weight decay")
+        axes[i, 0].set_ylabel("learning rate")
     figure.savefig(path, dpi=120)

@@ -48,6 +48,8 @@ def quartiles(rows: list[Row]) -> str:
     found = steps(rows)
     low, high = np.quantile(found, [0.25, 0.75], method="inverted_cdf")
     failed = sum(map(math.isinf, found))
+    if failed == len(rows):
+        return f"not reached (0 of {failed})"
     text = f"{shown(float(np.median(found)))} ({shown(low)} to {shown(high)})"
     return f"{text}, {failed} of {len(rows)} failed" if failed else text
 

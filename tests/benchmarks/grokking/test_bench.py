@@ -352,7 +352,7 @@ def test_quartiles() -> None:
     assert report.quartiles(rows) == "300 (200 to 400), 1 of 5 failed"
     ten = [replace(ROW, seed=i, sustained=10 * i) for i in range(1, 11)]
     assert report.quartiles(ten) == "55 (30 to 80)"
-    assert report.quartiles([rows[4]]) == "– (– to –), 1 of 1 failed"
+    assert report.quartiles([rows[4]]) == "not reached (0 of 1)"
 
 
 def test_the_command_trains_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
