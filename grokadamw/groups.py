@@ -126,8 +126,13 @@ def has_norms(model: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether it is one of torch's layers that normalise, or of a class that is called a Norm, as in LlamaRMSNorm."""
-    return isinstance(module, _NORMS) or re.search("Norm(?![a-z])", type(module).__name__) is not None
+    """Return True for torch's norm layers, and for those of a class that is called a Norm, as LlamaRMSNorm.
+
+    A module with parts, such as a PreNormBlock, is none: what normalises is among its parts.
+    """
+    if isinstance(module, _NORMS):
+        return True
+    return re.search("Norm(?![a-z])", type(module).__name__) is not None and not any(module.children())
 
 
 def is_flat(model: nn.Module) -> bool:

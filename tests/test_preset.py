@@ -83,6 +83,13 @@ def test_without_norm_layers_the_preset_is_adamw() -> None:
     class Normal(nn.Module):
         pass
 
+    class PreNormBlock(nn.Sequential):
+        pass
+
+    (group,) = GrokAdamW.for_grokking(PreNormBlock(nn.Identity(), nn.Linear(4, 4))).param_groups
+    assert group["lamb"] == 0
+    assert len(GrokAdamW.for_grokking(PreNormBlock(MyRMSNorm(), nn.Linear(4, 4))).param_groups) == 2
+
     for other in (nn.ReLU(), Normal()):
         (group,) = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), other)).param_groups
         assert (group["lamb"], group["gamma"], group["max_row_change"], group["weight_decay"]) == (0, 0, 0, 1)
