@@ -173,6 +173,7 @@ class Accumulate(Wrapper):
     def flush(self) -> None:
         """Step with the mean of what has come since the last step, if anything has: a last, incomplete cycle."""
         self._fill_groups()
+        self._check_kept()
         self._last["stepped"] = False
         with torch.no_grad():
             if (count := self._count()) > 0:

@@ -274,6 +274,7 @@ class GrokAdamW(Optimizer):
 
     @_disable_dynamo  # so that what changes from step to step comes as tensors, and no value becomes a guard
     def _prepared(self, compiling: bool) -> Writes:
+        self._complete_groups()
         return Step(self, self._run, compiling).prepare()
 
     @_disable_dynamo
@@ -284,6 +285,7 @@ class GrokAdamW(Optimizer):
         between replays, at the steps whose signals are to be heard; α stays as it is in between. With several
         processes, call it on all of them.
         """
+        self._complete_groups()
         signal, alphas = filter_memories(self._run.signals, self.param_groups, self._published)
         if self._run.skipped is None:
             self._run.skipped = capture.counter(self.param_groups)
@@ -384,6 +386,7 @@ class GrokAdamW(Optimizer):
             TypeError, ValueError: that is no module, or it lacks a parameter of the optimizer.
         """
         check_model(model)
+        self._complete_groups()
         told = {param for group in self.param_groups if group["layer"] is not None for param in group["params"]}
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p not in told}
         found = layers.layers_in(names)
@@ -410,6 +413,7 @@ class GrokAdamW(Optimizer):
         itself. Parameters that share memory, and everything under torch.compile or FakeTensorMode, go to foreach in any
         case.
         """
+        self._complete_groups()
         plan = self._run.plan
         now = None if plan is None else plan.now(self.param_groups, self.state)
         choices = choices_of(self.param_groups, self.state, None if now is None else now.calls)
@@ -420,6 +424,7 @@ class GrokAdamW(Optimizer):
 
     def layer_table(self) -> list[layers.Layer]:
         """What the layers came out as, in order: ``layer``, the ``names`` of its parameters, ``beta1`` (its β1_l)."""
+        self._complete_groups()
         return layers.table(self.param_groups, self._run.names)
 
     def metrics(self) -> dict[str, float]:
@@ -431,6 +436,7 @@ class GrokAdamW(Optimizer):
         Where groups differ, ``alpha`` and ``clip_coefficient`` are the smallest. NaN stands for what is not known:
         before the first step, without a usable signal, or a norm that nothing asked for.
         """
+        self._complete_groups()
         self._settle()
         run = self._run
         states = (state for _, state in self._states())
@@ -456,14 +462,32 @@ class GrokAdamW(Optimizer):
             param_group = {k: v for k, v in param_group.items() if k not in ("amsgrad", "decoupled_weight_decay")}
         super().add_param_group(param_group)
         *earlier, group = self.param_groups
+        self._join(group, earlier)
+
+    def _join(self, group: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
+        """Complete a group, whose arguments are all there, with what groups hold beside them."""
+        first = earlier[0] if earlier else group
         make_plain(group)
-        group["skipped_steps"] = self.param_groups[0]["skipped_steps"]
-        accumulation.join(group, self.param_groups[0])
+        group["skipped_steps"] = first["skipped_steps"]
+        accumulation.join(group, first)
         given = group.get("layers")
         if given is None or len(given) != len(group["params"]) or group["layer"] is not None:
             group["layers"] = layers.layers_of(group, earlier)
         group["layers"] = list(group["layers"])
         self._run.layers_checked = False
+
+    def _complete_groups(self) -> None:
+        """Fill in groups that did not come through `add_param_group`, as those that an outer optimizer appends.
+
+        Raises:
+            TypeError, ValueError: a value is not allowed. Nothing was filled in then.
+        """
+        for i, group in enumerate(self.param_groups):
+            if "layers" not in group:
+                whole = {**self.defaults, **group}
+                check_group(whole, self.defaults)
+                group.update(whole)
+                self._join(group, self.param_groups[:i])
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: tensors and plain data alone, for ``torch.load(weights_only=True)``.
@@ -503,6 +527,7 @@ class GrokAdamW(Optimizer):
         self._run.signals.load(self.param_groups[0]["signal_state"])
 
     def _before_saving(self) -> None:
+        self._complete_groups()
         self._settle()
         group_data.make_savable(self.param_groups)
         for group in self.param_groups[:1]:

@@ -27,12 +27,7 @@ WINDOW = tuple(window.names("grok_"))
 
 def check(state: State, param: Tensor) -> None:
     """Raise RuntimeError for what a step cannot go on with: before it has written anything."""
-    for name in MOMENTS:
-        if name in state and state[name].shape != param.shape:
-            raise RuntimeError(
-                f"a parameter of shape {tuple(param.shape)} has a state of shape {tuple(state[name].shape)}: its data "
-                "was replaced; delete optimizer.state[parameter] to start it afresh"
-            )
+    check_shapes(state, (*MOMENTS, *WINDOW), param)
     if "step" in state:
         return
     if param.numel() and any(stride == 0 and n > 1 for stride, n in zip(param.stride(), param.shape, strict=True)):
@@ -45,6 +40,27 @@ def check(state: State, param: Tensor) -> None:
             f"a parameter of shape {tuple(param.shape)} has dtype {param.dtype}: give parameters of float16, bfloat16, "
             "float32, float64 or a complex dtype"
         )
+
+
+def check_shapes(state: State, names: Iterable[str], param: Tensor) -> None:
+    """Raise RuntimeError if a tensor that is kept for a parameter no longer has the parameter's shape.
+
+    Args:
+        names: of the entries to look at. A name that ends in "_ring" is a window's, with its length in front; one that
+            ends in "_count" has no shape.
+    """
+    shape = as_real(param).shape
+    for name in names:
+        kept = state.get(name)
+        if not isinstance(kept, Tensor) or name.endswith("_count"):
+            continue
+        found = as_real(kept).shape[1 if name.endswith("_ring") else 0 :]
+        if found != shape:
+            raise RuntimeError(
+                f"state[{name!r}] of a parameter of shape {tuple(param.shape)} has shape {tuple(kept.shape)}: the "
+                f"parameter's data was replaced. Change optimizer.state[parameter][{name!r}] in the same way, or "
+                "delete optimizer.state[parameter] to start it afresh"
+            )
 
 
 def prepare(
@@ -255,19 +271,19 @@ def _doubts(state_dict: dict[str, Any], defaults: dict[str, Any]) -> Iterator[st
 
 
 def _placed(param: Tensor, state: State, published: bool, options: dict[str, Any]) -> State:
-    """A loaded state where and as a step wants it."""
+    """Return a copy of a loaded state, where and as a step wants it."""
     placed = dict(state)
     for name, value in state.items():
         if name == "step":
-            placed[name] = torch.as_tensor(value, dtype=torch.float32, device=step_device(param)).reshape(())
+            placed[name] = torch.as_tensor(value, dtype=torch.float32, device=step_device(param)).reshape(()).clone()
         elif name == WINDOW[-1]:
-            placed[name] = value.to(step_device(param), torch.int64)
+            placed[name] = value.to(step_device(param), torch.int64, copy=True)
         elif name == WINDOW[0]:
-            placed[name] = value.to(param.device, window.dtype_of(param, options["window_dtype"]))
+            placed[name] = value.to(param.device, window.dtype_of(param, options["window_dtype"]), copy=True)
         elif name in WINDOW:
-            placed[name] = value.to(param.device)
+            placed[name] = value.to(param.device, copy=True)
         elif isinstance(value, Tensor):
-            placed[name] = value.to(param.device, _dtype(param, published))
+            placed[name] = value.to(param.device, _dtype(param, published), copy=True)
     return placed
 
 

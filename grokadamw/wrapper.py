@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .checkpoints import is_state_dict
 from .numbers import as_real, mesh_of
-from .state import State, in_order
+from .state import State, check_shapes, in_order
 
 _Kind = TypeVar("_Kind")
 
@@ -98,6 +98,12 @@ class Wrapper(Optimizer):
     def _check(self, group: dict[str, Any]) -> None:
         """Raise TypeError or ValueError for a number that a group must not hold."""
 
+    def __getattr__(self, name: str) -> Any:
+        """Look up what this class lacks, such as schedule-free's ``train`` and ``eval``, in the inner optimizer."""
+        if name.startswith("_") or "_inner" not in self.__dict__:  # which copying and pickling ask for first
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._inner, name)
+
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer that this one is around."""
@@ -160,12 +166,20 @@ class Wrapper(Optimizer):
         self._fill_groups()  # of which the inner optimizer may have got another
         for group in self.param_groups:
             self._check(group)
+        self._check_kept()
         parts = self._parts()
         if self._is_for_state_alone(parts):
             self._inner.step()
             self._make_state(parts)
         else:
             self._take(parts)
+
+    def _check_kept(self) -> None:
+        """Raise RuntimeError if what is kept for a parameter no longer has its shape."""
+        for param in chain.from_iterable(group["params"] for group in self.param_groups):
+            state = self.state.get(param)
+            if isinstance(state, dict):
+                check_shapes(state, self._state_names, param)
 
     def _skip(self) -> None:
         """A step that GradScaler has found infinity in."""

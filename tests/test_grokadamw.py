@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -356,8 +357,83 @@ def test_data_that_was_replaced_by_another_shape_is_noticed_before_anything_is_w
     before = first.detach().clone()
     second.data = torch.zeros(5)
     second.grad = torch.ones(5)
-    with pytest.raises(RuntimeError, match=r"shape \(5,\) has a state of shape \(3, 2\)"):
+    with pytest.raises(RuntimeError, match=r"state\['exp_avg'\] of a parameter of shape \(5,\) has shape \(3, 2\)"):
         optimizer.step()
     assert torch.equal(first, before)
     del optimizer.state[second]
     optimizer.step()
+
+
+class Outer(torch.optim.Optimizer):
+    """One of SAM's kind: it shares its groups with the optimizer that it is given."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, {})
+        self.base = GrokAdamW(self.param_groups, **options)
+        self.param_groups = self.base.param_groups
+        self.defaults.update(self.base.defaults)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step(closure)
+
+
+@pytest.mark.parametrize("how", ["an outer optimizer's", "appended", "appended, with defaults", "in place of all"])
+def test_a_group_that_did_not_pass_add_param_group_is_one_as_well(how: str) -> None:
+    (first, second), (same, like) = parameters(), parameters()
+    expected = GrokAdamW([{"params": [same]}, {"params": [like], "weight_decay": 0.5}], lr=0.1)
+    group: dict[str, Any] = {"params": [second], "weight_decay": 0.5}
+    optimizer: torch.optim.Optimizer
+    if how == "an outer optimizer's":
+        outer = Outer([first], lr=0.1)
+        outer.add_param_group(group)
+        optimizer, ours = outer, outer.base
+    else:
+        optimizer = ours = GrokAdamW([first], lr=0.1)
+        if how == "in place of all":
+            ours.param_groups = [{"params": [first]}, group]
+        else:
+            ours.param_groups.append({**ours.defaults, **group} if "defaults" in how else group)
+    assert len(ours.layer_table()) == 1  # without names each group's first parameter is its layer 0
+    assert math.isnan(ours.metrics()["signal"])
+    for _ in range(3):
+        set_gradients([first, second])
+        set_gradients([same, like])
+        optimizer.step()
+        expected.step()
+    assert torch.equal(first, same)
+    assert torch.equal(second, like)
+    assert ours.state_dict()["param_groups"][1].keys() == expected.state_dict()["param_groups"][1].keys()
+
+
+def test_a_wrong_group_from_outside_is_refused_before_anything_is_written() -> None:
+    first, second = parameters()
+    optimizer = GrokAdamW([first])
+    optimizer.param_groups.append({"params": [second], "lr": -1.0})
+    before = first.detach().clone()
+    set_gradients([first, second])
+    with pytest.raises(ValueError, match="lr=-1.0 is out of range"):
+        optimizer.step()
+    assert torch.equal(first, before)
+    optimizer.param_groups[1]["lr"] = 1e-3
+    optimizer.step()
+
+
+@pytest.mark.parametrize("window_size", [None, 3])
+def test_state_that_no_longer_fits_is_named_with_both_ways_out(window_size: int | None) -> None:
+    """As where rows of a parameter are pruned, and not all that is kept of it is."""
+    p = torch.nn.Parameter(torch.ones(6, 2))
+    optimizer = GrokAdamW([p], window_size=window_size)
+    set_gradients([p])
+    optimizer.step()
+    state, new = optimizer.state.pop(p), torch.nn.Parameter(torch.ones(4, 2))
+    optimizer.param_groups[0]["params"][0], optimizer.state[new] = new, state
+    new.grad = torch.ones(4, 2)
+    for name in [name for name, kept in state.items() if kept.dim()]:
+        is_ring = name == "grok_ring"
+        with pytest.raises(RuntimeError, match=rf"state\['{name}'\] of a parameter of shape \(4, 2\).*or delete"):
+            optimizer.step()
+        assert torch.equal(new, torch.ones(4, 2))
+        state[name] = state[name][:, :4] if is_ring else state[name][:4]
+        state[name] = state[name].clone()
+    optimizer.step()
+    assert not torch.equal(new, torch.ones(4, 2))

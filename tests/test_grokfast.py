@@ -586,3 +586,61 @@ def test_a_closure_runs_before_gradients_are_read() -> None:
         other.step()
     assert first.requires_grad
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+class WithModes(SGD):
+    """As schedule-free's optimizers, which have to be told when they are evaluated."""
+
+    mode = "none"
+
+    def train(self) -> None:
+        self.mode = "train"
+
+    def eval(self) -> None:
+        self.mode = "eval"
+
+
+AROUND: dict[str, Callable[[Any], Any]] = {
+    "Grokfast": Grokfast,
+    "GrokfastMA": lambda inner: GrokfastMA(inner, window_size=3),
+    "Accumulate": lambda inner: Accumulate(inner, 2),
+    "both": lambda inner: Accumulate(Grokfast(inner), 2),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_methods_of_the_inner_optimizer_are_the_wrappers_too(name: str) -> None:
+    inner = WithModes(network().parameters(), lr=0.1)
+    optimizer = AROUND[name](inner)
+    optimizer.train()
+    assert inner.mode == "train"
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        other.eval()
+        assert (other.mode, inner.mode) == ("eval", "train")
+    with pytest.raises(AttributeError, match="no attribute 'eat'"):
+        optimizer.eat()
+    with pytest.raises(AttributeError, match="no attribute '_eat'"):
+        optimizer._eat()
+    around_ours = AROUND[name](GrokAdamW(network().parameters()))
+    around_ours.record(train_loss=1.0)
+    assert around_ours.param_groups[0]["train_loss"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["Grokfast", "GrokfastMA", "Accumulate"])
+def test_a_memory_that_no_longer_fits_is_named_before_anything_is_written(name: str) -> None:
+    p = nn.Parameter(torch.ones(6, 2))
+    optimizer = AROUND[name](SGD([p], lr=0.1))
+    p.grad = torch.ones(6, 2)
+    optimizer.step()
+    state, new = optimizer.state.pop(p), nn.Parameter(torch.ones(4, 2))
+    optimizer.param_groups[0]["params"][0], optimizer.state[new] = new, state
+    new.grad = torch.ones(4, 2)
+    for entry in [entry for entry, kept in state.items() if isinstance(kept, Tensor) and kept.dim()]:
+        with pytest.raises(RuntimeError, match=rf"state\['{entry}'\] of a parameter of shape \(4, 2\).*or delete"):
+            optimizer.flush() if name == "Accumulate" else optimizer.step()
+        with pytest.raises(RuntimeError, match=entry):
+            optimizer.step()
+        assert torch.equal(new, torch.ones(4, 2))
+        state[entry] = (state[entry][:, :4] if entry == "grokfast_ring" else state[entry][:4]).clone()
+    optimizer.step()
+    assert not torch.equal(new, torch.ones(4, 2))

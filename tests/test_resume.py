@@ -342,3 +342,19 @@ def test_init_group_is_that_of_torchs_optimizers() -> None:
         assert [id(value) for value in values] == [id(optimizer.state[p].get(name)) for p in params]
     assert frozen not in optimizer.state
     assert "grok_ema" not in optimizer.state[other]
+
+
+@pytest.mark.parametrize("options", [{}, {"window_size": 3}])
+def test_what_was_loaded_in_memory_is_a_copy(options: dict[str, Any]) -> None:
+    """torch's optimizers share the tensors with the one whose state dict it is."""
+    params, twins = parameters(), parameters()
+    optimizer, other = GrokAdamW(params, **options), GrokAdamW(twins, **options)
+    for _ in range(2):
+        set_gradients(params)
+        optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    before = copy.deepcopy(optimizer.state_dict())
+    set_gradients(twins)
+    other.step()
+    assert same(optimizer.state_dict(), before)
+    assert not same(other.state_dict()["state"], before["state"])
