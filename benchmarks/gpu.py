@@ -130,7 +130,14 @@ def run(command: Command, output: BinaryIO) -> str:
     output.flush()
     environment = os.environ | {"PYTHONFAULTHANDLER": "1"} | command.environment
     process = subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
+        words,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        process_group=0,
+        preexec_fn=heed_interrupts,
     )
     try:
         code = process.wait(command.limit)
@@ -142,6 +149,11 @@ def run(command: Command, output: BinaryIO) -> str:
     finally:
         end(process)
     return "done" if code == 0 else f"failed ({code})"
+
+
+def heed_interrupts() -> None:
+    """Undo what a shell does to a job in the background, which ignores interrupts, and whose processes do."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
