@@ -210,9 +210,9 @@ class GrokAdamW(Optimizer):
         Args:
             model: its parameters that require gradients are optimized, under their names and in its layers, in groups:
                 weights; what norm layers hold, with a third of the weight decay; other vectors, which do not decay;
-                and a group for each embedding whose rows are longer than 1 on average. Such an embedding gets ``lr``
-                times that length, and ``weight_decay`` divided by it, so that its rows turn as quickly as those of
-                weights, and shrink as slowly. torch's embeddings begin with a length of √width. Embeddings are those
+                and a group for each embedding. One whose rows are longer than 1 on average gets ``lr`` times that
+                length, and ``weight_decay`` divided by it, so that its rows turn as quickly as those of weights, and
+                shrink as slowly. torch's embeddings begin with a length of √width. Embeddings are those
                 of ``nn.Embedding`` and ``nn.EmbeddingBag``. Norm layers are torch's, and those of classes with the
                 word "Norm" in their name. In a model without norm layers vectors are weights.
             lr, weight_decay, options: as the constructor's; what is given wins. A scheduler that sets one lr for all

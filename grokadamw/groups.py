@@ -75,14 +75,16 @@ def grokking_groups(model: nn.Module, lr: float | Tensor, weight_decay: float) -
     """Return the parameter groups of `GrokAdamW.for_grokking`.
 
     They are: weights; what norm layers hold, which decays a third as fast; other vectors, which do not decay; and a
-    group for each embedding whose rows are longer than 1 on average, with lr times and weight decay divided by that
-    length. Without norm layers vectors are weights, and all decays half as fast.
+    group for each embedding, with lr times and weight decay divided by the mean length of its rows, if that is more
+    than 1. Without norm layers vectors are weights, and all decays half as fast. Which groups there are depends on the
+    modules alone: a model whose weights were loaded has the groups of the one that they come from.
     """
     check_model(model)
     if not isinstance(lr, Tensor):
         check_number("lr", lr)
     check_number("weight_decay", weight_decay)
-    lengths = {param: _mean_row_length(param) for param in of_modules(model, lambda m: isinstance(m, _EMBEDDINGS))}
+    embeddings = of_modules(model, lambda module: isinstance(module, _EMBEDDINGS))
+    lengths = {param: max(_mean_row_length(param), 1.0) for param in embeddings if param.dim() > 1}
     of_norms, normed = of_modules(model, is_norm), has_norms(model)
     alike = is_flat(model) or not normed
     decay = weight_decay if normed else weight_decay / 2
@@ -93,8 +95,8 @@ def grokking_groups(model: nn.Module, lr: float | Tensor, weight_decay: float) -
         {"params": vectors, "weight_decay": 0.0},
     ]
     for name, param in trained(model):
-        length = lengths.get(param, 1.0)
-        if length > 1:
+        length = lengths.get(param)
+        if length is not None:
             groups.append({"params": [(name, param)], "lr": lr * length, "weight_decay": decay / length})
         elif param in of_norms and not alike:
             norms.append((name, param))
@@ -105,9 +107,9 @@ def grokking_groups(model: nn.Module, lr: float | Tensor, weight_decay: float) -
 
 @torch.no_grad()
 def _mean_row_length(weight: Tensor) -> float:
-    """Return the mean 2-norm of an embedding's rows; 1 where it has no rows, as in what FSDP1 flattened."""
-    if weight.dim() < 2 or weight.numel() == 0:
-        return 1.0
+    """Return the mean 2-norm of an embedding's rows; 0 where it has none."""
+    if weight.numel() == 0:
+        return 0.0
     if weight.is_meta:
         raise ValueError(
             "model: an embedding is on the meta device, and has no length yet: give the model its weights first"

@@ -51,18 +51,43 @@ def test_an_embedding_moves_and_shrinks_as_far_for_its_length_as_if_it_were_shor
     torch.testing.assert_close(moved[2], moved[0], rtol=1e-4, atol=1e-6)
 
 
-def test_short_embeddings_are_weights_and_long_ones_have_a_group_each() -> None:
+def test_each_embedding_has_a_group_and_long_ones_a_higher_lr() -> None:
     long, longer, short = nn.Embedding(5, 16), nn.EmbeddingBag(5, 64), nn.Embedding(5, 16)
     with torch.no_grad():
         short.weight.div_(16)
-    optimizer = GrokAdamW.for_grokking(nn.Sequential(long, longer, short, nn.Linear(4, 4)))
+    optimizer = GrokAdamW.for_grokking(nn.Sequential(long, longer, short, nn.Embedding(0, 4), nn.Linear(4, 4)))
     assert [group["param_names"] for group in optimizer.param_groups] == [
-        ["2.weight", "3.weight", "3.bias"],
+        ["4.weight", "4.bias"],
         ["0.weight"],
         ["1.weight"],
+        ["2.weight"],
+        ["3.weight"],
     ]
-    lengths = [each.weight.norm(dim=1).mean().item() for each in (long, longer)]
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([3e-3, *(3e-3 * x for x in lengths)])
+    lengths = [1, *(each.weight.norm(dim=1).mean().item() for each in (long, longer)), 1, 1]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([3e-3 * x for x in lengths])
+
+
+def test_a_run_resumes_whose_embedding_has_become_short() -> None:
+    """The optimizer is made of the loaded model, and its learning rates are the checkpoint's."""
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Embedding(9, 16), nn.LayerNorm(16), nn.Linear(16, 3))
+
+    first, second = model(), model()
+    optimizer = GrokAdamW.for_grokking(first)
+    with torch.no_grad():
+        first[0].weight.div_(100)
+    set_gradients(list(first.parameters()))
+    optimizer.step()
+    second.load_state_dict(first.state_dict())
+    resumed = GrokAdamW.for_grokking(second)
+    assert resumed.param_groups[3]["lr"] == 3e-3
+    resumed.load_state_dict(optimizer.state_dict())
+    for trained, other in ((first, optimizer), (second, resumed)):
+        set_gradients(list(trained.parameters()))
+        other.step()
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
+    assert resumed.param_groups[3]["lr"] == optimizer.param_groups[3]["lr"] > 3e-3
 
 
 def test_an_embedding_without_numbers_is_refused() -> None:
