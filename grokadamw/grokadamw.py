@@ -120,6 +120,8 @@ class GrokAdamW(Optimizer):
     accumulation_steps above 1 ``micro_step``, the gradients that it has had since its last step.
     """
 
+    _preset_gamma: float | None = None  # the γ that `for_grokking` chose, and that no warning is due about
+
     def __init__(
         self,
         params: ParamsT,
@@ -231,7 +233,7 @@ class GrokAdamW(Optimizer):
             preset |= {"lamb": 0.0, "gamma": 0.0, "max_row_change": 0.0}
         optimizer = cls(groups, lr=lr, weight_decay=weight_decay, **preset | options)
         optimizer.set_layers(model)  # in the model's order, and not in that of the groups
-        optimizer._run.layers_checked = "gamma" not in options  # a low β1 is meant
+        optimizer._preset_gamma = None if "gamma" in options else preset["gamma"]
         return optimizer
 
     def _say_whether_it_unscales(self) -> None:
@@ -522,6 +524,7 @@ class GrokAdamW(Optimizer):
         if self._run.skipped is not None:
             self._run.skipped.zero_()
         self._run.graphs.clear()  # which no longer hold
+        self._run.layers_checked = False
         self._run.last = metrics.LastStep()
         self._run.signals.values.clear()
         self._run.signals.load(self.param_groups[0]["signal_state"])
@@ -535,7 +538,7 @@ class GrokAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._before_saving()
-        return super().__getstate__()
+        return {**super().__getstate__(), "_preset_gamma": self._preset_gamma}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "second_moment" not in state.get("defaults", {"second_moment": None}):

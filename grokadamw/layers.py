@@ -99,8 +99,14 @@ def table(groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> list
     return [rows[layer] for layer in sorted(rows)]
 
 
-def warnings_for(groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> Iterator[str]:
-    """The sentences that are due where names do not tell layers apart, and where some β1_l lies below half of β1."""
+def warnings_for(
+    groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str], preset_gamma: float | None = None
+) -> Iterator[str]:
+    """Yield a warning if two layers may have been taken for one, and one if γ lowers some β1_l below half of β1.
+
+    A step asks for them when it is the first, or the first since a group was added or layers or a state dict were
+    loaded. There is none about `preset_gamma`, the γ that `GrokAdamW.for_grokking` chose for its model.
+    """
     of_names = [names(g, i, known) for i, g in enumerate(groups) if g["layer"] is None and "param_names" in g]
     twice = [name for name, count in Counter(chain.from_iterable(of_names)).items() if count > 1]
     if twice and any(group["gamma"] > 0 for group in groups):
@@ -110,7 +116,7 @@ def warnings_for(groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) 
         )
     for i, group in enumerate(groups):
         beta1, smallest = group["betas"][0], min(beta1s(group), default=0.0)
-        if group["params"] and smallest < 0.499 * beta1:
+        if group["params"] and smallest < 0.499 * beta1 and group["gamma"] != preset_gamma:
             deepest = max(group["layers"])
             largest = math.floor((1 - 0.5 ** (1 / deepest)) * 1000) / 1000
             ways_out = f"choose a gamma of at most {largest:g}"

@@ -212,7 +212,8 @@ class Step:
     def _check_layers(self) -> None:
         """Warn of doubtful layers: at the first step, when set_layers has had its chance."""
         if not self.run.layers_checked and not self.published:
-            for sentence in layers.warnings_for(self.optimizer.param_groups, self.run.names):
+            optimizer = self.optimizer
+            for sentence in layers.warnings_for(optimizer.param_groups, self.run.names, optimizer._preset_gamma):
                 warn(sentence, UserWarning)
         self.run.layers_checked = True
 

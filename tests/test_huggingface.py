@@ -257,6 +257,14 @@ def test_layers(tmp_path: Path) -> None:
     assert "model.layers.1.mlp.down_proj.weight" in grokadamw_of(it).layer_table()[2].names
 
 
+@pytest.mark.filterwarnings("error:layer")
+def test_the_presets_gamma_is_not_warned_of(tmp_path: Path) -> None:
+    it = trainer(tmp_path, GrokAdamWCallback(), max_grad_norm=0.0, max_steps=1, eval_strategy="no", save_strategy="no")
+    it.optimizer = GrokAdamW.for_grokking(it.model)
+    it.train()
+    assert grokadamw_of(it).layer_table()[-1].beta1 < 0.01
+
+
 def test_arguments_reach_the_optimizer(tmp_path: Path) -> None:
     callback = GrokAdamWCallback(
         signals=lambda: 0.5, betas=[0.5, 0.9], amplify_after=3, max_row_norm=2, gradient_clipping=0

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -166,6 +170,76 @@ def test_the_preset_warns_of_a_gamma_that_was_given() -> None:
     set_gradients(list(model.parameters()))
     with pytest.warns(UserWarning, match="layer"):
         optimizer.step()
+
+
+HOW = ["set_layers", "load_state_dict", "add_param_group", "deepcopy", "pickle"]
+
+
+def changed(model: nn.Module, optimizer: GrokAdamW, how: str) -> tuple[nn.Module, GrokAdamW]:
+    """Return both, or copies of both, after something that may make the next step look at the layers again."""
+    if how == "set_layers":
+        optimizer.set_layers(model)
+    elif how == "load_state_dict":
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    elif how == "add_param_group":
+        model.add_module("new", nn.Linear(2, 2))
+        optimizer.add_param_group({"params": [(f"new.{name}", p) for name, p in model.new.named_parameters()]})
+    elif how == "deepcopy":
+        return copy.deepcopy((model, optimizer))
+    elif how == "pickle":
+        return pickle.loads(pickle.dumps((model, optimizer)))
+    return model, optimizer
+
+
+def take_step(optimizer: GrokAdamW) -> None:
+    set_gradients([param for group in optimizer.param_groups for param in group["params"]])
+    optimizer.step()
+
+
+def deep() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(2, 2) for _ in range(6)), nn.LayerNorm(2))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("then", [None, "deepcopy", "pickle", "set_layers"])
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("at_first", [True, False])
+def test_the_presets_own_gamma_is_never_warned_of(how: str, then: str | None, at_first: bool) -> None:
+    model = deep()
+    optimizer = GrokAdamW.for_grokking(model)
+    if not at_first:
+        take_step(optimizer)
+    model, optimizer = changed(model, optimizer, how)
+    if then:
+        model, optimizer = changed(model, optimizer, then)
+    take_step(optimizer)
+
+
+@pytest.mark.parametrize("whose", ["the constructor's", "the caller's", "set by hand"])
+@pytest.mark.parametrize("how", [None, *HOW])
+@pytest.mark.parametrize("at_first", [True, False])
+def test_any_other_gamma_is_warned_of_once_the_layers_are_looked_at(
+    how: str | None, whose: str, at_first: bool
+) -> None:
+    model = deep()
+    if whose == "the constructor's":
+        optimizer = GrokAdamW(model.named_parameters(), gamma=0.6)
+    else:
+        optimizer = GrokAdamW.for_grokking(model, **{"gamma": 0.6} if whose == "the caller's" else {})
+        for group in optimizer.param_groups if whose == "set by hand" else ():
+            group["gamma"] = 0.5
+    if not at_first:
+        with pytest.warns(UserWarning, match="less than half of betas"):
+            take_step(optimizer)
+    if how:
+        model, optimizer = changed(model, optimizer, how)
+    if how in (None, "deepcopy") and not at_first:  # it has been said
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            take_step(optimizer)
+    else:
+        with pytest.warns(UserWarning, match="less than half of betas"):
+            take_step(optimizer)
 
 
 def test_the_preset_needs_a_model_and_numbers() -> None:
