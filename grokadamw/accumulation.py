@@ -13,20 +13,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arguments import check_count, check_number
 from .gradients import clip_coefficient, global_norm
 from .numbers import Number, as_number, as_real, reads_are_free, wide
+from .options import CYCLE_AT_REST, check_count, check_limit
 from .state import State
 from .update import fastest_sum_of_squares
 from .update.reference import MicroStep
 from .wrapper import Part, Wrapper, by_kind, check_saved
 
 __all__ = ["Accumulate"]
-
-
-# what a group of GrokAdamW says of its cycle: the micro-batches so far; and as the first of them found it, α, what the
-# signal multiplies λ by, λ, β1, β2 and γ
-AT_REST = {"micro_step": 0, "cycle": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)}
 
 
 class Cycle:
@@ -93,12 +88,12 @@ class Cycle:
 def join(group: dict[str, Any], first: dict[str, Any]) -> None:
     """Let a new group take part in the cycle that the optimizer's first group is in, with its own numbers."""
     if group is first:
-        group.update(AT_REST)  # which may have been another optimizer's
+        group.update(CYCLE_AT_REST)  # which may have been another optimizer's
     elif first["micro_step"] > 0:
         group["cycle"] = (as_number(group["alpha_init"]), first["cycle"][1], *_numbers(group))
         group["micro_step"] = first["micro_step"]
     else:
-        group.update(AT_REST)
+        group.update(CYCLE_AT_REST)
 
 
 def _numbers(group: dict[str, Any]) -> list[float]:
@@ -154,7 +149,7 @@ class Accumulate(Wrapper):
 
     def __init__(self, optimizer: Optimizer, steps: int, gradient_clipping: float = 0.0) -> None:
         check_count("steps", steps, at_least=1)
-        check_number("gradient_clipping", gradient_clipping)
+        check_limit("gradient_clipping", gradient_clipping)
         self._steps, self._clipping = steps, gradient_clipping
         self._last = {"stepped": False}  # in an object: what Lightning makes of this has attributes of its own
         super().__init__(optimizer, {"accumulated_steps": 0, "accumulation_cycle": steps})

@@ -1,4 +1,4 @@
-"""State dicts of other optimizers and releases → GrokAdamW's, and back: pure functions that import nothing of ours.
+"""State dicts of other optimizers and releases → GrokAdamW's, and back: pure functions of state dicts.
 
 A state dict is what an optimizer's `state_dict()` returns: `{"state": {id: {name: tensor}}, "param_groups": [...]}`.
 Neither function writes into its argument; tensors are shared with it.
@@ -7,29 +7,24 @@ Neither function writes into its argument; tensors are shared with it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import chain
 from typing import Any, TypeAlias
 
 from torch import Tensor
+
+from .options import GROUP_KEYS
 
 __all__ = ["is_state_dict", "to_adamw", "to_grokadamw"]
 
 StateDict: TypeAlias = dict[str, Any]
 _Group: TypeAlias = dict[str, Any]
 
-# what a group of torch.optim.AdamW and Adam holds and one of GrokAdamW does not, or not with that meaning
-_HOW_TO_RUN = ("foreach", "capturable", "differentiable", "fused")
-_ADAMS_OWN = ("amsgrad", "decoupled_weight_decay")
-# what a group of GrokAdamW holds beside AdamW's numbers
-_OURS = (
-    *("alpha_init", "lamb", "gamma", "grokking_signal_fns", "grokking_signal_decay_rate", "gradient_clipping"),
-    *("max_row_norm", "max_row_change"),
-    *("second_moment", "amplify_after", "amplify_by_signal", "nonfinite", "compat", "layer", "layers"),
-    *("window_size", "window_dtype", "accumulation_steps", "micro_step", "cycle"),
-    *("train_loss", "eval_loss", "train_acc", "eval_acc", "signal_state", "skipped_steps"),
-)
-# and its state beside AdamW's
+# what a group of torch.optim.AdamW and Adam holds, and one of GrokAdamW does not, or not with that meaning
+_ADAMW: _Group = {"amsgrad": False, "decoupled_weight_decay": True}
+_ADAMW |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
+# what one of GrokAdamW holds beside what both mean alike, and its state beside AdamW's
+_OURS = {*GROUP_KEYS} - {"lr", "betas", "eps", "weight_decay", "maximize", *_ADAMW}
 _OUR_STATE = ("grok_ema", "grok_ring", "grok_ring_sum", "grok_ring_lap", "grok_ring_count", "micro_step")
 _NEEDED = ("step", "exp_avg", "exp_avg_sq")
 _KINDS = (
@@ -85,9 +80,7 @@ def to_adamw(state_dict: StateDict) -> StateDict:
         ValueError: as `to_grokadamw`.
     """
     ours = to_grokadamw(state_dict)
-    as_adamw: _Group = {"amsgrad": False, "decoupled_weight_decay": True, "maximize": False}
-    as_adamw |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
-    groups = [as_adamw | _without(group, (*_OURS, *_HOW_TO_RUN)) for group in ours["param_groups"]]
+    groups = [{**_ADAMW, "maximize": False, **_without(g, {*_OURS, *_ADAMW})} for g in ours["param_groups"]]
     states = {key: _without(s, _OUR_STATE) if isinstance(s, dict) else s for key, s in ours["state"].items()}
     return {**ours, "state": states, "param_groups": groups}
 
@@ -99,7 +92,7 @@ def _from_adam(state_dict: StateDict) -> StateDict:
             "has no such thing. To go on without, set 'amsgrad' to False in each of its groups"
         )
     ours = {"grokking_signal_fns": None}  # by which it is known
-    groups = [_without(group, (*_HOW_TO_RUN, *_ADAMS_OWN)) | ours for group in state_dict["param_groups"]]
+    groups = [_without(group, _ADAMW) | ours for group in state_dict["param_groups"]]
     for group, old in zip(groups, state_dict["param_groups"], strict=True):
         group["betas"] = tuple(map(float, group["betas"]))  # AdamW's may be tensors
         if old.get("decoupled_weight_decay") is False and old["weight_decay"] != 0:
@@ -160,5 +153,5 @@ def _listed(values: dict[str, Any]) -> str:
     return ", ".join(map(str, values))
 
 
-def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+def _without(values: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import window
-from .arguments import check_number, check_window
 from .numbers import as_real, mesh_of, wide
+from .options import check_count, check_number
 
 __all__ = ["gradfilter_ema", "gradfilter_ma"]
 
@@ -131,6 +131,13 @@ def gradfilter_ma(
             if not warmup or (there == window_size and not trigger):
                 found[name].add_(its.total, alpha=lamb / there if filter_type == "mean" else lamb)
     return memory
+
+
+def check_window(window_size: int, filter_type: str) -> None:
+    """Check the arguments that say which window a filter has."""
+    check_count("window_size", window_size, at_least=1)
+    if filter_type not in ("mean", "sum"):
+        raise ValueError(f"filter_type={filter_type!r} is unknown: give 'mean' or 'sum'")
 
 
 def _gradients(m: nn.Module) -> dict[str, Tensor]:

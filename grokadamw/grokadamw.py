@@ -13,12 +13,12 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, without im
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
-from . import accumulation, capture, group_data, layers, metrics, update
-from .arguments import check_group, check_options, make_plain
+from . import accumulation, capture, layers, metrics, update
 from .filter_memory import Combine, Signal, Signals, filter_memories
 from .groups import check_model, grokking_groups, has_norms
 from .notices import warn
 from .numbers import as_number, as_share
+from .options import NEWER, OPTIONS, RECORDED, check_group, fill_in, group_defaults, make_savable
 from .state import WINDOW, State, keeping_precision, prepare
 from .step import Run, Step, Writes, count_skipped
 from .work import choices_of
@@ -154,45 +154,15 @@ class GrokAdamW(Optimizer):
         fused: bool | None = None,
         grokking_signal_fn: Signal | Iterable[Signal] | None = None,
     ) -> None:
-        if grokking_signal_fn is not None:
-            if grokking_signal_fns is not None:
-                raise ValueError(
-                    "grokking_signal_fns and its alias grokking_signal_fn are both given: leave out the alias"
-                )
+        arguments = locals()  # before anything else has a name
+        if grokking_signal_fns is None:
             grokking_signal_fns = grokking_signal_fn
+        elif grokking_signal_fn is not None:
+            raise ValueError("grokking_signal_fns and its alias grokking_signal_fn are both given: leave out the alias")
         signals = Signals(grokking_signal_fns, combine)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "alpha_init": alpha_init,
-            "lamb": lamb,
-            "gamma": gamma,
-            "grokking_signal_fns": None,  # never in a group; the key is there for 0.1.2's readers
-            "grokking_signal_decay_rate": grokking_signal_decay_rate,
-            "gradient_clipping": gradient_clipping,
-            "max_row_norm": max_row_norm,
-            "max_row_change": max_row_change,
-            "second_moment": second_moment,
-            "amplify_after": amplify_after,
-            "amplify_by_signal": amplify_by_signal,
-            "window_size": window_size,
-            "window_dtype": window_dtype,
-            "accumulation_steps": accumulation_steps,
-            "nonfinite": nonfinite,
-            "compat": compat,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            **group_data.AT_FIRST,
-        }
-        check_options(defaults)
         signals.check_amplifies(amplify_by_signal)
-        check_group(defaults, defaults)
-        make_plain(defaults)
+        defaults = group_defaults(arguments)
+        defaults |= check_group(defaults, defaults)
         self._run = Run(signals)
         super().__init__(params, defaults)
         self._say_whether_it_unscales()
@@ -458,18 +428,19 @@ class GrokAdamW(Optimizer):
         Raises:
             TypeError, ValueError: a value is not allowed, or holds for the whole optimizer. Nothing was added then.
         """
+        checked = {}
         if isinstance(param_group, dict):
-            check_group({**self.defaults, **param_group}, self.defaults)
-            # torch fills in the defaults, and the caller may use it again; what AdamW's groups hold beside ours goes
+            checked = check_group({**self.defaults, **param_group}, self.defaults)
+            # a copy, as the caller may use its own again, without what only AdamW's groups hold
             param_group = {k: v for k, v in param_group.items() if k not in ("amsgrad", "decoupled_weight_decay")}
         super().add_param_group(param_group)
         *earlier, group = self.param_groups
+        group.update(checked)
         self._join(group, earlier)
 
     def _join(self, group: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
         """Complete a group, whose arguments are all there, with what groups hold beside them."""
         first = earlier[0] if earlier else group
-        make_plain(group)
         group["skipped_steps"] = first["skipped_steps"]
         accumulation.join(group, first)
         given = group.get("layers")
@@ -487,8 +458,7 @@ class GrokAdamW(Optimizer):
         for i, group in enumerate(self.param_groups):
             if "layers" not in group:
                 whole = {**self.defaults, **group}
-                check_group(whole, self.defaults)
-                group.update(whole)
+                group.update(whole | check_group(whole, self.defaults))
                 self._join(group, self.param_groups[:i])
 
     def state_dict(self) -> dict[str, Any]:
@@ -518,7 +488,7 @@ class GrokAdamW(Optimizer):
         for sentence in doubts:
             warn(sentence, UserWarning)
         for group, param in ((group, group["params"][0]) for group in self.param_groups if group["params"]):
-            for name in group_data.RECORDED:  # as record() had them, so that α is computed where it was
+            for name in RECORDED:  # as record() had them, so that α is computed where it was
                 if isinstance(group[name], Tensor):
                     group[name] = as_number(group[name].to(param.device), name)
         if self._run.skipped is not None:
@@ -532,7 +502,7 @@ class GrokAdamW(Optimizer):
     def _before_saving(self) -> None:
         self._complete_groups()
         self._settle()
-        group_data.make_savable(self.param_groups)
+        make_savable(self.param_groups)
         for group in self.param_groups[:1]:
             group["signal_state"] = self._run.signals.state()
 
@@ -541,17 +511,17 @@ class GrokAdamW(Optimizer):
         return {**super().__getstate__(), "_preset_gamma": self._preset_gamma}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "second_moment" not in state.get("defaults", {"second_moment": None}):
+        if NEWER.isdisjoint(state.get("defaults", OPTIONS)):
             raise ValueError(
                 "this is a whole optimizer of grokadamw 0.1.2, pickled, and cannot be read: under that release, save "
                 "its state_dict(), which load_state_dict goes on from"
             )
         earlier = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
-        for name, value in group_data.ADDED_LATER.items():
+        for name, value in group_defaults({}).items():  # that an older version did not know
             self.defaults.setdefault(name, value)
         self._say_whether_it_unscales()
-        group_data.fill_in(self.param_groups, earlier, self.defaults)
+        fill_in(self.param_groups, earlier, self.defaults)
         if "_run" not in self.__dict__:  # unpickled, or a copy
             self._run = Run(Signals())
             for group in self.param_groups[:1]:

@@ -21,11 +21,11 @@ from torch.optim import Optimizer
 
 from . import window
 from .accumulation import Accumulate
-from .arguments import check_count, check_dtype, check_number, check_window
 from .filter_memory import Signals, mean_over_ranks
-from .gradfilters import gradfilter_ema, gradfilter_ma
+from .gradfilters import check_window, gradfilter_ema, gradfilter_ma
 from .notices import warn
 from .numbers import as_float, as_real, wide
+from .options import check_count, check_dtype, check_number
 from .state import State
 from .wrapper import Part, Wrapper, by_kind, check_saved
 

@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_number
 from .layers import layers_in
 from .numbers import as_float, whole
+from .options import check_number
 
 __all__ = ["decay_groups"]
 

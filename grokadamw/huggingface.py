@@ -8,7 +8,6 @@ Trainer(model, TrainingArguments(optim="grokadamw", ...), callbacks=[GrokAdamWCa
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 import weakref
 from collections.abc import Iterable
@@ -18,10 +17,10 @@ from typing import Any
 import torch
 
 from . import trainers
-from .arguments import PER_OPTIMIZER, check_settings, make_plain
 from .filter_memory import Combine, Signal, Signals
 from .grokadamw import GrokAdamW
 from .notices import warn
+from .options import OPTIONS, TAKE, check_settings
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -30,10 +29,6 @@ except ImportError as error:
     raise ImportError("grokadamw.huggingface needs transformers: pip install 'grokadamw[huggingface]'") from error
 
 __all__ = ["GrokAdamWCallback"]
-
-_NOT_IN_A_GROUP = ("params", "combine", "layer")
-_BY_THE_TRAINER = ("lr", "weight_decay")
-_FOR_ALL = (*PER_OPTIMIZER, "capturable", "foreach", "fused", "grokking_signal_fns", "grokking_signal_fn")
 
 
 class GrokAdamWCallback(TrainerCallback):
@@ -86,16 +81,16 @@ class GrokAdamWCallback(TrainerCallback):
                     f"{name}={value!r} is not the name of a metric: give one, as 'eval_accuracy', or leave it out"
                 )
         for name, value in options.items():
-            if name not in inspect.signature(GrokAdamW).parameters or name in _NOT_IN_A_GROUP:
+            if name not in OPTIONS or name == "layer":  # which is for one group of several
                 raise TypeError(f"{name}={value!r} is no argument of GrokAdamW's that its parameter groups may set")
-            if name in _BY_THE_TRAINER:
+            if name in ("lr", "weight_decay"):
                 raise ValueError(f"{name}={value!r} is the Trainer's: give it in TrainingArguments")
-            if name in _FOR_ALL:
+            if OPTIONS[name].on_load != TAKE:  # a checkpoint is loaded before training begins
                 raise ValueError(
                     f"{name}={value!r} cannot be set once there is an optimizer: give signals as signals=, and what "
                     "else holds for the whole optimizer by Trainer(optimizer_cls_and_kwargs=(GrokAdamW, {...}))"
                 )
-        GrokAdamW([torch.zeros(1)], **options)  # which refuses what is wrong
+        checked = GrokAdamW([torch.zeros(1)], **options).defaults
         if signals is None and combine is not None:
             raise ValueError(f"combine={combine!r} without signals: give those that it is to combine")
         if signals is not None:
@@ -103,7 +98,8 @@ class GrokAdamWCallback(TrainerCallback):
                 signals = Signals(signals, "mean" if combine is None else combine).functions
             except (TypeError, ValueError) as error:
                 raise type(error)(str(error).replace("grokking_signal_fns", "signals")) from None
-        self._signals, self._combine, self._options = signals, combine, options
+        self._signals, self._combine = signals, combine
+        self._options = {name: checked[name] for name in options}
         evaluated = {"eval_loss": eval_loss, "eval_acc": eval_acc}
         self._evaluated = {name: key for name, key in evaluated.items() if key is not None}
         self._train_acc = train_acc
@@ -131,7 +127,6 @@ class GrokAdamWCallback(TrainerCallback):
             self._begin_signals(found)
         for group in found.param_groups:
             group.update(self._options)
-            make_plain(group)
         trainers.name_layers(found, model)
         self._optimizer, self._trained, self._logged_at = found, weakref.ref(found), state.global_step
         self._goes_on = state.global_step == 0

@@ -11,12 +11,11 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import trainers
-from .arguments import check_count, check_number
 from .capture import is_capturing
 from .grokadamw import GrokAdamW
-from .group_data import RECORDED
 from .metrics import most
 from .numbers import as_float
+from .options import RECORDED, check_count, check_number
 from .signals import recorded
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from . import window
 from .checkpoints import to_grokadamw
 from .layers import unwrapped
 from .numbers import as_real, reads_are_free, wide
+from .options import OPTIONS, WARN
 
 State: TypeAlias = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "grok_ema")
@@ -253,7 +254,7 @@ def _check_cycle(state_dict: dict[str, Any], steps: int) -> None:
 
 
 def _doubts(state_dict: dict[str, Any], defaults: dict[str, Any]) -> Iterator[str]:
-    for name in ("second_moment", "compat", "amplify_by_signal", "window_size", "accumulation_steps"):
+    for name in (name for name, option in OPTIONS.items() if option.on_load == WARN):
         said = [group[name] for group in state_dict["param_groups"] if name in group]
         if said and said[0] != defaults[name]:
             yield (

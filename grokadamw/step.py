@@ -18,10 +18,10 @@ from torch import Tensor
 
 from . import capture, gradients, layers, metrics, update, window
 from .accumulation import Cycle
-from .arguments import check_settings, settings
 from .filter_memory import Signals
 from .notices import warn
 from .numbers import Number, accumulator, as_float, detached, reads_are_free
+from .options import check_settings, settings
 from .state import WINDOW, State, check, new_counts, prepare
 from .update.gpu_tables import Tables
 from .update.reference import Numbers, Tensors

@@ -1,0 +1,306 @@
+"""All options of GrokAdamW in one table, and what follows from it: defaults, checks, what groups and checkpoints hold.
+
+To add an option, add its row to `OPTIONS`, its argument to the constructor, and a line to the class's docstring.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import product
+from numbers import Integral, Real
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import layers
+from .numbers import as_float, as_number
+
+# A check gets an option's name and value. It raises an error that names both and the way out, or returns the value, as
+# Python's own number if it was NumPy's, which torch.load(weights_only=True) could not read back.
+Check: TypeAlias = Callable[[str, Any], Any]
+
+
+def check_number(
+    name: str, value: Any, *, below: float = math.inf, at_most: float | None = None, hint: str = ""
+) -> float:
+    """Check a number in [0, below), or in [0, at_most]."""
+    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
+        raise TypeError(f"{name}={value!r} is not a number{hint}")
+    if not 0 <= float(value) < below or (at_most is not None and float(value) > at_most):
+        limits = f"in [0, {at_most}]" if at_most is not None else f"in [0, {below})"
+        raise ValueError(f"{name}={value!r} is out of range: give a number {limits}")
+    return float(value)
+
+
+check_limit = partial(check_number, hint="; 0 switches it off")
+
+
+def check_scalar(name: str, value: Any, *, at_most: float | None = None) -> float | Tensor:
+    """Check a number, or that a tensor has one element: its value may be on a GPU, and is not read."""
+    if not isinstance(value, Tensor):
+        return check_number(name, value, at_most=at_most)
+    if value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element, and {name}={value!r} is not")
+    return value
+
+
+def check_betas(name: str, value: Any) -> tuple[float, ...]:
+    """Check a pair of numbers in [0, 1)."""
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"{name}={value!r} is not a pair of numbers, as in (0.9, 0.999)")
+    return tuple(check_number(f"{name}[{i}]", value[i], below=1) for i in (0, 1))
+
+
+def check_count(name: str, value: Any, at_least: int = 0) -> int:
+    """Check an integer."""
+    if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
+        raise TypeError(f"{name}={value!r} is not an integer")
+    if value < at_least:
+        raise ValueError(f"{name}={value!r} is out of range: give an integer of at least {at_least}")
+    return int(value)
+
+
+def check_dtype(name: str, value: Any) -> Any:
+    """Check a dtype of real numbers that gradients can be kept in, or None."""
+    if value not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"{name}={value!r} cannot keep gradients: give torch.bfloat16, float32, float64, or None for what "
+            "suits the parameter"
+        )
+    return value
+
+
+def one_of(*choices: Any) -> Check:
+    """Return a check that a value is one of these, and of their types: 1 is not True."""
+    types = {*map(type, choices)}
+
+    def check(name: str, value: Any) -> Any:
+        if type(value) not in types or value not in choices:
+            raise ValueError(f"{name}={value!r} is unknown: give one of {', '.join(map(repr, choices))}")
+        return value
+
+    return check
+
+
+def or_none(check: Check, **limits: Any) -> Check:
+    """Return a check that lets None pass, too."""
+    return lambda name, value: None if value is None else check(name, value, **limits)
+
+
+def not_in_a_group(name: str, value: Any) -> None:
+    """Refuse signals in a parameter group; `Signals` checks those that the constructor gets."""
+    if value is not None:
+        raise ValueError(
+            f"{name}={value!r} in a parameter group: signals hold for the whole optimizer; "
+            "pass them to GrokAdamW(...) or set_signals(...)"
+        )
+
+
+# The scope of an option:
+GROUP = "group"  # each parameter group has its own value
+OPTIMIZER = "optimizer"  # all groups have the constructor's value; one that says otherwise is refused
+SIGNALS = "signals"  # the value is in no group, and not in `defaults`
+
+# What loading a checkpoint does:
+TAKE = "take"  # take the checkpoint's value
+KEEP = "keep"  # keep the value as constructed
+WARN = "warn"  # keep it, and warn if the checkpoint has another, with which that run computed something else
+
+
+class Option(NamedTuple):
+    """One row of the table."""
+
+    default: Any
+    check: Check
+    scope: str
+    on_load: str
+    since: str  # version of this package; "0.1.2" is the release published before it
+
+
+# fmt: off
+OPTIONS: dict[str, Option] = {
+    # name                               default       check                                 scope      load  since
+    "lr":                         Option(1e-3,         check_scalar,                         GROUP,     TAKE, "0.1.2"),
+    "betas":                      Option((0.9, 0.999), check_betas,                          GROUP,     TAKE, "0.1.2"),
+    "eps":                        Option(1e-8,         check_number,                         GROUP,     TAKE, "0.1.2"),
+    "weight_decay":               Option(1e-2,         check_number,                         GROUP,     TAKE, "0.1.2"),
+    "alpha_init":                 Option(0.98,         partial(check_scalar, at_most=1),     GROUP,     TAKE, "0.1.2"),
+    "lamb":                       Option(2.0,          check_number,                         GROUP,     TAKE, "0.1.2"),
+    "gamma":                      Option(0.1,          partial(check_number, below=1),       GROUP,     TAKE, "0.1.2"),
+    "grokking_signal_fns":        Option(None,         not_in_a_group,                       SIGNALS,   KEEP, "0.1.2"),
+    "grokking_signal_decay_rate": Option(0.1,          check_number,                         GROUP,     TAKE, "0.1.2"),
+    "gradient_clipping":          Option(1.0,          check_limit,                          GROUP,     TAKE, "0.1.2"),
+    "max_row_norm":               Option(0.0,          check_limit,                          GROUP,     TAKE, "0.2.0"),
+    "max_row_change":             Option(0.0,          check_limit,                          GROUP,     TAKE, "0.2.0"),
+    "combine":                    Option("mean",       not_in_a_group,                       SIGNALS,   KEEP, "0.2.0"),
+    "second_moment":              Option("filtered",   one_of("filtered", "raw"),            OPTIMIZER, WARN, "0.2.0"),
+    "amplify_after":              Option(0,            check_count,                          GROUP,     TAKE, "0.2.0"),
+    "amplify_by_signal":          Option(False,        one_of(True, False),                  OPTIMIZER, WARN, "0.2.0"),
+    "window_size":                Option(None,         or_none(check_count, at_least=1),     OPTIMIZER, WARN, "0.2.0"),
+    "window_dtype":               Option(None,         check_dtype,                          OPTIMIZER, KEEP, "0.2.0"),
+    "accumulation_steps":         Option(1,            partial(check_count, at_least=1),     OPTIMIZER, WARN, "0.2.0"),
+    "nonfinite":                  Option("skip",       one_of("skip", "raise", "propagate"), OPTIMIZER, KEEP, "0.2.0"),
+    "compat":                     Option(None,         one_of(None, "0.1.2"),                OPTIMIZER, WARN, "0.2.0"),
+    "foreach":                    Option(None,         one_of(None, True, False),            GROUP,     KEEP, "0.2.0"),
+    "maximize":                   Option(False,        one_of(True, False),                  GROUP,     TAKE, "0.2.0"),
+    "capturable":                 Option(False,        one_of(True, False),                  GROUP,     KEEP, "0.2.0"),
+    "differentiable":             Option(False,        one_of(True, False),                  OPTIMIZER, KEEP, "0.2.0"),
+    "fused":                      Option(None,         one_of(None, True, False),            GROUP,     KEEP, "0.2.0"),
+    "grokking_signal_fn":         Option(None,         not_in_a_group,                       SIGNALS,   KEEP, "0.2.0"),
+    "layer":                      Option(None,         or_none(check_count),                 GROUP,     TAKE, "0.2.0"),
+}
+# fmt: on
+NEWER = {name for name, option in OPTIONS.items() if option.since != "0.1.2"}  # than the published release
+_SIGNALS = [name for name, option in OPTIONS.items() if option.scope == SIGNALS]
+_PER_OPTIMIZER = [name for name, option in OPTIONS.items() if option.scope == OPTIMIZER]
+_CHECKS = {name: option.check for name, option in OPTIONS.items() if option.scope != SIGNALS}
+# Signals are in no group, but release 0.1.2 had their key there, and its users read it: it is None.
+_IN_GROUPS = [name for name, option in OPTIONS.items() if option.scope != SIGNALS or name not in NEWER]
+
+RECORDED = ("train_loss", "eval_loss", "train_acc", "eval_acc")  # by `GrokAdamW.record`
+# the micro-batches of a cycle so far; and α, the factor of λ, λ, β1, β2 and γ as the first of them found them
+CYCLE_AT_REST = {"micro_step": 0, "cycle": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)}
+# How far the run is, which a group holds beside its options.
+PROGRESS = {**dict.fromkeys(RECORDED), "signal_state": None, "skipped_steps": 0, **CYCLE_AT_REST}
+GROUP_KEYS = (*_IN_GROUPS, *PROGRESS, "layers")
+
+
+def group_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a group holds from the start, as plain data, given the constructor's arguments.
+
+    All of it is there from the start because sharded checkpoints want the same keys on both sides.
+    """
+    given = {name: arguments.get(name, OPTIONS[name].default) for name in _IN_GROUPS}
+    return {**given, "grokking_signal_fns": None, **PROGRESS}
+
+
+def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any], read_tensors: bool = True) -> dict[str, Any]:
+    """Check a parameter group whose defaults are filled in, and return its options with Python's own numbers.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an option must not have this value, or not in a group, or not with another.
+    """
+    if group.get("amsgrad"):
+        raise ValueError(
+            f"amsgrad={group['amsgrad']!r} in a parameter group: GrokAdamW has no such thing; leave it out"
+        )
+    for name in _SIGNALS:
+        OPTIONS[name].check(name, group.get(name))
+    for name in _PER_OPTIMIZER:
+        if group[name] is not defaults[name] and group[name] != defaults[name]:
+            raise ValueError(
+                f"{name}={group[name]!r} in a parameter group: it holds for the whole optimizer, where it is "
+                f"{defaults[name]!r}; pass it to GrokAdamW(...)"
+            )
+    checked = {name: check(name, group[name]) for name, check in _CHECKS.items()}
+    _check_together(group)
+    if read_tensors:
+        for name, value in checked.items():
+            if isinstance(value, Tensor):
+                OPTIONS[name].check(name, value.item())
+        if group["foreach"] and isinstance(group["lr"], Tensor) and not group["capturable"]:
+            raise ValueError(
+                "lr as a Tensor is not supported for capturable=False and foreach=True: leave foreach out, or give a "
+                "number"
+            )
+    return checked
+
+
+# Options of which only one may differ from its default.
+_CONFLICTS = (
+    (("max_row_norm", "max_row_change"), ("compat",), ", which has no such thing:"),
+    (("accumulation_steps", "window_size"), ("compat", "differentiable"), ":"),
+    (("accumulation_steps", "amplify_by_signal"), ("capturable",), ": a CUDA graph does the same at every replay;"),
+)
+
+
+def _check_together(options: Mapping[str, Any]) -> None:
+    """Refuse options that do not go together, in the words of torch's optimizers where they refuse it too."""
+    fused, foreach, differentiable = options["fused"], options["foreach"], options["differentiable"]
+    if fused and differentiable:
+        raise RuntimeError("`fused` does not support `differentiable`: leave one of them out")
+    if fused and foreach:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together. Leave one of them out")
+    if foreach and differentiable:
+        raise ValueError(
+            "foreach=True with differentiable=True: torch's foreach operations have no autograd; leave foreach out"
+        )
+    compat, steps, size = options["compat"], options["accumulation_steps"], options["window_size"]
+    if compat is not None and options["nonfinite"] == "raise":
+        raise ValueError(
+            f"nonfinite='raise' with compat={compat!r}: that release has no rule for what is not finite; "
+            "leave one of them out"
+        )
+    if size is None and options["window_dtype"] is not None:
+        raise ValueError(f"window_dtype={options['window_dtype']} without a window: give window_size, or leave it out")
+    if steps > 1 and options["second_moment"] != "raw":
+        raise ValueError(
+            f"accumulation_steps={steps} with second_moment={options['second_moment']!r}: the square of the amplified "
+            "gradient cannot be collected from micro-batches, as the slow gradient joins at the last; give "
+            "second_moment='raw', or take Accumulate(GrokAdamW(...), steps), which needs a buffer"
+        )
+    if steps > 1 and size is not None:
+        raise ValueError(
+            f"accumulation_steps={steps} with window_size={size}: a window keeps each step's gradient, which is "
+            "nowhere in one piece; leave one out, or take Accumulate(GrokAdamW(...), steps), which needs a buffer"
+        )
+    for names, others, why in _CONFLICTS:
+        for a, b in product(names, others):
+            if options[b] != OPTIONS[b].default and options[a] != OPTIONS[a].default:
+                raise ValueError(f"{a}={options[a]!r} with {b}={options[b]!r}{why} leave one of them out")
+
+
+def check_settings(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Check a group that was changed by hand. The value of a tensor, which may be on a GPU, is not read."""
+    if isinstance(group["lr"], Real) and -1e-12 < float(group["lr"]) < 0:
+        group = {**group, "lr": 0.0}  # a scheduler's 0, to rounding
+    check_group(group, defaults, read_tensors=False)
+
+
+def settings(group: Mapping[str, Any]) -> list[Any]:
+    """Return a group's options, to see if one was set by hand since; of tensors and arrays only which they are."""
+    return [value if type(value) in _IMMUTABLE else _comparable(value) for value in map(group.get, OPTIONS)]
+
+
+_IMMUTABLE = frozenset((float, int, bool, str, tuple, type(None)))
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)  # as it is now
+    return id(value) if hasattr(value, "__len__") and hasattr(value, "__array__") else value
+
+
+def make_savable(groups: Sequence[dict[str, Any]]) -> None:
+    """Put Python's numbers in place of NumPy's, and detach what was recorded from the graph that it came from."""
+    for group in groups:
+        for name, value in group.items():
+            if isinstance(value, Real) and type(value).__module__ != "builtins":  # NumPy's, by a scheduler
+                group[name] = float(value)
+        for name in RECORDED:
+            if group[name] is not None:  # set by hand, it may have a graph, which cannot be copied
+                group[name] = as_number(group[name], name)
+        group["cycle"] = tuple(map(as_float, group["cycle"]))
+
+
+def fill_in(groups: list[dict[str, Any]], earlier: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    """Complete groups that were loaded or unpickled: what they lack, and options that loading keeps, are as before.
+
+    Args:
+        groups: may be another optimizer's, or an older version's.
+        earlier: the groups that these take the place of; empty if there was no optimizer before.
+        defaults: the optimizer's.
+    """
+    for i, group in enumerate(groups):
+        before = defaults | (earlier[i] if i < len(earlier) else {})
+        for name, value in (before | {"signal_state": None, **CYCLE_AT_REST}).items():
+            if name != "param_names":
+                group.setdefault(name, value)
+        if i < len(earlier):
+            group.update({name: before[name] for name in _IN_GROUPS if OPTIONS[name].on_load != TAKE})
+        group.update(betas=tuple(group["betas"]), cycle=tuple(group["cycle"]))
+        if len(group.get("layers", ())) != len(group["params"]):
+            group["layers"] = layers.layers_of(group, groups[:i])
