@@ -279,7 +279,7 @@ def make_savable(groups: Sequence[dict[str, Any]]) -> None:
     for group in groups:
         for name, value in group.items():
             if isinstance(value, Real) and type(value).__module__ != "builtins":  # NumPy's, by a scheduler
-                group[name] = float(value)
+                group[name] = int(value) if isinstance(value, Integral) else float(value)
         for name in RECORDED:
             if group[name] is not None:  # set by hand, it may have a graph, which cannot be copied
                 group[name] = as_number(group[name], name)

@@ -277,3 +277,17 @@ def test_numpys_numbers_are_numbers() -> None:
         optimizer.add_param_group({"params": parameters(1), "layer": np.int64(3), "amplify_after": np.int64(3)})
         saved_and_loaded(optimizer.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_numpys_integers_stay_integers_when_saved() -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params)
+    optimizer.param_groups[0].update(amplify_after=np.int64(3), layer=np.int64(2), lr=np.float64(0.5))
+    (group,) = optimizer.state_dict()["param_groups"]
+    assert [(group[name], type(group[name])) for name in ("amplify_after", "layer", "lr")] == [
+        (3, int),
+        (2, int),
+        (0.5, float),
+    ]
+    set_gradients(params)
+    optimizer.step()
