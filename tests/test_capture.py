@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -371,12 +372,13 @@ def test_replays_are_the_eager_run(foreach: bool | None) -> None:
             replayed.param_groups[0]["lr"].fill_(0.01 * (1 + max(step - 2, 0)))
             replayed.update_signals()
             graph.replay()
-            assert replayed.metrics()["alpha"] == pytest.approx(eager.metrics()["alpha"], rel=1e-6)
+            with pytest.warns(RuntimeWarning, match="a step was skipped") if step == 7 else nullcontext():
+                metrics = replayed.metrics()
+            assert metrics["alpha"] == pytest.approx(eager.metrics()["alpha"], rel=1e-6)
     for p, twin in zip(params, twins, strict=True):
         torch.testing.assert_close(p, twin, rtol=1e-5, atol=1e-6)
-    with pytest.warns(RuntimeWarning, match="a step was skipped"):
-        assert replayed.metrics()["skipped_steps"] == 1
-    assert replayed.metrics()["step"] == 10
+    assert metrics["skipped_steps"] == 1
+    assert metrics["step"] == 10
 
 
 @cuda
@@ -404,4 +406,4 @@ def test_an_overflow_on_a_gpu_is_no_step_and_waits_for_nothing(amp: bool) -> Non
         scaler.update()
     for p, twin in zip(params, twins, strict=True):
         torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-7)
-    assert scaled.metrics() == pytest.approx(plain.metrics(), rel=1e-5)
+    assert scaled.metrics() == pytest.approx(plain.metrics(), rel=1e-5, nan_ok=True)

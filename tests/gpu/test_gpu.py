@@ -73,6 +73,8 @@ def test_agrees_with_the_reference(dtype: torch.dtype, case: str, on_device: boo
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_update, "SHAPES", shapes)
         start = tensors(dtype, changes.pop("with_mu", True))
+    # of 24,000 random v some are next to 0: their updates are 80 times lr, and so is the rounding of m / √v
+    start = start._replace(exp_avg_sqs=[v + 0.01 for v in start.exp_avg_sqs])
     wide = type(start)(
         *(None if part is None else [x.to(torch.float64, copy=True) for x in part] for part in start[:6])
     )

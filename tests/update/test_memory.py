@@ -134,7 +134,7 @@ def transpose_a_gradient(model: nn.Module, optimizer: GrokAdamW) -> None:
 
 def stretch_a_gradient(model: nn.Module, optimizer: GrokAdamW) -> None:
     p = model[4].bias  # type: ignore[index, union-attr]
-    p.grad = torch.full((1,), 0.5).expand(3)
+    p.grad = torch.full((1,), 0.5, device=p.device).expand(3)
 
 
 def turn_a_sign(model: nn.Module, optimizer: GrokAdamW) -> None:
