@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from grokadamw.update import gpu
-from grokadamw.update.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES
+from grokadamw.update.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, WIDTHS
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 90, 100)} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)
@@ -62,7 +62,7 @@ class Code(NamedTuple):
 def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) -> Iterator[tuple[str, ASTSource, int]]:
     """Each kernel with the constants that `gpu` gives it, and its threads, in warps of 32.
 
-    Of `update` also what a micro-batch runs, before the last; `judge` for each number of lists.
+    Of `update` also what a micro-batch runs, before the last, and what limits rows; `judge` for each number of lists.
     """
     tl, shape = kernels.tl, SHAPES[max(state.itemsize, 4)]
     of_grads = SHAPES[param.itemsize]
@@ -76,10 +76,15 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
     constants: dict[str, dict[str, Any]] = {
         "update": {"PARAM": dtypes["param"], "GRAD": dtypes["param"], "STATE": dtypes["state"], "HAS_MU": True}
         | {"RAW": False, "EPS_FIRST": False, "HAS_FINITE": True, "IS_PART": False, "MOVES": True, "TAIL": tail}
+        | {"HAS_CHANGE": False, "HAS_NORM": False, "OF_ROWS": 0, "HAS_LONG": False}
         | {"CHUNK": shape.chunk, "BLOCK": shape.block},
         "squares": {"GRAD": dtypes["param"], "TAIL": tail, "CHUNK": of_grads.chunk, "BLOCK": of_grads.block},
     }
     constants["update, micro-batch"] = constants["update"] | {"RAW": True, "IS_PART": True, "MOVES": False}
+    if not tail:
+        limited = constants["update"] | {"HAS_CHANGE": True, "HAS_NORM": True}
+        constants["update, rows of 256"] = limited | {"OF_ROWS": 1 << WIDTHS.index(256)}
+        constants["update, longest rows"] = limited | {"HAS_LONG": True}
     for lists in LISTS:
         flags = {"HAS_SCALE": True, "HAS_FOUND": True, "SKIPS": True}
         constants[f"judge, {lists} lists"] = flags | {"LISTS": lists, "BLOCK": JUDGE_BLOCK}

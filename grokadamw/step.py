@@ -145,7 +145,7 @@ class Step:
             [(module, c.tensors, n) for module, c, n in zip(modules, calls, numbers, strict=True)],
             tables,
             windowed,
-            self._limited(work, finite, memory_is_all) if run.stepped else (),
+            self._limited(calls, modules, work, finite, memory_is_all) if run.stepped else (),
         )
 
     def _found_infinity(self) -> bool:
@@ -334,6 +334,8 @@ class Step:
             raw_second_moment=self.options["second_moment"] == "raw",
             maximize=group["maximize"],
             finite=None if finite is True else torch.as_tensor(finite, device=device),
+            max_row_change=float(group["max_row_change"]),
+            max_row_norm=float(group["max_row_norm"]),
         )
         if self.cycle.of > 1:
             numbers = numbers._replace(micro_step=self.cycle.micro_step(w.params[call.places[0]]))
@@ -366,20 +368,28 @@ class Step:
         by_lists = without_tables or not (memory_is_all or module is update.reference)
         return update.foreach if by_lists else module
 
-    def _limited(self, work: list[Work], finite: bool | Tensor, memory_is_all: bool) -> list[update.rows.Rows]:
-        """Row 11: the parameters that have rows, with what limits these."""
-        limits = ((w, float(w.group["max_row_change"]), float(w.group["max_row_norm"])) for w in work)
-        return [
-            update.rows.Rows(
-                [p for p in w.params if p.dim() > 1],
-                change,
-                norm,
-                finite,
-                not memory_is_all or update.asked_for(w.group) is not None,
-            )
-            for w, change, norm in limits
-            if change or norm
-        ]
+    def _limited(
+        self,
+        calls: Sequence[Call],
+        modules: Sequence[ModuleType],
+        work: list[Work],
+        finite: bool | Tensor,
+        memory_is_all: bool,
+    ) -> list[update.rows.Rows]:
+        """limit_rows: the parameters that have rows which no implementation has limited, with what limits these."""
+        limited = []
+        for call, module in zip(calls, modules, strict=True):
+            w = work[call.work_index]
+            change, norm = float(w.group["max_row_change"]), float(w.group["max_row_norm"])
+            if not (change or norm):
+                continue
+            matrices = call.matrices
+            if module is not call.choice.module:
+                matrices = [i for i, place in enumerate(call.places) if w.params[place].dim() > 1]
+            by_torch = not memory_is_all or update.asked_for(w.group) is not None
+            params = [w.params[call.places[i]] for i in matrices]
+            limited.append(update.rows.Rows(params, change, norm, finite, by_torch))
+        return limited
 
 
 def count_skipped(groups: Sequence[dict[str, Any]], steps: int) -> None:

@@ -41,6 +41,7 @@ class Call(NamedTuple):
     layers: list[int]
     tensors: Tensors
     choice: Choice
+    matrices: list[int]  # which of the tensors have rows that this implementation leaves to rows.py
 
 
 def collect(
@@ -103,7 +104,7 @@ def calls_for(work: Sequence[Work], state: Mapping[Tensor, State]) -> list[Call]
             choice = update.choose(row, s["step"], w.group)
             kind = (choice, param.device, mesh_of(param), bool(s.get("micro_step")), *(x.dtype for x in row))
             if kind not in lists:
-                lists[kind] = Call(i, [], [], Tensors([], [], [], [], [] if len(row) == 5 else None, []), choice)
+                lists[kind] = Call(i, [], [], Tensors([], [], [], [], [] if len(row) == 5 else None, []), choice, [])
             call = lists[kind]
             call.places.append(place)
             call.layers.append(layer)
@@ -115,7 +116,19 @@ def calls_for(work: Sequence[Work], state: Mapping[Tensor, State]) -> list[Call]
     if len(together) > 1:
         choice = update.checked(together[0].choice, *(call.tensors for call in together))
         calls = [call._replace(choice=choice) if call.choice.module is gpu else call for call in calls]
-    return calls
+    return [_with_rows(call, work[call.work_index].params) for call in calls]
+
+
+def _with_rows(call: Call, params: Sequence[Tensor]) -> Call:
+    matrices = [i for i, place in enumerate(call.places) if params[place].dim() > 1]
+    if call.choice.module is not gpu:
+        return call._replace(matrices=matrices)
+    widths = [0] * len(call.places)
+    for i in matrices:
+        widths[i] = gpu.row_width(call.tensors.params[i])
+    return call._replace(
+        tensors=call.tensors._replace(row_widths=widths), matrices=[i for i in matrices if not widths[i]]
+    )
 
 
 def choices_of(
@@ -178,7 +191,7 @@ class Plan:
             t = call.tensors
             empty = Tensors([], [], [], [], None if t.grok_emas is None else [], [])
             kept = memory.where(t) if call.choice.module in (cpu, gpu) else None
-            self._calls.append(call._replace(tensors=empty._replace(kept=kept)))
+            self._calls.append(call._replace(tensors=empty._replace(kept=kept, row_widths=t.row_widths)))
         # a real tensor whose sign is yet to be turned is another's imaginary part: it has gaps, or is one number
         self._of_one = [i for i, grad in enumerate(grads) if grad.numel() == 1]
         on_gpu = [call.tensors.params[0].device for call in calls if call.choice.module is gpu]
@@ -241,7 +254,7 @@ class Plan:
             if not has_mu and any("grok_ema" in s for s in mine):
                 return None
             mu = list(map(itemgetter("grok_ema"), mine)) if has_mu else None
-            calls.append(call._replace(tensors=Tensors(p, g, m, v, mu, steps, call.tensors.kept)))
+            calls.append(call._replace(tensors=Tensors(p, g, m, v, mu, steps, *call.tensors[6:])))
         return calls
 
     def _with_addresses(self, call: Call, gradients: bytes) -> Call:

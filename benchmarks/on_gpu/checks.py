@@ -162,7 +162,7 @@ def the_preset() -> dict[str, Any]:
     optimizers = []
     for foreach in (None, True):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Embedding(97, 64), nn.LayerNorm(64), nn.Linear(64, 257)).to(DEVICE)
+        model = nn.Sequential(nn.Embedding(97, 64), nn.LayerNorm(64), nn.Linear(64, 257), nn.Linear(257, 9)).to(DEVICE)
         optimizers.append(optimizer := GrokAdamW.for_grokking(model, foreach=foreach))
         for step in range(5):
             set_gradients(list(model.parameters()), step, poison=step == 2)

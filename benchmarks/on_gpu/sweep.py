@@ -44,6 +44,7 @@ UPDATE = [
     Shape(8192, 1024, 4),
     Shape(8192, 2048, 8),
 ]
+LIMITED = [SHAPES[4], Shape(2048, 1024, 4), Shape(4096, 512, 4), Shape(4096, 1024, 8), Shape(8192, 2048, 8)]
 JUDGE = [
     Shape(JUDGE_BLOCK, JUDGE_BLOCK, JUDGE_THREADS // 32),
     Shape(8192, 8192, 16),
@@ -58,17 +59,21 @@ def norm(grad: Tensor) -> Callable[[Tables], Any]:
     return lambda tables: gpu.judge([grad], [1.0], None, None, None, wants_norm=True, tables=tables)
 
 
-def update(theta: Tensor, grad: Tensor) -> Callable[[Tables], Any]:
+def update(theta: Tensor, grad: Tensor, width: int = 0) -> Callable[[Tables], Any]:
+    """With a width, the rows are limited, which all have it."""
     m, v, mu = (torch.zeros(len(theta), device=DEVICE) for _ in range(3))
-    tensors = Tensors([theta], [grad], [m], [v], [mu], [torch.zeros((), device=DEVICE)])
-    return lambda tables: gpu.steps([(tensors, NUMBERS)], tables)
+    tensors = Tensors([theta], [grad], [m], [v], [mu], [torch.zeros((), device=DEVICE)], row_widths=[width])
+    numbers = NUMBERS._replace(max_row_change=0.035 if width else 0.0)
+    return lambda tables: gpu.steps([(tensors, numbers)], tables)
 
 
 class Sweep:
     """One kernel's candidates, on one dtype."""
 
-    def __init__(self, kernel: str, dtype: torch.dtype, shapes: list[Shape], run: Callable[[Tables], Any]) -> None:
-        self.kernel, self.dtype, self.run, self.copy = kernel, dtype, run, copier()
+    def __init__(
+        self, kernel: str, dtype: torch.dtype, shapes: list[Shape], run: Callable[[Tables], Any], about: str = ""
+    ) -> None:
+        self.kernel, self.dtype, self.run, self.copy, self.title = kernel, dtype, run, copier(), kernel + about
         self.shapes = {str(tuple(shape)): shape for shape in shapes}
         self.about: dict[str, dict[str, Any]] = {}
 
@@ -91,7 +96,7 @@ class Sweep:
         with timed() as kernels:
             works = {}
             for name, shape in self.shapes.items():
-                row = {"kernel": self.kernel, "dtype": str(self.dtype), "chunk, block, warps": name}
+                row = {"kernel": self.title, "dtype": str(self.dtype), "chunk, block, warps": name}
                 try:
                     self.turn(shape, kernels)  # compiles it
                 except Exception as error:
@@ -125,6 +130,10 @@ def main(path: str) -> None:
         sweeps = [
             Sweep("squares", dtype, SQUARES, norm(grad)),
             Sweep("update", dtype, UPDATE, update(theta, grad)),
+            *(
+                Sweep("update", dtype, LIMITED, update(theta, grad, width), f", rows of {width} limited")
+                for width in (64, 1024, 4096)
+            ),
         ]
         if dtype == torch.float32:
             sweeps.append(Sweep("judge", dtype, JUDGE, norm(grad)))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..numbers import mesh_of
 from . import memory
-from .gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Part, Tables, Verdict, misaligned, words_of
+from .gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, LONGEST, SHAPES, WIDTHS, Part, Tables, Verdict, misaligned, words_of
 from .memory import DTYPES, addresses, has_no_gaps, plain, where
 from .reference import Numbers, Tensors, written
 
@@ -192,7 +192,16 @@ def judge(
     return verdict
 
 
-# rows 6 to 10
+# slow_grad to limit_rows
+
+
+def row_width(param: Tensor) -> int:
+    """The elements of a row of a parameter that `why_not` has cleared, where `step` can limit its rows; otherwise 0."""
+    if param.dim() < 2 or mesh_of(param) is not None or not param.numel():
+        return 0
+    width = param.numel() // param.shape[0]
+    in_order = param.shape[0] == 1 or param.stride(0) == width
+    return width if in_order and width <= LONGEST else 0
 
 
 def step(tensors: Tensors, numbers: Numbers) -> None:
@@ -231,6 +240,7 @@ def steps(calls: Sequence[tuple[Tensors, Numbers]], tables: Tables | None = None
 def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
     device, *dtypes, has_mu, raw, eps_first, has_finite, is_part, moves = kind
     static = tables.static(kind, lists)
+    limits = [x.numbers for x in lists] if static.of_rows else []
     shape, finite = SHAPES[static.size], lists[0].numbers.finite
     grads = b"".join(x.at.grads for x in lists)
     for x in lists:
@@ -257,6 +267,10 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
             IS_PART=is_part,
             MOVES=moves,
             TAIL=static.tail or tables.masked or misaligned(grads),
+            HAS_CHANGE=any(n.max_row_change for n in limits),
+            HAS_NORM=any(n.max_row_norm for n in limits),
+            OF_ROWS=static.of_rows & ((1 << len(WIDTHS)) - 1),
+            HAS_LONG=static.of_rows >> len(WIDTHS) > 0,
             CHUNK=shape.chunk,
             BLOCK=shape.block,
             num_warps=shape.warps,

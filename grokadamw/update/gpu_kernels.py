@@ -10,13 +10,18 @@ with masks, which TAIL=False leaves out where no chunk needs it.
 import triton
 import triton.language as tl
 
+from .gpu_tables import WIDTHS
+from .rows import SHORT
+
 # a chunk is a word: the tensor's place times 2⁴⁰, plus the chunk's number in it
 CHUNK_BITS = tl.constexpr(40)
 CHUNK_MASK = tl.constexpr((1 << 40) - 1)
 # the words of a list's numbers, as `gpu_tables.words_of` has them; the first three are two, an address and a value
 LR, ALPHA, CLIP = (tl.constexpr(i) for i in range(0, 6, 2))
 BETA2, LOG_BETA2, EPS, WEIGHT_DECAY, LAMB, AMPLIFY_AFTER, SIGN = (tl.constexpr(i) for i in range(6, 13))
-MICRO_STEPS, DECAYS, NUMBERS = (tl.constexpr(i) for i in range(13, 16))
+MICRO_STEPS, DECAYS, MAX_ROW_CHANGE, MAX_ROW_NORM, NUMBERS = (tl.constexpr(i) for i in range(13, 18))
+SHORTEST = tl.constexpr(SHORT)
+NARROW, WIDEST, SIZES_OF_ROWS = (tl.constexpr(x) for x in (WIDTHS[0], WIDTHS[-1], len(WIDTHS)))
 
 
 @triton.jit
@@ -41,62 +46,200 @@ def _pointer(address, dtype: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, at, size, MASKED: tl.constexpr, REAL: tl.constexpr):
+def _load(pointer, at, inside, MASKED: tl.constexpr, REAL: tl.constexpr):
     if MASKED:
-        return tl.load(pointer + at, mask=at < size, other=0).to(REAL)
+        return tl.load(pointer + at, mask=inside, other=0).to(REAL)
     return tl.load(pointer + at).to(REAL)
 
 
 @triton.jit
-def _store(pointer, at, size, value, MASKED: tl.constexpr):
+def _store(pointer, at, inside, value, MASKED: tl.constexpr):
     value = value.to(pointer.dtype.element_ty)
     if MASKED:
-        tl.store(pointer + at, value, mask=at < size)
+        tl.store(pointer + at, value, mask=inside)
     else:
         tl.store(pointer + at, value)
 
 
 @triton.jit
-def _rows(
+def _new(
+    theta, grad, m, v, mu, at, inside, usable,
+    clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step,
+    HAS_MU: tl.constexpr, RAW: tl.constexpr, MOVES: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, MASKED: tl.constexpr,
+    WRITES: tl.constexpr,
+):  # fmt: skip
+    """Rows 6 to 10 for the elements at these places: θ before and after. Writes m, v and μ, but not θ."""
+    REAL: tl.constexpr = keep_m.dtype
+    # all loads come before the stores, which nothing tells the compiler that they do not write what is to be loaded
+    g = clip * _load(grad, at, inside, MASKED, REAL)
+    if MAY_BE_UNUSABLE:
+        g = tl.where(usable, g, 0)
+    slow = _load(mu, at, inside, MASKED, REAL) if HAS_MU else g
+    first = _load(m, at, inside, MASKED, REAL)
+    second = _load(v, at, inside, MASKED, REAL)
+    old = _load(theta, at, inside, MASKED, REAL) if MOVES else g
+    g_hat = g
+    if HAS_MU:
+        slow = keep_mu * slow + add_mu * g  # row 6
+        g_hat = g + lamb * slow  # row 7
+        if WRITES:
+            _store(mu, at, inside, slow, MASKED)
+    first = keep_m * first + add_m * g_hat  # row 8
+    squared = g * g if RAW else g_hat * g_hat
+    second = keep_v * second + add_v * squared  # row 9
+    if WRITES:
+        _store(m, at, inside, first, MASKED)
+        _store(v, at, inside, second, MASKED)
+    new = old
+    if MOVES:
+        if REAL == tl.float32:
+            quotient = tl.div_rn(first, root * tl.sqrt_rn(second) + eps)
+        else:
+            quotient = first / (root * tl.sqrt(second) + eps)
+        new = (decay * old - step * quotient).to(theta.dtype.element_ty).to(REAL)  # row 10
+    return old, new
+
+
+@triton.jit
+def _chunk_of_elements(
     theta, grad, m, v, mu, start, size, usable,
     clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     HAS_MU: tl.constexpr, RAW: tl.constexpr, MOVES: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Rows 6 to 10 for the chunk that starts there."""
-    theta = _pointer(theta, PARAM, MASKED)
-    grad = _pointer(grad, GRAD, MASKED)
-    m = _pointer(m, STATE, MASKED)
-    v = _pointer(v, STATE, MASKED)
-    mu = _pointer(mu, STATE, MASKED)
-    REAL: tl.constexpr = keep_m.dtype
+    theta, grad = _pointer(theta, PARAM, MASKED), _pointer(grad, GRAD, MASKED)
+    m, v, mu = _pointer(m, STATE, MASKED), _pointer(v, STATE, MASKED), _pointer(mu, STATE, MASKED)
     end = tl.minimum(start + CHUNK, size) if MASKED else start + CHUNK
     for block in range(start, end, BLOCK):
         at = block + tl.arange(0, BLOCK)
-        # all loads come before the stores, which nothing tells the compiler that they do not write what is to be loaded
-        g = clip * _load(grad, at, size, MASKED, REAL)
-        if MAY_BE_UNUSABLE:
-            g = tl.where(usable, g, 0)
-        slow = _load(mu, at, size, MASKED, REAL) if HAS_MU else g
-        first = _load(m, at, size, MASKED, REAL)
-        second = _load(v, at, size, MASKED, REAL)
-        old = _load(theta, at, size, MASKED, REAL) if MOVES else g
-        g_hat = g
-        if HAS_MU:
-            slow = keep_mu * slow + add_mu * g  # row 6
-            g_hat = g + lamb * slow  # row 7
-            _store(mu, at, size, slow, MASKED)
-        first = keep_m * first + add_m * g_hat  # row 8
-        squared = g * g if RAW else g_hat * g_hat
-        second = keep_v * second + add_v * squared  # row 9
-        _store(m, at, size, first, MASKED)
-        _store(v, at, size, second, MASKED)
+        inside = at < size
+        _, new = _new(
+            theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
+            eps, decay, step, HAS_MU, RAW, MOVES, MAY_BE_UNUSABLE, MASKED, True,
+        )  # fmt: skip
         if MOVES:
-            if REAL == tl.float32:
-                quotient = tl.div_rn(first, root * tl.sqrt_rn(second) + eps)
-            else:
-                quotient = first / (root * tl.sqrt(second) + eps)
-            _store(theta, at, size, decay * old - step * quotient, MASKED)  # row 10
+            _store(theta, at, inside, new, MASKED)
+
+
+@triton.jit
+def _share(times):
+    """What a row is multiplied with that is so many times too long: 1 if it is not, or nobody knows."""
+    return tl.where((times > 1) & (times < float("inf")), 1 / times, 1.0)
+
+
+@triton.jit
+def _moved(old, new, inside):
+    """How far θ moves. What is not finite does not count."""
+    moved = new - old
+    return tl.where(inside & (moved - moved == 0), moved, 0)
+
+
+@triton.jit
+def _limited(new, moved, share, share_of_norm, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, PARAM: tl.constexpr):
+    """θ within the limits of its row, of which these are the shares."""
+    if HAS_CHANGE:
+        new = new + moved * (share - 1).to(new.dtype)
+    if HAS_NORM:
+        new = new.to(PARAM).to(new.dtype) * share_of_norm.to(new.dtype)
+    return new
+
+
+@triton.jit
+def _shares(olds, moveds, news, products, change, norm, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr):
+    """Row 11 from a row's Σ θ², Σ Δ², Σ θ'² and Σ θ' Δ: what Δ is multiplied with, and then what comes of it."""
+    share = tl.full(moveds.shape, 1, tl.float64)
+    if HAS_CHANGE:
+        length = tl.sqrt(olds)
+        length = tl.where(length < SHORTEST, SHORTEST, length)  # NaN stays NaN
+        share = _share(tl.where(change > 0, tl.sqrt(moveds) / (change * length), 0))
+    share_of_norm = tl.full(moveds.shape, 1, tl.float64)
+    if HAS_NORM:
+        more = share - 1
+        length = tl.sqrt(news + 2 * more * products + more * more * moveds)
+        share_of_norm = _share(tl.where(norm > 0, length / norm, 0))
+    return share, share_of_norm
+
+
+@triton.jit
+def _chunk_of_rows(
+    theta, grad, m, v, mu, nth, rows, width, change, norm, usable,
+    clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, HAS_MU: tl.constexpr, RAW: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr,
+    HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """slow_grad to limit_rows for a chunk of rows of a matrix, of no more than WIDTH elements each."""
+    theta, grad = _pointer(theta, PARAM, not ALIGNED), _pointer(grad, GRAD, not ALIGNED)
+    m, v, mu = _pointer(m, STATE, not ALIGNED), _pointer(v, STATE, not ALIGNED), _pointer(mu, STATE, not ALIGNED)
+    if ALIGNED:
+        width = width // 16 * 16  # which tells the compiler that it can be divided by 16
+    ROWS: tl.constexpr = CHUNK // WIDTH if CHUNK > WIDTH else 1
+    end = tl.minimum(nth * ROWS + ROWS, rows)
+    AT_ONCE: tl.constexpr = BLOCK // WIDTH if BLOCK > WIDTH else 1
+    column = tl.arange(0, WIDTH)[None, :]
+    for block in range(nth * ROWS, end, AT_ONCE):
+        row = block + tl.arange(0, AT_ONCE)[:, None]
+        at, inside = row * width + column, (row < end) & (column < width)
+        old, new = _new(
+            theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
+            eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True, True,
+        )  # fmt: skip
+        moved = _moved(old, new, inside)
+        wide, before, after = moved.to(tl.float64), old.to(tl.float64), tl.where(inside, new, 0).to(tl.float64)
+        moveds = tl.sum(wide * wide, axis=1, keep_dims=True)
+        olds = tl.sum(before * before, axis=1, keep_dims=True) if HAS_CHANGE else moveds
+        news = tl.sum(after * after, axis=1, keep_dims=True) if HAS_NORM else moveds
+        products = tl.sum(after * wide, axis=1, keep_dims=True) if HAS_NORM else moveds
+        share, share_of_norm = _shares(olds, moveds, news, products, change, norm, HAS_CHANGE, HAS_NORM)
+        new = _limited(new, moved, share, share_of_norm, HAS_CHANGE, HAS_NORM, PARAM)
+        _store(theta, at, inside, new, True)
+
+
+@triton.jit
+def _long_row(
+    theta, grad, m, v, mu, start, width, change, norm, usable,
+    clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, HAS_MU: tl.constexpr,
+    RAW: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """slow_grad to limit_rows for a row that is too long for registers: once for its sums, and once more to write."""
+    theta, grad = _pointer(theta, PARAM, not ALIGNED), _pointer(grad, GRAD, not ALIGNED)
+    m, v, mu = _pointer(m, STATE, not ALIGNED), _pointer(v, STATE, not ALIGNED), _pointer(mu, STATE, not ALIGNED)
+    if ALIGNED:
+        width, start = width // 16 * 16, start // 16 * 16  # which tells the compiler what it can be divided by
+    olds = tl.zeros([BLOCK], tl.float64)
+    moveds, news, products = olds, olds, olds
+    for block in range(0, width, BLOCK):
+        column = block + tl.arange(0, BLOCK)
+        at, inside = start + column, column < width
+        old, new = _new(
+            theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
+            eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True, False,
+        )  # fmt: skip
+        moved = _moved(old, new, inside).to(tl.float64)
+        moveds += moved * moved
+        if HAS_CHANGE:
+            before = old.to(tl.float64)
+            olds += before * before
+        if HAS_NORM:
+            after = tl.where(inside, new, 0).to(tl.float64)
+            news += after * after
+            products += after * moved
+    share, share_of_norm = _shares(
+        tl.sum(olds, keep_dims=True), tl.sum(moveds, keep_dims=True), tl.sum(news, keep_dims=True),
+        tl.sum(products, keep_dims=True), change, norm, HAS_CHANGE, HAS_NORM,
+    )  # fmt: skip
+    for block in range(0, width, BLOCK):
+        column = block + tl.arange(0, BLOCK)
+        at, inside = start + column, column < width
+        old, new = _new(
+            theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
+            eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True, True,
+        )  # fmt: skip
+        new = _limited(new, _moved(old, new, inside), share, share_of_norm, HAS_CHANGE, HAS_NORM, PARAM)
+        _store(theta, at, inside, new, True)
 
 
 @triton.jit
@@ -111,9 +254,13 @@ def update(
     chunks, table, grads, numbers, finite, tensors,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, HAS_MU: tl.constexpr, RAW: tl.constexpr,
     EPS_FIRST: tl.constexpr, HAS_FINITE: tl.constexpr, IS_PART: tl.constexpr, MOVES: tl.constexpr, TAIL: tl.constexpr,
+    HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, OF_ROWS: tl.constexpr, HAS_LONG: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows 6 to 10. Where `finite` is 0 it writes nothing; as a part of a step, a micro-batch, takes the gradient as 0.
+
+    With HAS_CHANGE or HAS_NORM limit_rows, too: of matrices a program takes whole rows. OF_ROWS says which of WIDTHS
+    there are, a bit for each; HAS_LONG, whether there are longer ones.
 
     Does not count the step, which other programs read.
     """
@@ -121,7 +268,6 @@ def update(
     if HAS_FINITE and not IS_PART and not usable:
         return
     i, nth = _chunk(chunks)
-    start = nth * CHUNK
     size = tl.load(table + i)
     here = table + i
     theta = tl.load(here + tensors)
@@ -161,21 +307,59 @@ def update(
             lamb = lamb * 0
 
     REAL: tl.constexpr = tl.float64 if STATE == tl.float64 else tl.float32
+    clip, lamb, root, eps = clip.to(REAL), lamb.to(REAL), root.to(REAL), eps.to(REAL)
+    keep_mu, keep_m, keep_v, decay, step = (
+        keep_mu.to(REAL), keep_m.to(REAL), keep_v.to(REAL), decay.to(REAL), step.to(REAL)
+    )  # fmt: skip
+    add_mu, add_m, add_v = (1 - alpha).to(REAL), (1 - beta1).to(REAL), add_v.to(REAL)
     aligned = (theta | m | v | mu | grad) % 16 == 0
-    if TAIL and not (aligned and start + CHUNK <= size):
-        _rows(
-            theta, grad, m, v, mu, start, size, usable, clip.to(REAL), keep_mu.to(REAL), (1 - alpha).to(REAL),
-            lamb.to(REAL), keep_m.to(REAL), (1 - beta1).to(REAL), keep_v.to(REAL), add_v.to(REAL), root.to(REAL),
-            eps.to(REAL), decay.to(REAL), step.to(REAL), PARAM, GRAD, STATE, CHUNK, BLOCK // 4, HAS_MU, RAW, MOVES,
-            IS_PART and HAS_FINITE, True,
-        )  # fmt: skip
+    HAS_ROWS: tl.constexpr = HAS_CHANGE or HAS_NORM
+    width = tl.load(here + 9 * tensors) if HAS_ROWS else size
+    if HAS_ROWS and width > 0:
+        rows = size // width
+        change, norm = _float64(mine, MAX_ROW_CHANGE), _float64(mine, MAX_ROW_NORM)
+        aligned &= width % 16 == 0
+        for n in tl.static_range(SIZES_OF_ROWS):  # each of WIDTHS is four times the one before it
+            if (OF_ROWS >> n) & 1 and (width <= NARROW << (2 * n)) & ((4 * width > NARROW << (2 * n)) | (n == 0)):
+                if TAIL and not aligned:
+                    _chunk_of_rows(
+                        theta, grad, m, v, mu, nth, rows, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
+                        keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, CHUNK, BLOCK,
+                        NARROW << (2 * n), HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, False,
+                    )  # fmt: skip
+                else:
+                    _chunk_of_rows(
+                        theta, grad, m, v, mu, nth, rows, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
+                        keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, CHUNK, BLOCK,
+                        NARROW << (2 * n), HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, True,
+                    )  # fmt: skip
+        if HAS_LONG and width > WIDEST:
+            if TAIL and not aligned:
+                _long_row(
+                    theta, grad, m, v, mu, nth * width, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
+                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, BLOCK, HAS_MU, RAW,
+                    IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, False,
+                )  # fmt: skip
+            else:
+                _long_row(
+                    theta, grad, m, v, mu, nth * width, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
+                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, BLOCK, HAS_MU, RAW,
+                    IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, True,
+                )  # fmt: skip
     else:
-        _rows(
-            theta, grad, m, v, mu, start, size, usable, clip.to(REAL), keep_mu.to(REAL), (1 - alpha).to(REAL),
-            lamb.to(REAL), keep_m.to(REAL), (1 - beta1).to(REAL), keep_v.to(REAL), add_v.to(REAL), root.to(REAL),
-            eps.to(REAL), decay.to(REAL), step.to(REAL), PARAM, GRAD, STATE, CHUNK, BLOCK, HAS_MU, RAW, MOVES,
-            IS_PART and HAS_FINITE, False,
-        )  # fmt: skip
+        start = nth * CHUNK
+        if TAIL and not (aligned and start + CHUNK <= size):
+            _chunk_of_elements(
+                theta, grad, m, v, mu, start, size, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v,
+                root, eps, decay, step, PARAM, GRAD, STATE, CHUNK, BLOCK // 4, HAS_MU, RAW, MOVES,
+                IS_PART and HAS_FINITE, True,
+            )  # fmt: skip
+        else:
+            _chunk_of_elements(
+                theta, grad, m, v, mu, start, size, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v,
+                root, eps, decay, step, PARAM, GRAD, STATE, CHUNK, BLOCK, HAS_MU, RAW, MOVES, IS_PART and HAS_FINITE,
+                False,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -184,7 +368,8 @@ def _squares(grad, start, size, GRAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK: 
     sums = tl.zeros([BLOCK], tl.float64)
     end = tl.minimum(start + CHUNK, size) if MASKED else start + CHUNK
     for block in range(start, end, BLOCK):
-        g = _load(grad, block + tl.arange(0, BLOCK), size, MASKED, tl.float64)
+        at = block + tl.arange(0, BLOCK)
+        g = _load(grad, at, at < size, MASKED, tl.float64)
         sums += g * g
     return tl.sum(sums)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -31,6 +32,10 @@ class Shape(NamedTuple):
 
 
 SHAPES = {8: Shape(2048, 512, 4), 4: Shape(4096, 1024, 4), 2: Shape(4096, 1024, 4)}  # by bytes of an element
+# A program that limits rows has CHUNK / width whole rows, where one of these widths has room for them; of a longer row
+# one, which it reads twice. What would be too much for one program is limited after the step, by rows.py.
+WIDTHS = (16, 64, 256, 1024)
+LONGEST = 1 << 16
 # `judge` is one program, which adds the sums of all chunks: as many threads, and loads at a time, as a GPU lets it have
 JUDGE_BLOCK, JUDGE_THREADS = 8192, 1024
 
@@ -53,6 +58,7 @@ class Static(NamedTuple):
     chunks: Tensor
     tail: bool  # some chunk is not full, or some tensor not aligned
     size: int  # of the numbers' element
+    of_rows: int = 0  # which sizes of rows there are to be limited: a bit for each of WIDTHS, and one for longer ones
 
 
 class Part(NamedTuple):
@@ -61,6 +67,13 @@ class Part(NamedTuple):
     tensors: Tensors
     numbers: Numbers
     at: Where
+
+    @property
+    def widths(self) -> list[int]:
+        """The elements of a row, for each tensor: of those alone whose rows are limited, 0 for others."""
+        n = self.numbers
+        limited = n.micro_step.moves and bool(n.max_row_change or n.max_row_norm)
+        return list(self.tensors.row_widths or ()) if limited else [0] * len(self.tensors.params)
 
 
 class Tables:
@@ -122,7 +135,7 @@ class Tables:
 
     def static(self, kind: Any, lists: Sequence[Part]) -> Static:
         """The chunks of all tensors, and the table of them."""
-        key = [(x.at[:6], x.numbers.beta1, x.numbers.bias_beta1) for x in lists]
+        key = [(x.at[:6], x.numbers.beta1, x.numbers.bias_beta1, x.widths) for x in lists]
         found = self._static.get(kind)
         if found is None or found.key != key:
             found = self._static[kind] = self._made(key, lists, found)
@@ -132,6 +145,7 @@ class Tables:
         tensors, device = lists[0].tensors, lists[0].tensors.params[0].device
         size = max(tensors.exp_avgs[0].element_size(), 4)
         sizes = [n for x in lists for n in _sizes(x.at.ends)]
+        widths = [width for *_, mine in key for width in mine]
         places = [b"".join(getattr(x.at, name) or b"" for x in lists) for name in _COLUMNS]
         numbers = [
             [beta1 for x in lists for beta1 in x.numbers.beta1],
@@ -143,14 +157,17 @@ class Tables:
                 *(column or bytes(8 * len(sizes)) for column in places),
                 *(struct.pack(f"{len(sizes)}d", *column) for column in numbers),
                 memory.packed([i for i, x in enumerate(lists) for _ in x.numbers.beta1]),
+                memory.packed(widths),
             ]
         )
-        shape = SHAPES[size]
+        chunk = SHAPES[size].chunk
         aligned = not any(address % 16 for column in places[:4] for (address,) in struct.iter_unpack("Q", column))
         words = torch.frombuffer(bytearray(table), dtype=torch.int64)
-        same = before is not None and [at[5] for at, *_ in before.key] == [x.at.ends for x in lists]
-        chunks = before.chunks if before and same else self._send(_chunks(sizes, shape.chunk), device)
-        return Static(key, self._send(words, device), chunks, not aligned or _has_tails(sizes, shape.chunk), size)
+        same = before is not None and [(x[0][5], x[3]) for x in before.key] == [(x[0][5], x[3]) for x in key]
+        chunks = before.chunks if before and same else self._send(_chunks(_counts(sizes, widths, chunk)), device)
+        tail = any(width % 16 if width else n % chunk for n, width in zip(sizes, widths, strict=True))
+        of_rows = sum({1 << bisect_left(WIDTHS, width) for width in widths if width})
+        return Static(key, self._send(words, device), chunks, not aligned or tail, size, of_rows)
 
     def squares(self, grads: Sequence[Tensor]) -> list[tuple[torch.dtype, list[int], Static]]:
         """Chunks and sizes for the gradients of each dtype, with their places."""
@@ -164,8 +181,10 @@ class Tables:
             for dtype, mine in places.items():
                 sizes, size = [grads[i].numel() for i in mine], dtype.itemsize
                 words = torch.tensor(sizes, dtype=torch.int64, device="cpu")
-                table, chunks = (self._send(x, grads[0].device) for x in (words, _chunks(sizes, SHAPES[size].chunk)))
-                static = Static(None, table, chunks, _has_tails(sizes, SHAPES[size].chunk), size)
+                chunk = SHAPES[size].chunk
+                counts = [-(-n // chunk) for n in sizes]
+                table, chunks = (self._send(x, grads[0].device) for x in (words, _chunks(counts)))
+                static = Static(None, table, chunks, any(n % chunk for n in sizes), size)
                 self._squares.append((dtype, mine, static))
         return self._squares
 
@@ -191,16 +210,24 @@ def _sizes(ends: bytes) -> list[int]:
     return [end - start for start, end in zip((0, *numbers), numbers, strict=False)]
 
 
-def _chunks(sizes: Sequence[int], chunk: int) -> Tensor:
+def _counts(sizes: Sequence[int], widths: Sequence[int], chunk: int) -> list[int]:
+    """How many chunks each tensor has: of so many elements, or of whole rows."""
+    return [
+        -(-size // chunk) if not width else -(-(size // width) // rows_of_a_chunk(width, chunk))
+        for size, width in zip(sizes, widths, strict=True)
+    ]
+
+
+def rows_of_a_chunk(width: int, chunk: int) -> int:
+    return max(chunk // WIDTHS[bisect_left(WIDTHS, width)], 1) if width <= WIDTHS[-1] else 1
+
+
+def _chunks(counts: Sequence[int]) -> Tensor:
     """A word for each chunk of each tensor: the tensor's place times 2⁴⁰, plus the chunk's number in it."""
-    counts = torch.tensor([-(-size // chunk) for size in sizes], dtype=torch.int64, device="cpu")
-    tensors = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
-    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    of_each = torch.tensor(counts, dtype=torch.int64, device="cpu")
+    tensors = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), of_each)
+    starts = torch.repeat_interleave(of_each.cumsum(0) - of_each, of_each)
     return (tensors << 40) + torch.arange(len(tensors), device="cpu") - starts
-
-
-def _has_tails(sizes: Sequence[int], chunk: int) -> bool:
-    return any(size % chunk for size in sizes)
 
 
 def misaligned(at: bytes) -> bool:
@@ -213,7 +240,7 @@ def words_of(n: Numbers) -> bytes:
     log_beta2 = math.log(n.beta2) if n.beta2 else -math.inf
     after, sign = float(n.amplify_after), -1.0 if n.maximize else 1.0
     rest = (n.beta2, log_beta2, n.eps, n.weight_decay, n.lamb, after, sign, n.micro_step.of, n.micro_step.decays)
-    return struct.pack("QdQdQd9d", *first, *rest)
+    return struct.pack("QdQdQd11d", *first, *rest, n.max_row_change, n.max_row_norm)
 
 
 def _address_and_value(number: Number) -> tuple[int, float]:

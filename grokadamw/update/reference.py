@@ -28,6 +28,7 @@ class Tensors(NamedTuple):
     grok_emas: list[Tensor] | None  # None: no slow gradient is kept, row 6 is left out and row 7 is ĝ = c g
     steps: list[Tensor]  # 0-d, the steps taken before this one
     kept: Any = None  # what the implementation keeps of these lists between steps; see `memory.where`
+    row_widths: list[int] | None = None  # elements of a row, for an implementation that limits rows; 0: not of this one
 
 
 def written(tensors: Tensors, moves: bool = True) -> list[list[Tensor]]:
@@ -63,6 +64,8 @@ class Numbers(NamedTuple):
     maximize: bool
     finite: Tensor | None  # 0-d bool: where it is False, nothing is written. None: the caller has looked already
     micro_step: MicroStep = MicroStep(1, True, True)  # of more than one: where `finite` is False, the gradient is 0
+    max_row_change: float = 0.0  # for the tensors that have `row_widths`; see rows.py
+    max_row_norm: float = 0.0
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:

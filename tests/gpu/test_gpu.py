@@ -148,6 +148,41 @@ def test_half_numbers_are_rounded_to_even() -> None:
         torch.testing.assert_close(given.params[0].cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
+WIDTHS = [(5, 3), (40, 16), (7, 50), (300, 64), (9, 113), (3, 256), (2, 3, 100), (5, 1024), (3, 1500), (2, 4096), (17,)]
+
+
+def limited(dtype: torch.dtype, foreach: bool | None, limits: dict[str, float], offset: int = 0) -> list[Tensor]:
+    """Parameters and state after some steps of rows of every width, one of which is not finite."""
+    generator = torch.Generator().manual_seed(0)
+
+    def placed(shape: tuple[int, ...], scale: float) -> Tensor:
+        values = scale * torch.randn(shape, generator=generator)
+        room = torch.empty(values.numel() + offset, dtype=dtype, device="cuda")
+        return room[offset:].view(shape).copy_(values)
+
+    params = [nn.Parameter(placed(shape, 0.05)) for shape in WIDTHS]
+    optimizer = GrokAdamW(params, lr=0.01, gamma=0.0, foreach=foreach, **limits)
+    for step in range(5):
+        for p in params:
+            p.grad = placed(p.shape, torch.nan if step == 2 else 1.0)
+        optimizer.step()
+    return everything(optimizer)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("limits", [{"max_row_change": 0.02}, {"max_row_change": 0.05, "max_row_norm": 1.5}], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_limited_rows_are_rows_pys(dtype: torch.dtype, limits: dict[str, float], offset: int) -> None:
+    ours, theirs, again = (limited(dtype, foreach, limits, offset) for foreach in (None, True, None))
+    tolerance = 5 * TOLERANCES[dtype][1]
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    without = limited(dtype, None, {}, offset)
+    nothing_cut = limited(dtype, None, {"max_row_change": 1e6, "max_row_norm": 1e6}, offset)
+    assert all(torch.equal(a, b) for a, b in zip(without, nothing_cut, strict=True))
+
+
 def test_two_runs_have_the_same_bits() -> None:
     runs = []
     for _ in range(2):
@@ -198,6 +233,7 @@ def nothing_waits() -> Iterator[None]:
         {"fused": True},
         {"window_size": 3},
         {"accumulation_steps": 2, "second_moment": "raw"},
+        {"max_row_change": 0.03, "max_row_norm": 3.0},
     ],
     ids=str,
 )
@@ -247,12 +283,13 @@ def test_what_keeps_more_does_as_on_the_cpu(keeper: str) -> None:
         ({"nonfinite": "propagate", "gradient_clipping": 0.0}, {"update": 1}),
         ({"gradient_clipping": 0.0}, {"squares": 1, "judge": 1, "update": 1}),
         ({}, {"squares": 1, "judge": 1, "update": 1}),
+        ({"max_row_change": 0.03}, {"squares": 1, "judge": 1, "update": 1}),
     ],
     ids=str,
 )
 def test_launches(options: dict[str, Any], triton: dict[str, int], tensors_in_a_group: int) -> None:
     """Counted by the profiler: ours, and at most one of torch's, for the step counts of one group each."""
-    params = parameters(sizes=[100] * 2 * tensors_in_a_group)
+    params = [nn.Parameter(p.data.view(5, 20)) for p in parameters(sizes=[100] * 2 * tensors_in_a_group)]
     optimizer = GrokAdamW([{"params": params[:tensors_in_a_group]}, {"params": params[tensors_in_a_group:]}], **options)
     for step in range(4):
         set_gradients(params, step)

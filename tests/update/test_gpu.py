@@ -23,14 +23,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import grokadamw
-from grokadamw import GrokAdamW
+from grokadamw import GrokAdamW, update
 from grokadamw.step import Step
 from grokadamw.update import gpu, memory
-from grokadamw.update.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Tables, _runs
+from grokadamw.update.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Shape, Tables, _runs
 
 from ..models import batch, network, running
 from ..oracle import Oracle
 from ..test_oracle import every_step_is_the_oracles, problems
+from .test_update import TOLERANCES
 
 
 @contextmanager
@@ -144,6 +145,91 @@ def test_sizes_about_a_chunk(
         np.testing.assert_allclose(optimizer.state[p]["grok_ema"].numpy(), state["mu"], rtol=2e-6, atol=2e-6)
 
 
+# limits on rows
+
+matrices = st.tuples(
+    st.sampled_from([(1,), (3,), (2, 2)]), st.sampled_from([1, 3, 15, 16, 17, 48, 65, 257, 1024, 1025, 1552])
+).map(lambda pair: (*pair[0], pair[1]) if len(pair[0]) == 1 else (pair[0][0], pair[1], pair[0][1]))
+
+
+@settings(max_examples=20)
+@given(
+    shapes=st.lists(st.one_of(matrices, st.sampled_from([(0, 3), (3, 0), (7,), ()])), min_size=1, max_size=4),
+    dtype=st.sampled_from(list(TOLERANCES)),
+    options=st.sampled_from(
+        [{"max_row_change": 0.02}, {"max_row_norm": 0.7}, {"max_row_change": 0.05, "max_row_norm": 1.5}]
+    ),
+    others=st.sampled_from([{}, {"accumulation_steps": 2, "second_moment": "raw"}, {"lamb": 0.0}]),
+    layout=st.sampled_from(["in order", "transposed", "not aligned"]),
+    longest=st.sampled_from([256, 1 << 16]),
+    chunk=st.sampled_from([256, 4096]),
+    on_device=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_limited_rows_are_rows_pys(
+    shapes: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    options: dict[str, float],
+    others: dict[str, Any],
+    layout: str,
+    longest: int,
+    chunk: int,
+    on_device: bool,
+    seed: int,
+) -> None:
+    """Rows of every width, and what the kernel leaves to rows.py: too long ones, those that do not lie in order.
+
+    One of the rows is 0, one has an outlier or an infinite element; and the second step's gradient is not finite.
+    """
+    results = []
+    for foreach in (None, True):
+        torch.manual_seed(seed)
+        params = [nn.Parameter(laid_out(0.05 * torch.randn(shape), dtype, layout)) for shape in shapes]
+        for p in params:
+            if p.dim() > 1 and p.numel():
+                p.data[-1] = 0
+                p.data[(0,) * p.dim()] = 1.0 if on_device else torch.inf  # which there makes NaN of it in foreach
+        shape_of_chunks = patch.dict(SHAPES, dict.fromkeys(SHAPES, Shape(chunk, 256, 1)))
+        too_long = patch("grokadamw.update.gpu.LONGEST", longest)
+        with as_on_a_gpu() if on_device else running("gpu"), shape_of_chunks, too_long, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.02, **dict.fromkeys(options, 0.3)}]
+            optimizer = GrokAdamW(groups, lr=0.01, gamma=0.0, foreach=foreach, **options, **others)
+            for step in range(3):
+                for p in params:
+                    p.grad = laid_out(torch.randn(p.shape), dtype, layout)
+                    if step == 1 and p.numel():
+                        p.grad[(0,) * p.dim()] = torch.nan
+                optimizer.step()
+        assert foreach or optimizer.implementation().startswith("gpu: ")
+        results.append(params)
+    tolerance = TOLERANCES[dtype][1]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=5 * tolerance, atol=tolerance, equal_nan=True)
+
+
+def laid_out(values: torch.Tensor, dtype: torch.dtype, layout: str) -> torch.Tensor:
+    if layout == "transposed" and values.dim() > 1:
+        return values.to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
+    offset = int(layout == "not aligned")
+    return torch.empty(values.numel() + offset, dtype=dtype)[offset:].view(values.shape).copy_(values)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_where_nothing_is_cut_the_bits_are_those_of_no_limit() -> None:
+    runs = []
+    for limits in ({}, {"max_row_change": 1e6, "max_row_norm": 1e6}):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape)) for shape in ((3, 5), (2, 100), (1, 300), (1, 1030))]
+        optimizer = GrokAdamW(params, lr=0.1, **limits)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        runs.append([*params, *(x for state in optimizer.state.values() for x in state.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_the_norm_is_float64s_whatever_the_dtypes(dtype: torch.dtype) -> None:
@@ -195,6 +281,24 @@ def test_launches_of_a_step(tensors: int, options: dict[str, Any], expected: dic
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_preset_is_as_many(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings, biases and norms have groups of their own. rows.py has nothing to do, and copies nothing."""
+    blocks = [nn.Sequential(nn.Linear(6, 17), nn.LayerNorm(17), nn.Linear(17, 6)) for _ in range(layers)]
+    model = nn.Sequential(nn.Embedding(7, 6), *blocks)
+    optimizer = GrokAdamW.for_grokking(model)
+    assert len(optimizer.param_groups) >= 3
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        with launches() as counts:
+            writes = optimizer._prepared(False)
+            update.steps(writes.calls, writes.tables)
+        assert counts == {"squares": 1, "judge": 1, "update": 1}
+        assert not any(rows.params for rows in writes.limited)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
 def test_nothing_is_sent_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
     send = Tables._send
@@ -212,7 +316,7 @@ def test_nothing_is_sent_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sent == []
     optimizer.param_groups[0]["lr"] = 0.1
     optimizer.step()
-    assert sent == [15]  # the group's numbers
+    assert sent == [17]  # the group's numbers
     sent.clear()
     for p in params:
         p.grad = p.grad.clone()
@@ -221,7 +325,7 @@ def test_nothing_is_sent_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     sent.clear()
     optimizer.param_groups[0]["betas"] = (0.8, 0.99)
     optimizer.step()
-    assert sorted(sent) == [15, 270]  # β1 is in the table of tensors
+    assert sorted(sent) == [17, 300]  # β1 is in the table of tensors
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
@@ -435,6 +539,11 @@ def test_full_chunks_move_in_words_of_16_bytes(codes: list[dict[str, Any]]) -> N
             assert (code["wide_loads"], code["wide_stores"]) == streams
             assert (code["scalar_stores"], code["other_stores"], code["other_loads"]) == (0, 0, 0)
             assert code["scalar_loads"] == 28  # one flag, one chunk, nine entries of tensors, a count, 16 numbers
+        elif code["target"].startswith("sm_") and "rows" in code["kernel"]:
+            # the body of what has no rows, and that of rows, which longer ones pass through twice
+            bodies, half = 3 if "longest" in code["kernel"] else 2, code["param"] not in ("float32", "float64")
+            assert (code["wide_loads"], code["wide_stores"]) == (bodies * (8 if half else 10), 14 if half else 16)
+            assert (code["scalar_stores"], code["other_stores"], code["other_loads"]) == (0, 0, 0)
     assert {"sm_80", "sm_90", "sm_100"} <= {target for target, _ in seen}
     assert len(seen) == 15
 
@@ -454,22 +563,16 @@ def test_no_kernel_spills(codes: list[dict[str, Any]]) -> None:
     for code in codes:
         if code["target"].startswith("sm_"):
             assert code["spilled"] == 0, code
-            assert code["registers"] <= 96, code
+            assert code["registers"] <= (128 if "rows" in code["kernel"] else 96), code
 
 
 def test_every_kernel_is_compiled_for_every_gpu(codes: list[dict[str, Any]]) -> None:
     counts = Counter((code["target"], code["kernel"]) for code in codes)
+    kernels = ["update", "update, micro-batch", "squares", "judge, 2 lists", "judge, 32 lists", "judge, 1024 lists"]
     assert counts == {
-        (target, kernel): 6 if target == "sm_75" else 8
+        (target, kernel): (6 if target == "sm_75" else 8) // (2 if "rows" in kernel else 1)
         for target in ("sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
-        for kernel in (
-            "update",
-            "update, micro-batch",
-            "squares",
-            "judge, 2 lists",
-            "judge, 32 lists",
-            "judge, 1024 lists",
-        )
+        for kernel in [*kernels, "update, rows of 256", "update, longest rows"]
     }
 
 
