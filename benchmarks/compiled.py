@@ -101,7 +101,7 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
                 constexprs=values,
                 attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
             ),
-            warps[function.__name__],
+            warps[function.__name__] * (2 if "rows" in name else 1),
         )
 
 
@@ -110,7 +110,9 @@ def compiled(target: str, param: torch.dtype, state: torch.dtype, tail: bool) ->
     for name, source, warps in sources(gpu.kernels(), param, state, tail):
         # gpu.py asks for as many warps of `squares` and `update` everywhere, and for as many threads of `judge`
         given = warps // wide if name.startswith("judge") else warps
-        asm = triton.compile(source, target=TARGETS[target], options={"num_warps": given}).asm
+        asm = triton.compile(
+            source, target=TARGETS[target], options={"num_warps": given, "enable_fp_fusion": False}
+        ).asm
         counts: list[int | None] = [None] * 8
         if "ptx" in asm:
             counts = [*resources(asm["cubin"]), *accesses(asm["ptx"], "ld"), *accesses(asm["ptx"], "st")]

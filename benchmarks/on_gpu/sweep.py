@@ -44,7 +44,7 @@ UPDATE = [
     Shape(8192, 1024, 4),
     Shape(8192, 2048, 8),
 ]
-LIMITED = [SHAPES[4], Shape(4096, 512, 4), Shape(4096, 1024, 8), Shape(8192, 2048, 8)]
+LIMITED = [SHAPES[4], Shape(2048, 1024, 4), Shape(8192, 1024, 4), Shape(4096, 2048, 4)]  # which get twice the warps
 JUDGE = [
     Shape(JUDGE_BLOCK, JUDGE_BLOCK, JUDGE_THREADS // 32),
     Shape(8192, 8192, 16),

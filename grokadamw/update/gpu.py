@@ -88,8 +88,38 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+@cache
 def _triton(dtype: torch.dtype) -> Any:
     return getattr(kernels().tl, str(dtype).removeprefix("torch."))
+
+
+@cache
+def _takes_constants() -> bool:
+    """Whether what Triton has compiled is launched with the constants, too: earlier versions leave them out."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+
+
+_compiled: dict[Any, tuple[Any, Any]] = {}  # a kernel, whose id is in the key, and what Triton made of it
+
+
+def _launch(name: str, programs: int, device: torch.device, *arguments: Any, warps: int, **constants: Any) -> None:
+    """Launch a kernel; the constants come in the order of its signature, after all other arguments.
+
+    Triton takes longer to find what it has compiled than the launch itself takes. So that is kept, by all that Triton
+    goes by: the constants, the tensors' dtypes, and whether they are aligned. Integers are small, and not specialised.
+    Multiplications and additions are not fused, or the bits would depend on which body of a kernel an element is in.
+    """
+    kernel, tensors = getattr(kernels(), name), [x for x in arguments if isinstance(x, Tensor)]
+    key = (id(kernel), device, warps, *constants.values(), *[(x.dtype, x.data_ptr() % 16) for x in tensors])
+    with _on(device):
+        if key in _compiled:
+            _compiled[key][1][programs, 1, 1](*arguments, *constants.values())
+            return
+        made = kernel[programs,](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
+        if made is not None and _takes_constants():  # the interpreter makes None
+            _compiled[key] = kernel, made
 
 
 # rows 2 and 3
@@ -122,19 +152,17 @@ def _sums(grads: Sequence[Tensor], at: bytes, tables: Tables) -> Tensor:
         here = at if len(found) == 1 else b"".join(at[8 * i : 8 * i + 8] for i in places)
         shape, count = SHAPES[static.size], len(static.chunks)
         if count:
-            with _on(device):
-                kernels().squares[(count,)](
-                    static.chunks,
-                    static.table,
-                    tables.words(here, device),
-                    sums,
-                    first,
-                    GRAD=_triton(dtype),
-                    TAIL=static.tail or tables.masked or misaligned(here),
-                    CHUNK=shape.chunk,
-                    BLOCK=shape.block,
-                    num_warps=shape.warps,
-                )
+            _launch(
+                "squares",
+                count,
+                device,
+                *(static.chunks, static.table, tables.words(here, device), sums, first),
+                GRAD=_triton(dtype),
+                TAIL=static.tail or tables.masked or misaligned(here),
+                CHUNK=shape.chunk,
+                BLOCK=shape.block,
+                warps=shape.warps,
+            )
         first += count
     return sums
 
@@ -171,24 +199,26 @@ def judge(
     sums = _sums(grads, addresses(grads) if at is None else at, tables) if wants_norm else None
     verdict = tables.verdict(device, len(limits))
     unused = verdict.numbers
-    with _on(device):
-        kernels().judge[(1,)](
-            unused if sums is None else sums,
-            0 if sums is None else len(sums),
-            tables.words(struct.pack(f"{len(limits)}d", *limits), device).view(torch.float64),
-            len(limits),
-            unused if scale is None else scale,
-            unused if found_inf is None else found_inf,
-            verdict.numbers,
-            verdict.finite.view(torch.int8),
-            unused if skipped is None else skipped,
-            HAS_SCALE=scale is not None,
-            HAS_FOUND=found_inf is not None,
-            SKIPS=skipped is not None,
-            LISTS=1 << (len(limits) - 1).bit_length(),
-            BLOCK=JUDGE_BLOCK,
-            num_warps=JUDGE_THREADS // (64 if torch.version.hip else 32),
-        )
+    _launch(
+        "judge",
+        1,
+        device,
+        unused if sums is None else sums,
+        0 if sums is None else len(sums),
+        tables.words(struct.pack(f"{len(limits)}d", *limits), device).view(torch.float64),
+        len(limits),
+        unused if scale is None else scale,
+        unused if found_inf is None else found_inf,
+        verdict.numbers,
+        verdict.finite.view(torch.int8),
+        unused if skipped is None else skipped,
+        HAS_SCALE=scale is not None,
+        HAS_FOUND=found_inf is not None,
+        SKIPS=skipped is not None,
+        LISTS=1 << (len(limits) - 1).bit_length(),
+        BLOCK=JUDGE_BLOCK,
+        warps=JUDGE_THREADS // (64 if torch.version.hip else 32),
+    )
     return verdict
 
 
@@ -251,30 +281,32 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
     if not len(static.chunks):
         return
     words = b"".join(words_of(x.numbers) for x in lists)
-    with _on(device):
-        kernels().update[(len(static.chunks),)](
-            static.chunks,
-            static.table,
-            tables.words(grads, device),
-            tables.words(words, device),
-            static.chunks if finite is None else finite.view(torch.int8),
-            len(grads) // 8,
-            **dict(zip(("PARAM", "GRAD", "STATE"), map(_triton, dtypes), strict=True)),
-            HAS_MU=has_mu,
-            RAW=raw,
-            EPS_FIRST=eps_first,
-            HAS_FINITE=has_finite,
-            IS_PART=is_part,
-            MOVES=moves,
-            TAIL=static.tail or tables.masked or misaligned(grads),
-            HAS_CHANGE=any(n.max_row_change for n in limits),
-            HAS_NORM=any(n.max_row_norm for n in limits),
-            OF_ROWS=static.of_rows & ((1 << len(WIDTHS)) - 1),
-            HAS_LONG=static.of_rows >> len(WIDTHS) > 0,
-            CHUNK=shape.chunk,
-            BLOCK=shape.block,
-            num_warps=shape.warps,
-        )
+    _launch(
+        "update",
+        len(static.chunks),
+        device,
+        static.chunks,
+        static.table,
+        tables.words(grads, device),
+        tables.words(words, device),
+        static.chunks if finite is None else finite.view(torch.int8),
+        len(grads) // 8,
+        **dict(zip(("PARAM", "GRAD", "STATE"), map(_triton, dtypes), strict=True)),
+        HAS_MU=has_mu,
+        RAW=raw,
+        EPS_FIRST=eps_first,
+        HAS_FINITE=has_finite,
+        IS_PART=is_part,
+        MOVES=moves,
+        TAIL=static.tail or tables.masked or misaligned(grads),
+        HAS_CHANGE=any(n.max_row_change for n in limits),
+        HAS_NORM=any(n.max_row_norm for n in limits),
+        OF_ROWS=static.of_rows & ((1 << len(WIDTHS)) - 1),
+        HAS_LONG=static.of_rows >> len(WIDTHS) > 0,
+        CHUNK=shape.chunk,
+        BLOCK=shape.block,
+        warps=shape.warps * (2 if limits else 1),  # a row waits for its sums
+    )
 
 
 def _counts(lists: list[Part], tables: Tables) -> list[Tensor]:

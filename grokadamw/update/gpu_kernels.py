@@ -337,13 +337,13 @@ def update(
             if TAIL and not aligned:
                 _long_row(
                     theta, grad, m, v, mu, nth * width, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
-                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, BLOCK, HAS_MU, RAW,
+                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, 2 * BLOCK, HAS_MU, RAW,
                     IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, False,
                 )  # fmt: skip
             else:
                 _long_row(
                     theta, grad, m, v, mu, nth * width, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
-                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, BLOCK, HAS_MU, RAW,
+                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, 2 * BLOCK, HAS_MU, RAW,
                     IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, True,
                 )  # fmt: skip
     else:

@@ -37,7 +37,7 @@ SHAPES = {8: Shape(2048, 512, 4), 4: Shape(4096, 1024, 4), 2: Shape(4096, 1024, 
 WIDTHS = (16, 64, 256, 1024)
 LONGEST = 1 << 16
 # `judge` is one program, which adds the sums of all chunks: as many threads, and loads at a time, as a GPU lets it have
-JUDGE_BLOCK, JUDGE_THREADS = 8192, 1024
+JUDGE_BLOCK, JUDGE_THREADS = 4096, 1024
 
 
 class Verdict(NamedTuple):
