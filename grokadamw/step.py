@@ -158,11 +158,12 @@ class Step:
 
     def _check_settings(self) -> None:
         """Refuse what was set wrong by hand in a group since the last step."""
-        groups = self.optimizer.param_groups
+        groups, before = self.optimizer.param_groups, self.run.checked
         now = [settings(group) for group in groups]
-        if now != self.run.checked:
-            for group in groups:
-                check_settings(group, self.options)
+        if now != before:
+            for i, group in enumerate(groups):
+                if now[i : i + 1] != before[i : i + 1]:
+                    check_settings(group, self.options)
             self.run.checked = now
 
     def _planned(self) -> Now | None:
@@ -347,7 +348,10 @@ class Step:
             return float(value)
         if self._on_host(value.device) or self._on_host(device):
             return value.item()
-        return value.reshape(()).to(device, accumulator(device), non_blocking=True)
+        dtype = accumulator(device)
+        if value.dim() == 0 and value.dtype == dtype and value.device == device:
+            return value
+        return value.reshape(()).to(device, dtype, non_blocking=True)
 
     def _may_read(self, device: torch.device) -> bool:
         """Whether the host may read from this device in a step."""

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -273,11 +274,10 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
     limits = [x.numbers for x in lists] if static.of_rows else []
     shape, finite = SHAPES[static.size], lists[0].numbers.finite
     grads = b"".join(x.at.grads for x in lists)
-    for x in lists:
-        for column in written(x.tensors, moves)[: -1 if moves else None]:  # torch counts steps, and says so itself
-            torch.autograd.graph.increment_version(column)
-            if mesh_of(column[0]) is not None:
-                torch.autograd.graph.increment_version(plain(column))
+    # torch counts the steps, and says so itself
+    columns = [column for x in lists for column in written(x.tensors, moves)[: -1 if moves else None]]
+    columns += [plain(column) for column in columns if mesh_of(column[0]) is not None]
+    torch.autograd.graph.increment_version(chain.from_iterable(columns))
     if not len(static.chunks):
         return
     words = b"".join(words_of(x.numbers) for x in lists)
