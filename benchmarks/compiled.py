@@ -76,15 +76,16 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
     constants: dict[str, dict[str, Any]] = {
         "update": {"PARAM": dtypes["param"], "GRAD": dtypes["param"], "STATE": dtypes["state"], "HAS_MU": True}
         | {"RAW": False, "EPS_FIRST": False, "HAS_FINITE": True, "IS_PART": False, "MOVES": True, "TAIL": tail}
-        | {"HAS_CHANGE": False, "HAS_NORM": False, "OF_ROWS": 0, "HAS_LONG": False}
+        | {"HAS_CHANGE": False, "HAS_NORM": False, "OF_ROWS": 0, "HAS_LONG": False, "ODD_ROWS": False}
         | {"CHUNK": shape.chunk, "BLOCK": shape.block},
         "squares": {"GRAD": dtypes["param"], "TAIL": tail, "CHUNK": of_grads.chunk, "BLOCK": of_grads.block},
     }
     constants["update, micro-batch"] = constants["update"] | {"RAW": True, "IS_PART": True, "MOVES": False}
-    if not tail:
-        limited = constants["update"] | {"HAS_CHANGE": True, "HAS_NORM": True}
+    if tail:  # as a model's biases have
+        limited = constants["update"] | {"HAS_CHANGE": True}
         constants["update, rows of 256"] = limited | {"OF_ROWS": 1 << WIDTHS.index(256)}
-        constants["update, longest rows"] = limited | {"HAS_LONG": True}
+        constants["update, longer rows"] = limited | {"HAS_LONG": True}
+        constants["update, odd rows"] = limited | {"ODD_ROWS": True}
     for lists in LISTS:
         flags = {"HAS_SCALE": True, "HAS_FOUND": True, "SKIPS": True}
         constants[f"judge, {lists} lists"] = flags | {"LISTS": lists, "BLOCK": JUDGE_BLOCK}

@@ -271,7 +271,7 @@ def steps(calls: Sequence[tuple[Tensors, Numbers]], tables: Tables | None = None
 def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
     device, *dtypes, has_mu, raw, eps_first, has_finite, is_part, moves = kind
     static = tables.static(kind, lists)
-    limits = [x.numbers for x in lists] if static.of_rows else []
+    limits = [x.numbers for x in lists] if static.limits_rows else []
     shape, finite = SHAPES[static.size], lists[0].numbers.finite
     grads = b"".join(x.at.grads for x in lists)
     # torch counts the steps, and says so itself
@@ -303,6 +303,7 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
         HAS_NORM=any(n.max_row_norm for n in limits),
         OF_ROWS=static.of_rows & ((1 << len(WIDTHS)) - 1),
         HAS_LONG=static.of_rows >> len(WIDTHS) > 0,
+        ODD_ROWS=static.limits_rows and (static.odd_rows or tables.masked or misaligned(grads)),
         CHUNK=shape.chunk,
         BLOCK=shape.block,
         warps=shape.warps * (2 if limits else 1),  # a row waits for its sums

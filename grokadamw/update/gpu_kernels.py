@@ -10,6 +10,7 @@ with masks, which TAIL=False leaves out where no chunk needs it.
 import triton
 import triton.language as tl
 
+from .gpu_tables import STRAIGHT as _STRAIGHT
 from .gpu_tables import WIDTHS
 from .rows import SHORT
 
@@ -20,7 +21,7 @@ CHUNK_MASK = tl.constexpr((1 << 40) - 1)
 LR, ALPHA, CLIP = (tl.constexpr(i) for i in range(0, 6, 2))
 BETA2, LOG_BETA2, EPS, WEIGHT_DECAY, LAMB, AMPLIFY_AFTER, SIGN = (tl.constexpr(i) for i in range(6, 13))
 MICRO_STEPS, DECAYS, MAX_ROW_CHANGE, MAX_ROW_NORM, NUMBERS = (tl.constexpr(i) for i in range(13, 18))
-SHORTEST = tl.constexpr(SHORT)
+SHORTEST, STRAIGHT = tl.constexpr(SHORT), tl.constexpr(_STRAIGHT)
 NARROW, WIDEST, SIZES_OF_ROWS = (tl.constexpr(x) for x in (WIDTHS[0], WIDTHS[-1], len(WIDTHS)))
 
 
@@ -163,22 +164,19 @@ def _shares(olds, moveds, news, products, change, norm, HAS_CHANGE: tl.constexpr
 
 @triton.jit
 def _chunk_of_rows(
-    theta, grad, m, v, mu, nth, rows, width, change, norm, usable,
+    theta, grad, m, v, mu, first, end, width, change, norm, usable,
     clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr, HAS_MU: tl.constexpr, RAW: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr,
-    HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, ALIGNED: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_MU: tl.constexpr, RAW: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr,
+    HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    """slow_grad to limit_rows for a chunk of rows of a matrix, of no more than WIDTH elements each."""
-    theta, grad = _pointer(theta, PARAM, not ALIGNED), _pointer(grad, GRAD, not ALIGNED)
-    m, v, mu = _pointer(m, STATE, not ALIGNED), _pointer(v, STATE, not ALIGNED), _pointer(mu, STATE, not ALIGNED)
-    if ALIGNED:
-        width = width // 16 * 16  # which tells the compiler that it can be divided by 16
-    ROWS: tl.constexpr = CHUNK // WIDTH if CHUNK > WIDTH else 1
-    end = tl.minimum(nth * ROWS + ROWS, rows)
+    """slow_grad to limit_rows for some rows of a matrix, of no more than WIDTH elements each, which lie straight."""
+    theta, grad = _pointer(theta, PARAM, False), _pointer(grad, GRAD, False)
+    m, v, mu = _pointer(m, STATE, False), _pointer(v, STATE, False), _pointer(mu, STATE, False)
+    width = width // STRAIGHT * STRAIGHT  # which tells the compiler that it can be divided by that
     AT_ONCE: tl.constexpr = BLOCK // WIDTH if BLOCK > WIDTH else 1
     column = tl.arange(0, WIDTH)[None, :]
-    for block in range(nth * ROWS, end, AT_ONCE):
+    for block in range(first, end, AT_ONCE):
         row = block + tl.arange(0, AT_ONCE)[:, None]
         at, inside = row * width + column, (row < end) & (column < width)
         old, new = _new(
@@ -197,23 +195,27 @@ def _chunk_of_rows(
 
 
 @triton.jit
-def _long_row(
+def _row(
     theta, grad, m, v, mu, start, width, change, norm, usable,
     clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, HAS_MU: tl.constexpr,
     RAW: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    IS_STRAIGHT: tl.constexpr,
 ):  # fmt: skip
-    """slow_grad to limit_rows for a row that is too long for registers: once for its sums, and once more to write."""
-    theta, grad = _pointer(theta, PARAM, not ALIGNED), _pointer(grad, GRAD, not ALIGNED)
-    m, v, mu = _pointer(m, STATE, not ALIGNED), _pointer(v, STATE, not ALIGNED), _pointer(mu, STATE, not ALIGNED)
-    if ALIGNED:
-        width, start = width // 16 * 16, start // 16 * 16  # which tells the compiler what it can be divided by
+    """slow_grad to limit_rows for a row of any length: once for its sums, and once more to write."""
+    theta, grad = _pointer(theta, PARAM, not IS_STRAIGHT), _pointer(grad, GRAD, not IS_STRAIGHT)
+    m, v, mu = (
+        _pointer(m, STATE, not IS_STRAIGHT), _pointer(v, STATE, not IS_STRAIGHT), _pointer(mu, STATE, not IS_STRAIGHT)
+    )  # fmt: skip
+    if IS_STRAIGHT:  # the compiler is told what they can be divided by
+        width, start = width // STRAIGHT * STRAIGHT, start // STRAIGHT * STRAIGHT
+    theta, grad, m, v, mu = theta + start, grad + start, m + start, v + start, mu + start
+    columns = width if IS_STRAIGHT else width.to(tl.int32)  # fewer registers, either way
     olds = tl.zeros([BLOCK], tl.float64)
     moveds, news, products = olds, olds, olds
-    for block in range(0, width, BLOCK):
-        column = block + tl.arange(0, BLOCK)
-        at, inside = start + column, column < width
+    for block in range(0, columns, BLOCK):
+        at = block + tl.arange(0, BLOCK)
+        inside = at < columns
         old, new = _new(
             theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
             eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True, False,
@@ -231,9 +233,9 @@ def _long_row(
         tl.sum(olds, keep_dims=True), tl.sum(moveds, keep_dims=True), tl.sum(news, keep_dims=True),
         tl.sum(products, keep_dims=True), change, norm, HAS_CHANGE, HAS_NORM,
     )  # fmt: skip
-    for block in range(0, width, BLOCK):
-        column = block + tl.arange(0, BLOCK)
-        at, inside = start + column, column < width
+    for block in range(0, columns, BLOCK):
+        at = block + tl.arange(0, BLOCK)
+        inside = at < columns
         old, new = _new(
             theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
             eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True, True,
@@ -255,12 +257,13 @@ def update(
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, HAS_MU: tl.constexpr, RAW: tl.constexpr,
     EPS_FIRST: tl.constexpr, HAS_FINITE: tl.constexpr, IS_PART: tl.constexpr, MOVES: tl.constexpr, TAIL: tl.constexpr,
     HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, OF_ROWS: tl.constexpr, HAS_LONG: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    ODD_ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows 6 to 10. Where `finite` is 0 it writes nothing; as a part of a step, a micro-batch, takes the gradient as 0.
 
     With HAS_CHANGE or HAS_NORM limit_rows, too: of matrices a program takes whole rows. OF_ROWS says which of WIDTHS
-    there are, a bit for each; HAS_LONG, whether there are longer ones.
+    there are, a bit for each; HAS_LONG, whether there are longer rows, and ODD_ROWS, whether there are some that do not
+    all begin at a word of 16 bytes. A body that is not compiled takes no registers from the others.
 
     Does not count the step, which other programs read.
     """
@@ -316,32 +319,26 @@ def update(
     HAS_ROWS: tl.constexpr = HAS_CHANGE or HAS_NORM
     width = tl.load(here + 9 * tensors) if HAS_ROWS else size
     if HAS_ROWS and width > 0:
-        rows = size // width
         change, norm = _float64(mine, MAX_ROW_CHANGE), _float64(mine, MAX_ROW_NORM)
-        aligned &= width % 16 == 0
-        for n in tl.static_range(SIZES_OF_ROWS):  # each of WIDTHS is four times the one before it
-            if (OF_ROWS >> n) & 1 and (width <= NARROW << (2 * n)) & ((4 * width > NARROW << (2 * n)) | (n == 0)):
-                if TAIL and not aligned:
-                    _chunk_of_rows(
-                        theta, grad, m, v, mu, nth, rows, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
-                        keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, CHUNK, BLOCK,
-                        NARROW << (2 * n), HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, False,
-                    )  # fmt: skip
-                else:
-                    _chunk_of_rows(
-                        theta, grad, m, v, mu, nth, rows, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
-                        keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, CHUNK, BLOCK,
-                        NARROW << (2 * n), HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, True,
-                    )  # fmt: skip
-        if HAS_LONG and width > WIDEST:
-            if TAIL and not aligned:
-                _long_row(
-                    theta, grad, m, v, mu, nth * width, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
-                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, 2 * BLOCK, HAS_MU, RAW,
+        rows = tl.load(here + 10 * tensors)  # of a chunk
+        end = tl.minimum(nth * rows + rows, size // width)
+        if ODD_ROWS and not (aligned and width % STRAIGHT == 0):
+            for row in range(nth * rows, end):
+                _row(
+                    theta, grad, m, v, mu, row * width, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
+                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, BLOCK, HAS_MU, RAW,
                     IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, False,
                 )  # fmt: skip
-            else:
-                _long_row(
+        else:
+            for n in tl.static_range(SIZES_OF_ROWS):  # each of WIDTHS is four times the one before it
+                if (OF_ROWS >> n) & 1 and (width <= NARROW << (2 * n)) & ((4 * width > NARROW << (2 * n)) | (n == 0)):
+                    _chunk_of_rows(
+                        theta, grad, m, v, mu, nth * rows, end, width, change, norm, usable, clip, keep_mu, add_mu,
+                        lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, BLOCK,
+                        NARROW << (2 * n), HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM,
+                    )  # fmt: skip
+            if HAS_LONG and width > WIDEST:
+                _row(
                     theta, grad, m, v, mu, nth * width, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
                     keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, 2 * BLOCK, HAS_MU, RAW,
                     IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, True,

@@ -32,9 +32,10 @@ class Shape(NamedTuple):
 
 
 SHAPES = {8: Shape(2048, 512, 4), 4: Shape(4096, 1024, 4), 2: Shape(4096, 1024, 4)}  # by bytes of an element
-# A program that limits rows has CHUNK / width whole rows, where one of these widths has room for them; of a longer row
-# one, which it reads twice. What would be too much for one program is limited after the step, by rows.py.
-WIDTHS = (16, 64, 256, 1024)
+# A program that limits rows has CHUNK / width whole rows, where one of these widths has room for them, and they lie
+# straight: a multiple of STRAIGHT elements, and so all of them begin at a word of 16 bytes. Of longer or odd ones it
+# has one, and reads that twice. What would be too much for one program is limited after the step, by rows.py.
+WIDTHS, STRAIGHT = (16, 64, 256, 1024), 8
 LONGEST = 1 << 16
 # `judge` is one program, which adds the sums of all chunks: as many threads, and loads at a time, as a GPU lets it have
 JUDGE_BLOCK, JUDGE_THREADS = 4096, 1024
@@ -58,7 +59,9 @@ class Static(NamedTuple):
     chunks: Tensor
     tail: bool  # some chunk is not full, or some tensor not aligned
     size: int  # of the numbers' element
-    of_rows: int = 0  # which sizes of rows there are to be limited: a bit for each of WIDTHS, and one for longer ones
+    limits_rows: bool = False
+    of_rows: int = 0  # which sizes of straight rows there are: a bit for each of WIDTHS, and one for longer ones
+    odd_rows: bool = False  # others
 
 
 class Part(NamedTuple):
@@ -145,7 +148,7 @@ class Tables:
         tensors, device = lists[0].tensors, lists[0].tensors.params[0].device
         size = max(tensors.exp_avgs[0].element_size(), 4)
         sizes = [n for x in lists for n in _sizes(x.at.ends)]
-        widths = [width for *_, mine in key for width in mine]
+        widths, chunk = [width for *_, mine in key for width in mine], SHAPES[size].chunk
         places = [b"".join(getattr(x.at, name) or b"" for x in lists) for name in _COLUMNS]
         numbers = [
             [beta1 for x in lists for beta1 in x.numbers.beta1],
@@ -158,16 +161,17 @@ class Tables:
                 *(struct.pack(f"{len(sizes)}d", *column) for column in numbers),
                 memory.packed([i for i, x in enumerate(lists) for _ in x.numbers.beta1]),
                 memory.packed(widths),
+                memory.packed([rows_of_a_chunk(width, chunk) for width in widths]),
             ]
         )
-        chunk = SHAPES[size].chunk
         aligned = not any(address % 16 for column in places[:4] for (address,) in struct.iter_unpack("Q", column))
         words = torch.frombuffer(bytearray(table), dtype=torch.int64)
         same = before is not None and [(x[0][5], x[3]) for x in before.key] == [(x[0][5], x[3]) for x in key]
         chunks = before.chunks if before and same else self._send(_chunks(_counts(sizes, widths, chunk)), device)
-        tail = any(width % 16 if width else n % chunk for n, width in zip(sizes, widths, strict=True))
-        of_rows = sum({1 << bisect_left(WIDTHS, width) for width in widths if width})
-        return Static(key, self._send(words, device), chunks, not aligned or tail, size, of_rows)
+        tail = not aligned or any(n % chunk for n, width in zip(sizes, widths, strict=True) if not width)
+        of_rows = sum({1 << bisect_left(WIDTHS, width) for width in widths if width and not width % STRAIGHT})
+        odd = not aligned or any(width % STRAIGHT for width in widths)
+        return Static(key, self._send(words, device), chunks, tail, size, any(widths), of_rows, odd)
 
     def squares(self, grads: Sequence[Tensor]) -> list[tuple[torch.dtype, list[int], Static]]:
         """Chunks and sizes for the gradients of each dtype, with their places."""
@@ -219,7 +223,7 @@ def _counts(sizes: Sequence[int], widths: Sequence[int], chunk: int) -> list[int
 
 
 def rows_of_a_chunk(width: int, chunk: int) -> int:
-    return max(chunk // WIDTHS[bisect_left(WIDTHS, width)], 1) if width <= WIDTHS[-1] else 1
+    return 1 if width > WIDTHS[-1] or width % STRAIGHT else max(chunk // WIDTHS[bisect_left(WIDTHS, width)], 1)
 
 
 def _chunks(counts: Sequence[int]) -> Tensor:
