@@ -322,11 +322,12 @@ def update(
         change, norm = _float64(mine, MAX_ROW_CHANGE), _float64(mine, MAX_ROW_NORM)
         rows = tl.load(here + 10 * tensors)  # of a chunk
         end = tl.minimum(nth * rows + rows, size // width)
+        ODD_BLOCK: tl.constexpr = BLOCK if BLOCK < 512 else 512  # larger ones spill
         if ODD_ROWS and not (aligned and width % STRAIGHT == 0):
             for row in range(nth * rows, end):
                 _row(
                     theta, grad, m, v, mu, row * width, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
-                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, BLOCK, HAS_MU, RAW,
+                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, ODD_BLOCK, HAS_MU, RAW,
                     IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, False,
                 )  # fmt: skip
         else:
