@@ -97,8 +97,8 @@ def stages() -> list[Stage]:
             "compute-sanitizer",
             "gpu-6-sanitizer.log",
             [
-                sanitizer("memcheck", "'five steps, float32', 'five steps, not aligned', 'the preset'", 80),
-                sanitizer("racecheck", "'norm, float32'", 40),
+                sanitizer("memcheck", "'five steps, float32', 'five steps, not aligned', 'the preset'", 50),
+                sanitizer("racecheck", "'norm, float32'", 20),
             ],
         ),
         Stage(
@@ -107,7 +107,7 @@ def stages() -> list[Stage]:
             [
                 Command([*PYTHON, "-c", PROFILED], 40, tool=ncu),
                 Command([*PYTEST, "-m", "gpu", LARGEST], 30),
-                Command(of_torch, 50, stand_ins()),
+                Command(of_torch, 90, stand_ins()),
             ],
         ),
     ]
