@@ -26,11 +26,12 @@ from .state import WINDOW, State, check, new_counts, prepare
 from .update.gpu_tables import Tables
 from .update.reference import Numbers, Tensors
 from .window import Window
-from .work import Call, Now, Plan, Work, calls_for, collect
+from .work import Call, Now, Plan, Work, calls_for, collect, with_gradients
 
 if TYPE_CHECKING:
     from .grokadamw import GrokAdamW
 
+PLANS = 8  # that are kept: of so many sets of parameters with a gradient
 _SumOfSquares: TypeAlias = Callable[[Sequence[Tensor]], Tensor]
 
 
@@ -50,6 +51,7 @@ class Run:
     names: dict[Tensor, str] = field(default_factory=dict)  # of parameters, as set_layers found them
     stepped: bool = False  # whether the last step was a whole one, or the last of its micro-batches
     plan: Plan | None = None  # how the last step was called, for the next
+    plans: dict[tuple[bool, ...], Plan] = field(default_factory=dict)  # of the last sets of parameters with a gradient
     evaluation_listeners: list[Callable[[], None]] = field(default_factory=list)  # called after record(eval_acc=…)
     graphs: list[Any] = field(default_factory=list)  # what CUDA graphs of the step read, besides tensors that users see
 
@@ -167,8 +169,11 @@ class Step:
             self.run.checked = now
 
     def _planned(self) -> Now | None:
-        """The work and the calls of the last step's plan, with the tensors of now; None where it does not hold."""
+        """The work and the calls of an earlier step's plan, with the tensors of now; None where none holds."""
         now = None if self.plan is None else self.plan.now(self.cycle.groups, self.state)
+        if now is None and (plan := self.run.plans.get(with_gradients(self.cycle.groups))) not in (None, self.plan):
+            self.plan = self.run.plan = plan  # the same parameters had gradients before, as with alternating heads
+            now = plan.now(self.cycle.groups, self.state)
         if now is None or not self.cycle.fits(call.tensors.params for call in now.calls) or not self._has_windows(now):
             return None
         return now
@@ -309,6 +314,12 @@ class Step:
         calls = calls_for(work, self.state)
         plan = Plan(self.cycle.groups, work, calls) if self.cycle.is_regular else None
         self.run.plan = plan if plan and plan.lasts else None
+        if self.run.plan is not None:
+            plans, key = self.run.plans, with_gradients(self.cycle.groups)
+            plans.pop(key, None)
+            if len(plans) >= PLANS:
+                del plans[next(iter(plans))]
+            plans[key] = self.run.plan
         return calls
 
     def _beta1(self, i: int, call: Call, w: Work, now: Now | None) -> list[float]:

@@ -291,6 +291,11 @@ class Plan:
         return self._beta1s[i][1]
 
 
+def with_gradients(groups: Sequence[dict[str, Any]]) -> tuple[bool, ...]:
+    """Return for each parameter whether it has a gradient."""
+    return tuple(param.grad is not None for group in groups for param in group["params"])
+
+
 def _facts(group: dict[str, Any]) -> tuple[Any, ...]:
     """What the calls follow from in a group, besides what its tensors look like."""
     return len(group["params"]), list(group["layers"]), float(group["lamb"]) > 0, group["foreach"], group["fused"]

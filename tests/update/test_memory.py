@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from grokadamw import GrokAdamW, update, work
+from grokadamw import GrokAdamW, step, update, work
 from grokadamw.update import cpu, gpu, native
 
 from ..models import batch, network, running
@@ -595,3 +595,26 @@ class TestStepsAside:
         for options in ({"foreach": True}, {"foreach": False}, {"fused": False}):
             p = nn.Parameter(torch.ones(3))
             assert (stepped(p, GrokAdamW([p], **options)) < 1).all()
+
+
+def test_sets_of_gradients_that_come_back_are_not_looked_at_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with heads that take turns, and modules that are left out at random; with as many sets as are kept."""
+    made: list[int] = []
+    make = step.calls_for
+    monkeypatch.setattr(step, "calls_for", lambda *args: (made.append(1), make(*args))[1])
+    ours, theirs = ([nn.Parameter(torch.ones(3, 2)) for _ in range(step.PLANS + 2)] for _ in range(2))
+    optimizers = [GrokAdamW(ours, gamma=0.0), GrokAdamW(theirs, gamma=0.0, foreach=True)]
+    for turn in range(4):
+        for i in range(step.PLANS):
+            for params, optimizer in zip((ours, theirs), optimizers, strict=True):
+                for j, p in enumerate(params):
+                    p.grad = torch.full((3, 2), 0.1 * (turn + j + 1)) if j != i else None
+                made.clear()
+                optimizer.step()
+                assert len(made) == (turn == 0)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    for p in ours:
+        p.grad = torch.ones(3, 2)
+    optimizers[0].step()  # one more set: the plan that was made first goes
+    assert len(optimizers[0]._run.plans) == step.PLANS
