@@ -147,7 +147,7 @@ class Step:
             [(module, c.tensors, n) for module, c, n in zip(modules, calls, numbers, strict=True)],
             tables,
             windowed,
-            self._limited(calls, modules, work, finite, memory_is_all) if run.stepped else (),
+            self._limited(calls, modules, work, finite) if run.stepped else (),
         )
 
     def _found_infinity(self) -> bool:
@@ -384,12 +384,7 @@ class Step:
         return update.foreach if by_lists else module
 
     def _limited(
-        self,
-        calls: Sequence[Call],
-        modules: Sequence[ModuleType],
-        work: list[Work],
-        finite: bool | Tensor,
-        memory_is_all: bool,
+        self, calls: Sequence[Call], modules: Sequence[ModuleType], work: list[Work], finite: bool | Tensor
     ) -> list[update.rows.Rows]:
         """limit_rows: the parameters that have rows which no implementation has limited, with what limits these."""
         limited = []
@@ -401,9 +396,8 @@ class Step:
             matrices = call.matrices
             if module is not call.choice.module:
                 matrices = [i for i, place in enumerate(call.places) if w.params[place].dim() > 1]
-            by_torch = not memory_is_all or update.asked_for(w.group) is not None
             params = [w.params[call.places[i]] for i in matrices]
-            limited.append(update.rows.Rows(params, change, norm, finite, by_torch))
+            limited.append(update.rows.Rows(params, change, norm, finite))
         return limited
 
 

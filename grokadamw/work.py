@@ -121,11 +121,11 @@ def calls_for(work: Sequence[Work], state: Mapping[Tensor, State]) -> list[Call]
 
 def _with_rows(call: Call, params: Sequence[Tensor]) -> Call:
     matrices = [i for i, place in enumerate(call.places) if params[place].dim() > 1]
-    if call.choice.module is not gpu:
+    if call.choice.module not in (cpu, gpu):
         return call._replace(matrices=matrices)
     widths = [0] * len(call.places)
     for i in matrices:
-        widths[i] = gpu.row_width(call.tensors.params[i])
+        widths[i] = call.choice.module.row_width(call.tensors.params[i])
     return call._replace(
         tensors=call.tensors._replace(row_widths=widths), matrices=[i for i in matrices if not widths[i]]
     )

@@ -25,7 +25,6 @@ __all__ = [
     "BY_ADDRESS",
     "FUSED_ON",
     "Choice",
-    "asked_for",
     "average",
     "MicroStep",
     "checked",

@@ -1,4 +1,4 @@
-"""Rows 2 and 6 to 10 of the step on the CPU, in one pass through memory, and row 11 in another.
+"""The sum of squares, and the step from slow_grad to limit_rows: on the CPU, each in one pass through memory.
 
 A C kernel gets arrays of addresses.
 
@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..numbers import as_real, mesh_of
-from . import foreach, native
+from ..numbers import mesh_of
+from . import foreach, memory, native
 from .memory import DTYPES, Where, addresses, ends_of, has_no_gaps, plain, where
-from .reference import Numbers, Tensors, written
+from .reference import Numbers, Tensors, limited_widths, written
+from .rows import SHORT
 
 _PROCESS = os.getpid()  # a later fork of it has none of OpenMP's threads, and would wait for them forever
 _ALONE = 1 << 17  # elements for which another thread is not worth its start
@@ -72,47 +73,22 @@ def flat(tensors: Sequence[Tensor]) -> Callable[[bytes], float] | None:
     return squares
 
 
-def can_limit(param: Tensor) -> bool:
-    """Whether the kernel can limit the rows of a parameter, which has some: they lie one after the other."""
-    if type(param) not in (Tensor, nn.Parameter) or not param.is_cpu or param.is_neg() or param.is_conj():
-        return False
-    rows = max(param.shape[0], 1)
-    return (
-        (as_real(param) if param.is_complex() else param).dtype in DTYPES
-        and has_no_gaps(param)
-        and (rows == 1 or param.stride(0) == param.numel() // rows)
-        and not isinstance(native.kernel(), str)
-    )
-
-
-def limit(params: Sequence[Tensor], before: Sequence[Tensor], change: float, shortest: float, norm: float) -> None:
-    """Row 11 for tensors of one dtype that `can_limit` has cleared, and that share no memory; see `rows.limit`."""
-    found = native.kernel()
-    if isinstance(found, str):
-        raise RuntimeError(found)
-    real, count = list(map(as_real, params)), len(params)
-    rows = [x.shape[0] for x in real]
-    table = native.Limits(
-        count=count,
-        rows=struct.pack(f"{count}q", *rows),
-        widths=struct.pack(f"{count}q", *(x.numel() // max(n, 1) for x, n in zip(real, rows, strict=True))),
-        params=addresses(real),
-        before=addresses(list(map(as_real, before))) if before else None,
-        change=change,
-        shortest=shortest,
-        norm=norm,
-        param=DTYPES.index(real[0].dtype),
-    )
-    torch.autograd.graph.increment_version(params)
-    found.limit(table, (ctypes.c_int64 * count)(), *_threads(sum(map(Tensor.numel, real))))
-
-
 def _can_be_summed(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cpu and x.dtype in DTYPES and has_no_gaps(x) and not x.is_neg()
 
 
+def row_width(param: Tensor) -> int:
+    """The elements of a row of a parameter that `why_not` has cleared, where `step` can limit its rows; otherwise 0."""
+    found = native.kernel()
+    return 0 if isinstance(found, str) else memory.row_width(param, found.row_bytes // param.itemsize)
+
+
 def step(tensors: Tensors, numbers: Numbers) -> None:
-    """Rows 6 to 10 for every tensor, written in place; of tensors that `why_not` and `share_memory` have cleared."""
+    """Do slow_grad to limit_rows for every tensor, written in place.
+
+    Args:
+        tensors: cleared by `why_not` and `share_memory`.
+    """
     found, n = native.kernel(), numbers
     if isinstance(found, str):
         raise RuntimeError(found)
@@ -121,13 +97,14 @@ def step(tensors: Tensors, numbers: Numbers) -> None:
             return
         tensors, n = tensors._replace(grads=list(map(torch.zeros_like, tensors.grads)), kept=None), n._replace(clip=1.0)
     at: Where = where(tensors) if tensors.kept is None else tensors.kept
-    count = len(tensors.params)
+    count, widths = len(tensors.params), limited_widths(tensors, n)
     (elements,) = struct.unpack("q", at.ends[-8:])
     table = native.Table(
         count=count,
         **at._asdict(),
         beta1=struct.pack(f"{count}d", *n.beta1),
         bias_beta1=struct.pack(f"{count}d", *n.bias_beta1),
+        row_widths=memory.packed(widths) if any(widths) else None,
         beta2=n.beta2,
         lr=float(n.lr),
         eps=n.eps,
@@ -139,6 +116,9 @@ def step(tensors: Tensors, numbers: Numbers) -> None:
         eps_before_correction=n.eps_before_correction,
         raw_second_moment=n.raw_second_moment,
         micro_steps=n.micro_step.of,
+        max_row_change=n.max_row_change,
+        max_row_norm=n.max_row_norm,
+        shortest=SHORT,
         decays=n.micro_step.decays,
         moves=n.micro_step.moves,
         param=DTYPES.index(tensors.params[0].dtype),

@@ -1,5 +1,5 @@
-/* Rows 2 and 6 to 10 of the step for all tensors of a list in one pass through memory, and row 11 in another; cpu.py
- * calls it.
+/* The sum of squares, and the step from slow_grad to limit_rows, for all tensors of a list in one pass through memory
+ * each; cpu.py calls it.
  *
  * setup.py compiles this file once for each instruction set, with VARIANT after the names of its functions. It leaves
  * vectors to the compiler, and forbids it to join a product and a sum: so an element's result has the same bits wherever
@@ -20,37 +20,30 @@
 
 enum { PIECE = 1 << 16, /* elements that a thread takes at a time, and of which each sum of squares is */
        CHUNK = 512,     /* elements that are converted at a time: they stay in the L1 cache */
+       STRIP = 128,     /* elements of rows that are limited which are updated at a time, before their squares are summed */
+       ROW_BYTES = 1 << 18, /* of the longest row that can be limited; a copy of it is on the stack */
        LANES = 16,      /* sums of squares that go side by side */
        AHEAD = 12 };    /* tensors that are fetched before they are looked at */
 enum dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
-/* A list of tensors, and the numbers for them; `Table` in cpu.py is the same. */
+/* A list of tensors, and the numbers for them; `Table` in native.py is the same. */
 typedef struct {
     int64_t count;                 /* of tensors */
     const int64_t *ends;           /* elements of all tensors up to and with each */
     char *const *params, *const *grads, *const *exp_avgs, *const *exp_avg_sqs, *const *grok_emas; /* grok_emas may be NULL */
     float *const *steps;
     const double *beta1, *bias_beta1;
+    const int64_t *row_widths;     /* elements of a row, 0 where rows are not limited; NULL where none are */
     double beta2, lr, eps, weight_decay, alpha, lamb, clip, micro_steps; /* micro_steps: k, 1 for a whole step */
+    double max_row_change, max_row_norm, shortest; /* 0: no limit. A row below the shortest length may move as far as that */
     int64_t amplify_after;
     int32_t eps_before_correction, raw_second_moment, decays, moves;
     int32_t param, grad, state;    /* dtypes */
 } table;
 
-/* Tensors whose rows, slices along the first dimension that lie one after the other, are limited; `Limits` in native.py. */
-typedef struct {
-    int64_t count;                 /* of tensors */
-    const int64_t *ends;           /* pieces of all tensors up to and with each */
-    const int64_t *rows, *widths;  /* of each tensor; elements of a row */
-    char *const *params, *const *before; /* before may be NULL */
-    double change, shortest, norm; /* a change of 0 and a norm of 0 are no limits */
-    int32_t param;                 /* dtype */
-} limits;
-
 typedef struct job {
     void (*work)(struct job *);    /* takes pieces until there are no more */
     const table *t;
-    const limits *l;
     double *sums;                  /* of squares, one a piece; NULL for a step */
     int64_t pieces, next, done;    /* next: the piece to be taken */
     int64_t users;                 /* threads that may still look at this */
@@ -61,7 +54,7 @@ typedef struct job {
 typedef void gomp_parallel(void (*)(void *), void *, unsigned threads, unsigned flags);
 
 int64_t NAME(table_size)(void) { return sizeof(table); }
-int64_t NAME(limits_size)(void) { return sizeof(limits); }
+int64_t NAME(row_bytes)(void) { return ROW_BYTES; }
 int64_t NAME(piece)(void) { return PIECE; }
 
 /* Conversions: branchless, so that they become vectors. */
@@ -172,16 +165,14 @@ static void set_numbers(numbers *k, const table *t, int64_t tensor)
     k->eps = t->eps_before_correction ? t->eps * k->root : t->eps, k->decay = 1 - t->lr * t->weight_decay;
 }
 
-static void step_part(const table *t, numbers *kept, int64_t tensor, int64_t from, int64_t to) /* of one tensor */
+static void step_part(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to) /* of one tensor */
 {
-    set_numbers(kept, t, tensor);
-    const numbers k = *kept;
     char *theta = t->moves ? t->params[tensor] : NULL, *g = t->grads[tensor], *m = t->exp_avgs[tensor], *v = t->exp_avg_sqs[tensor];
     char *mu = t->grok_emas ? t->grok_emas[tensor] : NULL;
     const int raw = t->raw_second_moment;
     if (t->state == FLOAT64) {
         rows_double(to - from, theta ? (double *)theta + from : NULL, (double *)g + from, (double *)m + from, (double *)v + from,
-                    mu ? (double *)mu + from : NULL, raw, k);
+                    mu ? (double *)mu + from : NULL, raw, *k);
         return;
     }
     const int64_t chunk = t->param == FLOAT32 && t->grad == FLOAT32 && t->state == FLOAT32 ? to - from : CHUNK;
@@ -191,7 +182,7 @@ static void step_part(const table *t, numbers *kept, int64_t tensor, int64_t fro
         float *theta_ = theta ? load(room[0], theta, i, n, t->param) : NULL, *g_ = load(room[1], g, i, n, t->grad);
         float *m_ = load(room[2], m, i, n, t->state), *v_ = load(room[3], v, i, n, t->state);
         float *mu_ = mu ? load(room[4], mu, i, n, t->state) : NULL;
-        rows_float(n, theta_, g_, m_, v_, mu_, raw, k);
+        rows_float(n, theta_, g_, m_, v_, mu_, raw, *k);
         if (theta) store(room[0], theta, i, n, t->param);
         store(room[2], m, i, n, t->state);
         store(room[3], v, i, n, t->state);
@@ -231,7 +222,17 @@ static double squares_part(const table *t, int64_t tensor, int64_t from, int64_t
     return sum;
 }
 
-/* Row 11. Squares are summed in double, in the same order wherever a row lies. */
+/* limit_rows. Rows are updated in strips, so short that the processor sums one's squares while it waits for the next one's
+ * quotients. A row that is to be cut is still in the cache when it is whole. Squares are summed in double, in the same order
+ * wherever a row lies. */
+
+static double sum_of_lanes(const double *lanes)
+{
+    double a[LANES / 2], b[LANES / 4];
+    for (int j = 0; j < LANES / 2; j++) a[j] = lanes[j] + lanes[j + LANES / 2];
+    for (int j = 0; j < LANES / 4; j++) b[j] = a[j] + a[j + LANES / 4];
+    return (b[0] + b[2]) + (b[1] + b[3]);
+}
 
 static double *load_double(double *room, const char *at, int64_t i, int64_t n, int32_t dtype)
 {
@@ -245,8 +246,12 @@ static void store_double(const double *room, char *at, int64_t i, int64_t n, int
         const real way = now - before;                                                                                \
         return way - way == 0 ? way : 0;                                                                              \
     }                                                                                                                 \
-    static void add_moved_##real(int64_t n, const real *x, const real *y, double *ways, double *olds)                 \
+    static inline __attribute__((always_inline)) void add_squares_##real(                                             \
+        const table *t, int64_t n, const char *theta, const char *before, double *restrict ways, double *restrict olds) \
     {                                                                                                                 \
+        real rooms[2][STRIP];                                                                                         \
+        const real *restrict x = load(rooms[0], theta, 0, n, t->param);                                               \
+        const real *restrict y = load(rooms[1], before, 0, n, t->param);                                              \
         int64_t i = 0;                                                                                                \
         for (; i + LANES <= n; i += LANES)                                                                            \
             for (int j = 0; j < LANES; j++) {                                                                         \
@@ -258,78 +263,83 @@ static void store_double(const double *room, char *at, int64_t i, int64_t n, int
             ways[j] += way * way, olds[j] += old * old;                                                               \
         }                                                                                                             \
     }                                                                                                                 \
-    static void limit_change_##real(const limits *t, char *theta, const char *before, int64_t from, int64_t to)       \
+    static void limit_change_##real(const table *t, int64_t width, char *theta, const char *before,                   \
+                                    const double *ways, const double *olds)                                           \
     {                                                                                                                 \
+        const double way = sum_of_lanes(ways), old = sum_of_lanes(olds), limit = t->max_row_change;                   \
+        const double least = t->shortest * t->shortest, length = old < least ? least : old;                           \
+        if (!(way > limit * limit * length && way < INFINITY)) return;                                                \
+        const real less = limit * sqrt(length / way) - 1;                                                             \
         real rooms[2][CHUNK];                                                                                         \
-        double ways[LANES] = {0}, olds[LANES] = {0}, way = 0, old = 0;                                                \
-        for (int64_t i = from, n; i < to; i += n) {                                                                   \
-            n = to - i < CHUNK ? to - i : CHUNK;                                                                      \
-            add_moved_##real(n, load(rooms[0], theta, i, n, t->param), load(rooms[1], before, i, n, t->param), ways, olds);\
-        }                                                                                                             \
-        for (int j = 0; j < LANES; j++) way += ways[j], old += olds[j];                                               \
-        old = sqrt(old);                                                                                              \
-        const double times = sqrt(way) / (t->change * (old < t->shortest ? t->shortest : old));                       \
-        if (!(times > 1 && times < INFINITY)) return;                                                                 \
-        const real less = 1 / times - 1;                                                                              \
-        for (int64_t i = from, n; i < to; i += n) {                                                                   \
-            n = to - i < CHUNK ? to - i : CHUNK;                                                                      \
+        for (int64_t i = 0, n; i < width; i += n) {                                                                   \
+            n = width - i < CHUNK ? width - i : CHUNK;                                                                \
             real *x = load(rooms[0], theta, i, n, t->param);                                                          \
             const real *y = load(rooms[1], before, i, n, t->param);                                                   \
             for (int64_t j = 0; j < n; j++) x[j] += moved_##real(x[j], y[j]) * less;                                  \
             store(rooms[0], theta, i, n, t->param);                                                                   \
         }                                                                                                             \
     }                                                                                                                 \
-    static void limit_norm_##real(const limits *t, char *theta, int64_t from, int64_t to)                             \
+    static void limit_norm_##real(const table *t, int64_t width, char *theta)                                         \
     {                                                                                                                 \
         real room[CHUNK];                                                                                             \
         double sum = 0;                                                                                               \
-        for (int64_t i = from, n; i < to; i += n) {                                                                   \
-            n = to - i < CHUNK ? to - i : CHUNK;                                                                      \
+        for (int64_t i = 0, n; i < width; i += n) {                                                                   \
+            n = width - i < CHUNK ? width - i : CHUNK;                                                                \
             sum += squares_##real(n, load(room, theta, i, n, t->param));                                              \
         }                                                                                                             \
-        const double times = sqrt(sum) / t->norm;                                                                     \
-        if (!(times > 1 && times < INFINITY)) return;                                                                 \
-        const real share = 1 / times;                                                                                 \
-        for (int64_t i = from, n; i < to; i += n) {                                                                   \
-            n = to - i < CHUNK ? to - i : CHUNK;                                                                      \
+        if (!(sum > t->max_row_norm * t->max_row_norm && sum < INFINITY)) return;                                     \
+        const real share = t->max_row_norm / sqrt(sum);                                                               \
+        for (int64_t i = 0, n; i < width; i += n) {                                                                   \
+            n = width - i < CHUNK ? width - i : CHUNK;                                                                \
             real *x = load(room, theta, i, n, t->param);                                                              \
             for (int64_t j = 0; j < n; j++) x[j] *= share;                                                            \
             store(room, theta, i, n, t->param);                                                                       \
         }                                                                                                             \
     }                                                                                                                 \
-    static void limit_##real(const limits *t, int64_t tensor, int64_t from, int64_t to)                               \
+    static void step_rows_##real(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to,          \
+                                 int64_t size)                                                                        \
     {                                                                                                                 \
-        char *theta = t->params[tensor];                                                                              \
-        if (t->before) limit_change_##real(t, theta, t->before[tensor], from, to);                                    \
-        if (t->norm) limit_norm_##real(t, theta, from, to);                                                           \
+        const int64_t width = t->row_widths[tensor], rows = width < STRIP ? STRIP / width : 1; /* at a time */        \
+        real copy[ROW_BYTES / sizeof(real)] __attribute__((aligned(64)));                                             \
+        char *const before = (char *)copy;                                                                            \
+        for (int64_t start = from, n; start < to; start += n) {                                                       \
+            char *theta = t->params[tensor] + start * size;                                                           \
+            double ways[LANES] = {0}, olds[LANES] = {0};                                                              \
+            n = to - start < rows * width ? to - start : rows * width;                                                \
+            for (int64_t i = 0, strip; i < n; i += strip) {                                                           \
+                strip = n - i < STRIP ? n - i : STRIP;                                                                \
+                memcpy(before + i * size, theta + i * size, strip * size);                                            \
+                step_part(t, k, tensor, start + i, start + i + strip);                                                \
+                if (rows == 1) add_squares_##real(t, strip, theta + i * size, before + i * size, ways, olds);         \
+            }                                                                                                         \
+            for (int64_t i = 0; i < n; i += width) {                                                                  \
+                char *x = theta + i * size, *y = before + i * size;                                                   \
+                if (rows > 1) {                                                                                       \
+                    memset(ways, 0, sizeof ways), memset(olds, 0, sizeof olds);                                       \
+                    add_squares_##real(t, width, x, y, ways, olds);                                                   \
+                }                                                                                                     \
+                if (t->max_row_change) limit_change_##real(t, width, x, y, ways, olds);                               \
+                if (t->max_row_norm) limit_norm_##real(t, width, x);                                                  \
+            }                                                                                                         \
+        }                                                                                                             \
     }
 LIMIT(float, load, store)
 LIMIT(double, load_double, store_double)
 
-/* Rows of all tensors, one tensor after the other, in pieces of about as many elements as the others'. */
-static int64_t rows_of_a_piece(int64_t width) { return width < PIECE ? PIECE / width : 1; }
-
-static void limit_pieces(job *j)
+static void step_rows(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to) /* that begin there */
 {
-    const limits *t = j->l;
-    int64_t tensor = 0, piece;
-    while ((piece = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->pieces) {
-        while (t->ends[tensor] <= piece) tensor++;
-        const int64_t width = t->widths[tensor], rows = rows_of_a_piece(width);
-        const int64_t from = (piece - (tensor ? t->ends[tensor - 1] : 0)) * rows;
-        const int64_t to = from + rows < t->rows[tensor] ? from + rows : t->rows[tensor];
-        for (int64_t row = from; row < to; row++)
-            (t->param == FLOAT64 ? limit_double : limit_float)(t, tensor, row * width, (row + 1) * width);
-        __atomic_fetch_add(&j->done, 1, __ATOMIC_RELEASE);
-    }
+    const int64_t width = t->row_widths[tensor], first = (from + width - 1) / width, end = (to + width - 1) / width;
+    const int64_t size = t->param == FLOAT64 ? 8 : t->param == FLOAT32 ? 4 : 2;
+    (t->param == FLOAT64 ? step_rows_double : step_rows_float)(t, k, tensor, first * width, end * width, size);
 }
 
-/* The elements of all tensors, one tensor after the other, are cut into pieces; threads take one when they are free. */
+/* The elements of all tensors, one tensor after the other, are cut into pieces; threads take one when they are free. A row
+ * that is limited belongs to the piece in which it begins. */
 
 static void step_pieces(job *j)
 {
     int64_t tensor = 0, piece;
-    numbers kept = {0};
+    numbers k = {0};
     while ((piece = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->pieces) {
         const table *t = j->t;
         const int64_t total = t->ends[t->count - 1], end = (piece + 1) * PIECE < total ? (piece + 1) * PIECE : total;
@@ -339,7 +349,10 @@ static void step_pieces(job *j)
             const int64_t start = tensor ? t->ends[tensor - 1] : 0;
             const int64_t stop = t->ends[tensor] < end ? t->ends[tensor] : end;
             if (j->sums) sum += squares_part(t, tensor, at - start, stop - start);
-            else step_part(t, &kept, tensor, at - start, stop - start);
+            else {
+                set_numbers(&k, t, tensor);
+                (t->row_widths && t->row_widths[tensor] ? step_rows : step_part)(t, &k, tensor, at - start, stop - start);
+            }
             at = stop;
         }
         if (j->sums) j->sums[piece] = sum;
@@ -416,18 +429,6 @@ double NAME(sum_of_squares)(const table *t, double *sums, int64_t threads, gomp_
     double sum = 0;
     for (int64_t i = 0; i < pieces; i++) sum += sums[i];
     return sum;
-}
-
-/* `ends` is room, which it fills. */
-void NAME(limit)(limits *t, int64_t *ends, int64_t threads, gomp_parallel *parallel)
-{
-    int64_t pieces = 0;
-    for (int64_t i = 0; i < t->count; i++) {
-        const int64_t rows = t->widths[i] ? rows_of_a_piece(t->widths[i]) : 1;
-        ends[i] = pieces += t->widths[i] ? (t->rows[i] + rows - 1) / rows : 0;
-    }
-    t->ends = ends;
-    work_on((job){.work = limit_pieces, .l = t, .pieces = pieces}, threads, parallel);
 }
 
 /* Whether something of these sizes at these addresses has memory in common with ranges, which are sorted and apart. */

@@ -228,11 +228,7 @@ def judge(
 
 def row_width(param: Tensor) -> int:
     """The elements of a row of a parameter that `why_not` has cleared, where `step` can limit its rows; otherwise 0."""
-    if param.dim() < 2 or mesh_of(param) is not None or not param.numel():
-        return 0
-    width = param.numel() // param.shape[0]
-    in_order = param.shape[0] == 1 or param.stride(0) == width
-    return width if in_order and width <= LONGEST else 0
+    return memory.row_width(param, LONGEST)
 
 
 def step(tensors: Tensors, numbers: Numbers) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..numbers import Number
 from . import memory
 from .memory import Where
-from .reference import Numbers, Tensors
+from .reference import Numbers, Tensors, limited_widths
 
 _ANOTHER = "what is captured is another step than the one before: take a step before capturing"
 _KEPT = 64  # tables of which the device keeps a copy
@@ -70,13 +70,6 @@ class Part(NamedTuple):
     tensors: Tensors
     numbers: Numbers
     at: Where
-
-    @property
-    def widths(self) -> list[int]:
-        """The elements of a row, for each tensor: of those alone whose rows are limited, 0 for others."""
-        n = self.numbers
-        limited = n.micro_step.moves and bool(n.max_row_change or n.max_row_norm)
-        return list(self.tensors.row_widths or ()) if limited else [0] * len(self.tensors.params)
 
 
 class Tables:
@@ -138,7 +131,7 @@ class Tables:
 
     def static(self, kind: Any, lists: Sequence[Part]) -> Static:
         """The chunks of all tensors, and the table of them."""
-        key = [(x.at[:6], x.numbers.beta1, x.numbers.bias_beta1, x.widths) for x in lists]
+        key = [(x.at[:6], x.numbers.beta1, x.numbers.bias_beta1, limited_widths(x.tensors, x.numbers)) for x in lists]
         found = self._static.get(kind)
         if found is None or found.key != key:
             found = self._static[kind] = self._made(key, lists, found)

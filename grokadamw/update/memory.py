@@ -98,6 +98,18 @@ def has_no_gaps(x: Tensor) -> bool:
     return True
 
 
+def row_width(param: Tensor, longest: int) -> int:
+    """Return the elements of a row of a parameter that `why_not` has cleared; 0 if kernels cannot limit its rows.
+
+    They limit rows of at most `longest` elements, each of which lies in one piece, one row after the other.
+    """
+    if param.dim() < 2 or mesh_of(param) is not None or not param.numel():
+        return 0
+    width = param.numel() // param.shape[0]
+    in_order = param.shape[0] == 1 or param.stride(0) == width
+    return width if in_order and width <= longest else 0
+
+
 def share_memory(*lists: Tensors) -> bool:
     """Whether memory that a step writes belongs to two of the tensors."""
     grads = [x for tensors in lists for x in plain(tensors.grads)]

@@ -20,25 +20,15 @@ class Table(ctypes.Structure):
     _fields_ = [
         ("count", ctypes.c_int64),
         *((name, ctypes.c_char_p) for name in ("ends", "params", "grads", "exp_avgs", "exp_avg_sqs", "grok_emas")),
-        *((name, ctypes.c_char_p) for name in ("steps", "beta1", "bias_beta1")),
+        *((name, ctypes.c_char_p) for name in ("steps", "beta1", "bias_beta1", "row_widths")),
         *(
             (name, ctypes.c_double)
             for name in ("beta2", "lr", "eps", "weight_decay", "alpha", "lamb", "clip", "micro_steps")
         ),
+        *((name, ctypes.c_double) for name in ("max_row_change", "max_row_norm", "shortest")),
         ("amplify_after", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("eps_before_correction", "raw_second_moment", "decays", "moves")),
         *((name, ctypes.c_int32) for name in ("param", "grad", "state")),
-    ]
-
-
-class Limits(ctypes.Structure):
-    """`limits` in cpu_kernel.c."""
-
-    _fields_ = [
-        ("count", ctypes.c_int64),
-        *((name, ctypes.c_char_p) for name in ("ends", "rows", "widths", "params", "before")),
-        *((name, ctypes.c_double) for name in ("change", "shortest", "norm")),
-        ("param", ctypes.c_int32),
     ]
 
 
@@ -47,9 +37,9 @@ class Kernel(NamedTuple):
 
     instruction_set: str
     piece: int  # elements of a sum of squares
+    row_bytes: int  # of the longest row that `step` can limit
     step: Callable[..., None]
     sum_of_squares: Callable[..., float]
-    limit: Callable[..., None]
     meet: Callable[..., int]
     look: Callable[..., int] | None  # None where torch has no table of DLPack's functions
 
@@ -62,7 +52,7 @@ def kernel() -> Kernel | str:
     try:
         library = ctypes.CDLL(str(_LIBRARY))
         for name in _instruction_sets():
-            if hasattr(library, f"limit_{name}"):
+            if hasattr(library, f"row_bytes_{name}"):
                 return _kernel(library, name)
     except OSError as error:
         return f"the native kernel cannot be loaded: {error}"
@@ -76,20 +66,18 @@ def _instruction_sets() -> list[str]:
 
 
 def _kernel(library: ctypes.CDLL, name: str) -> Kernel | str:
-    table_size, limits_size, piece, step, squares, limit, meet = (
+    table_size, piece, row_bytes, step, squares, meet = (
         getattr(library, f"{function}_{name}")
-        for function in ("table_size", "limits_size", "piece", "step", "sum_of_squares", "limit", "meet")
+        for function in ("table_size", "piece", "row_bytes", "step", "sum_of_squares", "meet")
     )
-    if (table_size(), limits_size()) != (ctypes.sizeof(Table), ctypes.sizeof(Limits)):
+    if table_size() != ctypes.sizeof(Table):
         return "the native kernel is of another version of grokadamw: install it again"
-    step.restype, squares.restype, limit.restype = None, ctypes.c_double, None
-    limit.argtypes = (ctypes.POINTER(Limits), ctypes.POINTER(ctypes.c_int64), ctypes.c_int64, ctypes.c_void_p)
+    step.restype, squares.restype = None, ctypes.c_double
     step.argtypes = (ctypes.POINTER(Table), ctypes.c_int64, ctypes.c_void_p)
     squares.argtypes = (ctypes.POINTER(Table), ctypes.POINTER(ctypes.c_double), ctypes.c_int64, ctypes.c_void_p)
     meet.argtypes = (ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p) * 2
-    return Kernel(
-        {"v3": "x86-64-v3", "v4": "x86-64-v4"}.get(name, name), piece(), step, squares, limit, meet, _look(name)
-    )
+    instruction_set = {"v3": "x86-64-v3", "v4": "x86-64-v4"}.get(name, name)
+    return Kernel(instruction_set, piece(), row_bytes(), step, squares, meet, _look(name))
 
 
 class _Python(ctypes.Structure):

@@ -68,6 +68,12 @@ class Numbers(NamedTuple):
     max_row_norm: float = 0.0
 
 
+def limited_widths(tensors: Tensors, numbers: Numbers) -> list[int]:
+    """Return the elements of a row for each tensor; 0 for those whose rows this step does not limit."""
+    limited = numbers.micro_step.moves and (numbers.max_row_change or numbers.max_row_norm)
+    return list(tensors.row_widths) if limited and tensors.row_widths else [0] * len(tensors.params)
+
+
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Σ g² over all elements of tensors on one device, squared and summed in float64, in list order: a 0-d tensor."""
     dtype = accumulator(tensors[0].device)

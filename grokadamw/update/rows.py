@@ -1,6 +1,7 @@
 """Row 11: how far a parameter's rows may move in a step, and how long they may be.
 
-In torch's operations on every device; and by the native kernel, in one pass, where it can take them.
+In torch's operations, on every device. The kernels of `cpu` and `gpu` limit most rows as they update them; this is the
+definition that they are tested against, and limits the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..numbers import accumulator, as_real, summed, wide
-from . import cpu, memory
 
 SHORT = 0.1  # a row that is shorter may move as one of this length, or none would ever leave 0
 
@@ -23,7 +23,6 @@ class Rows(NamedTuple):
     change: float  # the largest, of a row's length; 0 is no limit
     norm: float  # the largest; 0 is no limit
     finite: bool | Tensor  # where False, a flag on a device too, nothing changes
-    by_torch: bool = False  # whatever the parameters are
 
 
 def before(rows: Rows) -> list[Tensor]:
@@ -37,8 +36,6 @@ def limit(rows: Rows, before: list[Tensor]) -> None:
     Then θ_r ← θ_r / max(1, ‖θ_r‖ / norm). What is within its limits stays as it is, bit for bit, and so does what has
     no norm. Elements that are not finite neither move nor count as having moved.
     """
-    if not rows.by_torch and isinstance(rows.finite, bool):
-        rows, before = _by_the_kernel(rows, before)
     for param, old in zip(rows.params, before, strict=bool(before)):
         real, dtype = as_real(param), wide(as_real(param).dtype)
         moved = torch.nan_to_num(real.to(dtype) - as_real(old).to(dtype), 0.0, 0.0, 0.0)
@@ -52,22 +49,6 @@ def limit(rows: Rows, before: list[Tensor]) -> None:
             real.mul_(share)
         else:
             real.copy_(long * share)
-
-
-def _by_the_kernel(rows: Rows, before: list[Tensor]) -> tuple[Rows, list[Tensor]]:
-    """Limit what the native kernel can take. Returns the rest."""
-    places = [i for i, param in enumerate(rows.params) if cpu.can_limit(param)]
-    if memory.Ranges([rows.params[i] for i in places], []).overlap:
-        return rows, before
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for i in places:
-        by_dtype.setdefault(rows.params[i].dtype, []).append(i)
-    for mine in by_dtype.values() if rows.finite else ():
-        params, old = ([tensors[i] for i in mine if tensors] for tensors in (rows.params, before))
-        cpu.limit(params, old, rows.change, SHORT, rows.norm)
-    taken = set(places)
-    rest = [i for i in range(len(rows.params)) if i not in taken]
-    return rows._replace(params=[rows.params[i] for i in rest]), [before[i] for i in rest if before]
 
 
 def _share(times: Tensor, finite: bool | Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +19,7 @@ from torch import Tensor, nn
 
 from grokadamw import GrokAdamW, update
 from grokadamw.update import cpu, native
-from grokadamw.update.reference import Numbers, Tensors
-from grokadamw.update.rows import Rows, limit
+from grokadamw.update.reference import MicroStep, Numbers, Tensors
 
 from ..models import running
 from .test_update import TOLERANCES, everything, numbers
@@ -287,17 +288,18 @@ print("done")
     assert run(code) == "done"
 
 
-def test_a_step_needs_no_memory() -> None:
+@pytest.mark.parametrize("options", ["", "max_row_change=0.01, max_row_norm=1.0"], ids=["free", "limited"])
+def test_a_step_needs_no_memory(options: str) -> None:
     """Beyond parameters, gradients and state; of the process's own peak, as Linux counts it."""
-    code = """
+    code = f"""
 import torch
 from grokadamw import GrokAdamW
 def status(name):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1024
-p = torch.nn.Parameter(torch.ones(16_000_000))
+p = torch.nn.Parameter(torch.ones(4_000, 4_000))
 p.grad = torch.ones_like(p)
-optimizer = GrokAdamW([p])
+optimizer = GrokAdamW([p], {options})
 for _ in range(2):
     optimizer.step()
 with open("/proc/self/clear_refs", "w") as file:
@@ -397,89 +399,171 @@ dist.destroy_process_group()
     assert done.stdout.strip() == "foreach True", done.stderr
 
 
-# row 11
+# limits on rows
 
-SHAPES = [(5, 3), (1, 70_000), (3000, 7), (4, 3, 2, 2), (0, 2), (2, 0), (1, 1), (70, 1030), (2, 17)]
-
-
-def moved(dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters before and after a step, some rows of which have moved far, or are long."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(shape: tuple[int, ...]) -> Tensor:
-        scale = torch.rand(shape[:1] + (1,) * (len(shape) - 1), generator=generator) * 3
-        return (torch.randn(shape, generator=generator) * scale).to(dtype)
-
-    was = [normal(shape) for shape in SHAPES]
-    was.append(normal((4, 3, 2, 5)).to(memory_format=torch.channels_last))
-    return was, [old + 0.1 * torch.randn(old.shape, generator=generator).to(dtype) for old in was]
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]),
-    st.sampled_from([0.0, 0.01, 0.2]),
-    st.sampled_from([0.0, 0.5, 20.0]),
-    st.integers(0, 99),
+SHAPES = [(5, 3), (3, 30_000), (3000, 7), (4, 3, 2, 2), (0, 2), (2, 0), (1, 1), (70, 1030), (2, 17), (9,)]
+matrices = st.builds(
+    lambda rows, width: (*rows, width) if len(rows) == 1 else (rows[0], width, rows[1]),
+    st.sampled_from([(1,), (3,), (40,), (2, 2)]),
+    st.sampled_from([1, 3, 15, 16, 17, 64, 127, 128, 129, 600, 1000, 1025]),
 )
-def test_rows_are_limited_as_torch_does_it(dtype: torch.dtype, change: float, norm: float, seed: int) -> None:
-    was, by_kernel = moved(dtype, seed)
-    by_torch = [x.clone() for x in by_kernel]
-    assert all(cpu.can_limit(x) for x in by_kernel if x.numel())
-    for params, torch_alone in ((by_kernel, False), (by_torch, True)):
-        asked = Rows(params, change, norm, True, torch_alone)
-        limit(asked, was if change else [])
-    for a, b in zip(by_kernel, by_torch, strict=True):
-        exact = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float64: 1e-14}.get(dtype, 1e-6)
-        near = exact / 10 if dtype.itemsize == 2 else 3 * exact  # a sum of two elements of up to 10 may be near 0
-        torch.testing.assert_close(a, b, rtol=exact, atol=near)
 
 
-def test_rows_have_the_same_bits_for_any_number_of_threads_and_instruction_set(
-    monkeypatch: pytest.MonkeyPatch,
+def laid_out(values: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
+    if layout == "transposed" and values.dim() > 1:
+        return values.to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
+    offset = int(layout == "not aligned")
+    return torch.empty(values.numel() + offset, dtype=dtype)[offset:].view(values.shape).copy_(values)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shapes=st.lists(st.one_of(matrices, st.sampled_from([(0, 3), (3, 0), (7,), ()])), min_size=1, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+    limits=st.sampled_from(
+        [{"max_row_change": 0.02}, {"max_row_norm": 0.7}, {"max_row_change": 0.05, "max_row_norm": 1.5}]
+    ),
+    others=st.sampled_from([{}, {"accumulation_steps": 2, "second_moment": "raw"}, {"lamb": 0.0}, {"maximize": True}]),
+    layout=st.sampled_from(["in order", "transposed", "not aligned"]),
+    scale=st.sampled_from([0.05, 5.0, 1e25]),  # whose squares float32 does not have
+    seed=st.integers(0, 2**31),
+)
+def test_limited_rows_are_rows_pys(
+    shapes: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    limits: dict[str, float],
+    others: dict[str, Any],
+    layout: str,
+    scale: float,
+    seed: int,
+) -> None:
+    """One of the rows is 0, one has an infinite element; and the second step's gradient is not finite."""
+    results = []
+    scale = min(scale, 5e3) if dtype == torch.float16 else scale
+    for foreach in (None, True):
+        torch.manual_seed(seed)
+        params = [nn.Parameter(laid_out(scale * torch.randn(shape), dtype, layout)) for shape in shapes]
+        for p in params:
+            if p.dim() > 1 and p.numel():
+                p.data[-1] = 0
+                p.data[(0,) * p.dim()] = torch.inf
+        groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.02, **dict.fromkeys(limits, 0.3)}]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer = GrokAdamW(groups, lr=0.01, gamma=0.0, foreach=foreach, **limits, **others)
+            for step in range(4):
+                for p in params:
+                    p.grad = laid_out(torch.randn(p.shape), dtype, layout)
+                    if step == 1 and p.numel():
+                        p.grad[(0,) * p.dim()] = torch.nan
+                optimizer.step()
+        assert foreach or optimizer.implementation().startswith("cpu: ")
+        results.append(params)
+    tolerance = TOLERANCES[dtype][1]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=5 * tolerance, atol=tolerance, equal_nan=True)
+
+
+def some_with_rows(dtype: torch.dtype) -> Tensors:
+    """Tensors of all SHAPES, some rows of which move far, or are long."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = some([math.prod(shape) for shape in SHAPES], dtype)
+    columns = [[x.view(shape) for x, shape in zip(column, SHAPES, strict=True)] for column in tensors[:5]]
+    for theta in columns[0]:
+        theta *= 3 * torch.rand(theta.shape[:1] + (1,) * (theta.dim() - 1), generator=generator)
+    widths = [cpu.row_width(theta) for theta in columns[0]]
+    assert [width > 0 for width in widths] == [theta.dim() > 1 and theta.numel() > 0 for theta in columns[0]]
+    return Tensors(*columns, tensors.steps, row_widths=widths)
+
+
+def limiting(change: float, norm: float) -> Numbers:
+    return with_numbers(len(SHAPES))._replace(max_row_change=change, max_row_norm=norm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_limited_rows_have_the_same_bits_for_any_number_of_threads_and_instruction_set(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for count, name in ((1, "baseline"), (2, "baseline"), (3, "v3"), (1, "v4")):
-            torch.set_num_threads(count)
-            if name not in native._instruction_sets():
-                continue
-            with compiled_for(monkeypatch, name):
-                was, params = moved(torch.float32)
-                limit(Rows(params, 0.01, 2.0, True), was)
-                results.append(params)
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(cpu, "_ALONE", 0)
+    for threads, name in ((1, "baseline"), (2, "baseline"), (2, "v3"), (3, "v3"), (1, "v4"), (2, "v4")):
+        if name not in native._instruction_sets():
+            continue
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with compiled_for(monkeypatch, name):
+            tensors = some_with_rows(dtype)
+            cpu.step(tensors, limiting(0.002, 20.0))
+            results.append(everything(tensors))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+    free = some_with_rows(dtype)
+    cpu.step(free, limiting(0.0, 0.0))
+    changed = [not torch.equal(a, b) for a, b in zip(results[0], free.params, strict=False)]
+    assert changed == [width > 0 for width in free.row_widths or ()]
 
 
-def taken(monkeypatch: pytest.MonkeyPatch, params: list[Any], **options: Any) -> int:
-    """How many parameters the kernel gets in a step."""
-    seen = []
-    inner = cpu.limit
-    monkeypatch.setattr(cpu, "limit", lambda params, *rest: (seen.extend(params), inner(params, *rest)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("moves", [True, False])
+def test_where_nothing_is_cut_the_bits_are_those_of_no_limit(dtype: torch.dtype, moves: bool) -> None:
+    """Nor is anything cut where a micro-batch moves nothing."""
+    results = []
+    for limit in (0.0, 1e6 if moves else 1e-6):
+        tensors = some_with_rows(dtype)
+        if not moves:
+            tensors = tensors._replace(row_widths=tensors.row_widths and [3] * len(SHAPES))
+        micro_step = MicroStep(1, True, True) if moves else MicroStep(2, True, False)
+        cpu.step(tensors, limiting(limit, limit)._replace(micro_step=micro_step, raw_second_moment=True))
+        results.append(everything(tensors))
+    assert all(map(torch.equal, *results))
+
+
+def test_a_step_that_is_not_written_limits_nothing() -> None:
+    tensors, before = some_with_rows(torch.float32), some_with_rows(torch.float32)
+    cpu.step(tensors, limiting(1e-6, 1e-6)._replace(finite=torch.tensor(False)))
+    assert all(map(torch.equal, everything(tensors), everything(before)))
+
+
+def left_to_rows_py(params: list[Any], **options: Any) -> int:
+    """How many parameters the implementations leave to it in a step."""
     optimizer = GrokAdamW(params, lr=0.1, max_row_change=0.01, **options)
     for p in params:
         p.grad = torch.ones_like(p)
-    optimizer.step()
-    return len(seen)
+    return sum(len(rows.params) for rows in optimizer._prepared(False).limited)
 
 
-def test_whose_rows_the_kernel_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whose_rows_the_kernel_limits() -> None:
     def two() -> list[Any]:
-        return [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2, 3).t()), torch.ones(4)]
+        return [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2, 3).t()), torch.ones(4)]
 
-    assert taken(monkeypatch, two()) == 1  # not what lies column by column, nor what has no rows
+    assert left_to_rows_py(two()) == 1  # what lies column by column
     for options in ({"foreach": True}, {"foreach": False}, {"fused": False}):
-        assert taken(monkeypatch, two(), **options) == 0
+        assert left_to_rows_py(two(), **options) == 2
     shared = torch.ones(4, 2)
-    assert taken(monkeypatch, [shared[:3], shared[1:]]) == 0
+    assert left_to_rows_py([shared[:3], shared[1:]]) == 2
+    assert left_to_rows_py([torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last)]) == 0
+    assert left_to_rows_py([torch.ones(3, 2, dtype=torch.complex64)]) == 0
 
 
-def test_autograd_hears_of_it() -> None:
-    p = torch.ones(2, 2)
-    version = p._version
-    limit(Rows([p], 0.0, 0.5, True), [])
-    assert p._version > version
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_longest_row(dtype: torch.dtype) -> None:
+    found = native.kernel()
+    assert not isinstance(found, str)
+    longest = found.row_bytes // dtype.itemsize
+    assert left_to_rows_py([torch.ones(2, longest, dtype=dtype), torch.ones(2, longest + 1, dtype=dtype)]) == 1
+    results = []
+    for foreach in (None, True):
+        p = torch.ones(2, longest, dtype=dtype)
+        optimizer = GrokAdamW([p], lr=0.1, max_row_change=0.01, foreach=foreach)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        results.append(p)
+    tolerance = TOLERANCES[dtype][1]
+    torch.testing.assert_close(*results, rtol=tolerance, atol=0)
+
+
+def test_the_preset_leaves_nothing_to_rows_py() -> None:
+    model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 17), nn.LayerNorm(17), nn.Linear(17, 6))
+    optimizer = GrokAdamW.for_grokking(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    assert not any(rows.params for rows in optimizer._prepared(False).limited)

@@ -1,4 +1,4 @@
-"""Row 11 alone; tests/test_oracle.py has it within the step."""
+"""limit_rows alone, and within steps of torch's operations and of the native kernel."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from grokadamw.update.rows import Rows, before, limit
 needs_the_kernel = pytest.mark.skipif(isinstance(native.kernel(), str), reason="the native kernel was not built")
 
 
-@pytest.fixture(autouse=True, params=[False, pytest.param(True, marks=needs_the_kernel)], ids=["torch", "kernel"])
-def by_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+@pytest.fixture(params=[False, pytest.param(True, marks=needs_the_kernel)], ids=["torch", "kernel"])
+def _by_both(request: pytest.FixtureRequest) -> Iterator[None]:
     """By torch's operations, and by the kernel."""
     with pytest.MonkeyPatch.context() as patch:
         if not request.param:
-            patch.setattr(cpu, "can_limit", lambda param: False)
+            patch.setattr(cpu, "row_width", lambda param: 0)
         yield
+
+
+by_both = pytest.mark.usefixtures("_by_both")
 
 
 def limited(
@@ -73,6 +76,7 @@ def test_a_row_moves_by_a_share_of_its_norm(dtype: torch.dtype) -> None:
     assert torch.equal(filters[1:3], asked[1:3])  # what is near enough stays, bit for bit
 
 
+@by_both
 def test_the_limits_hold_for_decay_too_and_the_norm_has_the_last_word() -> None:
     p = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.3, 0.4]]))
     optimizer = GrokAdamW([p], lr=0.1, weight_decay=5.0, max_row_change=0.1, max_row_norm=10.0)
@@ -81,6 +85,7 @@ def test_the_limits_hold_for_decay_too_and_the_norm_has_the_last_word() -> None:
     torch.testing.assert_close(p.detach(), torch.tensor([[2.7, 3.6], [6.0, 8.0], [0.27, 0.36]]))
 
 
+@by_both
 def test_what_has_no_rows_is_not_limited() -> None:
     params = [torch.nn.Parameter(torch.full(shape, 5.0)) for shape in [(), (3,), (3, 2), (0, 2), (2, 0)]]
     limits = {"max_row_norm": 6.0, "max_row_change": 0.1}
@@ -92,6 +97,7 @@ def test_what_has_no_rows_is_not_limited() -> None:
     assert seen == [[pytest.approx(3)], [pytest.approx(3)], [pytest.approx(6 * 0.5**0.5)], [], []]
 
 
+@by_both
 def test_one_row_of_complex_numbers_is_none() -> None:
     """As real numbers it has two dimensions."""
     p = torch.nn.Parameter(torch.full((3,), 5 + 5j))
@@ -101,6 +107,7 @@ def test_one_row_of_complex_numbers_is_none() -> None:
     torch.testing.assert_close(p.detach(), torch.full_like(p, 4.9 + 4.9j))
 
 
+@by_both
 @pytest.mark.filterwarnings("ignore:a step was skipped")
 @pytest.mark.parametrize("on_device", [False, True])
 def test_a_skipped_step_leaves_long_rows_alone(on_device: bool, request: pytest.FixtureRequest) -> None:
@@ -116,6 +123,7 @@ def test_a_skipped_step_leaves_long_rows_alone(on_device: bool, request: pytest.
     assert p.detach().norm(dim=1).max() < 1.001
 
 
+@by_both
 @pytest.mark.filterwarnings("ignore:the gradients of a micro-batch")
 @pytest.mark.parametrize("poisoned", [0, 1])
 def test_of_micro_batches_that_are_not_finite_the_others_are_a_step(poisoned: int) -> None:
@@ -160,6 +168,7 @@ def test_a_backward_pass_goes_through() -> None:
     assert torch.autograd.gradcheck(stepped, start)
 
 
+@by_both
 def test_a_whole_step_moves_no_row_further() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7))
@@ -177,6 +186,7 @@ def test_a_whole_step_moves_no_row_further() -> None:
                 assert moved > 0.1
 
 
+@by_both
 def test_groups_have_limits_of_their_own_and_micro_batches_wait_for_the_last() -> None:
     params = [torch.nn.Parameter(torch.full((1, 4), 5.0)) for _ in range(2)]
     groups = [{"params": params[:1], "max_row_norm": 2.0}, {"params": params[1:]}]
