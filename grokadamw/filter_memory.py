@@ -1,6 +1,6 @@
 """From grokking signals to the filter memory α: registering them, combining what they say, agreeing between ranks.
 
-Rows 4 and 5 of the step.
+The stages signal and alpha of a step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Combine: TypeAlias = str | Callable[[list[Any]], Any]
 
 
 def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, clamp: bool = True) -> Number:
-    """Row 5: α_t from GS_t; α_init without one. Without clamp a negative signal raises α, as in release 0.1.2."""
+    """Return α_t from GS_t; α_init without one. Without clamp a negative signal raises α, as in release 0.1.2."""
     if signal is None or decay_rate == 0:
         return alpha_init
     if isinstance(signal, Tensor):
@@ -43,7 +43,7 @@ def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, 
 def filter_memories(
     signals: Signals, groups: Sequence[dict[str, Any]], published: bool
 ) -> tuple[Number | None, list[Number]]:
-    """Rows 4 and 5: GS_t, and α_t of every group. Signals are evaluated once; as in release 0.1.2, once a group."""
+    """Return GS_t, and α_t of every group. Signals are evaluated once; as in release 0.1.2, once a group."""
     if published:
         losses = [[x if x == x else None for x in (group["train_loss"], group["eval_loss"])] for group in groups]
         said = [signals.evaluate(train, evaluation, keep_nonfinite=True) for train, evaluation in losses]
@@ -115,7 +115,7 @@ class Signals:
     def evaluate(
         self, train_loss: Number | None, eval_loss: Number | None, keep_nonfinite: bool = False
     ) -> Number | None:
-        """Row 4, GS_t: every function called once and the usable values combined; None where there is none."""
+        """Call every function once, and return the usable values combined, GS_t; None if there is none."""
         values: list[Number] = []
         for name, function, takes_losses in zip(self.names, self.functions, self.takes_losses, strict=True):
             if takes_losses and (train_loss is None or eval_loss is None):

@@ -1,4 +1,4 @@
-"""What a step asks of the gradients as a whole, rows 2 and 3: norm, clip coefficient, and whether they are finite."""
+"""The gradients as a whole: their norm, the clip coefficient, and whether they are finite."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def measure(
     apart: bool,
     home: torch.device | None,
 ) -> Measured:
-    """Rows 2 and 3 with operations of torch, on any devices.
+    """Measure the gradients with operations of torch, on any devices.
 
     Args:
         lists: the gradients of each entry of work.
@@ -149,7 +149,7 @@ def norm_is_wanted(limits: Sequence[float], nonfinite: str) -> bool:
 def global_norm(
     grads: Sequence[Tensor], sum_of_squares: Callable[[Sequence[Tensor]], Tensor], home: torch.device | None
 ) -> Number:
-    """Row 2, N = √Σg² over all elements of all gradients, on any devices: a float, or with home a 0-d tensor there."""
+    """Return N = √Σg² over all elements of all gradients, on any devices: a float, or with home a 0-d tensor there."""
     sums = [sum_of_squares(tensors) for tensors in _by_place(grads)]
     if home is None:
         return math.sqrt(sum(total.item() for total in sums))
@@ -170,7 +170,7 @@ def _by_place(tensors: Sequence[Tensor]) -> Collection[Sequence[Tensor]]:
 
 
 def clip_coefficient(norm: Number | None, max_norm: float) -> Number:
-    """Row 3, c = min(1, max_norm / (N + 1e-6)), and 1 for a max_norm of 0: torch.nn.utils.clip_grad_norm_'s formula."""
+    """Return c = min(1, max_norm / (N + 1e-6)), and 1 for a max_norm of 0: torch.nn.utils.clip_grad_norm_'s formula."""
     if norm is None or max_norm == 0:
         return 1.0
     coefficient = max_norm / (norm + 1e-6)

@@ -237,10 +237,10 @@ class GrokAdamW(Optimizer):
                 loss = closure()
         todo = self._prepared(torch.compiler.is_compiling())
         before = [update.rows.before(rows) for rows in todo.limited]
-        for each in todo.averages:  # row 6 of moving averages
+        for each in todo.averages:  # slow_grad of moving averages
             update.average(*each)
-        update.steps(todo.calls, todo.tables)  # rows 6 to 10, and all that torch.compile sees
-        for rows, old in zip(todo.limited, before, strict=True):  # row 11
+        update.steps(todo.calls, todo.tables)  # slow_grad to update, and all that torch.compile sees
+        for rows, old in zip(todo.limited, before, strict=True):  # limit_rows
             update.rows.limit(rows, old)
         return loss
 

@@ -57,9 +57,9 @@ class Run:
 
 
 class Writes(NamedTuple):
-    """What is left of a step: rows 6 to 11."""
+    """What is left of a step: the stages slow_grad to limit_rows."""
 
-    calls: Sequence[tuple[ModuleType, Tensors, Numbers]] = ()  # rows 6 to 10
+    calls: Sequence[tuple[ModuleType, Tensors, Numbers]] = ()  # slow_grad to update
     tables: Tables | None = None  # what the GPU's implementation keeps of them
     averages: Sequence[tuple[list[Window], Tensors, Numbers]] = ()  # windows that are to be filled first
     limited: Sequence[update.rows.Rows] = ()  # parameters whose rows are limited last
@@ -95,7 +95,7 @@ class Step:
         return self.optimizer.state
 
     def prepare(self) -> Writes:
-        """Rows 1 to 5, and what the others are to do.
+        """Do the stages gradient to alpha, and return what the others are to do.
 
         Parameters' state is there then, and what `Run` keeps is about this step; a micro-batch counts.
         """
@@ -186,7 +186,7 @@ class Step:
         return all(WINDOW[0] in state for state in states if "grok_ema" in state)
 
     def _collected(self) -> list[Work]:
-        """Row 1: what there is to do, looked through for what a step cannot go on with."""
+        """Return what there is to do, looked through for what a step cannot go on with."""
         work = collect(self.cycle.groups, self.published, self.run.names, self.cycle.begun)
         for w in work:
             for param in w.params:
@@ -232,7 +232,7 @@ class Step:
     def _measured(
         self, work: list[Work], now: Now | None, sum_of_squares: _SumOfSquares, tables: Tables | None
     ) -> gradients.Measured:
-        """Rows 2 and 3, the quickest way there is."""
+        """Measure the gradients, the quickest way there is: norm and clip."""
         plan, nonfinite = self.plan if now is not None else None, self.nonfinite
         lists, limits = [w.grads for w in work], [float(w.group["gradient_clipping"]) for w in work]
         if self.scale is None and self.found_inf is None and not gradients.norm_is_wanted(limits, nonfinite):
@@ -290,7 +290,7 @@ class Step:
         return run.skipped
 
     def _hear_signals(self) -> float:
-        """Rows 4 and 5, at a cycle's first micro-batch. What the signal multiplies λ by."""
+        """Evaluate the signals at a cycle's first micro-batch, and return what they multiply λ by."""
         run, cycle = self.run, self.cycle
         if cycle.is_first and not self.capturing:
             self.optimizer.update_signals()

@@ -25,7 +25,7 @@ def _layer_path(name: str) -> str:
 
 
 def combined_signal(values: list[float | None], combine: str) -> float | None:
-    """Row 4."""
+    """The stage signal."""
     usable = [value for value in values if value is not None and np.isfinite(value)]
     if not usable:
         return None
@@ -33,7 +33,7 @@ def combined_signal(values: list[float | None], combine: str) -> float | None:
 
 
 class Oracle:
-    """Rows 1 to 3 and 5 to 11 for groups of tensors.
+    """All stages but signal, for groups of tensors.
 
     Each group is a dict of the optimizer's hyper-parameters, with lists of `values`, arrays, and of `layers`, numbers.
     """
@@ -114,7 +114,7 @@ class Oracle:
         self.micro_step = 0 if is_last else self.micro_step + 1
 
     def _update(self, group: dict, i: int, g: np.ndarray, is_last: bool) -> None:
-        """Rows 6 to 11, of a micro-batch as they are in https://kexue.fm/archives/8634."""
+        """The stages slow_grad to limit_rows, of a micro-batch as they are in https://kexue.fm/archives/8634."""
         k, state, fixed = self.accumulation_steps, group["state"][i], group["fixed"]
         (beta1, beta2), alpha = fixed["betas"], fixed["alpha"]
         beta1 = beta1 * (1 - fixed["gamma"]) ** group["layers"][i]

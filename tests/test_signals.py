@@ -34,7 +34,7 @@ def alpha_after(optimizer: GrokAdamW) -> float:
     return optimizer.metrics()["alpha"]
 
 
-# row 4 and 5
+# signal and alpha
 
 
 def test_the_default_is_the_gap_of_the_recorded_losses() -> None:

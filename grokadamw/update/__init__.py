@@ -1,4 +1,4 @@
-"""The step's rows 2 and 6 to 11. All but the last are the same mathematics in several files, with two functions each.
+"""The stages norm, and slow_grad to limit_rows: the same mathematics in several files, with two functions each.
 
     sum_of_squares(tensors) -> 0-d float64 tensor
     step(Tensors, Numbers) -> None
@@ -133,7 +133,7 @@ def memory_is_all(compiling: bool) -> bool:
 
 
 def steps(calls: Sequence[tuple[ModuleType, Tensors, Numbers]], tables: Tables | None) -> None:
-    """Rows 6 to 10 by each implementation for its tensors; those of a GPU together, as they share launches."""
+    """Let each implementation update its tensors for its tensors; those of a GPU together, as they share launches."""
     for implementation, tensors, numbers in calls:
         if implementation is not gpu:
             implementation.step(tensors, numbers)

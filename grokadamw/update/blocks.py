@@ -1,4 +1,4 @@
-"""Rows 6 to 10 on the CPU without a compiler: blocks that a cache holds, with torch's own fused AdamW for rows 8 to 10.
+"""The update on the CPU without a compiler: blocks that a cache holds, with torch's fused AdamW for exp_avg to update.
 
 A block is read from memory once and written once, although several operations work on it. torch._fused_adamw_ is a
 private name of torch's: `why_not` tells where it is missing, or has no such rule.
@@ -50,7 +50,7 @@ class _Block(NamedTuple):
 
 
 def step(tensors: Tensors, numbers: Numbers) -> None:
-    """Rows 6 to 10 for every tensor, written in place."""
+    """Do the stages slow_grad to update for every tensor, in place."""
     n = numbers
     if n.finite is not None and not n.finite:
         return
@@ -59,9 +59,9 @@ def step(tensors: Tensors, numbers: Numbers) -> None:
     for block in _blocks(tensors, n.beta1):
         g = block.grads if clip == 1 else torch._foreach_mul(block.grads, clip)
         if block.grok_emas:
-            torch._foreach_lerp_(block.grok_emas, g, 1 - float(n.alpha))  # row 6
-            g = _amplified(g, block, n)  # row 7
-        torch._fused_adamw_(  # rows 8 to 10
+            torch._foreach_lerp_(block.grok_emas, g, 1 - float(n.alpha))  # slow_grad
+            g = _amplified(g, block, n)  # amplify
+        torch._fused_adamw_(  # exp_avg to update
             block.params,
             g,
             block.exp_avgs,

@@ -110,7 +110,7 @@ static inline void store(const float *restrict room, char *at, int64_t i, int64_
         for (int64_t j = 0; j < n; j++) x[j] = to_float16(room[j]);
 }
 
-/* Rows 6 to 10. The numbers of a tensor, k, are computed in double. */
+/* The stages slow_grad to update. The numbers of a tensor, k, are computed in double. */
 
 typedef struct {
     double clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step;
@@ -129,13 +129,13 @@ typedef struct {
             const real g = clip * grad[i];                                                                            \
             real g_hat = g;                                                                                           \
             if (mu) {                                                                                                 \
-                mu[i] = keep_mu * mu[i] + add_mu * g;                              /* row 6 */                        \
-                g_hat = g + lamb * mu[i];                                          /* row 7 */                        \
+                mu[i] = keep_mu * mu[i] + add_mu * g;                              /* slow_grad */                    \
+                g_hat = g + lamb * mu[i];                                          /* amplify */                      \
             }                                                                                                         \
-            m[i] = keep_m * m[i] + add_m * g_hat;                                  /* row 8 */                        \
-            v[i] = keep_v * v[i] + add_v * (raw ? g * g : g_hat * g_hat);          /* row 9 */                        \
+            m[i] = keep_m * m[i] + add_m * g_hat;                                  /* exp_avg */                      \
+            v[i] = keep_v * v[i] + add_v * (raw ? g * g : g_hat * g_hat);          /* exp_avg_sq */                   \
             if (theta)                                                                                                \
-                theta[i] = decay * theta[i] - step * (m[i] / (root * square_root(v[i]) + eps)); /* row 10 */          \
+                theta[i] = decay * theta[i] - step * (m[i] / (root * square_root(v[i]) + eps)); /* update */          \
         }                                                                                                             \
     }                                                                                                                 \
     static void rows_##real(int64_t n, real *theta, const real *grad, real *m, real *v, real *mu, int raw, numbers k) \
@@ -190,7 +190,7 @@ static void step_part(const table *t, const numbers *k, int64_t tensor, int64_t 
     }
 }
 
-/* Row 2. */
+/* The norm's sum of squares. */
 
 #define SQUARES(real)                                                                                                 \
     static double squares_##real(int64_t n, const real *x)                                                            \

@@ -1,4 +1,4 @@
-"""Rows 2 and 6 to 10 of the step with torch._foreach_*: a few launches for a whole list, on any device.
+"""The stages norm, and slow_grad to update, with torch._foreach_*: a few launches for a whole list, on any device.
 
 Same functions and results as `reference`, to rounding. Numbers that differ from tensor to tensor (β1_l, the bias
 corrections) go in as lists of scalars, so layers cost no launches. Where reading a number would make the host wait for
@@ -40,7 +40,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def step(tensors: Tensors, numbers: Numbers) -> None:
-    """Rows 6 to 10 for every tensor, written in place."""
+    """Do the stages slow_grad to update for every tensor, in place."""
     parts = _parts(tensors.params)
     if len(parts) == 1:
         _step(tensors, numbers)
@@ -95,17 +95,17 @@ def _step(tensors: Tensors, numbers: Numbers) -> None:
         g = [torch.where(n.finite, x, 0) for x in g]  # 0 times NaN would be NaN
     g_hat = g
     if mu is not None:
-        _average_(mu, g, 1 - n.alpha, active)  # row 6
+        _average_(mu, g, 1 - n.alpha, active)  # slow_grad
         g_hat = _amplified(g, mu, t, n)
-    _average_(m, g_hat, [1 - beta1 for beta1 in n.beta1], active)  # row 8
+    _average_(m, g_hat, [1 - beta1 for beta1 in n.beta1], active)  # exp_avg
     squared = g if n.raw_second_moment else g_hat
-    _average_(v, torch._foreach_mul(squared, squared), 1 - n.beta2, active)  # row 9
-    del g, g_hat, squared  # their memory serves row 10
+    _average_(v, torch._foreach_mul(squared, squared), 1 - n.beta2, active)  # exp_avg_sq
+    del g, g_hat, squared  # their memory serves the update
     _move_(tensors, n, t, root, correction, active)
 
 
 def _collect_(tensors: Tensors, n: Numbers, t: list[Any]) -> None:
-    """Rows 6 to 9 of a micro-batch, which the averages collect where they lie."""
+    """Do the stages slow_grad to exp_avg_sq of a micro-batch, which the averages collect where they lie."""
     m, v, mu, dtype = tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas, tensors.exp_avgs[0].dtype
     k, decays, moves = n.micro_step
     g: _TensorList = [grad.to(dtype) for grad in tensors.grads]
@@ -122,19 +122,19 @@ def _collect_(tensors: Tensors, n: Numbers, t: list[Any]) -> None:
         if mu is not None:
             torch._foreach_mul_(mu, n.alpha.to(dtype) if isinstance(n.alpha, Tensor) else n.alpha)
     if mu is not None:
-        _add_(mu, g, (1 - n.alpha) * factor)  # row 6
+        _add_(mu, g, (1 - n.alpha) * factor)  # slow_grad
     for beta1 in dict.fromkeys(n.beta1):  # the layers, each of which has several tensors
         places = [i for i, other in enumerate(n.beta1) if other == beta1]
         first = [m[i] for i in places]
-        _add_(first, [g[i] for i in places], (1 - beta1) * factor)  # row 8
-        if mu is not None and moves:  # row 7
+        _add_(first, [g[i] for i in places], (1 - beta1) * factor)  # exp_avg
+        if mu is not None and moves:  # amplify
             for i in places:
                 late = t[i] > n.amplify_after
                 if isinstance(late, Tensor):
                     m[i].addcmul_(mu[i], late.to(dtype), value=(1 - beta1) * n.lamb)
                 elif late:
                     m[i].add_(mu[i], alpha=(1 - beta1) * n.lamb)
-    torch._foreach_addcmul_(v, g, g, (1 - n.beta2) * k * factor**2)  # row 9
+    torch._foreach_addcmul_(v, g, g, (1 - n.beta2) * k * factor**2)  # exp_avg_sq
 
 
 def _add_(averages: list[Tensor], values: _TensorList, weight: Number) -> None:
@@ -145,7 +145,7 @@ def _add_(averages: list[Tensor], values: _TensorList, weight: Number) -> None:
 
 
 def _move_(tensors: Tensors, n: Numbers, t: list[Any], root: list[Any], correction: list[Any], active: Number) -> None:
-    """Row 10."""
+    """Move the parameters."""
     m, v, dtype = tensors.exp_avgs, tensors.exp_avg_sqs, tensors.exp_avgs[0].dtype
     theta = [param.to(dtype) for param in tensors.params]
     denominator = torch._foreach_sqrt(v)
@@ -172,7 +172,7 @@ def _move_(tensors: Tensors, n: Numbers, t: list[Any], root: list[Any], correcti
 
 
 def average(windows: Sequence[Window], tensors: Tensors, n: Numbers) -> None:
-    """Row 6 as a mean over windows, for every implementation: what does the other rows then has α = 1."""
+    """Set μ to the mean of a window, for every implementation: the other stages then have α = 1."""
     assert tensors.grok_emas is not None
     g: _TensorList = [grad.to(tensors.exp_avgs[0].dtype) for grad in tensors.grads]
     if n.maximize or not isinstance(n.clip, float) or n.clip != 1:
@@ -211,7 +211,7 @@ def _corrections(t: list[Any], n: Numbers) -> tuple[list[Any], list[Any]]:
 
 
 def _amplified(g: _TensorList, mu: list[Tensor], t: list[Any], n: Numbers) -> _TensorList:
-    """Row 7, in memory of its own: c g + λ μ, with λ only once t > amplify_after."""
+    """Return, in memory of its own, c g + λ μ, with λ only once t > amplify_after."""
     if n.amplify_after == 0:
         return torch._foreach_add(g, mu, alpha=n.lamb)
     late = [count > n.amplify_after for count in t]

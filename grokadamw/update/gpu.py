@@ -1,4 +1,4 @@
-"""Rows 2, 3 and 6 to 10 on a GPU, in one Triton launch each for any number of tensors of any sizes.
+"""The stages norm, clip, and slow_grad to limit_rows on a GPU, for any number of tensors in a launch each.
 
 The kernels of gpu_kernels.py find tensors and numbers in tables that lie on the device. A table is sent there when its
 content is another than before, from pinned memory and without waiting; so a step whose addresses and numbers are those
@@ -123,7 +123,7 @@ def _launch(name: str, programs: int, device: torch.device, *arguments: Any, war
             _compiled[key] = kernel, made
 
 
-# rows 2 and 3
+# norm and clip
 
 
 def can_sum(grads: Sequence[Tensor]) -> bool:
@@ -184,7 +184,7 @@ def judge(
     at: bytes | None = None,
     tables: Tables | None = None,
 ) -> Verdict:
-    """Rows 2 and 3, and whether the step may be written, in two launches.
+    """Find the norm, the clip coefficients, and whether the step may be written, in two launches.
 
     Args:
         grads: what `can_sum` has cleared.
@@ -232,7 +232,7 @@ def row_width(param: Tensor) -> int:
 
 
 def step(tensors: Tensors, numbers: Numbers) -> None:
-    """Rows 6 to 10 for every tensor, written in place; of tensors that `why_not` and `share_memory` have cleared."""
+    """Do the stages slow_grad to limit_rows in place, for tensors that `why_not` and `share_memory` have cleared."""
     steps([(tensors, numbers)])
 
 

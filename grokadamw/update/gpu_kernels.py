@@ -1,4 +1,4 @@
-"""The kernels of `gpu`, in Triton: rows 2, 3 and 6 to 10 for any number of tensors in one launch each.
+"""The kernels of `gpu`, in Triton, each of which takes any number of tensors in one launch.
 
 A tensor is an entry in tables of addresses and numbers that lie on the device, which `gpu` makes. A program takes one
 chunk of one tensor. Neither the number of tensors nor any value that changes from step to step is compiled in.
@@ -69,7 +69,7 @@ def _new(
     HAS_MU: tl.constexpr, RAW: tl.constexpr, MOVES: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, MASKED: tl.constexpr,
     WRITES: tl.constexpr,
 ):  # fmt: skip
-    """Rows 6 to 10 for the elements at these places: θ before and after. Writes m, v and μ, but not θ."""
+    """Return θ before and after the update, of the elements at these places. Write m, v and μ, but not θ."""
     REAL: tl.constexpr = keep_m.dtype
     # all loads come before the stores, which nothing tells the compiler that they do not write what is to be loaded
     g = clip * _load(grad, at, inside, MASKED, REAL)
@@ -81,13 +81,13 @@ def _new(
     old = _load(theta, at, inside, MASKED, REAL) if MOVES else g
     g_hat = g
     if HAS_MU:
-        slow = keep_mu * slow + add_mu * g  # row 6
-        g_hat = g + lamb * slow  # row 7
+        slow = keep_mu * slow + add_mu * g  # slow_grad
+        g_hat = g + lamb * slow  # amplify
         if WRITES:
             _store(mu, at, inside, slow, MASKED)
-    first = keep_m * first + add_m * g_hat  # row 8
+    first = keep_m * first + add_m * g_hat  # exp_avg
     squared = g * g if RAW else g_hat * g_hat
-    second = keep_v * second + add_v * squared  # row 9
+    second = keep_v * second + add_v * squared  # exp_avg_sq
     if WRITES:
         _store(m, at, inside, first, MASKED)
         _store(v, at, inside, second, MASKED)
@@ -97,7 +97,7 @@ def _new(
             quotient = tl.div_rn(first, root * tl.sqrt_rn(second) + eps)
         else:
             quotient = first / (root * tl.sqrt(second) + eps)
-        new = (decay * old - step * quotient).to(theta.dtype.element_ty).to(REAL)  # row 10
+        new = (decay * old - step * quotient).to(theta.dtype.element_ty).to(REAL)  # update
     return old, new
 
 
@@ -108,7 +108,7 @@ def _chunk_of_elements(
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     HAS_MU: tl.constexpr, RAW: tl.constexpr, MOVES: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Rows 6 to 10 for the chunk that starts there."""
+    """Update the chunk that starts there."""
     theta, grad = _pointer(theta, PARAM, MASKED), _pointer(grad, GRAD, MASKED)
     m, v, mu = _pointer(m, STATE, MASKED), _pointer(v, STATE, MASKED), _pointer(mu, STATE, MASKED)
     end = tl.minimum(start + CHUNK, size) if MASKED else start + CHUNK
@@ -125,20 +125,20 @@ def _chunk_of_elements(
 
 @triton.jit
 def _share(times):
-    """What a row is multiplied with that is so many times too long: 1 if it is not, or nobody knows."""
+    """Return what a row is multiplied with that is so many times too long: 1 if it is not, or nobody knows."""
     return tl.where((times > 1) & (times < float("inf")), 1 / times, 1.0)
 
 
 @triton.jit
 def _moved(old, new, inside):
-    """How far θ moves. What is not finite does not count."""
+    """Return how far θ moves. What is not finite does not count."""
     moved = new - old
     return tl.where(inside & (moved - moved == 0), moved, 0)
 
 
 @triton.jit
 def _limited(new, moved, share, share_of_norm, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, PARAM: tl.constexpr):
-    """θ within the limits of its row, of which these are the shares."""
+    """Return θ within the limits of its row, of which these are the shares."""
     if HAS_CHANGE:
         new = new + moved * (share - 1).to(new.dtype)
     if HAS_NORM:
@@ -148,7 +148,7 @@ def _limited(new, moved, share, share_of_norm, HAS_CHANGE: tl.constexpr, HAS_NOR
 
 @triton.jit
 def _shares(olds, moveds, news, products, change, norm, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr):
-    """Row 11 from a row's Σ θ², Σ Δ², Σ θ'² and Σ θ' Δ: what Δ is multiplied with, and then what comes of it."""
+    """Return what a row's Δ is multiplied with, and then its θ, from its Σ θ², Σ Δ², Σ θ'² and Σ θ' Δ."""
     share = tl.full(moveds.shape, 1, tl.float64)
     if HAS_CHANGE:
         length = tl.sqrt(olds)
@@ -170,7 +170,7 @@ def _chunk_of_rows(
     HAS_MU: tl.constexpr, RAW: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr,
     HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    """slow_grad to limit_rows for some rows of a matrix, of no more than WIDTH elements each, which lie straight."""
+    """Update and limit some rows of a matrix, of no more than WIDTH elements each, which lie straight."""
     theta, grad = _pointer(theta, PARAM, False), _pointer(grad, GRAD, False)
     m, v, mu = _pointer(m, STATE, False), _pointer(v, STATE, False), _pointer(mu, STATE, False)
     width = width // STRAIGHT * STRAIGHT  # which tells the compiler that it can be divided by that
@@ -202,7 +202,7 @@ def _row(
     RAW: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr,
     IS_STRAIGHT: tl.constexpr,
 ):  # fmt: skip
-    """slow_grad to limit_rows for a row of any length: once for its sums, and once more to write."""
+    """Update and limit a row of any length, in two passes: once for its sums, and once more to write."""
     theta, grad = _pointer(theta, PARAM, not IS_STRAIGHT), _pointer(grad, GRAD, not IS_STRAIGHT)
     m, v, mu = (
         _pointer(m, STATE, not IS_STRAIGHT), _pointer(v, STATE, not IS_STRAIGHT), _pointer(mu, STATE, not IS_STRAIGHT)
@@ -259,13 +259,13 @@ def update(
     HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, OF_ROWS: tl.constexpr, HAS_LONG: tl.constexpr,
     ODD_ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows 6 to 10. Where `finite` is 0 it writes nothing; as a part of a step, a micro-batch, takes the gradient as 0.
+    """Update a chunk of a tensor. Where `finite` is 0 it writes nothing; a micro-batch then takes the gradient as 0.
 
-    With HAS_CHANGE or HAS_NORM limit_rows, too: of matrices a program takes whole rows. OF_ROWS says which of WIDTHS
-    there are, a bit for each; HAS_LONG, whether there are longer rows, and ODD_ROWS, whether there are some that do not
-    all begin at a word of 16 bytes. A body that is not compiled takes no registers from the others.
+    With HAS_CHANGE or HAS_NORM it limits rows, too: of matrices a program takes whole rows. OF_ROWS says which of
+    WIDTHS there are, a bit for each; HAS_LONG, whether there are longer rows, and ODD_ROWS, whether there are some that
+    do not all begin at a word of 16 bytes. A body that is not compiled takes no registers from the others.
 
-    Does not count the step, which other programs read.
+    It does not count the step, which other programs read.
     """
     usable = tl.load(finite) != 0 if HAS_FINITE else True
     if HAS_FINITE and not IS_PART and not usable:
@@ -377,7 +377,7 @@ def squares(
     chunks, sizes, grads, sums, first,
     GRAD: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row 2: Σ g² of each chunk, in float64, into `sums` from `first` on."""
+    """Sum g² of each chunk, in float64, into `sums` from `first` on."""
     i, nth = _chunk(chunks)
     start = nth * CHUNK
     size = tl.load(sizes + i)
@@ -394,7 +394,7 @@ def judge(
     sums, count, limits, lists, grad_scale, found_inf, verdict, finite, skipped,
     HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, SKIPS: tl.constexpr, LISTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows 2 and 3 from the sums of squares, added in a fixed order.
+    """Find the norm and the clip coefficients from the sums of squares, added in a fixed order.
 
     `verdict` gets N, then c of each list, then that divided by the loss scale; `finite` whether the step may be
     written; `skipped` is counted up where it may not, and GradScaler does not count that itself.

@@ -1,6 +1,6 @@
-"""Rows 2 and 6 to 10 of the step, one tensor at a time: the definition that faster implementations are tested against.
+"""The stages norm, and slow_grad to update, one tensor at a time: what faster implementations are tested against.
 
-The row numbers are those of the table in CONTRIBUTING.md. Nothing here knows of groups, signals, names or hooks:
+The stages are those of the table in CONTRIBUTING.md. Nothing here knows of groups, signals, names or hooks:
 lists of real tensors and numbers come in, and parameters, state and step counts are written in place.
 """
 
@@ -25,7 +25,7 @@ class Tensors(NamedTuple):
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
-    grok_emas: list[Tensor] | None  # None: no slow gradient is kept, row 6 is left out and row 7 is ĝ = c g
+    grok_emas: list[Tensor] | None  # None: no slow gradient is kept, slow_grad is left out and amplify is ĝ = c g
     steps: list[Tensor]  # 0-d, the steps taken before this one
     kept: Any = None  # what the implementation keeps of these lists between steps; see `memory.where`
     row_widths: list[int] | None = None  # elements of a row, for an implementation that limits rows; 0: not of this one
@@ -47,10 +47,10 @@ class MicroStep(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What rows 6 to 10 need besides the tensors; lists are parallel to them."""
+    """What the stages slow_grad to limit_rows need besides the tensors; lists are parallel to them."""
 
     beta1: Sequence[float]  # β1_l, one a tensor
-    bias_beta1: Sequence[float]  # the β1 that row 10 corrects m with, one a tensor
+    bias_beta1: Sequence[float]  # the β1 that the update corrects m with, one a tensor
     beta2: float
     lr: Number
     eps: float
@@ -81,7 +81,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def step(tensors: Tensors, numbers: Numbers) -> None:
-    """Rows 6 to 10 for every tensor, written in place."""
+    """Do the stages slow_grad to update for every tensor, in place."""
     for i, theta in enumerate(tensors.params):
         m, v, count = tensors.exp_avgs[i], tensors.exp_avg_sqs[i], tensors.steps[i]
         mu = tensors.grok_emas[i] if tensors.grok_emas else None
@@ -90,7 +90,7 @@ def step(tensors: Tensors, numbers: Numbers) -> None:
         t = count.to(accumulator(count.device)) + 1
         # a derivative may need θ as it was before it is written over
         start = theta.to(m.dtype, copy=torch.is_grad_enabled())
-        new = _rows_6_to_10(start, g, m, v, mu, t, numbers.beta1[i], numbers.bias_beta1[i], numbers)
+        new = _new_values(start, g, m, v, mu, t, numbers.beta1[i], numbers.bias_beta1[i], numbers)
         pairs = list(zip((m, v, mu, theta, count), (*new, t), strict=True))
         for old, value in pairs if numbers.micro_step.moves else pairs[:3]:
             if old is not None and value is not None:
@@ -98,7 +98,7 @@ def step(tensors: Tensors, numbers: Numbers) -> None:
                 old.copy_(value if finite is None else torch.where(finite, value, old))
 
 
-def _rows_6_to_10(
+def _new_values(
     theta: Tensor,
     g: Tensor,
     m: Tensor,
@@ -117,12 +117,12 @@ def _rows_6_to_10(
         g = torch.where(n.finite, g, 0)  # after c, which is NaN where they are
     g_hat = g
     if mu is not None:
-        mu = keep_mu * mu + (1 - n.alpha) * g  # row 6
+        mu = keep_mu * mu + (1 - n.alpha) * g  # slow_grad
         lamb = n.lamb * (t > n.amplify_after).to(t.dtype) if moves else 0
-        g_hat = g + lamb * mu  # row 7
-    m = keep_m * m + (1 - beta1) * g_hat  # row 8
-    v = keep_v * v + (1 - n.beta2) * k * (g if n.raw_second_moment else g_hat).square()  # row 9
-    # row 10, in torch.optim.AdamW's order: decay, then step
+        g_hat = g + lamb * mu  # amplify
+    m = keep_m * m + (1 - beta1) * g_hat  # exp_avg
+    v = keep_v * v + (1 - n.beta2) * k * (g if n.raw_second_moment else g_hat).square()  # exp_avg_sq
+    # the update, in torch.optim.AdamW's order: decay, then step
     root = (1 - n.beta2**t).sqrt()
     denominator = (v.sqrt() + n.eps) / root if n.eps_before_correction else v.sqrt() / root + n.eps
     theta = theta * (1 - n.lr * n.weight_decay) - n.lr / (1 - bias_beta1**t) * (m / denominator)

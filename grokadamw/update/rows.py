@@ -1,4 +1,4 @@
-"""Row 11: how far a parameter's rows may move in a step, and how long they may be.
+"""The stage limit_rows: how far a parameter's rows may move in a step, and how long they may be.
 
 In torch's operations, on every device. The kernels of `cpu` and `gpu` limit most rows as they update them; this is the
 definition that they are tested against, and limits the rest.
