@@ -1,6 +1,6 @@
 # make demo   train three optimizers on one task, print the table, draw the picture
 # make test   lint, type check and test
-# make test-all   the same, and then what takes long, with a log of that in tests/test-all.log
+# make test-all   the same, the property tests once more at random, and what takes long, with a log in tests/test-all.log
 # make docs   the site of docs/, in build/site; make docs-serve shows it at http://127.0.0.1:8000
 # make wheel  a wheel for this platform and every Python, in dist
 # make peers  what the benchmark of step times compares with, each in a folder of its own
@@ -34,6 +34,7 @@ test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --hypothesis-profile random
 	set -o pipefail; $(BIN)/pytest -m long -v -s --no-header --color no --disable-warnings | tee tests/test-all.log
 
 docs: $(VENV)/ready

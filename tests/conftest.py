@@ -14,7 +14,9 @@ if not torch.cuda.is_available():
 multiprocessing.set_forkserver_preload(["tests.test_crash", "tests.test_distributed", "torch._dynamo"])
 
 # times vary on shared machines; and a test that fails should fail for the change that broke it
-settings.register_profile("default", deadline=None, derandomize=os.environ.get("CI") == "true")
+settings.register_profile("default", deadline=None, derandomize=True)
+# pytest --hypothesis-profile random: searches anew each time, and prints what repeats a find
+settings.register_profile("random", deadline=None, print_blob=True)
 settings.load_profile("default")
 
 
