@@ -6,7 +6,7 @@ To add an option, add its row to `OPTIONS`, its argument to the constructor, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import product
 from numbers import Integral, Real
@@ -177,8 +177,19 @@ def group_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**given, "grokking_signal_fns": None, **PROGRESS}
 
 
-def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any], read_tensors: bool = True) -> dict[str, Any]:
+def check_group(
+    group: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    read_tensors: bool = True,
+    names: Collection[str] = OPTIONS.keys(),
+) -> dict[str, Any]:
     """Check a parameter group whose defaults are filled in, and return its options with Python's own numbers.
+
+    Args:
+        group: the group.
+        defaults: the optimizer's.
+        read_tensors: whether the value of a tensor is looked at, which may be on a GPU.
+        names: the options that are looked at, besides whether all of them go together.
 
     Raises:
         TypeError, ValueError, RuntimeError: an option must not have this value, or not in a group, or not with another.
@@ -187,15 +198,15 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any], read_tens
         raise ValueError(
             f"amsgrad={group['amsgrad']!r} in a parameter group: GrokAdamW has no such thing; leave it out"
         )
-    for name in _SIGNALS:
+    for name in filter(names.__contains__, _SIGNALS):
         OPTIONS[name].check(name, group.get(name))
-    for name in _PER_OPTIMIZER:
+    for name in filter(names.__contains__, _PER_OPTIMIZER):
         if group[name] is not defaults[name] and group[name] != defaults[name]:
             raise ValueError(
                 f"{name}={group[name]!r} in a parameter group: it holds for the whole optimizer, where it is "
                 f"{defaults[name]!r}; pass it to GrokAdamW(...)"
             )
-    checked = {name: check(name, group[name]) for name, check in _CHECKS.items()}
+    checked = {name: _CHECKS[name](name, group[name]) for name in filter(_CHECKS.__contains__, names)}
     _check_together(group)
     if read_tensors:
         for name, value in checked.items():
@@ -253,11 +264,20 @@ def _check_together(options: Mapping[str, Any]) -> None:
                 raise ValueError(f"{a}={options[a]!r} with {b}={options[b]!r}{why} leave one of them out")
 
 
-def check_settings(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Check a group that was changed by hand. The value of a tensor, which may be on a GPU, is not read."""
+def check_settings(
+    group: Mapping[str, Any], defaults: Mapping[str, Any], names: Collection[str] = OPTIONS.keys()
+) -> None:
+    """Check the options of these names, which were set by hand in a group."""
     if isinstance(group["lr"], Real) and -1e-12 < float(group["lr"]) < 0:
         group = {**group, "lr": 0.0}  # a scheduler's 0, to rounding
-    check_group(group, defaults, read_tensors=False)
+    check_group(group, defaults, read_tensors=False, names=names)
+
+
+def differing(now: Sequence[Any], before: Sequence[Any] | None) -> Collection[str]:
+    """Return the names of the options in which two `settings` differ; all of them, if there were none before."""
+    if before is None:
+        return OPTIONS.keys()
+    return [name for name, a, b in zip(OPTIONS, now, before, strict=True) if a != b]
 
 
 def settings(group: Mapping[str, Any]) -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, zip_longest
 from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -21,7 +21,7 @@ from .accumulation import Cycle
 from .filter_memory import Signals
 from .notices import warn
 from .numbers import Number, accumulator, as_float, detached, reads_are_free
-from .options import check_settings, settings
+from .options import check_settings, differing, settings
 from .state import WINDOW, State, check, new_counts, prepare
 from .update.gpu_tables import Tables
 from .update.reference import Numbers, Tensors
@@ -163,9 +163,9 @@ class Step:
         groups, before = self.optimizer.param_groups, self.run.checked
         now = [settings(group) for group in groups]
         if now != before:
-            for i, group in enumerate(groups):
-                if now[i : i + 1] != before[i : i + 1]:
-                    check_settings(group, self.options)
+            for group, new, old in zip_longest(groups, now, before[: len(groups)]):
+                if new != old:
+                    check_settings(group, self.options, differing(new, old))
             self.run.checked = now
 
     def _planned(self) -> Now | None:

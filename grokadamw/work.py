@@ -231,7 +231,7 @@ class Plan:
         work = []
         for w, end in zip(self._work, self._ends, strict=True):
             place = slice(end - len(w.layers), end)
-            work.append(w._replace(group=groups[w.group_index], params=params[place], grads=grads[place]))
+            work.append(Work(w.group_index, groups[w.group_index], params[place], grads[place], w.layers))
         return Now(work, [self._with_addresses(call, gradients) for call in calls], gradients)
 
     def again(self, now: Now, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State]) -> Now | None:
@@ -254,11 +254,13 @@ class Plan:
             if not has_mu and any("grok_ema" in s for s in mine):
                 return None
             mu = list(map(itemgetter("grok_ema"), mine)) if has_mu else None
-            calls.append(call._replace(tensors=Tensors(p, g, m, v, mu, steps, *call.tensors[6:])))
+            tensors = Tensors(p, g, m, v, mu, steps, *call.tensors[6:])
+            calls.append(Call(call.work_index, call.places, call.layers, tensors, *call[4:]))  # quicker than _replace
         return calls
 
     def _with_addresses(self, call: Call, gradients: bytes) -> Call:
-        if call.tensors.kept is None:
+        kept = call.tensors.kept
+        if kept is None:
             return call
         end = self._ends[call.work_index]
         start = end - len(self._work[call.work_index].layers)
@@ -266,7 +268,8 @@ class Plan:
             here = gradients[8 * start : 8 * end]
         else:
             here = b"".join(gradients[8 * (start + place) : 8 * (start + place) + 8] for place in call.places)
-        return call._replace(tensors=call.tensors._replace(kept=call.tensors.kept._replace(grads=here)))
+        tensors = Tensors(*call.tensors[:6], kept._replace(grads=here), *call.tensors[7:])
+        return Call(*call[:3], tensors, *call[4:])
 
     def tables(self, capturing: bool, capturable: bool) -> Tables | None:
         """What is kept on the GPU for the current stream, if there is one; for a capture what is the graph's own."""
