@@ -96,10 +96,13 @@ def _triton(dtype: torch.dtype) -> Any:
 
 @cache
 def _takes_constants() -> bool:
-    """Whether what Triton has compiled is launched with the constants, too: earlier versions leave them out."""
+    """Return whether this Triton launches what it has compiled with all arguments, constants too, as far as is known.
+
+    Earlier versions leave the constants out; of later ones nobody knows.
+    """
     import triton
 
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+    return str(triton.__version__).startswith(("3.6.", "3.7."))
 
 
 _compiled: dict[Any, tuple[Any, Any]] = {}  # a kernel, whose id is in the key, and what Triton made of it
