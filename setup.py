@@ -1,15 +1,49 @@
-"""Builds the native kernel, grokadamw/update/cpu_kernel.c, as a plain shared library, if there is a C compiler."""
+"""Builds the native kernel, grokadamw/update/cpu_kernel.c, as a plain shared library, if there is a C compiler.
+
+It also makes what PyPI shows: the project's URLs, and the README with absolute links.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
+
+# The owner fills in the address of the repository here, such as "https://github.com/OWNER/grokadamw", and nowhere else.
+# While it is empty, a build has no project URLs, and in the README's copy for PyPI every link into the repository is
+# plain text, and every picture its description: they would lead nowhere.
+REPOSITORY = ""
+
+ROOT = Path(__file__).parent
+VERSION = re.findall(r'^__version__ = "(.+)"$', (ROOT / "grokadamw/__init__.py").read_text(), re.MULTILINE)[0]
+
+
+def readme() -> str:
+    """The README as PyPI shows it: links and pictures that are relative to the repository, at this version's tag."""
+
+    def absolute(link: re.Match[str]) -> str:
+        picture, text, target = link.groups()
+        return (
+            f"{picture}[{text}]({REPOSITORY}/{'raw' if picture else 'blob'}/v{VERSION}/{target})"
+            if REPOSITORY
+            else text
+        )
+
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)]+)\)", absolute, (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+URLS = {
+    "Repository": REPOSITORY,
+    "Documentation": f"{REPOSITORY}/blob/v{VERSION}/docs/index.md",
+    "Changelog": f"{REPOSITORY}/blob/v{VERSION}/CHANGELOG.md",
+    "Issues": f"{REPOSITORY}/issues",
+}
 
 # Nobody reads errno or floating-point exceptions, which would keep loops from becoming vectors. Products and sums stay
 # apart, for the same bits everywhere; NaN and infinity keep their meaning, so there is no -ffast-math.
@@ -22,6 +56,8 @@ FLAGS = [
     "-ffp-contract=off",
     "-pthread",
 ]
+if "-g" not in os.environ.get("CFLAGS", "").split():
+    FLAGS.append("-g0")  # Python's own flags ask for debug information, which is two thirds of the library
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS |= {"v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
@@ -63,6 +99,10 @@ class Wheel(bdist_wheel):
 
 
 setup(
+    version=VERSION,
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    project_urls=URLS if REPOSITORY else {},
     ext_modules=[Extension("grokadamw.update.cpu_kernel", ["grokadamw/update/cpu_kernel.c"], optional=True)],
     cmdclass={"build_ext": BuildKernel, "bdist_wheel": Wheel},
 )

@@ -1,4 +1,4 @@
-"""Commands: python -m grokadamw env; python -m grokadamw convert IN OUT [--to adamw]."""
+"""Commands: grokadamw env; grokadamw convert IN OUT [--to adamw]. The same by python -m grokadamw."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from .checkpoints import StateDict, is_state_dict, to_adamw, to_grokadamw
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 1 with a sentence on stderr where it could not be done."""
-    parser = argparse.ArgumentParser(prog="python -m grokadamw")
+    parser = argparse.ArgumentParser(prog="grokadamw")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, dest="command")
     commands.add_parser(
         "env",

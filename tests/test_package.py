@@ -23,7 +23,7 @@ def run(code: str) -> str:
 def test_both_imports_in_use_are_the_same_class() -> None:
     assert grokadamw.GrokAdamW is grokadamw.grokadamw.GrokAdamW
     assert issubclass(grokadamw.GrokAdamW, torch.optim.Optimizer)
-    assert grokadamw.__version__ == version("grokadamw") == "0.2.0"
+    assert grokadamw.__version__ == version("grokadamw")
 
 
 def test_torch_is_the_only_requirement() -> None:
@@ -77,6 +77,13 @@ def test_there_are_no_public_instance_attributes_beyond_torchs() -> None:
 def test_trainers_train_and_eval_are_not_there() -> None:
     assert not hasattr(grokadamw.GrokAdamW, "train")
     assert not hasattr(grokadamw.GrokAdamW, "eval")
+
+
+def test_the_command_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"grokadamw {grokadamw.__version__}\n"
 
 
 def test_env_tells_what_runs_here(capsys: pytest.CaptureFixture[str]) -> None:

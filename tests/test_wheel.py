@@ -6,12 +6,18 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+import grokadamw
+
+from .test_release import copy_of_the_source
+
+VERSION = grokadamw.__version__
 STEP = """
 import torch, grokadamw
 print(grokadamw.__file__)
@@ -21,33 +27,24 @@ p.grad = torch.ones(5000)
 optimizer.step()
 print(optimizer.implementation())
 """
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+COMPILERS = ["there", "missing"]
 
 
-@pytest.mark.parametrize("compiler", ["there", "missing"])
-def test_a_wheel_in_an_empty_environment(compiler: str, tmp_path: Path) -> None:
+def run(*command: str | Path, compiler: str, cwd: Path | None = None) -> str:
     environment = os.environ | ({"CC": "false"} if compiler == "missing" else {})
-    # of a copy, as a build leaves its objects where it was made
-    source, wheels = tmp_path / "source", tmp_path / "wheels"
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for name in filter(None, files.split("\0")):
-        if name.startswith("grokadamw/") or "/" not in name:
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, source], check=True, env=environment)
-    (wheel,) = wheels.iterdir()
-    assert wheel.name.startswith("grokadamw-0.2.0-py3-none-")
-    assert wheel.name.endswith("-any.whl") == (compiler == "missing")
+    return subprocess.run(command, check=True, env=environment, cwd=cwd, stdout=-1, text=True).stdout
 
-    venv.create(tmp_path / "venv", with_pip=False)
-    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+
+def check_in_an_empty_environment(package: Path, compiler: str, folder: Path) -> None:
+    """Install a wheel or an sdist where there is only torch, and take a step."""
+    venv.create(folder / "venv", with_pip=False)
+    site = next((folder / "venv").glob("lib/python*/site-packages"))
     # torch's own folder, whose .pth files, and so the package in development, do not count there
     (site / "torch.pth").write_text(sysconfig.get_path("purelib"))
-    python = tmp_path / "venv/bin/python"
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", wheel], check=True)
-    lines = subprocess.run(
-        [python, "-W", "error", "-c", STEP], check=True, capture_output=True, text=True, cwd=tmp_path
-    ).stdout.splitlines()
+    python = folder / "venv/bin/python"
+    run(*PIP, "--no-cache-dir", "--python", python, "install", "--no-deps", package, compiler=compiler)
+    lines = run(python, "-W", "error", "-c", STEP, compiler=compiler, cwd=folder).splitlines()
     assert Path(lines[0]).is_relative_to(site)
     if compiler == "missing":
         assert lines[1] == (
@@ -55,3 +52,43 @@ def test_a_wheel_in_an_empty_environment(compiler: str, tmp_path: Path) -> None:
         )
     else:
         assert lines[1].startswith("cpu: the native kernel, compiled for ")
+    said = run(folder / "venv/bin/grokadamw", "--version", compiler=compiler, cwd=folder)
+    assert said == f"grokadamw {VERSION}\n"
+
+
+def check_name(wheel: Path, compiler: str) -> None:
+    assert wheel.name.startswith(f"grokadamw-{VERSION}-py3-none-")
+    assert wheel.name.endswith("-any.whl") == (compiler == "missing")
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_a_wheel_in_an_empty_environment(compiler: str, tmp_path: Path) -> None:
+    source = copy_of_the_source(tmp_path / "source")
+    run(*PIP, "wheel", "--no-deps", "--wheel-dir", tmp_path / "wheels", source, compiler=compiler)
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    check_name(wheel, compiler)
+    if compiler == "there":
+        assert b".debug_info" not in ZipFile(wheel).read("grokadamw/update/cpu_kernel.so")
+    check_in_an_empty_environment(wheel, compiler, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_a_release_in_an_empty_environment(compiler: str, tmp_path: Path) -> None:
+    """The sdist; and the wheel that is built from it, as `python -m build` does."""
+    for tool in ("build", "twine"):
+        pytest.importorskip(tool)
+    source = copy_of_the_source(tmp_path / "source")
+    run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", source, compiler=compiler)
+    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel, compiler=compiler)
+    check_name(wheel, compiler)
+    with tarfile.open(sdist) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"CHANGELOG.md", "CITATION.cff", "LICENSE", "grokadamw/update/cpu_kernel.c"} <= files
+    assert not [name for name in files if name.startswith(("tests", "benchmarks", "docs"))]  # all, or none
+    for package in (sdist, wheel):
+        folder = tmp_path / package.suffix
+        folder.mkdir()
+        check_in_an_empty_environment(package, compiler, folder)
