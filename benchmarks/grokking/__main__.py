@@ -2,12 +2,13 @@
 
     python -m benchmarks.grokking list
     python -m benchmarks.grokking run --task mul97 --method adamw grokadamw --seeds 3
-    python -m benchmarks.grokking evidence
+    python -m benchmarks.grokking evidence --dry-run
     python -m benchmarks.grokking report
 
 `run` trains, shows how far it is, prints a table, and leaves the curves as a picture and the runs in a CSV file.
 `evidence` does what the report is made of, as far as benchmarks/results/grokking.csv does not have it yet: stop it at
-any time, and start it again to go on. `report` makes the report from that file.
+any time, and start it again to go on. With --dry-run it only says what that would be. `report` makes the report from
+that file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from . import evidence, methods, pictures, report, tasks
-from .runs import CSV, Run, execute_all, read
+from . import estimates, evidence, methods, pictures, report, tasks
+from .runs import CSV, Row, Run, execute_all, read
+
+TRAINED_BEFORE = ["hamlet-finetuning"]  # whose start takes minutes the first time
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -35,23 +39,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks.grokking", description=(__doc__ or "").partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="tasks and methods")
-    one = commands.add_parser("run", help="train, and draw what happened")
-    one.add_argument("--task", required=True, choices=tasks.load(), metavar="TASK")
-    one.add_argument("--method", required=True, nargs="+", choices=methods.load(), metavar="METHOD")
-    one.add_argument("--seeds", type=int, default=1, help="how many, from 0 (default: %(default)s)")
-    one.add_argument("--lr", type=float, help="learning rate (default: the method's)")
-    one.add_argument("--weight-decay", type=float, help="(default: the method's)")
-    one.add_argument("--set", type=setting, nargs="*", default=[], metavar="NAME=VALUE", help="of the optimizer")
-    one.add_argument("--steps", type=int, help="the most that a run may take (default: the task's)")
-    one.add_argument("--out", type=Path, default=Path("demo"), help="folder (default: %(default)s)")
-    more = commands.add_parser("evidence", help="go on with the runs of the report")
-    commands.add_parser("report", help="tables and pictures of what there is")
-    for command in (one, more):
-        command.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: one a core)")
-    options = parser.parse_args(arguments)
+    options, parser = parsed(arguments)
     console = Console()
     if options.command == "list":
         listing(console)
@@ -62,6 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
         except (TypeError, ValueError, OSError) as error:
             parser.error(str(error))
         run(options, asked, console)
+    elif options.command == "evidence" and options.dry_run:
+        forecast(read(CSV), options.jobs or os.cpu_count() or 1, console)
     elif options.command == "evidence":
         while todo := evidence.todo(read(CSV)):  # what is chosen depends on what was found
             execute_all(todo, CSV, options.jobs, console)
@@ -69,13 +59,103 @@ def main(arguments: list[str] | None = None) -> None:
         report.main(read(CSV), CSV.parent)
 
 
+def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    description, _, more = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.grokking",
+        description=description,
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="tasks and methods, with sizes and typical times")
+    one = commands.add_parser("run", help="train, and draw what happened")
+    one.add_argument("--task", required=True, choices=tasks.load(), metavar="TASK", help="what to learn: see `list`")
+    one.add_argument(
+        "--method",
+        required=True,
+        nargs="+",
+        choices=methods.load(),
+        metavar="METHOD",
+        help="one or more optimizers to compare: see `list`",
+    )
+    one.add_argument("--seeds", type=int, default=1, help="how many, from 0 (default: %(default)s)")
+    one.add_argument("--lr", type=float, help="learning rate of all methods (default: each method's own)")
+    one.add_argument("--weight-decay", type=float, help="of all methods (default: each method's own)")
+    one.add_argument(
+        "--set",
+        type=setting,
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="other arguments of the optimizers, such as lamb=1.0",
+    )
+    one.add_argument("--steps", type=int, help="the most that a run may take (default: the task's)")
+    one.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder for the picture and the CSV file (default: %(default)s)"
+    )
+    more_runs = commands.add_parser("evidence", help="go on with the runs of the report")
+    more_runs.add_argument(
+        "--dry-run", action="store_true", help="train nothing: print which runs are missing, and how long they take"
+    )
+    commands.add_parser("report", help="tables and pictures of what there is")
+    for command in (one, more_runs):
+        command.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: one a core)")
+    return parser.parse_args(arguments), parser
+
+
 def listing(console: Console) -> None:
-    for title, things in ("task", tasks.load()), ("method", methods.load()):
-        table = Table(box=None)
-        table.add_column(title)
-        for thing in things.values():
-            table.add_row(thing.name, thing.about)
-        console.print(table)
+    table = Table("task", "", box=None)
+    for name in ("parameters", "examples", "steps", "minutes"):
+        table.add_column(name, justify="right")
+    typical = estimates.minutes_by_task(read(CSV))
+    for task in tasks.load().values():
+        minutes = f"{typical[task.name]:.2g}" if task.name in typical else "–"
+        table.add_row(task.name, task.about, *sizes(task), f"{task.budget:,}", minutes)
+    console.print(table)
+    console.print(
+        "examples: for training; steps: at most; minutes: of a core, the median of the runs in benchmarks/results\n"
+    )
+    table = Table("method", "", box=None)
+    for name in ("lr", "weight decay"):
+        table.add_column(name, justify="right")
+    for method in methods.load().values():
+        table.add_row(method.name, method.about, f"{method.lr:g}", f"{method.weight_decay:g}")
+    console.print(table)
+
+
+def sizes(task: tasks.Task) -> tuple[str, str]:
+    """How many parameters, and examples for training. Dashes where that is not known before minutes of work."""
+    try:
+        start = None if task.name in TRAINED_BEFORE else task.start(0)
+    except (FileNotFoundError, ModuleNotFoundError):
+        start = None
+    if start is None:
+        return "–", "–"
+    return f"{sum(p.numel() for p in start.model.parameters()):,}", f"{len(start.data.train):,}"
+
+
+def forecast(rows: list[Row], jobs: int, console: Console) -> None:
+    """The runs that are missing, as far as they are known, and their time."""
+    missing = evidence.missing(rows)
+    table = Table("task", "method", box=None)
+    for name in ("runs", "hours of a core"):
+        table.add_column(name, justify="right")
+    hours, unknown = 0.0, 0
+    for pair in dict.fromkeys((run.task, run.method) for run in missing):
+        asked = [run for run in missing if (run.task, run.method) == pair]
+        known = [minutes for run in asked if (minutes := estimates.minutes(run, rows)) is not None]
+        hours += sum(known) / 60
+        unknown += len(asked) - len(known)
+        table.add_row(*pair, str(len(asked)), f"{sum(known) / 60:.2f}" if known else "–")
+    console.print(table)
+    console.print(
+        f"{len(missing)} runs, about {hours:.1f} hours of a core: {hours / jobs:.1f} hours with {jobs} at a time.\n"
+        f"The time of {unknown} of them is not known, as their tasks have not run yet, and not in that sum. Runs that "
+        "are chosen by what these find are not counted.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def checked(options: argparse.Namespace) -> list[Run]:

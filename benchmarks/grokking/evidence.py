@@ -200,11 +200,19 @@ def variations(rows: list[Row]) -> dict[str, list[Run]]:
 
 def todo(rows: list[Row]) -> list[Run]:
     """The next runs that are not done yet; what is chosen from them comes later."""
+    return next(not_done(rows), [])
+
+
+def missing(rows: list[Row]) -> list[Run]:
+    """All runs that are not done yet, as far as `rows` say which they are."""
+    return list(dict.fromkeys(run for stage in not_done(rows) for run in stage))
+
+
+def not_done(rows: list[Row]) -> Iterator[list[Run]]:
     done = {row.run for row in rows}
     for stage in stages(rows):
-        if missing := [run for run in stage if run not in done]:
-            return missing
-    return []
+        if left := [run for run in stage if run not in done]:
+            yield left
 
 
 def stages(rows: list[Row]) -> Iterator[list[Run]]:

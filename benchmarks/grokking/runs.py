@@ -23,7 +23,14 @@ from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import nn
 from torch.optim import Optimizer
 
@@ -37,6 +44,7 @@ COLUMNS = (
     MofNCompleteColumn(),
     "{task.fields[shown]}",
     TimeElapsedColumn(),
+    TimeRemainingColumn(),
 )
 ROOT = Path(__file__).parent.parent.parent
 CSV = ROOT / "benchmarks" / "results" / "grokking.csv"
@@ -283,4 +291,5 @@ def work(asked: Run) -> tuple[Row, Curve]:
     def tell(curve: Curve) -> None:
         news.put((asked, curve.steps[-1], f"train {curve.train[-1]:5.2f}  report {curve.report[-1]:5.2f}"))
 
+    news.put((asked, 0, "starting"))  # so that it has a bar before its first evaluation, which may take minutes
     return execute(asked, tell)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import queue
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -25,7 +28,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks print with rich, and dr
 
 from rich.console import Console  # noqa: E402
 
-from benchmarks.grokking import __main__, evidence, experiment, methods, report, runs, tasks  # noqa: E402
+from benchmarks.grokking import __main__, estimates, evidence, experiment, methods, report, runs, tasks  # noqa: E402
 from benchmarks.grokking.experiment import Curve  # noqa: E402
 from benchmarks.grokking.methods import Method, others  # noqa: E402
 from benchmarks.grokking.runs import Row, Run  # noqa: E402
@@ -215,8 +218,11 @@ def test_runs_in_parallel_are_those_in_one_process_and_one_that_fails_is_named(
 ) -> None:
     monkeypatch.setenv("IMDB", str(tmp_path))
     asked = [Run.of("imdb", "adamw", 0, budget=50), *(Run.of("parity", "adamw", seed, budget=100) for seed in (0, 1))]
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=120, color_system=None)
     with pytest.raises(FileNotFoundError, match="set IMDB") as error:
-        runs.execute_all([*asked, asked[1]], tmp_path / "runs.csv", 1, Console(quiet=True))
+        runs.execute_all([*asked, asked[1]], tmp_path / "runs.csv", 1, terminal)
+    assert re.search(r"all runs .*0/3 .*0:00:00 -:--:--", shown.getvalue())  # time so far, and time that is left
     assert "task='imdb'" in error.value.__notes__[0]
     rows = runs.read(tmp_path / "runs.csv")
     assert [row.run for row in rows] == asked[1:]
@@ -224,6 +230,16 @@ def test_runs_in_parallel_are_those_in_one_process_and_one_that_fails_is_named(
     assert (rows[0].steps, rows[0].best, rows[0].last, rows[0].sustained) == (100, here.best, here.last, None)
     assert rows[0].commit
     assert rows[0].minutes > 0
+
+
+def test_a_run_has_its_bar_from_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: queue.SimpleQueue[runs.News] = queue.SimpleQueue()
+    monkeypatch.setattr(runs, "news", told, raising=False)
+    asked = Run.of("parity", "adamw", 0, budget=100)
+    runs.work(asked)
+    news = [told.get() for _ in range(told.qsize())]
+    assert news[0] == (asked, 0, "starting")
+    assert news[-1][:2] == (asked, 100)
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
@@ -369,11 +385,19 @@ def test_the_command_trains_prints_a_table_and_draws(tmp_path: Path, capsys: pyt
 
 
 def test_the_command_lists_what_there_is_and_refuses_what_cannot_be(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    __main__.main(["list"])
+    few = {name: tasks.load()[name] for name in ("mul97", "parity", "imdb", "hamlet-finetuning")}
+    monkeypatch.setenv("IMDB", str(tmp_path))
+    with monkeypatch.context() as patch:  # as all of them take seconds
+        patch.setattr(tasks, "load", lambda: few)
+        __main__.main(["list"])
     listed = capsys.readouterr().out
-    assert all(name in listed for name in [*tasks.load(), *METHODS])
+    assert all(name in listed for name in [*few, *METHODS])
+    minutes = statistics.median(row.minutes for row in runs.read(runs.CSV) if row.task == "mul97" and row.minutes)
+    assert re.search(rf"mul97 .* 422,656 +4,656 +3,000 +{minutes:.2g} ", listed)
+    assert re.search(r"imdb .* – +– +1,500 ", listed)  # its data is not there
+    assert re.search(r"hamlet-finetuning .* – +– +400 ", listed)
     (tmp_path / "file").touch()
     for arguments, said in [
         (["--task", "mul98"], "mul97"),
@@ -386,6 +410,39 @@ def test_the_command_lists_what_there_is_and_refuses_what_cannot_be(
         with pytest.raises(SystemExit):
             __main__.main(["run", "--method", "adamw", *arguments])
         assert said in capsys.readouterr().err
+
+
+def test_every_option_is_explained() -> None:
+    _, parser = __main__.parsed(["list"])
+    (commands,) = (action for action in parser._actions if isinstance(action.choices, dict))
+    for name, command in commands.choices.items():
+        assert [action.dest for action in command._actions if not action.help] == [], name
+    assert len(commands._choices_actions) == len(commands.choices)  # those that --help has a line for
+
+
+def test_a_dry_run_says_what_is_missing_and_trains_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = (Run.of(task, "adamw", seed, budget=1000) for task, seed in (("mul97", 0), ("digits", 0)))
+    asked = [old, *(replace(old, seed=seed) for seed in (1, 2)), new]
+    done = [Row(**asdict(old), steps=500, minutes=30.0)]
+    monkeypatch.setattr(evidence, "stages", lambda rows: iter([asked[:2], asked[2:]]))
+    monkeypatch.setattr(__main__, "read", lambda path: done)
+    monkeypatch.setattr(__main__, "execute_all", lambda *_: pytest.fail("it trains"))
+    __main__.main(["evidence", "--dry-run", "--jobs", "4"])
+    said = capsys.readouterr().out
+    assert re.search(r"mul97 +adamw +2 +1.00 ", said)
+    assert re.search(r"digits +adamw +1 +– ", said)
+    assert "3 runs, about 1.0 hours of a core: 0.2 hours with 4 at a time.\nThe time of 1 of them is not known" in said
+
+
+def test_how_long_a_run_will_take() -> None:
+    done = [replace(ROW, method="adamw", steps=400, minutes=2.0), replace(ROW, method="muon", steps=800, minutes=8.0)]
+    assert estimates.minutes(replace(ROW.run, budget=3000), done) == pytest.approx(2.0)  # as long as its method took
+    assert estimates.minutes(replace(ROW.run, budget=100), done) == pytest.approx(0.5)
+    assert estimates.minutes(replace(ROW.run, method="grokadamw"), done) == pytest.approx(600 * 0.0075)  # as all did
+    assert estimates.minutes(replace(ROW.run, task="add97"), done) is None
+    assert estimates.minutes_by_task([*done, replace(ROW, task="qm9", minutes=0.0)]) == {"mul97": 5.0}
 
 
 def test_sustained() -> None:
