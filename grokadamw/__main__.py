@@ -63,7 +63,8 @@ def environment() -> str:
         "torch": torch.__version__,
         "triton": triton,
     }
-    accelerator = torch.accelerator.current_accelerator()
+    # without the question torch 2.6 raises where there is none
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     count = torch.accelerator.device_count() if accelerator else 0
     for name in ("cpu", *(f"{accelerator}:{i}" for i in range(count))):
         title = f"{torch.cuda.get_device_name(name)}, " if name.startswith("cuda") else ""

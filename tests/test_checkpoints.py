@@ -154,7 +154,7 @@ def test_there_and_back(theirs: Any, dtype: torch.dtype) -> None:
     train(model, range(5, 10), lambda step, loss: ours.step())
     second = theirs(model.parameters())
     second.load_state_dict(to_adamw(ours.state_dict()) if theirs is torch.optim.AdamW else as_adam(ours))
-    assert second.param_groups[0].keys() == first.param_groups[0].keys() | {"param_names"}
+    assert second.param_groups[0].keys() == first.param_groups[0].keys() | {"param_names", "decoupled_weight_decay"}
     assert second.param_groups[0]["foreach"] is None
     train(model, range(10, 15), lambda step, loss: second.step())
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-13}[dtype]
@@ -185,7 +185,7 @@ def test_the_slow_gradient_starts_at_zero_and_is_left_behind() -> None:
     assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in exported["state"].values())
     reference = torch.optim.AdamW(write["groups"](model, named=True))
     assert all(
-        ours.keys() == theirs.keys()
+        ours.keys() == theirs.keys() | {"decoupled_weight_decay"}  # which torch 2.6 does not have
         for ours, theirs in zip(exported["param_groups"], reference.param_groups, strict=True)
     )
 
@@ -236,6 +236,8 @@ def test_amsgrad_is_refused() -> None:
 
 def test_adams_own_weight_decay_is_doubted() -> None:
     model = network()
+    if "decoupled_weight_decay" not in torch.optim.Adam(model.parameters()).defaults:
+        pytest.skip("this torch's state dicts do not tell Adam from AdamW")
     adam = torch.optim.Adam(model.parameters(), weight_decay=0.25)
     with pytest.warns(UserWarning, match=r"weight_decay=0\.25 was Adam's"):
         to_grokadamw(adam.state_dict())
