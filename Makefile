@@ -27,8 +27,8 @@ DEEPSPEED := annotated-types einops hjson msgpack ninja psutil py-cpuinfo pydant
 # torch:Python, the oldest of both first. Each Python has to be there as python3.10 and so on. Where PyPI is the only index,
 # torch 2.6 and 2.11 are builds for a GPU, of 5 GB each; their Triton is not tested
 VERSIONS := 2.6.0:3.10 2.11.0:3.12 2.13.0:3.13
-VERSION_TESTS := arguments capture checkpoints compile dcp distributed gradfilters gradients grokadamw grokfast groups layers \
-	options oracle package preset resume signals tensors
+VERSION_TESTS := arguments checkpoints compile distributed gradients grokadamw groups layers options oracle package preset \
+	resume signals tensors
 
 .PHONY: demo test test-all test-versions docs docs-serve wheel dist peers asan clean
 

@@ -11,7 +11,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: on the CPU its kernels are interpreted
 
 # what processes have imported that tests fork from a server, as importing torch takes them seconds
-multiprocessing.set_forkserver_preload(["tests.test_crash", "tests.test_distributed", "torch._dynamo"])
+PRELOADED = ["tests.test_crash", "tests.test_distributed", "torch._dynamo"]
+multiprocessing.set_forkserver_preload(PRELOADED)
 
 # times vary on shared machines; and a test that fails should fail for the change that broke it
 settings.register_profile("default", deadline=None, derandomize=True)

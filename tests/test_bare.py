@@ -12,6 +12,7 @@ import torch
 
 from grokadamw.update import gpu
 
+from .conftest import PRELOADED
 from .models import skip_unless_interpreted
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,13 @@ def test_what_is_not_installed_stops_no_collection() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert "torch.testing._internal needs expecttest" in done.stdout
+
+
+def test_what_is_not_installed_stops_no_process() -> None:
+    """A server that processes are forked from ends where what it is to import raises anything but ImportError."""
+    modules = ", ".join(PRELOADED)
+    code = f"import sys; sys.modules |= dict.fromkeys({MISSING}); import {modules}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")

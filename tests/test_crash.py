@@ -18,7 +18,7 @@ from torch import nn
 from grokadamw import GrokAdamW
 from grokadamw.signals import AccuracyGap, SlowGradient
 
-from .test_readme import ROOT, code_blocks
+from .pages import ROOT, code_blocks
 
 STEPS = 40
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from .test_readme import ROOT, code_blocks
+from .pages import ROOT, code_blocks
 
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.glob("*.md") if code_blocks(page.read_text(encoding="utf-8")))

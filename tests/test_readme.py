@@ -18,7 +18,8 @@ pytest.importorskip("matplotlib", reason="the benchmarks print with rich, and dr
 from benchmarks import accumulation, filter_time, step_time  # noqa: E402
 from benchmarks.grokking import report, runs  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+from .pages import ROOT, code_blocks  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks/results"
 
@@ -26,17 +27,13 @@ RESULTS = ROOT / "benchmarks/results"
 @pytest.mark.filterwarnings("error")
 def test_code_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = code_blocks()
+    blocks = code_blocks(README)
     assert len(blocks) >= 3
     namespace: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["optimizer"].param_groups[0]["eval_loss"] is not None
     assert not list(tmp_path.iterdir())
-
-
-def code_blocks(page: str = README) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 def test_every_argument_is_in_the_table_with_its_default() -> None:

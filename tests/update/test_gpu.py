@@ -28,7 +28,7 @@ from grokadamw.step import Step
 from grokadamw.update import gpu, memory
 from grokadamw.update.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Shape, Tables, _runs
 
-from ..models import batch, network, running
+from ..models import batch, network, running, skip_unless_interpreted
 from ..oracle import Oracle
 from ..test_oracle import every_step_is_the_oracles, problems
 from .test_update import TOLERANCES
@@ -473,6 +473,7 @@ def test_where_triton_cannot_launch_foreach_runs() -> None:
         def __getitem__(self, grid: Any) -> Any:
             raise RuntimeError("Failed to find C compiler.\nPlease specify one")
 
+    skip_unless_interpreted()
     kernels = gpu.kernels()
     InterpretedFunction = type("InterpretedFunction", (Broken,), {})
     broken = SimpleNamespace(tl=kernels.tl, update=InterpretedFunction(), squares=Broken())
@@ -501,6 +502,7 @@ def test_fakes_of_a_gpus_tensors_need_none() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
 def test_the_interpreter_is_for_the_cpu() -> None:
     """It would write to a GPU's addresses as to its own."""
+    skip_unless_interpreted()
     reason = gpu._why_not_here.__wrapped__(torch.device("cuda"))
     assert reason == "TRITON_INTERPRET is set, and Triton's interpreter runs on the CPU alone"
 
