@@ -29,11 +29,9 @@ def readme() -> str:
 
     def absolute(link: re.Match[str]) -> str:
         picture, text, target = link.groups()
-        return (
-            f"{picture}[{text}]({REPOSITORY}/{'raw' if picture else 'blob'}/v{VERSION}/{target})"
-            if REPOSITORY
-            else text
-        )
+        if not REPOSITORY:
+            return text
+        return f"{picture}[{text}]({REPOSITORY}/{'raw' if picture else 'blob'}/v{VERSION}/{target})"
 
     return re.sub(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)]+)\)", absolute, (ROOT / "README.md").read_text(encoding="utf-8"))
 

