@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from grokadamw.update import gpu
-from grokadamw.update.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, WIDTHS
+from grokadamw.update.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, LONG, ODD, SHAPES, WIDTHS
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 90, 100)} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)
@@ -76,7 +76,7 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
     constants: dict[str, dict[str, Any]] = {
         "update": {"PARAM": dtypes["param"], "GRAD": dtypes["param"], "STATE": dtypes["state"], "HAS_MU": True}
         | {"RAW": False, "EPS_FIRST": False, "HAS_FINITE": True, "IS_PART": False, "MOVES": True, "TAIL": tail}
-        | {"HAS_CHANGE": False, "HAS_NORM": False, "OF_ROWS": 0, "HAS_LONG": False, "ODD_ROWS": False}
+        | {"HAS_CHANGE": False, "HAS_NORM": False, "OF_ROWS": 0}
         | {"CHUNK": shape.chunk, "BLOCK": shape.block},
         "squares": {"GRAD": dtypes["param"], "TAIL": tail, "CHUNK": of_grads.chunk, "BLOCK": of_grads.block},
     }
@@ -84,8 +84,8 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
     if tail:  # as a model's biases have
         limited = constants["update"] | {"HAS_CHANGE": True}
         constants["update, rows of 256"] = limited | {"OF_ROWS": 1 << WIDTHS.index(256)}
-        constants["update, longer rows"] = limited | {"HAS_LONG": True}
-        constants["update, odd rows"] = limited | {"ODD_ROWS": True}
+        constants["update, longer rows"] = limited | {"OF_ROWS": 1 << LONG}
+        constants["update, odd rows"] = limited | {"OF_ROWS": 1 << ODD + WIDTHS.index(256)}
     for lists in LISTS:
         flags = {"HAS_SCALE": True, "HAS_FOUND": True, "SKIPS": True}
         constants[f"judge, {lists} lists"] = flags | {"LISTS": lists, "BLOCK": JUDGE_BLOCK}

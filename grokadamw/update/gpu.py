@@ -20,7 +20,18 @@ from torch import Tensor
 
 from ..numbers import mesh_of
 from . import memory
-from .gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, LONGEST, SHAPES, WIDTHS, Part, Tables, Verdict, misaligned, words_of
+from .gpu_tables import (
+    JUDGE_BLOCK,
+    JUDGE_THREADS,
+    LONGEST,
+    SHAPES,
+    Part,
+    Tables,
+    Verdict,
+    and_odd,
+    misaligned,
+    words_of,
+)
 from .memory import DTYPES, addresses, has_no_gaps, plain, where
 from .reference import Numbers, Tensors, written
 
@@ -270,9 +281,10 @@ def steps(calls: Sequence[tuple[Tensors, Numbers]], tables: Tables | None = None
 def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
     device, *dtypes, has_mu, raw, eps_first, has_finite, is_part, moves = kind
     static = tables.static(kind, lists)
-    limits = [x.numbers for x in lists] if static.limits_rows else []
+    limits = [x.numbers for x in lists] if static.of_rows else []
     shape, finite = SHAPES[static.size], lists[0].numbers.finite
     grads = b"".join(x.at.grads for x in lists)
+    may_be_misaligned = tables.masked or misaligned(grads)
     # torch counts the steps, and says so itself
     columns = [column for x in lists for column in written(x.tensors, moves)[: -1 if moves else None]]
     columns += [plain(column) for column in columns if mesh_of(column[0]) is not None]
@@ -297,12 +309,10 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
         HAS_FINITE=has_finite,
         IS_PART=is_part,
         MOVES=moves,
-        TAIL=static.tail or tables.masked or misaligned(grads),
+        TAIL=static.tail or may_be_misaligned,
         HAS_CHANGE=any(n.max_row_change for n in limits),
         HAS_NORM=any(n.max_row_norm for n in limits),
-        OF_ROWS=static.of_rows & ((1 << len(WIDTHS)) - 1),
-        HAS_LONG=static.of_rows >> len(WIDTHS) > 0,
-        ODD_ROWS=static.limits_rows and (static.odd_rows or tables.masked or misaligned(grads)),
+        OF_ROWS=and_odd(static.of_rows) if may_be_misaligned else static.of_rows,
         CHUNK=shape.chunk,
         BLOCK=shape.block,
         warps=shape.warps * (2 if limits else 1),  # a row waits for its sums

@@ -10,6 +10,8 @@ with masks, which TAIL=False leaves out where no chunk needs it.
 import triton
 import triton.language as tl
 
+from .gpu_tables import LONG as _LONG
+from .gpu_tables import ODD as _ODD
 from .gpu_tables import STRAIGHT as _STRAIGHT
 from .gpu_tables import WIDTHS
 from .rows import SHORT
@@ -22,7 +24,8 @@ LR, ALPHA, CLIP = (tl.constexpr(i) for i in range(0, 6, 2))
 BETA2, LOG_BETA2, EPS, WEIGHT_DECAY, LAMB, AMPLIFY_AFTER, SIGN = (tl.constexpr(i) for i in range(6, 13))
 MICRO_STEPS, DECAYS, MAX_ROW_CHANGE, MAX_ROW_NORM, NUMBERS = (tl.constexpr(i) for i in range(13, 18))
 SHORTEST, STRAIGHT = tl.constexpr(SHORT), tl.constexpr(_STRAIGHT)
-NARROW, WIDEST, SIZES_OF_ROWS = (tl.constexpr(x) for x in (WIDTHS[0], WIDTHS[-1], len(WIDTHS)))
+NARROW, WIDEST = tl.constexpr(WIDTHS[0]), tl.constexpr(WIDTHS[-1])
+BIT, LONG, ODD, ALL_LONG = (tl.constexpr(x) for x in (1, _LONG, _ODD, 1 << _LONG | 1 << _ODD + _LONG))
 
 
 @triton.jit
@@ -168,12 +171,18 @@ def _chunk_of_rows(
     clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
     HAS_MU: tl.constexpr, RAW: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr,
-    HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, IS_STRAIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Update and limit some rows of a matrix, of no more than WIDTH elements each, which lie straight."""
-    theta, grad = _pointer(theta, PARAM, False), _pointer(grad, GRAD, False)
-    m, v, mu = _pointer(m, STATE, False), _pointer(v, STATE, False), _pointer(mu, STATE, False)
-    width = width // STRAIGHT * STRAIGHT  # which tells the compiler that it can be divided by that
+    """Update and limit some rows of a matrix, of no more than WIDTH elements each."""
+    ODD: tl.constexpr = not IS_STRAIGHT
+    theta, grad = _pointer(theta, PARAM, ODD), _pointer(grad, GRAD, ODD)
+    m, v, mu = _pointer(m, STATE, ODD), _pointer(v, STATE, ODD), _pointer(mu, STATE, ODD)
+    if IS_STRAIGHT:
+        width = width // STRAIGHT * STRAIGHT  # which tells the compiler that it can be divided by that
+    else:  # each element has an index of its own: one of 32 bits
+        start = first * width
+        theta, grad, m, v, mu = theta + start, grad + start, m + start, v + start, mu + start
+        width, end, first = width.to(tl.int32), (end - first).to(tl.int32), tl.full([], 0, tl.int32)
     AT_ONCE: tl.constexpr = BLOCK // WIDTH if BLOCK > WIDTH else 1
     column = tl.arange(0, WIDTH)[None, :]
     for block in range(first, end, AT_ONCE):
@@ -211,30 +220,39 @@ def _row(
         width, start = width // STRAIGHT * STRAIGHT, start // STRAIGHT * STRAIGHT
     theta, grad, m, v, mu = theta + start, grad + start, m + start, v + start, mu + start
     columns = width if IS_STRAIGHT else width.to(tl.int32)  # fewer registers, either way
-    olds = tl.zeros([BLOCK], tl.float64)
+    # the few elements of a thread are added up first: its sums would take most of the registers otherwise
+    OF_A_THREAD: tl.constexpr = 4
+    THREADS: tl.constexpr = BLOCK // OF_A_THREAD
+    if IS_STRAIGHT:
+        offsets = 4 * tl.arange(0, THREADS)[:, None] + tl.arange(0, 4)[None, :]
+        AXIS: tl.constexpr = 1
+    else:
+        offsets = THREADS * tl.arange(0, OF_A_THREAD)[:, None] + tl.arange(0, THREADS)[None, :]
+        AXIS: tl.constexpr = 0
+    olds = tl.zeros([THREADS], tl.float64)
     moveds, news, products = olds, olds, olds
     for block in range(0, columns, BLOCK):
-        at = block + tl.arange(0, BLOCK)
+        at = block + offsets
         inside = at < columns
         old, new = _new(
             theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
             eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True, False,
         )  # fmt: skip
         moved = _moved(old, new, inside).to(tl.float64)
-        moveds += moved * moved
+        moveds += tl.sum(moved * moved, axis=AXIS)
         if HAS_CHANGE:
             before = old.to(tl.float64)
-            olds += before * before
+            olds += tl.sum(before * before, axis=AXIS)
         if HAS_NORM:
             after = tl.where(inside, new, 0).to(tl.float64)
-            news += after * after
-            products += after * moved
+            news += tl.sum(after * after, axis=AXIS)
+            products += tl.sum(after * moved, axis=AXIS)
     share, share_of_norm = _shares(
         tl.sum(olds, keep_dims=True), tl.sum(moveds, keep_dims=True), tl.sum(news, keep_dims=True),
         tl.sum(products, keep_dims=True), change, norm, HAS_CHANGE, HAS_NORM,
     )  # fmt: skip
     for block in range(0, columns, BLOCK):
-        at = block + tl.arange(0, BLOCK)
+        at = block + offsets
         inside = at < columns
         old, new = _new(
             theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
@@ -256,14 +274,13 @@ def update(
     chunks, table, grads, numbers, finite, tensors,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, HAS_MU: tl.constexpr, RAW: tl.constexpr,
     EPS_FIRST: tl.constexpr, HAS_FINITE: tl.constexpr, IS_PART: tl.constexpr, MOVES: tl.constexpr, TAIL: tl.constexpr,
-    HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, OF_ROWS: tl.constexpr, HAS_LONG: tl.constexpr,
-    ODD_ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, OF_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update a chunk of a tensor. Where `finite` is 0 it writes nothing; a micro-batch then takes the gradient as 0.
 
-    With HAS_CHANGE or HAS_NORM it limits rows, too: of matrices a program takes whole rows. OF_ROWS says which of
-    WIDTHS there are, a bit for each; HAS_LONG, whether there are longer rows, and ODD_ROWS, whether there are some that
-    do not all begin at a word of 16 bytes. A body that is not compiled takes no registers from the others.
+    With HAS_CHANGE or HAS_NORM it limits rows, too: of matrices a program takes whole rows. OF_ROWS says, in bits, for
+    which sizes a body is needed, as `gpu_tables.sizes_of_rows` has it: one that is not compiled takes no registers.
 
     It does not count the step, which other programs read.
     """
@@ -322,27 +339,27 @@ def update(
         change, norm = _float64(mine, MAX_ROW_CHANGE), _float64(mine, MAX_ROW_NORM)
         rows = tl.load(here + 10 * tensors)  # of a chunk
         end = tl.minimum(nth * rows + rows, size // width)
-        ODD_BLOCK: tl.constexpr = BLOCK if BLOCK < 512 else 512  # larger ones spill
-        if ODD_ROWS and not (aligned and width % STRAIGHT == 0):
-            for row in range(nth * rows, end):
-                _row(
-                    theta, grad, m, v, mu, row * width, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
-                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, ODD_BLOCK, HAS_MU, RAW,
-                    IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, False,
-                )  # fmt: skip
-        else:
-            for n in tl.static_range(SIZES_OF_ROWS):  # each of WIDTHS is four times the one before it
-                if (OF_ROWS >> n) & 1 and (width <= NARROW << (2 * n)) & ((4 * width > NARROW << (2 * n)) | (n == 0)):
+        # where there are short rows, too, the body of longer ones must not take more registers than theirs
+        LONG_BLOCK: tl.constexpr = 2 * BLOCK if ALL_LONG | OF_ROWS == ALL_LONG else BLOCK
+        is_straight = aligned and width % STRAIGHT == 0
+        for odd in tl.static_range(2):
+            for n in tl.static_range(LONG):  # each of WIDTHS is twice the one before it
+                if (
+                    BIT << ODD * odd + n & OF_ROWS
+                    and is_straight == (odd == 0)
+                    and ((width <= NARROW << n) & (n == 0 or 2 * width > NARROW << n))
+                ):
                     _chunk_of_rows(
                         theta, grad, m, v, mu, nth * rows, end, width, change, norm, usable, clip, keep_mu, add_mu,
-                        lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, BLOCK,
-                        NARROW << (2 * n), HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM,
+                        lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE,
+                        BLOCK // 2 if odd else BLOCK, NARROW << n, HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE,
+                        HAS_NORM, odd == 0,
                     )  # fmt: skip
-            if HAS_LONG and width > WIDEST:
+            if BIT << ODD * odd + LONG & OF_ROWS and is_straight == (odd == 0) and width > WIDEST:
                 _row(
                     theta, grad, m, v, mu, nth * width, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
-                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, 2 * BLOCK, HAS_MU, RAW,
-                    IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, True,
+                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, LONG_BLOCK, HAS_MU, RAW,
+                    IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, odd == 0,
                 )  # fmt: skip
     else:
         start = nth * CHUNK

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -32,11 +32,11 @@ class Shape(NamedTuple):
 
 
 SHAPES = {8: Shape(2048, 512, 4), 4: Shape(4096, 1024, 4), 2: Shape(4096, 1024, 4)}  # by bytes of an element
-# A program that limits rows has CHUNK / width whole rows, where one of these widths has room for them, and they lie
-# straight: a multiple of STRAIGHT elements, and so all of them begin at a word of 16 bytes. Of longer or odd ones it
-# has one, and reads that twice. What would be too much for one program is limited after the step, by rows.py.
-WIDTHS, STRAIGHT = (16, 64, 256, 1024), 8
-LONGEST = 1 << 16
+# A program that limits rows has as many whole rows as its chunk has room for, each as long as the next of WIDTHS. Of
+# longer rows it has one, which it reads twice. What would be too much for one program is limited after the step, by
+# rows.py. Rows lie straight where their length is a multiple of STRAIGHT elements, and their tensors are aligned.
+WIDTHS, STRAIGHT, LONGEST = tuple(1 << n for n in range(4, 11)), 4, 1 << 16
+LONG, ODD = len(WIDTHS), len(WIDTHS) + 1  # bits: that of longer rows, after those of WIDTHS; and the first of odd rows
 # `judge` is one program, which adds the sums of all chunks: as many threads, and loads at a time, as a GPU lets it have
 JUDGE_BLOCK, JUDGE_THREADS = 4096, 1024
 
@@ -59,9 +59,7 @@ class Static(NamedTuple):
     chunks: Tensor
     tail: bool  # some chunk is not full, or some tensor not aligned
     size: int  # of the numbers' element
-    limits_rows: bool = False
-    of_rows: int = 0  # which sizes of straight rows there are: a bit for each of WIDTHS, and one for longer ones
-    odd_rows: bool = False  # others
+    of_rows: int = 0  # which sizes of rows there are
 
 
 class Part(NamedTuple):
@@ -162,9 +160,7 @@ class Tables:
         same = before is not None and [(x[0][5], x[3]) for x in before.key] == [(x[0][5], x[3]) for x in key]
         chunks = before.chunks if before and same else self._send(_chunks(_counts(sizes, widths, chunk)), device)
         tail = not aligned or any(n % chunk for n, width in zip(sizes, widths, strict=True) if not width)
-        of_rows = sum({1 << bisect_left(WIDTHS, width) for width in widths if width and not width % STRAIGHT})
-        odd = not aligned or any(width % STRAIGHT for width in widths)
-        return Static(key, self._send(words, device), chunks, tail, size, any(widths), of_rows, odd)
+        return Static(key, self._send(words, device), chunks, tail, size, sizes_of_rows(widths, aligned))
 
     def squares(self, grads: Sequence[Tensor]) -> list[tuple[torch.dtype, list[int], Static]]:
         """Chunks and sizes for the gradients of each dtype, with their places."""
@@ -216,7 +212,19 @@ def _counts(sizes: Sequence[int], widths: Sequence[int], chunk: int) -> list[int
 
 
 def rows_of_a_chunk(width: int, chunk: int) -> int:
-    return 1 if width > WIDTHS[-1] or width % STRAIGHT else max(chunk // WIDTHS[bisect_left(WIDTHS, width)], 1)
+    """Return how many whole rows a program takes."""
+    return 1 if width > WIDTHS[-1] else max(chunk // WIDTHS[bisect_left(WIDTHS, width)], 1)
+
+
+def sizes_of_rows(widths: Iterable[int], aligned: bool) -> int:
+    """Return which sizes of rows there are, in bits: WIDTHS, longer ones, and the same of those that may be odd."""
+    places = {bisect_left(WIDTHS, width) + ODD * (not aligned or width % STRAIGHT > 0) for width in widths if width}
+    return sum(1 << place for place in places)
+
+
+def and_odd(of_rows: int) -> int:
+    """Return the sizes of rows where any may be odd."""
+    return of_rows | (of_rows & ((1 << ODD) - 1)) << ODD
 
 
 def _chunks(counts: Sequence[int]) -> Tensor:

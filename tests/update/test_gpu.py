@@ -553,7 +553,7 @@ def test_so_do_straight_rows(codes: list[dict[str, Any]]) -> None:
             seen += 1
             assert code["scalar_stores"] == 4
             assert code["wide_stores"] >= 6
-            assert code["other_stores"] <= (2 if code["param"] in ("float16", "bfloat16") else 0)
+            assert code["other_stores"] <= (3 if code["param"] in ("float16", "bfloat16") else 0)
     assert seen == 30
 
 
