@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from . import estimates, evidence, methods, pictures, report, tasks
+from . import estimates, evidence, methods, on_gpu, pictures, report, tasks
 from .runs import CSV, Row, Run, execute_all, read
 
 TRAINED_BEFORE = ["hamlet-finetuning"]  # whose start takes minutes the first time
@@ -53,8 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     elif options.command == "evidence" and options.dry_run:
         forecast(read(CSV), options.jobs or os.cpu_count() or 1, console)
     elif options.command == "evidence":
-        while todo := evidence.todo(read(CSV)):  # what is chosen depends on what was found
-            execute_all(todo, CSV, options.jobs, console)
+        while todo := evidence.todo(read(CSV), on_gpu.takes if options.gpu else lambda run: True):
+            # what is chosen depends on what was found
+            (on_gpu.execute_all if options.gpu else execute_all)(todo, CSV, options.jobs, console)
     else:
         report.main(read(CSV), CSV.parent)
 
@@ -98,9 +99,14 @@ def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, argparse.Ar
     more_runs.add_argument(
         "--dry-run", action="store_true", help="train nothing: print which runs are missing, and how long they take"
     )
+    more_runs.add_argument("--gpu", action="store_true", help="AdamW's and GrokAdamW's alone, many at a time on a GPU")
     commands.add_parser("report", help="tables and pictures of what there is")
     for command in (one, more_runs):
-        command.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: one a core)")
+        command.add_argument(
+            "--jobs",
+            type=int,
+            help="runs at a time, one thread each (default: one a core; on a GPU 4, of twelve runs each)",
+        )
     return parser.parse_args(arguments), parser
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from grokadamw import GrokAdamW
 
-from .tasks import Split, Task
+from .tasks import Data, Split, Task
 
 IN_A_ROW = 6  # evaluations that have to be good for the task to count as learnt: *sustained*
 CHUNK = 1024  # examples evaluated at once; those of the first chunk alone where the task is far from learnt
@@ -63,26 +63,41 @@ def run(
 
     Six good evaluations that begin within the budget are seen to their end.
     """
+    for curve in evaluations(task, make, seed, budget, afterwards, clip=clip):
+        if curve.steps:
+            on_evaluation(curve)
+    return curve
+
+
+def evaluations(
+    task: Task,
+    make: Callable[[nn.Module], Optimizer],
+    seed: int,
+    budget: int,
+    afterwards: int = 0,
+    *,
+    clip: float = 0.0,
+    device: str = "cpu",
+) -> Iterator[Curve]:
+    """Train as `run` does, and yield the curve before and after each evaluation.
+
+    On a GPU steps are replays of a graph, on the current stream. They are under way before an evaluation, so that
+    other runs can be gone on with in the meantime.
+    """
     model, data, batches = task.start(seed)
-    optimizer = make(model)
+    data = Data(*(split.to(device) for split in data))
+    optimizer = make(model.to(device))
     grok = optimizer if isinstance(optimizer, GrokAdamW) else None
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / task.warmup))
+    train = (Training if device == "cpu" else Captured)(task, model, optimizer, clip)
     curve = Curve(task.solved)
     scores: list[Tensor] = []
     seconds, start = 0.0, time.process_time()
     end: int | None = None
     for step in count(1):
-        batch = next(batches)
-        outputs = model(batch.inputs)
-        loss = task.loss(outputs, batch.targets)
-        optimizer.zero_grad()
-        loss.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        schedule.step()
-        scores.append(task.score(outputs.detach(), batch.targets))
+        loss, score = train.step(next(batches))
+        scores.append(score)
         if step % task.evaluate_every == 0 or step == budget:
+            yield curve
             seconds += time.process_time() - start
             model.eval()
             with torch.no_grad():
@@ -90,6 +105,7 @@ def run(
                     grok.record(train_loss=loss, eval_loss=task.loss(model(data.signal.inputs), data.signal.targets))
                 report = evaluate(task, model, data.report)
             model.train()
+            train.hear()
             metrics = grok.metrics() if grok else {}
             curve.steps.append(step)
             curve.train.append(torch.cat(scores).mean().item())
@@ -98,13 +114,86 @@ def run(
             curve.signal.append(metrics.get("signal", torch.nan))
             curve.alpha.append(metrics.get("alpha", torch.nan))
             scores.clear()
-            on_evaluation(curve)
+            yield curve
             if end is None and curve.sustained(curve.report) is not None:
                 end = step + afterwards
             if step >= (end or budget) and not (end is None and curve.report[-1] >= task.solved):
                 break  # but not in the middle of what may become six
             start = time.process_time()
-    return curve
+
+
+class Training:
+    """The steps of a run."""
+
+    def __init__(self, task: Task, model: nn.Module, optimizer: Optimizer, clip: float) -> None:
+        self.task, self.model, self.optimizer, self.clip = task, model, optimizer, clip
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / task.warmup))
+
+    def step(self, batch: Split) -> tuple[Tensor, Tensor]:
+        """Return the loss of the batch before the step, and the score of each example."""
+        done = self.update(batch)
+        self.schedule.step()
+        return done
+
+    def update(self, batch: Split) -> tuple[Tensor, Tensor]:
+        outputs = self.model(batch.inputs)
+        loss = self.task.loss(outputs, batch.targets)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        return loss.detach(), self.task.score(outputs.detach(), batch.targets)
+
+    def hear(self) -> None:
+        """Called after each evaluation."""
+
+
+class Captured(Training):
+    """Steps on a GPU: each size of batch has a CUDA graph, which is captured at the fourth step."""
+
+    EAGER = 3  # steps, after which there is nothing that a capture would have to make first
+
+    def __init__(self, task: Task, model: nn.Module, optimizer: Optimizer, clip: float) -> None:
+        super().__init__(task, model, optimizer, clip)
+        if not isinstance(optimizer, (GrokAdamW, torch.optim.AdamW)):
+            raise TypeError(f"{type(optimizer).__name__}: on a GPU AdamW and GrokAdamW can be captured, and no others")
+        for group in optimizer.param_groups:  # the schedule fills it, and a graph reads it
+            group["lr"] = torch.tensor(float(group["lr"]), device="cuda")
+            group["capturable"] = True
+            if type(optimizer) is torch.optim.AdamW:
+                group["fused"] = True
+        self.taken = 0
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Split, tuple[Tensor, Tensor]]] = {}
+
+    def step(self, batch: Split) -> tuple[Tensor, Tensor]:
+        self.taken += 1
+        done = self.update(batch)
+        if self.taken <= self.task.warmup:
+            self.schedule.step()
+        return done
+
+    def update(self, batch: Split) -> tuple[Tensor, Tensor]:
+        if self.taken <= self.EAGER:
+            return super().update(batch.to("cuda"))
+        if len(batch) not in self.graphs:
+            fixed, graph = batch.to("cuda"), torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            graph.capture_begin()
+            try:
+                found = super().update(fixed)
+            finally:
+                graph.capture_end()
+            self.graphs[len(batch)] = graph, fixed, found
+        graph, fixed, (loss, score) = self.graphs[len(batch)]
+        fixed.inputs.copy_(batch.inputs, non_blocking=True)
+        fixed.targets.copy_(batch.targets, non_blocking=True)
+        graph.replay()
+        return loss, score.clone()
+
+    def hear(self) -> None:
+        if isinstance(self.optimizer, GrokAdamW):
+            self.optimizer.update_signals()  # which a replay does not
 
 
 def evaluate(task: Task, model: nn.Module, data: Split) -> float:

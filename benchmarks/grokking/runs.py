@@ -126,7 +126,7 @@ class Row(Run):
     best_at: int | None = None  # the step of the best score; empty in rows from before this column
     last: float = 0.0
     last_train: float = 0.0
-    minutes: float = 0.0  # of a core, with evaluations
+    minutes: float = 0.0  # of a core, with evaluations; 0 on a GPU, which many runs share
     commit: str = ""
     date: str = ""
     machine: str = ""
@@ -146,18 +146,23 @@ def execute(asked: Run, on_evaluation: Callable[[Curve], None] = lambda curve: N
         how: dict[str, Any] = {"clip": asked.clip, "on_evaluation": on_evaluation}
         curve = run(task, asked.optimizer, asked.seed, asked.budget, asked.afterwards, **how)
     minutes = (time.process_time() - start) / 60
+    return row_of(asked, curve, minutes, version, f"{processor()}, torch {torch.__version__}"), curve
+
+
+def row_of(asked: Run, curve: Curve, minutes: float, version: str, machine: str, timed: bool = True) -> Row:
+    """Return what came of a run."""
     best = curve.best(curve.report)
     train, first, sustained = curve.sustained(curve.train), curve.first(curve.report), curve.sustained(curve.report)
 
     def at(index: int | None) -> int | None:
         return None if index is None else curve.steps[index]
 
-    row = Row(
+    return Row(
         **asdict(asked),
         train=at(train),
         first=at(first),
         sustained=at(sustained),
-        seconds=None if sustained is None else round(curve.seconds[sustained], 2),
+        seconds=None if sustained is None or not timed else round(curve.seconds[sustained], 2),
         steps=curve.steps[-1],
         lowest=None if sustained is None else round(min(curve.report[sustained:]), 4),
         best=-math.inf if best is None else round(curve.report[best], 4),
@@ -167,9 +172,8 @@ def execute(asked: Run, on_evaluation: Callable[[Curve], None] = lambda curve: N
         minutes=round(minutes, 3),
         commit=version,
         date=datetime.date.today().isoformat(),
-        machine=f"{processor()}, torch {torch.__version__}",
+        machine=machine,
     )
-    return row, curve
 
 
 @cache

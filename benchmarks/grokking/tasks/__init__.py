@@ -26,6 +26,9 @@ class Split:
     def __getitem__(self, which: Any) -> Split:
         return Split(self.inputs[which], self.targets[which])
 
+    def to(self, device: str) -> Split:
+        return Split(self.inputs.to(device), self.targets.to(device))
+
     def __len__(self) -> int:
         return len(self.targets)
 

@@ -1,0 +1,105 @@
+"""Many runs at a time on one GPU, for which a single one is much too small.
+
+The steps of a run are the replays of a CUDA graph on a stream of its own. A process goes from run to run: it starts the
+steps up to a run's next evaluation, and sees to the others while the GPU is at them. Data and initial weights are those
+that the CPU has for a seed. Dropout's are not: they follow from what runs beside it.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import warnings
+from collections.abc import Iterable, Iterator
+from multiprocessing.queues import Queue
+from pathlib import Path
+from queue import Empty
+from typing import TypeAlias
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from . import tasks
+from .experiment import Curve, evaluations
+from .runs import COLUMNS, Row, Run, append, commit, row_of
+
+AT_ONCE = 12  # runs of a process
+METHODS = ("adamw", "grokadamw")  # how their names begin: AdamW and GrokAdamW can be captured
+
+Todo: TypeAlias = "Queue[Run | None]"
+Done: TypeAlias = "Queue[Row | str]"
+
+
+def takes(asked: Run) -> bool:
+    return asked.method.startswith(METHODS)
+
+
+def execute_all(asked: Iterable[Run], path: Path, jobs: int | None, console: Console) -> None:
+    """Each run has its row in the file when it ends. `jobs` processes share the GPU (None: 4).
+
+    Raises:
+        RuntimeError: what the first run said that failed, when the others have come to their end.
+    """
+    runs, jobs = list(dict.fromkeys(asked)), jobs or 4
+    context = multiprocessing.get_context("spawn")
+    todo: Todo = context.Queue()
+    done: Done = context.Queue()
+    for each in [*runs, *[None] * jobs]:
+        todo.put(each)
+    workers = [context.Process(target=work, args=(todo, done), daemon=True) for _ in range(jobs)]
+    for worker in workers:
+        worker.start()
+    failures = []
+    with Progress(*COLUMNS, console=console) as progress:
+        bar = progress.add_task("all runs", total=len(runs), shown="")
+        left = len(runs)
+        while left:
+            try:
+                row = done.get(timeout=5)
+            except Empty:
+                if not any(worker.is_alive() for worker in workers):
+                    raise RuntimeError(f"the processes have ended, and {left} runs have not") from None
+                continue
+            if isinstance(row, str):
+                failures.append(row)
+            else:
+                append(path, row)
+            left -= 1
+            progress.advance(bar)
+    if failures:
+        raise RuntimeError(failures[0])
+
+
+def work(todo: Todo, done: Done) -> None:
+    """In a process of its own: take runs until there are no more."""
+    warnings.filterwarnings("ignore", "layer")  # a low β1 is meant
+    torch.set_num_threads(1)
+    gc.freeze()
+    gc.disable()  # nothing may be given back while a graph is captured
+    version, machine = commit(), f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    active: list[tuple[Run, torch.cuda.Stream, Iterator[Curve]]] = []
+    curves: dict[Run, Curve] = {}
+    more = True
+    while more or active:
+        while more and len(active) < AT_ONCE:
+            asked = todo.get()
+            more = asked is not None
+            if asked is not None:
+                how = (tasks.load()[asked.task], asked.optimizer, asked.seed, asked.budget, asked.afterwards)
+                curve = evaluations(*how, clip=asked.clip, device="cuda")
+                active.append((asked, torch.cuda.Stream(), curve))
+        for each in list(active):
+            asked, stream, curve = each
+            try:
+                with torch.cuda.stream(stream):
+                    curves[asked] = next(curve)
+            except StopIteration:
+                done.put(row_of(asked, curves.pop(asked), 0.0, version, machine, timed=False))
+            except Exception as error:
+                done.put(f"{asked}: {type(error).__name__}: {error}")
+            else:
+                continue
+            active.remove(each)
+            del each, curve
+            gc.collect()
