@@ -36,6 +36,11 @@ MODELS: dict[str, Callable[[], Shapes]] = {
     "GPT-2, 124 M in 148": peers.gpt2,
     "1 B in 300": lambda: [(1024, 3255)] * 300,
 }
+# for the limits on rows alone: rows that one program has several of, straight and odd, and that take two passes
+ROWS: dict[str, Callable[[], Shapes]] = {
+    f"rows of {width}": lambda width=width: [(38_400_000 // width, width)] * 4  # type: ignore[misc]
+    for width in (12, 37, 100, 3072)
+}
 
 
 def preset(params: list[nn.Parameter]) -> Step:
@@ -60,7 +65,7 @@ BYTES = {"squares": 4, "update": 36, "judge": 8}
 
 
 def shapes_of(title: str) -> Shapes:
-    shapes = MODELS[title]()
+    shapes = (MODELS | ROWS)[title]()
     return [tuple(-(-n // 32) for n in shape) for shape in shapes] if REHEARSES else shapes
 
 
@@ -71,7 +76,7 @@ def copier() -> Step:
 
 def of_models(record: Record) -> None:
     rows: list[dict[str, Any]] = []
-    for title in MODELS:
+    for title in MODELS | ROWS:
         earlier = list(rows)
         for of_model in rows_of_model(title):
             rows = earlier + of_model
@@ -91,7 +96,7 @@ def rows_of_model(title: str) -> Iterator[list[dict[str, Any]]]:
     except torch.OutOfMemoryError as error:
         yield [{"model": title, "arm": "all", "skipped": first_line(error)}]
         return
-    for arm in ARMS:
+    for arm in ARMS if title in MODELS else ARMS[-2:]:
         try:
             step = arm.make(tensors.params(arm))
             arms[arm.name] = arm, step, common.steps_of_a_turn(step)

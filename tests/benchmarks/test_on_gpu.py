@@ -60,7 +60,7 @@ def test_the_first_stages_are_whole(
     machine, smoked, timed = (json.loads(path.read_text()) for path in sorted(out.iterdir()))
     assert machine["look"]
     assert {name: x["outcome"] for name, x in smoked["checks"].items()} == dict.fromkeys(checks.CHECKS, "passed")
-    assert len(timed["steps"]) == len(times.MODELS) * (len(times.ARMS) + 1)
+    assert len(timed["steps"]) == len(times.MODELS) * (len(times.ARMS) + 1) + 3 * len(times.ROWS)
     assert len(timed["kernels"]) == 3 * len(times.MODELS)
     assert len(timed["host"]) == 3 * 6 + 2 * 4
     assert not any("skipped" in row for row in timed["steps"] + timed["kernels"])
