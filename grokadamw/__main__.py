@@ -116,7 +116,7 @@ def _read(source: Path) -> Any:
 
 
 def _converted(value: Any, conversion: Callable[[StateDict], StateDict]) -> tuple[Any, int]:
-    """The value with the state dicts in it converted, and how many they are."""
+    """Return the value with the state dicts in it converted, and how many they are."""
     if is_state_dict(value):
         return conversion(value), 1
     if isinstance(value, dict):

@@ -13,87 +13,59 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .gradients import clip_coefficient, global_norm
+from .layers import layers_of
+from .norm import clip_coefficient, global_norm
 from .numbers import Number, as_number, as_real, reads_are_free, wide
 from .options import CYCLE_AT_REST, check_count, check_limit
 from .state import State
 from .update import fastest_sum_of_squares
-from .update.reference import MicroStep
 from .wrapper import Part, Wrapper, by_kind, check_saved
 
 __all__ = ["Accumulate"]
 
 
 class Cycle:
-    """Where a GrokAdamW with ``accumulation_steps`` is, as its groups and its state say, in one of its steps.
-
-    Args:
-        of: k.
-        groups: the optimizer's.
-        state: the optimizer's.
-    """
+    """Where a GrokAdamW with ``accumulation_steps`` k is in one of its steps, as its groups and its state say."""
 
     def __init__(self, of: int, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> None:
         self.of, self._groups, self._state = of, groups, state
-        self._nth = 1 if of == 1 else groups[0]["micro_step"] + 1
-        self.is_first, self._moves = self._nth == 1, self._nth >= of
-        self.groups = groups  # with the numbers that hold
-        if not self.is_first:
-            self.groups = [_with_numbers(group) for group in groups]
-        self.begun: set[Tensor] = set()  # parameters that are to move, whether or not they have a gradient now
-        self.is_regular = True  # whether they are those that have one
-        if of > 1 and self._moves:
-            params = [param for group in groups for param in group["params"]]
-            self.begun = {param for param in params if state.get(param, {}).get("micro_step")}
-            self.is_regular = all(param.grad is not None for param in self.begun)
+        self._nth = groups[0]["micro_step"] + 1
+        self.is_first, self.is_last = self._nth == 1, self._nth >= of
+        params = [param for group in groups for param in group["params"]] if self.is_last else []
+        # parameters without a gradient that are to move, as they had one earlier in the cycle
+        self.missing = {p for p in params if p.grad is None and state.get(p, {}).get("micro_step")}
 
-    @property
-    def alphas(self) -> list[Number]:
-        """α of each group, as the cycle's first micro-batch found it."""
-        return [group["cycle"][0] for group in self._groups]
-
-    @property
-    def amplification(self) -> float:
-        """What λ is multiplied by, as the first micro-batch found it."""
-        return float(self._groups[0]["cycle"][1])
-
-    def begin(self, alphas: Sequence[Number], amplification: float) -> None:
-        """Keep, at the first micro-batch, the numbers that hold for all of them."""
-        for group, alpha in zip(self._groups, alphas, strict=True):
-            group["cycle"] = (alpha, amplification, *_numbers(group))
-
-    def fits(self, lists: Iterable[Sequence[Tensor]]) -> bool:
-        """Whether parameters that are taken together may be: all of them, or none, have begun their cycle."""
-        return self.of == 1 or (self.is_regular and all(len(set(map(self._has_begun, mine))) == 1 for mine in lists))
-
-    def _has_begun(self, param: Tensor) -> bool:
-        return bool(self._state.get(param, {}).get("micro_step"))
-
-    def micro_step(self, param: Tensor) -> MicroStep:
-        """What this micro-batch does of a step, for a parameter."""
-        return MicroStep(self.of, not self._has_begun(param), self._moves)
+    def numbers(
+        self, alphas: Sequence[Number], amplification: float
+    ) -> tuple[list[dict[str, Any]], Sequence[Number], float]:
+        """Return the groups, α of each and the factor of λ that hold for the cycle: those of its first micro-batch."""
+        if self.is_first:
+            for group, alpha in zip(self._groups, alphas, strict=True):
+                group["cycle"] = (alpha, amplification, *_numbers(group))
+        held = self._groups if self.is_first else [_with_numbers(group) for group in self._groups]
+        return held, [group["cycle"][0] for group in self._groups], float(self._groups[0]["cycle"][1])
 
     def end(self, params: Iterable[Tensor]) -> bool:
-        """Count this micro-batch, in which these parameters had a gradient. Whether it was the last."""
-        if self.of == 1:
-            return True
+        """Count this micro-batch, in which these parameters had a gradient, and return whether it was the last."""
         for param in params:
             state = self._state[param]
-            state["micro_step"] = 0 if self._moves else state.get("micro_step", 0) + 1
+            state["micro_step"] = 0 if self.is_last else state.get("micro_step", 0) + 1
         for group in self._groups:
-            group["micro_step"] = 0 if self._moves else self._nth
-        return self._moves
+            group["micro_step"] = 0 if self.is_last else self._nth
+        return bool(self.is_last)
 
 
-def join(group: dict[str, Any], first: dict[str, Any]) -> None:
-    """Let a new group take part in the cycle that the optimizer's first group is in, with its own numbers."""
-    if group is first:
-        group.update(CYCLE_AT_REST)  # which may have been another optimizer's
-    elif first["micro_step"] > 0:
+def join(group: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
+    """Complete a group, whose options are all there: its layers, and what the groups before it have come to."""
+    first = earlier[0] if earlier else {**CYCLE_AT_REST, "skipped_steps": group["skipped_steps"]}
+    group.update(CYCLE_AT_REST, skipped_steps=first["skipped_steps"])  # which may have been another optimizer's
+    if first["micro_step"] > 0:  # it takes part in the cycle, with its own numbers
         group["cycle"] = (as_number(group["alpha_init"]), first["cycle"][1], *_numbers(group))
         group["micro_step"] = first["micro_step"]
-    else:
-        group.update(CYCLE_AT_REST)
+    given = group.get("layers")
+    if given is None or len(given) != len(group["params"]) or group["layer"] is not None:
+        given = layers_of(group, earlier)
+    group["layers"] = list(given)
 
 
 def _numbers(group: dict[str, Any]) -> list[float]:
@@ -208,7 +180,7 @@ class Accumulate(Wrapper):
             group["accumulated_steps"] = count
 
     def _step_with(self, parts: list[Part], count: int) -> None:
-        """A step of the inner optimizer with the mean of so many micro-batches, of which `parts` are the last."""
+        """Let the inner optimizer step with the mean of so many micro-batches, of which `parts` are the last."""
         last = {part.param: part.grad for part in parts}
         summed = []
         for group in self.param_groups:

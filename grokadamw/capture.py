@@ -5,8 +5,8 @@ Nothing is read back in them, and what changes from one to the next stays in its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,40 +14,43 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _get_capturable_supported_devices
 
 from .numbers import Number, accumulator
-from .update.reference import Numbers, Tensors
-from .work import Work
+from .update.types import Batch, Scalars
+
+if TYPE_CHECKING:
+    from .batches import Entry, Given
 
 
 def is_capturing(optimizer: Optimizer) -> bool:
-    """Whether a CUDA graph is being captured. RuntimeError where the optimizer was not made for that."""
+    """Return True if a CUDA graph is being captured; RuntimeError if the optimizer was not made for that."""
     newer = getattr(optimizer, "_accelerator_graph_capture_health_check", None)  # torch 2.6 has an older name for it
     (newer or optimizer._cuda_graph_capture_health_check)()
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def check_devices(work: list[Work]) -> None:
-    """Raise RuntimeError where a group is to be captured and cannot be, in the words of torch's optimizers."""
-    for w in work:
-        supported = _get_capturable_supported_devices() if w.group["capturable"] else []
-        if w.group["capturable"] and any(param.device.type not in supported for param in w.params):
+def check_devices(groups: Sequence[dict[str, Any]]) -> None:
+    """Raise RuntimeError if a group is to be captured and cannot be, in the words of torch's optimizers."""
+    supported = _get_capturable_supported_devices()
+    for i, group in enumerate(groups):
+        with_gradient = (param for param in group["params"] if param.grad is not None)
+        if group["capturable"] and any(param.device.type not in supported for param in with_gradient):
             raise RuntimeError(
                 f"If capturable=True, params and state_steps must be on supported devices: {supported}, and "
-                f"param_groups[{w.group_index}] has some that are not: leave capturable out there"
+                f"param_groups[{i}] has some that are not: leave capturable out there"
             )
 
 
-def check_state(work: list[Work], state: Mapping[Tensor, Any], has_alphas: bool, nonfinite: str) -> None:
-    """Raise RuntimeError where a capture would read something back, or make state that every replay makes anew."""
-    if nonfinite == "raise":
+def check_state(entries: Iterable[Entry], given: Given, has_alphas: bool) -> None:
+    """Raise RuntimeError if a capture would read something back, or make state that every replay makes anew."""
+    if given.options["nonfinite"] == "raise":
         raise RuntimeError(
             'nonfinite="raise" reads the gradients back, which a CUDA graph of step() cannot: construct the optimizer '
             'with nonfinite="skip", which counts such steps'
         )
-    for w in work:
-        needed = {"step"}
-        if w.group["lamb"] > 0:
-            needed |= {"grok_ema"} if w.group["window_size"] is None else {"grok_ema", "grok_ring"}
-        if not has_alphas or any(needed - state.get(param, {}).keys() for param in w.params):
+    for entry in entries:
+        group, needed = given.groups[entry.group], {"step"}
+        if group["lamb"] > 0:
+            needed |= {"grok_ema"} if group["window_size"] is None else {"grok_ema", "grok_ring"}
+        if not has_alphas or needed - given.state.get(entry.param, {}).keys():
             raise RuntimeError(
                 "a CUDA graph of step() needs its state to be there: before capturing, take a few steps on a side "
                 "stream, as torch.cuda.graph asks for anyway; so too after loading a checkpoint, free_slow_gradient(), "
@@ -56,7 +59,7 @@ def check_state(work: list[Work], state: Mapping[Tensor, Any], has_alphas: bool,
 
 
 def in_place(places: dict[int, Tensor], i: int, group: dict[str, Any], alpha: Number) -> Number:
-    """α of the i-th group, where a graph of that group reads it."""
+    """Return α of the i-th group, in the place where a graph of that group reads it."""
     if not group["capturable"] or not group["params"]:
         return alpha
     if i not in places:
@@ -65,24 +68,24 @@ def in_place(places: dict[int, Tensor], i: int, group: dict[str, Any], alpha: Nu
     return places[i].copy_(alpha, non_blocking=True) if isinstance(alpha, Tensor) else places[i].fill_(alpha)
 
 
-def counter(groups: list[dict[str, Any]]) -> Tensor | None:
-    """A count that a graph of the groups can go on with; None where none is to be captured."""
+def counter(groups: Sequence[dict[str, Any]]) -> Tensor | None:
+    """Return a count that a graph of the groups can go on with; None where none is to be captured."""
     devices = (group["params"][0].device for group in groups if group["capturable"] and group["params"])
     return next((torch.zeros((), dtype=torch.int64, device=device) for device in devices), None)
 
 
-def for_compiler(tensors: Tensors, numbers: Numbers) -> Numbers:
-    """The numbers that change from step to step as tensors, whose values are no guards.
+def for_compiler(batch: Batch, scalars: Scalars) -> Scalars:
+    """Return the scalars with those that change from step to step as tensors, whose values are no guards.
 
     Marks parameters and state as what stays in its place, as torch does for its own optimizers: a CUDA graph that the
     compiler makes then needs no copies of them.
     """
-    for stays in (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas or [], tensors.steps):
+    for stays in (batch.params, batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas or [], batch.steps):
         for tensor in stays:
             torch._dynamo.mark_static_address(tensor, guard=False)
-    device = tensors.params[0].device
+    device = batch.params[0].device
     lr, alpha, clip = (
         x if isinstance(x, Tensor) else torch.full((), x, dtype=accumulator(device), device=device)
-        for x in (numbers.lr, numbers.alpha, numbers.clip)
+        for x in (scalars.lr, scalars.alpha, scalars.clip)
     )
-    return numbers._replace(lr=lr, alpha=alpha, clip=clip)
+    return scalars._replace(lr=lr, alpha=alpha, clip=clip)

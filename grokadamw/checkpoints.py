@@ -34,7 +34,7 @@ _KINDS = (
 
 
 def is_state_dict(value: Any) -> bool:
-    """Whether this is an optimizer's state dict."""
+    """Return True if this is an optimizer's state dict."""
     if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
         return False
     groups = value.get("param_groups")
@@ -42,7 +42,7 @@ def is_state_dict(value: Any) -> bool:
 
 
 def to_grokadamw(state_dict: StateDict) -> StateDict:
-    """A state dict that `GrokAdamW.load_state_dict` goes on from.
+    """Return a state dict that `GrokAdamW.load_state_dict` goes on from.
 
     From `torch.optim.AdamW` or `Adam`: moments, step counts and the numbers that both have; the slow gradient μ, which
     they lack, starts at 0. From grokadamw 0.1.2: everything. GrokAdamW's own comes back as it is.
@@ -71,7 +71,7 @@ def to_grokadamw(state_dict: StateDict) -> StateDict:
 
 
 def to_adamw(state_dict: StateDict) -> StateDict:
-    """A state dict that `torch.optim.AdamW.load_state_dict` goes on from: moments, step counts, and AdamW's numbers.
+    """Return a state dict that `torch.optim.AdamW.load_state_dict` goes on from: moments, steps and AdamW's numbers.
 
     Everything else is left out: μ, signals, layers and what the groups say of them. AdamW has one β1 for all layers;
     where γ is not 0, the first moments of deep layers come from a smaller one, and adapt within a few steps.
@@ -125,7 +125,7 @@ def _from_0_1_2(state_dict: StateDict) -> StateDict:
 
 
 def _in_use(entries: list[tuple[Tensor, dict[str, Any]]], count: int, i: int) -> list[dict[str, Any]]:
-    """The states of the group's parameters, in their order, where that is beyond doubt."""
+    """Return the states of the group's parameters, in their order, where that is beyond doubt."""
     last = entries[-count:]
     shapes = [param.shape for param, _ in last]
     blocks = [entries[start : start + count] for start in range(0, len(entries), count)]
@@ -143,7 +143,7 @@ def _in_use(entries: list[tuple[Tensor, dict[str, Any]]], count: int, i: int) ->
 
 
 def _states(state_dict: StateDict) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The parameters' ids that have a state, with it; what hooks may have put beside them is left out."""
+    """Return the parameters' ids that have a state, with it; what hooks may have put beside them is left out."""
     for key in chain.from_iterable(group["params"] for group in state_dict["param_groups"]):
         if key in state_dict["state"]:
             yield key, state_dict["state"][key]

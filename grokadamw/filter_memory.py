@@ -15,13 +15,14 @@ from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .distributed import mean_over_ranks
 from .notices import warn
 from .numbers import Number, accumulator, as_float, as_number
-from .signals import loss_gap, recorded
+from .options import Rules, recorded
+from .signals import loss_gap
 
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -40,24 +41,33 @@ def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, 
     return alpha_init * math.exp(-decay_rate * (max(signal, 0.0) if clamp else signal))
 
 
-def filter_memories(
-    signals: Signals, groups: Sequence[dict[str, Any]], published: bool
-) -> tuple[Number | None, list[Number]]:
-    """Return GS_t, and α_t of every group. Signals are evaluated once; as in release 0.1.2, once a group."""
-    if published:
+def hear(signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules) -> tuple[Number | None, list[Number]]:
+    """Evaluate the signals, and return GS_t and α_t of every group."""
+    if rules.signals_for_each_group:
         losses = [[x if x == x else None for x in (group["train_loss"], group["eval_loss"])] for group in groups]
         said = [signals.evaluate(train, evaluation, keep_nonfinite=True) for train, evaluation in losses]
     else:
         train_loss, eval_loss = recorded(groups, "train_loss"), recorded(groups, "eval_loss")
         signal = signals.evaluate(train_loss, eval_loss)
-        device = next((param.device for group in groups for param in group["params"]), None)
-        if device is not None and signals.in_use(train_loss, eval_loss):
-            signal = mean_over_ranks(signal, device)
+        if signals.in_use(train_loss, eval_loss):
+            device = next((param.device for group in groups for param in group["params"]), None)
+            if device is not None:
+                signal = mean_over_ranks(signal, device, accumulator(device))
+                signal = as_number(signal) if isinstance(signal, Tensor) else signal
+        if signal is None:
+            initial = [group["alpha_init"] for group in groups]
+            return None, [alpha if type(alpha) is float else as_number(alpha) for alpha in initial]
         said = [signal] * len(groups)
     return said[0] if said else None, [
-        filter_memory(as_number(group["alpha_init"]), group["grokking_signal_decay_rate"], signal, clamp=not published)
+        filter_memory(as_number(group["alpha_init"]), group["grokking_signal_decay_rate"], signal, rules.limits_alpha)
         for group, signal in zip(groups, said, strict=True)
     ]
+
+
+def amplification(signal: Number | None) -> float:
+    """Return what `amplify_by_signal` multiplies λ by: the signal, limited to [0, 1]; 0 without a usable one."""
+    value = 0.0 if signal is None else as_float(signal)
+    return min(max(value, 0.0), 1.0) if value == value else 0.0
 
 
 class Signals:
@@ -109,7 +119,7 @@ class Signals:
                 function.bind(optimizer)
 
     def in_use(self, train_loss: Number | None, eval_loss: Number | None) -> bool:
-        """Whether there is anything to evaluate: a function that needs no losses, or a loss for those that do."""
+        """Return True if there is anything to evaluate: a function without losses, or a loss for those that need it."""
         return not all(self.takes_losses) or (bool(self.functions) and (train_loss, eval_loss) != (None, None))
 
     def evaluate(
@@ -141,11 +151,9 @@ class Signals:
                     self._failures_on_device[name] = failed + self._failures_on_device.get(name, 0)
                 self.values[name] = value
                 values.append(value)
-        return self._combined(values)
+        return self._combined(values) if values else None
 
     def _combined(self, values: list[Number]) -> Number | None:
-        if not values:
-            return None
         if isinstance(self.combine, str):
             tensors = [value for value in values if isinstance(value, Tensor)]
             return _combined_on_device(self.combine, values, tensors[0]) if tensors else _COMBINED[self.combine](values)
@@ -176,7 +184,7 @@ class Signals:
                 self.failures += times - 1
 
     def state(self) -> str | None:
-        """What the functions remember, by name, for a checkpoint: JSON, which all ways of saving keep in one piece."""
+        """Return what the functions remember, by name, as JSON: all ways of saving keep that in one piece."""
         states = dict(self.unclaimed)
         for name, function in zip(self.names, self.functions, strict=True):
             if _remembers(function):
@@ -215,11 +223,6 @@ class Signals:
                         RuntimeWarning,
                     )
 
-    @property
-    def are_others(self) -> bool:
-        """Whether to evaluate them runs code that is not of this package."""
-        return any(function is not loss_gap for function in self.functions) or not isinstance(self.combine, str)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Signals:
         """Functions are shared, as closures may hold anything; objects that keep a state or a binding are copied."""
         copied = Signals(
@@ -232,18 +235,6 @@ class Signals:
         return copied
 
 
-def mean_over_ranks(signal: Number | None, device: torch.device) -> Number | None:
-    """The mean of the signal over the ranks that have one: a collective, so that every rank goes on with the same α."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return signal
-    value = 0.0 if signal is None else signal
-    pair = torch.zeros(2, dtype=accumulator(device), device=device)
-    pair[0] += value
-    pair[1] += signal is not None
-    dist.all_reduce(pair)
-    return as_number(pair[0] / pair[1].clamp(min=1))  # 0, which is as good as none, where no rank has one
-
-
 _COMBINED: dict[str, Callable[[Sequence[Any]], Any]] = {
     "mean": lambda values: sum(values) / len(values),
     "max": max,
@@ -252,7 +243,7 @@ _COMBINED: dict[str, Callable[[Sequence[Any]], Any]] = {
 
 
 def _combined_on_device(combine: str, values: list[Number], like: Tensor) -> Tensor:
-    """The same without reading a value back. What is not finite is left out; all of it: 0, as good as no signal."""
+    """Combine values without reading them back. Those that are not finite are left out; 0 if all of them are."""
     stacked = torch.stack(
         [value.to(like) if isinstance(value, Tensor) else torch.full_like(like, value) for value in values]
     )
@@ -265,12 +256,12 @@ def _combined_on_device(combine: str, values: list[Number], like: Tensor) -> Ten
 
 
 def _remembers(function: Any) -> bool:
-    """Whether a signal has a memory of its own; a module's weights are its owner's to save."""
+    """Return True if a signal has a memory of its own; a module's weights are its owner's to save."""
     return hasattr(function, "state_dict") and not isinstance(function, torch.nn.Module)
 
 
 def _takes_losses(function: Any) -> str:
-    """How a signal wants (train_loss, eval_loss): "by name", "in order", or "", not at all."""
+    """Return how a signal wants (train_loss, eval_loss): "by name", "in order", or "", not at all."""
     if not callable(function) or isinstance(function, type):
         raise TypeError(f"grokking_signal_fns holds {function!r}: give a function, or an object that can be called")
     try:
@@ -307,7 +298,7 @@ def _name(function: Any) -> str:
 
 
 def _names(functions: Sequence[Any]) -> list[str]:
-    """A name for each function, numbered where several have the same."""
+    """Return a name for each function, numbered where several have the same."""
     plain = [_name(function) for function in functions]
     names: list[str] = []
     for name in plain:
@@ -318,5 +309,5 @@ def _names(functions: Sequence[Any]) -> list[str]:
 
 
 def _plain(value: Any) -> int | float:
-    """What JSON has no word for: NumPy's numbers, and tensors of one."""
+    """Return a plain number for one of NumPy's, or a tensor of one element."""
     return int(value) if isinstance(value, Integral) else as_float(as_number(value))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import window
-from .numbers import as_real, mesh_of, wide
+from .distributed import mesh_of
+from .numbers import as_real, wide
 from .options import check_count, check_number
 
 __all__ = ["gradfilter_ema", "gradfilter_ma"]
@@ -141,7 +142,7 @@ def check_window(window_size: int, filter_type: str) -> None:
 
 
 def _gradients(m: nn.Module) -> dict[str, Tensor]:
-    """The gradients of a model's parameters by their names."""
+    """Return the gradients of a model's parameters by their names."""
     if not isinstance(m, nn.Module):
         raise TypeError(f"m is a {type(m).__name__}, and not a torch.nn.Module: give the model itself")
     found = {}
@@ -159,7 +160,7 @@ def _gradients(m: nn.Module) -> dict[str, Tensor]:
 
 
 def _alike(grads: Mapping[str, Tensor]) -> Iterable[list[str]]:
-    """The names in lists for one of torch's operations on lists."""
+    """Return the names in lists for one of torch's operations on lists."""
     lists: dict[Any, list[str]] = {}
     for name, grad in grads.items():
         lists.setdefault((grad.device, mesh_of(grad), grad.dtype), []).append(name)
@@ -167,7 +168,7 @@ def _alike(grads: Mapping[str, Tensor]) -> Iterable[list[str]]:
 
 
 def _memory(m: nn.Module, grads: Any) -> dict[str, Any]:
-    """What the last call returned, or an empty one."""
+    """Return what the last call returned, or an empty memory."""
     if grads is None:
         return {}
     if not isinstance(grads, dict):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Any, overload
 
 import torch
@@ -13,15 +13,25 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, without im
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
-from . import accumulation, capture, layers, metrics, update
-from .filter_memory import Combine, Signal, Signals, filter_memories
-from .groups import check_model, grokking_groups, has_norms
-from .notices import warn
+from . import accumulation, capture, layers, metrics, step
+from .batches import Given
+from .filter_memory import Combine, Signal, Signals
+from .groups import check_model, grokking_groups
 from .numbers import as_number, as_share
-from .options import NEWER, OPTIONS, RECORDED, check_group, fill_in, group_defaults, make_savable
-from .state import WINDOW, State, keeping_precision, prepare
-from .step import Run, Step, Writes, count_skipped
-from .work import choices_of
+from .options import (
+    RECORDED,
+    check_group,
+    check_pickled,
+    fill_in,
+    group_defaults,
+    make_savable,
+    place_recorded,
+    rules_of,
+)
+from .state import WINDOW, keeping_precision, prepare, states_of
+from .step import Run
+from .update import Batch, Scalars
+from .update.gpu_tables import Tables
 
 __all__ = ["GrokAdamW"]
 
@@ -194,20 +204,14 @@ class GrokAdamW(Optimizer):
             TypeError, ValueError: model is no module, an embedding is on the meta device, or a number is not what the
                 constructor takes.
         """
-        groups = grokking_groups(model, lr, weight_decay)
-        if isinstance(lr, Tensor):
-            for group in groups:
-                group["lr"] = torch.clone(group.get("lr", lr))  # each group's scheduler writes into its own
-        preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, "gamma": 0.6, "max_row_change": 0.035}
-        if not has_norms(model):
-            preset |= {"lamb": 0.0, "gamma": 0.0, "max_row_change": 0.0}
+        groups, preset = grokking_groups(model, lr, weight_decay)
         optimizer = cls(groups, lr=lr, weight_decay=weight_decay, **preset | options)
         optimizer.set_layers(model)  # in the model's order, and not in that of the groups
         optimizer._preset_gamma = None if "gamma" in options else preset["gamma"]
         return optimizer
 
     def _say_whether_it_unscales(self) -> None:
-        """By GradScaler's word for it. With micro-batches it does, so that `stepped` hears of one that is none."""
+        """Tell GradScaler that this optimizer unscales; with micro-batches, too, to know of overflows."""
         if self.defaults["fused"] or self.defaults["accumulation_steps"] > 1:
             self._step_supports_amp_scaling = True
 
@@ -235,61 +239,52 @@ class GrokAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        todo = self._prepared(torch.compiler.is_compiling())
-        before = [update.rows.before(rows) for rows in todo.limited]
-        for each in todo.averages:  # slow_grad of moving averages
-            update.average(*each)
-        update.steps(todo.calls, todo.tables)  # slow_grad to update, and all that torch.compile sees
-        for rows, old in zip(todo.limited, before, strict=True):  # limit_rows
-            update.rows.limit(rows, old)
+        calls, tables = self._prepared(torch.compiler.is_compiling())
+        step.write(calls, tables)  # slow_grad to limit_rows, and all that torch.compile sees
         return loss
 
     @_disable_dynamo  # so that what changes from step to step comes as tensors, and no value becomes a guard
-    def _prepared(self, compiling: bool) -> Writes:
+    def _prepared(self, compiling: bool) -> tuple[list[tuple[Batch, Scalars]], Tables | None]:
+        """Do the stages before slow_grad. Groups and state are read anew after signals, which may load others."""
         self._complete_groups()
-        return Step(self, self._run, compiling).prepare()
+        run, options = self._run, self.defaults
+        run.stepped = False
+        capturable = torch.cuda._initialized or any(map(itemgetter("capturable"), self.param_groups))
+        capturing = capturable and capture.is_capturing(self)
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        given = Given(self.param_groups, self.state, options, scale, found_inf, capturing, compiling)
+        overflow = step.is_overflow(given)
+        if overflow or not step.check_given(run, given):
+            return [], None
+        if not run.layers_checked:
+            step.check_layers(run, given, self._preset_gamma)
+        if not capturing and (options["accumulation_steps"] == 1 or self.param_groups[0]["micro_step"] == 0):
+            step.hear_signals(run, self.param_groups, options)
+        found_inf = None if overflow is False else found_inf
+        return step.prepare(run, given._replace(groups=self.param_groups, state=self.state, found_inf=found_inf))
 
     @_disable_dynamo
     def update_signals(self) -> None:
         """Evaluate the signals, and set the filter memory α from them.
 
-        ``step`` does so itself, once the gradients are there. The replay of a CUDA graph does not: call this
-        between replays, at the steps whose signals are to be heard; α stays as it is in between. With several
-        processes, call it on all of them.
+        ``step`` does so itself. The replay of a CUDA graph does not: call this between replays, at the steps whose
+        signals are to be heard; α stays as it is in between. With several processes, call it on all of them.
         """
         self._complete_groups()
-        signal, alphas = filter_memories(self._run.signals, self.param_groups, self._published)
-        if self._run.skipped is None:
-            self._run.skipped = capture.counter(self.param_groups)
-        pairs = zip(self.param_groups, alphas, strict=True)
-        alphas = [capture.in_place(self._run.captured, i, group, alpha) for i, (group, alpha) in enumerate(pairs)]
-        self._run.last = self._run.last._replace(signal=signal, alphas=alphas)
+        step.hear_signals(self._run, self.param_groups, self.defaults)
 
-    def _init_group(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        grok_emas: list[Tensor | None],
-        steps: list[Tensor],
-    ) -> bool:
-        """As that of torch's optimizers: make the state of a group's parameters that have a gradient, and list it all.
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
+        """Make the state of a group's parameters that have a gradient, as torch's optimizers do, and list it.
 
-        Returns:
-            Whether one of the parameters is complex.
+        The lists get parameters, gradients, m, v, μ or None, and step counts. True is returned if one is complex.
         """
         with_gradient = [param for param in group["params"] if param.grad is not None]
         for param in with_gradient:
             state = self.state[param]
             prepare(state, param, self.defaults, with_slow_gradient=float(group["lamb"]) > 0)
-            params.append(param)
-            grads.append(param.grad)
-            exp_avgs.append(state["exp_avg"])
-            exp_avg_sqs.append(state["exp_avg_sq"])
-            grok_emas.append(state.get("grok_ema"))
-            steps.append(state["step"])
+            row = (param, param.grad, *map(state.get, ("exp_avg", "exp_avg_sq", "grok_ema", "step")))
+            for each, value in zip(lists, row, strict=True):
+                each.append(value)
         return any(map(torch.is_complex, with_gradient))
 
     def free_slow_gradient(self) -> None:
@@ -297,19 +292,9 @@ class GrokAdamW(Optimizer):
 
         With ``lamb`` set to 0 the filter is off, but μ is kept up to date so that it can be switched on again.
         """
-        for _, state in self._states():
+        for state in states_of(self.param_groups, self.state):
             for name in ("grok_ema", *WINDOW):
                 state.pop(name, None)
-
-    def _states(self) -> Iterator[tuple[Tensor, State]]:
-        """The parameters that have a state, with it; `self.state` may hold what hooks put there, too."""
-        for param in chain.from_iterable(group["params"] for group in self.param_groups):
-            if param in self.state:
-                yield param, self.state[param]
-
-    @property
-    def _published(self) -> bool:  # options of the whole optimizer are in `defaults`, which every copy keeps
-        return self.defaults["compat"] is not None
 
     @property
     def stepped(self) -> bool:
@@ -332,10 +317,9 @@ class GrokAdamW(Optimizer):
         Raises:
             TypeError, ValueError: a value is not one number, or an accuracy is not in [0, 1]. Nothing was kept then.
         """
-        losses = {"train_loss": train_loss, "eval_loss": eval_loss}
-        shares = {"train_acc": train_acc, "eval_acc": eval_acc}
-        given = {name: as_number(loss, name) for name, loss in losses.items() if loss is not None}
-        given |= {name: as_share(share, name) for name, share in shares.items() if share is not None}
+        values = (train_loss, eval_loss, train_acc, eval_acc)
+        checks = zip(RECORDED, values, (as_number, as_number, as_share, as_share), strict=True)
+        given = {name: check(value, name) for name, value, check in checks if value is not None}
         for group in self.param_groups:
             group.update(given)
         if eval_acc is not None:
@@ -359,25 +343,11 @@ class GrokAdamW(Optimizer):
         """
         check_model(model)
         self._complete_groups()
-        told = {param for group in self.param_groups if group["layer"] is not None for param in group["params"]}
-        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p not in told}
-        found = layers.layers_in(names)
-        params = [param for group in self.param_groups for param in group["params"]]
-        for param in params:
-            if param not in found and param not in told:
-                name = layers.name_of(param, self.param_groups, self._run.names)
-                raise ValueError(
-                    f"model: this {type(model).__name__} has no {name}, of shape {tuple(param.shape)}: "
-                    "give the model that is optimized; parameters beside it go in a group that says layer="
-                )
-        for group in self.param_groups:
-            if group["layer"] is None:
-                group["layers"] = [found[param] for param in group["params"]]
-        self._run.names = {param: layers.unwrapped(names[param]) for param in params if param in names}
+        self._run.names = layers.take_from(model, self.param_groups, self._run.names)
         self._run.layers_checked = False
 
     def implementation(self) -> str:
-        """Which implementation updates the parameters, and why: a line for each, ``"name: reason"``.
+        """Return which implementation updates the parameters, and why: a line for each, ``"name: reason"``.
 
         ``gpu`` is one Triton launch for all tensors of a kind; ``cpu`` is the native kernel, one pass through memory;
         ``blocks`` takes its place where it was not built; ``foreach`` are torch's operations on lists of tensors;
@@ -386,21 +356,15 @@ class GrokAdamW(Optimizer):
         case.
         """
         self._complete_groups()
-        plan = self._run.plan
-        now = None if plan is None else plan.now(self.param_groups, self.state)
-        choices = choices_of(self.param_groups, self.state, None if now is None else now.calls)
-        names = {choice: choice.module.__name__.rpartition(".")[2] for choice in choices}
-        if len(choices) == 1:
-            return "".join(f"{names[choice]}: {choice.reason}" for choice in choices)
-        return "\n".join(f"{names[c]} for {count} parameters: {c.reason}" for c, count in choices.items())
+        return self._run.cache.describe(Given(self.param_groups, self.state, self.defaults))
 
     def layer_table(self) -> list[layers.Layer]:
-        """What the layers came out as, in order: ``layer``, the ``names`` of its parameters, ``beta1`` (its β1_l)."""
+        """Return a row for each layer, in order: ``layer``, the ``names`` of its parameters, ``beta1`` (its β1_l)."""
         self._complete_groups()
         return layers.table(self.param_groups, self._run.names)
 
     def metrics(self) -> dict[str, float]:
-        """What the last step did, or ``update_signals`` since, as plain floats. Reading them waits for the device.
+        """Return what the last step did, or ``update_signals`` since, as plain floats. This waits for the device.
 
         ``step`` (steps taken, the most of any parameter), ``signal`` (GS), ``signal/<name>`` (each function's last
         usable value), ``alpha`` (α, which a window does without), ``grad_norm`` (N, before clipping),
@@ -409,21 +373,12 @@ class GrokAdamW(Optimizer):
         before the first step, without a usable signal, or a norm that nothing asked for.
         """
         self._complete_groups()
-        self._settle()
-        run = self._run
-        states = (state for _, state in self._states())
-        return metrics.as_floats(run.last, self.param_groups, states, run.signals, self._published)
-
-    def _settle(self) -> None:
-        """Read back what was counted on a device."""
-        skipped = self._run.skipped
-        if skipped is not None and (steps := int(skipped)) > 0:
-            skipped.zero_()
-            count_skipped(self.param_groups, steps)
-        self._run.signals.settle()
+        self._run.settle(self.param_groups)
+        run, states = self._run, states_of(self.param_groups, self.state)
+        return metrics.as_floats(run.last, self.param_groups, states, run.signals, rules_of(self.defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. The group may set what the constructor lists; its layers follow those that are there.
+        """Add a group, as torch does. It may set what the constructor lists; its layers follow those that are there.
 
         Raises:
             TypeError, ValueError: a value is not allowed, or holds for the whole optimizer. Nothing was added then.
@@ -436,17 +391,7 @@ class GrokAdamW(Optimizer):
         super().add_param_group(param_group)
         *earlier, group = self.param_groups
         group.update(checked)
-        self._join(group, earlier)
-
-    def _join(self, group: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
-        """Complete a group, whose arguments are all there, with what groups hold beside them."""
-        first = earlier[0] if earlier else group
-        group["skipped_steps"] = first["skipped_steps"]
-        accumulation.join(group, first)
-        given = group.get("layers")
-        if given is None or len(given) != len(group["params"]) or group["layer"] is not None:
-            group["layers"] = layers.layers_of(group, earlier)
-        group["layers"] = list(group["layers"])
+        accumulation.join(group, earlier)
         self._run.layers_checked = False
 
     def _complete_groups(self) -> None:
@@ -459,10 +404,11 @@ class GrokAdamW(Optimizer):
             if "layers" not in group:
                 whole = {**self.defaults, **group}
                 group.update(whole | check_group(whole, self.defaults))
-                self._join(group, self.param_groups[:i])
+                accumulation.join(group, self.param_groups[:i])
+                self._run.layers_checked = False
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's: tensors and plain data alone, for ``torch.load(weights_only=True)``.
+        """Return tensors and plain data alone, as torch does, for ``torch.load(weights_only=True)``.
 
         Signal functions are left out; what those with a ``state_dict`` of their own remember is kept.
         """
@@ -470,7 +416,7 @@ class GrokAdamW(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but every state tensor keeps its precision where its parameter has less.
+        """Load a state dict, as torch does, but keep the precision of state whose parameter has less.
 
         Parameters are found by name where both sides have the same names, else by order. Signals, the options of the
         whole optimizer, ``foreach``, ``fused`` and ``capturable`` stay as they were constructed.
@@ -483,25 +429,14 @@ class GrokAdamW(Optimizer):
             ValueError: groups, parameters or shapes are not those that were saved, or it cannot be gone on from.
                 Nothing was loaded then.
         """
-        with keeping_precision(self, self._published) as doubts:
+        with keeping_precision(self):
             super().load_state_dict(state_dict)
-        for sentence in doubts:
-            warn(sentence, UserWarning)
-        for group, param in ((group, group["params"][0]) for group in self.param_groups if group["params"]):
-            for name in RECORDED:  # as record() had them, so that α is computed where it was
-                if isinstance(group[name], Tensor):
-                    group[name] = as_number(group[name].to(param.device), name)
-        if self._run.skipped is not None:
-            self._run.skipped.zero_()
-        self._run.graphs.clear()  # which no longer hold
-        self._run.layers_checked = False
-        self._run.last = metrics.LastStep()
-        self._run.signals.values.clear()
-        self._run.signals.load(self.param_groups[0]["signal_state"])
+        place_recorded(self.param_groups)
+        self._run.restart(self.param_groups[0]["signal_state"])
 
     def _before_saving(self) -> None:
         self._complete_groups()
-        self._settle()
+        self._run.settle(self.param_groups)
         make_savable(self.param_groups)
         for group in self.param_groups[:1]:
             group["signal_state"] = self._run.signals.state()
@@ -511,11 +446,7 @@ class GrokAdamW(Optimizer):
         return {**super().__getstate__(), "_preset_gamma": self._preset_gamma}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if NEWER.isdisjoint(state.get("defaults", OPTIONS)):
-            raise ValueError(
-                "this is a whole optimizer of grokadamw 0.1.2, pickled, and cannot be read: under that release, save "
-                "its state_dict(), which load_state_dict goes on from"
-            )
+        check_pickled(state)
         earlier = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         for name, value in group_defaults({}).items():  # that an older version did not know
@@ -528,15 +459,9 @@ class GrokAdamW(Optimizer):
                 self._run.signals.load(group["signal_state"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GrokAdamW:
-        """As torch's, and the signals come along. Pickle leaves them out, as most functions cannot be pickled."""
+        """Copy the optimizer with its signals. Pickle leaves them out, because most functions cannot be pickled."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        copied._run.signals = copy.deepcopy(self._run.signals, memo)
-        copied._run.names = copy.deepcopy(self._run.names, memo)
-        # what a CUDA graph of the copy will read and write is its own
-        copied._run.captured, copied._run.skipped = copy.deepcopy((self._run.captured, self._run.skipped), memo)
-        alphas = [copied._run.captured.get(i, alpha) for i, alpha in enumerate(self._run.last.alphas)]
-        copied._run.last = copy.deepcopy(self._run.last, memo)._replace(alphas=alphas)
-        copied._run.layers_checked, copied._run.stepped = self._run.layers_checked, self._run.stepped
+        copied._run.follow(self._run, memo)
         return copied

@@ -21,10 +21,11 @@ from torch.optim import Optimizer
 
 from . import window
 from .accumulation import Accumulate
-from .filter_memory import Signals, mean_over_ranks
+from .distributed import mean_over_ranks
+from .filter_memory import Signals
 from .gradfilters import check_window, gradfilter_ema, gradfilter_ma
 from .notices import warn
-from .numbers import as_float, as_real, wide
+from .numbers import accumulator, as_float, as_real, wide
 from .options import check_count, check_dtype, check_number
 from .state import State
 from .wrapper import Part, Wrapper, by_kind, check_saved
@@ -63,13 +64,13 @@ class _Filter(Wrapper):
         check_count("grokfast_amplify_after", group["grokfast_amplify_after"])
 
     def _gate(self) -> float:
-        """What λ is multiplied by, in [0, 1]: the same on all ranks."""
+        """Return the factor of λ, in [0, 1]: the same on all ranks."""
         if self._signals is None:
             return 1.0
         signal = self._signals.evaluate(None, None)
         device = next((param.device for group in self.param_groups for param in group["params"]), None)
         if device is not None:
-            signal = mean_over_ranks(signal, device)
+            signal = mean_over_ranks(signal, device, accumulator(device))
         value = 0.0 if signal is None else as_float(signal)
         return 0.0 if math.isnan(value) else min(max(value, 0.0), 1.0)
 
@@ -93,7 +94,7 @@ class _Filter(Wrapper):
 
 
 def _usable(parts: list[Part]) -> list[Tensor]:
-    """The gradients as they are remembered: NaN, for which the inner optimizer may have a rule, would stay."""
+    """Return the gradients as they are remembered: NaN, for which the inner optimizer may have a rule, would stay."""
     return [part.grad.nan_to_num(0.0, 0.0, 0.0) for part in parts]
 
 
@@ -274,7 +275,7 @@ class GrokfastMA(_Filter):
         gate = self._gate()
 
         def kind(part: Part) -> float | None:
-            """What the mean is to be multiplied by; None where no window is kept."""
+            """Return the factor of the mean; None where no window is kept."""
             group, state = part.group, self.state.get(part.param, {})
             if "grokfast_ring" not in state:
                 return None

@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .distributed import whole
 from .layers import layers_in
-from .numbers import as_float, whole
+from .numbers import as_float
 from .options import check_number
 
 __all__ = ["decay_groups"]
@@ -23,7 +24,7 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase
 def decay_groups(
     model: nn.Module, weight_decay: float = 1e-2, no_decay: Callable[[str, Tensor], bool] | None = None
 ) -> list[dict[str, Any]]:
-    """A model's parameters in two groups: those whose weights decay, and biases, norms and embeddings, which do not.
+    """Return a model's parameters in two groups: weights, which decay; and biases, norms and embeddings, which do not.
 
     ```python
     optimizer = GrokAdamW(decay_groups(model, weight_decay=0.1), lr=3e-4)
@@ -71,11 +72,13 @@ def decay_groups(
     ]
 
 
-def grokking_groups(model: nn.Module, lr: float | Tensor, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the parameter groups of `GrokAdamW.for_grokking`.
+def grokking_groups(
+    model: nn.Module, lr: float | Tensor, weight_decay: float
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the parameter groups of `GrokAdamW.for_grokking`, and its other options.
 
-    They are: weights; what norm layers hold, which decays a third as fast; other vectors, which do not decay; and a
-    group for each embedding, with lr times and weight decay divided by the mean length of its rows, if that is more
+    The groups are: weights; what norm layers hold, which decays a third as fast; other vectors, which do not decay; and
+    a group for each embedding, with lr times and weight decay divided by the mean length of its rows, if that is more
     than 1. Without norm layers vectors are weights, and all decays half as fast. Which groups there are depends on the
     modules alone: a model whose weights were loaded has the groups of the one that they come from.
     """
@@ -102,7 +105,11 @@ def grokking_groups(model: nn.Module, lr: float | Tensor, weight_decay: float) -
             norms.append((name, param))
         else:
             (weights if param.dim() > 1 or alike else vectors).append((name, param))
-    return [group for group in groups if group["params"]]
+    groups = [group for group in groups if group["params"]]
+    for group in groups if isinstance(lr, Tensor) else ():
+        group["lr"] = torch.clone(group.get("lr", lr))  # each group's scheduler writes into its own
+    preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, "gamma": 0.6, "max_row_change": 0.035}
+    return groups, preset if normed else preset | {"lamb": 0.0, "gamma": 0.0, "max_row_change": 0.0}
 
 
 @torch.no_grad()
@@ -123,7 +130,7 @@ def check_model(model: Any) -> None:
 
 
 def has_norms(model: nn.Module) -> bool:
-    """Whether one of its layers normalises."""
+    """Return True if one of its layers normalises."""
     return any(map(is_norm, model.modules()))
 
 
@@ -138,15 +145,15 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_flat(model: nn.Module) -> bool:
-    """Whether nothing has two dimensions, so that they tell nothing."""
+    """Return True if nothing has two dimensions, so that they tell nothing."""
     return all(param.dim() < 2 for param in model.parameters())
 
 
 def trained(model: nn.Module) -> Named:
-    """The parameters that require gradients, in the model's order."""
+    """Return the parameters that require gradients, in the model's order."""
     return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
 
 
 def of_modules(model: nn.Module, of_kind: Callable[[nn.Module], bool]) -> set[Tensor]:
-    """What modules of a kind hold themselves."""
+    """Return the parameters that modules of a kind hold themselves."""
     return {param for module in model.modules() if of_kind(module) for param in module.parameters(recurse=False)}

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 # what wrappers put into parameter names: DDP and DataParallel, torch.compile, FSDP1, activation checkpointing
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -26,12 +26,12 @@ class Layer(NamedTuple):
 
 
 def unwrapped(name: str) -> str:
-    """A parameter's name without what wrappers put into it: "module.layers.3.weight" → "layers.3.weight"."""
+    """Return a parameter's name without what wrappers put into it: "module.layers.3.weight" → "layers.3.weight"."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def layer_path(name: str) -> str:
-    """The module path that names a parameter's layer.
+    """Return the module path that names a parameter's layer.
 
     Up to and including the first all-digit component ("layers.3.attn.q.weight" → "layers.3"), else the whole module
     path ("head.weight" → "head"; "scale" → "").
@@ -44,7 +44,7 @@ def layer_path(name: str) -> str:
 
 
 def layers_of(group: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> list[int]:
-    """The layer of each of the group's parameters, the earlier groups having theirs."""
+    """Return the layer of each of the group's parameters, the earlier groups having theirs."""
     count = len(group["params"])
     if group["layer"] is not None:
         return [group["layer"]] * count
@@ -63,25 +63,49 @@ def layers_of(group: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> list[
 
 
 def layers_in(named: Mapping[Tensor, str]) -> dict[Tensor, int]:
-    """The layer of each of a model's parameters, numbered in the order that they come in."""
+    """Return the layer of each of a model's parameters, numbered in the order that they come in."""
     numbers: dict[str, int] = {}
     return {param: numbers.setdefault(layer_path(name), len(numbers)) for param, name in named.items()}
 
 
-def beta1s(group: dict[str, Any], of: Sequence[int] | None = None) -> list[float]:
-    """β1_l of each of the group's parameters, or of these layers."""
-    beta1, keep = float(group["betas"][0]), 1 - float(group["gamma"])
-    return [beta1 * keep**layer for layer in (group["layers"] if of is None else of)]
+def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> dict[Tensor, str]:
+    """Take the layers of all groups that were not given `layer` from a model, and return its parameters' names."""
+    told = {param for group in groups if group["layer"] is not None for param in group["params"]}
+    named: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p not in told}
+    found = layers_in(named)
+    params = [param for group in groups for param in group["params"]]
+    for param in params:
+        if param not in found and param not in told:
+            raise ValueError(
+                f"model: this {type(model).__name__} has no {name_of(param, groups, known)}, of shape "
+                f"{tuple(param.shape)}: give the model that is optimized; parameters beside it go in a group that says "
+                "layer="
+            )
+    for group in groups:
+        if group["layer"] is None:
+            group["layers"] = [found[param] for param in group["params"]]
+    return {param: unwrapped(named[param]) for param in params if param in named}
+
+
+def decayed(beta1: float, gamma: float, layers: Sequence[int]) -> tuple[float, ...]:
+    """Return β1_l = β1 (1 − γ)^l for each of these layers."""
+    beta1, keep = float(beta1), 1 - float(gamma)
+    return tuple([beta1 * keep**layer for layer in layers])
+
+
+def beta1s(group: dict[str, Any]) -> tuple[float, ...]:
+    """Return β1_l of each of the group's parameters."""
+    return decayed(group["betas"][0], group["gamma"], group["layers"])
 
 
 def names(group: dict[str, Any], i: int, known: Mapping[Tensor, str]) -> list[str]:
-    """What to call the parameters of the i-th group: as they are known from a model, or by their own names."""
+    """Return the names of the i-th group's parameters: as they are known from a model, or their own."""
     own = group.get("param_names") or [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
     return [known.get(param, name) for param, name in zip(group["params"], own, strict=True)]
 
 
 def name_of(param: Tensor, groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> str:
-    """What `names` calls a parameter of the groups."""
+    """Return what `names` calls a parameter of the groups."""
     places = ((i, j) for i, group in enumerate(groups) for j, p in enumerate(group["params"]) if p is param)
     for i, j in places:
         return names(groups[i], i, known)[j]
@@ -89,7 +113,7 @@ def name_of(param: Tensor, groups: Sequence[dict[str, Any]], known: Mapping[Tens
 
 
 def table(groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> list[Layer]:
-    """What came out: one row a layer, in order."""
+    """Return one row for each layer, in order."""
     rows: dict[int, Layer] = {}
     for i, group in enumerate(groups):
         for layer, name, beta1 in zip(group["layers"], names(group, i, known), beta1s(group), strict=True):

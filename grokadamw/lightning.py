@@ -148,7 +148,7 @@ class GrokAdamWCallback(Callback):
         )
 
     def _says(self, what: str) -> bool:
-        """Whether it is the first time."""
+        """Return True the first time."""
         is_first = what not in self._said
         self._said.add(what)
         return is_first

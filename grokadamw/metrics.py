@@ -11,6 +11,7 @@ import torch
 from . import layers
 from .filter_memory import Signals
 from .numbers import Number, as_float
+from .options import Rules
 
 
 class LastStep(NamedTuple):
@@ -27,10 +28,10 @@ def as_floats(
     groups: Sequence[dict[str, Any]],
     states: Iterable[dict[str, Any]],
     signals: Signals,
-    published: bool,
+    rules: Rules,
 ) -> dict[str, float]:
-    """See `GrokAdamW.metrics`."""
-    norms = [as_float(norm) for norm in (last.norms if published else last.norms[:1]) if norm is not None]
+    """Return what `GrokAdamW.metrics` lists."""
+    norms = [as_float(norm) for norm in (last.norms if rules.clips_each_tensor else last.norms[:1]) if norm is not None]
     beta1s = [beta1 for group in groups for beta1 in layers.beta1s(group)]
     return {
         "step": most(state["step"] for state in states if "step" in state),
@@ -47,7 +48,7 @@ def as_floats(
 
 
 def most(steps: Iterable[torch.Tensor]) -> float:
-    """The largest of 0-d tensors, with one read a device."""
+    """Return the largest of 0-d tensors, with one read a device."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for step in steps:
         by_device.setdefault(step.device, []).append(step)

@@ -15,8 +15,8 @@ from .capture import is_capturing
 from .grokadamw import GrokAdamW
 from .metrics import most
 from .numbers import as_float
-from .options import RECORDED, check_count, check_number
-from .signals import recorded
+from .options import RECORDED, check_count, check_number, recorded
+from .state import states_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,7 +100,8 @@ class Monitor:
         self._forget_evaluations_after(self._steps_taken())
 
     def _steps_taken(self) -> int:
-        return int(most(state["step"] for _, state in self._optimizer._states() if "step" in state))
+        states = states_of(self._optimizer.param_groups, self._optimizer.state)
+        return int(most(state["step"] for state in states if "step" in state))
 
     def _forget_evaluations_after(self, step: int) -> None:
         while self._evaluations and self._evaluations[-1][0] > step:
@@ -216,7 +217,7 @@ class Monitor:
             writer.writerows({name: "" if math.isnan(x) else x for name, x in row.items()} for row in self._rows)
 
     def to_pandas(self) -> DataFrame:
-        """A row a record, indexed by step.
+        """Return a row a record, indexed by step.
 
         Raises:
             ImportError: pandas is not installed.

@@ -8,57 +8,36 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from .distributed import whole
+
 # A Python float, or a 0-d tensor on the parameters' device where reading it back would make the host wait.
 Number: TypeAlias = float | Tensor
 _N = TypeVar("_N", Number, Number | None)
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Whether a number on this device can be read without making the host wait for queued work, and is there at all."""
+    """Return True if a number on this device is there, and can be read without waiting for queued work."""
     fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)  # FakeTensorMode, which has no numbers
     return device.type == "cpu" and fake is None
 
 
 def accumulator(device: torch.device) -> torch.dtype:
-    """The dtype that squares are summed in, and numbers kept in: float64 wherever the device has it."""
+    """Return the dtype that squares are summed in, and numbers kept in: float64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What averages and sums of that dtype are kept in: one that small changes do not vanish in, float32 at least."""
+    """Return the dtype that averages and sums are kept in, so that small changes do not vanish: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """A complex tensor as two real numbers an element, sharing memory; any other as it is."""
+    """Return a complex tensor as two real numbers an element, sharing memory; any other as it is."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def whole(value: Tensor) -> Tensor:
-    """The plain tensor behind a reduction that a DTensor's ranks hold in part; any other tensor as it is."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-def summed(value: Tensor) -> Tensor:
-    """A reduction whose parts a DTensor's ranks hold, put together; sharded as it was. Any other tensor as it is.
-
-    torch 2.6 clamps the first number that it was asked for, and no other, where it has to do that itself.
-    """
-    if mesh_of(value) is None:
-        return value
-    from torch.distributed.tensor import DTensor, Replicate
-
-    assert isinstance(value, DTensor)
-    return value.redistribute(placements=[Replicate() if each.is_partial() else each for each in value.placements])
-
-
-def mesh_of(tensor: Tensor) -> Any:
-    """What a DTensor is sharded over, None for a plain tensor: torch takes no list that mixes them."""
-    return getattr(tensor, "device_mesh", None)
-
-
 def as_number(value: Any, name: str = "the value") -> Number:
-    """Somebody's number: a float, or a detached 0-d copy where reading it would make the host wait.
+    """Return a user's number as a float, or as a detached 0-d copy where reading it would make the host wait.
 
     Raises:
         TypeError: it is not one number.
@@ -74,7 +53,7 @@ def as_number(value: Any, name: str = "the value") -> Number:
 
 
 def as_share(value: Any, name: str) -> Number:
-    """Somebody's accuracy, as `as_number`. A tensor that is not read is not checked.
+    """Return a user's accuracy, as `as_number` does. A tensor that is not read is not checked.
 
     Raises:
         TypeError, ValueError: it is not one number, or not in [0, 1].
@@ -95,10 +74,10 @@ def product(a: Number, b: Number) -> Number:
 
 
 def as_float(number: Number) -> float:
-    """The number read back."""
+    """Return the number read back."""
     return float(number.item() if isinstance(number, Tensor) else number)
 
 
 def detached(numbers: Sequence[_N]) -> list[_N]:
-    """The numbers without the graph that they came from, which would keep a step's tensors alive."""
+    """Return the numbers without the graph that they came from, which would keep a step's tensors alive."""
     return [number.detach() if isinstance(number, Tensor) else number for number in numbers]

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from itertools import product
+from itertools import chain, compress, product
 from numbers import Integral, Real
+from operator import is_, is_not
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -154,11 +155,30 @@ OPTIONS: dict[str, Option] = {
 }
 # fmt: on
 NEWER = {name for name, option in OPTIONS.items() if option.since != "0.1.2"}  # than the published release
-_SIGNALS = [name for name, option in OPTIONS.items() if option.scope == SIGNALS]
-_PER_OPTIMIZER = [name for name, option in OPTIONS.items() if option.scope == OPTIMIZER]
-_CHECKS = {name: option.check for name, option in OPTIONS.items() if option.scope != SIGNALS}
 # Signals are in no group, but release 0.1.2 had their key there, and its users read it: it is None.
 _IN_GROUPS = [name for name, option in OPTIONS.items() if option.scope != SIGNALS or name not in NEWER]
+
+
+class Rules(NamedTuple):
+    """What `compat` decides: where this version and release 0.1.2 compute different things."""
+
+    decays_bias_correction: bool = True  # m is corrected by β1_l, not by β1
+    eps_before_correction: bool = False  # ε joins √v before v's bias correction
+    clips_each_tensor: bool = False  # instead of all by one norm
+    layers_by_place: bool = False  # a layer is a place among the group's tensors that have a gradient
+    signals_for_each_group: bool = False  # instead of once a step
+    limits_alpha: bool = True  # a negative signal does not raise α
+    state_is_wide: bool = True  # float32 at least, whatever the parameter's dtype
+    knows_nonfinite: bool = True  # `nonfinite` acts
+
+
+_RULES = {None: Rules(), "0.1.2": Rules(False, True, True, True, True, False, False, False)}
+
+
+def rules_of(defaults: Mapping[str, Any]) -> Rules:
+    """Return the rules of an optimizer's `compat`."""
+    return _RULES[defaults["compat"]]
+
 
 RECORDED = ("train_loss", "eval_loss", "train_acc", "eval_acc")  # by `GrokAdamW.record`
 # the micro-batches of a cycle so far; and α, the factor of λ, λ, β1, β2 and γ as the first of them found them
@@ -166,6 +186,23 @@ CYCLE_AT_REST = {"micro_step": 0, "cycle": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)}
 # How far the run is, which a group holds beside its options.
 PROGRESS = {**dict.fromkeys(RECORDED), "signal_state": None, "skipped_steps": 0, **CYCLE_AT_REST}
 GROUP_KEYS = (*_IN_GROUPS, *PROGRESS, "layers")
+
+
+def recorded(groups: Sequence[dict[str, Any]], name: str) -> Any:
+    """Return what `GrokAdamW.record` was given last under that name: the first group's that has one counts."""
+    for group in groups:
+        if group.get(name) is not None:
+            return group[name]
+    return None
+
+
+def check_pickled(state: Mapping[str, Any]) -> None:
+    """Refuse a whole optimizer of release 0.1.2, which cannot be read."""
+    if NEWER.isdisjoint(state.get("defaults", OPTIONS)):
+        raise ValueError(
+            "this is a whole optimizer of grokadamw 0.1.2, pickled, and cannot be read: under that release, save "
+            "its state_dict(), which load_state_dict goes on from"
+        )
 
 
 def group_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,31 +220,28 @@ def check_group(
     read_tensors: bool = True,
     names: Collection[str] = OPTIONS.keys(),
 ) -> dict[str, Any]:
-    """Check a parameter group whose defaults are filled in, and return its options with Python's own numbers.
+    """Check options of a group whose defaults are filled in, and return them with Python's own numbers.
 
-    Args:
-        group: the group.
-        defaults: the optimizer's.
-        read_tensors: whether the value of a tensor is looked at, which may be on a GPU.
-        names: the options that are looked at, besides whether all of them go together.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an option must not have this value, or not in a group, or not with another.
+    Without `read_tensors` the value of a tensor, which may be on a GPU, is not looked at. TypeError, ValueError or
+    RuntimeError if an option must not have this value, or not in a group, or not with another.
     """
     if group.get("amsgrad"):
         raise ValueError(
             f"amsgrad={group['amsgrad']!r} in a parameter group: GrokAdamW has no such thing; leave it out"
         )
-    for name in filter(names.__contains__, _SIGNALS):
-        OPTIONS[name].check(name, group.get(name))
-    for name in filter(names.__contains__, _PER_OPTIMIZER):
-        if group[name] is not defaults[name] and group[name] != defaults[name]:
+    checked = {}
+    for name in names:
+        option, value = OPTIONS[name], group.get(name)
+        if option.scope == OPTIMIZER and value is not defaults[name] and value != defaults[name]:
             raise ValueError(
-                f"{name}={group[name]!r} in a parameter group: it holds for the whole optimizer, where it is "
+                f"{name}={value!r} in a parameter group: it holds for the whole optimizer, where it is "
                 f"{defaults[name]!r}; pass it to GrokAdamW(...)"
             )
-    checked = {name: _CHECKS[name](name, group[name]) for name in filter(_CHECKS.__contains__, names)}
-    _check_together(group)
+        value = option.check(name, value)
+        if option.scope != SIGNALS:
+            checked[name] = value
+    if not _TOGETHER.isdisjoint(names):
+        _check_together(group)
     if read_tensors:
         for name, value in checked.items():
             if isinstance(value, Tensor):
@@ -225,6 +259,12 @@ _CONFLICTS = (
     (("max_row_norm", "max_row_change"), ("compat",), ", which has no such thing:"),
     (("accumulation_steps", "window_size"), ("compat", "differentiable"), ":"),
     (("accumulation_steps", "amplify_by_signal"), ("capturable",), ": a CUDA graph does the same at every replay;"),
+)
+
+
+# all that `_check_together` looks at
+_TOGETHER = {"fused", "foreach", "nonfinite", "window_size", "window_dtype", "second_moment"}.union(
+    *(names + others for names, others, _ in _CONFLICTS)
 )
 
 
@@ -273,25 +313,23 @@ def check_settings(
     check_group(group, defaults, read_tensors=False, names=names)
 
 
-def differing(now: Sequence[Any], before: Sequence[Any] | None) -> Collection[str]:
-    """Return the names of the options in which two `settings` differ; all of them, if there were none before."""
-    if before is None:
-        return OPTIONS.keys()
-    return [name for name, a, b in zip(OPTIONS, now, before, strict=True) if a != b]
-
-
-def settings(group: Mapping[str, Any]) -> list[Any]:
-    """Return a group's options, to see if one was set by hand since; of tensors and arrays only which they are."""
-    return [value if type(value) in _IMMUTABLE else _comparable(value) for value in map(group.get, OPTIONS)]
-
-
-_IMMUTABLE = frozenset((float, int, bool, str, tuple, type(None)))
-
-
-def _comparable(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(value)  # as it is now
-    return id(value) if hasattr(value, "__len__") and hasattr(value, "__array__") else value
+def check_changed(
+    groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], checked: list[tuple[Any, ...]]
+) -> None:
+    """Check the options that were set by hand since the last step, when they were found to be `checked`."""
+    now = [tuple(map(group.get, OPTIONS)) for group in groups]
+    if len(now) == len(checked) and all(map(is_, chain.from_iterable(now), chain.from_iterable(checked))):
+        return
+    kept = checked[: len(now)]
+    for i, (group, new) in enumerate(zip(groups, now, strict=True)):
+        different: Collection[str] = OPTIONS
+        if i < len(kept):
+            different = list(compress(OPTIONS, map(is_not, new, kept[i])))
+        if different:
+            check_settings(group, defaults, different)
+        if list in map(type, new):  # a list may be changed in place: it is never what it was
+            now[i] = tuple([... if type(value) is list else value for value in new])
+    checked[:] = now
 
 
 def make_savable(groups: Sequence[dict[str, Any]]) -> None:
@@ -306,13 +344,18 @@ def make_savable(groups: Sequence[dict[str, Any]]) -> None:
         group["cycle"] = tuple(map(as_float, group["cycle"]))
 
 
+def place_recorded(groups: Sequence[dict[str, Any]]) -> None:
+    """Put what was recorded where `record` had it, once it is loaded, so that α is computed there."""
+    for group in groups:
+        for name in RECORDED:
+            if isinstance(group[name], Tensor) and group["params"]:
+                group[name] = as_number(group[name].to(group["params"][0].device), name)
+
+
 def fill_in(groups: list[dict[str, Any]], earlier: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
     """Complete groups that were loaded or unpickled: what they lack, and options that loading keeps, are as before.
 
-    Args:
-        groups: may be another optimizer's, or an older version's.
-        earlier: the groups that these take the place of; empty if there was no optimizer before.
-        defaults: the optimizer's.
+    They may be another optimizer's, or an older version's, and take the place of `earlier` ones, if there were any.
     """
     for i, group in enumerate(groups):
         before = defaults | (earlier[i] if i < len(earlier) else {})

@@ -24,15 +24,16 @@ A signal that is an object may also have
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .gradients import global_norm
-from .numbers import Number, accumulator, as_float, as_number, as_real, as_share, reads_are_free, whole
+from .distributed import whole
+from .norm import global_norm
+from .numbers import Number, accumulator, as_float, as_number, as_real, as_share, reads_are_free
+from .options import recorded
 from .update.foreach import sum_of_squares
 
 __all__ = ["AccuracyGap", "Plateau", "SlowGradient", "loss_gap"]
@@ -49,11 +50,6 @@ def loss_gap(train_loss: Number, eval_loss: Number) -> Number:
         return math.nan  # a loss that is not finite is no signal, which is not the same as no gap
     largest = max(float(eval_loss), float(train_loss))
     return max(0.0, gap) / largest if largest > 0 else 0.0
-
-
-def recorded(groups: Sequence[dict[str, Any]], name: str) -> Number | None:
-    """What `GrokAdamW.record` was given last under that name: the first group's that has one counts."""
-    return next((group[name] for group in groups if group.get(name) is not None), None)
 
 
 class AccuracyGap:

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from . import window
 from .checkpoints import to_grokadamw
 from .layers import unwrapped
+from .notices import warn
 from .numbers import as_real, reads_are_free, wide
-from .options import OPTIONS, WARN
+from .options import OPTIONS, WARN, rules_of
 
 State: TypeAlias = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "grok_ema")
@@ -43,12 +44,16 @@ def check(state: State, param: Tensor) -> None:
         )
 
 
-def check_shapes(state: State, names: Iterable[str], param: Tensor) -> None:
-    """Raise RuntimeError if a tensor that is kept for a parameter no longer has the parameter's shape.
+def states_of(groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> Iterator[State]:
+    """Yield the state of every parameter that has one; there may be more, which hooks have put there."""
+    for group in groups:
+        yield from (state[param] for param in group["params"] if param in state)
 
-    Args:
-        names: of the entries to look at. A name that ends in "_ring" is a window's, with its length in front; one that
-            ends in "_count" has no shape.
+
+def check_shapes(state: State, names: Iterable[str], param: Tensor) -> None:
+    """Raise RuntimeError if a tensor that is kept under these names no longer has its parameter's shape.
+
+    A name that ends in "_ring" is a window's, with its length in front; one that ends in "_count" has no shape.
     """
     shape = as_real(param).shape
     for name in names:
@@ -66,10 +71,10 @@ def check_shapes(state: State, names: Iterable[str], param: Tensor) -> None:
 
 def prepare(
     state: State, param: Tensor, options: dict[str, Any], with_slow_gradient: bool, count: Tensor | None = None
-) -> None:
-    """Fill in what a step needs under the optimizer's options, at zero. The step count may be given."""
+) -> list[str]:
+    """Fill in what a step needs under the optimizer's options, at zero, and return the names of that."""
     names = ["exp_avg", "exp_avg_sq"] + ["grok_ema"] * with_slow_gradient
-    dtype = _dtype(param, options["compat"] is not None)
+    dtype = _dtype(param, options)
     new: State = {
         name: torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         for name in names
@@ -86,10 +91,11 @@ def prepare(
     if options["accumulation_steps"] > 1:
         new.setdefault("micro_step", state.get("micro_step", 0))
     state.update(new)  # all of it or, where memory has run out, none
+    return list(new)
 
 
 def new_counts(states: Mapping[Tensor, State], params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-    """The step counts that are missing on accelerators: parts of one tensor on each, which one launch advances."""
+    """Return the step counts missing on accelerators: parts of one tensor on each, which one launch advances."""
     counts: dict[Tensor, Tensor] = {}
     for device, mine in _by_device(param for param in params if "step" not in states.get(param, {})).items():
         counts.update(zip(mine, torch.zeros(len(mine), dtype=torch.float32, device=device).unbind(), strict=True))
@@ -97,7 +103,7 @@ def new_counts(states: Mapping[Tensor, State], params: Sequence[Tensor]) -> dict
 
 
 def _by_device(params: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
-    """The parameters whose step counts are on an accelerator."""
+    """Return the parameters whose step counts are on an accelerator."""
     lists: dict[torch.device, list[Tensor]] = {}
     for param in params:
         if not reads_are_free(param.device):
@@ -106,13 +112,11 @@ def _by_device(params: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
 
 
 @contextmanager
-def keeping_precision(optimizer: Optimizer, published: bool) -> Iterator[list[str]]:
+def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
     """Inside, optimizer.load_state_dict keeps the state as it was saved: torch would cast it to its parameter's dtype.
 
-    It takes the state dicts that `to_grokadamw` takes, and finds parameters by name where both sides have names.
-
-    Yields:
-        Sentences, once it has run, on how the run will not go on as it was.
+    It takes the state dicts that `to_grokadamw` takes, and finds parameters by name where both sides have names. It
+    warns if the run will not go on as it was.
 
     Raises:
         ValueError: a state has another shape than its parameter, or cannot be gone on from. Nothing was loaded then.
@@ -129,7 +133,7 @@ def keeping_precision(optimizer: Optimizer, published: bool) -> Iterator[list[st
 
     def restore(_: Optimizer) -> None:
         for param, state in loaded:
-            optimizer.state[param] = _placed(param, state, published, optimizer.defaults)
+            optimizer.state[param] = _placed(param, state, optimizer.defaults)
         for mine in _by_device(param for param, state in loaded if "step" in state).values():
             states = [optimizer.state[param] for param in mine]
             for state, count in zip(states, torch.stack([state["step"] for state in states]).unbind(), strict=True):
@@ -139,14 +143,16 @@ def keeping_precision(optimizer: Optimizer, published: bool) -> Iterator[list[st
     before = optimizer.register_load_state_dict_pre_hook(keep)
     after = optimizer.register_load_state_dict_post_hook(restore, prepend=True)
     try:
-        yield doubts
+        yield
     finally:
         before.remove()
         after.remove()
+    for sentence in doubts:
+        warn(sentence, UserWarning)
 
 
 def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The saved groups and parameters in the order of ours, found by name where both sides have the same names.
+    """Return the saved groups and parameters in the order of ours, found by name where both sides have the same names.
 
     Other names mean what their places mean, as in torch, unless a name that both sides have is in another place.
     """
@@ -187,7 +193,7 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
 
 
 def _as_listed(old: dict[str, Any]) -> dict[str, Any]:
-    """A group as torch.distributed.checkpoint gives it: names for parameters, in our order, and the rest in another."""
+    """Return a group in our order. torch.distributed.checkpoint gives names for parameters, and the rest in another."""
     keys, names = old["params"], [unwrapped(name) for name in old.get("param_names", ())]
     if keys == names or len(set(names)) != len(keys) or set(keys) != set(names):
         return old
@@ -197,7 +203,7 @@ def _as_listed(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reordered(old: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
-    """A saved group with its parameters in the order of ours, which has the same names."""
+    """Return a saved group with its parameters in the order of ours, which has the same names."""
     places = {unwrapped(name): i for i, name in enumerate(old["param_names"])}
     order = [places[unwrapped(name)] for name in group["param_names"]]
     new = {**old, "params": [old["params"][i] for i in order], "param_names": group["param_names"]}
@@ -207,7 +213,7 @@ def _reordered(old: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _named(groups: list[dict[str, Any]]) -> list[list[str]] | None:
-    """The names of each group's parameters, without what wrappers put in; None where there are none."""
+    """Return the names of each group's parameters, without what wrappers put in; None where there are none."""
     if not all(len(group.get("param_names", ())) == len(group["params"]) > 0 for group in groups):
         return None
     return [[unwrapped(name) for name in group["param_names"]] for group in groups]
@@ -216,7 +222,7 @@ def _named(groups: list[dict[str, Any]]) -> list[list[str]] | None:
 def _states(
     state_dict: dict[str, Any], groups: list[dict[str, Any]], options: dict[str, Any]
 ) -> Iterator[tuple[Tensor, State]]:
-    """The parameters that have a state in a state dict, with what an optimizer of these options has of it."""
+    """Return the parameters that have a state in a state dict, with what an optimizer of these options has of it."""
     keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in groups)
     for key, param in zip(keys, params, strict=False):  # torch refuses other numbers of parameters
@@ -271,7 +277,7 @@ def _doubts(state_dict: dict[str, Any], defaults: dict[str, Any]) -> Iterator[st
             return
 
 
-def _placed(param: Tensor, state: State, published: bool, options: dict[str, Any]) -> State:
+def _placed(param: Tensor, state: State, options: dict[str, Any]) -> State:
     """Return a copy of a loaded state, where and as a step wants it."""
     placed = dict(state)
     for name, value in state.items():
@@ -284,15 +290,15 @@ def _placed(param: Tensor, state: State, published: bool, options: dict[str, Any
         elif name in WINDOW:
             placed[name] = value.to(param.device, copy=True)
         elif isinstance(value, Tensor):
-            placed[name] = value.to(param.device, _dtype(param, published), copy=True)
+            placed[name] = value.to(param.device, _dtype(param, options), copy=True)
     return placed
 
 
-def _dtype(param: Tensor, published: bool) -> torch.dtype:
-    """Of the moments: one that small updates do not vanish in, but in release 0.1.2 the parameter's own."""
-    return param.dtype if published else wide(param.dtype)
+def _dtype(param: Tensor, options: dict[str, Any]) -> torch.dtype:
+    """Return the dtype of the moments: one that small updates do not vanish in; in release 0.1.2 the parameter's."""
+    return wide(param.dtype) if rules_of(options).state_is_wide else param.dtype
 
 
 def step_device(param: Tensor) -> torch.device:
-    """Where neither the host nor the device waits for a step count."""
+    """Return the device on which nobody waits for a step count."""
     return torch.device("cpu") if reads_are_free(param.device) else param.device

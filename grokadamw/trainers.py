@@ -14,7 +14,7 @@ _LOGGED = ("alpha", "signal", "grad_norm", "clip_coefficient", "skipped_steps")
 
 
 def grokadamw_in(optimizer: Any) -> GrokAdamW | None:
-    """The GrokAdamW behind what frameworks and this package wrap around one; None where there is another."""
+    """Return the GrokAdamW behind what frameworks and this package wrap around one; None where there is another."""
     while not isinstance(optimizer, GrokAdamW):
         optimizer = getattr(optimizer, "optimizer", None)
         if optimizer is None:
@@ -23,13 +23,13 @@ def grokadamw_in(optimizer: Any) -> GrokAdamW | None:
 
 
 def readings(optimizer: GrokAdamW) -> dict[str, float]:
-    """What is worth a curve: metrics() that are known, under names of our own."""
+    """Return the metrics() that are worth a curve and known, under names of our own."""
     metrics = optimizer.metrics()
     return {f"grok_{name}": metrics[name] for name in _LOGGED if not math.isnan(metrics[name])}
 
 
 def smallest_with(optimizer: GrokAdamW, model: nn.Module) -> nn.Module:
-    """The smallest module of a model that has all parameters of the optimizer; the model, if none has."""
+    """Return the smallest module of a model that has all parameters of the optimizer; the model, if none has."""
     wanted = {param for group in optimizer.param_groups for param in group["params"]}
     found = model
     for module in model.modules():  # what contains another comes before it

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .numbers import as_real, mesh_of, reads_are_free, wide
+from .distributed import mesh_of
+from .numbers import as_real, reads_are_free, wide
 
 
 class Window(NamedTuple):
@@ -26,13 +27,7 @@ class Window(NamedTuple):
 
 
 def new(param: Tensor, size: int, dtype: torch.dtype | None, device: torch.device) -> Window:
-    """An empty window.
-
-    Args:
-        size: how many gradients it holds.
-        dtype: of the ring; None as `dtype_of` has it.
-        device: of the count.
-    """
+    """Return an empty window for so many gradients, its ring in the dtype of `dtype_of` and its count on the device."""
     dtype = dtype_of(param, dtype)
     like = as_real(param.detach())
     sums = [torch.zeros_like(like, dtype=wide(like.dtype)) for _ in range(2)]
@@ -46,42 +41,37 @@ def new(param: Tensor, size: int, dtype: torch.dtype | None, device: torch.devic
 
 
 def dtype_of(param: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """What a ring keeps gradients in where nothing was asked for: as they come, but float16 has too small a range."""
+    """Return the dtype of a ring: the one asked for, or the parameter's; float16 has too small a range."""
     own = as_real(param.detach()).dtype
     return dtype or (torch.float32 if own == torch.float16 else own)
 
 
 def named(window: Window, prefix: str) -> dict[str, Any]:
-    """The window as entries of a state."""
+    """Return the window as entries of a state."""
     return dict(zip(names(prefix), window, strict=True))
 
 
 def names(prefix: str) -> list[str]:
-    """The entries of a state that are a window."""
+    """Return the entries of a state that are a window."""
     return [f"{prefix}ring", f"{prefix}ring_sum", f"{prefix}ring_lap", f"{prefix}ring_count"]
 
 
 def of(state: Mapping[str, Any], prefix: str) -> Window:
-    """The window that is in a state."""
+    """Return the window that is in a state."""
     return Window(*(state[name] for name in names(prefix)))
 
 
 def average(
     windows: Sequence[Window], grads: Sequence[Tensor], averages: Sequence[Tensor], finite: Tensor | None
 ) -> None:
-    """Put a gradient into each window, and what their means are then into `averages`.
-
-    Args:
-        grads: real.
-        finite: 0-d bool; where it is False nothing is written. None: everything is.
-    """
+    """Put a real gradient into each window, and the means into `averages`; nothing where `finite` is a False tensor."""
     for mu, mean in zip(averages, means(windows, grads), strict=True):
         mu.copy_(mean if finite is None else torch.where(finite, mean, mu))
     push(windows, grads, finite)
 
 
 def means(windows: Sequence[Window], grads: Sequence[Tensor]) -> list[Tensor]:
-    """What the means of the windows are once these gradients are in: new tensors, in the dtype of the sums."""
+    """Return the means of the windows once these gradients are in: new tensors, in the dtype of the sums."""
     values = _stored(windows, grads)
     if not _is_known(windows):
         return [_total(w, x) / (w.seen + 1).clamp(max=len(w.ring)) for w, x in zip(windows, values, strict=True)]
@@ -95,12 +85,7 @@ def means(windows: Sequence[Window], grads: Sequence[Tensor]) -> list[Tensor]:
 
 
 def push(windows: Sequence[Window], grads: Sequence[Tensor], finite: Tensor | None = None) -> None:
-    """Put a gradient into each window, in place of its oldest.
-
-    Args:
-        grads: real, and finite, unless `finite` says otherwise.
-        finite: 0-d bool; where it is False nothing is written.
-    """
+    """Put a real gradient into each window, in place of its oldest; nothing where `finite` is a False tensor."""
     values = _stored(windows, grads)
     if finite is not None or not _is_known(windows):
         for w, x in zip(windows, values, strict=True):
@@ -119,7 +104,7 @@ def push(windows: Sequence[Window], grads: Sequence[Tensor], finite: Tensor | No
 
 
 def _push_unread(w: Window, x: Tensor, finite: Tensor) -> None:
-    """The same where the count must not be read back."""
+    """Push a gradient where the count must not be read back."""
     place, is_end = (w.seen % len(w.ring)).reshape(1), w.seen % len(w.ring) == len(w.ring) - 1
     total = _total(w, x)
     row = torch.where(finite, x, w.ring.index_select(0, place).squeeze(0))
@@ -130,19 +115,19 @@ def _push_unread(w: Window, x: Tensor, finite: Tensor) -> None:
 
 
 def _total(w: Window, x: Tensor) -> Tensor:
-    """The sum of the ring once x is in it, where the count must not be read back."""
+    """Return the sum of the ring once x is in it, where the count must not be read back."""
     place = w.seen % len(w.ring)
     oldest = w.ring.index_select(0, place.reshape(1)).squeeze(0)
     return torch.where(place == len(w.ring) - 1, w.lap + x, w.total - oldest + x)
 
 
 def _stored(windows: Sequence[Window], grads: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients as the rings keep them: what leaves a sum must be what came into it."""
+    """Return the gradients as the rings keep them: what leaves a sum must be what came into it."""
     return [grad.to(w.ring.dtype) for w, grad in zip(windows, grads, strict=True)]
 
 
 def _rows(windows: Sequence[Window]) -> list[Tensor]:
-    """Where each window's next gradient goes."""
+    """Return the place of each window's next gradient."""
     return [w.ring[int(w.seen) % len(w.ring)] for w in windows]
 
 
@@ -151,5 +136,5 @@ def _ends_lap(w: Window) -> bool:
 
 
 def _is_known(windows: Sequence[Window]) -> bool:
-    """Whether the counts are numbers that the host has."""
+    """Return True if the counts are numbers that the host has."""
     return not torch.compiler.is_compiling() and reads_are_free(windows[0].seen.device)

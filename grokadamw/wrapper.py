@@ -15,7 +15,8 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, without im
 from torch.optim import Optimizer
 
 from .checkpoints import is_state_dict
-from .numbers import as_real, mesh_of
+from .distributed import mesh_of
+from .numbers import as_real
 from .state import State, check_shapes, in_order
 
 _Kind = TypeVar("_Kind")
@@ -182,14 +183,14 @@ class Wrapper(Optimizer):
                 check_shapes(state, self._state_names, param)
 
     def _skip(self) -> None:
-        """A step that GradScaler has found infinity in."""
+        """Do what is due at a step in which GradScaler has found infinity."""
 
     def _take(self, parts: list[Part]) -> None:
-        """A step, with these gradients."""
+        """Take a step with these gradients."""
         raise NotImplementedError
 
     def _make_state(self, parts: list[Part]) -> None:
-        """What a checkpoint of these parameters is loaded into."""
+        """Make the state that a checkpoint of these parameters is loaded into."""
         raise NotImplementedError
 
     def _parts(self) -> list[Part]:
@@ -216,7 +217,7 @@ class Wrapper(Optimizer):
         return parts
 
     def _is_for_state_alone(self, parts: list[Part]) -> bool:
-        """Whether torch.distributed.checkpoint takes this step, to have the state made that it loads into.
+        """Return True if torch.distributed.checkpoint takes this step, to have the state made that it loads into.
 
         There is no state yet, the learning rate is 0, and so are the gradients.
         """
@@ -228,7 +229,7 @@ class Wrapper(Optimizer):
         return not any(part.grad.any() for part in parts)
 
     def _inner_step(self, parts: Sequence[Part], grads: Sequence[Tensor]) -> None:
-        """A step of the inner optimizer with other gradients, which are real; no parameter but these has one."""
+        """Let the inner optimizer step with other gradients, which are real; no parameter but these has one."""
         with self._hidden(), _replaced(parts, grads, chain.from_iterable(g["params"] for g in self.param_groups)):
             self._inner.step()
 
@@ -257,13 +258,13 @@ class Wrapper(Optimizer):
         self._inner.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As the inner optimizer's; a group may set this one's numbers, too."""
+        """Add a group, as the inner optimizer does; it may set this one's numbers, too."""
         self._check({**self._group_defaults, **param_group})
         self._inner.add_param_group(param_group)
         self._fill_groups()
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's, of which what this one keeps is a part.
+        """Return the inner optimizer's state dict, of which this one's memory is a part.
 
         So each loads what the other has saved; an inner optimizer that has not stepped yet has nothing to be loaded.
         """
@@ -277,7 +278,7 @@ class Wrapper(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the inner optimizer's, but what this one keeps comes back in its own dtype.
+        """Load a state dict, as the inner optimizer does; what this one keeps comes back in its own dtype.
 
         A checkpoint of the inner optimizer alone is gone on from: what it does not know starts afresh.
 
@@ -330,14 +331,14 @@ class Wrapper(Optimizer):
         """Raise ValueError where what was saved of a parameter does not fit it."""
 
     def _placed(self, name: str, value: Any, param: Tensor) -> Any:
-        """A loaded value where a step wants it."""
+        """Return a loaded value where a step wants it."""
         if not isinstance(value, Tensor):
             return value
         # a count stays where the host reads it
         return value.detach().to(param.device if value.is_floating_point() else torch.device("cpu"), copy=True)
 
     def _described(self) -> str:
-        """The settings that are not in the groups."""
+        """Return the settings that are not in the groups."""
         return ""
 
     def __repr__(self) -> str:
@@ -362,7 +363,7 @@ def check_saved(name: str, value: Tensor, shape: Sequence[int]) -> None:
 
 
 def by_kind(parts: Sequence[Part], kind: Callable[[Part], _Kind]) -> list[tuple[_Kind, list[Part]]]:
-    """The parts in lists of one kind, which one of torch's operations on lists can take."""
+    """Return the parts in lists of one kind, which one of torch's operations on lists can take."""
     lists: dict[Any, tuple[_Kind, list[Part]]] = {}
     for part in parts:
         its = kind(part)

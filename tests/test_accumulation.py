@@ -371,6 +371,21 @@ def test_numbers_hold_for_a_cycle_and_signals_are_heard_at_its_start() -> None:
     assert not torch.equal(runs[0][0], runs[3][0])
 
 
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_gradient_that_comes_later_in_a_cycle_is_as_one_of_0_before(k: int) -> None:
+    """Averages decay once a cycle, whenever that is, also beside parameters that have begun it."""
+    runs = []
+    for early in (None, torch.zeros(3, dtype=torch.float64)):
+        params = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2)]
+        optimizer = GrokAdamW(params, lr=0.01, accumulation_steps=k, second_moment="raw", gamma=0.0)
+        for nth in range(4 * k):
+            params[0].grad = torch.full_like(params[0], 0.1 + nth)
+            params[1].grad = torch.full_like(params[1], 0.2 + nth) if nth % k == k - 1 else early
+            optimizer.step()
+        runs.append(torch.stack(params))
+    torch.testing.assert_close(*runs, rtol=1e-12, atol=1e-12)
+
+
 def test_a_gradient_that_is_not_finite_adds_nothing_and_the_cycle_goes_on() -> None:
     ours, theirs = network(torch.float64), network(torch.float64)
     optimizer, other = in_moments(ours, 3), in_moments(theirs, 3)

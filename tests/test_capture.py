@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from grokadamw import GrokAdamW, update
-from grokadamw.update import gpu
+from grokadamw import GrokAdamW
+from grokadamw.update import gpu, memory
 from grokadamw.update.gpu_tables import Tables
 
 from .models import running
@@ -185,7 +185,7 @@ def captured(optimizer: GrokAdamW, capturing: list[bool]) -> Tape:
     tape, capturing[0] = Tape(), True
     kernels = gpu.kernels()
     # a real capture is seen by nobody, and so keeps no implementation away
-    watched = patch.object(update, "memory_is_all", lambda compiling: True)
+    watched = patch.object(memory, "memory_is_all", lambda compiling: True)
     with patch.object(gpu, "kernels", lambda: tape.recording(kernels)), tape, watched:
         optimizer.step()
     capturing[0] = False
@@ -271,7 +271,7 @@ def test_what_one_graph_reads_is_no_other_steps(as_if_captured: list[bool]) -> N
             else:
                 tapes.append(captured(replayed, as_if_captured))
                 grads.append([p.grad for p in params])
-                replayed._run.plan.tables(False, True)  # as an eager step in between would
+                next(iter(replayed._run.cache.plans.values())).tables(False, True)  # as an eager step in between would
         for i in (0, 1, 0):
             for ps, own in ((params, grads[i]), (twins, [p.grad for p in twins])):
                 for p, grad in zip(ps, own, strict=True):
@@ -295,9 +295,8 @@ def test_a_graphs_tables_stay_its_own_whatever_changes(as_if_captured: list[bool
             set_gradients(params, i)
             optimizer.param_groups[0]["betas"] = (beta1, 0.99)
             tape = captured(optimizer, as_if_captured) if capture else optimizer.step()
-            return tape, {
-                kind: static.table for kind, static in optimizer._run.plan.tables(False, True)._static.items()
-            }
+            (plan,) = optimizer._run.cache.plans.values()
+            return tape, {kind: static.table for kind, static in plan.tables(False, True)._static.items()}
 
         for i in range(3):
             _, eager = step(i, 0.9)

@@ -457,7 +457,9 @@ print(*sorted(name for name in sys.modules if name.startswith("grokadamw.")))
 """
     folder = HERE.parent.parent / "grokadamw"
     loaded = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True).stdout
-    assert loaded.split() == [f"grokadamw.{name}" for name in ("checkpoints", "layers", "numbers", "options")]
+    assert loaded.split() == [
+        f"grokadamw.{name}" for name in ("checkpoints", "distributed", "layers", "numbers", "options")
+    ]
 
 
 def test_a_pickled_optimizer_of_an_older_version_goes_on() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from grokadamw import GrokAdamW
-from grokadamw.gradients import clip_coefficient, global_norm
+from grokadamw.norm import clip_coefficient, global_norm
 from grokadamw.signals import SlowGradient
 from grokadamw.update import foreach
 

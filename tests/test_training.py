@@ -236,3 +236,17 @@ def test_a_step_that_raises_does_not_move_the_signals() -> None:
     with pytest.raises(RuntimeError, match="not finite"):
         optimizer.step()
     assert signal.state_dict()["calls"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:a step was skipped")
+def test_a_first_step_that_is_skipped_makes_no_state() -> None:
+    """So that λ may be 0 from the step on that is the first."""
+    params = parameters()
+    optimizer = GrokAdamW(params)
+    set_gradients(params, scale=float("nan"))
+    optimizer.step()
+    assert not optimizer.state
+    optimizer.param_groups[0]["lamb"] = 0.0
+    set_gradients(params)
+    optimizer.step()
+    assert all("grok_ema" not in optimizer.state[p] for p in params)

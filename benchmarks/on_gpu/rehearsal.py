@@ -104,7 +104,7 @@ def begin() -> None:
         of_module.append((gpu, "_why_not_here", lambda device: None))
     of_module += [(torch.cuda, name, value) for name, value in _stand_ins().items()]
     _patches.extend(patch.object(*each) for each in of_module)
-    for name in ("numbers", "signals", "state", "step", "window"):
+    for name in ("cache", "numbers", "signals", "state", "step", "window"):
         _patches.append(patch(f"grokadamw.{name}.reads_are_free", lambda device: False))
     _patches.append(patch("grokadamw.capture.is_capturing", lambda optimizer: _capturing))
     _patches.append(patch("grokadamw.capture._get_capturable_supported_devices", lambda: ["cpu"]))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grokadamw.update import gpu
 from grokadamw.update.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Shape, Tables
-from grokadamw.update.reference import Numbers, Tensors
+from grokadamw.update.types import Batch, Scalars
 
 from . import common
 from .common import DEVICE, REHEARSES, quartiles, rounds_of
@@ -51,7 +51,7 @@ JUDGE = [
     Shape(4096, 4096, 32),
     Shape(1024, 1024, 4),
 ]
-NUMBERS = Numbers([0.9], [0.9], 0.999, 1e-3, 1e-8, False, 0.01, 0.98, 2.0, 0, 1.0, False, False, None)
+NUMBERS = Scalars([0.9], [0.9], 0.999, 1e-3, 1e-8, False, 0.01, 0.98, 2.0, 0, 1.0, False, False, None)
 
 
 def norm(grad: Tensor) -> Callable[[Tables], Any]:
@@ -62,7 +62,7 @@ def norm(grad: Tensor) -> Callable[[Tables], Any]:
 def update(theta: Tensor, grad: Tensor, width: int = 0) -> Callable[[Tables], Any]:
     """With a width, the rows are limited, which all have it."""
     m, v, mu = (torch.zeros(len(theta), device=DEVICE) for _ in range(3))
-    tensors = Tensors([theta], [grad], [m], [v], [mu], [torch.zeros((), device=DEVICE)], row_widths=[width])
+    tensors = Batch([theta], [grad], [m], [v], [mu], [torch.zeros((), device=DEVICE)], row_widths=[width])
     numbers = NUMBERS._replace(max_row_change=0.035 if width else 0.0)
     return lambda tables: gpu.steps([(tensors, numbers)], tables)
 

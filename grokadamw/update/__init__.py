@@ -1,66 +1,40 @@
-"""The stages norm, and slow_grad to limit_rows: the same mathematics in several files, with two functions each.
+"""The backends: the stages norm, and slow_grad to limit_rows, the same mathematics in several files.
 
     sum_of_squares(tensors) -> 0-d float64 tensor
-    step(Tensors, Numbers) -> None
+    step(Batch, Scalars) -> None
 
-A new implementation is one new file and a few lines in `choose`.
+A new backend is one new file and a few lines in `choose`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..numbers import mesh_of
 from . import blocks, cpu, foreach, gpu, memory, native, reference, rows
-from .foreach import average
-from .gpu_tables import Tables
-from .reference import MicroStep, Numbers, Tensors
+from .types import Batch, Choice, MicroStep, Scalars
 
-__all__ = [
-    "BY_ADDRESS",
-    "FUSED_ON",
-    "Choice",
-    "average",
-    "MicroStep",
-    "checked",
-    "choose",
-    "fastest_sum_of_squares",
-    "is_fused_on",
-    "memory_is_all",
-    "rows",
-    "steps",
-    "sum_of_squares",
-]
-
+__all__ = ["BY_ADDRESS", "FUSED_ON", "Batch", "Choice", "MicroStep", "Scalars", "choose", "fastest_sum_of_squares"]
+__all__ += ["is_fused_on", "keep", "row_width", "rows", "sum_of_squares"]
 
 BY_ADDRESS = (cpu, blocks, gpu)  # those for which memory must not overlap
-
-
-FUSED_ON = ["cpu", "cuda"]  # where there are implementations that do all in one pass
-
-
-class Choice(NamedTuple):
-    """An implementation, and why it is that one."""
-
-    module: ModuleType
-    reason: str
+FUSED_ON = ["cpu", "cuda"]  # where there are backends that do all in one pass
 
 
 def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any]) -> Choice:
-    """The implementation for one parameter, under the options of its group.
+    """Return the backend for one parameter, under the options of its group.
 
     Autograd and torch.func's transforms pass through `reference` alone: its results are new tensors. foreach=False gets
     it too, a loop over tensors as in torch's optimizers: it needs the least memory. `foreach` takes every other tensor
     on every device; on a GPU and the CPU there are faster ones for what they can take.
 
     Args:
-        row: the parameter, its gradient, m, v and, where there is one, μ; real.
+        row: the parameter, its gradient, m, v and, where there is one, μ; plain and real.
         step: its step count.
+        options: of its group.
     """
     if any(map(torch._C._functorch.is_functorch_wrapped_tensor, row)):
         return Choice(reference, "torch.func transforms it, and has no rules for lists")
@@ -82,7 +56,7 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any]) -> Choi
 
 
 def asked_for(options: dict[str, Any]) -> Choice | None:
-    """What the options themselves choose, unless torch.func transforms those; None where they leave it to be found."""
+    """Return the backend that the options themselves choose; None where they leave it to be found."""
     if options["differentiable"]:
         return Choice(reference, "differentiable=True")
     if options["foreach"] is not None:
@@ -91,52 +65,37 @@ def asked_for(options: dict[str, Any]) -> Choice | None:
 
 
 def is_fused_on(device: torch.device) -> bool:
-    """Whether fused=True is for parameters there: AMD's GPUs are of type cuda, too."""
+    """Return True if fused=True is for parameters there: AMD's GPUs are of type cuda, too."""
     return device.type in FUSED_ON
 
 
-def checked(choice: Choice, *lists: Tensors) -> Choice:
-    """The choice for what is done in one pass, once its tensors have been looked at together."""
-    if choice.module in BY_ADDRESS and memory.share_memory(*lists):
-        return Choice(foreach, "parameters, gradients or state share memory")
-    return choice
+def row_width(choice: Choice, param: Tensor) -> int:
+    """Return the elements of a row of a parameter, where that backend limits its rows; otherwise 0."""
+    width: int = choice.module.row_width(param) if choice.module in (cpu, gpu) else 0
+    return width
+
+
+def keep(batch: Batch) -> Batch:
+    """Return the batch with what its backend can use again for as long as no tensor moves."""
+    if batch.choice.module not in (cpu, gpu):
+        return batch
+    return batch._replace(addresses=cpu.keep(batch) if batch.choice.module is cpu else memory.where(batch))
 
 
 def sum_of_squares(options: dict[str, Any], compiling: bool) -> Callable[[Sequence[Tensor]], Tensor]:
-    """The function for a list of tensors on one device, as `choose` chooses, under the options of the optimizer."""
+    """Return the function for a list of tensors on one device, as `choose` chooses under the optimizer's options."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return reference.sum_of_squares
     if asked := asked_for(options):
         function: Callable[[Sequence[Tensor]], Tensor] = asked.module.sum_of_squares
         return function
-    if not memory_is_all(compiling):
+    if not memory.memory_is_all(compiling):
         return foreach.sum_of_squares
     return fastest_sum_of_squares
 
 
 def fastest_sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Σ g² of a list of tensors on one device, wherever that is."""
+    """Return Σ g² of a list of tensors on one device, wherever that is."""
     if gpu.is_for(tensors[0].device) and gpu.can_sum(tensors):
         return gpu.sum_of_squares(tensors)
-    plain = tensors[0].is_cpu and mesh_of(tensors[0]) is None
-    return cpu.sum_of_squares(tensors) if plain else foreach.sum_of_squares(tensors)
-
-
-def memory_is_all(compiling: bool) -> bool:
-    """Whether a tensor is now what its memory says: nothing traces, transforms or fakes what is done with it."""
-    return not (
-        compiling
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
-
-
-def steps(calls: Sequence[tuple[ModuleType, Tensors, Numbers]], tables: Tables | None) -> None:
-    """Let each implementation update its tensors for its tensors; those of a GPU together, as they share launches."""
-    for implementation, tensors, numbers in calls:
-        if implementation is not gpu:
-            implementation.step(tensors, numbers)
-    together = [(tensors, numbers) for implementation, tensors, numbers in calls if implementation is gpu]
-    if together:
-        gpu.steps(together, tables)
+    return cpu.sum_of_squares(tensors) if tensors[0].is_cpu else foreach.sum_of_squares(tensors)

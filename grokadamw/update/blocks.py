@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..numbers import mesh_of
 from .foreach import sum_of_squares
-from .reference import Numbers, Tensors, written
+from .types import Batch, Scalars, written
 
 __all__ = ["step", "sum_of_squares", "why_not"]
 
@@ -22,16 +21,14 @@ _BLOCK = 1 << 17  # elements: with five operands and scratch 3 MiB of float32
 _SMALL = 1 << 12  # elements of a tensor for which calls cost more than memory: foreach has fewer
 
 
-def why_not(row: Sequence[Tensor], raw_second_moment: bool, published: bool) -> str | None:
-    """Why a parameter that `memory.why_not` has nothing against cannot be taken; None where it can."""
+def why_not(row: Sequence[Tensor], raw_second_moment: bool, eps_before_correction: bool) -> str | None:
+    """Return why a parameter that `memory.why_not` has cleared cannot be taken; None where it can."""
     if not hasattr(torch, "_fused_adamw_"):
         return "this torch has no fused AdamW"
-    if raw_second_moment or published:
+    if raw_second_moment or eps_before_correction:
         return "torch's fused AdamW has no such second moment or bias correction"
     if any(x.dtype != row[0].dtype for x in row) or row[0].dtype not in (torch.float32, torch.float64):
         return "torch's fused AdamW takes no such mixture of dtypes"
-    if mesh_of(row[0]) is not None:
-        return "torch's fused AdamW takes no DTensor apart"
     if row[0].numel() < _SMALL:
         return "so small a tensor is quicker in a list with others"
     return None
@@ -49,14 +46,14 @@ class _Block(NamedTuple):
     steps: list[Tensor]
 
 
-def step(tensors: Tensors, numbers: Numbers) -> None:
+def step(batch: Batch, scalars: Scalars) -> None:
     """Do the stages slow_grad to update for every tensor, in place."""
-    n = numbers
+    n = scalars
     if n.finite is not None and not n.finite:
         return
     clip = -float(n.clip) if n.maximize else float(n.clip)
-    torch._foreach_add_(tensors.steps, torch.tensor(1.0, device="cpu"))
-    for block in _blocks(tensors, n.beta1):
+    torch._foreach_add_(batch.steps, torch.tensor(1.0, device="cpu"))
+    for block in _blocks(batch, n.beta1):
         g = block.grads if clip == 1 else torch._foreach_mul(block.grads, clip)
         if block.grok_emas:
             torch._foreach_lerp_(block.grok_emas, g, 1 - float(n.alpha))  # slow_grad
@@ -76,21 +73,21 @@ def step(tensors: Tensors, numbers: Numbers) -> None:
             amsgrad=False,
             maximize=False,
         )
-    for column in written(tensors):  # the fused AdamW does not
+    for column in written(batch):  # the fused AdamW does not
         torch.autograd.graph.increment_version(column)
 
 
-def _amplified(g: tuple[Tensor, ...] | list[Tensor], block: _Block, n: Numbers) -> tuple[Tensor, ...]:
+def _amplified(g: tuple[Tensor, ...] | list[Tensor], block: _Block, n: Scalars) -> tuple[Tensor, ...]:
     if n.amplify_after == 0:
         return torch._foreach_add(g, block.grok_emas, alpha=n.lamb)
     late = [n.lamb if count.item() > n.amplify_after else 0.0 for count in block.steps]
     return torch._foreach_add(g, torch._foreach_mul(block.grok_emas, late))
 
 
-def _blocks(tensors: Tensors, beta1: Sequence[float]) -> Iterator[_Block]:
+def _blocks(batch: Batch, beta1: Sequence[float]) -> Iterator[_Block]:
     block, size = _Block(0.0, [], [], [], [], [], []), 0
-    for i, count in enumerate(tensors.steps):
-        columns = [torch.split(_flat(column[i]), _BLOCK) for column in tensors[:5] if column is not None]
+    for i, count in enumerate(batch.steps):
+        columns = [torch.split(_flat(column[i]), _BLOCK) for column in batch[:5] if column is not None]
         for pieces in zip(*columns, strict=True):
             if block.beta1 != beta1[i] or size + pieces[0].numel() > _BLOCK:
                 if size:
@@ -105,5 +102,5 @@ def _blocks(tensors: Tensors, beta1: Sequence[float]) -> Iterator[_Block]:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """The elements in the order that they lie in."""
+    """Return the elements in the order that they lie in."""
     return tensor.detach().as_strided((tensor.numel(),), (1,))

@@ -17,25 +17,24 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..numbers import mesh_of
 from . import foreach, memory, native
-from .memory import DTYPES, Where, addresses, ends_of, has_no_gaps, plain, where
-from .reference import Numbers, Tensors, limited_widths, written
+from .memory import DTYPES, addresses, ends_of, has_no_gaps, where
 from .rows import SHORT
+from .types import Addresses, Batch, Scalars, limited_widths
 
 _PROCESS = os.getpid()  # a later fork of it has none of OpenMP's threads, and would wait for them forever
 _ALONE = 1 << 17  # elements for which another thread is not worth its start
 
 
 def _threads(elements: int) -> tuple[int, int | None]:
-    """How many threads for so many elements; and the function that runs them, None for threads of the kernel's own."""
+    """Return how many threads to use, and the function that runs them; None for threads of the kernel's own."""
     threads = torch.get_num_threads() if elements > _ALONE else 1
     return threads, _openmp() if os.getpid() == _PROCESS else None
 
 
 @cache
 def _openmp() -> int | None:
-    """The address of GOMP_parallel in the OpenMP that torch has loaded, if it has."""
+    """Return the address of GOMP_parallel in the OpenMP that torch has loaded, if it has."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
     except (AttributeError, OSError, TypeError):
@@ -43,7 +42,7 @@ def _openmp() -> int | None:
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Σ g² over all elements of tensors on one device, squared and summed in float64, in fixed order: a 0-d tensor.
+    """Return Σ g² over all elements of CPU tensors, squared and summed in float64, in fixed order, as a 0-d tensor.
 
     What the kernel cannot take is left to `foreach`.
     """
@@ -58,7 +57,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def flat(tensors: Sequence[Tensor]) -> Callable[[bytes], float] | None:
-    """A function from the addresses of such tensors to their Σ g²; None where the kernel has no one sum for them."""
+    """Return a function from the addresses of such tensors to their Σ g²; None where the kernel needs several sums."""
     found = native.kernel()
     if isinstance(found, str) or len({x.dtype for x in tensors}) != 1 or not all(map(_can_be_summed, tensors)):
         return None
@@ -78,55 +77,53 @@ def _can_be_summed(x: Tensor) -> bool:
 
 
 def row_width(param: Tensor) -> int:
-    """The elements of a row of a parameter that `why_not` has cleared, where `step` can limit its rows; otherwise 0."""
+    """Return the elements of a row of a parameter that `why_not` has cleared; 0 if `step` cannot limit its rows."""
     found = native.kernel()
     return 0 if isinstance(found, str) else memory.row_width(param, found.row_bytes // param.itemsize)
 
 
-def step(tensors: Tensors, numbers: Numbers) -> None:
-    """Do slow_grad to limit_rows for every tensor, written in place.
+# those of the table's numbers that a step may change, from `beta2` on
+_SCALARS, _FIRST = struct.Struct("=11dq4i"), native.Table.beta2.offset
 
-    Args:
-        tensors: cleared by `why_not` and `share_memory`.
-    """
-    found, n = native.kernel(), numbers
+
+def keep(batch: Batch) -> Addresses:
+    """Return the addresses of a batch with a table for the kernel, which serves as long as none of them changes."""
+    at = where(batch)
+    count, (elements,) = len(batch.params), struct.unpack("q", at.ends[-8:])
+    columns = dict(zip(at._fields[:7], at, strict=False))
+    dtypes = zip(("param", "grad", "state"), (batch.params, batch.grads, batch.exp_avgs), strict=True)
+    table = native.Table(count=count, **columns, **{name: DTYPES.index(column[0].dtype) for name, column in dtypes})
+    table.elements, table.betas, table.limits = elements, (), False  # what Python alone needs to know
+    return at._replace(table=table)
+
+
+def step(batch: Batch, scalars: Scalars) -> None:
+    """Do slow_grad to limit_rows in place, for tensors that `why_not` and `share_memory` have cleared."""
+    found, n = native.kernel(), scalars
     if isinstance(found, str):
         raise RuntimeError(found)
     if n.finite is not None and not n.finite:
         if n.micro_step.of == 1:
             return
-        tensors, n = tensors._replace(grads=list(map(torch.zeros_like, tensors.grads)), kept=None), n._replace(clip=1.0)
-    at: Where = where(tensors) if tensors.kept is None else tensors.kept
-    count, widths = len(tensors.params), limited_widths(tensors, n)
-    (elements,) = struct.unpack("q", at.ends[-8:])
-    table = native.Table(
-        count=count,
-        **at._asdict(),
-        beta1=struct.pack(f"{count}d", *n.beta1),
-        bias_beta1=struct.pack(f"{count}d", *n.bias_beta1),
-        row_widths=memory.packed(widths) if any(widths) else None,
-        beta2=n.beta2,
-        lr=float(n.lr),
-        eps=n.eps,
-        weight_decay=n.weight_decay,
-        alpha=float(n.alpha),
-        lamb=n.lamb,
-        clip=-float(n.clip) if n.maximize else float(n.clip),
-        amplify_after=min(n.amplify_after, 2**63 - 1),
-        eps_before_correction=n.eps_before_correction,
-        raw_second_moment=n.raw_second_moment,
-        micro_steps=n.micro_step.of,
-        max_row_change=n.max_row_change,
-        max_row_norm=n.max_row_norm,
-        shortest=SHORT,
-        decays=n.micro_step.decays,
-        moves=n.micro_step.moves,
-        param=DTYPES.index(tensors.params[0].dtype),
-        grad=DTYPES.index(tensors.grads[0].dtype),
-        state=DTYPES.index(tensors.exp_avgs[0].dtype),
+        batch, n = batch._replace(grads=list(map(torch.zeros_like, batch.grads)), addresses=None), n._replace(clip=1.0)
+    at = keep(batch) if batch.addresses is None else batch.addresses
+    table, (k, decays, moves) = at.table, n.micro_step
+    table.grads = at.grads
+    if table.betas != (n.beta1, n.bias_beta1):
+        packer = struct.Struct(f"{len(batch.params)}d")
+        table.beta1, table.bias_beta1 = packer.pack(*n.beta1), packer.pack(*n.bias_beta1)
+        table.betas = n.beta1, n.bias_beta1
+    limits = bool(moves and (n.max_row_change or n.max_row_norm))
+    if limits != table.limits:
+        widths = limited_widths(batch, n)
+        table.row_widths, table.limits = memory.packed(widths) if any(widths) else None, limits
+    clip = -float(n.clip) if n.maximize else float(n.clip)
+    _SCALARS.pack_into(
+        *(table, _FIRST, n.beta2, n.lr, n.eps, n.weight_decay, n.alpha, n.lamb, clip, k),
+        *(n.max_row_change, n.max_row_norm, SHORT, min(n.amplify_after, 2**63 - 1)),
+        *(n.eps_before_correction, n.raw_second_moment, decays, moves),
     )
-    for column in written(tensors, n.micro_step.moves):  # which torch's own operations do themselves
-        torch.autograd.graph.increment_version(column)
-        if mesh_of(column[0]) is not None:
-            torch.autograd.graph.increment_version(plain(column))
-    found.step(table, *_threads(elements))
+    moved = [*batch.params, *batch.steps] if moves else []
+    # torch's own operations say so themselves
+    torch.autograd.graph.increment_version([*moved, *batch.exp_avgs, *batch.exp_avg_sqs, *(batch.grok_emas or ())])
+    found.step(table, *_threads(table.elements))

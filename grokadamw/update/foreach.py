@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import window
-from ..numbers import Number, accumulator, mesh_of, reads_are_free, whole
-from ..window import Window
-from .reference import Numbers, Tensors
+from ..numbers import Number, accumulator, reads_are_free
+from .types import Batch, Scalars
 
 _TensorList: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 _BLOCK = 1 << 18  # elements at a time on the CPU: 2 MiB of float64, which a cache holds
@@ -29,39 +28,30 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Σ g² over all elements of tensors on one device, squared and summed in float64, in fixed order: a 0-d tensor."""
     dtype = accumulator(tensors[0].device)
     small, large = list(tensors), []
-    if tensors[0].is_cpu and mesh_of(tensors[0]) is None:
+    if tensors[0].is_cpu:
         # torch's norm would make a whole large tensor float64 first, in memory that no cache holds
         small, large = ([x for x in tensors if (x.numel() > _BLOCK) is is_large] for is_large in (False, True))
     blocks = [block for x in large for block in torch.split(x.reshape(-1), _BLOCK)]
     sums = [block.to(dtype).square().sum() for block in blocks]
     if small:
-        sums.append(whole(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(small, 2, dtype=dtype)))).square())
+        sums.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(small, 2, dtype=dtype))).square())
     return torch.stack(sums).sum()
 
 
-def step(tensors: Tensors, numbers: Numbers) -> None:
+def step(batch: Batch, scalars: Scalars) -> None:
     """Do the stages slow_grad to update for every tensor, in place."""
-    parts = _parts(tensors.params)
+    parts = _parts(batch.params)
     if len(parts) == 1:
-        _step(tensors, numbers)
+        _step(batch, scalars)
         return
     for part in parts:
-        params, grads, exp_avgs, exp_avg_sqs, grok_emas, steps = tensors[:6]
-        _step(
-            Tensors(
-                params[part],
-                grads[part],
-                exp_avgs[part],
-                exp_avg_sqs[part],
-                None if grok_emas is None else grok_emas[part],
-                steps[part],
-            ),
-            numbers._replace(beta1=numbers.beta1[part], bias_beta1=numbers.bias_beta1[part]),
-        )
+        columns = [None if column is None else column[part] for column in batch[:6]]
+        numbers = scalars._replace(beta1=scalars.beta1[part], bias_beta1=scalars.bias_beta1[part])
+        _step(Batch(*columns), numbers)  # type: ignore[arg-type]
 
 
 def _parts(params: list[Tensor]) -> list[slice]:
-    """The list in parts for a call each: one, but on the CPU, where a long list saves nothing and leaves the cache."""
+    """Return the list in parts for a call each: one, but on the CPU, where a long list only leaves the cache."""
     if not params[0].is_cpu or torch.compiler.is_compiling():
         return [slice(None)]
     parts = []
@@ -74,21 +64,20 @@ def _parts(params: list[Tensor]) -> list[slice]:
     return parts
 
 
-def _step(tensors: Tensors, numbers: Numbers) -> None:
-    n = numbers
-    dtype = tensors.exp_avgs[0].dtype
-    m, v, mu = tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas
+def _step(batch: Batch, n: Scalars) -> None:
+    dtype = batch.exp_avgs[0].dtype
+    m, v, mu = batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas
     active: Number = 1.0 if n.finite is None or n.micro_step.of > 1 else n.finite.to(dtype)
-    t = _next(tensors.steps, active)
+    t = _next(batch.steps, active)
     root, correction = _corrections(t, n)
 
     if n.micro_step.of > 1:
-        _collect_(tensors, n, t)
+        _collect_(batch, n, t)
         if n.micro_step.moves:
-            _move_(tensors, n, t, root, correction, 1.0)
+            _move_(batch, n, t, root, correction, 1.0)
         return
 
-    g: _TensorList = [grad.to(dtype) for grad in tensors.grads]
+    g: _TensorList = [grad.to(dtype) for grad in batch.grads]
     if n.maximize or not isinstance(n.clip, float) or n.clip != 1:
         g = _mul(g, -n.clip if n.maximize else n.clip)
     if n.finite is not None:
@@ -101,14 +90,14 @@ def _step(tensors: Tensors, numbers: Numbers) -> None:
     squared = g if n.raw_second_moment else g_hat
     _average_(v, torch._foreach_mul(squared, squared), 1 - n.beta2, active)  # exp_avg_sq
     del g, g_hat, squared  # their memory serves the update
-    _move_(tensors, n, t, root, correction, active)
+    _move_(batch, n, t, root, correction, active)
 
 
-def _collect_(tensors: Tensors, n: Numbers, t: list[Any]) -> None:
+def _collect_(batch: Batch, n: Scalars, t: list[Any]) -> None:
     """Do the stages slow_grad to exp_avg_sq of a micro-batch, which the averages collect where they lie."""
-    m, v, mu, dtype = tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grok_emas, tensors.exp_avgs[0].dtype
+    m, v, mu, dtype = batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas, batch.exp_avgs[0].dtype
     k, decays, moves = n.micro_step
-    g: _TensorList = [grad.to(dtype) for grad in tensors.grads]
+    g: _TensorList = [grad.to(dtype) for grad in batch.grads]
     factor = (-1.0 if n.maximize else 1.0) / k
     if n.finite is not None:
         g = [torch.where(n.finite, x, 0) for x in _mul(g, n.clip)]  # after c, which is NaN where they are
@@ -144,10 +133,10 @@ def _add_(averages: list[Tensor], values: _TensorList, weight: Number) -> None:
         torch._foreach_add_(averages, values, alpha=weight)
 
 
-def _move_(tensors: Tensors, n: Numbers, t: list[Any], root: list[Any], correction: list[Any], active: Number) -> None:
+def _move_(batch: Batch, n: Scalars, t: list[Any], root: list[Any], correction: list[Any], active: Number) -> None:
     """Move the parameters."""
-    m, v, dtype = tensors.exp_avgs, tensors.exp_avg_sqs, tensors.exp_avgs[0].dtype
-    theta = [param.to(dtype) for param in tensors.params]
+    m, v, dtype = batch.exp_avgs, batch.exp_avg_sqs, batch.exp_avgs[0].dtype
+    theta = [param.to(dtype) for param in batch.params]
     denominator = torch._foreach_sqrt(v)
     if n.eps_before_correction:
         torch._foreach_add_(denominator, n.eps)
@@ -165,19 +154,19 @@ def _move_(tensors: Tensors, n: Numbers, t: list[Any], root: list[Any], correcti
         if isinstance(active, Tensor):
             move = [torch.where(active > 0, x, 0) for x in move]
         torch._foreach_sub_(theta, _mul(move, n.lr))
-    for param, new in zip(tensors.params, theta, strict=True):
+    for param, new in zip(batch.params, theta, strict=True):
         if param is not new:
             param.copy_(new)
-    _advance(tensors.steps, active)
+    _advance(batch.steps, active)
 
 
-def average(windows: Sequence[Window], tensors: Tensors, n: Numbers) -> None:
-    """Set μ to the mean of a window, for every implementation: the other stages then have α = 1."""
-    assert tensors.grok_emas is not None
-    g: _TensorList = [grad.to(tensors.exp_avgs[0].dtype) for grad in tensors.grads]
+def average(batch: Batch, n: Scalars) -> None:
+    """Set μ to the mean of each window, for every backend: the other stages then have α = 1."""
+    assert batch.grok_emas is not None
+    g: _TensorList = [grad.to(batch.exp_avgs[0].dtype) for grad in batch.grads]
     if n.maximize or not isinstance(n.clip, float) or n.clip != 1:
         g = _mul(g, -n.clip if n.maximize else n.clip)
-    window.average(windows, g, tensors.grok_emas, n.finite)
+    window.average(batch.windows, g, batch.grok_emas, n.finite)
 
 
 def _next(steps: list[Tensor], active: Number) -> list[Any]:
@@ -197,7 +186,7 @@ def _advance(steps: list[Tensor], active: Number) -> None:
         torch._foreach_add_(steps, one)
 
 
-def _corrections(t: list[Any], n: Numbers) -> tuple[list[Any], list[Any]]:
+def _corrections(t: list[Any], n: Scalars) -> tuple[list[Any], list[Any]]:
     """√(1 − β2^t) and 1 − β1^t of each tensor, numbers as t is."""
     if not isinstance(t[0], Tensor):
         return [(1 - n.beta2**x) ** 0.5 for x in t], [1 - beta1**x for beta1, x in zip(n.bias_beta1, t, strict=True)]
@@ -210,7 +199,7 @@ def _corrections(t: list[Any], n: Numbers) -> tuple[list[Any], list[Any]]:
     return root, list(correction.unbind())
 
 
-def _amplified(g: _TensorList, mu: list[Tensor], t: list[Any], n: Numbers) -> _TensorList:
+def _amplified(g: _TensorList, mu: list[Tensor], t: list[Any], n: Scalars) -> _TensorList:
     """Return, in memory of its own, c g + λ μ, with λ only once t > amplify_after."""
     if n.amplify_after == 0:
         return torch._foreach_add(g, mu, alpha=n.lamb)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numbers import mesh_of
 from . import memory
 from .gpu_tables import (
     JUDGE_BLOCK,
@@ -32,8 +31,8 @@ from .gpu_tables import (
     misaligned,
     words_of,
 )
-from .memory import DTYPES, addresses, has_no_gaps, plain, where
-from .reference import Numbers, Tensors, written
+from .memory import DTYPES, addresses, has_no_gaps, where
+from .types import Batch, Scalars, written
 
 _DEVICE_TYPE = "cuda"  # that is AMD's GPUs, too
 
@@ -59,11 +58,11 @@ def _why_not_here(device: torch.device) -> str | None:
         return "TRITON_INTERPRET is set, and Triton's interpreter runs on the CPU alone"
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (7, 5):
         return f"Triton has no code for {torch.cuda.get_device_name(device)}"
-    numbers = Numbers([0.0], [0.0], 0.0, 0.0, 1.0, False, 0.0, 0.0, 0.0, 0, 1.0, False, False, None)
+    numbers = Scalars([0.0], [0.0], 0.0, 0.0, 1.0, False, 0.0, 0.0, 0.0, 0, 1.0, False, False, None)
     try:
         theta, g, m, v, mu, count = ([torch.zeros((), dtype=torch.float32, device=device)] for _ in range(6))
         sum_of_squares(g)
-        step(Tensors(theta, g, m, v, mu, count), numbers)
+        step(Batch(theta, g, m, v, mu, count), numbers)
     except torch.OutOfMemoryError:
         raise  # which will pass
     except Exception as error:  # Triton compiles what launches its kernels, for which there may be no compiler
@@ -245,17 +244,17 @@ def row_width(param: Tensor) -> int:
     return memory.row_width(param, LONGEST)
 
 
-def step(tensors: Tensors, numbers: Numbers) -> None:
+def step(tensors: Batch, numbers: Scalars) -> None:
     """Do the stages slow_grad to limit_rows in place, for tensors that `why_not` and `share_memory` have cleared."""
     steps([(tensors, numbers)])
 
 
-def steps(calls: Sequence[tuple[Tensors, Numbers]], tables: Tables | None = None) -> None:
+def steps(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None = None) -> None:
     """`step` for several lists of tensors, with one launch for all that are of one kind."""
     tables = Tables() if tables is None else tables
     kinds: dict[Any, list[Part]] = {}
     for tensors, numbers in calls:
-        at = where(tensors) if tensors.kept is None else tensors.kept
+        at = where(tensors) if tensors.addresses is None else tensors.addresses
         kind = (
             tensors.params[0].device,
             *(column[0].dtype for column in (tensors.params, tensors.grads, tensors.exp_avgs)),
@@ -287,7 +286,6 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
     may_be_misaligned = tables.masked or misaligned(grads)
     # torch counts the steps, and says so itself
     columns = [column for x in lists for column in written(x.tensors, moves)[: -1 if moves else None]]
-    columns += [plain(column) for column in columns if mesh_of(column[0]) is not None]
     torch.autograd.graph.increment_version(chain.from_iterable(columns))
     if not len(static.chunks):
         return

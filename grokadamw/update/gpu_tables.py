@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..numbers import Number
 from . import memory
-from .memory import Where
-from .reference import Numbers, Tensors, limited_widths
+from .types import Addresses, Batch, Scalars, limited_widths
 
 _ANOTHER = "what is captured is another step than the one before: take a step before capturing"
 _KEPT = 64  # tables of which the device keeps a copy
@@ -65,9 +64,9 @@ class Static(NamedTuple):
 class Part(NamedTuple):
     """One of the lists of tensors that a launch takes, with what is its own."""
 
-    tensors: Tensors
-    numbers: Numbers
-    at: Where
+    tensors: Batch
+    numbers: Scalars
+    at: Addresses
 
 
 class Tables:
@@ -239,7 +238,7 @@ def misaligned(at: bytes) -> bool:
     return any(address % 16 for (address,) in struct.iter_unpack("Q", at))
 
 
-def words_of(n: Numbers) -> bytes:
+def words_of(n: Scalars) -> bytes:
     """The numbers of a list as the kernel wants them: the first three with the address that they are at, or 0."""
     first = chain.from_iterable(_address_and_value(number) for number in (n.lr, n.alpha, n.clip))
     log_beta2 = math.log(n.beta2) if n.beta2 else -math.inf

@@ -46,7 +46,7 @@ class Kernel(NamedTuple):
 
 @cache
 def kernel() -> Kernel | str:
-    """The kernel for this processor; or, in words, why there is none."""
+    """Return the kernel for this processor; or, in words, why there is none."""
     if not _LIBRARY.exists():
         return "the native kernel was not built, for want of a C compiler when grokadamw was installed"
     try:
@@ -60,7 +60,7 @@ def kernel() -> Kernel | str:
 
 
 def _instruction_sets() -> list[str]:
-    """Those that this processor has, best first, as torch finds it (and ATEN_CPU_CAPABILITY limits it)."""
+    """Return those that this processor has, best first, as torch finds it (and ATEN_CPU_CAPABILITY limits it)."""
     names = {"AVX512": ["v4", "v3"], "AVX2": ["v3"]}
     return [*names.get(torch.backends.cpu.get_cpu_capability(), []), "baseline"]
 
@@ -87,7 +87,7 @@ class _Python(ctypes.Structure):
 
 
 def _look(name: str) -> Callable[..., int] | None:
-    """The kernel's `look`, and what it needs of torch: the fourth function in DLPack's table."""
+    """Return the kernel's `look`, and what it needs of torch: the fourth function in DLPack's table."""
     get = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
         ("PyCapsule_GetPointer", ctypes.pythonapi)
     )

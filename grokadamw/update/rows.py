@@ -6,58 +6,59 @@ definition that they are tested against, and limits the rest.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..numbers import accumulator, as_real, summed, wide
+from ..numbers import accumulator, wide
+from .types import Batch, Scalars
 
 SHORT = 0.1  # a row that is shorter may move as one of this length, or none would ever leave 0
 
 
-class Rows(NamedTuple):
-    """Parameters of two dimensions or more, whose rows, slices along the first, are limited. Of DTensors whole ones."""
-
-    params: list[Tensor]
-    change: float  # the largest, of a row's length; 0 is no limit
-    norm: float  # the largest; 0 is no limit
-    finite: bool | Tensor  # where False, a flag on a device too, nothing changes
+def before(batch: Batch, scalars: Scalars) -> list[Tensor]:
+    """Return what `limit` needs to know: the parameters that it will limit, as they are before the step."""
+    wanted = scalars.max_row_change and scalars.micro_step.moves
+    return [batch.params[i].clone() for i in batch.unlimited] if wanted else []
 
 
-def before(rows: Rows) -> list[Tensor]:
-    """What `limit` needs to know: the parameters as they are before the step."""
-    return [param.clone() for param in rows.params] if rows.change else []
+def limit(batch: Batch, scalars: Scalars, before: Sequence[Tensor]) -> None:
+    """Limit the rows that the backend has left, after a step that moved parameters; `before` is what they were.
 
-
-def limit(rows: Rows, before: list[Tensor]) -> None:
-    """θ_r ← θ'_r + (θ_r − θ'_r) / max(1, ‖θ_r − θ'_r‖ / (change · ‖θ'_r‖)) for each row r, in place; θ' is `before`'s.
-
-    Then θ_r ← θ_r / max(1, ‖θ_r‖ / norm). What is within its limits stays as it is, bit for bit, and so does what has
-    no norm. Elements that are not finite neither move nor count as having moved.
+    θ_r ← θ'_r + (θ_r − θ'_r) / max(1, ‖θ_r − θ'_r‖ / (change · ‖θ'_r‖)) for each row r, in place; then
+    θ_r ← θ_r / max(1, ‖θ_r‖ / norm). What is within its limits stays as it is, bit for bit, and so does what has no
+    norm. Elements that are not finite neither move nor count as having moved.
     """
-    for param, old in zip(rows.params, before, strict=bool(before)):
-        real, dtype = as_real(param), wide(as_real(param).dtype)
-        moved = torch.nan_to_num(real.to(dtype) - as_real(old).to(dtype), 0.0, 0.0, 0.0)
-        share = _share(_norms(moved) / (rows.change * _norms(as_real(old)).clamp(min=SHORT)), True)
-        real.add_(moved * (share - 1).to(dtype))
-    for param in rows.params if rows.norm else ():
-        real = as_real(param)
-        long = real.clone() if torch.is_grad_enabled() else real  # which a backward pass through the step reads
-        share = _share(_norms(long) / rows.norm, rows.finite).to(wide(real.dtype))
-        if long is real:
-            real.mul_(share)
-        else:
-            real.copy_(long * share)
+    params = [batch.params[i] for i in batch.unlimited] if scalars.micro_step.moves else []
+    add_up = batch.shards.sum if batch.shards is not None and batch.shards.cut_rows else None
+    # if the last micro-batch is not finite, the others are a step all the same
+    finite = scalars.finite if scalars.micro_step.of == 1 else None
+    if scalars.max_row_change:
+        for param, old in zip(params, before, strict=True):
+            dtype = wide(param.dtype)
+            moved = torch.nan_to_num(param.to(dtype) - old.to(dtype), 0.0, 0.0, 0.0)
+            longest = scalars.max_row_change * _norms(old, add_up).clamp(min=SHORT)
+            share = _share(_norms(moved, add_up) / longest, None)
+            param.add_(moved * (share - 1).to(dtype))
+    if scalars.max_row_norm:
+        for param in params:
+            long = param.clone() if torch.is_grad_enabled() else param  # a backward pass through the step reads it
+            share = _share(_norms(long, add_up) / scalars.max_row_norm, finite).to(wide(param.dtype))
+            if long is param:
+                param.mul_(share)
+            else:
+                param.copy_(long * share)
 
 
-def _share(times: Tensor, finite: bool | Tensor) -> Tensor:
-    """What a row is multiplied with that is so many times too long: 1 if it is not, or nobody knows."""
+def _share(times: Tensor, finite: Tensor | None) -> Tensor:
+    """Return the factor for a row that is so many times too long: 1 if it is not, or nobody knows."""
     is_long = (times > 1) & (times < torch.inf)
-    return torch.where(is_long if finite is True else is_long & finite, 1 / times.clamp(min=1), 1.0)
+    return torch.where(is_long if finite is None else is_long & finite, 1 / times.clamp(min=1), 1.0)
 
 
-def _norms(values: Tensor) -> Tensor:
-    """Of each row, (rows, 1, …), in a dtype in which no square overflows."""
+def _norms(values: Tensor, add_up: Callable[..., Tensor] | None) -> Tensor:
+    """Return the norm of each row, (rows, 1, …), in a dtype in which no square overflows."""
     dtype = torch.promote_types(values.dtype, accumulator(values.device))
-    return summed(torch.linalg.vector_norm(values, dim=tuple(range(1, values.dim())), keepdim=True, dtype=dtype))
+    norms = torch.linalg.vector_norm(values, dim=tuple(range(1, values.dim())), keepdim=True, dtype=dtype)
+    return norms if add_up is None else add_up(norms.square(), rows=True).sqrt()

@@ -140,7 +140,7 @@ def test_half_numbers_are_rounded_to_even() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         theta = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         zeros = [torch.zeros(theta.shape, device="cuda") for _ in range(3)]
-        given = reference.Tensors(
+        given = reference.Batch(
             [theta.cuda()], [torch.zeros_like(theta).cuda()], *([x] for x in zeros), [torch.zeros((), device="cuda")]
         )
         gpu.step(given, numbers(beta1=[0.9], bias_beta1=[0.9], lr=1.0, weight_decay=0.3))

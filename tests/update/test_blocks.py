@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grokadamw.update import blocks, reference
-from grokadamw.update.reference import Tensors, written
+from grokadamw.update.types import Batch, written
 
 from .test_update import numbers
 
@@ -31,8 +31,8 @@ def test_blocks_end_anywhere(
         return [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
 
     steps = [torch.tensor(float(i + 1)) for i in range(len(sizes))]
-    given = Tensors(random(), random(), random(), [x.square() for x in random()], random() if with_mu else None, steps)
-    expected = Tensors(*(None if column is None else [x.clone() for x in column] for column in given[:6]))
+    given = Batch(random(), random(), random(), [x.square() for x in random()], random() if with_mu else None, steps)
+    expected = Batch(*(None if column is None else [x.clone() for x in column] for column in given[:6]))
     beta1 = [0.9 * 0.5**layer for layer in layers[: len(sizes)]]
     n = numbers(beta1=beta1, bias_beta1=beta1, amplify_after=amplify_after, clip=clip, maximize=maximize)
     with pytest.MonkeyPatch.context() as patch:
@@ -45,6 +45,6 @@ def test_blocks_end_anywhere(
 
 
 def test_autograd_is_told() -> None:
-    given = Tensors(*([torch.ones(3)] for _ in range(5)), [torch.zeros(())])
+    given = Batch(*([torch.ones(3)] for _ in range(5)), [torch.zeros(())])
     blocks.step(given, numbers(beta1=[0.9], bias_beta1=[0.9]))
     assert all(x._version > 0 for column in written(given) for x in column)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from grokadamw import GrokAdamW, update
 from grokadamw.update import cpu, native
-from grokadamw.update.reference import MicroStep, Numbers, Tensors
+from grokadamw.update.types import Batch, MicroStep, Scalars
 
 from ..models import running
 from .test_update import TOLERANCES, everything, numbers
@@ -47,7 +47,7 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
 # bits
 
 
-def some(sizes: list[int], dtype: torch.dtype, seed: int = 0) -> Tensors:
+def some(sizes: list[int], dtype: torch.dtype, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     state = torch.promote_types(dtype, torch.float32)
 
@@ -55,16 +55,14 @@ def some(sizes: list[int], dtype: torch.dtype, seed: int = 0) -> Tensors:
         return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
 
     steps = [torch.tensor(3.0) for _ in sizes]
-    return Tensors(
-        random(dtype), random(dtype), random(state), [x.square() for x in random(state)], random(state), steps
-    )
+    return Batch(random(dtype), random(dtype), random(state), [x.square() for x in random(state)], random(state), steps)
 
 
-def with_numbers(count: int) -> Numbers:
+def with_numbers(count: int) -> Scalars:
     return numbers(beta1=[0.9] * count, bias_beta1=[0.9] * count, amplify_after=0)
 
 
-def part(tensors: Tensors, place: slice) -> Tensors:
+def part(tensors: Batch, place: slice) -> Batch:
     """A slice of each tensor: copies at the same distance from a multiple of 64 bytes as there."""
     lists = []
     for column in tensors[:5]:
@@ -74,19 +72,19 @@ def part(tensors: Tensors, place: slice) -> Tensors:
             start = place.start % 64
             copies.append(room[start : start + place.stop - place.start].copy_(x[place]))
         lists.append(copies)
-    return Tensors(*lists, [x.clone() for x in tensors.steps])
+    return Batch(*lists, [x.clone() for x in tensors.steps])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_elements_bits_do_not_depend_on_where_it_lies(dtype: torch.dtype) -> None:
     """Lengths 0 to 64 at every offset: vectors and what is left over after them round alike."""
     whole = some([128], dtype)
-    expected = Tensors(*([x.clone() for x in column] for column in whole[:6]))
+    expected = Batch(*([x.clone() for x in column] for column in whole[:6]))
     cpu.step(expected, with_numbers(1))
     for offset in range(64):
         places = [slice(offset, offset + length) for length in range(65)]
         lists = [part(whole, place) for place in places]
-        together = Tensors(*([x for each in lists for x in each[i]] for i in range(6)))
+        together = Batch(*([x for each in lists for x in each[i]] for i in range(6)))
         cpu.step(together, with_numbers(len(places)))
         for column, theirs in zip(together[:5], expected[:5], strict=True):
             for place, x in zip(places, column, strict=True):
@@ -162,7 +160,7 @@ def test_every_half_number_is_read_and_rounded_as_torch_does(dtype: torch.dtype,
     """θ times a number, as decoupled weight decay has it, for all 65,536 of them."""
     theta = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     zeros = [torch.zeros(theta.shape) for _ in range(3)]
-    tensors = Tensors([theta.clone()], [torch.zeros_like(theta)], *([x] for x in zeros), [torch.zeros(())])
+    tensors = Batch([theta.clone()], [torch.zeros_like(theta)], *([x] for x in zeros), [torch.zeros(())])
     cpu.step(tensors, with_numbers(1)._replace(lr=1.0, weight_decay=1 - factor))
     expected = (theta.float() * torch.tensor(1 - (1 - factor), dtype=torch.float64).float()).to(dtype)
     torch.testing.assert_close(tensors.params[0], expected, rtol=0, atol=0, equal_nan=True)
@@ -396,7 +394,7 @@ print(optimizer.implementation().partition(":")[0], bool((p.to_local() < 1).all(
 dist.destroy_process_group()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "foreach True", done.stderr
+    assert done.stdout.strip() == "blocks True", done.stderr  # which takes its shard
 
 
 # limits on rows
@@ -464,8 +462,8 @@ def test_limited_rows_are_rows_pys(
         torch.testing.assert_close(ours, theirs, rtol=5 * tolerance, atol=tolerance, equal_nan=True)
 
 
-def some_with_rows(dtype: torch.dtype) -> Tensors:
-    """Tensors of all SHAPES, some rows of which move far, or are long."""
+def some_with_rows(dtype: torch.dtype) -> Batch:
+    """Batch of all SHAPES, some rows of which move far, or are long."""
     generator = torch.Generator().manual_seed(0)
     tensors = some([math.prod(shape) for shape in SHAPES], dtype)
     columns = [[x.view(shape) for x, shape in zip(column, SHAPES, strict=True)] for column in tensors[:5]]
@@ -473,10 +471,10 @@ def some_with_rows(dtype: torch.dtype) -> Tensors:
         theta *= 3 * torch.rand(theta.shape[:1] + (1,) * (theta.dim() - 1), generator=generator)
     widths = [cpu.row_width(theta) for theta in columns[0]]
     assert [width > 0 for width in widths] == [theta.dim() > 1 and theta.numel() > 0 for theta in columns[0]]
-    return Tensors(*columns, tensors.steps, row_widths=widths)
+    return Batch(*columns, tensors.steps, row_widths=widths)
 
 
-def limiting(change: float, norm: float) -> Numbers:
+def limiting(change: float, norm: float) -> Scalars:
     return with_numbers(len(SHAPES))._replace(max_row_change=change, max_row_norm=norm)
 
 
@@ -528,7 +526,7 @@ def left_to_rows_py(params: list[Any], **options: Any) -> int:
     optimizer = GrokAdamW(params, lr=0.1, max_row_change=0.01, **options)
     for p in params:
         p.grad = torch.ones_like(p)
-    return sum(len(rows.params) for rows in optimizer._prepared(False).limited)
+    return sum(len(batch.unlimited) for batch, _ in optimizer._prepared(False)[0])
 
 
 def test_whose_rows_the_kernel_limits() -> None:
@@ -566,4 +564,4 @@ def test_the_preset_leaves_nothing_to_rows_py() -> None:
     optimizer = GrokAdamW.for_grokking(model)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    assert not any(rows.params for rows in optimizer._prepared(False).limited)
+    assert not any(batch.unlimited for batch, _ in optimizer._prepared(False)[0])

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import grokadamw
-from grokadamw import GrokAdamW, update
-from grokadamw.step import Step
+from grokadamw import GrokAdamW
+from grokadamw.step import skip_counter, write
 from grokadamw.update import gpu, memory
 from grokadamw.update.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Shape, Tables, _runs
 
@@ -41,7 +41,7 @@ def as_on_a_gpu() -> Iterator[None]:
         warnings.simplefilter("ignore")  # of skipped steps and layers, which have tests of their own
         patches = [
             patch(f"grokadamw.{name}.reads_are_free", lambda device: False)
-            for name in ("numbers", "signals", "state", "step", "window")
+            for name in ("cache", "numbers", "signals", "state", "step", "window")
         ]
         for each in patches:
             each.start()
@@ -292,10 +292,10 @@ def test_the_preset_is_as_many(layers: int, monkeypatch: pytest.MonkeyPatch) -> 
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         with launches() as counts:
-            writes = optimizer._prepared(False)
-            update.steps(writes.calls, writes.tables)
+            calls, tables = optimizer._prepared(False)
+            write(calls, tables)
         assert counts == {"squares": 1, "judge": 1, "update": 1}
-        assert not any(rows.params for rows in writes.limited)
+        assert not any(batch.unlimited for batch, _ in calls)
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
@@ -395,7 +395,7 @@ def test_skips_are_counted_where_the_gradients_are(monkeypatch: pytest.MonkeyPat
     p.grad = torch.full((3,), torch.nan)
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "to", to)
-        Step(optimizer, optimizer._run, compiling=False)._counter(p.device)
+        skip_counter(optimizer._run, p.device, movable=True)
     optimizer.step()
     assert moved == [elsewhere]
     assert optimizer.metrics()["skipped_steps"] == 6

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from grokadamw import GrokAdamW, step, update, work
+from grokadamw import GrokAdamW, batches, cache, update
 from grokadamw.update import cpu, gpu, native
 
 from ..models import batch, network, running
@@ -220,8 +220,8 @@ def test_whatever_moves_is_followed(
 
 @pytest.mark.usefixtures("_looks")
 @pytest.mark.parametrize("comes", [True, False], ids=["comes", "goes"])
-def test_a_gradient_that_a_signal_brings_or_takes_is_the_next_steps_affair(comes: bool) -> None:
-    """The step in which that happens is taken with those that were there before; none of the later ones is lost."""
+def test_a_gradient_that_a_signal_brings_or_takes_counts_at_once(comes: bool) -> None:
+    """The step in which that happens is taken with what the signal leaves; none of the later ones is lost."""
 
     def run(change: bool) -> list[nn.Parameter]:
         torch.manual_seed(0)
@@ -237,7 +237,7 @@ def test_a_gradient_that_a_signal_brings_or_takes_is_the_next_steps_affair(comes
         for step[0] in range(5):
             for p in params:
                 p.grad = torch.ones_like(p)
-            if comes == (step[0] < 2):
+            if comes == (step[0] < (2 if change else 1)):  # without the signal it is so from the start
                 which.grad = None
             optimizer.step()
         return params
@@ -339,8 +339,8 @@ def test_nothing_is_kept_that_others_drop() -> None:
 
 def test_what_others_keep_in_the_state_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    calls_for = work.calls_for
-    monkeypatch.setattr("grokadamw.step.calls_for", lambda *args: (made.append(1), calls_for(*args))[1])
+    assemble = batches.assemble
+    monkeypatch.setattr(batches, "assemble", lambda *args: (made.append(1), assemble(*args))[1])
     p = nn.Parameter(torch.ones(3))
     optimizer = GrokAdamW([p])
     optimizer.state["mine"] = 0.5
@@ -600,12 +600,12 @@ class TestStepsAside:
 def test_sets_of_gradients_that_come_back_are_not_looked_at_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with heads that take turns, and modules that are left out at random; with as many sets as are kept."""
     made: list[int] = []
-    make = step.calls_for
-    monkeypatch.setattr(step, "calls_for", lambda *args: (made.append(1), make(*args))[1])
-    ours, theirs = ([nn.Parameter(torch.ones(3, 2)) for _ in range(step.PLANS + 2)] for _ in range(2))
+    assemble = batches.assemble
+    monkeypatch.setattr(batches, "assemble", lambda *args: (made.append(1), assemble(*args))[1])
+    ours, theirs = ([nn.Parameter(torch.ones(3, 2)) for _ in range(cache.SETS + 2)] for _ in range(2))
     optimizers = [GrokAdamW(ours, gamma=0.0), GrokAdamW(theirs, gamma=0.0, foreach=True)]
     for turn in range(4):
-        for i in range(step.PLANS):
+        for i in range(cache.SETS):
             for params, optimizer in zip((ours, theirs), optimizers, strict=True):
                 for j, p in enumerate(params):
                     p.grad = torch.full((3, 2), 0.1 * (turn + j + 1)) if j != i else None
@@ -617,4 +617,4 @@ def test_sets_of_gradients_that_come_back_are_not_looked_at_anew(monkeypatch: py
     for p in ours:
         p.grad = torch.ones(3, 2)
     optimizers[0].step()  # one more set: the plan that was made first goes
-    assert len(optimizers[0]._run.plans) == step.PLANS
+    assert len(optimizers[0]._run.cache.plans) == cache.SETS

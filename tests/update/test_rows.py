@@ -9,7 +9,10 @@ import torch
 
 from grokadamw import GrokAdamW
 from grokadamw.update import cpu, native
-from grokadamw.update.rows import Rows, before, limit
+from grokadamw.update.rows import before, limit
+from grokadamw.update.types import Batch
+
+from .test_update import numbers
 
 needs_the_kernel = pytest.mark.skipif(isinstance(native.kernel(), str), reason="the native kernel was not built")
 
@@ -29,8 +32,11 @@ by_both = pytest.mark.usefixtures("_by_both")
 def limited(
     params: list[torch.Tensor], was: list[torch.Tensor] | None = None, *, change: float = 0, norm: float = 0
 ) -> None:
-    rows = Rows(params, change, norm, True)
-    limit(rows, before(rows) if was is None else was)
+    reals = [torch.view_as_real(p) if p.is_complex() else p for p in params]
+    batch = Batch(reals, *[[]] * 5, unlimited=range(len(params)))
+    scalars = numbers(max_row_change=change, max_row_norm=norm)
+    olds = None if was is None else [torch.view_as_real(p) if p.is_complex() else p for p in was]
+    limit(batch, scalars, before(batch, scalars) if olds is None else olds)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grokadamw.update import blocks, cpu, foreach, gpu, reference
-from grokadamw.update.reference import MicroStep, Numbers, Tensors, written
+from grokadamw.update.types import Batch, MicroStep, Scalars, written
 
 from ..models import skip_unless_interpreted
 
@@ -31,14 +31,14 @@ def implementation(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def tensors(dtype: torch.dtype, with_mu: bool = True, seed: int = 0) -> Tensors:
+def tensors(dtype: torch.dtype, with_mu: bool = True, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     state = torch.promote_types(dtype, torch.float32)
 
     def random(dtype: torch.dtype) -> list[Tensor]:
         return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
 
-    return Tensors(
+    return Batch(
         params=random(dtype),
         grads=random(dtype),
         exp_avgs=random(state),
@@ -48,7 +48,7 @@ def tensors(dtype: torch.dtype, with_mu: bool = True, seed: int = 0) -> Tensors:
     )
 
 
-def numbers(**changes: Any) -> Numbers:
+def numbers(**changes: Any) -> Scalars:
     beta1 = [0.9 * 0.8**i for i in range(len(SHAPES))]
     values: dict[str, Any] = {
         "beta1": beta1,
@@ -66,15 +66,15 @@ def numbers(**changes: Any) -> Numbers:
         "maximize": False,
         "finite": None,
     }
-    return Numbers(**values | changes)
+    return Scalars(**values | changes)
 
 
-def everything(t: Tensors) -> list[Tensor]:
+def everything(t: Batch) -> list[Tensor]:
     return [x for column in written(t) for x in column]
 
 
-def copied(t: Tensors) -> Tensors:
-    return Tensors(*(None if part is None else [x.clone() for x in part] for part in t[:6]))
+def copied(t: Batch) -> Batch:
+    return Batch(*(None if part is None else [x.clone() for x in part] for part in t[:6]))
 
 
 CASES = {
@@ -113,7 +113,7 @@ def test_agrees_with_the_reference(
     if implementation is blocks and blocks.why_not(row, "raw_second_moment" in changes, case == "published"):
         pytest.skip("goes to foreach")
     # the reference in float64, its inputs rounded to the dtypes that are tested
-    wide = Tensors(*(None if part is None else [x.to(torch.float64, copy=True) for x in part] for part in start[:6]))
+    wide = Batch(*(None if part is None else [x.to(torch.float64, copy=True) for x in part] for part in start[:6]))
     reference.step(wide, numbers(**changes))
     given = numbers(**changes)
     if on_device:

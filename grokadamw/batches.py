@@ -1,0 +1,236 @@
+"""The batches of a step: the parameters that have a gradient, with their state, in lists that one call can take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import layers, update, window
+from .distributed import Shards, local, part, placed, shards_of
+from .numbers import as_real
+from .options import rules_of
+from .state import MOMENTS, State, check, new_counts, prepare
+from .update import BY_ADDRESS, Batch, Choice, cpu, foreach, gpu, memory
+from .update.gpu_tables import Tables
+from .update.memory import Ranges
+from .update.types import written
+
+_FOREACH = Choice(foreach, "")
+
+
+class Given(NamedTuple):
+    """What a step is given."""
+
+    groups: list[dict[str, Any]]
+    state: MutableMapping[Tensor, State]
+    options: dict[str, Any]  # of the whole optimizer
+    scale: Any = None  # GradScaler's loss scale and flag, where it has left them to the optimizer
+    found_inf: Any = None
+    capturing: bool = False  # whether a CUDA graph is being captured
+    compiling: bool = False  # whether torch.compile will see what is written
+
+
+class Entry(NamedTuple):
+    """A parameter that has a gradient, with what belongs to it."""
+
+    group: int
+    param: Tensor
+    grad: Tensor
+    layer: int
+
+
+class Kind(NamedTuple):
+    """What parameters of one group must have in common to be in one batch."""
+
+    choice: Choice
+    device: torch.device
+    shards: Shards | None
+    dtypes: tuple[torch.dtype, ...]  # of the parameter, its gradient, m, v and, where there is one, μ
+
+
+class Batches(NamedTuple):
+    """The batches of one step, and what is known of all of its gradients together."""
+
+    params: list[Tensor]  # all that have a gradient, as they are in the groups
+    batches: list[Batch]
+    grads: list[tuple[Shards | None, list[Tensor]]]  # real, in the groups' order; those divided over ranks apart
+    devices: list[torch.device]  # of the gradients
+    tables: Tables | None = None  # what the GPU's backend keeps for these batches
+    at: bytes | None = None  # where the gradients lie, if that is known
+    squares: Callable[[bytes], float] | None = None  # returns Σ g² of gradients that lie there
+    can_be_judged: bool = False  # whether the GPU's backend can measure all gradients at once
+    dtensors: Sequence[Tensor] = ()  # those that are written through their shards
+    made: Sequence[tuple[Tensor, list[str]]] = ()  # state that was not there
+
+
+def collect(given: Given, names: Mapping[Tensor, str], missing: Collection[Tensor] = ()) -> list[Entry]:
+    """Return the parameters that have a gradient, in the order of the groups; those `missing` one get one of 0.
+
+    RuntimeError if there is a gradient, a parameter or state that a step cannot go on with. `names` are `set_layers`'s.
+    """
+    entries = []
+    for i, group in enumerate(given.groups):
+        if len(group["layers"]) != len(group["params"]):
+            raise RuntimeError(
+                f"param_groups[{i}] has {len(group['params'])} parameters and {len(group['layers'])} layers, as its "
+                "parameters were changed: call optimizer.set_layers(model), or set its 'layers' to a list of integers"
+            )
+        for j, (param, layer) in enumerate(zip(group["params"], group["layers"], strict=True)):
+            if param.grad is None:
+                if param in missing:
+                    entries.append(Entry(i, param, torch.zeros_like(param), layer))
+                continue
+            if param.grad.layout != torch.strided:
+                name = layers.names(group, i, names)[j]
+                raise RuntimeError(
+                    f"GrokAdamW does not support sparse gradients, and {name} has one: build its module with "
+                    "sparse=False (torch.nn.Embedding), or give it to torch.optim.SparseAdam"
+                )
+            entries.append(Entry(i, param, param.grad.resolve_conj(), layer))
+    for entry in entries:
+        check(given.state.get(entry.param, {}), entry.param)
+        if given.groups[entry.group]["fused"] and not update.is_fused_on(entry.param.device):
+            raise RuntimeError(
+                "`fused=True` requires all the params to be floating point Tensors of supported devices: "
+                f"{update.FUSED_ON}, and param_groups[{entry.group}] has one on {entry.param.device}: leave fused out"
+            )
+    return entries
+
+
+def make_state(entries: Iterable[Entry], given: Given) -> list[tuple[Tensor, list[str]]]:
+    """Make the state that is not there, at zero, and return the names of it for each parameter."""
+    counts = {} if given.compiling else new_counts(given.state, [entry.param for entry in entries])
+    made = []
+    for entry in entries:
+        with_mu, param = float(given.groups[entry.group]["lamb"]) > 0, entry.param
+        made.append((param, prepare(given.state[param], param, given.options, with_mu, counts.get(param))))
+    return made
+
+
+def forget_state(made: Iterable[tuple[Tensor, list[str]]], state: MutableMapping[Tensor, State]) -> None:
+    """Take away the state that was made for a step that is skipped: it was none."""
+    for param, names in made:
+        for name in names:
+            del state[param][name]
+        if not state[param]:
+            del state[param]
+
+
+class Columns(NamedTuple):
+    """Parallel lists: the parameters that have a gradient, in the order of the groups, with their state."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    grok_emas: list[Any]  # None where no slow gradient is kept
+    steps: list[Tensor]
+
+
+def kind_of(row: Sequence[Any], group: dict[str, Any], is_matrix: bool, shards: Shards | None) -> tuple[Kind, int]:
+    """Return the kind of a parameter and the width of the rows that its backend limits, from a row of `Columns`."""
+    *tensors, step = (x for x in row if x is not None)
+    choice = update.choose(tensors, step, group)
+    has_rows = is_matrix and not (shards is not None and shards.cut_rows)
+    kind = Kind(choice, row[0].device, shards, tuple(x.dtype for x in tensors))
+    return kind, update.row_width(choice, row[0]) if has_rows else 0
+
+
+def assemble(
+    columns: Columns,
+    owners: Sequence[tuple[int, int]],
+    kinds: Sequence[tuple[Kind, int]],
+    begun: Sequence[bool],
+    are_matrices: Sequence[bool],
+    options: dict[str, Any],
+) -> tuple[list[tuple[Batch, list[int]]], Ranges | None]:
+    """Return the batches, each with the places of its tensors, and the memory that is written by address.
+
+    For each parameter there are its tensors, its group and layer, its kind and the width of its rows, whether it has
+    begun its cycle of micro-batches (if there are any), and whether it has rows.
+    """
+    rules = rules_of(options)
+    lists: dict[Any, list[int]] = {}
+    for i, ((group, _), (kind, _)) in enumerate(zip(owners, kinds, strict=True)):
+        apart = i if rules.clips_each_tensor else bool(begun) and begun[i]
+        lists.setdefault((group, kind, apart), []).append(i)
+    made = []
+    seen: Counter[int] = Counter()
+    for (group, kind, apart), places in lists.items():
+        widths = [kinds[i][1] for i in places]
+        of_batch = [owners[i][1] for i in places]
+        if rules.layers_by_place:
+            of_batch, seen[group] = [seen[group]], seen[group] + 1
+        p, g, m, v, mu, steps = ([column[i] for i in places] for column in columns)
+        batch = Batch(
+            *(p, g, m, v, None if len(kind.dtypes) < 5 else mu, steps),
+            row_widths=widths if kind.choice.module in (cpu, gpu) else None,
+            unlimited=[j for j, i in enumerate(places) if are_matrices[i] and not widths[j]],
+            choice=kind.choice,
+            group=group,
+            layers=tuple(of_batch),
+            shards=kind.shards,
+            begun=bool(begun) and bool(apart),
+        )
+        made.append((batch, places))
+    ranges = _ranges(made, columns.grads)
+    if ranges is None or not (ranges.overlap or ranges.meet(memory.addresses(columns.grads))):
+        return made, ranges
+    elsewhere = Choice(foreach, "parameters, gradients or state share memory")
+    shared = [batch.choice.module in BY_ADDRESS and memory.share_memory(batch) for batch, _ in made]
+    # those of a GPU share launches
+    on_gpu = [batch for (batch, _), is_shared in zip(made, shared, strict=True) if batch.choice.module is gpu]
+    if len(on_gpu) > 1 and memory.share_memory(*on_gpu):
+        shared = [is_shared or batch.choice.module is gpu for (batch, _), is_shared in zip(made, shared, strict=True)]
+    made = [(by_lists(b, is_shared, elsewhere), places) for (b, places), is_shared in zip(made, shared, strict=True)]
+    return made, _ranges(made, columns.grads)
+
+
+def _ranges(made: Iterable[tuple[Batch, Any]], grads: list[Tensor]) -> Ranges | None:
+    by_address = [batch for batch, _ in made if batch.choice.module in BY_ADDRESS]
+    tensors = [x for batch in by_address for column in written(batch) for x in column]
+    return Ranges(tensors, grads) if by_address else None
+
+
+def by_lists(batch: Batch, instead: bool, choice: Choice = _FOREACH) -> Batch:
+    """Return the batch for `foreach` instead of its own backend, if that is to be."""
+    if not instead:
+        return batch
+    limited = [i for i, width in enumerate(batch.row_widths or ()) if width]
+    return batch._replace(choice=choice, row_widths=None, unlimited=sorted({*batch.unlimited, *limited}))
+
+
+def with_windows(batch: Batch, states: Sequence[State]) -> Batch:
+    """Return the batch with the windows that its slow gradients are means of."""
+    if batch.grok_emas is None:
+        return batch
+    return batch._replace(windows=[window.Window(*map(part, window.of(s, "grok_"))) for s in states])
+
+
+def found_anew(entries: Sequence[Entry], given: Given) -> Batches:
+    """Return batches of tensors that no signature describes: DTensors, complex ones, subclasses, traced ones."""
+    groups, state, options = given[:3]
+    rows, kinds, grads, dtensors = [], [], dict[Any, list[Tensor]](), []
+    for entry in entries:
+        s, shards = state[entry.param], shards_of(entry.param)
+        if shards is not None:
+            s.update({name: placed(s[name], shards) for name in MOMENTS if name in s})
+            dtensors += [entry.param, *(s[name] for name in MOMENTS if name in s)]
+        tensors = (entry.param, entry.grad, s["exp_avg"], s["exp_avg_sq"], s.get("grok_ema"))
+        row = [None if x is None else as_real(local(x, shards)) for x in tensors]
+        rows.append((*row, s["step"]))
+        kinds.append(kind_of(rows[-1], groups[entry.group], entry.param.dim() > 1, shards))
+        grads.setdefault(shards, []).append(row[1])  # type: ignore[arg-type]
+    columns = Columns(*map(list, zip(*rows, strict=True))) if rows else Columns([], [], [], [], [], [])
+    begun = [bool(state[e.param].get("micro_step")) for e in entries] if options["accumulation_steps"] > 1 else []
+    owners = [(entry.group, entry.layer) for entry in entries]
+    made, _ = assemble(columns, owners, kinds, begun, [entry.param.dim() > 1 for entry in entries], options)
+    batches = [batch for batch, _ in made]
+    if options["window_size"] is not None:
+        batches = [with_windows(batch, [state[entries[i].param] for i in places]) for batch, places in made]
+    devices = list(dict.fromkeys(grad.device for grad in columns.grads))
+    return Batches([e.param for e in entries], batches, list(grads.items()), devices, dtensors=dtensors)

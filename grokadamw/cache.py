@@ -1,0 +1,241 @@
+"""The cache of batches: what earlier steps found, as far as that holds.
+
+Finding batches takes longer than small steps do. So `Cache` keeps what it found for each of the last sets of gradients,
+and looks at every step whether all of it still holds. Nobody else knows whether batches were found anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate, compress, islice
+from operator import is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import batches, update
+from .batches import Batches, Columns, Given, Kind
+from .distributed import local, shards_of
+from .numbers import as_real, reads_are_free
+from .options import rules_of
+from .state import MOMENTS, WINDOW, State, step_device
+from .update import Batch, Choice, cpu, gpu, memory, reference
+from .update.gpu_tables import Tables
+from .update.memory import Ranges, TensorSignature
+from .update.types import Addresses
+
+SETS = 8  # of parameters with a gradient, whose batches are kept
+_LOOKS = 1 << 12  # of parameters, whose kinds are kept
+_EXP_AVG, _EXP_AVG_SQ, _STEP = itemgetter("exp_avg"), itemgetter("exp_avg_sq"), itemgetter("step")
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
+
+class Cache:
+    """Returns the batches of a step, from what it remembers of earlier ones as far as that holds.
+
+    It keeps no tensors, whose memory is others': each step has its own, and is asked what they look like.
+    """
+
+    def __init__(self) -> None:
+        self.plans: dict[tuple[bool, ...], _Plan] = {}  # by which parameters have a gradient; the oldest comes first
+        self._kinds: dict[Any, tuple[Kind, int]] = {}  # by how a parameter and its state look; with the width of rows
+
+    def batches(self, given: Given, names: Mapping[Tensor, str], missing: Collection[Tensor] = ()) -> Batches:
+        """Return the batches of this step; see `collect`. State that is not there is made."""
+        known, made = None if missing else self._recall(given), list[tuple[Tensor, list[str]]]()
+        if known is None:
+            entries = batches.collect(given, names, missing)
+            made = batches.make_state(entries, given)
+            known = None if missing else self._recall(given, checked=True)
+        found, plan = known or (batches.found_anew(entries, given), None)
+        found, tables = found._replace(made=made) if made else found, None
+        if plan is not None and plan.gpus and not given.compiling:
+            tables = plan.tables(given.capturing, any(group["capturable"] for group in given.groups))
+            found = found._replace(tables=tables)
+        if not memory.memory_is_all(given.compiling):
+            elsewhere = [batches.by_lists(batch, batch.choice.module is not reference) for batch in found.batches]
+            return found._replace(batches=elsewhere, squares=None)
+        if given.capturing and tables is None:
+            return found._replace(batches=[batches.by_lists(b, b.choice.module is gpu) for b in found.batches])
+        return found
+
+    def describe(self, given: Given) -> str:
+        """Return how many parameters go to which backend, and why, as far as that is known before they have a state."""
+        (groups, state), found = given[:2], self._recall(given)
+        counts: Counter[Choice] = Counter()
+        for batch in found[0].batches if found else ():
+            counts[batch.choice] += len(batch.params)
+        if counts.total() != sum(len(group["params"]) for group in groups):
+            counts.clear()
+            for group in groups:
+                for param in group["params"]:
+                    s, shards = state.get(param, {}), shards_of(param)
+                    row = [param if x is None else x for x in (param, param.grad, *map(s.get, MOMENTS))]
+                    count = s.get("step", torch.zeros((), device=step_device(param)))
+                    counts[update.choose([as_real(local(x, shards)) for x in row], count, group)] += 1
+        of = {choice: "" if len(counts) == 1 else f" for {count} parameters" for choice, count in counts.items()}
+        return "\n".join(f"{c.module.__name__.rpartition('.')[2]}{of[c]}: {c.reason}" for c in counts)
+
+    def _recall(self, given: Given, checked: bool = False) -> tuple[Batches, _Plan] | None:
+        """Return the batches of this step and the plan that they follow; None if `collect` has something to check."""
+        groups, state, options = given[:3]
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return None
+        params = [param for group in groups for param in group["params"]]
+        grads: list[Any] = [param.grad for param in params]
+        present = tuple([grad is not None for grad in grads])
+        if not all(present):
+            params, grads = list(compress(params, present)), list(compress(grads, present))
+        windows = options["window_size"] is not None
+        try:
+            # a parameter's hash is Python's to compute: where the state is theirs and in their order, none is needed
+            in_order = len(state) == len(params) and all(map(is_, state, params))
+            states: list[State] = list(state.values() if in_order else map(state.get, params))  # type: ignore[arg-type]
+            if windows and any("grok_ema" in s and WINDOW[0] not in s for s in states):
+                return None
+            m, v, steps = list(map(_EXP_AVG, states)), list(map(_EXP_AVG_SQ, states)), list(map(_STEP, states))
+            mus = [s.get("grok_ema") for s in states]
+            columns = Columns(params, grads, m, v, mus, steps)
+            with_mu = [mu is not None for mu in mus]
+            written = [*params, *m, *v, *compress(mus, with_mu), *steps]
+            begun = [bool(s.get("micro_step")) for s in states] if options["accumulation_steps"] > 1 else []
+            facts = [(len(g["params"]), g["lamb"] > 0, g["foreach"], g["fused"], g["layers"]) for g in groups], begun
+            plan = self.plans.get(present)
+            found = plan.now(columns, written, with_mu) if plan is not None and plan.facts == facts else None
+            if found is None and (checked or not windows):  # whose shapes are in no signature
+                plan = self._new_plan(columns, written, facts, present, given, checked)
+                found = None if plan is None else plan.now(columns, written, with_mu)
+        except (KeyError, TypeError, RuntimeError):  # a state that lacks something, a tensor that has no memory
+            return None
+        if found is None or plan is None:
+            return None
+        if windows:
+            found = found._replace(
+                batches=[batches.with_windows(b, [state[p] for p in b.params]) for b in found.batches]
+            )
+        return found, plan
+
+    def _new_plan(
+        self,
+        columns: Columns,
+        written: list[Tensor],
+        facts: Any,
+        present: tuple[bool, ...],
+        given: Given,
+        checked: bool,
+    ) -> _Plan | None:
+        """Make and keep a plan. Return None if a parameter looks as none did before, and nobody has checked it."""
+        groups, options = given.groups, given.options
+        if not _are_plain(columns, written) or any(len(g["layers"]) != len(g["params"]) for g in groups):
+            return None
+        every = [(i, layer) for i, group in enumerate(groups) for layer in group["layers"]]
+        owners = list(compress(every, present))
+        if any(mu is None and groups[i]["lamb"] > 0 for (i, _), mu in zip(owners, columns.grok_emas, strict=True)):
+            return None
+        signatures = TensorSignature(written), TensorSignature(columns.grads)
+        looks = _looks(columns, signatures, [groups[i] for i, _ in owners])
+        if checked:
+            if len(self._kinds) > _LOOKS:
+                self._kinds.clear()
+            for look, (i, _), row in zip(looks, owners, zip(*columns, strict=True), strict=True):
+                if look not in self._kinds:
+                    self._kinds[look] = batches.kind_of(row, groups[i], row[0].dim() > 1, None)
+        kinds = [self._kinds[look] for look in looks]
+        made, ranges = batches.assemble(
+            columns, owners, kinds, facts[1], [p.dim() > 1 for p in columns.params], options
+        )
+        copied = [(*fact[:-1], list(fact[-1])) for fact in facts[0]], facts[1]
+        self.plans.pop(present, None)
+        if len(self.plans) >= SETS:
+            del self.plans[next(iter(self.plans))]
+        self.plans[present] = _Plan(columns, made, ranges, copied, signatures, options)
+        return self.plans[present]
+
+
+def _are_plain(columns: Columns, written: list[Tensor]) -> bool:
+    """Return True if a signature says all that there is to know of these tensors."""
+    if not set(map(type, written)) <= _PLAIN or not set(map(type, columns.grads)) <= {Tensor}:
+        return False
+    return not any(map(torch.is_complex, columns.params)) and not any(map(Tensor.is_neg, [*written, *columns.grads]))
+
+
+def _looks(
+    columns: Columns, signatures: tuple[TensorSignature, TensorSignature], groups: Sequence[dict[str, Any]]
+) -> list[Any]:
+    """Return for each parameter what its kind follows from."""
+    written, count = iter(signatures[0].looks()), len(columns.params)
+    p, m, v = (list(islice(written, count)) for _ in range(3))
+    mus = [None if mu is None else next(written) for mu in columns.grok_emas]
+    asked = [(group["foreach"], group["fused"]) for group in groups]
+    return list(zip(asked, p, m, v, mus, written, signatures[1].looks(), strict=True))
+
+
+class _Plan:
+    """The batches of a set of gradients without their tensors, and what these must look like."""
+
+    def __init__(
+        self,
+        columns: Columns,
+        made: Sequence[tuple[Batch, list[int]]],
+        ranges: Ranges | None,
+        facts: Any,
+        signatures: tuple[TensorSignature, TensorSignature],
+        options: dict[str, Any],
+    ) -> None:
+        self.facts, self._ranges, (self._written, self._grads) = facts, ranges, signatures
+        self._with_mu = [mu is not None for mu in columns.grok_emas]
+        order = [place for _, places in made for place in places]
+        self._order = None if order == list(range(len(order))) else order
+        ends = list(accumulate(len(places) for _, places in made))
+        self._spans = list(zip([0, *ends], ends, strict=False))
+        self._batches = []
+        for batch, _ in made:
+            kept = update.keep(batch)
+            self._batches.append((batch.grok_emas is not None, kept.addresses, kept[7:]))
+        grads, gpus = columns.grads, [batch.params[0].device for batch, _ in made if batch.choice.module is gpu]
+        # a real tensor whose sign is yet to be turned is another's imaginary part: it has gaps, or is one number
+        self._of_one = [i for i, grad in enumerate(grads) if grad.numel() == 1]
+        self.gpus, self._tables = list(dict.fromkeys(gpus)), dict[Any, Tables]()
+        self._devices = list(dict.fromkeys(grad.device for grad in grads))
+        self._can_be_judged = len(self._devices) == 1 and gpu.is_for(self._devices[0]) and gpu.can_sum(grads)
+        readable = all(map(reads_are_free, self._devices)) and not rules_of(options).clips_each_tensor
+        is_fastest = readable and update.sum_of_squares(options, False) is update.fastest_sum_of_squares
+        self._at, self._squares = self._grads.addresses, cpu.flat(grads) if is_fastest else None
+
+    def now(self, columns: Columns, written: list[Tensor], with_mu: list[bool]) -> Batches | None:
+        """Return the batches with the tensors of this step; None where something has changed."""
+        grads = columns.grads
+        if with_mu != self._with_mu or not set(map(type, written)) <= _PLAIN or not set(map(type, grads)) <= {Tensor}:
+            return None
+        if not self._written.holds(written) or any(map(Tensor.is_neg, [grads[i] for i in self._of_one])):
+            return None
+        at = self._grads.addresses_of(grads)
+        if at is None or (at != self._at and self._ranges is not None and self._ranges.meet(at)):
+            return None
+        self._at, order = at, self._order
+        p, g, m, v, mu, steps = columns if order is None else ([column[i] for i in order] for column in columns)
+        made = []
+        for (has_mu, addresses, rest), (start, end) in zip(self._batches, self._spans, strict=True):
+            if addresses is not None:
+                here = at[8 * start : 8 * end]
+                if order is not None:
+                    here = b"".join([at[8 * i : 8 * i + 8] for i in order[start:end]])
+                addresses = Addresses(*addresses[:6], here, addresses[7])
+            own = slice(start, end)
+            made.append(
+                Batch(p[own], g[own], m[own], v[own], mu[own] if has_mu else None, steps[own], addresses, *rest)
+            )
+        return Batches(
+            columns.params, made, [(None, grads)], self._devices, None, at, self._squares, self._can_be_judged
+        )
+
+    def tables(self, capturing: bool, capturable: bool) -> Tables | None:
+        """Return what is kept on the GPU for the current stream; for a capture what is the graph's own."""
+        if capturing:
+            return next((own for tables in self._tables.values() if (own := tables.captured())), None)
+        tables = self._tables.setdefault(gpu.streams(self.gpus), Tables())
+        if capturable:
+            tables.may_be_captured(len(self._with_mu), 2 * len(self._batches))
+        return tables

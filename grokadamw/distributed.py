@@ -1,0 +1,103 @@
+"""Everything that knows of ranks, device meshes and DTensors.
+
+A step takes the shard of this rank out of each DTensor, and is plain from there on. What must be summed over ranks (the
+norm of all gradients, the norms of rows that are cut) is summed here, and so is the signal, so that every
+rank goes on with the same α.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def mesh_of(tensor: Tensor) -> Any:
+    """Return the mesh that a DTensor is on, None for a plain tensor: torch takes no list that mixes them."""
+    return getattr(tensor, "device_mesh", None)
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return the full tensor behind a DTensor; any other tensor as it is."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+class Shards(NamedTuple):
+    """How DTensors are divided. Hashable, and the same for all that are divided in the same way."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+
+    @property
+    def cut_rows(self) -> bool:
+        """Return True if a row, a slice along the first dimension, may lie on several ranks."""
+        return any(dim > 0 for _, dim in self._cuts())
+
+    def sum(self, value: Tensor, rows: bool = False) -> Tensor:
+        """Return the sum over all ranks that have another shard: of one number, or of one for each of their `rows`."""
+        for i, dim in self._cuts():
+            if dim > 0 or not rows:
+                value = value.clone()
+                dist.all_reduce(value, group=self.mesh.get_group(i))
+        return value
+
+    def _cuts(self) -> Iterable[tuple[int, int]]:
+        """Yield the mesh dimensions that tensors are divided over, with the tensor's dimension."""
+        for i, placement in enumerate(self.placements):
+            if not placement.is_replicate() and not placement.is_partial():
+                yield i, placement.dim
+
+
+def shards_of(tensor: Tensor) -> Shards | None:
+    """Return how a DTensor is divided, None for a plain tensor."""
+    mesh = mesh_of(tensor)
+    return None if mesh is None else Shards(mesh, tuple(tensor.placements))  # type: ignore[attr-defined]
+
+
+def local(tensor: Tensor, shards: Shards | None) -> Tensor:
+    """Return the part of this rank, once a DTensor is divided in that way; a plain tensor as it is."""
+    return tensor if shards is None else part(placed(tensor, shards))
+
+
+def placed(tensor: Tensor, shards: Shards) -> Tensor:
+    """Return a DTensor that is divided in that way: itself if it is. If not, all ranks must call this."""
+    found: Any = tensor
+    if mesh_of(tensor) is None or tuple(found.placements) == shards.placements:
+        return tensor
+    return found.redistribute(placements=shards.placements)  # type: ignore[no-any-return]
+
+
+def part(tensor: Tensor) -> Tensor:
+    """Return the part of a DTensor that this rank has; a plain tensor as it is."""
+    if mesh_of(tensor) is None:
+        return tensor
+    inner: Any = tensor._local_tensor  # type: ignore[attr-defined]
+    return inner.wait() if hasattr(inner, "trigger_wait") else inner  # type: ignore[no-any-return]
+
+
+def local_parts(tensors: Iterable[Tensor]) -> list[tuple[Shards | None, list[Tensor]]]:
+    """Return the parts of this rank in lists that are divided alike."""
+    lists: dict[Shards | None, list[Tensor]] = {}
+    for tensor in tensors:
+        shards = shards_of(tensor)
+        if shards is not None and any(placement.is_partial() for placement in shards.placements):
+            from torch.distributed.tensor import Replicate
+
+            whole_ones = tuple(Replicate() if each.is_partial() else each for each in shards.placements)
+            shards = Shards(shards.mesh, whole_ones)
+        lists.setdefault(shards, []).append(local(tensor, shards))
+    return list(lists.items())
+
+
+def mean_over_ranks(signal: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return the mean of a signal over the ranks that have one, for all ranks to call; 0 if all give None."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return signal
+    pair = torch.zeros(2, dtype=dtype, device=device)
+    pair[0] += 0.0 if signal is None else signal
+    pair[1] += signal is not None
+    dist.all_reduce(pair)
+    return pair[0] / pair[1].clamp(min=1)

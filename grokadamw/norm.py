@@ -1,0 +1,139 @@
+"""The stages norm and clip: the norm of all gradients, the clip coefficients, and whether all is finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batches import Batches, Given
+from .distributed import Shards, local_parts
+from .numbers import Number, as_number, as_real, product
+from .update import gpu
+
+SumOfSquares = Callable[[Sequence[Tensor]], Tensor]
+
+
+class GradStats(NamedTuple):
+    """What was found of the gradients. The lists have an entry for each batch."""
+
+    norms: list[Number | None]  # N, where anything asked for it: of all gradients, in compat of the tensor's
+    clips: list[Number]  # c
+    factors: list[Number]  # c divided by the loss scale
+    finite: bool | Tensor  # whether the step may be written; a tensor where reading it would make the host wait
+    skipped: Tensor | None = None  # on such a device: whether it may not, and GradScaler does not count that itself
+
+
+def measure(
+    found: Batches,
+    limits: Sequence[float],
+    given: Given,
+    nonfinite: str,
+    sum_of_squares: Any = None,
+    *,
+    apart: bool = False,
+    home: torch.device | None = None,
+) -> GradStats:
+    """Measure the gradients with a sum of squares, on any devices; without one, by what the batches know.
+
+    Args:
+        limits: `gradient_clipping` for each batch.
+        apart: whether each batch has a norm of its own.
+        home: where numbers are kept that the host cannot read without waiting; None for Python's numbers.
+    """
+    scale, found_inf = given.scale, given.found_inf
+    norms: list[Number | None]
+    if not norm_is_wanted(limits, nonfinite):
+        norms = [None] * len(limits)
+    elif sum_of_squares is None and found.squares is not None and found.at is not None:
+        norms = [math.sqrt(found.squares(found.at))] * len(limits)
+    elif apart:
+        norms = [_norm([(batch.shards, batch.grads)], sum_of_squares, home) for batch in found.batches]
+    else:
+        norms = [_norm(found.grads, sum_of_squares, home)] * len(limits)
+    if scale is not None:
+        unscale = 1 / as_number(scale, "grad_scale")
+        norms = [None if norm is None else product(norm, unscale) for norm in norms]
+    clips = [1.0 if limit == 0 else clip_coefficient(norm, limit) for norm, limit in zip(norms, limits, strict=True)]
+    factors = clips if scale is None else [product(clip, unscale) for clip in clips]
+    finite: bool | Tensor = True
+    skipped = None
+    if nonfinite != "propagate" and norms and norms[0] is not None:
+        finite = torch.isfinite(norms[0]) if isinstance(norms[0], Tensor) else math.isfinite(norms[0])
+        skipped = torch.logical_not(finite) if isinstance(finite, Tensor) else None
+    if found_inf is not None:
+        none_found = found_inf.reshape(()) == 0
+        if isinstance(finite, Tensor):
+            none_found = none_found.to(finite.device)
+            skipped = torch.logical_and(torch.logical_not(finite), none_found)
+        finite = none_found if finite is True else torch.logical_and(none_found, torch.as_tensor(finite))
+    return GradStats(norms, clips, factors, finite, skipped)
+
+
+def judge(
+    found: Batches, limits: Sequence[float], given: Given, nonfinite: str, counter: Callable[[torch.device], Tensor]
+) -> GradStats | None:
+    """`measure` by two launches on the one GPU that has all gradients; None where it cannot be done so.
+
+    `counter` returns the count of skipped steps on a device, which is counted up here.
+    """
+    scale, found_inf = given.scale, given.found_inf
+    if len(found.grads) != 1 or found.grads[0][0] is not None:
+        return None
+    grads = found.grads[0][1]
+    scalers = [x for x in (scale, found_inf) if x is not None]
+    if any(not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device != grads[0].device for x in scalers):
+        return None
+    if not gpu.is_for(grads[0].device) or not (found.can_be_judged or gpu.can_sum(grads)):
+        return None
+    skipped = counter(grads[0].device) if nonfinite == "skip" else None
+    if skipped is not None and skipped.device != grads[0].device:
+        return None
+    wants_norm = norm_is_wanted(limits, nonfinite)
+    verdict = gpu.judge(
+        *(grads, limits, scale, found_inf, skipped), wants_norm=wants_norm, at=found.at, tables=found.tables
+    )
+    norms: list[Number | None] = [verdict.norm if wants_norm else None] * len(limits)
+    finite = verdict.finite if nonfinite == "skip" or found_inf is not None else True
+    return GradStats(norms, [*verdict.clips], [*verdict.factors], finite)
+
+
+def norm_is_wanted(limits: Sequence[float], nonfinite: str) -> bool:
+    """Return True if anything asks for N."""
+    return nonfinite != "propagate" or any(limit > 0 for limit in limits)
+
+
+def global_norm(tensors: Sequence[Tensor], sum_of_squares: SumOfSquares, home: torch.device | None) -> Number:
+    """Return N = √Σg² over all elements of all tensors, on any devices: a float, or with home a 0-d tensor there."""
+    return _norm([(shards, list(map(as_real, parts))) for shards, parts in local_parts(tensors)], sum_of_squares, home)
+
+
+def _norm(
+    lists: Sequence[tuple[Shards | None, Sequence[Tensor]]], sum_of_squares: SumOfSquares, home: torch.device | None
+) -> Number:
+    sums: list[Tensor] = []
+    for shards, tensors in lists:
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for tensor in tensors:
+            by_device.setdefault(tensor.device, []).append(tensor)
+        here = map(sum_of_squares, by_device.values())
+        sums += here if shards is None else [shards.sum(total) for total in here]
+    if home is None:
+        return math.sqrt(sum(total.item() for total in sums))
+    total = torch.stack([total.to(home) for total in sums]).sum()
+    if total.requires_grad:
+        total = total.clamp(min=torch.finfo(total.dtype).tiny)  # the root's derivative at 0 is infinite
+    return total.sqrt()
+
+
+def clip_coefficient(norm: Number | None, max_norm: float) -> Number:
+    """Return c = min(1, max_norm / (N + 1e-6)), and 1 for a max_norm of 0: torch.nn.utils.clip_grad_norm_'s formula."""
+    if norm is None or max_norm == 0:
+        return 1.0
+    coefficient = max_norm / (norm + 1e-6)
+    if isinstance(coefficient, Tensor):
+        return coefficient.clamp(max=1.0)
+    return 1.0 if coefficient > 1.0 else coefficient  # NaN stays NaN, as it does there

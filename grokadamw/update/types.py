@@ -1,0 +1,105 @@
+"""The values that go to a backend: a batch of tensors, where they lie, and the scalars of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..numbers import Number
+
+
+class Choice(NamedTuple):
+    """A backend, and why it is that one."""
+
+    module: ModuleType
+    reason: str
+
+
+NOBODY = Choice(ModuleType("none"), "")
+
+
+class Addresses(NamedTuple):
+    """Where the tensors of a batch lie, 8 bytes for each address; and how large they are."""
+
+    params: bytes
+    exp_avgs: bytes
+    exp_avg_sqs: bytes
+    grok_emas: bytes | None
+    steps: bytes
+    ends: bytes  # elements of all tensors up to and including each
+    grads: bytes
+    table: Any = None  # what the backend keeps for these tensors between steps
+
+
+class Batch(NamedTuple):
+    """The tensors that one call of a backend takes: parallel lists, one entry a parameter.
+
+    They are out of one parameter group, on one device, with one dtype for parameters, gradients and state each. All of
+    them are plain and real: complex tensors come as their real views, DTensors as the shard of this rank. Arithmetic
+    is done in the state's dtype.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    grok_emas: list[Tensor] | None  # None: no slow gradient is kept, and ĝ = c g
+    steps: list[Tensor]  # 0-d, the steps taken before this one
+    addresses: Addresses | None = None  # None: the backend finds them out
+    row_widths: list[int] | None = None  # elements of a row, where the backend limits the rows; 0 where it does not
+    unlimited: Sequence[int] = ()  # places of the tensors whose rows the backend leaves to rows.py
+    choice: Choice = NOBODY  # the backend
+    group: int = 0  # index of the parameter group
+    layers: tuple[int, ...] = ()
+    shards: Any = None  # a `distributed.Shards`, where the tensors are parts of DTensors
+    begun: bool = False  # whether the averages have begun this cycle of micro-batches
+    windows: Any = None  # a list of `window.Window`, where μ is a window's mean
+
+
+class MicroStep(NamedTuple):
+    """One of several micro-batches of a step, which adds a k-th of its gradient to the averages."""
+
+    of: int  # k
+    decays: bool  # it is the cycle's first for these tensors: averages decay
+    moves: bool  # it is the cycle's last: μ joins m, θ moves, and the step is counted
+
+
+WHOLE = MicroStep(1, True, True)
+
+
+class Scalars(NamedTuple):
+    """What the stages slow_grad to limit_rows need besides the tensors; sequences are parallel to these."""
+
+    beta1: Sequence[float]  # β1_l, one a tensor
+    bias_beta1: Sequence[float]  # the β1 that the update corrects m with, one a tensor
+    beta2: float
+    lr: Number
+    eps: float
+    eps_before_correction: bool  # ε joins √v before v's bias correction, as in release 0.1.2
+    weight_decay: float
+    alpha: Number  # α_t
+    lamb: float  # λ
+    amplify_after: int  # λ acts on a tensor's steps after this many
+    clip: Number  # c
+    raw_second_moment: bool  # v of (c g)² instead of ĝ²
+    maximize: bool
+    finite: Tensor | None  # 0-d bool: where it is False, nothing is written. None: everything is
+    micro_step: MicroStep = WHOLE  # of more than one: where `finite` is False, the gradient is 0
+    max_row_change: float = 0.0
+    max_row_norm: float = 0.0
+
+
+def written(batch: Batch, moves: bool = True) -> list[list[Tensor]]:
+    """Return the lists that a step writes to, without those that only the last of several micro-batches does."""
+    columns = (batch.params, batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas, batch.steps)
+    averages = (batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas)
+    return [column for column in (columns if moves else averages) if column is not None]
+
+
+def limited_widths(batch: Batch, scalars: Scalars) -> list[int]:
+    """Return the elements of a row for each tensor; 0 for those whose rows this step does not limit."""
+    limited = scalars.micro_step.moves and (scalars.max_row_change or scalars.max_row_norm)
+    return list(batch.row_widths) if limited and batch.row_widths else [0] * len(batch.params)
