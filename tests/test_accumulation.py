@@ -271,8 +271,10 @@ def exact(model: nn.Module, k: int, **options: Any) -> Accumulate:
     return Accumulate(GrokAdamW(model.named_parameters(), lr=0.01, second_moment="raw", **options), k)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("k", [2, 3, 10])
+@pytest.mark.parametrize(
+    ("implementation", "k"),
+    [(name, k) for name in IMPLEMENTATIONS for k in (2, 3, 10) if name != "gpu" or k == 3],  # interpreted, it is slow
+)
 def test_m_and_mu_are_the_exact_ones_and_v_is_the_mean_of_squares(implementation: str, k: int) -> None:
     with running(implementation) as how:
         options = {"gradient_clipping": 0.0, "amplify_after": 2, "grokking_signal_fns": lambda: 0.5, **how}
@@ -421,13 +423,15 @@ def test_where_reading_would_make_the_host_wait(
                 optimizer = GrokAdamW(
                     model.named_parameters(), lr=0.01, grokking_signal_fns=lambda: 0.5, **options, **how
                 )
-                for i, (x, y) in enumerate(itertools.chain.from_iterable(micro_batches(3))):
+                batches = list(itertools.chain.from_iterable(micro_batches(3)))
+                batches = batches[:9] if implementation == "gpu" else batches  # interpreted, it is slow
+                for i, (x, y) in enumerate(batches):
                     backward(model, x, y)
                     if i % 5 == 1:
                         model[0].weight.grad[0, 0] = torch.nan
                     optimizer.step()
                 runs.append(model)
-                assert optimizer.metrics()["skipped_steps"] == 4
+                assert optimizer.metrics()["skipped_steps"] == len(batches[1::5])
     closest(runs[2], runs[0], 1e-10)
     closest(runs[3], runs[1], 1e-10)
 

@@ -35,7 +35,7 @@ def test_without_filter_gamma_and_clipping_it_is_adamw(
             optimizer.step()
             schedule.step()
 
-        train(model, range(30 if implementation == "gpu" else 100), take_step)  # interpreted, it is slow
+        train(model, range(10 if implementation == "gpu" else 100), take_step)  # interpreted, it is slow
         return [p.detach() for p in model.parameters()]
 
     settings = {"lr": 0.01, "weight_decay": 0.1}

@@ -61,6 +61,7 @@ def check_name(wheel: Path, compiler: str) -> None:
     assert wheel.name.endswith("-any.whl") == (compiler == "missing")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_a_wheel_in_an_empty_environment(compiler: str, tmp_path: Path) -> None:
     source = copy_of_the_source(tmp_path / "source")

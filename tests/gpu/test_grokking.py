@@ -9,7 +9,7 @@ pytest.importorskip("rich")
 from benchmarks.grokking import experiment, tasks  # noqa: E402
 from benchmarks.grokking.runs import Run  # noqa: E402
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 @pytest.mark.parametrize("method", ["adamw", "grokadamw-grokking"])

@@ -99,7 +99,7 @@ CHUNK = SHAPES[4].chunk
 sizes = st.sampled_from([0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 7, 1000])
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     shapes=st.lists(sizes, min_size=1, max_size=12),
     options=st.fixed_dictionaries(
