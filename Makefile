@@ -53,7 +53,7 @@ test-versions:
 		$$install --no-deps --no-build-isolation --editable . >&2 || exit; \
 		$$env/bin/python -m grokadamw env || exit; \
 		OMP_NUM_THREADS=1 $$env/bin/python -m pytest -n 2 -q --no-header --color no --disable-warnings \
-			$(VERSION_TESTS:%=tests/test_%.py) tests/update || failed=1; \
+			$(VERSION_TESTS:%=tests/test_%.py) tests/backends || failed=1; \
 	done; exit $${failed:-0}; } | tee tests/test-versions.log
 
 docs: $(VENV)/ready
@@ -81,12 +81,12 @@ asan: $(VENV)/ready
 	CFLAGS="$(SANITIZE) -g" LDFLAGS="$(SANITIZE)" $(INSTALL) --no-deps --target build/asan .
 	cp -r tests build/asan
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/pytest build/asan/tests/update -k "not needs_no_memory and not gpu"
+		$(BIN)/pytest build/asan/tests/backends -k "not needs_no_memory and not gpu"
 
 # torch comes first and exactly, so that nothing else chooses its build. Builds for a GPU bring Triton; beside the CPU's it
 # interprets and compiles the GPU's kernels; where there is none, their tests are skipped. Release 0.1.2 lies in a folder of its own,
 # since it has our name: the tests run it in its own process.
-$(VENV)/ready: pyproject.toml constraints.txt setup.py grokadamw/update/cpu_kernel.c
+$(VENV)/ready: pyproject.toml constraints.txt setup.py grokadamw/backends/cpu_kernel.c
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch==2.13.0
 	-$(INSTALL) --constraint constraints.txt --no-deps triton
@@ -101,4 +101,4 @@ $(VENV)/release: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info grokadamw/update/*.so
+	rm -rf $(VENV) build dist *.egg-info grokadamw/backends/*.so

@@ -1,4 +1,4 @@
-"""Builds the native kernel, grokadamw/update/cpu_kernel.c, as a plain shared library, if there is a C compiler.
+"""Builds the native kernel, grokadamw/backends/cpu_kernel.c, as a plain shared library, if there is a C compiler.
 
 It also makes what PyPI shows: the project's URLs, and the README with absolute links.
 """
@@ -101,6 +101,6 @@ setup(
     long_description=readme(),
     long_description_content_type="text/markdown",
     project_urls=URLS if REPOSITORY else {},
-    ext_modules=[Extension("grokadamw.update.cpu_kernel", ["grokadamw/update/cpu_kernel.c"], optional=True)],
+    ext_modules=[Extension("grokadamw.backends.cpu_kernel", ["grokadamw/backends/cpu_kernel.c"], optional=True)],
     cmdclass={"build_ext": BuildKernel, "bdist_wheel": Wheel},
 )

@@ -27,8 +27,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grokadamw.update import gpu
-from grokadamw.update.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, LONG, ODD, SHAPES, WIDTHS
+from grokadamw.backends import gpu
+from grokadamw.backends.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, LONG, ODD, SHAPES, WIDTHS
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 90, 100)} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from grokadamw import GrokAdamW
-from grokadamw.update import native
+from grokadamw.backends import native
 
 PEERS = Path(sys.prefix) / "peers"
 PUBLISHED = Path(sys.prefix) / "published"

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._numbers import Number, as_number, as_real, reads_are_free, wide
+from ._wrapper import Part, Wrapper, by_kind, check_saved
+from .backends import fastest_sum_of_squares
 from .layers import layers_of
-from .norm import clip_coefficient, global_norm
-from .numbers import Number, as_number, as_real, reads_are_free, wide
 from .options import CYCLE_AT_REST, check_count, check_limit
-from .state import State
-from .update import fastest_sum_of_squares
-from .wrapper import Part, Wrapper, by_kind, check_saved
+from .state.slots import State
+from .step.norm import clip_coefficient, global_norm
 
 __all__ = ["Accumulate"]
 

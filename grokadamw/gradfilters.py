@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import window
+from ._numbers import as_real, wide
 from .distributed import mesh_of
-from .numbers import as_real, wide
 from .options import check_count, check_number
+from .state import window
 
 __all__ = ["gradfilter_ema", "gradfilter_ma"]
 

@@ -1,4 +1,4 @@
-"""The optimizer as its users call it. `step.py` has a step up to its writing."""
+"""The optimizer as its users call it. A step's stages are in `step/stages.py`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, without im
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
-from . import accumulation, capture, layers, metrics, step
-from .batches import Given
-from .filter_memory import Combine, Signal, Signals
+from . import accumulation, layers
+from ._numbers import as_number, as_share
+from .backends import Batch, Scalars
+from .backends.gpu_tables import Tables
 from .groups import check_model, grokking_groups
-from .numbers import as_number, as_share
 from .options import (
     RECORDED,
     check_group,
@@ -28,10 +28,11 @@ from .options import (
     place_recorded,
     rules_of,
 )
-from .state import WINDOW, keeping_precision, prepare, states_of
-from .step import Run
-from .update import Batch, Scalars
-from .update.gpu_tables import Tables
+from .state.slots import WINDOW, keeping_precision, prepare, states_of
+from .step import capture, metrics, stages
+from .step.alpha import Combine, Signal, Signals
+from .step.batches import Given
+from .step.stages import Run
 
 __all__ = ["GrokAdamW"]
 
@@ -240,7 +241,7 @@ class GrokAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         calls, tables = self._prepared(torch.compiler.is_compiling())
-        step.write(calls, tables)  # slow_grad to limit_rows, and all that torch.compile sees
+        stages.write(calls, tables)  # slow_grad to limit_rows, and all that torch.compile sees
         return loss
 
     @_disable_dynamo  # so that what changes from step to step comes as tensors, and no value becomes a guard
@@ -253,15 +254,15 @@ class GrokAdamW(Optimizer):
         capturing = capturable and capture.is_capturing(self)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         given = Given(self.param_groups, self.state, options, scale, found_inf, capturing, compiling)
-        overflow = step.is_overflow(given)
-        if overflow or not step.check_given(run, given):
+        overflow = stages.is_overflow(given)
+        if overflow or not stages.check_given(run, given):
             return [], None
         if not run.layers_checked:
-            step.check_layers(run, given, self._preset_gamma)
+            stages.check_layers(run, given, self._preset_gamma)
         if not capturing and (options["accumulation_steps"] == 1 or self.param_groups[0]["micro_step"] == 0):
-            step.hear_signals(run, self.param_groups, options)
+            stages.hear_signals(run, self.param_groups, options)
         found_inf = None if overflow is False else found_inf
-        return step.prepare(run, given._replace(groups=self.param_groups, state=self.state, found_inf=found_inf))
+        return stages.prepare(run, given._replace(groups=self.param_groups, state=self.state, found_inf=found_inf))
 
     @_disable_dynamo
     def update_signals(self) -> None:
@@ -271,7 +272,7 @@ class GrokAdamW(Optimizer):
         signals are to be heard; α stays as it is in between. With several processes, call it on all of them.
         """
         self._complete_groups()
-        step.hear_signals(self._run, self.param_groups, self.defaults)
+        stages.hear_signals(self._run, self.param_groups, self.defaults)
 
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
         """Make the state of a group's parameters that have a gradient, as torch's optimizers do, and list it.

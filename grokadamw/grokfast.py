@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import window
+from ._numbers import accumulator, as_float, as_real, wide
+from ._warn import warn
+from ._wrapper import Part, Wrapper, by_kind, check_saved
 from .accumulation import Accumulate
 from .distributed import mean_over_ranks
-from .filter_memory import Signals
 from .gradfilters import check_window, gradfilter_ema, gradfilter_ma
-from .notices import warn
-from .numbers import accumulator, as_float, as_real, wide
 from .options import check_count, check_dtype, check_number
-from .state import State
-from .wrapper import Part, Wrapper, by_kind, check_saved
+from .state import window
+from .state.slots import State
+from .step.alpha import Signals
 
 __all__ = ["Grokfast", "GrokfastMA", "gradfilter_ema", "gradfilter_ma"]
 

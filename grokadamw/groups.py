@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ._numbers import as_float
 from .distributed import whole
 from .layers import layers_in
-from .numbers import as_float
 from .options import check_number
 
 __all__ = ["decay_groups"]

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from . import trainers
-from .filter_memory import Combine, Signal, Signals
+from . import _trainers as trainers
+from ._warn import warn
 from .grokadamw import GrokAdamW
-from .notices import warn
 from .options import OPTIONS, TAKE, check_settings
+from .step.alpha import Combine, Signal, Signals
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import trainers
+from . import _trainers as trainers
+from ._warn import warn
 from .grokadamw import GrokAdamW
-from .notices import warn
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from . import trainers
-from .capture import is_capturing
+from . import _trainers as trainers
+from ._numbers import as_float
 from .grokadamw import GrokAdamW
-from .metrics import most
-from .numbers import as_float
 from .options import RECORDED, check_count, check_number, recorded
-from .state import states_of
+from .state.slots import states_of
+from .step.capture import is_capturing
+from .step.metrics import most
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

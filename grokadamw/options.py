@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import layers
-from .numbers import as_float, as_number
+from ._numbers import as_float, as_number
 
 # A check gets an option's name and value. It raises an error that names both and the way out, or returns the value, as
 # Python's own number if it was NumPy's, which torch.load(weights_only=True) could not read back.

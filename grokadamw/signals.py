@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._numbers import Number, accumulator, as_float, as_number, as_real, as_share, reads_are_free
+from .backends.foreach import sum_of_squares
 from .distributed import whole
-from .norm import global_norm
-from .numbers import Number, accumulator, as_float, as_number, as_real, as_share, reads_are_free
 from .options import recorded
-from .update.foreach import sum_of_squares
+from .step.norm import global_norm
 
 __all__ = ["AccuracyGap", "Plateau", "SlowGradient", "loss_gap"]
 

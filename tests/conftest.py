@@ -24,5 +24,8 @@ settings.load_profile("default")
 @pytest.fixture
 def nothing_is_free_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treats the CPU as a device whose numbers the host would have to wait for."""
-    for module in ("cache", "numbers", "signals", "state", "step", "window"):
-        monkeypatch.setattr(f"grokadamw.{module}.reads_are_free", lambda device: False)
+    import grokadamw  # noqa: F401
+    from benchmarks.on_gpu.rehearsal import that_read
+
+    for module in that_read():
+        monkeypatch.setattr(module, "reads_are_free", lambda device: False)

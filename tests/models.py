@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA
-from grokadamw.update import blocks, gpu, native
-from grokadamw.update.gpu_tables import SHAPES, Shape
+from grokadamw.backends import blocks, gpu, native
+from grokadamw.backends.gpu_tables import SHAPES, Shape
 
 AS_ADAMW = {"lamb": 0.0, "gamma": 0.0, "gradient_clipping": 0.0}
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from grokadamw.update import gpu
+from grokadamw.backends import gpu
 
 from .conftest import PRELOADED
 from .models import skip_unless_interpreted

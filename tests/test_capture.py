@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from grokadamw import GrokAdamW
-from grokadamw.update import gpu, memory
-from grokadamw.update.gpu_tables import Tables
+from grokadamw.backends import gpu, memory
+from grokadamw.backends.gpu_tables import Tables
 
 from .models import running
 
@@ -52,8 +52,8 @@ def test_capturable_is_for_accelerators() -> None:
 def as_if_captured(monkeypatch: pytest.MonkeyPatch, nothing_is_free_to_read: None) -> list[bool]:
     """Treats the CPU as a device that graphs are captured on, while the list holds True."""
     capturing = [False]
-    monkeypatch.setattr("grokadamw.capture.is_capturing", lambda optimizer: capturing[0])
-    monkeypatch.setattr("grokadamw.capture._get_capturable_supported_devices", lambda: ["cpu"])
+    monkeypatch.setattr("grokadamw.step.capture.is_capturing", lambda optimizer: capturing[0])
+    monkeypatch.setattr("grokadamw.step.capture._get_capturable_supported_devices", lambda: ["cpu"])
     return capturing
 
 

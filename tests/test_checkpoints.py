@@ -458,7 +458,7 @@ print(*sorted(name for name in sys.modules if name.startswith("grokadamw.")))
     folder = HERE.parent.parent / "grokadamw"
     loaded = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True).stdout
     assert loaded.split() == [
-        f"grokadamw.{name}" for name in ("checkpoints", "distributed", "layers", "numbers", "options")
+        f"grokadamw.{name}" for name in ("_numbers", "checkpoints", "distributed", "layers", "options")
     ]
 
 

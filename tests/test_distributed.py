@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from grokadamw import GrokAdamW, Grokfast, grokadamw, numbers, signals, state
+from grokadamw import GrokAdamW, Grokfast, _numbers, grokadamw, signals
 from grokadamw.signals import SlowGradient
+from grokadamw.state import slots
 
 from .models import KEEPERS, network, train
 
@@ -77,7 +78,7 @@ def _sharded(rank: int) -> list[dict[str, Any]]:
         if how != "in part":
             fully_shard(model, mesh=mesh)
         if how == "numbers on the device":
-            for module in (grokadamw, numbers, signals, state):
+            for module in (grokadamw, _numbers, signals, slots):
                 module.reads_are_free = lambda device: False  # type: ignore[attr-defined]
         optimizer = _run(model)
         assert isinstance(optimizer.state[model[0].weight]["exp_avg"], DTensor)

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from grokadamw import Grokfast, window
+from grokadamw import Grokfast
 from grokadamw.grokfast import gradfilter_ema, gradfilter_ma
+from grokadamw.state import window
 
 from .models import saved_and_loaded
 

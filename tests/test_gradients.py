@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from grokadamw import GrokAdamW
-from grokadamw.norm import clip_coefficient, global_norm
+from grokadamw.backends import foreach
 from grokadamw.signals import SlowGradient
-from grokadamw.update import foreach
+from grokadamw.step.norm import clip_coefficient, global_norm
 
 
 @given(st.lists(st.lists(st.floats(-1e3, 1e3), max_size=5), min_size=1, max_size=5), st.floats(0, 100))

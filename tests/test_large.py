@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from grokadamw import GrokAdamW
-from grokadamw.update import cpu, foreach
+from grokadamw.backends import cpu, foreach
 
 COUNT = 2**31 + 8
 

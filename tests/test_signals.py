@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from grokadamw import GrokAdamW
-from grokadamw.filter_memory import Signals, filter_memory
-from grokadamw.numbers import as_number
+from grokadamw._numbers import as_number
 from grokadamw.signals import AccuracyGap, Plateau, SlowGradient, loss_gap
+from grokadamw.step.alpha import Signals, filter_memory
 
 from .models import network, train
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from grokadamw import GrokAdamW, update
+from grokadamw import GrokAdamW
+from grokadamw import backends as update
 
 from .models import AS_ADAMW, parameters, set_gradients
 

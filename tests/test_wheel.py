@@ -69,7 +69,7 @@ def test_a_wheel_in_an_empty_environment(compiler: str, tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "wheels").iterdir()
     check_name(wheel, compiler)
     if compiler == "there":
-        assert b".debug_info" not in ZipFile(wheel).read("grokadamw/update/cpu_kernel.so")
+        assert b".debug_info" not in ZipFile(wheel).read("grokadamw/backends/cpu_kernel.so")
     check_in_an_empty_environment(wheel, compiler, tmp_path)
 
 
@@ -87,7 +87,7 @@ def test_a_release_in_an_empty_environment(compiler: str, tmp_path: Path) -> Non
     check_name(wheel, compiler)
     with tarfile.open(sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"CHANGELOG.md", "CITATION.cff", "LICENSE", "grokadamw/update/cpu_kernel.c"} <= files
+    assert {"CHANGELOG.md", "CITATION.cff", "LICENSE", "grokadamw/backends/cpu_kernel.c"} <= files
     assert not [name for name in files if name.startswith(("tests", "benchmarks", "docs"))]  # all, or none
     for package in (sdist, wheel):
         folder = tmp_path / package.suffix

@@ -112,7 +112,7 @@ def it_is_chosen() -> dict[str, Any]:
 
 
 def the_norm(dtype: torch.dtype) -> dict[str, Any]:
-    from grokadamw.update import gpu
+    from grokadamw.backends import gpu
 
     grads = [p.detach() for p in parameters(DEVICE, dtype)]
     exact = sum(grad.double().square().sum().item() for grad in grads)

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 
-from grokadamw.update import gpu
+from grokadamw.backends import gpu
 
 NAMES = ("squares", "judge", "update")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from grokadamw.__main__ import environment
-from grokadamw.update import native
+from grokadamw.backends import native
 
 from . import common
 from .record import Record, first_line

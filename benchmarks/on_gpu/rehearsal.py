@@ -8,9 +8,11 @@ runs the kernels instead, and the results are real, too.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 from unittest.mock import create_autospec, patch
 
@@ -92,9 +94,15 @@ def _graph(graph: _Graph) -> Iterator[None]:
         _capturing = False
 
 
+def that_read() -> list[ModuleType]:
+    """Return the package's modules that ask whether reading a number makes the host wait."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("grokadamw.")]
+    return [module for module in modules if hasattr(module, "reads_are_free")]
+
+
 def begin() -> None:
     """From now on, tensors on the CPU take the GPU's way."""
-    from grokadamw.update import gpu
+    from grokadamw.backends import gpu
 
     of_module = [(gpu, "_DEVICE_TYPE", "cpu")]
     if not INTERPRETS:
@@ -104,10 +112,9 @@ def begin() -> None:
         of_module.append((gpu, "_why_not_here", lambda device: None))
     of_module += [(torch.cuda, name, value) for name, value in _stand_ins().items()]
     _patches.extend(patch.object(*each) for each in of_module)
-    for name in ("cache", "numbers", "signals", "state", "step", "window"):
-        _patches.append(patch(f"grokadamw.{name}.reads_are_free", lambda device: False))
-    _patches.append(patch("grokadamw.capture.is_capturing", lambda optimizer: _capturing))
-    _patches.append(patch("grokadamw.capture._get_capturable_supported_devices", lambda: ["cpu"]))
+    _patches.extend(patch.object(module, "reads_are_free", lambda device: False) for module in that_read())
+    _patches.append(patch("grokadamw.step.capture.is_capturing", lambda optimizer: _capturing))
+    _patches.append(patch("grokadamw.step.capture._get_capturable_supported_devices", lambda: ["cpu"]))
     for each in _patches:
         each.start()
 

@@ -15,9 +15,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from grokadamw.update import gpu
-from grokadamw.update.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Shape, Tables
-from grokadamw.update.types import Batch, Scalars
+from grokadamw.backends import gpu
+from grokadamw.backends.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Shape, Tables
+from grokadamw.backends.types import Batch, Scalars
 
 from . import common
 from .common import DEVICE, REHEARSES, quartiles, rounds_of

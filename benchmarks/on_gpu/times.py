@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from grokadamw import GrokAdamW
-from grokadamw.update.gpu_tables import SHAPES
+from grokadamw.backends.gpu_tables import SHAPES
 
 from .. import peers
 from ..peers import CLIPPED, FUSED, PROPAGATE, Arm, Shapes, Step, Tensors

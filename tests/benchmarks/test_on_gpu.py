@@ -21,8 +21,8 @@ from benchmarks import gpu
 from benchmarks.gpu import Command, Stage
 from benchmarks.on_gpu import checks, smoke, sweep, times
 from benchmarks.on_gpu.launches import launched
-from grokadamw.update import native
-from grokadamw.update.gpu_tables import Shape
+from grokadamw.backends import native
+from grokadamw.backends.gpu_tables import Shape
 
 from ..models import skip_unless_interpreted
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from grokadamw import GrokAdamW
-from grokadamw.update import native
+from grokadamw.backends import native
 
 pytest.importorskip("rich", reason="the benchmarks print with rich, and draw with matplotlib")
 pytest.importorskip("matplotlib", reason="the benchmarks print with rich, and draw with matplotlib")

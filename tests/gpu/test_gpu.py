@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from benchmarks.on_gpu.launches import launched
 from grokadamw import GrokAdamW
-from grokadamw.update import gpu, reference
-from grokadamw.update.gpu_tables import SHAPES
+from grokadamw.backends import gpu, reference
+from grokadamw.backends.gpu_tables import SHAPES
 
+from ..backends import test_update
+from ..backends.test_memory import EVENTS, add_a_group, replace_the_parameters, share_the_model, share_the_state
+from ..backends.test_update import CASES, TOLERANCES, numbers, tensors
 from ..models import KEEPERS, batch, network
 from ..oracle import Oracle
-from ..update import test_update
-from ..update.test_memory import EVENTS, add_a_group, replace_the_parameters, share_the_model, share_the_state
-from ..update.test_update import CASES, TOLERANCES, numbers, tensors
 
 pytestmark = [
     pytest.mark.gpu,

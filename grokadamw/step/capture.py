@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _get_capturable_supported_devices
 
-from .numbers import Number, accumulator
-from .update.types import Batch, Scalars
+from .._numbers import Number, accumulator
+from ..backends.types import Batch, Scalars
 
 if TYPE_CHECKING:
     from .batches import Entry, Given

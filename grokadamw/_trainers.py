@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ._warn import warn
 from .grokadamw import GrokAdamW
-from .notices import warn
 
 _LOGGED = ("alpha", "signal", "grad_norm", "clip_coefficient", "skipped_steps")
 

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .. import window
-from ..numbers import Number, accumulator, reads_are_free
+from .._numbers import Number, accumulator, reads_are_free
+from ..state import window
 from .types import Batch, Scalars
 
 _TensorList: TypeAlias = tuple[Tensor, ...] | list[Tensor]

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .distributed import mesh_of
-from .numbers import as_real, reads_are_free, wide
+from .._numbers import as_real, reads_are_free, wide
+from ..distributed import mesh_of
 
 
 class Window(NamedTuple):

@@ -19,17 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import capture, filter_memory, layers, metrics, norm, update
-from .accumulation import Cycle
+from .. import backends as update
+from .. import layers
+from .._numbers import Number, accumulator, as_float, detached, reads_are_free
+from .._warn import warn
+from ..accumulation import Cycle
+from ..backends import foreach, gpu, rows
+from ..backends.gpu_tables import Tables
+from ..backends.types import WHOLE, Batch, MicroStep, Scalars
+from ..options import check_changed, rules_of
+from . import capture, metrics, norm
+from .alpha import Signals, amplification, hear
 from .batches import Batches, Given, collect, forget_state, make_state
 from .cache import Cache
-from .filter_memory import Signals
-from .notices import warn
-from .numbers import Number, accumulator, as_float, detached, reads_are_free
-from .options import check_changed, rules_of
-from .update import foreach, gpu, rows
-from .update.gpu_tables import Tables
-from .update.types import WHOLE, Batch, MicroStep, Scalars
 
 _beta1s = lru_cache(maxsize=1024)(layers.decayed)
 
@@ -125,7 +127,7 @@ def check_layers(run: Run, given: Given, preset_gamma: float | None) -> None:
 
 def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> None:
     """Evaluate the signals, and set α of every group from them."""
-    signal, alphas = filter_memory.hear(run.signals, groups, rules_of(options))
+    signal, alphas = hear(run.signals, groups, rules_of(options))
     if any(map(itemgetter("capturable"), groups)):
         if run.skipped is None:
             run.skipped = capture.counter(groups)
@@ -136,7 +138,7 @@ def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, 
 def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables | None]:
     """Do the stages from the batches to the scalars, and return what is left to `write`; state is all there then."""
     groups, state, options = given[:3]
-    factor_of_lamb = filter_memory.amplification(run.last.signal) if options["amplify_by_signal"] else 1.0
+    factor_of_lamb = amplification(run.last.signal) if options["amplify_by_signal"] else 1.0
     alphas, cycle, held = run.last.alphas, None, groups
     if options["accumulation_steps"] > 1:
         cycle = Cycle(options["accumulation_steps"], groups, state)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..numbers import accumulator, wide
+from .._numbers import accumulator, wide
 from .types import Batch, Scalars
 
 SHORT = 0.1  # a row that is shorter may move as one of this length, or none would ever leave 0

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._numbers import Number, as_number, as_real, product
+from ..backends import gpu
+from ..distributed import Shards, local_parts
 from .batches import Batches, Given
-from .distributed import Shards, local_parts
-from .numbers import Number, as_number, as_real, product
-from .update import gpu
 
 SumOfSquares = Callable[[Sequence[Tensor]], Tensor]
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import layers
-from .filter_memory import Signals
-from .numbers import Number, as_float
-from .options import Rules
+from .. import layers
+from .._numbers import Number, as_float
+from ..options import Rules
+from .alpha import Signals
 
 
 class LastStep(NamedTuple):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from grokadamw import GrokAdamW
-from grokadamw.update import cpu, native
-from grokadamw.update.rows import before, limit
-from grokadamw.update.types import Batch
+from grokadamw.backends import cpu, native
+from grokadamw.backends.rows import before, limit
+from grokadamw.backends.types import Batch
 
 from .test_update import numbers
 

@@ -318,7 +318,7 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
 
 
 def _counts(lists: list[Part], tables: Tables) -> list[Tensor]:
-    """The step counts, as one tensor where they lie one after the other, as state.py makes them."""
+    """The step counts, as one tensor where they lie one after the other, as state/slots.py makes them."""
     counts = [count for x in lists for count in x.tensors.steps]
     return tables.vectors(counts, b"".join(x.at.steps for x in lists))
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .._numbers import as_real, reads_are_free, wide
+from .._warn import warn
+from ..checkpoints import to_grokadamw
+from ..layers import unwrapped
+from ..options import OPTIONS, WARN, rules_of
 from . import window
-from .checkpoints import to_grokadamw
-from .layers import unwrapped
-from .notices import warn
-from .numbers import as_real, reads_are_free, wide
-from .options import OPTIONS, WARN, rules_of
 
 State: TypeAlias = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "grok_ema")

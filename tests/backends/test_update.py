@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grokadamw.update import blocks, cpu, foreach, gpu, reference
-from grokadamw.update.types import Batch, MicroStep, Scalars, written
+from grokadamw.backends import blocks, cpu, foreach, gpu, reference
+from grokadamw.backends.types import Batch, MicroStep, Scalars, written
 
 from ..models import skip_unless_interpreted
 

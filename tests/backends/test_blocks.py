@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grokadamw.update import blocks, reference
-from grokadamw.update.types import Batch, written
+from grokadamw.backends import blocks, reference
+from grokadamw.backends.types import Batch, written
 
 from .test_update import numbers
 

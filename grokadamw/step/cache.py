@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import batches, update
+from .. import backends as update
+from .._numbers import as_real, reads_are_free
+from ..backends import Batch, Choice, cpu, gpu, memory, reference
+from ..backends.gpu_tables import Tables
+from ..backends.memory import Ranges, TensorSignature
+from ..backends.types import Addresses
+from ..distributed import local, shards_of
+from ..options import rules_of
+from ..state.slots import MOMENTS, WINDOW, State, step_device
+from . import batches
 from .batches import Batches, Columns, Given, Kind
-from .distributed import local, shards_of
-from .numbers import as_real, reads_are_free
-from .options import rules_of
-from .state import MOMENTS, WINDOW, State, step_device
-from .update import Batch, Choice, cpu, gpu, memory, reference
-from .update.gpu_tables import Tables
-from .update.memory import Ranges, TensorSignature
-from .update.types import Addresses
 
 SETS = 8  # of parameters with a gradient, whose batches are kept
 _LOOKS = 1 << 12  # of parameters, whose kinds are kept

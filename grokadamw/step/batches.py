@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import layers, update, window
-from .distributed import Shards, local, part, placed, shards_of
-from .numbers import as_real
-from .options import rules_of
-from .state import MOMENTS, State, check, new_counts, prepare
-from .update import BY_ADDRESS, Batch, Choice, cpu, foreach, gpu, memory
-from .update.gpu_tables import Tables
-from .update.memory import Ranges
-from .update.types import written
+from .. import backends as update
+from .. import layers
+from .._numbers import as_real
+from ..backends import BY_ADDRESS, Batch, Choice, cpu, foreach, gpu, memory
+from ..backends.gpu_tables import Tables
+from ..backends.memory import Ranges
+from ..backends.types import written
+from ..distributed import Shards, local, part, placed, shards_of
+from ..options import rules_of
+from ..state import window
+from ..state.slots import MOMENTS, State, check, new_counts, prepare
 
 _FOREACH = Choice(foreach, "")
 

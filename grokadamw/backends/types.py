@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..numbers import Number
+from .._numbers import Number
 
 
 class Choice(NamedTuple):

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing the compiler
 from torch.optim import Optimizer
 
+from ._numbers import as_real
 from .checkpoints import is_state_dict
 from .distributed import mesh_of
-from .numbers import as_real
-from .state import State, check_shapes, in_order
+from .state.slots import State, check_shapes, in_order
 
 _Kind = TypeVar("_Kind")
 

@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import grokadamw
+from benchmarks.on_gpu.rehearsal import that_read
 from grokadamw import GrokAdamW
-from grokadamw.step import skip_counter, write
-from grokadamw.update import gpu, memory
-from grokadamw.update.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Shape, Tables, _runs
+from grokadamw.backends import gpu, memory
+from grokadamw.backends.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Shape, Tables, _runs
+from grokadamw.step.stages import skip_counter, write
 
 from ..models import batch, network, running, skip_unless_interpreted
 from ..oracle import Oracle
@@ -39,10 +40,7 @@ def as_on_a_gpu() -> Iterator[None]:
     """The CPU is where the kernels run, and is a device whose numbers the host would have to wait for."""
     with running("gpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of skipped steps and layers, which have tests of their own
-        patches = [
-            patch(f"grokadamw.{name}.reads_are_free", lambda device: False)
-            for name in ("cache", "numbers", "signals", "state", "step", "window")
-        ]
+        patches = [patch.object(module, "reads_are_free", lambda device: False) for module in that_read()]
         for each in patches:
             each.start()
         try:
@@ -190,7 +188,7 @@ def test_limited_rows_are_rows_pys(
                 p.data[-1] = 0
                 p.data[(0,) * p.dim()] = 1.0 if on_device else torch.inf  # which there makes NaN of it in foreach
         shape_of_chunks = patch.dict(SHAPES, dict.fromkeys(SHAPES, Shape(chunk, 256, 1)))
-        too_long = patch("grokadamw.update.gpu.LONGEST", longest)
+        too_long = patch("grokadamw.backends.gpu.LONGEST", longest)
         with as_on_a_gpu() if on_device else running("gpu"), shape_of_chunks, too_long, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.02, **dict.fromkeys(options, 0.3)}]
@@ -461,8 +459,8 @@ def test_it_says_why_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
                 GrokAdamW([p]).step()
             monkeypatch.setattr(gpu, "kernels", gpu.kernels.__wrapped__)
             monkeypatch.setitem(sys.modules, "triton", None)
-            monkeypatch.delitem(sys.modules, "grokadamw.update.gpu_kernels")
-            monkeypatch.delattr(grokadamw.update, "gpu_kernels")
+            monkeypatch.delitem(sys.modules, "grokadamw.backends.gpu_kernels")
+            monkeypatch.delattr(grokadamw.backends, "gpu_kernels")
             assert said(p).startswith("foreach: Triton cannot be imported: ")
 
 
@@ -515,7 +513,7 @@ p = torch.nn.Parameter(torch.ones(2))
 optimizer = GrokAdamW([p])
 p.grad = torch.ones(2)
 optimizer.step()
-print("grokadamw.update.gpu_kernels" in sys.modules)
+print("grokadamw.backends.gpu_kernels" in sys.modules)
 """
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from grokadamw import GrokAdamW, update
-from grokadamw.update import cpu, native
-from grokadamw.update.types import Batch, MicroStep, Scalars
+from grokadamw import GrokAdamW
+from grokadamw import backends as update
+from grokadamw.backends import cpu, native
+from grokadamw.backends.types import Batch, MicroStep, Scalars
 
 from ..models import running
 from .test_update import TOLERANCES, everything, numbers
@@ -236,7 +237,7 @@ def test_a_fork_steps_on() -> None:
     code = f"""{LARGE}
 child = os.fork()
 if not child:
-    from grokadamw.update import cpu
+    from grokadamw.backends import cpu
     assert cpu._threads(1_000_000) == (2, None)
     optimizer.step()
     os._exit(17)
@@ -270,7 +271,7 @@ def test_where_no_thread_can_be_started_one_does_it_all() -> None:
     code = f"""
 import resource
 {LARGE}
-from grokadamw.update import cpu
+from grokadamw.backends import cpu
 cpu._openmp = lambda: None
 resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
 os.setuid(65534)  # root may have as many as it likes
@@ -373,7 +374,7 @@ def test_why_there_is_no_kernel(change: dict[str, Any], reason: str, monkeypatch
 
 def test_torch_may_limit_the_instructions() -> None:
     """By its own variable, for all that it computes."""
-    code = "from grokadamw.update import native; print(native.kernel().instruction_set)"
+    code = "from grokadamw.backends import native; print(native.kernel().instruction_set)"
     assert run(code, ATEN_CPU_CAPABILITY="default") == "baseline"
 
 
@@ -383,7 +384,7 @@ import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from grokadamw import GrokAdamW
-from grokadamw.update import native
+from grokadamw.backends import native
 native.kernel = lambda: "not built"
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 p = torch.nn.Parameter(distribute_tensor(torch.ones(100, 100), init_device_mesh("cpu", (1,)), [Shard(0)]))

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .distributed import mean_over_ranks
-from .notices import warn
-from .numbers import Number, accumulator, as_float, as_number
-from .options import Rules, recorded
-from .signals import loss_gap
+from .._numbers import Number, accumulator, as_float, as_number
+from .._warn import warn
+from ..distributed import mean_over_ranks
+from ..options import Rules, recorded
+from ..signals import loss_gap
 
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..numbers import accumulator
+from .._numbers import accumulator
 from .types import Batch, Scalars
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..numbers import Number
+from .._numbers import Number
 from . import memory
 from .types import Addresses, Batch, Scalars, limited_widths
 

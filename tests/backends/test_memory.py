@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from grokadamw import GrokAdamW, batches, cache, update
-from grokadamw.update import cpu, gpu, native
+from grokadamw import GrokAdamW
+from grokadamw import backends as update
+from grokadamw.backends import cpu, gpu, native
+from grokadamw.step import batches, cache
 
 from ..models import batch, network, running
 from .test_update import TOLERANCES

@@ -1,0 +1,1 @@
+"""One step: its stages, in order, and what they hand on."""
