@@ -14,11 +14,15 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from . import accumulation, layers
+from ._hints import check_params, misspelt, with_hints
 from ._numbers import as_number, as_share
+from ._warn import warn
 from .backends import Batch, Scalars
 from .backends.gpu_tables import Tables
 from .groups import check_model, grokking_groups
 from .options import (
+    GROUP_KEYS,
+    PROGRESS,
     RECORDED,
     check_group,
     check_pickled,
@@ -133,6 +137,7 @@ class GrokAdamW(Optimizer):
 
     _preset_gamma: float | None = None  # the γ that `for_grokking` chose, and that no warning is due about
 
+    @with_hints
     def __init__(
         self,
         params: ParamsT,
@@ -166,6 +171,7 @@ class GrokAdamW(Optimizer):
         grokking_signal_fn: Signal | Iterable[Signal] | None = None,
     ) -> None:
         arguments = locals()  # before anything else has a name
+        params = check_params(params)
         if grokking_signal_fns is None:
             grokking_signal_fns = grokking_signal_fn
         elif grokking_signal_fn is not None:
@@ -178,6 +184,14 @@ class GrokAdamW(Optimizer):
         super().__init__(params, defaults)
         self._say_whether_it_unscales()
         signals.bind(self)
+
+    def __repr__(self) -> str:
+        """Show the options of each group, without what the groups keep for checkpoints."""
+        lines = [f"{type(self).__name__} ("]
+        for i, group in enumerate(self.param_groups):
+            shown = sorted(group.keys() - {"params", "param_names", "layers", *PROGRESS})
+            lines += [f"Parameter Group {i}", *(f"    {name}: {group[name]}" for name in shown)]
+        return "\n".join([*lines, ")"])
 
     @classmethod
     def for_grokking(
@@ -303,7 +317,7 @@ class GrokAdamW(Optimizer):
         return self._run.stepped
 
     def record(
-        self, *, train_loss: Any = None, eval_loss: Any = None, train_acc: Any = None, eval_acc: Any = None
+        self, *unnamed: Any, train_loss: Any = None, eval_loss: Any = None, train_acc: Any = None, eval_acc: Any = None
     ) -> None:
         """Keep losses and accuracies for the signals, in every group under these names; a checkpoint holds them.
 
@@ -318,6 +332,8 @@ class GrokAdamW(Optimizer):
         Raises:
             TypeError, ValueError: a value is not one number, or an accuracy is not in [0, 1]. Nothing was kept then.
         """
+        if unnamed:
+            raise TypeError("record takes its values by name: record(train_loss=…, eval_loss=…)")
         values = (train_loss, eval_loss, train_acc, eval_acc)
         checks = zip(RECORDED, values, (as_number, as_number, as_share, as_share), strict=True)
         given = {name: check(value, name) for name, value, check in checks if value is not None}
@@ -387,6 +403,8 @@ class GrokAdamW(Optimizer):
         checked = {}
         if isinstance(param_group, dict):
             checked = check_group({**self.defaults, **param_group}, self.defaults)
+            for sentence in misspelt(param_group, GROUP_KEYS):
+                warn(sentence, UserWarning)
             # a copy, as the caller may use its own again, without what only AdamW's groups hold
             param_group = {k: v for k, v in param_group.items() if k not in ("amsgrad", "decoupled_weight_decay")}
         super().add_param_group(param_group)

@@ -48,6 +48,7 @@ def hear(signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules) -> tu
         said = [signals.evaluate(train, evaluation, keep_nonfinite=True) for train, evaluation in losses]
     else:
         train_loss, eval_loss = recorded(groups, "train_loss"), recorded(groups, "eval_loss")
+        signals.listen(train_loss, eval_loss)
         signal = signals.evaluate(train_loss, eval_loss)
         if signals.in_use(train_loss, eval_loss):
             device = next((param.device for group in groups for param in group["params"]), None)
@@ -85,6 +86,7 @@ class Signals:
         combine: Combine = "mean",
         counted: bool = True,
     ) -> None:
+        self.are_given = functions is not None
         if functions is None:
             functions = [loss_gap]
         elif callable(functions):
@@ -104,6 +106,7 @@ class Signals:
         self.unclaimed: dict[str, Any] = {}  # states from a checkpoint, for functions that are not registered yet
         self._warned: set[str] = set()
         self._failures_on_device: dict[str, Tensor] = {}
+        self._steps_without_losses = 0
 
     def check_amplifies(self, amplify_by_signal: bool) -> None:
         """Raise ValueError where λ is to be multiplied by what nothing says."""
@@ -117,6 +120,24 @@ class Signals:
         for function in self.functions:
             if hasattr(function, "bind"):
                 function.bind(optimizer)
+
+    def listen(self, train_loss: Number | None, eval_loss: Number | None) -> None:
+        """Warn once where functions that need both losses do not get them: α stays at alpha_init meanwhile.
+
+        That is after 100 steps without any, where functions were given, and after 1,000 with one of the two.
+        """
+        missing = [n for n, x in (("train_loss", train_loss), ("eval_loss", eval_loss)) if x is None]
+        if not missing or not any(self.takes_losses) or (len(missing) == 2 and not self.are_given):
+            return
+        self._steps_without_losses += 1
+        if self._steps_without_losses == (100 if len(missing) == 2 else 1000):
+            self._steps_without_losses = 1000
+            names = ", ".join(f"{name}=…" for name in missing)
+            warn(
+                f"the grokking signals wait for {' and '.join(missing)}: call optimizer.record({names}), or pass "
+                "grokking_signal_fns=[] to do without",
+                UserWarning,
+            )
 
     def in_use(self, train_loss: Number | None, eval_loss: Number | None) -> bool:
         """Return True if there is anything to evaluate: a function without losses, or a loss for those that need it."""
@@ -232,6 +253,7 @@ class Signals:
         )
         copied.values, copied.failures, copied.unclaimed = dict(self.values), self.failures, dict(self.unclaimed)
         copied._warned, copied._failures_on_device = set(self._warned), dict(self._failures_on_device)
+        copied.are_given, copied._steps_without_losses = self.are_given, self._steps_without_losses
         return copied
 
 

@@ -50,6 +50,7 @@ class Run:
     checked: list[tuple[Any, ...]] = field(default_factory=list)  # each group's options when they were found right
     skipped: Tensor | None = None  # counts the steps skipped on a device that were not yet read back
     names: dict[Tensor, str] = field(default_factory=dict)  # of parameters, as set_layers found them
+    idle: bool = False  # whether a step had no gradient at all, which is warned of once
     stepped: bool = False  # whether the last step was a whole one, or the last of its micro-batches
     cache: Cache = field(default_factory=Cache)  # the batches of earlier steps
     evaluation_listeners: list[Callable[[], None]] = field(default_factory=list)  # called after record(eval_acc=…)
@@ -148,6 +149,9 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     found = run.cache.batches(given if cycle is None else given._replace(groups=held), run.names, missing)
     if given.capturing and found.tables is not None:
         run.graphs.append(found.tables)
+    if not (found.params or run.idle) and any(group["params"] for group in groups):
+        run.idle = True
+        warn("a step found no gradient, and changed nothing: call loss.backward() before optimizer.step()", UserWarning)
 
     limits = [float(held[batch.group]["gradient_clipping"]) for batch in found.batches]
     stats = _measured(run, given, found, limits)

@@ -1,0 +1,83 @@
+"""What people mistype or mix up, and the sentence that tells them what to write instead."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, ParamSpec
+
+from torch import nn
+
+P = ParamSpec("P")
+
+# other packages' names for an option, and how people spell it
+_MEANT = {
+    "alpha": "alpha_init",
+    "lambda_": "lamb",
+    "lambd": "lamb",
+    "lamda": "lamb",
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "epsilon": "eps",
+    "adam_epsilon": "eps",
+    "beta": "betas",
+    "beta1": "betas",
+    "beta2": "betas",
+    "kappa": "grokking_signal_decay_rate",
+    "signals": "grokking_signal_fns",
+    "clip": "gradient_clipping",
+    "max_grad_norm": "gradient_clipping",
+    "max_norm": "gradient_clipping",
+}
+
+
+def meant(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that an unknown one most likely stands for; None if there is none.
+
+    Names that go on where a known one ends, such as lr_scale or weight_decay_mult, are other people's.
+    """
+    known = list(known)
+    if any(name.startswith(f"{each}_") for each in known):
+        return None
+    if name in _MEANT:
+        return _MEANT[name]
+    return next(iter(get_close_matches(name, known, n=1, cutoff=0.8)), None)
+
+
+def with_hints(function: Callable[P, None]) -> Callable[P, None]:
+    """Let a constructor's TypeError for an unknown argument say which one is meant, where that can be said."""
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **options: P.kwargs) -> None:
+        for name in options:
+            if name not in known and (instead := meant(name, known)):
+                raise TypeError(f"{type(args[0]).__name__} has no argument {name}: give {instead}")
+        function(*args, **options)
+
+    return checked
+
+
+def check_params(params: Any) -> Any:
+    """Return what an optimizer is given to optimize, with an iterator as a list.
+
+    TypeError if it is a model; ValueError if there is nothing in it.
+    """
+    if isinstance(params, nn.Module):
+        raise TypeError(f"params is a {type(params).__name__}: give its parameters, model.named_parameters()")
+    if isinstance(params, Iterator):
+        params = list(params)
+    if isinstance(params, Sequence) and not params:
+        raise ValueError(
+            "optimizer got an empty parameter list: the model has no parameters, or params is a generator that "
+            "something has used up before: call model.named_parameters() again"
+        )
+    return params
+
+
+def misspelt(group: Mapping[str, Any], known: Sequence[str]) -> list[str]:
+    """Return a sentence for each key of a parameter group that nothing reads, and that looks like an option."""
+    pairs = [(key, meant(key, known)) for key in group if key not in known and key not in ("params", "param_names")]
+    return [f"a parameter group has {key!r}, which nothing reads: did you mean {name}?" for key, name in pairs if name]

@@ -1,0 +1,127 @@
+"""What is mistyped or mixed up gets a sentence that tells what to write instead; and silence that nobody means, one."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from grokadamw import GrokAdamW
+from grokadamw.signals import loss_gap
+
+
+def model() -> nn.Module:
+    return nn.Linear(2, 2)
+
+
+def used_up() -> Any:
+    parameters = model().parameters()
+    list(parameters)
+    return parameters
+
+
+def steps(optimizer: GrokAdamW, count: int, each: Callable[[], None] = lambda: None) -> list[str]:
+    """The warnings of so many steps with gradients."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(count):
+            each()
+            optimizer.step()
+    return [str(warning.message) for warning in said]
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        *[(name, "lamb") for name in ("lamda", "lambd", "lambda_")],
+        *[("alpha", "alpha_init"), ("learning_rate", "lr"), ("beta1", "betas"), ("epsilon", "eps")],
+        *[("weightdecay", "weight_decay"), ("weigth_decay", "weight_decay"), ("max_grad_norm", "gradient_clipping")],
+    ],
+)
+def test_an_unknown_argument_gets_the_name_that_is_meant(name: str, instead: str) -> None:
+    with pytest.raises(TypeError, match=f"GrokAdamW has no argument {name}: give {instead}$"):
+        GrokAdamW(model().parameters(), **{name: 0.1})
+    with pytest.raises(TypeError, match=f"no argument {name}: give {instead}$"):
+        GrokAdamW.for_grokking(model(), **{name: 0.1})
+
+
+def test_any_other_is_pythons_affair() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'warmup'"):
+        GrokAdamW(model().parameters(), warmup=3)  # type: ignore[call-arg]
+
+
+def test_tools_still_see_the_arguments() -> None:
+    assert {"params", "lr", "max_row_change"} <= set(inspect.signature(GrokAdamW).parameters)
+
+
+def test_a_model_is_not_its_parameters() -> None:
+    with pytest.raises(TypeError, match=r"params is a Linear: give its parameters, model.named_parameters\(\)"):
+        GrokAdamW(model())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("nothing", [[], (), used_up()], ids=["list", "tuple", "used up"])
+def test_nothing_to_optimize(nothing: Any) -> None:
+    with pytest.raises(ValueError, match="optimizer got an empty parameter list: .* used up before"):
+        GrokAdamW(nothing)
+
+
+def test_losses_are_recorded_by_name() -> None:
+    with pytest.raises(TypeError, match=r"by name: record\(train_loss=…, eval_loss=…\)"):
+        GrokAdamW(model().parameters()).record(0.1, 0.2)
+
+
+@pytest.mark.parametrize(("key", "meant"), [("weigth_decay", "weight_decay"), ("beta", "betas"), ("lambda", "lamb")])
+def test_a_misspelt_key_of_a_group_is_warned_of(key: str, meant: str) -> None:
+    with pytest.warns(UserWarning, match=f"has '{key}', which nothing reads: did you mean {meant}"):
+        GrokAdamW([{"params": model().parameters(), key: 0.1}])
+
+
+@pytest.mark.parametrize("key", ["lr_scale", "weight_decay_mult", "name", "initial_lr", "max_lr", "tag"])
+def test_other_peoples_keys_are_theirs(key: str, recwarn: pytest.WarningsRecorder) -> None:
+    GrokAdamW([{"params": model().parameters(), key: 0.1}])
+    assert not recwarn.list
+
+
+def test_a_step_without_a_gradient_is_warned_of_once() -> None:
+    optimizer = GrokAdamW(model().parameters())
+    with pytest.warns(UserWarning, match=r"found no gradient, and changed nothing: call loss.backward\(\)"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_signals_that_hear_nothing_are_warned_of_once() -> None:
+    optimizer = GrokAdamW(model().parameters(), grokking_signal_fns=loss_gap)
+    assert steps(optimizer, 99) == []
+    (said,) = steps(optimizer, 1)
+    assert "wait for train_loss and eval_loss: call optimizer.record(train_loss=…, eval_loss=…)" in said
+    assert steps(optimizer, 1000) == []
+
+
+def test_training_losses_alone_are_half_of_it() -> None:
+    optimizer = GrokAdamW(model().parameters())
+    (said,) = steps(optimizer, 1100, lambda: optimizer.record(train_loss=1.0))
+    assert "wait for eval_loss: call optimizer.record(eval_loss=…)" in said
+
+
+def test_who_asked_for_no_signal_or_has_one_without_losses_hears_nothing() -> None:
+    for options in ({}, {"grokking_signal_fns": lambda: 0.5}, {"grokking_signal_fns": []}):
+        assert steps(GrokAdamW(model().parameters(), **options), 150) == []
+    heard = GrokAdamW(model().parameters(), grokking_signal_fns=loss_gap)
+    assert steps(heard, 150, lambda: heard.record(train_loss=1.0, eval_loss=2.0)) == []
+
+
+def test_it_is_printed_without_what_is_kept_for_checkpoints() -> None:
+    shown = repr(GrokAdamW([{"params": model().parameters(), "name": "all"}]))
+    assert "    lr: 0.001\n" in shown
+    assert "    name: all\n" in shown
+    assert not {"cycle", "layers", "signal_state", "skipped_steps", "train_loss"} & set(shown.replace(":", " ").split())
