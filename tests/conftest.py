@@ -9,6 +9,9 @@ from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: on the CPU its kernels are interpreted
+    from benchmarks.on_gpu.interpreter import quicken
+
+    quicken()
 
 # what processes have imported that tests fork from a server, as importing torch takes them seconds
 PRELOADED = ["tests.test_crash", "tests.test_distributed", "torch._dynamo"]

@@ -19,6 +19,7 @@ from unittest.mock import create_autospec, patch
 import torch
 
 from .common import INTERPRETS
+from .interpreter import quicken
 
 _IMITATED = 90  # compute capability 9.0
 _patches: list[Any] = []
@@ -105,7 +106,9 @@ def begin() -> None:
     from grokadamw.backends import gpu
 
     of_module = [(gpu, "_DEVICE_TYPE", "cpu")]
-    if not INTERPRETS:
+    if INTERPRETS:
+        quicken()
+    else:
         from triton.runtime import driver
 
         driver.set_active(_Driver())

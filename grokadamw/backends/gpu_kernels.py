@@ -10,15 +10,13 @@ with masks, which TAIL=False leaves out where no chunk needs it.
 import triton
 import triton.language as tl
 
+from .gpu_norm import chunk, judge, load, pointer_to, squares  # noqa: F401
 from .gpu_tables import LONG as _LONG
 from .gpu_tables import ODD as _ODD
 from .gpu_tables import STRAIGHT as _STRAIGHT
 from .gpu_tables import WIDTHS
 from .rows import SHORT
 
-# a chunk is a word: the tensor's place times 2⁴⁰, plus the chunk's number in it
-CHUNK_BITS = tl.constexpr(40)
-CHUNK_MASK = tl.constexpr((1 << 40) - 1)
 # the words of a list's numbers, as `gpu_tables.words_of` has them; the first three are two, an address and a value
 LR, ALPHA, CLIP = (tl.constexpr(i) for i in range(0, 6, 2))
 BETA2, LOG_BETA2, EPS, WEIGHT_DECAY, LAMB, AMPLIFY_AFTER, SIGN = (tl.constexpr(i) for i in range(6, 13))
@@ -42,21 +40,6 @@ def _number(words, place):
 
 
 @triton.jit
-def _pointer(address, dtype: tl.constexpr, MASKED: tl.constexpr):
-    pointer = address.to(tl.pointer_type(dtype))
-    if not MASKED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def _load(pointer, at, inside, MASKED: tl.constexpr, REAL: tl.constexpr):
-    if MASKED:
-        return tl.load(pointer + at, mask=inside, other=0).to(REAL)
-    return tl.load(pointer + at).to(REAL)
-
-
-@triton.jit
 def _store(pointer, at, inside, value, MASKED: tl.constexpr):
     value = value.to(pointer.dtype.element_ty)
     if MASKED:
@@ -75,13 +58,13 @@ def _new(
     """Return θ before and after the update, of the elements at these places. Write m, v and μ, but not θ."""
     REAL: tl.constexpr = keep_m.dtype
     # all loads come before the stores, which nothing tells the compiler that they do not write what is to be loaded
-    g = clip * _load(grad, at, inside, MASKED, REAL)
+    g = clip * load(grad, at, inside, MASKED, REAL)
     if MAY_BE_UNUSABLE:
         g = tl.where(usable, g, 0)
-    slow = _load(mu, at, inside, MASKED, REAL) if HAS_MU else g
-    first = _load(m, at, inside, MASKED, REAL)
-    second = _load(v, at, inside, MASKED, REAL)
-    old = _load(theta, at, inside, MASKED, REAL) if MOVES else g
+    slow = load(mu, at, inside, MASKED, REAL) if HAS_MU else g
+    first = load(m, at, inside, MASKED, REAL)
+    second = load(v, at, inside, MASKED, REAL)
+    old = load(theta, at, inside, MASKED, REAL) if MOVES else g
     g_hat = g
     if HAS_MU:
         slow = keep_mu * slow + add_mu * g  # slow_grad
@@ -112,8 +95,8 @@ def _chunk_of_elements(
     HAS_MU: tl.constexpr, RAW: tl.constexpr, MOVES: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Update the chunk that starts there."""
-    theta, grad = _pointer(theta, PARAM, MASKED), _pointer(grad, GRAD, MASKED)
-    m, v, mu = _pointer(m, STATE, MASKED), _pointer(v, STATE, MASKED), _pointer(mu, STATE, MASKED)
+    theta, grad = pointer_to(theta, PARAM, MASKED), pointer_to(grad, GRAD, MASKED)
+    m, v, mu = pointer_to(m, STATE, MASKED), pointer_to(v, STATE, MASKED), pointer_to(mu, STATE, MASKED)
     end = tl.minimum(start + CHUNK, size) if MASKED else start + CHUNK
     for block in range(start, end, BLOCK):
         at = block + tl.arange(0, BLOCK)
@@ -175,8 +158,8 @@ def _chunk_of_rows(
 ):  # fmt: skip
     """Update and limit some rows of a matrix, of no more than WIDTH elements each."""
     ODD: tl.constexpr = not IS_STRAIGHT
-    theta, grad = _pointer(theta, PARAM, ODD), _pointer(grad, GRAD, ODD)
-    m, v, mu = _pointer(m, STATE, ODD), _pointer(v, STATE, ODD), _pointer(mu, STATE, ODD)
+    theta, grad = pointer_to(theta, PARAM, ODD), pointer_to(grad, GRAD, ODD)
+    m, v, mu = pointer_to(m, STATE, ODD), pointer_to(v, STATE, ODD), pointer_to(mu, STATE, ODD)
     if IS_STRAIGHT:
         width = width // STRAIGHT * STRAIGHT  # which tells the compiler that it can be divided by that
     else:  # each element has an index of its own: one of 32 bits
@@ -212,10 +195,9 @@ def _row(
     IS_STRAIGHT: tl.constexpr,
 ):  # fmt: skip
     """Update and limit a row of any length, in two passes: once for its sums, and once more to write."""
-    theta, grad = _pointer(theta, PARAM, not IS_STRAIGHT), _pointer(grad, GRAD, not IS_STRAIGHT)
-    m, v, mu = (
-        _pointer(m, STATE, not IS_STRAIGHT), _pointer(v, STATE, not IS_STRAIGHT), _pointer(mu, STATE, not IS_STRAIGHT)
-    )  # fmt: skip
+    theta, grad = pointer_to(theta, PARAM, not IS_STRAIGHT), pointer_to(grad, GRAD, not IS_STRAIGHT)
+    m, v = pointer_to(m, STATE, not IS_STRAIGHT), pointer_to(v, STATE, not IS_STRAIGHT)
+    mu = pointer_to(mu, STATE, not IS_STRAIGHT)
     if IS_STRAIGHT:  # the compiler is told what they can be divided by
         width, start = width // STRAIGHT * STRAIGHT, start // STRAIGHT * STRAIGHT
     theta, grad, m, v, mu = theta + start, grad + start, m + start, v + start, mu + start
@@ -262,13 +244,6 @@ def _row(
         _store(theta, at, inside, new, True)
 
 
-@triton.jit
-def _chunk(chunks):
-    """The tensor that this program takes a chunk of, and the chunk's number."""
-    chunk = tl.load(chunks + tl.program_id(0))
-    return chunk >> CHUNK_BITS, chunk & CHUNK_MASK
-
-
 @triton.jit(do_not_specialize=["tensors"])
 def update(
     chunks, table, grads, numbers, finite, tensors,
@@ -287,7 +262,7 @@ def update(
     usable = tl.load(finite) != 0 if HAS_FINITE else True
     if HAS_FINITE and not IS_PART and not usable:
         return
-    i, nth = _chunk(chunks)
+    i, nth = chunk(chunks)
     size = tl.load(table + i)
     here = table + i
     theta = tl.load(here + tensors)
@@ -375,66 +350,3 @@ def update(
                 root, eps, decay, step, PARAM, GRAD, STATE, CHUNK, BLOCK, HAS_MU, RAW, MOVES, IS_PART and HAS_FINITE,
                 False,
             )  # fmt: skip
-
-
-@triton.jit
-def _squares(grad, start, size, GRAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    grad = _pointer(grad, GRAD, MASKED)
-    sums = tl.zeros([BLOCK], tl.float64)
-    end = tl.minimum(start + CHUNK, size) if MASKED else start + CHUNK
-    for block in range(start, end, BLOCK):
-        at = block + tl.arange(0, BLOCK)
-        g = _load(grad, at, at < size, MASKED, tl.float64)
-        sums += g * g
-    return tl.sum(sums)
-
-
-@triton.jit(do_not_specialize=["first"])
-def squares(
-    chunks, sizes, grads, sums, first,
-    GRAD: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum g² of each chunk, in float64, into `sums` from `first` on."""
-    i, nth = _chunk(chunks)
-    start = nth * CHUNK
-    size = tl.load(sizes + i)
-    grad = tl.load(grads + i)
-    if TAIL and not (grad % 16 == 0 and start + CHUNK <= size):
-        total = _squares(grad, start, size, GRAD, CHUNK, BLOCK // 4, True)
-    else:
-        total = _squares(grad, start, size, GRAD, CHUNK, BLOCK, False)
-    tl.store(sums + first + tl.program_id(0), total)
-
-
-@triton.jit(do_not_specialize=["count", "lists"])
-def judge(
-    sums, count, limits, lists, grad_scale, found_inf, verdict, finite, skipped,
-    HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, SKIPS: tl.constexpr, LISTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Find the norm and the clip coefficients from the sums of squares, added in a fixed order.
-
-    `verdict` gets N, then c of each list, then that divided by the loss scale; `finite` whether the step may be
-    written; `skipped` is counted up where it may not, and GradScaler does not count that itself.
-    """
-    totals = tl.zeros([BLOCK], tl.float64)
-    for block in range(0, count, BLOCK):
-        at = block + tl.arange(0, BLOCK)
-        totals += tl.load(sums + at, mask=at < count, other=0)
-    total = tl.sum(totals)
-    unscale = 1 / tl.load(grad_scale).to(tl.float64) if HAS_SCALE else tl.full([], 1, tl.float64)
-    norm = tl.sqrt(total) * unscale
-    at = tl.arange(0, LISTS)
-    limit = tl.load(limits + at, mask=at < lists, other=0)
-    clip = tl.where(limit == 0, 1, limit / (norm + 1e-6))
-    clip = tl.where(clip > 1, 1, clip)  # NaN stays NaN, as in clip_grad_norm_
-    tl.store(verdict, norm)
-    tl.store(verdict + 1 + at, clip, mask=at < lists)
-    tl.store(verdict + 1 + lists + at, clip * unscale, mask=at < lists)
-    usable = tl.full([], 1, tl.int1)
-    if HAS_FOUND:
-        usable = tl.load(found_inf) == 0
-    if SKIPS:
-        good = total - total == 0
-        tl.store(skipped, tl.load(skipped) + (usable & (good == 0)).to(tl.int64))
-        usable = usable & good
-    tl.store(finite, usable.to(tl.int8))

@@ -1,0 +1,93 @@
+"""The kernels that find the norm of all gradients, and what every kernel reads tensors with."""
+
+import triton
+import triton.language as tl
+
+# a chunk is a word: the tensor's place times 2⁴⁰, plus the chunk's number in it
+CHUNK_BITS = tl.constexpr(40)
+CHUNK_MASK = tl.constexpr((1 << 40) - 1)
+
+
+@triton.jit
+def chunk(chunks):
+    """The tensor that this program takes a chunk of, and the chunk's number."""
+    word = tl.load(chunks + tl.program_id(0))
+    return word >> CHUNK_BITS, word & CHUNK_MASK
+
+
+@triton.jit
+def pointer_to(address, dtype: tl.constexpr, MASKED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(dtype))
+    if not MASKED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load(pointer, at, inside, MASKED: tl.constexpr, REAL: tl.constexpr):
+    if MASKED:
+        return tl.load(pointer + at, mask=inside, other=0).to(REAL)
+    return tl.load(pointer + at).to(REAL)
+
+
+@triton.jit
+def _squares(grad, start, size, GRAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    grad = pointer_to(grad, GRAD, MASKED)
+    sums = tl.zeros([BLOCK], tl.float64)
+    end = tl.minimum(start + CHUNK, size) if MASKED else start + CHUNK
+    for block in range(start, end, BLOCK):
+        at = block + tl.arange(0, BLOCK)
+        g = load(grad, at, at < size, MASKED, tl.float64)
+        sums += g * g
+    return tl.sum(sums)
+
+
+@triton.jit(do_not_specialize=["first"])
+def squares(
+    chunks, sizes, grads, sums, first,
+    GRAD: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum g² of each chunk, in float64, into `sums` from `first` on."""
+    i, nth = chunk(chunks)
+    start = nth * CHUNK
+    size = tl.load(sizes + i)
+    grad = tl.load(grads + i)
+    if TAIL and not (grad % 16 == 0 and start + CHUNK <= size):
+        total = _squares(grad, start, size, GRAD, CHUNK, BLOCK // 4, True)
+    else:
+        total = _squares(grad, start, size, GRAD, CHUNK, BLOCK, False)
+    tl.store(sums + first + tl.program_id(0), total)
+
+
+@triton.jit(do_not_specialize=["count", "lists"])
+def judge(
+    sums, count, limits, lists, grad_scale, found_inf, verdict, finite, skipped,
+    HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, SKIPS: tl.constexpr, LISTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Find the norm and the clip coefficients from the sums of squares, added in a fixed order.
+
+    `verdict` gets N, then c of each list, then that divided by the loss scale; `finite` whether the step may be
+    written; `skipped` is counted up where it may not, and GradScaler does not count that itself.
+    """
+    totals = tl.zeros([BLOCK], tl.float64)
+    for block in range(0, count, BLOCK):
+        at = block + tl.arange(0, BLOCK)
+        totals += tl.load(sums + at, mask=at < count, other=0)
+    total = tl.sum(totals)
+    unscale = 1 / tl.load(grad_scale).to(tl.float64) if HAS_SCALE else tl.full([], 1, tl.float64)
+    norm = tl.sqrt(total) * unscale
+    at = tl.arange(0, LISTS)
+    limit = tl.load(limits + at, mask=at < lists, other=0)
+    clip = tl.where(limit == 0, 1, limit / (norm + 1e-6))
+    clip = tl.where(clip > 1, 1, clip)  # NaN stays NaN, as in clip_grad_norm_
+    tl.store(verdict, norm)
+    tl.store(verdict + 1 + at, clip, mask=at < lists)
+    tl.store(verdict + 1 + lists + at, clip * unscale, mask=at < lists)
+    usable = tl.full([], 1, tl.int1)
+    if HAS_FOUND:
+        usable = tl.load(found_inf) == 0
+    if SKIPS:
+        good = total - total == 0
+        tl.store(skipped, tl.load(skipped) + (usable & (good == 0)).to(tl.int64))
+        usable = usable & good
+    tl.store(finite, usable.to(tl.int8))
