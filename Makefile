@@ -40,7 +40,7 @@ test: $(VENV)/ready
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-test-all: test $(VENV)/release
+test-all: test $(VENV)/release $(VENV)/clients
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --hypothesis-profile random
 	set -o pipefail; $(BIN)/pytest -m long -v -s --no-header --color no --disable-warnings | tee tests/test-all.log
 
@@ -98,6 +98,13 @@ $(VENV)/ready: pyproject.toml constraints.txt setup.py grokadamw/backends/cpu_ke
 # what checks a release, and what tests of it are skipped without
 $(VENV)/release: $(VENV)/ready
 	$(INSTALL) --constraint constraints.txt --editable '.[release]'
+	touch $@
+
+# what trains with this optimizer, and is tried with it. A build of torchvision that does not fit torch's keeps others from being
+# imported; the tests of what needs one are skipped then
+$(VENV)/clients: $(VENV)/ready
+	$(INSTALL) --constraint constraints.txt --editable '.[clients]'
+	$(BIN)/python -c "import torchvision" 2> /dev/null || $(PIP) uninstall --yes torchvision
 	touch $@
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -46,10 +47,22 @@ def name_layers(optimizer: GrokAdamW, model: nn.Module) -> None:
         warn(f"layers stay as they were ({error})", UserWarning)
 
 
+def check_theirs(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for what the Trainer's own arguments say."""
+    for name in ("lr", "weight_decay"):
+        if name in options:
+            raise ValueError(f"{name}={options[name]!r} is the Trainer's: give it in TrainingArguments")
+
+
+def hears_losses(optimizer: GrokAdamW) -> bool:
+    """Return True if losses change what the optimizer does: a signal compares them, and a filter adapts to it."""
+    return any(optimizer._run.signals.takes_losses) and any(group["lamb"] for group in optimizer.param_groups)
+
+
 def say_who_clips(optimizer: GrokAdamW, limit: float, name: str) -> None:
-    """Warn where the framework clips to `limit` before the optimizer does."""
+    """Warn where the framework clips to another limit before the optimizer does."""
     own = [float(group["gradient_clipping"]) for group in optimizer.param_groups if group["gradient_clipping"]]
-    if not own or not limit:
+    if not own or not limit or limit == min(own):
         return
     acts = name if limit <= min(own) else "gradient_clipping"
     warn(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 import warnings
 
-_FRAMEWORKS = ("transformers", "accelerate", "lightning", "pytorch_lightning", "lightning_utilities")
+_FRAMEWORKS = (
+    *("transformers", "accelerate", "trl", "lightning", "pytorch_lightning", "lightning_utilities"),
+    *("skorch", "fastai", "fastcore"),
+)
 _NOT_THE_USERS = ("grokadamw", "torch", "contextlib", "functools", *_FRAMEWORKS)
 
 

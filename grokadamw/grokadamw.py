@@ -195,7 +195,11 @@ class GrokAdamW(Optimizer):
 
     @classmethod
     def for_grokking(
-        cls, model: nn.Module, lr: float | Tensor = 3e-3, weight_decay: float = 2.0, **options: Any
+        cls,
+        model: nn.Module = None,  # type: ignore[assignment]  # without it, the error says what is needed
+        lr: float | Tensor = 3e-3,
+        weight_decay: float = 2.0,
+        **options: Any,
     ) -> GrokAdamW:
         """Make an optimizer with the settings that worked best on small models that memorise before they generalise.
 
@@ -211,13 +215,14 @@ class GrokAdamW(Optimizer):
                 length, and ``weight_decay`` divided by it, so that its rows turn as quickly as those of weights, and
                 shrink as slowly. torch's embeddings begin with a length of √width. Embeddings are those
                 of ``nn.Embedding`` and ``nn.EmbeddingBag``. Norm layers are torch's, and those of classes with the
-                word "Norm" in their name. In a model without norm layers vectors are weights.
+                word "Norm" in their name. In a model without norm layers vectors are weights. One that is mostly
+                frozen, as with PEFT, is warned of: the preset is for training from scratch.
             lr, weight_decay, options: as the constructor's; what is given wins. A scheduler that sets one lr for all
                 groups, as ``OneCycleLR`` does, slows the embeddings down: give it a list, one lr a group.
 
         Raises:
-            TypeError, ValueError: model is no module, an embedding is on the meta device, or a number is not what the
-                constructor takes.
+            TypeError, ValueError: model is no module, all of it is frozen, an embedding is on the meta device, or a
+                number is not what the constructor takes.
         """
         groups, preset = grokking_groups(model, lr, weight_decay)
         optimizer = cls(groups, lr=lr, weight_decay=weight_decay, **preset | options)

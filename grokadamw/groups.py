@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._numbers import as_float
+from ._warn import warn
 from .distributed import whole
 from .layers import layers_in
 from .options import check_number
@@ -82,7 +83,13 @@ def grokking_groups(
     than 1. Without norm layers vectors are weights, and all decays half as fast. Which groups there are depends on the
     modules alone: a model whose weights were loaded has the groups of the one that they come from.
     """
+    if model is None:
+        raise TypeError(
+            "for_grokking needs the model: GrokAdamW.for_grokking(model). Where the Trainer makes the optimizer, give "
+            "optimizer_cls_and_kwargs=grokadamw.huggingface.for_grokking(arguments)"
+        )
     check_model(model)
+    _check_frozen(model)
     if not isinstance(lr, Tensor):
         check_number("lr", lr)
     check_number("weight_decay", weight_decay)
@@ -122,6 +129,22 @@ def _mean_row_length(weight: Tensor) -> float:
             "model: an embedding is on the meta device, and has no length yet: give the model its weights first"
         )
     return as_float(whole(weight.float().norm(dim=1).mean()))
+
+
+def _check_frozen(model: nn.Module) -> None:
+    """Warn where most of a model is frozen, as in fine-tuning; ValueError where all of it is."""
+    sizes = [(param.numel(), param.requires_grad) for param in model.parameters()]
+    if sizes and not any(is_trained for _, is_trained in sizes):
+        raise ValueError("all parameters of the model are frozen: set requires_grad on those that are to be trained")
+    frozen = sum(size for size, is_trained in sizes if not is_trained)
+    share = frozen / max(sum(size for size, _ in sizes), 1)
+    if share > 0.5:
+        warn(
+            f"{share:.0%} of the model is frozen, as for fine-tuning with PEFT: the preset was made for training from "
+            "scratch, and its learning rate and weight decay make a model forget. To fine-tune, take "
+            "GrokAdamW(decay_groups(model), lr=1e-4)",
+            UserWarning,
+        )
 
 
 def check_model(model: Any) -> None:

@@ -3,20 +3,25 @@
 ```python
 Trainer(model, TrainingArguments(optim="grokadamw", ...), callbacks=[GrokAdamWCallback()], ...)
 ```
+
+`for_grokking` makes the preset for it, with the Trainer's own learning rate and weight decay.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
 
 from . import _trainers as trainers
+from ._hints import meant
 from ._warn import warn
 from .grokadamw import GrokAdamW
 from .options import OPTIONS, TAKE, check_settings
@@ -28,7 +33,90 @@ try:
 except ImportError as error:
     raise ImportError("grokadamw.huggingface needs transformers: pip install 'grokadamw[huggingface]'") from error
 
-__all__ = ["GrokAdamWCallback"]
+__all__ = ["GrokAdamWCallback", "for_grokking"]
+
+# what the Trainer takes from optim_args for this optimizer; all others it drops without a word
+_IN_OPTIM_ARGS = ("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping")
+
+
+def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the preset ``GrokAdamW.for_grokking``, for the Trainer to make of the model that it trains.
+
+    ```python
+    arguments = TrainingArguments(learning_rate=3e-3, weight_decay=2.0, lr_scheduler_type="constant", ...)
+    Trainer(model, arguments, optimizer_cls_and_kwargs=for_grokking(arguments), ...)
+    ```
+
+    Args:
+        arguments: the Trainer's. Their learning rate and weight decay are the preset's, and their schedule multiplies
+            the learning rate of every group.
+        options: what else ``GrokAdamW.for_grokking`` is to get.
+
+    Raises:
+        ValueError: learning rate or weight decay are the Trainer's defaults, which are for fine-tuning; or they are
+            among the options.
+    """
+    trainers.check_theirs(options)
+    for name in ("learning_rate", "weight_decay"):
+        if not _is_given(arguments, name):
+            raise ValueError(
+                f"{name}={getattr(arguments, name):g} is the Trainer's default, which is for fine-tuning: begin with "
+                "TrainingArguments(learning_rate=3e-3, weight_decay=2.0), which the preset was tested with"
+            )
+    return _preset, {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay, **options}
+
+
+def _is_given(arguments: TrainingArguments, name: str) -> bool:
+    """Return True if an argument is not the default one."""
+    defaults = {field.name: field.default for field in dataclasses.fields(arguments)}
+    return bool(getattr(arguments, name) != defaults[name])
+
+
+def _lost(optim_args: str | None, optimizer: GrokAdamW) -> Iterator[str]:
+    """Yield a sentence for each entry of ``optim_args`` that did not reach the optimizer."""
+    for entry in (optim_args or "").replace(" ", "").split(","):
+        name, _, value = entry.partition("=")
+        if name in _IN_OPTIM_ARGS:
+            used = f"{float(optimizer.defaults[name]):g}"
+            with contextlib.suppress(ValueError):  # where nobody read it, it need not be a number
+                value = f"{float(value):g}"
+            if value != used:
+                yield (
+                    f"optim_args has {entry}, and the optimizer has {used}: the Trainer reads optim_args only where "
+                    'optim="grokadamw" makes the optimizer. Give it where yours is made'
+                )
+        elif name:
+            instead = meant(name, _IN_OPTIM_ARGS)
+            others = f"it takes {', '.join(_IN_OPTIM_ARGS)}; give others to GrokAdamWCallback"
+            way_out = f"did you mean {instead}?" if instead in _IN_OPTIM_ARGS else others
+            yield f"optim_args has {name!r}, which the Trainer drops: {way_out}"
+
+
+def _unused(arguments: TrainingArguments, optimizer: GrokAdamW) -> Iterator[str]:
+    """Yield a sentence for each number of the arguments that the optimizer does not have."""
+    callback, maker = "give {} to GrokAdamWCallback", "give {} where the optimizer is made, or for_grokking(arguments)"
+    betas, eps = optimizer.param_groups[0]["betas"], optimizer.param_groups[0]["eps"]
+    decays = [optimizer.defaults["weight_decay"], *(group["weight_decay"] for group in optimizer.param_groups)]
+    for name, used, way_out in (
+        ("adam_beta1", betas[:1], callback.format("betas")),
+        ("adam_beta2", betas[1:], callback.format("betas")),
+        ("adam_epsilon", [eps], callback.format("eps")),
+        ("learning_rate", [optimizer.defaults["lr"]], maker.format("lr")),
+        ("weight_decay", decays, maker.format("it")),
+    ):
+        given = getattr(arguments, name)
+        if _is_given(arguments, name) and given not in (numbers := [float(x) for x in used]):
+            yield f"{name}={given:g} does not reach the optimizer, which has {max(numbers):g}: {way_out}"
+
+
+def _preset(*groups: Any, **options: Any) -> Callable[..., GrokAdamW]:
+    """Return what makes the preset of a model: the Trainer calls what is no optimizer's class without arguments."""
+    if groups:
+        raise TypeError(
+            "this release of transformers makes optimizers without the model: give "
+            "Trainer(optimizers=(GrokAdamW.for_grokking(model, lr=…, weight_decay=…), None))"
+        )
+    return GrokAdamW.for_grokking
 
 
 class GrokAdamWCallback(TrainerCallback):
@@ -41,10 +129,11 @@ class GrokAdamWCallback(TrainerCallback):
       ``grok_clip_coefficient`` and ``grok_skipped_steps`` beside it, as far as they are known: for the console, the
       history and what is reported to.
 
-    It warns, once, where the Trainer clips gradients, too; where a checkpoint is saved at a step that is not logged
-    (the Trainer forgets the losses since the last log, and a resumed run then hears of another mean); and where a
-    metric that it waits for does not come. Signals that remember something begin each run with what they knew when the
-    first began; a resumed one goes on with the checkpoint's.
+    It warns, once, where the Trainer clips gradients to another norm; where the arguments hold what the optimizer did
+    not get, such as unknown names in ``optim_args``, or ``adam_beta1``; where nothing is evaluated; where a checkpoint
+    is saved at a step that is not logged (the Trainer forgets the losses since the last log, and a resumed run then
+    hears of another mean); and where a metric that it waits for does not come. Signals that remember something begin
+    each run with what they knew when the first began; a resumed one goes on with the checkpoint's.
 
     Args:
         eval_loss: which of the evaluation's metrics is the loss, ``"eval_<name>_loss"`` for one of several sets.
@@ -80,11 +169,10 @@ class GrokAdamWCallback(TrainerCallback):
                 raise TypeError(
                     f"{name}={value!r} is not the name of a metric: give one, as 'eval_accuracy', or leave it out"
                 )
+        trainers.check_theirs(options)
         for name, value in options.items():
             if name not in OPTIONS or name == "layer":  # which is for one group of several
                 raise TypeError(f"{name}={value!r} is no argument of GrokAdamW's that its parameter groups may set")
-            if name in ("lr", "weight_decay"):
-                raise ValueError(f"{name}={value!r} is the Trainer's: give it in TrainingArguments")
             if OPTIONS[name].on_load != TAKE:  # a checkpoint is loaded before training begins
                 raise ValueError(
                     f"{name}={value!r} cannot be set once there is an optimizer: give signals as signals=, and what "
@@ -132,9 +220,21 @@ class GrokAdamWCallback(TrainerCallback):
         self._goes_on = state.global_step == 0
         self._metrics.clear()
         self._go_first()
-        if "clips" not in self._said:
-            self._said.add("clips")
+        is_evaluated = args.eval_strategy != "no" or args.eval_on_start
+        if not is_evaluated:
+            found._run.signals.say_no_more()  # as what follows says why
+        if "arguments" not in self._said:
+            self._said.add("arguments")
             trainers.say_who_clips(found, args.max_grad_norm, "max_grad_norm")
+            for sentence in (*_lost(args.optim_args, found), *_unused(args, found)):
+                warn(sentence, UserWarning)
+            if not is_evaluated and ("eval_acc" in self._evaluated or trainers.hears_losses(found)):
+                warn(
+                    'eval_strategy="no": no evaluation is planned, so signals that compare losses or accuracies stay '
+                    'silent, and α stays at alpha_init. Give eval_strategy="steps" and an eval_dataset, or do without: '
+                    "GrokAdamWCallback(signals=[])",
+                    UserWarning,
+                )
 
     def _begin_signals(self, optimizer: GrokAdamW) -> None:
         """Register them. For another optimizer than the last run's they are to be as they were at first."""

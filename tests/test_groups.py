@@ -68,6 +68,7 @@ def test_what_is_flat_decays() -> None:
     assert group["weight_decay"] == 0.5
 
 
+@pytest.mark.filterwarnings("ignore:.*is frozen")
 def test_of_a_model_of_which_only_biases_are_trained_none_decays() -> None:
     model = nn.Sequential(network(), nn.LayerNorm(3, elementwise_affine=False))
     for name, param in model.named_parameters():

@@ -259,8 +259,8 @@ def test_layers(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("error:layer")
 def test_the_presets_gamma_is_not_warned_of(tmp_path: Path) -> None:
-    it = trainer(tmp_path, GrokAdamWCallback(), max_grad_norm=0.0, max_steps=1, eval_strategy="no", save_strategy="no")
-    it.optimizer = GrokAdamW.for_grokking(it.model)
+    it = trainer(tmp_path, GrokAdamWCallback(), max_steps=1, eval_strategy="no", save_strategy="no")
+    it.optimizer = GrokAdamW.for_grokking(it.model, lr=0.01, weight_decay=0.1)
     it.train()
     assert grokadamw_of(it).layer_table()[-1].beta1 < 0.01
 
@@ -315,7 +315,9 @@ def test_another_optimizer(tmp_path: Path) -> None:
         trainer(tmp_path, GrokAdamWCallback(), optim="adamw_torch").train()
 
 
-@pytest.mark.parametrize(("limit", "acts"), [(1.0, "max_grad_norm"), (5.0, "gradient_clipping"), (0.0, None)])
+@pytest.mark.parametrize(
+    ("limit", "acts"), [(0.5, "max_grad_norm"), (5.0, "gradient_clipping"), (1.0, None), (0.0, None)]
+)
 def test_who_clips(limit: float, acts: str | None, tmp_path: Path) -> None:
     it = trainer(
         tmp_path, GrokAdamWCallback(), max_grad_norm=limit, eval_strategy="no", save_strategy="no", max_steps=1

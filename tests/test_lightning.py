@@ -321,6 +321,33 @@ def test_a_callback_that_is_used_again_logs_again(tmp_path: Path) -> None:
         assert list(curves(tmp_path / folder)["grok_grad_norm"]) == [1]
 
 
+def test_the_preset_and_a_schedule(trainer: Callable[..., Any]) -> None:
+    """Made of the module, whose layers and groups it has; a schedule multiplies each group's learning rate."""
+
+    class Preset(Measured):
+        def __init__(self) -> None:
+            super().__init__(grokadamw)
+            self.network = nn.Sequential(*self.network, nn.LayerNorm(3))
+            self.embedding = nn.Embedding(3, 16)  # of long rows, and without a gradient
+
+        def configure_optimizers(self) -> Any:
+            optimizer = GrokAdamW.for_grokking(self, lr=0.01, weight_decay=1.0)
+            self.before = [group["lr"] for group in optimizer.param_groups]
+            return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)]
+
+    module, it = Preset(), trainer(max_epochs=2, callbacks=[GrokAdamWCallback()], gradient_clip_val=1.0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module=__name__)
+        warnings.filterwarnings("error", message=".*(layer|clipped)")
+        it.fit(module, data(), data())
+    optimizer = it.optimizers[0]
+    assert [group["weight_decay"] for group in optimizer.param_groups[:3]] == pytest.approx([1, 1 / 3, 0])
+    assert len(set(module.before)) == 2
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr / 4 for lr in module.before])
+    names = [name for row in optimizer.layer_table() for name in row.names]
+    assert names == [name for name, _ in module.named_parameters()]
+
+
 def test_a_frozen_part_shifts_nobody(tmp_path: Path) -> None:
     class Probe(Measured):
         def __init__(self) -> None:

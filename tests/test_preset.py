@@ -243,6 +243,33 @@ def test_any_other_gamma_is_warned_of_once_the_layers_are_looked_at(
             take_step(optimizer)
 
 
+def test_without_a_model_it_says_what_it_needs() -> None:
+    with pytest.raises(TypeError, match=r"GrokAdamW.for_grokking\(model\).*huggingface.for_grokking\(arguments\)"):
+        GrokAdamW.for_grokking()
+
+
+def test_a_model_that_is_mostly_frozen_is_for_fine_tuning() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    model[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match="68% of the model is frozen.*made for training from scratch") as said:
+        optimizer = GrokAdamW.for_grokking(model)
+    assert [name for group in optimizer.param_groups for name in group["param_names"]] == [
+        *("2.weight", "1.weight", "1.bias", "2.bias")
+    ]
+    assert said[0].filename == __file__
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="all parameters of the model are frozen: set requires_grad"):
+        GrokAdamW.for_grokking(model)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_model_that_is_frozen_in_part_is_none() -> None:
+    model = nn.Sequential(nn.Embedding(3, 8), nn.Linear(8, 8), nn.LayerNorm(8))
+    model[0].requires_grad_(False)
+    names = [group["param_names"] for group in GrokAdamW.for_grokking(model).param_groups]
+    assert names == [["1.weight"], ["2.weight", "2.bias"], ["1.bias"]]
+
+
 def test_the_preset_needs_a_model_and_numbers() -> None:
     with pytest.raises(TypeError, match="weight_decay='3' is not a number"):
         GrokAdamW.for_grokking(network(), weight_decay="3")  # type: ignore[arg-type]

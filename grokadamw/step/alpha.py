@@ -139,6 +139,10 @@ class Signals:
                 UserWarning,
             )
 
+    def say_no_more(self) -> None:
+        """Leave out the warning of `listen`: somebody who knows why has said it."""
+        self._steps_without_losses = 1000
+
     def in_use(self, train_loss: Number | None, eval_loss: Number | None) -> bool:
         """Return True if there is anything to evaluate: a function without losses, or a loss for those that need it."""
         return not all(self.takes_losses) or (bool(self.functions) and (train_loss, eval_loss) != (None, None))

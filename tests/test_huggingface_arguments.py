@@ -1,0 +1,146 @@
+"""The Trainer's arguments: the preset takes them, and what the optimizer does not get of them is said."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grokadamw import GrokAdamW
+from grokadamw.signals import AccuracyGap, SlowGradient
+
+from .test_huggingface import GrokAdamWCallback, grokadamw_of, model, trainer, transformers
+
+from grokadamw.huggingface import for_grokking  # isort: skip
+
+BRIEF = {"max_steps": 2, "save_strategy": "no"}
+PRESET = {"learning_rate": 2e-3, "weight_decay": 1.5}
+
+
+def with_preset(folder: Path, *callbacks: Any, options: dict[str, Any] | None = None, **arguments: Any) -> Any:
+    given = transformers.TrainingArguments(str(folder), **{**PRESET, **arguments})
+    make = for_grokking(given, **options or {})
+    return trainer(folder, *callbacks, make=make, **{**BRIEF, **PRESET, **arguments})
+
+
+def said_by(train: Any) -> list[str]:
+    """The warnings of this package."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train()
+    return [str(warning.message) for warning in caught if warning.filename == __file__]
+
+
+def test_the_preset_has_the_trainers_learning_rate_weight_decay_and_schedule(tmp_path: Path) -> None:
+    lrs: list[list[float]] = []
+
+    class Watches(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            lrs.append([group["lr"] for group in kwargs["optimizer"].param_groups])
+
+    schedule = {"lr_scheduler_type": "linear", "max_steps": 4}
+    it = with_preset(tmp_path, GrokAdamWCallback(), Watches(), options={"lamb": 0.5}, **schedule)
+    assert said_by(it.train) == []
+    expected = GrokAdamW.for_grokking(model(), lr=2e-3, weight_decay=1.5, lamb=0.5)
+    for group, other in zip(grokadamw_of(it).param_groups, expected.param_groups, strict=True):
+        assert group["param_names"] == other["param_names"]
+        assert group["layers"] == other["layers"]
+        for name in ("weight_decay", "lamb", "gamma", "betas", "alpha_init", "max_row_change"):
+            assert group[name] == other[name], name
+    assert len(lrs) == 4
+    for i, now in enumerate(lrs):  # the schedule multiplies
+        assert now == pytest.approx([group["lr"] * (1 - i / 4) for group in expected.param_groups])
+
+
+def test_a_run_of_the_preset_resumes(tmp_path: Path) -> None:
+    steps = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    whole = with_preset(tmp_path, GrokAdamWCallback(), **steps)
+    whole.train()
+    resumed = with_preset(tmp_path / "resumed", GrokAdamWCallback(), **steps)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert all(map(torch.equal, resumed.model.parameters(), whole.model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_the_trainers_defaults_are_no_preset(name: str, tmp_path: Path) -> None:
+    arguments = transformers.TrainingArguments(str(tmp_path), **{k: v for k, v in PRESET.items() if k != name})
+    with pytest.raises(ValueError, match=f"{name}=.* is the Trainer's default.*learning_rate=3e-3, weight_decay=2.0"):
+        for_grokking(arguments)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_the_trainers_numbers_are_given_to_the_trainer(name: str, tmp_path: Path) -> None:
+    arguments = transformers.TrainingArguments(str(tmp_path), **PRESET)
+    with pytest.raises(ValueError, match=f"{name}=0.5 is the Trainer's: give it in TrainingArguments"):
+        for_grokking(arguments, **{name: 0.5})
+
+
+def test_a_trainer_that_makes_optimizers_without_the_model_is_told_another_way(tmp_path: Path) -> None:
+    """As releases of transformers did."""
+    make, options = for_grokking(transformers.TrainingArguments(str(tmp_path), **PRESET))
+    with pytest.raises(TypeError, match=r"Trainer\(optimizers=\(GrokAdamW.for_grokking\(model, lr=…"):
+        make([{"params": list(model().parameters())}], **options)
+
+
+def test_what_the_trainer_drops_is_said_once(tmp_path: Path) -> None:
+    callback = GrokAdamWCallback(eps=1e-6)
+    dropped = {"adam_beta1": 0.8, "adam_beta2": 0.98, "adam_epsilon": 1e-6}
+    it = trainer(tmp_path, callback, optim_args="lamda=1.5, gamma=0.05, betas=3, warmup=2", **dropped, **BRIEF)
+    lamda, betas, warmup, beta1, beta2 = said_by(it.train)
+    assert lamda == "optim_args has 'lamda', which the Trainer drops: did you mean lamb?"
+    assert betas.startswith("optim_args has 'betas', which the Trainer drops: it takes alpha_init, lamb, gamma, ")
+    assert warmup.endswith("gradient_clipping; give others to GrokAdamWCallback")
+    assert beta1 == "adam_beta1=0.8 does not reach the optimizer, which has 0.9: give betas to GrokAdamWCallback"
+    assert beta2.startswith("adam_beta2=0.98 does not reach the optimizer, which has 0.999: ")
+    assert said_by(it.train) == []
+
+
+def test_what_the_trainer_hands_on_is_not_spoken_of(tmp_path: Path) -> None:
+    callback = GrokAdamWCallback(betas=(0.8, 0.98))
+    it = trainer(tmp_path, callback, optim_args="lamb=1.50,gamma=5e-2", adam_beta1=0.8, adam_beta2=0.98, **BRIEF)
+    assert said_by(it.train) == []
+
+
+def test_an_optimizer_that_was_made_elsewhere_has_other_numbers(tmp_path: Path) -> None:
+    it = trainer(tmp_path, GrokAdamWCallback(), optim_args="lamb=1.5,gamma=x", **BRIEF)
+    it.optimizer = GrokAdamW.for_grokking(it.model)
+    lamb, gamma, lr, decay = said_by(it.train)
+    assert lamb.startswith("optim_args has lamb=1.5, and the optimizer has 2: the Trainer reads optim_args only where")
+    assert gamma.startswith("optim_args has gamma=x, and the optimizer has 0.6")
+    assert lr.startswith("learning_rate=0.01 does not reach the optimizer, which has 0.003: give lr where")
+    assert decay.startswith("weight_decay=0.1 does not reach the optimizer, which has 2: give it where")
+
+
+def test_numbers_that_nobody_chose_are_not_missed(tmp_path: Path) -> None:
+    it = trainer(tmp_path, GrokAdamWCallback(), learning_rate=5e-5, weight_decay=0.0, **BRIEF)
+    it.optimizer = GrokAdamW.for_grokking(it.model)
+    assert said_by(it.train) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, True),
+        ({"eval_acc": "eval_accuracy", "signals": AccuracyGap()}, True),
+        ({"signals": []}, False),
+        ({"signals": SlowGradient(every=2)}, False),
+        ({"lamb": 0.0}, False),
+    ],
+    ids=["losses", "accuracies", "none", "no losses", "no filter"],
+)
+def test_without_an_evaluation_it_says_so_once(options: dict[str, Any], says: bool, tmp_path: Path) -> None:
+    callback = GrokAdamWCallback(**options)
+    said = []
+    for _ in range(2):
+        it = trainer(tmp_path, callback, eval_strategy="no", **BRIEF)
+        said += said_by(it.train)
+        optimizer = grokadamw_of(it)
+        said += said_by(lambda: [optimizer.update_signals() for _ in range(1100)])  # noqa: B023
+    assert len(said) == says
+    if says:
+        assert 'eval_strategy="no": no evaluation is planned' in said[0]
+    it = trainer(tmp_path, GrokAdamWCallback(), eval_strategy="no", eval_on_start=True, **BRIEF)
+    assert said_by(it.train) == []
