@@ -6,11 +6,12 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 # other packages' names for an option, and how people spell it
 _MEANT = {
@@ -56,6 +57,21 @@ def with_hints(function: Callable[P, None]) -> Callable[P, None]:
             if name not in known and (instead := meant(name, known)):
                 raise TypeError(f"{type(args[0]).__name__} has no argument {name}: give {instead}")
         function(*args, **options)
+
+    return checked
+
+
+def with_model(method: Callable[P, T]) -> Callable[P, T]:
+    """Let a class method that makes an optimizer of a model say so where it is called without one."""
+
+    @functools.wraps(method)
+    def checked(*args: P.args, **options: P.kwargs) -> T:
+        if len(args) < 2 and "model" not in options:
+            raise TypeError(
+                "for_grokking needs the model: GrokAdamW.for_grokking(model). Where the Trainer makes the optimizer, "
+                "give optimizer_cls_and_kwargs=grokadamw.huggingface.for_grokking(arguments)"
+            )
+        return method(*args, **options)
 
     return checked
 

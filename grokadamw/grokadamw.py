@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from . import accumulation, layers
-from ._hints import check_params, misspelt, with_hints
+from ._hints import check_params, misspelt, with_hints, with_model
 from ._numbers import as_number, as_share
 from ._warn import warn
 from .backends import Batch, Scalars
@@ -49,11 +49,12 @@ class GrokAdamW(Optimizer):
     ```text
     c   = min(1, gradient_clipping / (N + 1e-6))          N: the norm of all gradients together
     α_t = alpha_init · exp(−κ · max(GS_t, 0))             GS_t: the combined grokking signal
-    μ   = α_t μ + (1 − α_t) c g                           the slow gradient, an exponential moving average
+    μ   = α_t μ + (1 − α_t) c g                           the slow gradient
     ĝ   = c g + λ μ
     m   = β1_l m + (1 − β1_l) ĝ,  β1_l = β1 (1 − γ)^l
     v   = β2 v + (1 − β2) ĝ²
-    θ   = θ (1 − lr · wd) − lr · m̂ / (√v̂ + ε),            m̂ = m / (1 − β1_l^t),  v̂ = v / (1 − β2^t)
+    θ   = θ (1 − lr · wd) − lr · m̂ / (√v̂ + ε)
+    m̂   = m / (1 − β1_l^t),  v̂ = v / (1 − β2^t)
     ```
 
     With ``lamb=0, gamma=0, gradient_clipping=0`` that is ``torch.optim.AdamW``.
@@ -61,7 +62,7 @@ class GrokAdamW(Optimizer):
     Sources: Grokfast (Lee et al. 2024, arXiv:2405.20233, section 2.3) for μ and ĝ; AdamW (Loshchilov & Hutter,
     arXiv:1711.05101, algorithm 2) for m, v and θ; the published GrokAdamW description for α_t and β1_l.
 
-    Args:
+    Args: Parameters, and AdamW's numbers
         params: parameters, ``(name, parameter)`` pairs such as ``model.named_parameters()``, or dicts of either; of
             float16, bfloat16, float32, float64 or complex dtype. With names, layers are the model's modules; without,
             every tensor is a layer of its own. A dict may set any number from ``lr`` to ``gradient_clipping``,
@@ -71,6 +72,8 @@ class GrokAdamW(Optimizer):
         betas: (β1, β2), each in [0, 1): decay of the first and second moment.
         eps: ε ≥ 0.
         weight_decay: decoupled decay wd ≥ 0, as AdamW's.
+
+    Args: The filter, and its signals
         alpha_init: α_init in [0, 1], the filter's memory while no signal shortens it: an average over about
             1 / (1 − α) steps. A float or a tensor of one element.
         lamb: λ ≥ 0, how much of the slow gradient is added; 0 is no filter.
@@ -79,17 +82,6 @@ class GrokAdamW(Optimizer):
             ``grokadamw.signals``. None is ``loss_gap`` of the losses given to
             ``record``; an empty list is no signal. ``grokking_signal_fn`` is an alias.
         grokking_signal_decay_rate: κ ≥ 0, how strongly the signal shortens the memory.
-        gradient_clipping: largest norm ≥ 0 of all gradients together; 0 is off.
-        max_row_norm: largest norm ≥ 0 of a row of a parameter with two dimensions or more, which is its slice along the
-            first: a linear layer's weights of one output, an embedding's vector. After a step longer rows are shortened
-            to it. 0 is off. It costs a pass over those parameters. What a wrapper has flattened, as FSDP1 does, has no
-            rows. Source: the max-norm constraint of Srivastava et al. 2014, JMLR 15, section 5.1.
-        max_row_change: largest distance ≥ 0 that such a row moves in a step, by the update and by decay, as a share of
-            its norm before; of a row shorter than 0.1, as a share of 0.1. It comes before ``max_row_norm``. 0 is off.
-            It costs a copy of those parameters while a step runs, and a pass over them: on the CPU less than the rest
-            of the step where the native kernel takes them, else a few times as much, and on a GPU many small launches
-            for each parameter. Below 0.01, rounding outweighs it in bfloat16. Source: the ratio to the weights' norm
-            of LAMB (arXiv:1904.00962), as a limit, and by unit, as in arXiv:2102.06171, section 4.1.
         combine: how several signals become one: ``"mean"``, ``"max"``, ``"min"``, or a callable of the list of usable
             values. A callable reads values back from a GPU; the others do not.
         second_moment: ``"filtered"``, v averages ĝ²; or ``"raw"``, (c g)².
@@ -103,6 +95,25 @@ class GrokAdamW(Optimizer):
             section 2.2.
         window_dtype: that those gradients are kept in, None for the parameter's, but float32 for float16; sums are
             float32 at least.
+
+    Args: Limits
+        gradient_clipping: largest norm ≥ 0 of all gradients together; 0 is off.
+        max_row_norm: largest norm ≥ 0 of a row of a parameter with two dimensions or more, which is its slice along the
+            first: a linear layer's weights of one output, an embedding's vector. After a step longer rows are shortened
+            to it. 0 is off. It costs a pass over those parameters. What a wrapper has flattened, as FSDP1 does, has no
+            rows. Source: the max-norm constraint of Srivastava et al. 2014, JMLR 15, section 5.1.
+        max_row_change: largest distance ≥ 0 that such a row moves in a step, by the update and by decay, as a share of
+            its norm before; of a row shorter than 0.1, as a share of 0.1. It comes before ``max_row_norm``. 0 is off.
+            It costs a copy of those parameters while a step runs, and a pass over them: on the CPU less than the rest
+            of the step where the native kernel takes them, else a few times as much, and on a GPU many small launches
+            for each parameter. Below 0.01, rounding outweighs it in bfloat16. Source: the ratio to the weights' norm
+            of LAMB (arXiv:1904.00962), as a limit, and by unit, as in arXiv:2102.06171, section 4.1.
+        nonfinite: what to do with a step whose gradients hold NaN or infinity, or whose Σg² overflows float64.
+            ``"skip"``: write nothing, and count it (``metrics()["skipped_steps"]``). ``"raise"``: write nothing, and
+            raise; this reads the norm back from a GPU. ``"propagate"``: take it, as AdamW does. The first two read the
+            gradients once more, unless clipping does so anyway.
+
+    Args: How a step runs
         accumulation_steps: k ≥ 1, micro-batches that make one step, each by a call of ``step``, without a buffer
             for gradients: m, v and μ collect a k-th of each, and parameters change at every k-th. m and μ are then
             what the joined batch would give, v is the mean of the micro-gradients' squares; so
@@ -110,14 +121,6 @@ class GrokAdamW(Optimizer):
             on its own; with ``nonfinite="skip"`` one that is not finite counts as 0. Signals are heard, and λ, γ and
             betas taken, at the first micro-batch. ``Accumulate`` has a buffer, and is exact. Source:
             Su Jianlin, https://kexue.fm/archives/8634.
-        nonfinite: what to do with a step whose gradients hold NaN or infinity, or whose Σg² overflows float64.
-            ``"skip"``: write nothing, and count it (``metrics()["skipped_steps"]``). ``"raise"``: write nothing, and
-            raise; this reads the norm back from a GPU. ``"propagate"``: take it, as AdamW does. The first two read the
-            gradients once more, unless clipping does so anyway.
-        compat: ``"0.1.2"`` repeats runs of that release, in float32 and float64 to rounding: bias correction by β1
-            instead of β1_l, ε added before v's correction, clipping tensor by tensor, layers counted over the tensors
-            that have a gradient, signals evaluated for each group, no limit to α, state in the parameter's dtype, no
-            rule for NaN.
         foreach: None for the fastest implementation that can take a tensor, see ``implementation``; True for
             torch's operations on lists of tensors; False for one tensor at a time, with the least scratch memory.
         maximize: climb instead of descend.
@@ -125,6 +128,10 @@ class GrokAdamW(Optimizer):
         differentiable: let autograd pass through the step.
         fused: None as with ``foreach``; False for foreach. True is None, for parameters on the CPU and on CUDA
             or ROCm GPUs, and lets GradScaler leave the loss scale to the optimizer, as torch's fused optimizers do.
+        compat: ``"0.1.2"`` repeats runs of that release, in float32 and float64 to rounding: bias correction by β1
+            instead of β1_l, ε added before v's correction, clipping tensor by tensor, layers counted over the tensors
+            that have a gradient, signals evaluated for each group, no limit to α, state in the parameter's dtype, no
+            rule for NaN.
 
     Raises:
         TypeError, ValueError: an argument is not what is written above. The message names it and its value.
@@ -194,12 +201,9 @@ class GrokAdamW(Optimizer):
         return "\n".join([*lines, ")"])
 
     @classmethod
+    @with_model
     def for_grokking(
-        cls,
-        model: nn.Module = None,  # type: ignore[assignment]  # without it, the error says what is needed
-        lr: float | Tensor = 3e-3,
-        weight_decay: float = 2.0,
-        **options: Any,
+        cls, model: nn.Module, lr: float | Tensor = 3e-3, weight_decay: float = 2.0, **options: Any
     ) -> GrokAdamW:
         """Make an optimizer with the settings that worked best on small models that memorise before they generalise.
 

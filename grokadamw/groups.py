@@ -83,11 +83,6 @@ def grokking_groups(
     than 1. Without norm layers vectors are weights, and all decays half as fast. Which groups there are depends on the
     modules alone: a model whose weights were loaded has the groups of the one that they come from.
     """
-    if model is None:
-        raise TypeError(
-            "for_grokking needs the model: GrokAdamW.for_grokking(model). Where the Trainer makes the optimizer, give "
-            "optimizer_cls_and_kwargs=grokadamw.huggingface.for_grokking(arguments)"
-        )
     check_model(model)
     _check_frozen(model)
     if not isinstance(lr, Tensor):

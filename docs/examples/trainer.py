@@ -42,7 +42,11 @@ def main(picture: Path = Path("trainer.png"), steps: int = 400) -> None:
             set_seed(0)
             half = len(data) // 2
             return Trainer(
-                model(letters), arguments, train_dataset=data[:half], eval_dataset=data[half:], callbacks=[Watch()]
+                model(letters),
+                arguments,
+                train_dataset=data[:half],
+                eval_dataset=data[half:],
+                callbacks=[Watch()],
             )
 
         class Watch(GrokAdamWCallback):
@@ -54,12 +58,18 @@ def main(picture: Path = Path("trainer.png"), steps: int = 400) -> None:
 
         monitors: list[Monitor] = []
         trainer().train()
-        trainer().train(resume_from_checkpoint=str(Path(folder, f"checkpoint-{steps // 2}")))
+        trainer().train(
+            resume_from_checkpoint=str(Path(folder, f"checkpoint-{steps // 2}"))
+        )
     whole, resumed = monitors
-    assert whole.rows[-1] == resumed.rows[-1]  # the resumed run is the uninterrupted one
+    assert (
+        whole.rows[-1] == resumed.rows[-1]
+    )  # the resumed run is the uninterrupted one
     whole.plot(picture)
     last = whole.rows[-1]
-    print(f"losses {last['train_loss']:.2f} and {last['eval_loss']:.2f}, α {last['alpha']:.3f}; see {picture}")
+    print(
+        f"losses {last['train_loss']:.2f} and {last['eval_loss']:.2f}, α {last['alpha']:.3f}; see {picture}"
+    )
 
 
 if __name__ == "__main__":

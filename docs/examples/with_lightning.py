@@ -42,7 +42,11 @@ def main(picture: Path = Path("with_lightning.png"), epochs: int = 28) -> None:
     module = Reviews(letters)
     with tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(
-            max_epochs=epochs, callbacks=[GrokAdamWCallback()], default_root_dir=folder, logger=False, accelerator="cpu"
+            max_epochs=epochs,
+            callbacks=[GrokAdamWCallback()],
+            default_root_dir=folder,
+            logger=False,
+            accelerator="cpu",
         )
         trainer.fit(
             module,
@@ -51,7 +55,9 @@ def main(picture: Path = Path("with_lightning.png"), epochs: int = 28) -> None:
         )
     module.monitor.plot(picture)
     last = module.monitor.rows[-1]
-    print(f"losses {last['train_loss']:.2f} and {last['eval_loss']:.2f}, α {last['alpha']:.3f}; see {picture}")
+    print(
+        f"losses {last['train_loss']:.2f} and {last['eval_loss']:.2f}, α {last['alpha']:.3f}; see {picture}"
+    )
 
 
 if __name__ == "__main__":
