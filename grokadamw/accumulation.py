@@ -29,8 +29,8 @@ class Cycle:
 
     def __init__(self, of: int, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> None:
         self.of, self._groups, self._state = of, groups, state
-        self._nth = groups[0]["micro_step"] + 1
-        self.is_first, self.is_last = self._nth == 1, self._nth >= of
+        self.nth = groups[0]["micro_step"]
+        self.is_first, self.is_last = self.nth == 0, self.nth + 1 >= of
         params = [param for group in groups for param in group["params"]] if self.is_last else []
         # parameters without a gradient that are to move, as they had one earlier in the cycle
         self.missing = {p for p in params if p.grad is None and state.get(p, {}).get("micro_step")}
@@ -51,7 +51,7 @@ class Cycle:
             state = self._state[param]
             state["micro_step"] = 0 if self.is_last else state.get("micro_step", 0) + 1
         for group in self._groups:
-            group["micro_step"] = 0 if self.is_last else self._nth
+            group["micro_step"] = 0 if self.is_last else self.nth + 1
         return bool(self.is_last)
 
 

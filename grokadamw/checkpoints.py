@@ -13,9 +13,10 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from .options import GROUP_KEYS
+from .options import GROUP_KEYS, STATES
+from .state.formats import unpacked
 
-__all__ = ["is_state_dict", "to_adamw", "to_grokadamw"]
+__all__ = ["is_state_dict", "to_adamw", "to_float32", "to_grokadamw"]
 
 StateDict: TypeAlias = dict[str, Any]
 _Group: TypeAlias = dict[str, Any]
@@ -25,7 +26,7 @@ _ADAMW: _Group = {"amsgrad": False, "decoupled_weight_decay": True}
 _ADAMW |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 # what one of GrokAdamW holds beside what both mean alike, and its state beside AdamW's
 _OURS = {*GROUP_KEYS} - {"lr", "betas", "eps", "weight_decay", "maximize", *_ADAMW}
-_OUR_STATE = ("grok_ema", "grok_ring", "grok_ring_sum", "grok_ring_lap", "grok_ring_count", "micro_step")
+_OUR_STATE = ("grok_ema", "grok_ring", "grok_ring_sum", "grok_ring_lap", "grok_ring_count", "micro_step", "param_low")
 _NEEDED = ("step", "exp_avg", "exp_avg_sq")
 _KINDS = (
     "GrokAdamW goes on from torch.optim.AdamW, Adam, and GrokAdamW; from others, start with fresh moments, or give it "
@@ -70,6 +71,24 @@ def to_grokadamw(state_dict: StateDict) -> StateDict:
     return _from_adam(state_dict) if of_adam else state_dict
 
 
+def to_float32(state_dict: StateDict) -> StateDict:
+    """Return a GrokAdamW's state dict whose m, v and μ are float32 at least, whatever `state_dtype` kept them in.
+
+    Low bits of parameters stay as they are: see `full_precision_state_dict`. GrokAdamW loads either, in any format.
+
+    Raises:
+        ValueError: as `to_grokadamw`.
+    """
+    ours = to_grokadamw(state_dict)
+    states = {key: _unpacked(state) if isinstance(state, dict) else state for key, state in ours["state"].items()}
+    return {**ours, "state": states}
+
+
+def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
+    numbers = {name: unpacked(state, name) for name in STATES if name in state}
+    return {name: numbers.get(name, value) for name, value in state.items() if not name.endswith("_scale")}
+
+
 def to_adamw(state_dict: StateDict) -> StateDict:
     """Return a state dict that `torch.optim.AdamW.load_state_dict` goes on from: moments, steps and AdamW's numbers.
 
@@ -79,7 +98,7 @@ def to_adamw(state_dict: StateDict) -> StateDict:
     Raises:
         ValueError: as `to_grokadamw`.
     """
-    ours = to_grokadamw(state_dict)
+    ours = to_float32(state_dict)
     groups = [{**_ADAMW, "maximize": False, **_without(g, {*_OURS, *_ADAMW})} for g in ours["param_groups"]]
     states = {key: _without(s, _OUR_STATE) if isinstance(s, dict) else s for key, s in ours["state"].items()}
     return {**ours, "state": states, "param_groups": groups}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
 from typing import Any, overload
 
@@ -64,8 +64,8 @@ class GrokAdamW(Optimizer):
 
     Args: Parameters, and AdamW's numbers
         params: parameters, ``(name, parameter)`` pairs such as ``model.named_parameters()``, or dicts of either; of
-            float16, bfloat16, float32, float64 or complex dtype. With names, layers are the model's modules; without,
-            every tensor is a layer of its own. A dict may set any number from ``lr`` to ``gradient_clipping``,
+            dtype float16, bfloat16, float32, float64 or complex. With names, the model's modules are the layers;
+            without, every tensor is a layer of its own. A dict may set ``lr`` to ``gradient_clipping``,
             ``max_row_norm``, ``max_row_change``, ``amplify_after``, ``foreach``, ``maximize``, ``capturable``, and
             ``layer``, an integer ≥ 0: the layer of all its parameters.
         lr: learning rate η ≥ 0, a float or a tensor of one element.
@@ -79,67 +79,69 @@ class GrokAdamW(Optimizer):
         lamb: λ ≥ 0, how much of the slow gradient is added; 0 is no filter.
         gamma: γ in [0, 1), how much β1 falls from layer to layer.
         grokking_signal_fns: a callable or a list of them, of no arguments or of ``(train_loss, eval_loss)``; see
-            ``grokadamw.signals``. None is ``loss_gap`` of the losses given to
-            ``record``; an empty list is no signal. ``grokking_signal_fn`` is an alias.
+            ``grokadamw.signals``. None is ``loss_gap`` of the losses given to ``record``; an empty list is no signal.
+            ``grokking_signal_fn`` is an alias.
         grokking_signal_decay_rate: κ ≥ 0, how strongly the signal shortens the memory.
         combine: how several signals become one: ``"mean"``, ``"max"``, ``"min"``, or a callable of the list of usable
             values. A callable reads values back from a GPU; the others do not.
         second_moment: ``"filtered"``, v averages ĝ²; or ``"raw"``, (c g)².
         amplify_after: steps of a parameter before λ acts on it. μ is kept from the first step on.
-        amplify_by_signal: multiply λ by the combined signal, limited to [0, 1]; without a usable signal, as before the
-            losses are recorded, it is 0. So the filter can wait until a model overfits. The signal acts on α, too, but
-            with ``grokking_signal_decay_rate=0``. One on a GPU is read back.
-        window_size: w ≥ 1: μ is the mean of a parameter's last w clipped gradients, and α does not act. It costs the
-            same for any w, in memory w + 2 more tensors of the parameter's size. Until there are w, it is the mean of
-            those; ``amplify_after=w - 1`` waits for them, as Grokfast does. None is the EMA. Source: arXiv:2405.20233,
-            section 2.2.
-        window_dtype: that those gradients are kept in, None for the parameter's, but float32 for float16; sums are
-            float32 at least.
+        amplify_by_signal: multiply λ by the combined signal, limited to [0, 1], so that the filter waits until a model
+            overfits. Without a usable signal λ is 0. The signal still acts on α, unless
+            ``grokking_signal_decay_rate=0``. A signal on a GPU is read back.
+        window_size: w ≥ 1: μ is the mean of a parameter's last w clipped gradients, or of all until there are w; α does
+            not act. A step costs the same for any w, and keeps w + 2 more tensors of the parameter's size. None is the
+            EMA. ``amplify_after=w - 1`` waits for a full window, as Grokfast does. Source: arXiv:2405.20233, 2.2.
+        window_dtype: dtype of those gradients. None is the parameter's, or float32 for float16.
 
     Args: Limits
         gradient_clipping: largest norm ≥ 0 of all gradients together; 0 is off.
-        max_row_norm: largest norm ≥ 0 of a row of a parameter with two dimensions or more, which is its slice along the
-            first: a linear layer's weights of one output, an embedding's vector. After a step longer rows are shortened
-            to it. 0 is off. It costs a pass over those parameters. What a wrapper has flattened, as FSDP1 does, has no
-            rows. Source: the max-norm constraint of Srivastava et al. 2014, JMLR 15, section 5.1.
-        max_row_change: largest distance ≥ 0 that such a row moves in a step, by the update and by decay, as a share of
-            its norm before; of a row shorter than 0.1, as a share of 0.1. It comes before ``max_row_norm``. 0 is off.
-            It costs a copy of those parameters while a step runs, and a pass over them: on the CPU less than the rest
-            of the step where the native kernel takes them, else a few times as much, and on a GPU many small launches
-            for each parameter. Below 0.01, rounding outweighs it in bfloat16. Source: the ratio to the weights' norm
-            of LAMB (arXiv:1904.00962), as a limit, and by unit, as in arXiv:2102.06171, section 4.1.
-        nonfinite: what to do with a step whose gradients hold NaN or infinity, or whose Σg² overflows float64.
-            ``"skip"``: write nothing, and count it (``metrics()["skipped_steps"]``). ``"raise"``: write nothing, and
-            raise; this reads the norm back from a GPU. ``"propagate"``: take it, as AdamW does. The first two read the
-            gradients once more, unless clipping does so anyway.
+        max_row_norm: largest norm ≥ 0 of a row, after a step; 0 is off. A row is a slice along the first dimension of a
+            parameter with two dimensions or more: a linear layer's weights of one output, an embedding's vector. What a
+            wrapper has flattened, as FSDP1 does, has no rows. Source: Srivastava et al. 2014, JMLR 15, section 5.1.
+        max_row_change: largest distance ≥ 0 that a row moves in a step, by the update and by decay, as a share of its
+            norm before, or of 0.1 if that is more; 0 is off. It comes before ``max_row_norm``. Below 0.01, rounding
+            outweighs it in bfloat16. Source: LAMB's ratio to the weights' norm (arXiv:1904.00962), as a limit, and by
+            unit, as in arXiv:2102.06171, section 4.1.
+        nonfinite: what happens to a step whose gradients hold NaN or infinity, or whose Σg² overflows float64.
+            ``"skip"``: nothing is written, and ``metrics()["skipped_steps"]`` counts it. ``"raise"``: nothing is
+            written, and an error is raised; this reads the norm back from a GPU. ``"propagate"``: the step is taken, as
+            AdamW does. Without clipping the first two read the gradients once more.
 
     Args: How a step runs
-        accumulation_steps: k ≥ 1, micro-batches that make one step, each by a call of ``step``, without a buffer
-            for gradients: m, v and μ collect a k-th of each, and parameters change at every k-th. m and μ are then
-            what the joined batch would give, v is the mean of the micro-gradients' squares; so
-            ``second_moment="raw"`` is required, and steps are up to √k times shorter. Each micro-gradient is clipped
-            on its own; with ``nonfinite="skip"`` one that is not finite counts as 0. Signals are heard, and λ, γ and
-            betas taken, at the first micro-batch. ``Accumulate`` has a buffer, and is exact. Source:
-            Su Jianlin, https://kexue.fm/archives/8634.
-        foreach: None for the fastest implementation that can take a tensor, see ``implementation``; True for
-            torch's operations on lists of tensors; False for one tensor at a time, with the least scratch memory.
+        accumulation_steps: k ≥ 1, micro-batches of a step, each a call of ``step``. No buffer is needed: m, v and μ
+            collect a k-th of each gradient, and parameters change at every k-th call. m and μ are those of the joined
+            batch; v is the mean of the micro-gradients' squares, so that steps are up to √k times shorter, and
+            ``second_moment="raw"`` is required. Each micro-gradient is clipped on its own; with ``nonfinite="skip"``
+            one that is not finite counts as 0. Signals, λ, γ and betas are taken at the first micro-batch.
+            ``Accumulate`` has a buffer, and is exact. Source: Su Jianlin, https://kexue.fm/archives/8634.
+        state_dtype: how m, v and μ are kept. ``"float32"``: 12 bytes a parameter. ``"bfloat16"``: 6. ``"int8"``: 3.2;
+            8-bit codes, and a scale for each 64 elements of a row. Or one for each of them, the others float32:
+            ``{"grok_ema": "int8", "exp_avg": "bfloat16"}``. A step computes in float32 in any case. Parameters with
+            fewer than 4,096 elements, float64 and complex ones and, with int8, rows below 32 keep full precision.
+        master_weight_bits: how many bits of a bfloat16 or float16 parameter a step works with: 32, as if it was
+            float32; or 24, rounded stochastically. Those that its dtype does not hold are state, ``param_low``, of 2
+            bytes or 1. None: the dtype's own, with which a bfloat16 weight of 1 does not move by less than 0.004.
+        rounding: how such a parameter is rounded to its dtype without master_weight_bits: ``"nearest"``, or
+            ``"stochastic"``, which keeps small changes on average.
+        foreach: None for the fastest implementation that can take a tensor, see ``implementation``. True for torch's
+            operations on lists of tensors. False for one tensor at a time, with the least scratch memory.
         maximize: climb instead of descend.
         capturable: let CUDA graphs capture the step; all parameters are on a GPU then. See ``update_signals``.
         differentiable: let autograd pass through the step.
-        fused: None as with ``foreach``; False for foreach. True is None, for parameters on the CPU and on CUDA
-            or ROCm GPUs, and lets GradScaler leave the loss scale to the optimizer, as torch's fused optimizers do.
-        compat: ``"0.1.2"`` repeats runs of that release, in float32 and float64 to rounding: bias correction by β1
-            instead of β1_l, ε added before v's correction, clipping tensor by tensor, layers counted over the tensors
-            that have a gradient, signals evaluated for each group, no limit to α, state in the parameter's dtype, no
-            rule for NaN.
+        fused: None as with ``foreach``; False for foreach. True is None, for parameters on the CPU and on CUDA or ROCm
+            GPUs, and lets GradScaler leave the loss scale to the optimizer.
+        compat: ``"0.1.2"`` repeats runs of that release, to rounding: bias correction by β1 instead of β1_l, ε added
+            before v's correction, clipping tensor by tensor, layers counted over the tensors that have a gradient,
+            signals evaluated for each group, no limit to α, state in the parameter's dtype, no rule for NaN.
 
     Raises:
         TypeError, ValueError: an argument is not what is written above. The message names it and its value.
 
     ``optimizer.state[p]`` holds ``step`` (0-d float32), ``exp_avg`` m, ``exp_avg_sq`` v, and ``grok_ema`` μ once λ was
-    above 0: in the parameter's shape, and in its dtype, but float32 at least. With a window also ``grok_ring``
-    (w, \*shape), ``grok_ring_sum``, ``grok_ring_lap`` (shape) and ``grok_ring_count`` (0-d int64); with
-    accumulation_steps above 1 ``micro_step``, the gradients that it has had since its last step.
+    above 0: in the parameter's shape, and float32 at least, or as state_dtype says; int8 codes have scales,
+    ``exp_avg_scale`` (rows, blocks). With a window also ``grok_ring`` (w, \*shape), ``grok_ring_sum``,
+    ``grok_ring_lap`` (shape) and ``grok_ring_count`` (0-d int64); with accumulation_steps ``micro_step``.
     """
 
     _preset_gamma: float | None = None  # the γ that `for_grokking` chose, and that no warning is due about
@@ -168,6 +170,9 @@ class GrokAdamW(Optimizer):
         window_size: int | None = None,
         window_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
+        state_dtype: str | Mapping[str, str] = "float32",
+        master_weight_bits: int | None = None,
+        rounding: str = "nearest",
         nonfinite: str = "skip",
         compat: str | None = None,
         foreach: bool | None = None,
@@ -317,7 +322,7 @@ class GrokAdamW(Optimizer):
         With ``lamb`` set to 0 the filter is off, but μ is kept up to date so that it can be switched on again.
         """
         for state in states_of(self.param_groups, self.state):
-            for name in ("grok_ema", *WINDOW):
+            for name in ("grok_ema", "grok_ema_scale", *WINDOW):
                 state.pop(name, None)
 
     @property

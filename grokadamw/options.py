@@ -74,6 +74,25 @@ def check_dtype(name: str, value: Any) -> Any:
     return value
 
 
+STATES = ("exp_avg", "exp_avg_sq", "grok_ema")  # m, v and μ
+FORMATS = ("float32", "bfloat16", "int8")  # that they can be kept in
+
+
+def check_formats(name: str, value: Any) -> Any:
+    """Check a format for all states, or a mapping with one for some of them."""
+    if isinstance(value, Mapping):
+        if unknown := [key for key in value if key not in STATES]:
+            raise ValueError(f"{name}={value!r} names {unknown[0]!r}: the states are {', '.join(map(repr, STATES))}")
+        return {key: check_formats(f"{name}[{key!r}]", value[key]) for key in STATES if key in value}
+    given = str(value).removeprefix("torch.")
+    if not isinstance(value, (str, torch.dtype)) or given not in FORMATS:
+        raise ValueError(
+            f"{name}={value!r} is no format: give one of {', '.join(map(repr, FORMATS))}, or a dict with one for each "
+            f"of {', '.join(map(repr, STATES))}"
+        )
+    return given
+
+
 def one_of(*choices: Any) -> Check:
     """Return a check that a value is one of these, and of their types: 1 is not True."""
     types = {*map(type, choices)}
@@ -143,6 +162,9 @@ OPTIONS: dict[str, Option] = {
     "window_size":                Option(None,         or_none(check_count, at_least=1),     OPTIMIZER, WARN, "0.2.0"),
     "window_dtype":               Option(None,         check_dtype,                          OPTIMIZER, KEEP, "0.2.0"),
     "accumulation_steps":         Option(1,            partial(check_count, at_least=1),     OPTIMIZER, WARN, "0.2.0"),
+    "state_dtype":                Option("float32",    check_formats,                        OPTIMIZER, KEEP, "0.2.0"),
+    "master_weight_bits":         Option(None,         one_of(None, 24, 32),                 OPTIMIZER, KEEP, "0.2.0"),
+    "rounding":                   Option("nearest",    one_of("nearest", "stochastic"),      OPTIMIZER, KEEP, "0.2.0"),
     "nonfinite":                  Option("skip",       one_of("skip", "raise", "propagate"), OPTIMIZER, KEEP, "0.2.0"),
     "compat":                     Option(None,         one_of(None, "0.1.2"),                OPTIMIZER, WARN, "0.2.0"),
     "foreach":                    Option(None,         one_of(None, True, False),            GROUP,     KEEP, "0.2.0"),
@@ -258,6 +280,9 @@ def check_group(
 _CONFLICTS = (
     (("max_row_norm", "max_row_change"), ("compat",), ", which has no such thing:"),
     (("accumulation_steps", "window_size"), ("compat", "differentiable"), ":"),
+    (("state_dtype", "master_weight_bits", "rounding"), ("compat", "differentiable"), ":"),
+    (("state_dtype",), ("window_size",), ", which keeps gradients as they are:"),
+    (("rounding",), ("master_weight_bits",), ", which rounds at random what its bits do not hold:"),
     (("accumulation_steps", "amplify_by_signal"), ("capturable",), ": a CUDA graph does the same at every replay;"),
 )
 

@@ -6,6 +6,10 @@ import re
 
 import numpy as np
 
+from . import formats_oracle
+
+STATES = ("exp_avg", "exp_avg_sq", "grok_ema")
+
 
 def layer_numbers(names: list[list[str]]) -> list[list[int]]:
     """Layers of groups of named parameters: first appearance, over all groups, of the path that names the layer."""
@@ -36,6 +40,7 @@ class Oracle:
     """All stages but signal, for groups of tensors.
 
     Each group is a dict of the optimizer's hyper-parameters, with lists of `values`, arrays, and of `layers`, numbers.
+    Values and states may be kept in fewer bits: `half` is the dtype of values of 16 bits.
     """
 
     def __init__(
@@ -46,7 +51,13 @@ class Oracle:
         window_size: int | None = None,
         accumulation_steps: int = 1,
         amplify_by_signal: bool = False,
+        state_dtype: str | dict = "float32",
+        master_weight_bits: int | None = None,
+        rounding: str = "nearest",
+        half: str | None = None,
     ) -> None:
+        self.formats = {name: state_dtype if isinstance(state_dtype, str) else state_dtype.get(name) for name in STATES}
+        self.half, self.weight_bits = half, master_weight_bits or (16 if rounding == "stochastic" else 0)
         self.second_moment, self.window_size = second_moment, window_size
         self.accumulation_steps, self.amplify_by_signal = accumulation_steps, amplify_by_signal
         self.micro_step = 0  # the micro-batches of the cycle so far
@@ -59,6 +70,8 @@ class Oracle:
 
     def add(self, group: dict) -> None:
         group["has_rows"] = [value.ndim > 1 for value in group["values"]]
+        group["is_complex"] = [np.iscomplexobj(value) for value in group["values"]]
+        group["first"] = sum(len(other["values"]) for other in self.groups)  # its first parameter's number
         group["values"] = [
             _real(value.astype(complex if np.iscomplexobj(value) else float)) for value in group["values"]
         ]
@@ -135,10 +148,12 @@ class Oracle:
         state["m"] = keep_m * state["m"] + (1 - beta1) * amplified
         squared = g**2 / k if self.second_moment == "raw" else amplified**2
         state["v"] = keep_v * state["v"] + (1 - beta2) * squared
+        m_hat, v_hat = state["m"] / (1 - beta1**t), state["v"] / (1 - beta2**t)
+        draw = (t - 1) * k + self.micro_step
+        self._keep_states(group, i, draw)
         if not is_last:
             return
         state["t"] = t
-        m_hat, v_hat = state["m"] / (1 - beta1**t), state["v"] / (1 - beta2**t)
         before = group["values"][i]
         theta = before * (1 - group["lr"] * group["weight_decay"])
         group["values"][i] = theta - group["lr"] * m_hat / (np.sqrt(v_hat) + group["eps"])
@@ -152,6 +167,25 @@ class Oracle:
                 norms = np.maximum(np.linalg.norm(rows, axis=1), 1e-300)
                 rows = rows * np.minimum(1, group["max_row_norm"] / norms)[:, None]
             group["values"][i] = rows.reshape(theta.shape)
+        if self.weight_bits and self.half and theta.size and not group["is_complex"][i]:
+            rows = group["values"][i].reshape(len(theta) if group["has_rows"][i] else 1, -1)
+            dithers = formats_oracle.words(group["first"] + i, draw, "param", *rows.shape)
+            whole, _ = formats_oracle.weights(rows.astype(np.float32), self.half, self.weight_bits, dithers)
+            group["values"][i] = whole.astype(float).reshape(theta.shape)
+
+    def _keep_states(self, group: dict, i: int, draw: int) -> None:
+        """Let the states be what comes back from their formats."""
+        for key, (name, form) in zip(("m", "v", "mu"), self.formats.items(), strict=True):
+            x = group["state"][i][key]
+            if x is None or not x.size or group["is_complex"][i] or form not in ("bfloat16", "int8"):
+                continue
+            rows = x.reshape(len(x) if group["has_rows"][i] else 1, -1).astype(np.float32)
+            dithers = formats_oracle.words(group["first"] + i, draw, name, *rows.shape)
+            if form == "bfloat16":
+                rows = formats_oracle.bfloat16(rows, name, dithers)
+            elif rows.shape[1] >= 32:
+                rows = formats_oracle.decoded(*formats_oracle.encoded(rows, name, dithers), name)
+            group["state"][i][key] = rows.astype(float).reshape(x.shape)
 
 
 def _real(array: np.ndarray) -> np.ndarray:

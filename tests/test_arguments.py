@@ -184,6 +184,15 @@ BAD = [
     ({"grokking_signal_fns": lambda a: 0.0}, TypeError, r"<lambda>, which requires \(a\)"),
     ({"grokking_signal_fns": lambda *, a, b: 0.0}, TypeError, r"<lambda>, which requires \(a, b\)"),
     ({"grokking_signal_fns": [], "grokking_signal_fn": []}, ValueError, "grokking_signal_fns and its alias"),
+    ({"state_dtype": "int4"}, ValueError, "state_dtype='int4' is no format"),
+    ({"state_dtype": {"exp_avg": 8}}, ValueError, r"state_dtype\['exp_avg'\]=8 is no format"),
+    ({"state_dtype": {"step": "int8"}}, ValueError, "state_dtype=.* names 'step'"),
+    ({"state_dtype": "int8", "window_size": 2}, ValueError, "state_dtype='int8' with window_size=2, which keeps"),
+    ({"state_dtype": "int8", "compat": "0.1.2"}, ValueError, "state_dtype='int8' with compat='0.1.2'"),
+    ({"state_dtype": "int8", "differentiable": True}, ValueError, "state_dtype='int8' with differentiable=True"),
+    ({"master_weight_bits": 16}, ValueError, "master_weight_bits=16 is unknown"),
+    ({"rounding": "up"}, ValueError, "rounding='up' is unknown"),
+    ({"rounding": "stochastic", "master_weight_bits": 24}, ValueError, "rounding='stochastic' with master_weight_bits"),
 ]
 BAD_IN_A_GROUP = [
     ({"second_moment": "raw"}, ValueError, "second_moment='raw'"),

@@ -446,7 +446,7 @@ def test_what_cannot_be_written_leaves_the_old_file(
 
 
 def test_the_conversions_need_the_table_of_options_alone() -> None:
-    """No optimizer and nothing of a step: in a package without __init__ they load the table, and what that needs."""
+    """No optimizer and nothing of a step: in a package without __init__ they load the table and the state's formats."""
     code = """
 import sys, types
 package = types.ModuleType("grokadamw")
@@ -457,9 +457,8 @@ print(*sorted(name for name in sys.modules if name.startswith("grokadamw.")))
 """
     folder = HERE.parent.parent / "grokadamw"
     loaded = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True).stdout
-    assert loaded.split() == [
-        f"grokadamw.{name}" for name in ("_numbers", "checkpoints", "distributed", "layers", "options")
-    ]
+    needed = ("_numbers", "checkpoints", "distributed", "layers", "options", "state", "state.formats")
+    assert loaded.split() == [f"grokadamw.{name}" for name in needed]
 
 
 def test_a_pickled_optimizer_of_an_older_version_goes_on() -> None:

@@ -27,12 +27,13 @@ SIGNALS = {"grokking_signal_fns", "grokking_signal_fn", "combine"}
 OF_THE_OPTIMIZER = {
     *("second_moment", "nonfinite", "compat", "differentiable"),
     *("amplify_by_signal", "window_size", "window_dtype", "accumulation_steps"),
+    *("state_dtype", "master_weight_bits", "rounding"),
 }
 HOW_TO_RUN = {"foreach", "fused", "capturable"}
 WARNED_OF = {"second_moment", "compat", "amplify_by_signal", "window_size", "accumulation_steps"}
 IN_GROUPS = [name for name in OPTIONS if name not in SIGNALS]
 OF_GROUPS = [name for name in IN_GROUPS if name not in OF_THE_OPTIMIZER]
-CANDIDATES = (True, "raw", "raise", "0.1.2", 2, 0.5, (0.5, 0.5), torch.float64)
+CANDIDATES = (True, "raw", "raise", "0.1.2", 2, 0.5, (0.5, 0.5), torch.float64, "int8", 24, "stochastic")
 NEEDS: dict[str, dict[str, Any]] = {
     "window_dtype": {"window_size": 2},
     "accumulation_steps": {"second_moment": "raw"},

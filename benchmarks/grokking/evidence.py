@@ -89,6 +89,18 @@ DATA: dict[str, tuple[Iterable[float], Iterable[float], Iterable[int], list[str]
 }
 DATA_SEEDS = range(100, 105)
 
+# what state and weights are kept in: a method, and its options
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "float32": (PRESET, {}),
+    "bfloat16 states": (PRESET, {"state_dtype": "bfloat16"}),
+    "int8 states": (PRESET, {"state_dtype": "int8"}),
+    "bfloat16 weights, 32 bits of them": ("grokadamw-bfloat16", {"master_weight_bits": 32}),
+    "bfloat16 weights, 24 bits, int8 states": ("grokadamw-bfloat16", {"master_weight_bits": 24, "state_dtype": "int8"}),
+    "bfloat16 weights, stochastic rounding": ("grokadamw-bfloat16", {"rounding": "stochastic"}),
+    "bfloat16 weights, rounded to nearest": ("grokadamw-bfloat16", {}),
+}
+FORMAT_TASKS = {"mul97": (None, None), "mnist-vit": (None, None), "hamlet": (0.1, 600)}  # weight decay and steps
+
 # {filter} × {weight decay}: Grokfast's settings of its section 4 with and without one of the two
 TWO_BY_TWO = {
     "mnist": ({"alpha": 0.8, "lamb": 0.1}, 1e-3, (0.01, 2.0), 60000),
@@ -188,6 +200,17 @@ def two_by_two(task: str) -> list[Run]:
     ]
 
 
+def formats() -> dict[str, list[Run]]:
+    """The preset, on seeds of the reports."""
+    return {
+        name: [
+            Run.of(task, method, seed, None, decay, options, budget)
+            for (task, (decay, budget)), seed in product(FORMAT_TASKS.items(), DATA_SEEDS)
+        ]
+        for name, (method, options) in FORMATS.items()
+    }
+
+
 def variations(rows: list[Row]) -> dict[str, list[Run]]:
     """With the cell of the preset's grid."""
     cell = best(select(rows, grid(PRESET)))
@@ -228,6 +251,7 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
     for seed in GRID_SEEDS:
         yield [run for pair in PAIRS for run in pair_grid(pair, "adamw", [seed])]
     yield [run for pair in PAIRS for run in pair_finals(pair, "adamw", rows)]
+    yield [run for same in zip(*formats().values(), strict=True) for run in same]
     for task, (*_, names) in DATA.items():
         yield [run for method in names for run in data_grid(task, method)]
     for task, (*_, names) in DATA.items():

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocks, cpu, foreach, gpu, memory, native, reference, rows
+from . import blocks, cpu, decoded, foreach, gpu, memory, native, reference, rows
 from .types import Batch, Choice, MicroStep, Scalars
 
-__all__ = ["BY_ADDRESS", "FUSED_ON", "Batch", "Choice", "MicroStep", "Scalars", "choose", "fastest_sum_of_squares"]
-__all__ += ["is_fused_on", "keep", "row_width", "rows", "sum_of_squares"]
+__all__ = ["BY_ADDRESS", "FUSED_ON", "LIMITS_ROWS", "Batch", "Choice", "MicroStep", "Scalars", "choose"]
+__all__ += ["fastest_sum_of_squares", "is_fused_on", "keep", "row_width", "rows", "sum_of_squares"]
 
 BY_ADDRESS = (cpu, blocks, gpu)  # those for which memory must not overlap
+LIMITS_ROWS = (cpu, gpu, decoded)  # those that limit rows themselves
 FUSED_ON = ["cpu", "cuda"]  # where there are backends that do all in one pass
 
 
-def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any]) -> Choice:
+def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: bool = False) -> Choice:
     """Return the backend for one parameter, under the options of its group.
 
     Autograd and torch.func's transforms pass through `reference` alone: its results are new tensors. foreach=False gets
@@ -35,11 +36,26 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any]) -> Choi
         row: the parameter, its gradient, m, v and, where there is one, μ; plain and real.
         step: its step count.
         options: of its group.
+        coded: whether its state is not kept as the numbers that a step computes with, or the parameter itself is not.
     """
     if any(map(torch._C._functorch.is_functorch_wrapped_tensor, row)):
         return Choice(reference, "torch.func transforms it, and has no rules for lists")
     if asked := asked_for(options):
-        return asked
+        return asked._replace(module=decoded) if coded else asked
+    if coded:
+        reason = memory.why_not(row, step, coded) if row[0].is_cpu else "no kernel for coded state there"
+        kernel = native.kernel()
+        if (
+            reason is None
+            and row[0].itemsize == 2
+            and row[0].dim() > 1
+            and row[0].numel()
+            and not cpu.row_width(row[0], True)
+        ):
+            reason = "rows longer than those that the kernel limits"  # rows.py does not know of low bits
+        if reason is None and not isinstance(kernel, str):
+            return Choice(cpu, f"the native kernel, compiled for {kernel.instruction_set}")
+        return Choice(decoded, f"float32 copies, as {reason or kernel}")
     if gpu.is_for(row[0].device):
         reason = gpu.why_not(row, step)
         return Choice(foreach, reason) if reason else Choice(gpu, "one Triton launch for all tensors of a kind")
@@ -69,9 +85,9 @@ def is_fused_on(device: torch.device) -> bool:
     return device.type in FUSED_ON
 
 
-def row_width(choice: Choice, param: Tensor) -> int:
+def row_width(choice: Choice, param: Tensor, coded: bool = False) -> int:
     """Return the elements of a row of a parameter, where that backend limits its rows; otherwise 0."""
-    width: int = choice.module.row_width(param) if choice.module in (cpu, gpu) else 0
+    width: int = choice.module.row_width(param, coded) if choice.module in LIMITS_ROWS else 0
     return width
 
 

@@ -13,14 +13,16 @@ import os
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..state.formats import BLOCK, has_no_gaps, key_of, width_of
 from . import foreach, memory, native
-from .memory import DTYPES, addresses, ends_of, has_no_gaps, where
+from .memory import DTYPES, addresses, ends_of, where
 from .rows import SHORT
-from .types import Addresses, Batch, Scalars, limited_widths
+from .types import Addresses, Batch, Coded, Scalars, limited_widths, written
 
 _PROCESS = os.getpid()  # a later fork of it has none of OpenMP's threads, and would wait for them forever
 _ALONE = 1 << 17  # elements for which another thread is not worth its start
@@ -76,10 +78,10 @@ def _can_be_summed(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cpu and x.dtype in DTYPES and has_no_gaps(x) and not x.is_neg()
 
 
-def row_width(param: Tensor) -> int:
+def row_width(param: Tensor, coded: bool = False) -> int:
     """Return the elements of a row of a parameter that `why_not` has cleared; 0 if `step` cannot limit its rows."""
     found = native.kernel()
-    return 0 if isinstance(found, str) else memory.row_width(param, found.row_bytes // param.itemsize)
+    return 0 if isinstance(found, str) else memory.row_width(param, found.row_bytes // (4 if coded else param.itemsize))
 
 
 # those of the table's numbers that a step may change, from `beta2` on
@@ -91,10 +93,29 @@ def keep(batch: Batch) -> Addresses:
     at = where(batch)
     count, (elements,) = len(batch.params), struct.unpack("q", at.ends[-8:])
     columns = dict(zip(at._fields[:7], at, strict=False))
-    dtypes = zip(("param", "grad", "state"), (batch.params, batch.grads, batch.exp_avgs), strict=True)
-    table = native.Table(count=count, **columns, **{name: DTYPES.index(column[0].dtype) for name, column in dtypes})
+    param, grad, state = (
+        DTYPES.index(torch.float32 if column[0].dtype == torch.int8 else column[0].dtype) for column in batch[:3]
+    )
+    table = native.Table(count=count, **columns, param=param, grad=grad, state=state)
     table.elements, table.betas, table.limits = elements, (), False  # what Python alone needs to know
+    if batch.coded is not None:
+        _add_codes(table, batch, batch.coded)
     return at._replace(table=table)
+
+
+def _add_codes(table: Any, batch: Batch, coded: Coded) -> None:
+    """Tell the kernel how state and parameters are kept."""
+    table.coded, table.rounds, table.low_bits = 1, coded.rounds, 8 * coded.lows[0].itemsize if coded.lows else 0
+    table.state = DTYPES.index(torch.float32)
+    for i, (column, scales) in enumerate(zip(batch[2:5], coded[:3], strict=True)):
+        dtype = column[0].dtype if column else torch.float32
+        table.formats[i] = (torch.float32, torch.bfloat16, torch.int8).index(
+            dtype if dtype != torch.uint8 else torch.int8
+        )
+        table.scales[i] = addresses(scales) if scales else None
+    table.lows = addresses(coded.lows) if coded.lows else None
+    odd = [width_of(param) if param.dim() > 1 and width_of(param) % BLOCK else 0 for param in batch.params]
+    table.widths, table.keys = memory.packed(odd), struct.pack(f"{len(odd)}I", *map(key_of, coded.numbers))
 
 
 def step(batch: Batch, scalars: Scalars) -> None:
@@ -107,7 +128,7 @@ def step(batch: Batch, scalars: Scalars) -> None:
             return
         batch, n = batch._replace(grads=list(map(torch.zeros_like, batch.grads)), addresses=None), n._replace(clip=1.0)
     at = keep(batch) if batch.addresses is None else batch.addresses
-    table, (k, decays, moves) = at.table, n.micro_step
+    table, (k, decays, moves, _) = at.table, n.micro_step
     table.grads = at.grads
     if table.betas != (n.beta1, n.bias_beta1):
         packer = struct.Struct(f"{len(batch.params)}d")
@@ -123,7 +144,8 @@ def step(batch: Batch, scalars: Scalars) -> None:
         *(n.max_row_change, n.max_row_norm, SHORT, min(n.amplify_after, 2**63 - 1)),
         *(n.eps_before_correction, n.raw_second_moment, decays, moves),
     )
-    moved = [*batch.params, *batch.steps] if moves else []
+    if batch.coded is not None:
+        table.nth = n.micro_step.nth
     # torch's own operations say so themselves
-    torch.autograd.graph.increment_version([*moved, *batch.exp_avgs, *batch.exp_avg_sqs, *(batch.grok_emas or ())])
+    torch.autograd.graph.increment_version([x for column in written(batch, moves) for x in column])
     found.step(table, *_threads(table.elements))

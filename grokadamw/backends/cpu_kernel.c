@@ -22,9 +22,13 @@ enum { PIECE = 1 << 16, /* elements that a thread takes at a time, and of which 
        CHUNK = 512,     /* elements that are converted at a time: they stay in the L1 cache */
        STRIP = 128,     /* elements of rows that are limited which are updated at a time, before their squares are summed */
        ROW_BYTES = 1 << 18, /* of the longest row that can be limited; a copy of it is on the stack */
+       ROW = ROW_BYTES / 4, /* elements of the longest row of a coded tensor that can be limited */
+       BLOCK = 64,      /* elements of a row that share a scale */
        LANES = 16,      /* sums of squares that go side by side */
        AHEAD = 12 };    /* tensors that are fetched before they are looked at */
 enum dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+enum format { PLAIN, DITHERED, INT8 }; /* of a state: in its dtype; in bfloat16, rounded by a dither; in codes */
+enum state { EXP_AVG, EXP_AVG_SQ, GROK_EMA, STATES };
 
 /* A list of tensors, and the numbers for them; `Table` in native.py is the same. */
 typedef struct {
@@ -39,6 +43,14 @@ typedef struct {
     int64_t amplify_after;
     int32_t eps_before_correction, raw_second_moment, decays, moves;
     int32_t param, grad, state;    /* dtypes */
+    /* where anything is kept in fewer bits; formats.py defines them */
+    int32_t coded, rounds, low_bits;        /* low_bits: 0, 8, 16 */
+    int32_t formats[STATES];
+    float *const *scales[STATES];           /* NULL where a state has none */
+    char *const *lows;
+    const int64_t *widths;                  /* elements of a row if its last block is shorter; else 0 */
+    const uint32_t *keys;                   /* of each tensor's dithers */
+    int64_t nth;                            /* of the step's micro-batches */
 } table;
 
 typedef struct job {
@@ -120,7 +132,7 @@ typedef struct {
 #define ROWS(real, square_root)                                                                                       \
     static inline __attribute__((always_inline)) void rows_of_##real(                                                 \
         int64_t n, real *restrict theta, const real *restrict grad, real *restrict m, real *restrict v,               \
-        real *restrict mu, int raw, numbers k)                                                                        \
+        real *restrict mu, real *restrict roots, int raw, numbers k)                                                  \
     {                                                                                                                 \
         const real clip = k.clip, keep_mu = k.keep_mu, add_mu = k.add_mu, lamb = k.lamb, keep_m = k.keep_m,           \
                    add_m = k.add_m, keep_v = k.keep_v, add_v = k.add_v, root = k.root, eps = k.eps, decay = k.decay,  \
@@ -134,17 +146,23 @@ typedef struct {
             }                                                                                                         \
             m[i] = keep_m * m[i] + add_m * g_hat;                                  /* exp_avg */                      \
             v[i] = keep_v * v[i] + add_v * (raw ? g * g : g_hat * g_hat);          /* exp_avg_sq */                   \
+            if (roots) roots[i] = square_root(v[i]);                                                                  \
             if (theta)                                                                                                \
                 theta[i] = decay * theta[i] - step * (m[i] / (root * square_root(v[i]) + eps)); /* update */          \
         }                                                                                                             \
     }                                                                                                                 \
-    static void rows_##real(int64_t n, real *theta, const real *grad, real *m, real *v, real *mu, int raw, numbers k) \
+    static void rows_##real(int64_t n, real *theta, const real *grad, real *m, real *v, real *mu, real *roots,        \
+                            int raw, numbers k)                                                                       \
     {   /* a loop for each case, which the compiler can make vectors of */                                            \
-        if (!theta && mu) rows_of_##real(n, NULL, grad, m, v, mu, 1, k); /* of a micro-batch: always raw */           \
-        else if (!theta) rows_of_##real(n, NULL, grad, m, v, NULL, 1, k);                                             \
-        else if (mu && raw) rows_of_##real(n, theta, grad, m, v, mu, 1, k);                                                \
-        else if (mu) rows_of_##real(n, theta, grad, m, v, mu, 0, k);                                                  \
-        else rows_of_##real(n, theta, grad, m, v, NULL, 0, k);                                                        \
+        if (roots && theta && mu && !raw) rows_of_##real(n, theta, grad, m, v, mu, roots, 0, k);                      \
+        else if (roots && theta && !mu && !raw) rows_of_##real(n, theta, grad, m, v, NULL, roots, 0, k);              \
+        else if (!theta && mu) rows_of_##real(n, NULL, grad, m, v, mu, NULL, 1, k); /* of a micro-batch: always raw */ \
+        else if (!theta) rows_of_##real(n, NULL, grad, m, v, NULL, NULL, 1, k);                                       \
+        else if (mu && raw) rows_of_##real(n, theta, grad, m, v, mu, NULL, 1, k);                                     \
+        else if (mu) rows_of_##real(n, theta, grad, m, v, mu, NULL, 0, k);                                            \
+        else rows_of_##real(n, theta, grad, m, v, NULL, NULL, 0, k);                                                  \
+        if (roots && (raw || !theta)) /* seldom */                                                                    \
+            for (int64_t i = 0; i < n; i++) roots[i] = square_root(v[i]);                                             \
     }
 ROWS(float, sqrtf)
 ROWS(double, sqrt)
@@ -172,21 +190,244 @@ static void step_part(const table *t, const numbers *k, int64_t tensor, int64_t 
     const int raw = t->raw_second_moment;
     if (t->state == FLOAT64) {
         rows_double(to - from, theta ? (double *)theta + from : NULL, (double *)g + from, (double *)m + from, (double *)v + from,
-                    mu ? (double *)mu + from : NULL, raw, *k);
+                    mu ? (double *)mu + from : NULL, NULL, raw, *k);
         return;
     }
     const int64_t chunk = t->param == FLOAT32 && t->grad == FLOAT32 && t->state == FLOAT32 ? to - from : CHUNK;
-    float room[5][CHUNK];
+    float room[5][CHUNK + 80] __attribute__((aligned(64))); /* not at places 4 KiB apart, which the processor takes for the same ones */
     for (int64_t i = from; i < to; i += chunk) {
         const int64_t n = to - i < chunk ? to - i : chunk;
         float *theta_ = theta ? load(room[0], theta, i, n, t->param) : NULL, *g_ = load(room[1], g, i, n, t->grad);
         float *m_ = load(room[2], m, i, n, t->state), *v_ = load(room[3], v, i, n, t->state);
         float *mu_ = mu ? load(room[4], mu, i, n, t->state) : NULL;
-        rows_float(n, theta_, g_, m_, v_, mu_, raw, *k);
+        rows_float(n, theta_, g_, m_, v_, mu_, NULL, raw, *k);
         if (theta) store(room[0], theta, i, n, t->param);
         store(room[2], m, i, n, t->state);
         store(room[3], v, i, n, t->state);
         if (mu) store(room[4], mu, i, n, t->state);
+    }
+}
+
+/* Tensors that are kept in fewer bits than a step computes with: decode, step, encode. The same bits as formats.py. */
+
+#define STEP 0x9e3779b9u /* by which dithers go on from step to step, */
+#define LANE 0xc13fa9a9u /* and from element to element of a block */
+#define PARTS 65536.0f   /* of a code */
+#define UNIT (float)(65536.0 / (127 * 65536.0 - 64)) /* scale and largest value of a block: no code gets greater than 127 */
+#define V_UNIT (float)(65536.0 / (255 * 65536.0 - 128))
+
+static inline uint32_t mixed(uint32_t word) /* MurmurHash3's finalizer */
+{
+    word = (word ^ word >> 16) * 0x85ebca6bu, word = (word ^ word >> 13) * 0xc2b2ae35u;
+    return word ^ word >> 16;
+}
+
+static inline uint32_t turned(uint32_t word, int turn) { return word << turn | word >> (32 - turn); }
+static inline int32_t larger(int32_t x, int32_t y) { return x > y ? x : y; }
+static inline int32_t smaller(int32_t x, int32_t y) { return x < y ? x : y; }
+
+static inline int32_t in_bfloat16(float x, uint32_t dither, int is_v) /* in the upper half */
+{
+    const int32_t bits = bits_of(x), word = bits + (int32_t)(dither >> 16);
+    return is_v ? larger(word, smaller(bits, 1) << 23) : word; /* a v that is not 0 does not become 0 */
+}
+
+static inline int32_t in_codes(float x, float parts, uint32_t dither) { return ((int32_t)(x * parts) + (int32_t)(dither >> 16)) >> 16; }
+
+/* The largest size in each of so many full blocks, as bits: halves of all blocks at a time, as vectors know no block. */
+static inline __attribute__((always_inline)) void tops_of(int32_t *restrict tops, const float *restrict x, int count)
+{
+    int32_t a[CHUNK / 4], b[CHUNK / 8];
+    for (int q = 0; q < count; q++)
+        for (int l = 0; l < BLOCK / 4; l++) {
+            const float *y = x + q * BLOCK + l;
+            const int32_t one = larger(bits_of(y[0]) & 0x7fffffff, bits_of(y[16]) & 0x7fffffff);
+            a[q * BLOCK / 4 + l] = larger(one, larger(bits_of(y[32]) & 0x7fffffff, bits_of(y[48]) & 0x7fffffff));
+        }
+    for (int l = 0; l < 8 * count; l++) b[l] = larger(a[2 * l], a[2 * l + 1]);
+    for (int l = 0; l < 4 * count; l++) a[l] = larger(b[2 * l], b[2 * l + 1]);
+    for (int l = 0; l < 2 * count; l++) b[l] = larger(a[2 * l], a[2 * l + 1]);
+    for (int l = 0; l < count; l++) tops[l] = larger(b[2 * l], b[2 * l + 1]);
+}
+
+/* Elements of a tensor in blocks. Scales of consecutive blocks lie side by side. */
+typedef struct {
+    int64_t i, first;          /* the first element, and the first block, in the tensor */
+    int n, count;              /* of elements and blocks */
+    int starts[CHUNK + 1];     /* of each block, and the end */
+    uint32_t hashes[CHUNK], turns;
+} blocks;
+
+static void find_blocks(blocks *b, const table *t, const numbers *k, int64_t tensor, int64_t i, int n)
+{
+    const int64_t width = t->widths[tensor];
+    b->i = i, b->n = n, b->count = 0;
+    b->first = width ? i / width * ((width + BLOCK - 1) / BLOCK) + i % width / BLOCK : i / BLOCK;
+    for (int64_t j = 0, column = width ? i % width : 0; j < n; b->count++) {
+        const int64_t rest = width && width - column < BLOCK ? width - column : BLOCK;
+        b->starts[b->count] = j;
+        j += rest, column = width && column + rest == width ? 0 : column + rest;
+    }
+    b->starts[b->count] = n;
+    for (int q = 0; q < b->count; q++) b->hashes[q] = mixed((uint32_t)(b->first + q) ^ t->keys[tensor]);
+    b->turns = (uint32_t)(int64_t)((k->t - 1) * t->micro_steps + t->nth) * STEP;
+}
+
+/* Do something to each element of the q-th block: the j-th of all, the l-th of its block. The compiler knows how long a full
+ * block is. */
+#define EACH(b, q, j, l, something)                                                                                   \
+    if ((b)->starts[q + 1] - (b)->starts[q] == BLOCK)                                                                 \
+        for (int l = 0; l < BLOCK; l++) {                                                                               \
+            const int64_t j = (int64_t)(b)->starts[q] + l;                                                                                \
+            something;                                                                                                \
+        }                                                                                                             \
+    else                                                                                                              \
+        for (int l = 0, size = (b)->starts[q + 1] - (b)->starts[q]; l < size; l++) {                                     \
+            const int64_t j = (int64_t)(b)->starts[q] + l;                                                                                \
+            something;                                                                                                \
+        }
+
+#define STATE(name, is_v, turn, byte)                                                                                 \
+    static __attribute__((noinline)) float *load_##name(const table *t, float *restrict room, const char *state,      \
+                                                        const float *scales, const blocks *b, int which)              \
+    {                                                                                                                 \
+        if (t->formats[which] != INT8)                                                                                \
+            return load(room, state, b->i, b->n, t->formats[which] == DITHERED ? BFLOAT16 : t->state);                \
+        const byte *restrict codes = (const byte *)state + b->i;                                                      \
+        for (int q = 0; q < b->count; q++) {                                                                          \
+            const float scale = scales[b->first + q];                                                                 \
+            EACH(b, q, j, l, const float x = codes[j] * scale; room[j] = is_v ? x * x : x)                            \
+        }                                                                                                             \
+        return room;                                                                                                  \
+    }                                                                                                                 \
+    static __attribute__((noinline)) void store_##name(const table *t, const float *restrict room, char *state,       \
+                                                       float *scales, const blocks *b, int which)                     \
+    {                                                                                                                 \
+        const int n = b->n, all_full = n == CHUNK && b->count == CHUNK / BLOCK;                                       \
+        int32_t words[CHUNK] __attribute__((aligned(64))), tops[CHUNK];                                               \
+        if (t->formats[which] == DITHERED) {                                                                          \
+            uint16_t *restrict x = (uint16_t *)state + b->i;                                                          \
+            for (int q = 0; q < b->count; q++) {                                                                      \
+                const uint32_t dither = turned(b->hashes[q], turn) + b->turns;                                        \
+                EACH(b, q, j, l, words[j] = in_bfloat16(room[j], dither + l * LANE, is_v))                            \
+            }                                                                                                         \
+            for (int j = 0; j < n; j++) x[j] = (uint32_t)words[j] >> 16;                                              \
+        } else if (t->formats[which] == INT8) {                                                                       \
+            byte *restrict codes = (byte *)state + b->i;                                                              \
+            if (all_full) tops_of(tops, room, CHUNK / BLOCK);                                                         \
+            for (int q = 0; !all_full && q < b->count; q++) {                                                         \
+                int32_t top = 0;                                                                                      \
+                EACH(b, q, j, l, top = larger(top, bits_of(room[j]) & 0x7fffffff))                                    \
+                tops[q] = top;                                                                                        \
+            }                                                                                                         \
+            for (int q = 0; q < b->count; q++) {                                                                      \
+                const float top = float_of(smaller(tops[q], 0x71800000)), unit = top * (is_v ? V_UNIT : UNIT);        \
+                const float scale = unit < 0x1p-100f ? 0x1p-100f : unit, parts = PARTS / scale;                       \
+                const uint32_t dither = turned(b->hashes[q], turn) + b->turns;                                        \
+                scales[b->first + q] = scale;                                                                         \
+                EACH(b, q, j, l, const int32_t code = in_codes(room[j], parts, dither + l * LANE);                    \
+                     words[j] = is_v ? larger(code, room[j] > 0) : code)                                              \
+            }                                                                                                         \
+            for (int j = 0; j < n; j++) codes[j] = words[j];                                                          \
+        } else store(room, state, b->i, n, t->state);                                                                 \
+    }
+STATE(m, 0, 0, int8_t)
+STATE(v, 1, 22, uint8_t)
+STATE(mu, 0, 11, int8_t)
+
+#define TINY 0x387fe000 /* bits of the least number that float16 rounds to one of its normal numbers */
+
+/* A parameter as floats, with its low bits: in room, or where it lies if it is one of floats. */
+static float *load_param(const table *t, float *room, int64_t tensor, int64_t i, int64_t n)
+{
+    float *x = load(room, t->params[tensor], i, n, t->param);
+    const int16_t *restrict lows16 = t->low_bits == 16 ? (const int16_t *)t->lows[tensor] + i : NULL;
+    const int8_t *restrict lows8 = t->low_bits == 8 ? (const int8_t *)t->lows[tensor] + i : NULL;
+    for (int64_t j = 0; t->low_bits && t->param == FLOAT16 && j < n; j++) {
+        const uint32_t half = ((const uint16_t *)t->params[tensor])[i + j], size = half & 0x7fff;
+        const uint32_t low = lows16 ? lows16[j] : lows8[j] * (1 << 8);
+        const uint32_t tiny = (half & 0x8000) << 16 | bits_of((float)(int32_t)((size << 16) + low) * 0x1p-40f);
+        x[j] = float_of(size < 0x400 ? tiny - low : bits_of(x[j]));
+    }
+    if (lows16)
+        for (int64_t j = 0; j < n; j++) x[j] = float_of(bits_of(x[j]) + lows16[j]);
+    else if (lows8)
+        for (int64_t j = 0; j < n; j++) x[j] = float_of(bits_of(x[j]) + (lows8[j] * (1 << 8)));
+    return x;
+}
+
+static void store_param(const table *t, const float *restrict x, int64_t tensor, const blocks *b)
+{
+    const int dropped = t->low_bits == 16 ? 0 : t->low_bits == 8 ? 8 : t->param == BFLOAT16 ? 16 : 13;
+    const int64_t i = b->i;
+    const int n = b->n, has_tiny = t->low_bits && t->param == FLOAT16;
+    uint32_t words[CHUNK] __attribute__((aligned(64)));
+    float room[CHUNK];
+    if (t->param == FLOAT32) {
+        if ((float *)t->params[tensor] + i != x) memcpy((float *)t->params[tensor] + i, x, n * sizeof(float));
+        return;
+    }
+    if (!t->low_bits && !t->rounds) {
+        store(x, t->params[tensor], i, n, t->param);
+        return;
+    }
+    const float *restrict from = x;
+    for (int j = 0; has_tiny && j < n; j++) {
+        const uint32_t size = bits_of(x[j]) & 0x7fffffff;
+        room[j] = size < TINY ? float_of((int32_t)(float_of(size < TINY ? size : 0) * 0x1p40f)) : x[j];
+    }
+    if (has_tiny) from = room;
+    for (int q = 0; dropped && q < b->count; q++) {
+        const uint32_t dither = turned(b->hashes[q], 5) + b->turns;
+        EACH(b, q, j, l, words[j] = (bits_of(from[j]) + ((dither + l * LANE) >> (32 - dropped))) & -(1u << dropped))
+    }
+    if (!dropped) memcpy(words, from, n * sizeof(float));
+    uint16_t *restrict out = (uint16_t *)t->params[tensor] + i;
+    if (t->low_bits && t->param == BFLOAT16) /* up where two are as near: the low bits are in [-2¹⁵, 2¹⁵) */
+        for (int j = 0; j < n; j++) out[j] = (words[j] + 0x8000) >> 16;
+    else store(memcpy(room, words, n * sizeof(float)), t->params[tensor], i, n, t->param);
+    for (int j = 0; has_tiny && j < n; j++) {
+        const uint32_t bits = bits_of(x[j]), word = smaller(words[j], 0x3ff7fff), tiny = (bits & 0x7fffffff) < TINY;
+        const uint32_t half = tiny ? (bits >> 16 & 0x8000) | (word + 0x8000) >> 16 : out[j];
+        words[j] = tiny ? word : words[j] - bits_of(from_float16(half));
+        out[j] = half;
+    }
+    int16_t *restrict lows16 = t->low_bits == 16 ? (int16_t *)t->lows[tensor] + i : NULL;
+    int8_t *restrict lows8 = t->low_bits == 8 ? (int8_t *)t->lows[tensor] + i : NULL;
+    if (lows16)
+        for (int j = 0; j < n; j++) lows16[j] = words[j];
+    else if (lows8)
+        for (int j = 0; j < n; j++) lows8[j] = words[j] >> 8;
+}
+
+/* Of one tensor, from the start of a block on. Where x is not NULL the new parameter is left there instead of stored, and
+ * what it was in y. */
+static void step_coded(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to, float *x, float *y)
+{
+    char *m = t->exp_avgs[tensor], *v = t->exp_avg_sqs[tensor], *mu = t->grok_emas ? t->grok_emas[tensor] : NULL;
+    float *scales[STATES];
+    for (int i = 0; i < STATES; i++) scales[i] = t->scales[i] ? t->scales[i][tensor] : NULL;
+    const int64_t width = t->widths[tensor];
+    float room[6][CHUNK + 80] __attribute__((aligned(64))); /* not at places 4 KiB apart, which the processor takes for the same ones */
+    blocks b;
+    for (int64_t i = from, n; i < to; i += n) {
+        n = to - i < CHUNK ? to - i : CHUNK;
+        if (width && n == CHUNK) n -= (i + n) % width % BLOCK; /* to the end of a block */
+        find_blocks(&b, t, k, tensor, i, n);
+        float *theta = t->moves ? load_param(t, room[0], tensor, i, n) : NULL;
+        if (x) {
+            memcpy(y + (i - from), theta, n * sizeof(float));
+            theta = memcpy(x + (i - from), theta, n * sizeof(float));
+        }
+        const float *g = load(room[1], t->grads[tensor], i, n, t->grad);
+        float *m_ = load_m(t, room[2], m, scales[0], &b, 0), *v_ = load_v(t, room[3], v, scales[1], &b, 1);
+        float *mu_ = mu ? load_mu(t, room[4], mu, scales[2], &b, 2) : NULL;
+        float *const roots = t->formats[EXP_AVG_SQ] == INT8 ? room[5] : NULL; /* whose codes are of √v */
+        rows_float(n, theta, g, m_, v_, mu_, roots, t->raw_second_moment, *k);
+        if (theta && !x) store_param(t, theta, tensor, &b);
+        store_m(t, m_, m, scales[0], &b, 0);
+        store_v(t, roots ? roots : v_, v, scales[1], &b, 1);
+        if (mu) store_mu(t, mu_, mu, scales[2], &b, 2);
     }
 }
 
@@ -333,6 +574,42 @@ static void step_rows(const table *t, const numbers *k, int64_t tensor, int64_t 
     (t->param == FLOAT64 ? step_rows_double : step_rows_float)(t, k, tensor, first * width, end * width, size);
 }
 
+static void step_coded_rows(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to)
+{
+    const int64_t width = t->row_widths[tensor], rows = width < CHUNK ? CHUNK / width : 1; /* at a time */
+    float x[ROW] __attribute__((aligned(64))), y[ROW] __attribute__((aligned(64)));
+    table of_floats = *t;
+    of_floats.param = FLOAT32;
+    for (int64_t start = from, n; start < to; start += n) {
+        n = to - start < rows * width ? to - start : rows * width;
+        step_coded(t, k, tensor, start, start + n, x, y);
+        for (int64_t i = 0; i < n; i += width) {
+            char *new = (char *)(x + i), *old = (char *)(y + i);
+            double ways[LANES] = {0}, olds[LANES] = {0};
+            add_squares_float(&of_floats, width, new, old, ways, olds);
+            if (t->max_row_change) limit_change_float(&of_floats, width, new, old, ways, olds);
+            if (t->max_row_norm) limit_norm_float(&of_floats, width, new);
+        }
+        for (int64_t i = 0, m; i < n; i += m) {
+            blocks b;
+            m = n - i < CHUNK ? n - i : CHUNK;
+            if (t->widths[tensor] && m == CHUNK) m -= (i + m) % width % BLOCK; /* to the end of a block */
+            find_blocks(&b, t, k, tensor, start + i, m);
+            store_param(t, x + i, tensor, &b);
+        }
+    }
+}
+
+static void step_coded_part(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to)
+{
+    const int limited = t->row_widths && t->row_widths[tensor];
+    const int64_t width = limited ? t->row_widths[tensor] : t->widths[tensor] ? t->widths[tensor] : BLOCK;
+    const int64_t size = t->ends[tensor] - (tensor ? t->ends[tensor - 1] : 0);
+    const int64_t first = (from + width - 1) / width * width, end = (to + width - 1) / width * width;
+    if (limited) step_coded_rows(t, k, tensor, first, end);
+    else step_coded(t, k, tensor, first, end < size ? end : size, NULL, NULL);
+}
+
 /* The elements of all tensors, one tensor after the other, are cut into pieces; threads take one when they are free. A row
  * that is limited belongs to the piece in which it begins. */
 
@@ -351,7 +628,8 @@ static void step_pieces(job *j)
             if (j->sums) sum += squares_part(t, tensor, at - start, stop - start);
             else {
                 set_numbers(&k, t, tensor);
-                (t->row_widths && t->row_widths[tensor] ? step_rows : step_part)(t, &k, tensor, at - start, stop - start);
+                (t->coded ? step_coded_part : t->row_widths && t->row_widths[tensor] ? step_rows : step_part)(
+                    t, &k, tensor, at - start, stop - start);
             }
             at = stop;
         }

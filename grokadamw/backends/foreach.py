@@ -96,7 +96,7 @@ def _step(batch: Batch, n: Scalars) -> None:
 def _collect_(batch: Batch, n: Scalars, t: list[Any]) -> None:
     """Do the stages slow_grad to exp_avg_sq of a micro-batch, which the averages collect where they lie."""
     m, v, mu, dtype = batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas, batch.exp_avgs[0].dtype
-    k, decays, moves = n.micro_step
+    k, decays, moves, _ = n.micro_step
     g: _TensorList = [grad.to(dtype) for grad in batch.grads]
     factor = (-1.0 if n.maximize else 1.0) / k
     if n.finite is not None:

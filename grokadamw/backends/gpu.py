@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..state.formats import has_no_gaps
 from . import memory
 from .gpu_tables import (
     JUDGE_BLOCK,
@@ -31,7 +32,7 @@ from .gpu_tables import (
     misaligned,
     words_of,
 )
-from .memory import DTYPES, addresses, has_no_gaps, where
+from .memory import DTYPES, addresses, where
 from .types import Batch, Scalars, written
 
 _DEVICE_TYPE = "cuda"  # that is AMD's GPUs, too
@@ -239,7 +240,7 @@ def judge(
 # slow_grad to limit_rows
 
 
-def row_width(param: Tensor) -> int:
+def row_width(param: Tensor, coded: bool = False) -> int:
     """The elements of a row of a parameter that `why_not` has cleared, where `step` can limit its rows; otherwise 0."""
     return memory.row_width(param, LONGEST)
 

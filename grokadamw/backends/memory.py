@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..state.formats import has_no_gaps, has_rows
 from . import native
 from .types import Addresses, Batch, written
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the native kernel's order
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _LOOKS: tuple[Callable[[Tensor], Any], ...] = (attrgetter("dtype"), Tensor.size, Tensor.stride, Tensor.get_device)
 
 
@@ -81,19 +83,28 @@ def memory_is_all(compiling: bool) -> bool:
     )
 
 
-def why_not(row: Sequence[Tensor], step: Tensor) -> str | None:
+def why_not(row: Sequence[Tensor], step: Tensor, coded: bool = False) -> str | None:
     """Return why no backend that gets addresses can take a parameter, as in `choose`; None where one can."""
-    dtypes = [x.dtype for x in row[:3]]
-    if any(x.dtype != dtypes[2] for x in row[3:]) or not set(dtypes) <= set(DTYPES):
-        return f"dtypes {', '.join(str(x.dtype) for x in row)}"
-    if torch.float64 in dtypes and len(set(dtypes)) > 1:
+    dtypes = [x.dtype for x in row]
+    if coded:
+        fits = {*dtypes[:2]} <= {*_FLOATS} and {*dtypes[2:]} <= {
+            torch.float32,
+            torch.bfloat16,
+            torch.int8,
+            torch.uint8,
+            torch.int16,
+        }
+    else:
+        are_double = {dtype == torch.float64 for dtype in dtypes}
+        fits = {*dtypes} <= {*DTYPES} and len({*dtypes[2:]}) == 1 and len(are_double) == 1
+    if not fits:
         return f"dtypes {', '.join(map(str, dtypes))}"
     odd = [type(x).__name__ for x in row if type(x) not in (Tensor, nn.Parameter)]
     if odd:
         return f"a tensor subclass, {odd[0]}"
     if any(x.device != row[0].device for x in (*row, step)) or step.dtype != torch.float32 or step.numel() != 1:
         return f"gradient or state are not on {row[0].device}, or the step count is not float32"
-    if not lie_alike(row):
+    if not lie_alike(row) or (coded and not has_rows(row[0])):
         return "memory with gaps, or a gradient with other strides"
     return None
 
@@ -119,18 +130,6 @@ def lie_alike(row: Sequence[Tensor]) -> bool:
     return all(x.is_contiguous() for x in row) or (
         has_no_gaps(row[0]) and all(x.stride() == row[0].stride() for x in row)
     )
-
-
-def has_no_gaps(x: Tensor) -> bool:
-    """Return True if every place in memory up to the last is one element, in whatever order."""
-    if x.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def row_width(param: Tensor, longest: int) -> int:

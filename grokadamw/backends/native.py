@@ -28,7 +28,10 @@ class Table(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("max_row_change", "max_row_norm", "shortest")),
         ("amplify_after", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("eps_before_correction", "raw_second_moment", "decays", "moves")),
-        *((name, ctypes.c_int32) for name in ("param", "grad", "state")),
+        *((name, ctypes.c_int32) for name in ("param", "grad", "state", "coded", "rounds", "low_bits")),
+        *(("formats", ctypes.c_int32 * 3), ("scales", ctypes.c_char_p * 3)),
+        *((name, ctypes.c_char_p) for name in ("lows", "widths", "keys")),
+        ("nth", ctypes.c_int64),
     ]
 
 

@@ -51,7 +51,7 @@ def _new_values(
     n: Scalars,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Return (m, v, μ, θ) after step t, from those before it."""
-    k, decays, moves = n.micro_step
+    k, decays, moves, _ = n.micro_step
     keep_mu, keep_m, keep_v = (n.alpha, beta1, n.beta2) if decays else (1, 1, 1)
     g = n.clip * (-g if n.maximize else g) / k
     if n.finite is not None and k > 1:

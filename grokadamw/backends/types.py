@@ -34,12 +34,26 @@ class Addresses(NamedTuple):
     table: Any = None  # what the backend keeps for these tensors between steps
 
 
+class Coded(NamedTuple):
+    """What a batch has besides, if its state or its parameters are kept in fewer bits than a step computes with.
+
+    Lists are parallel to the batch's. See `state/formats.py`.
+    """
+
+    exp_avg_scales: list[Tensor] | None
+    exp_avg_sq_scales: list[Tensor] | None
+    grok_ema_scales: list[Tensor] | None
+    lows: list[Tensor] | None  # the low bits of parameters
+    numbers: list[int]  # of the parameters in the optimizer, which random bits depend on
+    rounds: bool  # whether parameters without low bits are rounded by a dither
+
+
 class Batch(NamedTuple):
     """The tensors that one call of a backend takes: parallel lists, one entry a parameter.
 
     They are out of one parameter group, on one device, with one dtype for parameters, gradients and state each. All of
     them are plain and real: complex tensors come as their real views, DTensors as the shard of this rank. Arithmetic
-    is done in the state's dtype.
+    is done in the state's dtype, float32 if that is coded.
     """
 
     params: list[Tensor]
@@ -57,6 +71,7 @@ class Batch(NamedTuple):
     shards: Any = None  # a `distributed.Shards`, where the tensors are parts of DTensors
     begun: bool = False  # whether the averages have begun this cycle of micro-batches
     windows: Any = None  # a list of `window.Window`, where μ is a window's mean
+    coded: Coded | None = None  # None: all tensors are numbers as they are
 
 
 class MicroStep(NamedTuple):
@@ -65,6 +80,7 @@ class MicroStep(NamedTuple):
     of: int  # k
     decays: bool  # it is the cycle's first for these tensors: averages decay
     moves: bool  # it is the cycle's last: μ joins m, θ moves, and the step is counted
+    nth: int = 0  # of the cycle
 
 
 WHOLE = MicroStep(1, True, True)
@@ -94,9 +110,10 @@ class Scalars(NamedTuple):
 
 def written(batch: Batch, moves: bool = True) -> list[list[Tensor]]:
     """Return the lists that a step writes to, without those that only the last of several micro-batches does."""
-    columns = (batch.params, batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas, batch.steps)
-    averages = (batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas)
-    return [column for column in (columns if moves else averages) if column is not None]
+    columns = [batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas, *(batch.coded[:3] if batch.coded else ())]
+    if moves:
+        columns = [batch.params, *columns, batch.steps, batch.coded.lows if batch.coded else None]
+    return [column for column in columns if column is not None]
 
 
 def limited_widths(batch: Batch, scalars: Scalars) -> list[int]:

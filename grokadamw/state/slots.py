@@ -19,17 +19,17 @@ from .._numbers import as_real, reads_are_free, wide
 from .._warn import warn
 from ..checkpoints import to_grokadamw
 from ..layers import unwrapped
-from ..options import OPTIONS, WARN, rules_of
-from . import window
+from ..options import OPTIONS, STATES, WARN, rules_of
+from . import formats, window
 
 State: TypeAlias = dict[str, Any]
-MOMENTS = ("exp_avg", "exp_avg_sq", "grok_ema")
+MOMENTS = STATES
 WINDOW = tuple(window.names("grok_"))
 
 
 def check(state: State, param: Tensor) -> None:
     """Raise RuntimeError for what a step cannot go on with: before it has written anything."""
-    check_shapes(state, (*MOMENTS, *WINDOW), param)
+    check_shapes(state, (*MOMENTS, *WINDOW, *formats.EXTRAS), param)
     if "step" in state:
         return
     if param.numel() and any(stride == 0 and n > 1 for stride, n in zip(param.stride(), param.shape, strict=True)):
@@ -61,7 +61,10 @@ def check_shapes(state: State, names: Iterable[str], param: Tensor) -> None:
         if not isinstance(kept, Tensor) or name.endswith("_count"):
             continue
         found = as_real(kept).shape[1 if name.endswith("_ring") else 0 :]
-        if found != shape:
+        is_scale = name.endswith("_scale")
+        if is_scale and (kept.dtype != torch.float32 or not kept.is_contiguous()):
+            raise RuntimeError(f"state[{name!r}] is not contiguous, or of {kept.dtype}: a scale is of torch.float32")
+        if found != (formats.shape_of_scales(param) if is_scale else shape):
             raise RuntimeError(
                 f"state[{name!r}] of a parameter of shape {tuple(param.shape)} has shape {tuple(kept.shape)}: the "
                 f"parameter's data was replaced. Change optimizer.state[parameter][{name!r}] in the same way, or "
@@ -74,12 +77,12 @@ def prepare(
 ) -> list[str]:
     """Fill in what a step needs under the optimizer's options, at zero, and return the names of that."""
     names = ["exp_avg", "exp_avg_sq"] + ["grok_ema"] * with_slow_gradient
-    dtype = _dtype(param, options)
-    new: State = {
-        name: torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        for name in names
-        if name not in state
-    }
+    new: State = {}
+    for name in names:
+        if name not in state:
+            new |= formats.new(param, name, options, _dtype(param, options))
+    if "param_low" not in state and (low := formats.low_dtype(param, options)):
+        new["param_low"] = torch.zeros_like(param, dtype=low, memory_format=torch.preserve_format)
     if "step" not in state:
         if count is None:
             count = torch.zeros((), dtype=torch.float32, device=step_device(param))
@@ -229,8 +232,9 @@ def _states(
         state = state_dict["state"].get(key)
         if state is None:
             continue
-        for name in MOMENTS:
-            if name in state and state[name].shape != param.shape:
+        for name in (*MOMENTS, *formats.EXTRAS):
+            expected = formats.shape_of_scales(param) if name.endswith("_scale") else param.shape
+            if name in state and state[name].shape != expected:
                 raise ValueError(
                     f"state_dict: {name} of parameter {key} has shape {tuple(state[name].shape)}, the parameter itself "
                     f"{tuple(param.shape)}; parameters must come in the order that they were saved in"
@@ -267,6 +271,12 @@ def _doubts(state_dict: dict[str, Any], defaults: dict[str, Any]) -> Iterator[st
                 f"state_dict is of a run with {name}={said[0]!r}, and this optimizer goes on with {name}="
                 f"{defaults[name]!r}, as it was constructed"
             )
+    states = state_dict["state"].values()
+    if defaults["master_weight_bits"] is None and any("param_low" in state for state in states if state):
+        yield (
+            "state_dict has the low bits of its parameters, and this optimizer has master_weight_bits=None: they are "
+            "dropped, and parameters go on as their dtype has them. Construct it with master_weight_bits=32 or 24"
+        )
     for i, group in enumerate(state_dict["param_groups"]):
         states = [state_dict["state"].get(key, {}) for key in group["params"]]
         if group.get("lamb", 0) > 0 and any("exp_avg" in state and "grok_ema" not in state for state in states):
@@ -279,9 +289,17 @@ def _doubts(state_dict: dict[str, Any], defaults: dict[str, Any]) -> Iterator[st
 
 def _placed(param: Tensor, state: State, options: dict[str, Any]) -> State:
     """Return a copy of a loaded state, where and as a step wants it."""
-    placed = dict(state)
+    state = {name: x.to(param.device) if name in (*MOMENTS, *formats.EXTRAS) else x for name, x in state.items()}
+    placed: State = {}
     for name, value in state.items():
-        if name == "step":
+        if name in MOMENTS:
+            placed |= formats.packed(state, name, param, options, _dtype(param, options))
+        elif name == "param_low":
+            if low := formats.low_dtype(param, options):
+                placed[name] = formats.low_bits(value, low).clone()
+        elif name in formats.EXTRAS:
+            pass  # a scale, which comes with its codes
+        elif name == "step":
             placed[name] = torch.as_tensor(value, dtype=torch.float32, device=step_device(param)).reshape(()).clone()
         elif name == WINDOW[-1]:
             placed[name] = value.to(step_device(param), torch.int64, copy=True)
@@ -291,6 +309,8 @@ def _placed(param: Tensor, state: State, options: dict[str, Any]) -> State:
             placed[name] = value.to(param.device, copy=True)
         elif isinstance(value, Tensor):
             placed[name] = value.to(param.device, _dtype(param, options), copy=True)
+        else:
+            placed[name] = value
     return placed
 
 

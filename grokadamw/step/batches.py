@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor
 from .. import backends as update
 from .. import layers
 from .._numbers import as_real
-from ..backends import BY_ADDRESS, Batch, Choice, cpu, foreach, gpu, memory
+from ..backends import BY_ADDRESS, Batch, Choice, decoded, foreach, gpu, memory, reference
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges
-from ..backends.types import written
+from ..backends.types import Coded, written
 from ..distributed import Shards, local, part, placed, shards_of
 from ..options import rules_of
 from ..state import window
+from ..state.formats import EXTRAS, is_coded
 from ..state.slots import MOMENTS, State, check, new_counts, prepare
 
 _FOREACH = Choice(foreach, "")
@@ -43,6 +45,15 @@ class Entry(NamedTuple):
     param: Tensor
     grad: Tensor
     layer: int
+    number: int  # its place among all parameters of the optimizer
+
+
+class Owner(NamedTuple):
+    """What a parameter belongs to."""
+
+    group: int
+    layer: int
+    number: int
 
 
 class Kind(NamedTuple):
@@ -52,6 +63,7 @@ class Kind(NamedTuple):
     device: torch.device
     shards: Shards | None
     dtypes: tuple[torch.dtype, ...]  # of the parameter, its gradient, m, v and, where there is one, μ
+    coded: tuple[bool, ...] | None  # which of `EXTRAS` there are; None: all tensors are numbers as they are
 
 
 class Batches(NamedTuple):
@@ -74,17 +86,17 @@ def collect(given: Given, names: Mapping[Tensor, str], missing: Collection[Tenso
 
     RuntimeError if there is a gradient, a parameter or state that a step cannot go on with. `names` are `set_layers`'s.
     """
-    entries = []
+    entries, numbers = [], count()
     for i, group in enumerate(given.groups):
         if len(group["layers"]) != len(group["params"]):
             raise RuntimeError(
                 f"param_groups[{i}] has {len(group['params'])} parameters and {len(group['layers'])} layers, as its "
                 "parameters were changed: call optimizer.set_layers(model), or set its 'layers' to a list of integers"
             )
-        for j, (param, layer) in enumerate(zip(group["params"], group["layers"], strict=True)):
+        for j, (param, layer, number) in enumerate(zip(group["params"], group["layers"], numbers, strict=False)):
             if param.grad is None:
                 if param in missing:
-                    entries.append(Entry(i, param, torch.zeros_like(param), layer))
+                    entries.append(Entry(i, param, torch.zeros_like(param), layer, number))
                 continue
             if param.grad.layout != torch.strided:
                 name = layers.names(group, i, names)[j]
@@ -92,7 +104,7 @@ def collect(given: Given, names: Mapping[Tensor, str], missing: Collection[Tenso
                     f"GrokAdamW does not support sparse gradients, and {name} has one: build its module with "
                     "sparse=False (torch.nn.Embedding), or give it to torch.optim.SparseAdam"
                 )
-            entries.append(Entry(i, param, param.grad.resolve_conj(), layer))
+            entries.append(Entry(i, param, param.grad.resolve_conj(), layer, number))
     for entry in entries:
         check(given.state.get(entry.param, {}), entry.param)
         if given.groups[entry.group]["fused"] and not update.is_fused_on(entry.param.device):
@@ -131,20 +143,33 @@ class Columns(NamedTuple):
     exp_avg_sqs: list[Tensor]
     grok_emas: list[Any]  # None where no slow gradient is kept
     steps: list[Tensor]
+    extras: Sequence[list[Any]] = ()  # of each of `EXTRAS`, None where a parameter has none; empty if none has any
 
 
-def kind_of(row: Sequence[Any], group: dict[str, Any], is_matrix: bool, shards: Shards | None) -> tuple[Kind, int]:
+def kind_of(
+    row: Sequence[Any], extras: Sequence[Any], group: dict[str, Any], is_matrix: bool, shards: Shards | None
+) -> tuple[Kind, int]:
     """Return the kind of a parameter and the width of the rows that its backend limits, from a row of `Columns`."""
     *tensors, step = (x for x in row if x is not None)
-    choice = update.choose(tensors, step, group)
-    has_rows = is_matrix and not (shards is not None and shards.cut_rows)
-    kind = Kind(choice, row[0].device, shards, tuple(x.dtype for x in tensors))
-    return kind, update.row_width(choice, row[0]) if has_rows else 0
+    coded = is_coded(tensors, extras, group)
+    low = [extras[-1]] if coded and extras[-1] is not None else []
+    choice = update.choose([*tensors, *low], step, group, coded)
+    has_rows = is_matrix and not (shards is not None and shards.cut_rows and choice.module is not decoded)
+    there = tuple(x is not None for x in extras) if coded else None
+    kind = Kind(choice, row[0].device, shards, tuple(x.dtype for x in tensors), there)
+    return kind, update.row_width(choice, row[0], coded) if has_rows else 0
+
+
+def coded_of(columns: Columns, places: Sequence[int], owners: Sequence[Owner], options: dict[str, Any]) -> Coded:
+    """Return what the tensors at these places have besides."""
+    extras = [[column[i] for i in places] for column in columns.extras]
+    m, v, mu, lows = (None if not column or column[0] is None else column for column in extras)
+    return Coded(m, v, mu, lows, [owners[i].number for i in places], options["rounding"] == "stochastic")
 
 
 def assemble(
     columns: Columns,
-    owners: Sequence[tuple[int, int]],
+    owners: Sequence[Owner],
     kinds: Sequence[tuple[Kind, int]],
     begun: Sequence[bool],
     are_matrices: Sequence[bool],
@@ -152,31 +177,32 @@ def assemble(
 ) -> tuple[list[tuple[Batch, list[int]]], Ranges | None]:
     """Return the batches, each with the places of its tensors, and the memory that is written by address.
 
-    For each parameter there are its tensors, its group and layer, its kind and the width of its rows, whether it has
+    For each parameter there are its tensors, what it belongs to, its kind and the width of its rows, whether it has
     begun its cycle of micro-batches (if there are any), and whether it has rows.
     """
     rules = rules_of(options)
     lists: dict[Any, list[int]] = {}
-    for i, ((group, _), (kind, _)) in enumerate(zip(owners, kinds, strict=True)):
+    for i, (owner, (kind, _)) in enumerate(zip(owners, kinds, strict=True)):
         apart = i if rules.clips_each_tensor else bool(begun) and begun[i]
-        lists.setdefault((group, kind, apart), []).append(i)
+        lists.setdefault((owner.group, kind, apart), []).append(i)
     made = []
     seen: Counter[int] = Counter()
     for (group, kind, apart), places in lists.items():
         widths = [kinds[i][1] for i in places]
-        of_batch = [owners[i][1] for i in places]
+        of_batch = [owners[i].layer for i in places]
         if rules.layers_by_place:
             of_batch, seen[group] = [seen[group]], seen[group] + 1
-        p, g, m, v, mu, steps = ([column[i] for i in places] for column in columns)
+        p, g, m, v, mu, steps = ([column[i] for i in places] for column in columns[:6])
         batch = Batch(
             *(p, g, m, v, None if len(kind.dtypes) < 5 else mu, steps),
-            row_widths=widths if kind.choice.module in (cpu, gpu) else None,
+            row_widths=widths if kind.choice.module in update.LIMITS_ROWS else None,
             unlimited=[j for j, i in enumerate(places) if are_matrices[i] and not widths[j]],
             choice=kind.choice,
             group=group,
             layers=tuple(of_batch),
             shards=kind.shards,
             begun=bool(begun) and bool(apart),
+            coded=None if kind.coded is None else coded_of(columns, places, owners, options),
         )
         made.append((batch, places))
     ranges = _ranges(made, columns.grads)
@@ -200,8 +226,10 @@ def _ranges(made: Iterable[tuple[Batch, Any]], grads: list[Tensor]) -> Ranges | 
 
 def by_lists(batch: Batch, instead: bool, choice: Choice = _FOREACH) -> Batch:
     """Return the batch for `foreach` instead of its own backend, if that is to be."""
-    if not instead:
+    if not instead or batch.choice.module in (reference, decoded):
         return batch
+    if batch.coded is not None:
+        return batch._replace(choice=Choice(decoded, choice.reason), row_widths=[p.dim() > 1 for p in batch.params])
     limited = [i for i, width in enumerate(batch.row_widths or ()) if width]
     return batch._replace(choice=choice, row_widths=None, unlimited=sorted({*batch.unlimited, *limited}))
 
@@ -216,20 +244,23 @@ def with_windows(batch: Batch, states: Sequence[State]) -> Batch:
 def found_anew(entries: Sequence[Entry], given: Given) -> Batches:
     """Return batches of tensors that no signature describes: DTensors, complex ones, subclasses, traced ones."""
     groups, state, options = given[:3]
-    rows, kinds, grads, dtensors = [], [], dict[Any, list[Tensor]](), []
+    rows, kinds, grads, dtensors, extras = [], [], dict[Any, list[Tensor]](), [], []
     for entry in entries:
         s, shards = state[entry.param], shards_of(entry.param)
         if shards is not None:
-            s.update({name: placed(s[name], shards) for name in MOMENTS if name in s})
-            dtensors += [entry.param, *(s[name] for name in MOMENTS if name in s)]
+            kept = [name for name in (*MOMENTS, *EXTRAS) if name in s]
+            s.update({name: placed(s[name], shards) for name in kept})
+            dtensors += [entry.param, *map(s.__getitem__, kept)]
         tensors = (entry.param, entry.grad, s["exp_avg"], s["exp_avg_sq"], s.get("grok_ema"))
         row = [None if x is None else as_real(local(x, shards)) for x in tensors]
         rows.append((*row, s["step"]))
-        kinds.append(kind_of(rows[-1], groups[entry.group], entry.param.dim() > 1, shards))
+        extras.append([None if x is None else local(x, shards) for x in map(s.get, EXTRAS)])
+        kinds.append(kind_of(rows[-1], extras[-1], groups[entry.group], entry.param.dim() > 1, shards))
         grads.setdefault(shards, []).append(row[1])  # type: ignore[arg-type]
     columns = Columns(*map(list, zip(*rows, strict=True))) if rows else Columns([], [], [], [], [], [])
+    columns = columns._replace(extras=list(map(list, zip(*extras, strict=True))))
     begun = [bool(state[e.param].get("micro_step")) for e in entries] if options["accumulation_steps"] > 1 else []
-    owners = [(entry.group, entry.layer) for entry in entries]
+    owners = [Owner(entry.group, entry.layer, entry.number) for entry in entries]
     made, _ = assemble(columns, owners, kinds, begun, [entry.param.dim() > 1 for entry in entries], options)
     batches = [batch for batch, _ in made]
     if options["window_size"] is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate, compress, islice
+from itertools import accumulate, chain, compress, islice
 from operator import is_, itemgetter
 from typing import Any
 
@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from .. import backends as update
 from .._numbers import as_real, reads_are_free
-from ..backends import Batch, Choice, cpu, gpu, memory, reference
+from ..backends import Batch, Choice, cpu, gpu, memory
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges, TensorSignature
 from ..backends.types import Addresses
 from ..distributed import local, shards_of
 from ..options import rules_of
+from ..state.formats import EXTRAS, is_coded, may_be_coded
 from ..state.slots import MOMENTS, WINDOW, State, step_device
 from . import batches
-from .batches import Batches, Columns, Given, Kind
+from .batches import Batches, Columns, Given, Kind, Owner
 
 SETS = 8  # of parameters with a gradient, whose batches are kept
 _LOOKS = 1 << 12  # of parameters, whose kinds are kept
@@ -56,7 +57,7 @@ class Cache:
             tables = plan.tables(given.capturing, any(group["capturable"] for group in given.groups))
             found = found._replace(tables=tables)
         if not memory.memory_is_all(given.compiling):
-            elsewhere = [batches.by_lists(batch, batch.choice.module is not reference) for batch in found.batches]
+            elsewhere = [batches.by_lists(batch, True) for batch in found.batches]
             return found._replace(batches=elsewhere, squares=None)
         if given.capturing and tables is None:
             return found._replace(batches=[batches.by_lists(b, b.choice.module is gpu) for b in found.batches])
@@ -75,7 +76,8 @@ class Cache:
                     s, shards = state.get(param, {}), shards_of(param)
                     row = [param if x is None else x for x in (param, param.grad, *map(s.get, MOMENTS))]
                     count = s.get("step", torch.zeros((), device=step_device(param)))
-                    counts[update.choose([as_real(local(x, shards)) for x in row], count, group)] += 1
+                    tensors, extras = [as_real(local(x, shards)) for x in row], list(map(s.get, EXTRAS))
+                    counts[update.choose(tensors, count, group, is_coded(tensors, extras, group))] += 1
         of = {choice: "" if len(counts) == 1 else f" for {count} parameters" for choice, count in counts.items()}
         return "\n".join(f"{c.module.__name__.rpartition('.')[2]}{of[c]}: {c.reason}" for c in counts)
 
@@ -98,9 +100,15 @@ class Cache:
                 return None
             m, v, steps = list(map(_EXP_AVG, states)), list(map(_EXP_AVG_SQ, states)), list(map(_STEP, states))
             mus = [s.get("grok_ema") for s in states]
-            columns = Columns(params, grads, m, v, mus, steps)
             with_mu = [mu is not None for mu in mus]
             written = [*params, *m, *v, *compress(mus, with_mu), *steps]
+            extras: list[list[Any]] = []
+            if may_be_coded(options):
+                extras = [[s.get(name) for s in states] for name in EXTRAS]
+                with_extras = [x is not None for column in extras for x in column]
+                written += compress(chain.from_iterable(extras), with_extras)
+                with_mu += with_extras
+            columns = Columns(params, grads, m, v, mus, steps, extras)
             begun = [bool(s.get("micro_step")) for s in states] if options["accumulation_steps"] > 1 else []
             facts = [(len(g["params"]), g["lamb"] > 0, g["foreach"], g["fused"], g["layers"]) for g in groups], begun
             plan = self.plans.get(present)
@@ -132,17 +140,19 @@ class Cache:
         if not _are_plain(columns, written) or any(len(g["layers"]) != len(g["params"]) for g in groups):
             return None
         every = [(i, layer) for i, group in enumerate(groups) for layer in group["layers"]]
-        owners = list(compress(every, present))
-        if any(mu is None and groups[i]["lamb"] > 0 for (i, _), mu in zip(owners, columns.grok_emas, strict=True)):
+        owners = [Owner(*owner, number) for number, owner in compress(enumerate(every), present)]
+        if any(mu is None and groups[o.group]["lamb"] > 0 for o, mu in zip(owners, columns.grok_emas, strict=True)):
             return None
         signatures = TensorSignature(written), TensorSignature(columns.grads)
-        looks = _looks(columns, signatures, [groups[i] for i, _ in owners])
+        looks = _looks(columns, signatures, [groups[owner.group] for owner in owners])
         if checked:
             if len(self._kinds) > _LOOKS:
                 self._kinds.clear()
-            for look, (i, _), row in zip(looks, owners, zip(*columns, strict=True), strict=True):
+            for i, (look, owner) in enumerate(zip(looks, owners, strict=True)):
                 if look not in self._kinds:
-                    self._kinds[look] = batches.kind_of(row, groups[i], row[0].dim() > 1, None)
+                    row, extras = [column[i] for column in columns[:6]], [column[i] for column in columns.extras]
+                    kind = batches.kind_of(row, extras, groups[owner.group], row[0].dim() > 1, None)
+                    self._kinds[look] = kind
         kinds = [self._kinds[look] for look in looks]
         made, ranges = batches.assemble(
             columns, owners, kinds, facts[1], [p.dim() > 1 for p in columns.params], options
@@ -151,7 +161,7 @@ class Cache:
         self.plans.pop(present, None)
         if len(self.plans) >= SETS:
             del self.plans[next(iter(self.plans))]
-        self.plans[present] = _Plan(columns, made, ranges, copied, signatures, options)
+        self.plans[present] = _Plan(columns, owners, made, ranges, copied, signatures, options)
         return self.plans[present]
 
 
@@ -170,7 +180,9 @@ def _looks(
     p, m, v = (list(islice(written, count)) for _ in range(3))
     mus = [None if mu is None else next(written) for mu in columns.grok_emas]
     asked = [(group["foreach"], group["fused"]) for group in groups]
-    return list(zip(asked, p, m, v, mus, written, signatures[1].looks(), strict=True))
+    steps = list(islice(written, count))
+    extras = [[None if x is None else next(written) for x in column] for column in columns.extras]
+    return list(zip(asked, p, m, v, mus, steps, signatures[1].looks(), *extras, strict=True))
 
 
 class _Plan:
@@ -179,6 +191,7 @@ class _Plan:
     def __init__(
         self,
         columns: Columns,
+        owners: Sequence[Owner],
         made: Sequence[tuple[Batch, list[int]]],
         ranges: Ranges | None,
         facts: Any,
@@ -186,7 +199,8 @@ class _Plan:
         options: dict[str, Any],
     ) -> None:
         self.facts, self._ranges, (self._written, self._grads) = facts, ranges, signatures
-        self._with_mu = [mu is not None for mu in columns.grok_emas]
+        self._with_mu = [x is not None for column in (columns.grok_emas, *columns.extras) for x in column]
+        self._places, self._owners, self._options = [places for _, places in made], owners, options
         order = [place for _, places in made for place in places]
         self._order = None if order == list(range(len(order))) else order
         ends = list(accumulate(len(places) for _, places in made))
@@ -194,7 +208,8 @@ class _Plan:
         self._batches = []
         for batch, _ in made:
             kept = update.keep(batch)
-            self._batches.append((batch.grok_emas is not None, kept.addresses, kept[7:]))
+            self._batches.append((batch.grok_emas is not None, kept.addresses, kept._replace(coded=None)[7:]))
+        self._coded = [batch.coded is not None for batch, _ in made]
         grads, gpus = columns.grads, [batch.params[0].device for batch, _ in made if batch.choice.module is gpu]
         # a real tensor whose sign is yet to be turned is another's imaginary part: it has gaps, or is one number
         self._of_one = [i for i, grad in enumerate(grads) if grad.numel() == 1]
@@ -216,7 +231,8 @@ class _Plan:
         if at is None or (at != self._at and self._ranges is not None and self._ranges.meet(at)):
             return None
         self._at, order = at, self._order
-        p, g, m, v, mu, steps = columns if order is None else ([column[i] for i in order] for column in columns)
+        lists = columns[:6]
+        p, g, m, v, mu, steps = lists if order is None else ([column[i] for i in order] for column in lists)
         made = []
         for (has_mu, addresses, rest), (start, end) in zip(self._batches, self._spans, strict=True):
             if addresses is not None:
@@ -228,6 +244,9 @@ class _Plan:
             made.append(
                 Batch(p[own], g[own], m[own], v[own], mu[own] if has_mu else None, steps[own], addresses, *rest)
             )
+        for i in compress(range(len(made)), self._coded):
+            coded = batches.coded_of(columns, self._places[i], self._owners, self._options)
+            made[i] = made[i]._replace(coded=coded)
         return Batches(
             columns.params, made, [(None, grads)], self._devices, None, at, self._squares, self._can_be_judged
         )
@@ -238,5 +257,5 @@ class _Plan:
             return next((own for tables in self._tables.values() if (own := tables.captured())), None)
         tables = self._tables.setdefault(gpu.streams(self.gpus), Tables())
         if capturable:
-            tables.may_be_captured(len(self._with_mu), 2 * len(self._batches))
+            tables.may_be_captured(len(self._owners), 2 * len(self._batches))
         return tables

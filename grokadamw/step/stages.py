@@ -186,7 +186,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
             options["second_moment"] == "raw",
             group["maximize"],
             None if finite is None else finite.to(device),
-            WHOLE if cycle is None else MicroStep(cycle.of, not batch.begun, cycle.is_last),
+            WHOLE if cycle is None else MicroStep(cycle.of, not batch.begun, cycle.is_last, cycle.nth),
             float(group["max_row_change"]),
             float(group["max_row_norm"]),
         )

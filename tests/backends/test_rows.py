@@ -22,7 +22,7 @@ def _by_both(request: pytest.FixtureRequest) -> Iterator[None]:
     """By torch's operations, and by the kernel."""
     with pytest.MonkeyPatch.context() as patch:
         if not request.param:
-            patch.setattr(cpu, "row_width", lambda param: 0)
+            patch.setattr(cpu, "row_width", lambda param, coded: 0)
         yield
 
 

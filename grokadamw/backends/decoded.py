@@ -1,0 +1,93 @@
+"""Steps of tensors that are kept in fewer bits than a step computes with, on any device: decode, step, encode.
+
+Some rows at a time become float32, take the step of `foreach`, and go back. That is slow: the kernels do the same in
+one pass through memory, where they can take a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..options import STATES
+from ..state import formats
+from ..state.formats import as_rows, has_rows, width_of
+from . import foreach, rows
+from .types import Batch, Scalars
+
+_PIECE = 1 << 18  # elements at a time
+
+
+def row_width(param: Tensor, coded: bool = False) -> int:
+    """Return the elements of a row: all are limited here."""
+    return width_of(param) if param.dim() > 1 else 0
+
+
+def step(batch: Batch, scalars: Scalars) -> None:
+    """Do the stages slow_grad to limit_rows for every tensor, in place."""
+    assert batch.coded is not None
+    n, is_cut = scalars, batch.shards is not None and batch.shards.cut_rows
+    for i, (param, count) in enumerate(zip(batch.params, batch.steps, strict=True)):
+        kept: list[Any] = [None if column is None else column[i] for column in (*batch[:5], *batch.coded[:4])]
+        if has_rows(param):
+            kept = [None if x is None else _in_rows(x, param) for x in kept]
+        numbers = n._replace(beta1=n.beta1[i : i + 1], bias_beta1=n.bias_beta1[i : i + 1])
+        draw = count.to(torch.int64) * n.micro_step.of + n.micro_step.nth
+        size, width, t = len(kept[0]), kept[0].numel() // max(1, len(kept[0])), count.clone()
+        # ranks that have parts of rows add up the norms of all rows at once
+        few = max(1, size if is_cut else _PIECE // max(1, width))
+        for start in range(0, max(1, size), few):
+            some: list[Any] = [None if x is None else x[start : start + few] for x in kept]
+            dither = formats.dither(start, some[0].shape, batch.coded.numbers[i], draw)
+            t.copy_(count)
+            _step(some, t, numbers, dither, batch, param.dim() > 1)
+        count.copy_(t)
+
+
+def _in_rows(x: Tensor, param: Tensor) -> Tensor:
+    """Return what belongs to a parameter as (rows, width), in the order that the parameter lies in."""
+    if x.shape != param.shape:  # scales
+        return x.view(param.numel() // width_of(param), -1)
+    alike = x.stride() == param.stride() or (x.is_contiguous() and param.is_contiguous())
+    return as_rows(x if alike else torch.empty_like(param, dtype=x.dtype).copy_(x))
+
+
+def _step(
+    kept: list[Any], t: Tensor, n: Scalars, dither: Callable[[str], Tensor], batch: Batch, is_matrix: bool
+) -> None:
+    """Take the step of some rows: of a parameter, its gradient, its states, their scales, and its low bits."""
+    assert batch.coded is not None
+    param, grad, low = kept[0], kept[1], kept[8]
+    theta = param if param.dtype == torch.float32 else formats.full(param, low)
+    values = [
+        x if x is None or x.dtype == torch.float32 else formats.decode(x, scale, name)
+        for name, x, scale in zip(STATES, kept[2:5], kept[5:8], strict=True)
+    ]
+    lists: Any = ([theta], [grad], [values[0]], [values[1]], None if values[2] is None else [values[2]], [t])
+    plain = Batch(*lists)._replace(unlimited=[0] if is_matrix else [], shards=batch.shards)
+    before = rows.before(plain, n)
+    foreach.step(plain, n)
+    rows.limit(plain, n, before)
+
+    finite = n.finite if n.micro_step.of == 1 else None
+    for name, value, x, scale in zip(STATES, values, kept[2:5], kept[5:8], strict=True):
+        if value is not x:
+            codes, scales = formats.encode(value, x.dtype, name, dither(name))
+            _store(x, codes, finite)
+            if scale is not None:
+                _store(scale, scales, finite)
+    if theta is not param and n.micro_step.moves:
+        rounded, bits = formats.split(
+            theta, param.dtype, None if low is None else low.dtype, dither("param"), batch.coded.rounds
+        )
+        _store(param, rounded, finite)
+        if low is not None:
+            _store(low, bits, finite)
+
+
+def _store(old: Tensor, new: Any, finite: Tensor | None) -> None:
+    """Write a value, unless it comes of gradients that are not finite."""
+    old.copy_(new if finite is None else torch.where(finite, new, old))

@@ -1,0 +1,57 @@
+"""The float32 weights of a model whose parameters are bfloat16 or float16, as `master_weight_bits` keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .groups import check_model
+from .state.formats import full, low_dtype, split
+
+__all__ = ["full_precision_state_dict", "load_full_precision_state_dict"]
+
+
+def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Return the model's state dict with float32 weights, wherever the optimizer keeps their low bits.
+
+    With ``master_weight_bits=32`` those are the weights that training knows, bit for bit; with 24, to 16 bits of the
+    mantissa. The other entries are the model's own, and share its memory.
+
+    Args:
+        model: of the parameters that `optimizer` updates, or of more.
+        optimizer: a GrokAdamW with ``master_weight_bits``. Before its first step all low bits are 0.
+    """
+    check_model(model)
+    state_dict: dict[str, Any] = model.state_dict()
+    for name, param in model.named_parameters(remove_duplicate=False):
+        low = optimizer.state[param].get("param_low") if param in optimizer.state else None
+        if low is not None and name in state_dict:
+            state_dict[name] = full(param.detach(), low)
+    return state_dict
+
+
+def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Load float32 weights into a model of bfloat16 or float16, and their low bits into its optimizer.
+
+    What the optimizer keeps besides stays: load its own state dict first.
+
+    Raises:
+        RuntimeError: names or shapes are not the model's, as ``model.load_state_dict`` says.
+    """
+    check_model(model)
+    model.load_state_dict(state_dict)
+    params = {param for group in optimizer.param_groups for param in group["params"]}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        low = low_dtype(param, optimizer.defaults)
+        if param in params and name in state_dict and low is not None:
+            half = torch.full((), 1 << 31, dtype=torch.int64, device=param.device)  # rounds to nearest
+            weights: Tensor = state_dict[name].detach().to(param.device, torch.float32)
+            rounded, bits = split(weights.contiguous(), param.dtype, low, half, False)
+            with torch.no_grad():
+                param.copy_(rounded)
+            kept = optimizer.state[param].setdefault("param_low", torch.zeros_like(param, dtype=low))
+            kept.copy_(bits)

@@ -1,0 +1,356 @@
+"""How state and parameters are kept in fewer bits than a step computes with: the definition, which kernels repeat.
+
+A step decodes, computes in float32, and encodes. Two formats of states have fewer bits than float32:
+
+- **int8**: 64 neighbours in a row are a block, and share a float32, the scale s. The last block of a row may be
+  shorter. An element is one byte: a code c. m and μ are c · s with c from -127 to 127. v is (c · s)² with c from 0 to
+  255, so that the root, which a step divides by, is in even steps. The largest size in the block has the largest code.
+  A row is a slice along the first dimension, so a shard along that dimension holds whole blocks.
+- **bfloat16**: the upper half of a float32.
+
+A parameter of 16 bits may have more bits beside it, in `param_low`: what its own number, the nearest, lacks of the full
+weight. So they begin at 0, and a parameter that is set to something else stays what it was set to, but for a rounding.
+
+- **32 bits**: 16 more. bfloat16 then holds every float32, bit for bit. float16 does down to 2^-17; smaller weights are
+  rounded towards 0, to whole multiples of 2^-40.
+- **24 bits**: 8 more. The last 8 bits of the float32 are rounded by a dither; those of a small float16 to multiples of
+  2^-32.
+- **none**: the nearest number, or rounding by a dither.
+
+**Dither.** A slow average moves by less than one code at most steps, and rounding to nearest would never store such a
+move. So a number in [0, 1) codes, the dither, is added before a code is rounded down: the mean of what is stored is
+the value, to 2^-16 of a code. A block's dithers begin at a hash of the parameter's and the block's number, and differ
+from element to element by 1 / 1.3247…, the plastic number. From step to step they go on by the golden ratio: a move of
+a tenth of a code is stored at one step in ten, more regularly than by chance, and a slow average collects half of the
+noise of random numbers. All of this follows from parameter, element and step, so a resumed run needs no generator's
+state. There is no seed: another one would not make a run better or worse.
+
+**Bounds**, for x that is kept as y. A is the block's largest |m|, B its largest v, and all v are 0 or more:
+
+    m, μ in int8       |y - x| < A / 126, or 2^-100 if that is more
+    v in int8          |√y - √x| < √B / 254, and y > 0 wherever x > 0 (and B > 2^-133)
+    bfloat16           |y - x| < |x| / 128, or 2^-133 if that is more; but a v above 0 is never below 2^-126
+    24 bits            |y - x| < |x| / 2^15, or 2^-141 if that is more; of float16 2^-32
+    float16, 32 bits   |y - x| < 2^-40 below 2^-17, else y = x
+
+An outlier in a block cannot make the other steps explode. With m' and v' as they are kept,
+
+    |m'| / √v' < 2.01 |m| / √v + 2.03 A / √B
+
+and A / √B is at most the |m| / √v of the element with that A, which AdamW bounds: by 7.3 for β = (0.9, 0.999). But an
+outlier shortens other steps, as a smaller √v is rounded up to √B / 255, and one whose √B is k times the others' leaves
+them 255 / k codes. Blocks are short so that few elements share that fate.
+
+v beyond 2^128, which is infinite in float32 already, stops its whole block. m and μ must be below 2^100. Infinity and
+NaN, which only `nonfinite="propagate"` lets into m and μ, are kept as any number.
+
+**Why these.** `python -m benchmarks.formats` compares formats by the error of their updates: the norm of the difference
+to float32's over the norm of float32's. With β2 = 0.999 and α = 0.98, after 200 steps, in blocks of 64:
+
+    m and μ, v          rounding   noisy batches   one batch       four decades in a block
+    bfloat16            dither     0.007           0.014           0.009
+    bfloat16            nearest    0.008           0.021           0.008
+    int8                dither     0.026           0.072           1.133
+    int8                random     0.035           0.112           1.365
+    int8                nearest    0.037           0.172           0.829
+    softsign, √linear   dither     0.024           0.056           0.828
+    linear, linear      dither     0.033           0.089           0.737
+    e2m5, √e2m6         dither     0.031           0.065           1.254
+    e3m4, e4m4          dither     0.054           0.088           0.505
+    e4m3, e4m4          dither     0.091           0.151           0.396
+
+int8 is linear, √linear. Where the elements of a block are alike, as in real gradients, linear codes are as close as any
+that need no division, and their arithmetic is half of small floats' (e3m4: 3 bits of exponent, 4 of mantissa). Where
+they differ by orders of magnitude small floats are better, and no format of 8 bits is good:
+the small m drown in the dither. bfloat16 is good there.
+
+Scales of blocks are an idea of the OCP Microscaling formats; √v, and weights in two parts, of databricks/flashoptim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .._numbers import accumulator
+from ..options import STATES
+
+EXTRAS = (*(f"{name}_scale" for name in STATES), "param_low")  # what a state may hold beside them
+SMALL = 4096  # elements of a parameter whose state is not worth coding
+BLOCK = 64  # elements of a row that have one scale
+NARROW = 32  # elements of a row that is too short for codes
+_LOW = {24: torch.int8, 32: torch.int16}
+_HALVES = (torch.bfloat16, torch.float16)
+_GOLDEN, _LANE, _WORD = 0x9E3779B9, 0xC13FA9A9, (1 << 32) - 1  # by which dithers go on: from step to step, in a block
+_TURNS = {"exp_avg": 0, "grok_ema": 11, "exp_avg_sq": 22, "param": 5}  # where each begins in the bits of a hash
+_PARTS = 65536.0  # of a code, in which a value is compared with its dither
+# scale and largest value of a block: a little more than 1 / 127 and 1 / 255, so that rounding up makes no greater code
+_UNIT, _V_UNIT = _PARTS / (127 * _PARTS - 64), _PARTS / (255 * _PARTS - 128)
+_SMALLEST, _LARGEST = 2.0**-100, 0x71800000  # scales; and bits of 2^100, the largest value that they are made of
+_TINY = 0x387FE000  # bits of the least number that float16 rounds to one of its normal numbers
+
+
+def may_be_coded(options: Mapping[str, Any]) -> bool:
+    """Return True if anything may be kept in fewer bits under these options."""
+    return bool(
+        options["state_dtype"] != "float32" or options["master_weight_bits"] or options["rounding"] != "nearest"
+    )
+
+
+def is_coded(row: Sequence[Tensor], extras: Sequence[Any], options: Mapping[str, Any]) -> bool:
+    """Return True if a parameter, or its state, is not kept as the numbers that a step computes with.
+
+    Args:
+        row: the parameter, its gradient, m, v and, where there is one, μ.
+        extras: what its state holds of `EXTRAS`.
+    """
+    if not may_be_coded(options):
+        return False
+    has_codes = any(x is not None for x in extras) or any(x.dtype == torch.bfloat16 for x in row[2:])
+    return has_codes or (options["rounding"] != "nearest" and row[0].dtype in _HALVES)
+
+
+def format_of(param: Tensor, name: str, options: Mapping[str, Any]) -> str:
+    """Return the format of one of a parameter's states.
+
+    Small parameters, complex ones, those of float64 and, for int8, those whose rows are shorter than a block or do not
+    lie in one piece, keep float32, or what they have.
+    """
+    asked = options["state_dtype"]
+    kind: str = asked if isinstance(asked, str) else asked.get(name, "float32")
+    is_wide = param.is_complex() or param.dtype == torch.float64
+    is_small = param.numel() < SMALL or (kind == "int8" and (not has_rows(param) or width_of(param) < NARROW))
+    return "float32" if is_wide or is_small else kind
+
+
+def width_of(x: Tensor) -> int:
+    """Return the elements of a row: a slice along the first dimension; of a vector a block, or all."""
+    if x.dim() > 1:
+        return x.numel() // max(1, x.shape[0])
+    return BLOCK if x.numel() % BLOCK == 0 else x.numel()
+
+
+def low_dtype(param: Tensor, options: Mapping[str, Any]) -> torch.dtype | None:
+    """Return the dtype of a parameter's low bits; None if it has none."""
+    return _LOW.get(options["master_weight_bits"]) if param.dtype in _HALVES else None
+
+
+def has_no_gaps(x: Tensor) -> bool:
+    """Return True if every place in memory up to the last is one element, in whatever order."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def has_rows(x: Tensor) -> bool:
+    """Return True if each row lies in one piece, one after the other."""
+    return has_no_gaps(x) and (x.dim() < 2 or x.shape[0] <= 1 or x.stride(0) == width_of(x))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Return a view (rows, width) of a tensor that `has_rows`, its elements in the order that they lie in."""
+    width = width_of(x)
+    return x.as_strided((x.numel() // max(1, width), width), (width, 1))
+
+
+def new(param: Tensor, name: str, options: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return one of a parameter's states at zero, as its entries; `dtype` is that of float32's format."""
+    kind = format_of(param, name, options)
+    codes = torch.uint8 if name == "exp_avg_sq" else torch.int8
+    kept = {"float32": dtype, "bfloat16": torch.bfloat16, "int8": codes}[kind]
+    entries = {name: torch.zeros_like(param, dtype=kept, memory_format=torch.preserve_format)}
+    if kind == "int8":
+        entries[f"{name}_scale"] = zero_scales(param)
+    return entries
+
+
+def zero_scales(param: Tensor) -> Tensor:
+    """Return the scales of states at zero."""
+    return param.new_zeros(shape_of_scales(param), dtype=torch.float32)
+
+
+def shape_of_scales(param: Tensor) -> torch.Size:
+    """Return (rows, blocks of a row), or (blocks,) for a vector."""
+    rows = param.shape[:1] if param.dim() > 1 else ()
+    width = width_of(param) if rows else param.numel()
+    return torch.Size((*rows, -(-width // BLOCK)))
+
+
+def unpacked(state: Mapping[str, Any], name: str) -> Tensor:
+    """Return a state as the numbers that it stands for, of float32 at least."""
+    kept: Tensor = state[name]
+    scales = state.get(f"{name}_scale")
+    if scales is None:
+        return kept.float() if kept.dtype == torch.bfloat16 else kept
+    values, rows = torch.empty_like(kept, dtype=torch.float32), as_rows(kept)
+    as_rows(values).copy_(decode(rows, scales.view(len(rows), -1), name))
+    return values
+
+
+def packed(
+    state: Mapping[str, Any], name: str, param: Tensor, options: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return one of a parameter's states, of any format and shape, as its entries under these options.
+
+    What is in that format stays bit for bit.
+    """
+    entries = new(param, name, options, dtype)
+    kept, scale = entries[name], f"{name}_scale"
+    if state[name].dtype == kept.dtype and (scale not in entries or state[name].stride() == param.stride()):
+        for entry in entries:
+            entries[entry].copy_(state[entry])
+    elif kept.dtype not in (torch.bfloat16, torch.int8, torch.uint8) or dtype == torch.bfloat16:
+        kept.copy_(unpacked(state, name))
+    else:
+        values = torch.empty_like(kept, dtype=torch.float32).copy_(unpacked(state, name))
+        rows, places = (as_rows(values), as_rows(kept)) if has_rows(param) else (values, kept)
+        draw = torch.as_tensor(state.get("step", 0)).to(param.device, torch.int64)
+        codes, scales = encode(rows, kept.dtype, name, dither(0, rows.shape, 0, draw)(name))
+        places.copy_(codes)
+        if scales is not None:
+            entries[scale].copy_(scales.view_as(entries[scale]))
+    return entries
+
+
+def low_bits(low: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a parameter's low bits in the other number of them: 8 are the nearest to 16."""
+    if low.dtype == dtype:
+        return low
+    if dtype == torch.int8:
+        return (low.to(torch.int32) + 0x80 >> 8).clamp(max=127).to(dtype)
+    return low.to(dtype) << 8
+
+
+# --- random bits ---
+
+
+def dither(first: int, shape: Sequence[int], number: int, draw: Tensor) -> Callable[[str], Tensor]:
+    """Return the dithers of rows from the `first` on, as a function of what is rounded: 32 bits, in an int64, for each.
+
+    Args:
+        shape: of the rows.
+        number: the parameter's in the optimizer.
+        draw: how often it was rounded before.
+    """
+    width, device = math.prod(shape[1:]), draw.device
+    blocks = -(-width // BLOCK)
+    block = torch.arange(first * blocks, (first + shape[0]) * blocks, device=device) & _WORD
+    hashed = _mixed(block ^ key_of(number)).view(shape[0], blocks)
+    rest = torch.arange(width, device=device) % BLOCK * _LANE + draw * _GOLDEN
+
+    def of(name: str) -> Tensor:
+        turn = _TURNS[name]
+        turned = hashed << turn | hashed >> 32 - turn
+        word: Tensor = _of_elements(turned, width) + rest & _WORD
+        return word.view(*shape)
+
+    return of
+
+
+def key_of(number: int) -> int:
+    """Return what the dithers of the parameter with that number in the optimizer start from."""
+    return _mixed(number + 1)  # type: ignore[no-any-return]
+
+
+def _mixed(word: Any) -> Any:
+    """Return MurmurHash3's finalizer of 32 bits."""
+    word = (word ^ word >> 16) * 0x85EBCA6B & _WORD
+    word = (word ^ word >> 13) * 0xC2B2AE35 & _WORD
+    return word ^ word >> 16
+
+
+# --- states ---
+
+
+def encode(values: Tensor, kept: torch.dtype, name: str, word: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return float32 values of a state, (rows, width), as it is kept: bfloat16, or codes and their scales."""
+    is_v = name == "exp_avg_sq"
+    if kept == torch.bfloat16:
+        bits = values.view(torch.int32)
+        new = bits + (word >> 16).to(torch.int32)
+        if is_v:
+            new = torch.maximum(new, bits.clamp(max=1) << 23)  # a v that is not 0 does not become 0
+        return (new & -(1 << 16)).view(torch.float32).to(torch.bfloat16), None
+    width = values.shape[1]
+    blocks = -(-width // BLOCK)
+    # float32's root is not rounded correctly on every CPU
+    x = values.to(accumulator(values.device)).sqrt().float() if is_v else values
+    sizes = functional.pad(x.view(torch.int32) & 0x7FFFFFFF, (0, blocks * BLOCK - width))
+    tops = sizes.view(-1, blocks, BLOCK).amax(2).clamp(max=_LARGEST).view(torch.float32)
+    scales = (tops * (_V_UNIT if is_v else _UNIT)).clamp(min=_SMALLEST)
+    codes = (x * _of_elements(_PARTS / scales, width)).to(torch.int32) + (word >> 16).to(torch.int32) >> 16
+    if is_v:
+        codes = torch.maximum(codes, (x > 0).to(torch.int32))
+    return codes.to(torch.uint8 if is_v else torch.int8), scales
+
+
+def decode(codes: Tensor, scales: Tensor | None, name: str) -> Tensor:
+    """Return the float32 values of a state, (rows, width)."""
+    if scales is None:
+        return codes.float()
+    values = codes.float() * _of_elements(scales, codes.shape[1])
+    return values * values if name == "exp_avg_sq" else values
+
+
+def _of_elements(blocks: Tensor, width: int) -> Tensor:
+    """Return each block's number for each of its elements."""
+    return blocks.repeat_interleave(BLOCK, dim=1)[:, :width]
+
+
+# --- parameters ---
+
+
+def full(param: Tensor, low: Tensor | None) -> Tensor:
+    """Return a parameter of 16 bits as float32, with its low bits."""
+    whole = param.to(torch.float32, copy=True)
+    if low is None:
+        return whole
+    rest = low.to(torch.int32) << 16 - 8 * low.itemsize
+    values = (whole.view(torch.int32) + rest).view(torch.float32)
+    if param.dtype == torch.bfloat16:
+        return values
+    size = param.view(torch.int16).to(torch.int32) & 0x7FFF
+    tiny = ((size << 16) + rest).float() * 2.0**-40
+    return torch.where(size < 0x400, tiny.copysign(whole), values)
+
+
+def split(
+    whole: Tensor, dtype: torch.dtype, low: torch.dtype | None, word: Tensor, rounds: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return a float32 parameter in a dtype of 16 bits, and its low bits.
+
+    Args:
+        low: the dtype of the low bits; None for none. What 8 of them do not hold is rounded by the dither.
+        word: of `dither`.
+        rounds: whether a parameter without low bits is rounded by the dither, too.
+    """
+    words = whole.view(torch.int32)
+    if low is None:
+        if rounds:
+            dropped = 16 if dtype == torch.bfloat16 else 13
+            words = (words + (word >> 32 - dropped).to(torch.int32)) & -(1 << dropped)
+        return words.view(torch.float32).to(dtype), None
+    is_tiny = (words & 0x7FFFFFFF) < _TINY
+    if dtype == torch.float16:
+        words = torch.where(is_tiny, (whole.abs() * 2.0**40).to(torch.int32), words)
+    if low == torch.int8:
+        words = (words + (word >> 24).to(torch.int32)) & -(1 << 8)
+    if dtype == torch.bfloat16:  # to nearest, and up where two are as near: the low bits are in [-2¹⁵, 2¹⁵)
+        rounded = (words + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16)
+    else:
+        words = torch.where(is_tiny, words.clamp(max=0x3FF7FFF), words)
+        size = words + 0x8000 >> 16
+        tiny = (size.float() * 2.0**-24).copysign(whole)
+        rounded = torch.where(is_tiny, tiny, words.view(torch.float32)).to(dtype)
+        words = words - torch.where(is_tiny, size << 16, rounded.float().view(torch.int32))
+    return rounded, (words if low == torch.int16 else words >> 8).to(low)

@@ -1,0 +1,309 @@
+"""Training with states and parameters in fewer bits: what holds in float32 holds here."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grokadamw import GrokAdamW
+from grokadamw.backends import cpu, decoded, native
+from grokadamw.state import formats
+
+from .models import running
+
+KEPT: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "int8": (torch.float32, {"state_dtype": "int8"}),
+    "bfloat16": (torch.float32, {"state_dtype": "bfloat16"}),
+    "int8, 32 bits": (torch.bfloat16, {"state_dtype": "int8", "master_weight_bits": 32}),
+    "bfloat16, 24 bits": (torch.bfloat16, {"state_dtype": "bfloat16", "master_weight_bits": 24}),
+    "int8, rounded": (torch.bfloat16, {"state_dtype": "int8", "rounding": "stochastic"}),
+    "float16 of 32 bits": (torch.float16, {"master_weight_bits": 32}),
+}
+SHAPES = [(64, 70), (5000,), (8, 64, 3, 3), (3, 2)]
+
+
+@pytest.fixture(params=KEPT.values(), ids=KEPT)
+def kept(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def made(dtype: torch.dtype, seed: int = 0, shapes: list[tuple[int, ...]] = SHAPES) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    params = [0.3 * torch.randn(shape, generator=generator) for shape in shapes]
+    params = [p.to(memory_format=torch.channels_last) if p.dim() == 4 else p for p in params]
+    return [nn.Parameter(p.to(dtype)) for p in params]
+
+
+def train(params: list[nn.Parameter], optimizer: GrokAdamW, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(100 + step)
+        for p in params:
+            grad = torch.randn(p.shape, generator=generator) + p.detach().float().cpu()
+            p.grad = torch.empty_like(p).copy_(grad)
+        optimizer.step()
+
+
+def bits_of(params: list[nn.Parameter], optimizer: GrokAdamW) -> list[Tensor]:
+    """Copies of all that a step writes."""
+    states = [optimizer.state[p][name] for p in params if p in optimizer.state for name in sorted(optimizer.state[p])]
+    return [x.detach().clone() for x in (*params, *(x for x in states if isinstance(x, Tensor)))]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_what_is_kept_has_the_dtypes_that_were_asked_for(kept: Any) -> None:
+    dtype, options = kept
+    params = made(dtype)
+    optimizer = GrokAdamW(params, **options)
+    train(params, optimizer, range(1))
+    for p in params:
+        state = optimizer.state[p]
+        form = options.get("state_dtype") if p.numel() >= formats.SMALL else "float32"
+        expected = {"int8": torch.int8, "bfloat16": torch.bfloat16}.get(form, torch.float32)
+        assert state["exp_avg"].dtype == state["grok_ema"].dtype == expected
+        assert ("exp_avg_scale" in state) == (form == "int8")
+        low = {32: torch.int16, 24: torch.int8}.get(options.get("master_weight_bits"))
+        assert (state["param_low"].dtype if "param_low" in state else None) == low
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "foreach", "reference", "blocks"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_leaves_every_bit(kept: Any, implementation: str, poison: float) -> None:
+    dtype, options = kept
+    with running(implementation) as how:
+        params = made(dtype)
+        optimizer = GrokAdamW(params, **options, **how)
+        train(params, optimizer, range(3))
+        before = bits_of(params, optimizer)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        params[1].grad[7] = poison
+        with pytest.warns(RuntimeWarning, match="a step was skipped"):
+            optimizer.step()
+        assert equal(before, bits_of(params, optimizer))
+
+
+@pytest.mark.parametrize("module", [cpu, decoded])
+def test_a_step_that_a_device_finds_not_finite_leaves_every_bit(
+    kept: Any, module: Any, monkeypatch: pytest.MonkeyPatch, nothing_is_free_to_read: None
+) -> None:
+    dtype, options = kept
+    params = made(dtype)
+    optimizer = GrokAdamW(params, **options, foreach=True if module is decoded else None)
+    train(params, optimizer, range(2))
+    before = bits_of(params, optimizer)
+    for p in params:
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.step()
+    assert equal(before, bits_of(params, optimizer))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_foreach_follows_the_kernel(kept: Any, steps: int) -> None:
+    """To neighbours: they round alike, but what they round differs in its last bits."""
+    dtype, options = kept
+    found = []
+    for how in ({}, {"foreach": True}, {"foreach": False}):
+        params = made(dtype)
+        optimizer = GrokAdamW(params, lr=1e-2, accumulation_steps=steps, second_moment="raw", **options, **how)
+        train(params, optimizer, range(4 * steps))
+        found.append([p.detach().float() for p in params])
+    start = made(dtype)
+    for other in found[1:]:
+        for a, b, p in zip(found[0], other, start, strict=True):
+            assert (a - b).norm() < 2e-3 * (a - p.detach().float()).norm() + (2e-3 * a.norm() if a.norm() else 0)
+
+
+def test_copies_and_pickles_go_on_with_the_same_bits(kept: Any) -> None:
+    dtype, options = kept
+    params = made(dtype)
+    optimizer = GrokAdamW(params, **options)
+    train(params, optimizer, range(3))
+    both = copy.deepcopy((params, optimizer)), pickle.loads(pickle.dumps((params, optimizer)))
+    train(params, optimizer, range(3, 6))
+    for ps, other in both:
+        train(ps, other, range(3, 6))
+        assert equal(bits_of(params, optimizer), bits_of(ps, other))
+
+
+@pytest.mark.parametrize("how", [{}, {"foreach": True}])
+def test_a_resumed_run_is_the_uninterrupted_one(kept: Any, how: dict[str, Any]) -> None:
+    dtype, options = kept
+    params = made(dtype)
+    optimizer = GrokAdamW(params, **options, **how)
+    train(params, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save((optimizer.state_dict(), [p.detach() for p in params]), file)
+    train(params, optimizer, range(3, 6))
+    file.seek(0)
+    saved, weights = torch.load(file, weights_only=True)
+    others = [nn.Parameter(p) for p in weights]
+    resumed = GrokAdamW(others, **options, **how)
+    resumed.load_state_dict(saved)
+    train(others, resumed, range(3, 6))
+    assert equal(bits_of(params, optimizer), bits_of(others, resumed))
+
+
+def test_groups_differ_and_parameters_may_come_late_or_have_no_gradient(kept: Any) -> None:
+    """Each is what it is alone in the same place."""
+    dtype, options = kept
+    a, b, c, d = made(dtype, shapes=[(64, 70)] * 4)
+    optimizer = GrokAdamW(
+        [{"params": [a]}, {"params": [b], "lr": 1e-2, "weight_decay": 0.1}], gradient_clipping=0.0, gamma=0.0, **options
+    )
+    before = b.detach().clone()
+    train([a], optimizer, range(3))
+    assert torch.equal(b, before)
+    assert b not in optimizer.state
+    optimizer.add_param_group({"params": [c], "lr": 3e-3})
+    for each in (a, b, c):
+        train([each], optimizer, range(3))
+        each.grad = None
+    for number, (param, lr, decay) in enumerate([(a, 1e-3, 1e-2), (b, 1e-2, 0.1), (c, 3e-3, 1e-2)]):
+        fresh = made(dtype, shapes=[(64, 70)] * 4)
+        idle = [nn.Parameter(torch.zeros(1)) for _ in range(number)]
+        alone = GrokAdamW(
+            [*idle, fresh[number]], lr=lr, weight_decay=decay, gradient_clipping=0.0, gamma=0.0, **options
+        )
+        train([fresh[number]], alone, range(3))
+        if param is a:
+            train([fresh[0]], alone, range(3))
+        assert equal(bits_of([param], optimizer), bits_of([fresh[number]], alone))
+    assert d.grad is None
+
+
+@pytest.mark.parametrize("how", [{}, {"foreach": True}], ids=["cpu", "foreach"])
+@pytest.mark.parametrize("shape", [(64, 70), (40, 3, 64), (3, 5000), (2, 70000), (600, 20)])
+@pytest.mark.parametrize("limits", [{}, {"max_row_change": 0.01, "max_row_norm": 2.0}], ids=["free", "limited"])
+def test_32_bits_are_float32_weights(how: dict[str, Any], shape: tuple[int, ...], limits: dict[str, float]) -> None:
+    """To the bit, with limits on rows, too; very long rows of 16 bits are foreach's."""
+    how = {"foreach": True} if shape[-1] > 65536 else how
+    (low,) = made(torch.bfloat16, shapes=[shape])
+    wide = nn.Parameter(low.detach().float())
+    pairs = [
+        (low, GrokAdamW([low], lr=1e-2, state_dtype="int8", master_weight_bits=32, **limits, **how)),
+        (wide, GrokAdamW([wide], lr=1e-2, state_dtype="int8", **limits, **how)),
+    ]
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        grad = torch.randn(shape, generator=generator).bfloat16()
+        for param, optimizer in pairs:
+            param.grad = grad.to(param.dtype)
+            optimizer.step()
+    state = pairs[0][1].state[low]
+    assert torch.equal(formats.full(low.detach(), state["param_low"]), wide)
+
+
+# the kernel: the same bits everywhere
+
+WIDE = [(3, 60_001), (300, 700), (200_000,), (70, 33), (64, 64)]
+
+
+def results(kept: Any, limits: dict[str, float]) -> list[Tensor]:
+    dtype, options = kept
+    params = made(dtype, shapes=WIDE)
+    optimizer = GrokAdamW(params, **options, **limits)
+    train(params, optimizer, range(2))
+    assert optimizer.implementation().startswith("cpu")
+    return bits_of(params, optimizer)
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_row_change": 0.01, "max_row_norm": 2.0}], ids=["free", "limited"])
+def test_any_number_of_threads_gives_the_same_bits(
+    kept: Any, limits: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_ALONE", 0)
+    found = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(results(kept, limits))
+    assert all(equal(found[0], other) for other in found[1:])
+
+
+@contextmanager
+def compiled_for(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        native.kernel.cache_clear()
+        patch.setattr(native, "_instruction_sets", lambda: [name])
+        yield
+    native.kernel.cache_clear()
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_row_change": 0.01, "max_row_norm": 2.0}], ids=["free", "limited"])
+def test_every_instruction_set_gives_the_same_bits(
+    kept: Any, limits: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for name in dict.fromkeys(("baseline", *native._instruction_sets())):
+        with compiled_for(monkeypatch, name):
+            found.append(results(kept, limits))
+    assert all(equal(found[0], other) for other in found[1:])
+
+
+def test_a_tensors_bits_do_not_depend_on_the_others(kept: Any) -> None:
+    """Pieces that threads take begin anywhere in a tensor."""
+    dtype, options = kept
+    found = []
+    for before in (0, 1, 63, 65_000):
+        first = nn.Parameter(torch.zeros(before, dtype=dtype))
+        params = made(dtype, shapes=WIDE[1:])
+        optimizer = GrokAdamW([first, *params], gradient_clipping=0.0, gamma=0.0, **options)
+        train([*params, first], optimizer, range(2))
+        found.append(bits_of(params, optimizer))
+    assert all(equal(found[0], other) for other in found[1:])
+
+
+# compiled
+
+
+@pytest.mark.parametrize("name", ["int8", "bfloat16", "int8, 32 bits", "int8, rounded"])
+def test_torch_compile_takes_the_same_step(name: str) -> None:
+    torch._dynamo.reset()
+    dtype, options = KEPT[name]
+    found = []
+    for compiles in (False, True):
+        params = made(dtype, shapes=[(64, 70), (3, 2)])
+        optimizer = GrokAdamW(params, lr=1e-2, **options, foreach=True)
+        if compiles:
+            optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+        train(params, optimizer, range(4))
+        found.append([p.detach().float() for p in params])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-3)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("bits", [None, 24, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(0,), (0, 64), (5, 0), (), (1,)])
+def test_tensors_of_no_or_one_element_take_a_step(bits: int | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    for how in ({}, {"foreach": True}, {"foreach": False}):
+        p = nn.Parameter(torch.ones(shape, dtype=dtype))
+        rounding = "stochastic" if bits is None else "nearest"
+        optimizer = GrokAdamW([p], state_dtype="int8", master_weight_bits=bits, rounding=rounding, **how)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert p.isfinite().all()
+
+
+def test_a_parameter_that_was_set_keeps_its_value() -> None:
+    """Low bits that belonged to another value change it by no more than rounding does."""
+    for dtype in (torch.bfloat16, torch.float16):
+        (p,) = made(dtype, shapes=[(64, 70)])
+        optimizer = GrokAdamW([p], master_weight_bits=32)
+        train([p], optimizer, range(2))
+        new = 5 * torch.randn_like(p)
+        with torch.no_grad():
+            p.copy_(new)
+        whole = formats.full(p.detach(), optimizer.state[p]["param_low"])
+        assert ((whole - new.float()).abs() <= new.abs().float() * 2.0**-7 + 2.0**-24).all()

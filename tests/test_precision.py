@@ -1,0 +1,200 @@
+"""State and weights in fewer bits, in checkpoints: any format loads into any, and a resumed run is the run."""
+
+from __future__ import annotations
+
+import copy
+import io
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grokadamw import GrokAdamW, full_precision_state_dict, load_full_precision_state_dict
+from grokadamw.checkpoints import to_adamw, to_float32
+from grokadamw.options import STATES
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"state_dtype": "bfloat16"},
+    "int8": {"state_dtype": "int8"},
+    "mixed": {"state_dtype": {"grok_ema": "int8", "exp_avg_sq": "bfloat16"}},
+    "24 bits": {"state_dtype": "int8", "master_weight_bits": 24},
+    "32 bits": {"state_dtype": "bfloat16", "master_weight_bits": 32},
+    "stochastic": {"rounding": "stochastic"},
+}
+# how far a state may be from what was saved, as a share of its norm
+LOSSES = {"float32": 0.0, "bfloat16": 0.004, "int8": 0.015, "mixed": 0.015, "24 bits": 0.015, "32 bits": 0.004}
+LOSSES["stochastic"] = 0.0
+
+
+class Model(nn.Module):
+    """Parameters of all kinds: some with rows that no block fits, channels-last, small and short ones."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = {"even": (64, 128), "odd": (100, 97), "vector": (5000,), "small": (7,), "short": (500, 10)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter((0.1 * torch.randn(shape)).to(dtype)))
+        last = torch.randn(8, 32, 5, 5).to(dtype, memory_format=torch.channels_last)
+        self.conv = nn.Parameter(last)
+        self.tied = self.even
+
+
+def started(options: dict[str, Any], foreach: bool | None = None) -> tuple[Model, GrokAdamW]:
+    is_half = options.keys() & {"master_weight_bits", "rounding"}
+    model = Model(torch.bfloat16 if is_half else torch.float32)
+    return model, GrokAdamW(model.named_parameters(), lr=0.01, foreach=foreach, **options)
+
+
+def train(model: Model, optimizer: GrokAdamW, first: int, last: int) -> None:
+    for step in range(first, last):
+        torch.manual_seed(step)
+        for param in model.parameters():
+            param.grad = torch.randn(param.shape).to(param.dtype)
+        optimizer.step()
+
+
+def through_a_file(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def tensors(model: Model, optimizer: GrokAdamW) -> dict[str, Tensor]:
+    found = dict(model.state_dict())
+    for name, param in model.named_parameters():
+        found |= {f"{name}.{key}": x for key, x in optimizer.state[param].items() if isinstance(x, Tensor)}
+    return found
+
+
+@pytest.mark.parametrize("foreach", [None, True], ids=["the kernel", "decoded"])
+@pytest.mark.parametrize("more", [{}, {"accumulation_steps": 3, "second_moment": "raw"}], ids=["", "in a cycle"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_resumed_run_is_the_run(name: str, more: dict[str, Any], foreach: bool | None) -> None:
+    model, optimizer = started(FORMATS[name] | more, foreach)
+    train(model, optimizer, 0, 5)
+    saved = through_a_file([model.state_dict(), optimizer.state_dict()])
+    train(model, optimizer, 5, 9)
+    other, resumed = started(FORMATS[name] | more, foreach)
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    train(other, resumed, 5, 9)
+    expected, found = tensors(model, optimizer), tensors(other, resumed)
+    assert list(expected) == list(found)
+    for key in expected:
+        assert torch.equal(expected[key], found[key]), key
+
+
+@pytest.mark.parametrize(("saved", "loaded"), list(product(FORMATS, FORMATS)))
+def test_any_format_loads_into_any(saved: str, loaded: str) -> None:
+    model, optimizer = started(FORMATS[saved])
+    train(model, optimizer, 0, 3)
+    state_dict = optimizer.state_dict()
+    _, other = started(FORMATS[loaded])
+    drops = "master_weight_bits" in FORMATS[saved] and "master_weight_bits" not in FORMATS[loaded]
+    if drops:
+        with pytest.warns(UserWarning, match="low bits"):
+            other.load_state_dict(state_dict)
+    else:
+        other.load_state_dict(state_dict)
+    before, after = (to_float32(each)["state"] for each in (state_dict, other.state_dict()))
+    for i, state in before.items():
+        assert ("param_low" in after[i]) == ("param_low" in state and not drops)
+        for name in STATES:
+            assert after[i][name].dtype == torch.float32
+            assert (after[i][name] - state[name]).norm() <= LOSSES[loaded] * state[name].norm(), name
+
+
+def test_saving_again_loses_nothing() -> None:
+    for options in FORMATS.values():
+        model, optimizer = started(options)
+        train(model, optimizer, 0, 3)
+        _, other = started(options)
+        other.load_state_dict(optimizer.state_dict())
+        for mine, theirs in zip(optimizer.state.values(), other.state.values(), strict=True):
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_torchs_adamw_goes_on_from_every_format() -> None:
+    for options in FORMATS.values():
+        model, optimizer = started(options)
+        train(model, optimizer, 0, 3)
+        adamw = torch.optim.AdamW(model.parameters(), lr=0.01)
+        adamw.load_state_dict(to_adamw(optimizer.state_dict()))
+        train(model, adamw, 3, 4)  # type: ignore[arg-type]
+        assert all(param.isfinite().all() for param in model.parameters())
+        assert {*adamw.state[model.even]} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_file_whose_strides_are_others_means_the_same_numbers() -> None:
+    model, optimizer = started(FORMATS["int8"])
+    train(model, optimizer, 0, 3)
+    _, other = started(FORMATS["int8"])
+    with torch.no_grad():
+        other.param_groups[0]["params"][-1].data = model.conv.detach().contiguous()
+    other.load_state_dict(optimizer.state_dict())
+    before, after = (to_float32(each)["state"][5]["exp_avg"] for each in (optimizer.state_dict(), other.state_dict()))
+    assert after.is_contiguous()
+    assert (after - before).norm() <= 0.015 * before.norm()
+
+
+def test_what_no_longer_fits_is_named() -> None:
+    model, optimizer = started(FORMATS["24 bits"])
+    train(model, optimizer, 0, 2)
+    for name, wrong in (("exp_avg_scale", torch.zeros(3)), ("param_low", torch.zeros(3, dtype=torch.int8))):
+        state_dict = copy.deepcopy(optimizer.state_dict())
+        state_dict["state"][0][name] = wrong
+        with pytest.raises(ValueError, match=f"{name} of parameter 0 has shape"):
+            started(FORMATS["24 bits"])[1].load_state_dict(state_dict)
+    optimizer.state[model.even]["exp_avg_scale"] = torch.zeros(3)
+    with pytest.raises(RuntimeError, match=r"state\['exp_avg_scale'\]"):
+        train(model, optimizer, 2, 3)
+
+
+def test_the_slow_gradient_is_dropped_with_its_scale() -> None:
+    model, optimizer = started(FORMATS["int8"])
+    train(model, optimizer, 0, 2)
+    optimizer.free_slow_gradient()
+    assert not any(key.startswith("grok_ema") for state in optimizer.state.values() for key in state)
+    train(model, optimizer, 2, 3)
+    assert optimizer.state[model.even]["grok_ema_scale"].shape == (64, 2)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
+def test_32_bits_are_the_float32_weights(state_dtype: str) -> None:
+    """Given the same gradients; and they come out, and go in again."""
+    model, optimizer = started({"master_weight_bits": 32, "state_dtype": state_dtype})
+    wide = Model(torch.float32)
+    wide.load_state_dict({name: x.float() for name, x in model.state_dict().items()})
+    plain = GrokAdamW(wide.named_parameters(), lr=0.01, state_dtype=state_dtype)
+    for step in range(5):
+        torch.manual_seed(step)
+        for narrow, param in zip(model.parameters(), wide.parameters(), strict=True):
+            narrow.grad = torch.randn(param.shape).to(torch.bfloat16)
+            param.grad = narrow.grad.float()
+        optimizer.step()
+        plain.step()
+    found = full_precision_state_dict(model, optimizer)
+    assert found.keys() == wide.state_dict().keys()
+    for name, expected in wide.state_dict().items():
+        assert torch.equal(found[name], expected), name
+    other, resumed = started({"master_weight_bits": 32})
+    load_full_precision_state_dict(other, resumed, found)
+    assert all(torch.equal(x, found[name]) for name, x in full_precision_state_dict(other, resumed).items())
+    assert all(torch.equal(x, y) for x, y in zip(other.parameters(), model.parameters(), strict=True))
+
+
+def test_24_bits_come_out_to_their_precision() -> None:
+    model, optimizer = started({"master_weight_bits": 24})
+    weights = {name: torch.randn(x.shape) for name, x in model.state_dict().items()}
+    weights["tied"] = weights["even"]
+    load_full_precision_state_dict(model, optimizer, weights)
+    for name, x in full_precision_state_dict(model, optimizer).items():
+        assert ((x - weights[name]).abs() <= weights[name].abs() * 2.0**-16).all()
+    with pytest.raises(TypeError, match="model is a dict"):
+        full_precision_state_dict({}, optimizer)  # type: ignore[arg-type]
