@@ -7,12 +7,15 @@ rank goes on with the same α.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
 def mesh_of(tensor: Tensor) -> Any:
@@ -101,3 +104,18 @@ def mean_over_ranks(signal: Any, device: torch.device, dtype: torch.dtype) -> An
     pair[1] += signal is not None
     dist.all_reduce(pair)
     return pair[0] / pair[1].clamp(min=1)
+
+
+def why_not_early(params: set[Tensor]) -> str | None:
+    """Return what of these parameters' ranks still happens to a gradient once it is there; None if nothing does.
+
+    Parameters do not know of the wrapper that averages their gradients, so this looks through all objects.
+    """
+    if any(mesh_of(param) is not None for param in params):
+        return "that are DTensors, as FSDP2 makes"
+    if dist.is_available() and dist.is_initialized():
+        for thing in gc.get_objects():
+            name = type(thing).__name__
+            if name in _WRAPPERS and isinstance(thing, nn.Module) and not params.isdisjoint(thing.parameters()):
+                return f"in {name}, which averages their gradients later"
+    return None

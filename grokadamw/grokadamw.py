@@ -254,6 +254,8 @@ class GrokAdamW(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step. A parameter without a gradient stays as it is, with its state; ``p.grad`` is never written to.
 
+        With ``step_in_backward`` this ends a pass, whose gradients were used, and freed, as they came.
+
         Args:
             closure: re-evaluates the model and returns the loss. It runs first: gradients and losses are read after it.
 
@@ -282,13 +284,12 @@ class GrokAdamW(Optimizer):
         capturing = capturable and capture.is_capturing(self)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         given = Given(self.param_groups, self.state, options, scale, found_inf, capturing, compiling)
+        if run.in_backward is not None:
+            return run.in_backward.end(self, given)  # type: ignore[no-any-return]
         overflow = stages.is_overflow(given)
         if overflow or not stages.check_given(run, given):
             return [], None
-        if not run.layers_checked:
-            stages.check_layers(run, given, self._preset_gamma)
-        if not capturing and (options["accumulation_steps"] == 1 or self.param_groups[0]["micro_step"] == 0):
-            stages.hear_signals(run, self.param_groups, options)
+        stages.begin(run, given, self._preset_gamma)
         found_inf = None if overflow is False else found_inf
         return stages.prepare(run, given._replace(groups=self.param_groups, state=self.state, found_inf=found_inf))
 
@@ -468,6 +469,9 @@ class GrokAdamW(Optimizer):
         self._run.restart(self.param_groups[0]["signal_state"])
 
     def _before_saving(self) -> None:
+        early = self._run.in_backward
+        if early is not None and early.is_open and self.defaults["accumulation_steps"] > 1:
+            raise RuntimeError("a micro-batch of step_in_backward is not over: call optimizer.step() before you save")
         self._complete_groups()
         self._run.settle(self.param_groups)
         make_savable(self.param_groups)

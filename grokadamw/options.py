@@ -205,8 +205,8 @@ def rules_of(defaults: Mapping[str, Any]) -> Rules:
 RECORDED = ("train_loss", "eval_loss", "train_acc", "eval_acc")  # by `GrokAdamW.record`
 # the micro-batches of a cycle so far; and α, the factor of λ, λ, β1, β2 and γ as the first of them found them
 CYCLE_AT_REST = {"micro_step": 0, "cycle": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)}
-# How far the run is, which a group holds beside its options.
-PROGRESS = {**dict.fromkeys(RECORDED), "signal_state": None, "skipped_steps": 0, **CYCLE_AT_REST}
+# How far the run is, which a group holds beside its options; "last_norm" is that of `step_in_backward`'s last pass.
+PROGRESS = {**dict.fromkeys(RECORDED), "signal_state": None, "skipped_steps": 0, **CYCLE_AT_REST, "last_norm": 0.0}
 GROUP_KEYS = (*_IN_GROUPS, *PROGRESS, "layers")
 
 
@@ -367,6 +367,7 @@ def make_savable(groups: Sequence[dict[str, Any]]) -> None:
             if group[name] is not None:  # set by hand, it may have a graph, which cannot be copied
                 group[name] = as_number(group[name], name)
         group["cycle"] = tuple(map(as_float, group["cycle"]))
+        group["last_norm"] = as_float(group["last_norm"])
 
 
 def place_recorded(groups: Sequence[dict[str, Any]]) -> None:
@@ -384,7 +385,7 @@ def fill_in(groups: list[dict[str, Any]], earlier: list[dict[str, Any]], default
     """
     for i, group in enumerate(groups):
         before = defaults | (earlier[i] if i < len(earlier) else {})
-        for name, value in (before | {"signal_state": None, **CYCLE_AT_REST}).items():
+        for name, value in (before | {"signal_state": None, **CYCLE_AT_REST, "last_norm": 0.0}).items():
             if name != "param_names":
                 group.setdefault(name, value)
         if i < len(earlier):

@@ -179,7 +179,7 @@ INFO = OptimizerInfo(
     not_og_supported_flags=(
         *("foreach", "differentiable", "fused", "maximize", "capturable"),
         *("second_moment", "amplify_after", "nonfinite", "compat", "layer", "layers"),
-        *("train_loss", "eval_loss", "train_acc", "eval_acc", "signal_state", "skipped_steps"),
+        *("train_loss", "eval_loss", "train_acc", "eval_acc", "signal_state", "skipped_steps", "last_norm"),
     ),
     has_capturable_arg=True,
     supports_complex=True,

@@ -15,7 +15,7 @@ from grokadamw import GrokAdamW
 pytest.importorskip("rich", reason="the benchmarks print with rich, and draw with matplotlib")
 pytest.importorskip("matplotlib", reason="the benchmarks print with rich, and draw with matplotlib")
 
-from benchmarks import accumulation, filter_time, step_time  # noqa: E402
+from benchmarks import accumulation, filter_time, step_in_backward, step_time  # noqa: E402
 from benchmarks.grokking import report, runs  # noqa: E402
 
 from .pages import ROOT, code_blocks  # noqa: E402
@@ -56,7 +56,12 @@ def test_the_figures_on_grokking_are_those_of_the_runs(page: Path) -> None:
 
 @pytest.mark.parametrize(
     ("table", "page"),
-    [("step time", "README.md"), ("filter time", "docs/grokfast.md"), ("accumulation", "docs/accumulation.md")],
+    [
+        ("step time", "README.md"),
+        ("filter time", "docs/grokfast.md"),
+        ("accumulation", "docs/accumulation.md"),
+        ("gradient release", "docs/gradient_release.md"),
+    ],
 )
 def test_the_tables_are_what_the_benchmarks_wrote(table: str, page: str) -> None:
     written = re.search(rf"<!-- {table} -->\n(.*?)<!-- /{table} -->", (ROOT / page).read_text(), re.DOTALL)
@@ -76,10 +81,15 @@ def accumulation_table() -> str:
     return accumulation.table(json.loads((RESULTS / "accumulation.json").read_text()))
 
 
+def gradient_release_table() -> str:
+    return step_in_backward.table(json.loads((RESULTS / "step_in_backward.json").read_text()))
+
+
 TABLES = {
     "step time": step_time_table,
     "filter time": filter_time_table,
     "accumulation": accumulation_table,
+    "gradient release": gradient_release_table,
 }
 
 if __name__ == "__main__":  # python -m tests.test_readme

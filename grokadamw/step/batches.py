@@ -36,6 +36,7 @@ class Given(NamedTuple):
     found_inf: Any = None
     capturing: bool = False  # whether a CUDA graph is being captured
     compiling: bool = False  # whether torch.compile will see what is written
+    first: int = 0  # the number of the groups' first parameter among all of the optimizer's
 
 
 class Entry(NamedTuple):
@@ -86,7 +87,7 @@ def collect(given: Given, names: Mapping[Tensor, str], missing: Collection[Tenso
 
     RuntimeError if there is a gradient, a parameter or state that a step cannot go on with. `names` are `set_layers`'s.
     """
-    entries, numbers = [], count()
+    entries, numbers = [], count(given.first)
     for i, group in enumerate(given.groups):
         if len(group["layers"]) != len(group["params"]):
             raise RuntimeError(

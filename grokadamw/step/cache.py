@@ -140,7 +140,7 @@ class Cache:
         if not _are_plain(columns, written) or any(len(g["layers"]) != len(g["params"]) for g in groups):
             return None
         every = [(i, layer) for i, group in enumerate(groups) for layer in group["layers"]]
-        owners = [Owner(*owner, number) for number, owner in compress(enumerate(every), present)]
+        owners = [Owner(*owner, number) for number, owner in compress(enumerate(every, given.first), present)]
         if any(mu is None and groups[o.group]["lamb"] > 0 for o, mu in zip(owners, columns.grok_emas, strict=True)):
             return None
         signatures = TensorSignature(written), TensorSignature(columns.grads)

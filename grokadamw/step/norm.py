@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._numbers import Number, as_number, as_real, product
+from .._numbers import Number, accumulator, as_float, as_number, as_real, product, reads_are_free
 from ..backends import gpu
 from ..distributed import Shards, local_parts
 from .batches import Batches, Given
@@ -137,3 +137,41 @@ def clip_coefficient(norm: Number | None, max_norm: float) -> Number:
     if isinstance(coefficient, Tensor):
         return coefficient.clamp(max=1.0)
     return 1.0 if coefficient > 1.0 else coefficient  # NaN stays NaN, as it does there
+
+
+class NormSoFar:
+    """N of gradients that come one after the other, for those that are clipped before all of them are there.
+
+    It is the larger of the norm of what has come so far, and of what came `last` time.
+    """
+
+    def __init__(self, last: Number) -> None:
+        self._last = last
+        self._squares: Number | None = None
+
+    def add(self, norm: Number | None) -> None:
+        """Add the norm of further gradients; one that is not finite belongs to a parameter that is skipped, or lost."""
+        if norm is None:
+            return
+        before = 0.0 if self._squares is None else self._squares
+        if isinstance(norm, Tensor):
+            before = before.to(norm.device) if isinstance(before, Tensor) else before
+            self._squares = before + torch.where(torch.isfinite(norm), norm * norm, 0.0)
+        else:
+            self._squares = before + norm * norm if math.isfinite(norm) else before
+
+    @property
+    def value(self) -> Number | None:
+        """The norm of what has come so far; None if nobody has measured it."""
+        return None if self._squares is None else self._squares**0.5
+
+    def clip(self, limit: float, device: torch.device | None = None) -> Number:
+        """Return c, as a number for parameters on that device if one is given."""
+        so_far, last = self.value, self._last
+        if not isinstance(so_far, Tensor) and not isinstance(last, Tensor):
+            return clip_coefficient(None if so_far is None else max(so_far, last), limit)
+        so_far = torch.as_tensor(0.0 if so_far is None else so_far)
+        c = clip_coefficient(torch.maximum(so_far, torch.as_tensor(last).to(so_far)), limit)
+        if device is None or not isinstance(c, Tensor):
+            return c
+        return as_float(c) if reads_are_free(device) else c.to(device, accumulator(device))

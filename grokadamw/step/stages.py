@@ -54,6 +54,7 @@ class Run:
     stepped: bool = False  # whether the last step was a whole one, or the last of its micro-batches
     cache: Cache = field(default_factory=Cache)  # the batches of earlier steps
     evaluation_listeners: list[Callable[[], None]] = field(default_factory=list)  # called after record(eval_acc=…)
+    in_backward: Any = None  # `step_in_backward`'s handle, while parameters are updated in the backward pass
     graphs: list[Any] = field(default_factory=list)  # what CUDA graphs of the step read, besides tensors that users see
 
     def settle(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -69,6 +70,8 @@ class Run:
             self.skipped.zero_()
         self.graphs.clear()  # which no longer hold
         self.layers_checked, self.last = False, metrics.LastStep()
+        if self.in_backward is not None:
+            self.in_backward.is_open = False  # a pass that was not over
         self.signals.values.clear()
         self.signals.load(signal_state)
 
@@ -96,10 +99,7 @@ def check_given(run: Run, given: Given) -> bool:
     check_changed(groups, options, run.checked)
     if any(map(itemgetter("capturable"), groups)):
         capture.check_devices(groups)
-    if options["nonfinite"] == "raise" and not given.capturing:
-        params = [p for group in groups for p in group["params"] if p.grad is not None]
-        if not math.isfinite(_norm_now([p.grad.resolve_conj() for p in params if not p.grad.is_sparse], given)):
-            raise _not_finite(run, groups, params)
+    check_finite(run, given)
     if state and not given.capturing:
         return True
     entries = collect(given, run.names)
@@ -114,6 +114,14 @@ def check_given(run: Run, given: Given) -> bool:
     return False
 
 
+def check_finite(run: Run, given: Given) -> None:
+    """Raise RuntimeError if gradients are not finite, with nonfinite="raise"."""
+    if given.options["nonfinite"] == "raise" and not given.capturing:
+        params = [p for group in given.groups for p in group["params"] if p.grad is not None]
+        if not math.isfinite(_norm_now([p.grad.resolve_conj() for p in params if not p.grad.is_sparse], given)):
+            raise _not_finite(run, given.groups, params)
+
+
 def _norm_now(grads: list[Tensor], given: Given) -> float:
     return as_float(norm.global_norm(grads, update.sum_of_squares(given.options, given.compiling), None))
 
@@ -124,6 +132,15 @@ def check_layers(run: Run, given: Given, preset_gamma: float | None) -> None:
         for sentence in layers.warnings_for(given.groups, run.names, preset_gamma):
             warn(sentence, UserWarning)
     run.layers_checked = True
+
+
+def begin(run: Run, given: Given, preset_gamma: float | None) -> None:
+    """Check the layers once, and hear the signals, unless this cycle of micro-batches has heard them."""
+    if not run.layers_checked:
+        check_layers(run, given, preset_gamma)
+    steps, groups = given.options["accumulation_steps"], given.groups
+    if not given.capturing and (steps == 1 or groups[0]["micro_step"] == 0):
+        hear_signals(run, groups, given.options)
 
 
 def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> None:

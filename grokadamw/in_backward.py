@@ -1,0 +1,250 @@
+"""Gradient release: each parameter is updated in the backward pass, when its gradient is there, which is then freed."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ._warn import warn
+from .backends import Batch, Scalars
+from .backends.gpu_tables import Tables
+from .distributed import why_not_early
+from .grokadamw import GrokAdamW
+from .layers import name_of
+from .options import check_changed
+from .step import stages
+from .step.alpha import Signals
+from .step.batches import Given
+from .step.cache import Cache
+from .step.metrics import LastStep
+from .step.norm import NormSoFar
+
+__all__ = ["StepInBackward", "step_in_backward"]
+
+_Calls = Sequence[tuple[Batch, Scalars]]
+_SCALED = (
+    "GradScaler with step_in_backward: this pass has used gradients before their scale could be taken out. Compute in "
+    "bfloat16, which needs no GradScaler, and start from the last checkpoint; or call the handle's remove()"
+)
+_TWICE = (
+    "{} got a second gradient before optimizer.step() with step_in_backward, and was updated with the first. Call "
+    "optimizer.step() after each backward(); for micro-batches, construct GrokAdamW(..., accumulation_steps=k, "
+    'second_moment="raw"). After a backward pass that failed, call optimizer.zero_grad() and optimizer.step(). A '
+    "parameter that is shared with a checkpointed segment needs use_reentrant=False"
+)
+
+
+def step_in_backward(optimizer: GrokAdamW, *, clip_by: str | None = None) -> StepInBackward:
+    """Update each parameter in the backward pass, as soon as its gradient is there, and free that gradient.
+
+    So backward and step never hold the gradients of a whole model. What is computed is what ``step()`` computes
+    without clipping, to the bit.
+
+    ```python
+    handle = step_in_backward(optimizer)
+    for x, y in batches:
+        loss(model(x), y).backward()  # updates parameters
+        optimizer.step()              # ends the pass
+        scheduler.step()
+    handle.remove()
+    ```
+
+    Call ``step()`` after each backward pass, as without this: schedulers and frameworks do so anyway. It updates what
+    has a gradient but was not updated, counts the step or micro-batch, and calls the hooks of steps. ``step(closure)``
+    runs the closure first, whose backward pass updates parameters. ``zero_grad()`` does no harm.
+
+    Signals are heard once a pass, before its first update: call ``record`` before ``backward``. With
+    ``accumulation_steps`` each backward pass is a micro-batch. ``nonfinite`` acts on each parameter alone: ``"skip"``
+    leaves out that parameter, and ``metrics()["skipped_steps"]`` counts how often that happened; ``"raise"`` stops
+    when earlier parameters of the pass are written.
+
+    Args:
+        optimizer: a GrokAdamW; its parameters must not be DTensors, nor be in a DDP or FSDP model.
+        clip_by: required where ``gradient_clipping`` is above 0, as the norm N of all gradients is known when the pass
+            is over. ``"last"``: N is that of the last pass, or that of this pass's gradients so far if it is larger,
+            as it is in the first pass. Checkpoints keep it. A group's ``gradient_clipping`` is its limit as ever.
+
+    Returns:
+        A handle, and a context manager: its ``remove()``, or leaving the context, ends a pass that is not over and
+        puts things back. The optimizer keeps the handle, so you need not.
+
+    Raises:
+        TypeError, ValueError: the optimizer, or one of its options, does not go together with this.
+        RuntimeError: it is on already. Or, in ``backward``, a parameter gets a second gradient before ``step()``.
+    """
+    return StepInBackward(optimizer, clip_by)
+
+
+class StepInBackward:
+    """What ``step_in_backward`` returns: its ``remove()`` puts things back."""
+
+    def __init__(self, optimizer: GrokAdamW, clip_by: str | None = None) -> None:
+        if not isinstance(optimizer, GrokAdamW):
+            raise TypeError(f"optimizer is of type {type(optimizer).__name__}: give the GrokAdamW itself")
+        if clip_by not in (None, "last"):
+            raise ValueError(f'clip_by={clip_by!r} is unknown: give "last", or set gradient_clipping=0')
+        if optimizer._run.in_backward is not None:
+            raise RuntimeError("step_in_backward is already on for this optimizer: call its handle's remove() first")
+        self._clip_by = clip_by
+        optimizer._complete_groups()
+        self._check(optimizer, and_wrappers=True)
+        self._optimizer = weakref.ref(optimizer)  # which keeps this object
+        self._one = stages.Run(Signals([]))  # what the step of one parameter reads and leaves
+        self._caches, self._hooks = dict[Tensor, Cache](), dict[Tensor, RemovableHandle]()
+        self._lock = threading.RLock()  # autograd has a thread for each device
+        self._has_begun = self.is_open = False  # the first pass; the one that is not over
+        self._places: dict[Tensor, tuple[int, int, int]] = {}  # group, place in it, and number of each parameter
+        self._updated, self._norm = set[Tensor](), NormSoFar(0.0)  # in this pass
+        self._skipped = list[str]()  # the names of those among them whose gradients were not finite
+        self._watch(optimizer)
+        optimizer._run.in_backward = self
+        optimizer._step_supports_amp_scaling = True  # so that `end` sees a GradScaler
+
+    def remove(self) -> None:
+        """Put things back: ``step()`` updates all parameters from now on. A pass that is not over is ended first."""
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer._run.in_backward is self:
+            if self.is_open:
+                optimizer.step()
+            optimizer._run.in_backward = None
+            del optimizer._step_supports_amp_scaling
+            optimizer._say_whether_it_unscales()
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+
+    def __enter__(self) -> StepInBackward:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        optimizer = self._optimizer()
+        if error is not None and optimizer is not None:
+            optimizer.zero_grad()  # what a failed pass has left, so that ending it cannot fail
+        self.remove()
+
+    def end(self, optimizer: GrokAdamW, given: Given) -> tuple[_Calls, Tables | None]:
+        """End a pass, for ``step()``: return the updates that are left, and count it."""
+        if given.scale is not None or given.found_inf is not None:
+            raise RuntimeError(_SCALED)
+        with self._lock:
+            run = optimizer._run
+            if not stages.check_given(run, given):
+                return [], None
+            if not self.is_open:
+                self._begin(optimizer)
+            groups, was_idle = optimizer.param_groups, run.idle
+            run.idle |= bool(self._updated)  # which had gradients: there is nothing to warn of
+            left, tables = stages.prepare(run, given._replace(groups=groups, state=optimizer.state))
+            calls = self._clipped(left, run.last, groups)
+            if self._updated:
+                run.idle = was_idle
+                if given.options["accumulation_steps"] == 1:
+                    run.stepped = bool(calls) or len(self._skipped) < len(self._updated)
+            clips = [self._norm.clip(group["gradient_clipping"]) for group in groups]
+            run.last = run.last._replace(norms=[self._norm.value], clips=clips)
+            if self._skipped and groups[0]["skipped_steps"] == 0:
+                names = ", ".join(self._skipped)
+                warn(f"NaN or infinity in gradients: not updated, but counted as skipped, are {names}", RuntimeWarning)
+            for group in groups:
+                group["skipped_steps"] += len(self._skipped)
+                if self._clip_by is not None and self._norm.value is not None:
+                    group["last_norm"] = self._norm.value
+                for param in group["params"]:
+                    param.grad = None
+            self.is_open = False
+            self._watch(optimizer)
+            return calls, tables
+
+    def _begin(self, optimizer: GrokAdamW) -> None:
+        """Begin a pass: all that `GrokAdamW._prepared` does before batches are collected."""
+        optimizer._complete_groups()
+        groups, run = optimizer.param_groups, optimizer._run
+        check_changed(groups, optimizer.defaults, run.checked)
+        self._check(optimizer, and_wrappers=not self._has_begun)
+        stages.begin(run, Given(groups, optimizer.state, optimizer.defaults), optimizer._preset_gamma)
+        numbers, self._places = 0, {}
+        for i, group in enumerate(optimizer.param_groups):  # after signals, which may load others
+            if len(group["layers"]) == len(group["params"]):  # else `end` raises
+                self._places |= {param: (i, j, numbers + j) for j, param in enumerate(group["params"])}
+            numbers += len(group["params"])
+        self._updated.clear()
+        self._skipped.clear()
+        self._norm = NormSoFar(optimizer.param_groups[0]["last_norm"])
+        self._has_begun = self.is_open = True
+
+    def _update(self, param: Tensor) -> None:
+        """Update one parameter, whose gradient is there, and free that."""
+        optimizer = self._optimizer()
+        if optimizer is None or param.grad is None:
+            return
+        with self._lock, torch.no_grad():
+            if not self.is_open:
+                self._begin(optimizer)
+            if param not in self._places:
+                return
+            if param in self._updated:
+                param.grad = None  # else `end` would take it for one that is left
+                raise RuntimeError(_TWICE.format(name_of(param, optimizer.param_groups, optimizer._run.names)))
+            run, one, (i, place, number) = optimizer._run, self._one, self._places[param]
+            group = optimizer.param_groups[i]
+            alone = {**group, "skipped_steps": 1}  # above 0, as `end` warns
+            alone |= {name: [group[name][place]] for name in ("params", "layers", "param_names") if name in group}
+            one.cache = self._caches.setdefault(param, Cache())
+            one.last = LastStep(run.last.signal, run.last.alphas[i : i + 1])
+            one.skipped, one.names = run.skipped, run.names
+            given = Given([alone], optimizer.state, optimizer.defaults, first=number)
+            try:
+                stages.check_finite(one, given)
+            except RuntimeError as error:
+                what = "Earlier parameters of this pass were updated"
+                raise RuntimeError(str(error).replace("Nothing was written", what)) from None
+            calls, tables = stages.prepare(one, given)
+            run.skipped = one.skipped
+            stages.write(self._clipped(calls, one.last, [alone]), tables)
+            self._updated.add(param)
+            if alone["skipped_steps"] > 1:
+                self._skipped.append(name_of(param, [alone], run.names))
+            param.grad = None
+
+    def _clipped(self, calls: _Calls, last: LastStep, groups: Sequence[dict[str, Any]]) -> _Calls:
+        """Return the calls with c of this pass so far, once their norm is in it."""
+        self._norm.add(next((norm for norm in last.norms if norm is not None), None))
+        if self._clip_by is None:
+            return calls
+        limits = [groups[batch.group]["gradient_clipping"] for batch, _ in calls]
+        pairs = zip(calls, limits, strict=True)
+        return [(b, n._replace(clip=self._norm.clip(limit, b.params[0].device))) for (b, n), limit in pairs]
+
+    def _watch(self, optimizer: GrokAdamW) -> None:
+        """Put hooks on the parameters that have none; those that were frozen, or were added, too."""
+        handle = weakref.ref(self)  # parameters do not keep the optimizer alive
+
+        def hook(param: Tensor) -> None:
+            if (alive := handle()) is not None:
+                alive._update(param)
+
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.requires_grad and param not in self._hooks:
+                    self._hooks[param] = param.register_post_accumulate_grad_hook(hook)
+
+    def _check(self, optimizer: GrokAdamW, and_wrappers: bool) -> None:
+        """Refuse what does not go together with updates in the backward pass."""
+        for group in optimizer.param_groups:
+            for name in ("compat", "differentiable", "capturable"):
+                if group[name]:
+                    raise ValueError(f"{name}={group[name]!r} with step_in_backward: leave one of them out")
+            if (limit := group["gradient_clipping"]) > 0 and self._clip_by is None:
+                raise ValueError(
+                    f"gradient_clipping={limit:g} with step_in_backward: the norm of all gradients is not known "
+                    'when the first is used. Choose clip_by="last", or set gradient_clipping=0'
+                )
+        params = {param for group in optimizer.param_groups for param in group["params"]} if and_wrappers else set()
+        if reason := why_not_early(params):
+            raise ValueError(f"step_in_backward with parameters {reason}: leave one of them out")
