@@ -41,7 +41,8 @@ class Cache:
     """
 
     def __init__(self) -> None:
-        self.plans: dict[tuple[bool, ...], _Plan] = {}  # by which parameters have a gradient; the oldest comes first
+        # by which parameters have a gradient, and which of them have begun a cycle; the oldest comes first
+        self.plans: dict[tuple[tuple[bool, ...], ...], _Plan] = {}
         self._kinds: dict[Any, tuple[Kind, int]] = {}  # by how a parameter and its state look; with the width of rows
 
     def batches(self, given: Given, names: Mapping[Tensor, str], missing: Collection[Tensor] = ()) -> Batches:
@@ -111,7 +112,7 @@ class Cache:
             columns = Columns(params, grads, m, v, mus, steps, extras)
             begun = [bool(s.get("micro_step")) for s in states] if options["accumulation_steps"] > 1 else []
             facts = [(len(g["params"]), g["lamb"] > 0, g["foreach"], g["fused"], g["layers"]) for g in groups], begun
-            plan = self.plans.get(present)
+            plan = self.plans.get((present, tuple(begun)))
             found = plan.now(columns, written, with_mu) if plan is not None and plan.facts == facts else None
             if found is None and (checked or not windows):  # whose shapes are in no signature
                 plan = self._new_plan(columns, written, facts, present, given, checked)
@@ -158,11 +159,12 @@ class Cache:
             columns, owners, kinds, facts[1], [p.dim() > 1 for p in columns.params], options
         )
         copied = [(*fact[:-1], list(fact[-1])) for fact in facts[0]], facts[1]
-        self.plans.pop(present, None)
+        key = present, tuple(facts[1])
+        self.plans.pop(key, None)
         if len(self.plans) >= SETS:
             del self.plans[next(iter(self.plans))]
-        self.plans[present] = _Plan(columns, owners, made, ranges, copied, signatures, options)
-        return self.plans[present]
+        self.plans[key] = _Plan(columns, owners, made, ranges, copied, signatures, options)
+        return self.plans[key]
 
 
 def _are_plain(columns: Columns, written: list[Tensor]) -> bool:
