@@ -8,7 +8,7 @@ rank goes on with the same α.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,17 +37,17 @@ class Shards(NamedTuple):
     @property
     def cut_rows(self) -> bool:
         """Return True if a row, a slice along the first dimension, may lie on several ranks."""
-        return any(dim > 0 for _, dim in self._cuts())
+        return any(dim > 0 for _, dim in self.cuts())
 
     def sum(self, value: Tensor, rows: bool = False) -> Tensor:
         """Return the sum over all ranks that have another shard: of one number, or of one for each of their `rows`."""
-        for i, dim in self._cuts():
+        for i, dim in self.cuts():
             if dim > 0 or not rows:
                 value = value.clone()
                 dist.all_reduce(value, group=self.mesh.get_group(i))
         return value
 
-    def _cuts(self) -> Iterable[tuple[int, int]]:
+    def cuts(self) -> Iterable[tuple[int, int]]:
         """Yield the mesh dimensions that tensors are divided over, with the tensor's dimension."""
         for i, placement in enumerate(self.placements):
             if not placement.is_replicate() and not placement.is_partial():
@@ -79,6 +79,50 @@ def part(tensor: Tensor) -> Tensor:
         return tensor
     inner: Any = tensor._local_tensor  # type: ignore[attr-defined]
     return inner.wait() if hasattr(inner, "trigger_wait") else inner  # type: ignore[no-any-return]
+
+
+def like(value: Tensor, shape: Sequence[int], tensor: Tensor) -> Tensor:
+    """Return a DTensor of that shape, divided as `tensor`, out of this rank's part; the part itself if it is plain."""
+    shards = shards_of(tensor)
+    if shards is None:
+        return value
+    from torch.distributed.tensor import DTensor
+
+    size = torch.Size(shape)
+    stride = torch.empty(size, device="meta").stride()
+    return DTensor.from_local(value, shards.mesh, shards.placements, run_check=False, shape=size, stride=stride)
+
+
+def cuts_blocks(tensor: Tensor, block: int) -> bool:
+    """Return True if a block of so many elements of a row (of a vector: of all elements) may lie on two ranks.
+
+    All ranks get the same answer, whatever their own part is.
+    """
+    shards = shards_of(tensor)
+    cuts = [] if shards is None else [cut for cut in shards.cuts() if cut[1] > 0 or tensor.dim() == 1]
+    if shards is None or not cuts:
+        return False
+    from torch.distributed.tensor import Shard
+
+    i, dim = cuts[0]
+    is_even = -(-tensor.shape[dim] // shards.mesh.size(i)) % block == 0
+    return len(cuts) > 1 or tensor.dim() > 2 or type(shards.placements[i]) is not Shard or not is_even
+
+
+def blocks_before(tensor: Tensor, block: int) -> int:
+    """Return how many blocks of a parameter's rows (of a vector: of all elements) ranks before this one have."""
+    shards = shards_of(tensor)
+    if shards is None or not tensor.numel():
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, starts = compute_local_shape_and_global_offset(tensor.shape, shards.mesh, shards.placements)
+    if tensor.dim() == 1:
+        return int(starts[0]) // block
+    rows, width = tensor.shape[0], tensor.numel() // tensor.shape[0]
+    # parts of rows have no numbers of their own, but other ones on each rank
+    inside = sum(start * (width // size) for start, size in zip(starts[1:], tensor.shape[1:], strict=True))
+    return int(starts[0]) * -(-width // block) + rows * (int(inside) // block)
 
 
 def local_parts(tensors: Iterable[Tensor]) -> list[tuple[Shards | None, list[Tensor]]]:

@@ -41,7 +41,8 @@ def step(batch: Batch, scalars: Scalars) -> None:
         few = max(1, size if is_cut else _PIECE // max(1, width))
         for start in range(0, max(1, size), few):
             some: list[Any] = [None if x is None else x[start : start + few] for x in kept]
-            dither = formats.dither(start, some[0].shape, batch.coded.numbers[i], draw)
+            first = batch.coded.firsts[i] if batch.coded.firsts else 0
+            dither = formats.dither(start, some[0].shape, batch.coded.numbers[i], draw, first)
             t.copy_(count)
             _step(some, t, numbers, dither, batch, param.dim() > 1)
         count.copy_(t)
@@ -50,7 +51,7 @@ def step(batch: Batch, scalars: Scalars) -> None:
 def _in_rows(x: Tensor, param: Tensor) -> Tensor:
     """Return what belongs to a parameter as (rows, width), in the order that the parameter lies in."""
     if x.shape != param.shape:  # scales
-        return x.view(param.numel() // width_of(param), -1)
+        return formats.of_rows(x, as_rows(param))
     alike = x.stride() == param.stride() or (x.is_contiguous() and param.is_contiguous())
     return as_rows(x if alike else torch.empty_like(param, dtype=x.dtype).copy_(x))
 

@@ -46,6 +46,7 @@ class Coded(NamedTuple):
     lows: list[Tensor] | None  # the low bits of parameters
     numbers: list[int]  # of the parameters in the optimizer, which random bits depend on
     rounds: bool  # whether parameters without low bits are rounded by a dither
+    firsts: Sequence[int] = ()  # blocks of each parameter that lie on ranks before this one; () for none
 
 
 class Batch(NamedTuple):

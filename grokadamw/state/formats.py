@@ -78,6 +78,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._numbers import accumulator
+from ..distributed import blocks_before, cuts_blocks, like, part
 from ..options import STATES
 
 EXTRAS = (*(f"{name}_scale" for name in STATES), "param_low")  # what a state may hold beside them
@@ -119,19 +120,23 @@ def format_of(param: Tensor, name: str, options: Mapping[str, Any]) -> str:
     """Return the format of one of a parameter's states.
 
     Small parameters, complex ones, those of float64 and, for int8, those whose rows are shorter than a block or do not
-    lie in one piece, keep float32, or what they have.
+    lie in one piece, keep float32, or what they have; so do DTensors where a block may lie on two ranks.
     """
     asked = options["state_dtype"]
     kind: str = asked if isinstance(asked, str) else asked.get(name, "float32")
     is_wide = param.is_complex() or param.dtype == torch.float64
-    is_small = param.numel() < SMALL or (kind == "int8" and (not has_rows(param) or width_of(param) < NARROW))
+    is_small = param.numel() < SMALL or (kind == "int8" and not _has_blocks(param))
     return "float32" if is_wide or is_small else kind
+
+
+def _has_blocks(param: Tensor) -> bool:
+    return has_rows(param) and width_of(param) >= NARROW and not cuts_blocks(param, BLOCK)
 
 
 def width_of(x: Tensor) -> int:
     """Return the elements of a row: a slice along the first dimension; of a vector a block, or all."""
     if x.dim() > 1:
-        return x.numel() // max(1, x.shape[0])
+        return math.prod(x.shape[1:])
     return BLOCK if x.numel() % BLOCK == 0 else x.numel()
 
 
@@ -160,7 +165,8 @@ def has_rows(x: Tensor) -> bool:
 def as_rows(x: Tensor) -> Tensor:
     """Return a view (rows, width) of a tensor that `has_rows`, its elements in the order that they lie in."""
     width = width_of(x)
-    return x.as_strided((x.numel() // max(1, width), width), (width, 1))
+    rows = x.shape[0] if x.dim() > 1 else x.numel() // max(1, width)
+    return x.as_strided((rows, width), (width, 1))
 
 
 def new(param: Tensor, name: str, options: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -176,7 +182,8 @@ def new(param: Tensor, name: str, options: Mapping[str, Any], dtype: torch.dtype
 
 def zero_scales(param: Tensor) -> Tensor:
     """Return the scales of states at zero."""
-    return param.new_zeros(shape_of_scales(param), dtype=torch.float32)
+    scales = part(param).new_zeros(shape_of_scales(part(param)), dtype=torch.float32)
+    return like(scales, shape_of_scales(param), param)
 
 
 def shape_of_scales(param: Tensor) -> torch.Size:
@@ -192,9 +199,15 @@ def unpacked(state: Mapping[str, Any], name: str) -> Tensor:
     scales = state.get(f"{name}_scale")
     if scales is None:
         return kept.float() if kept.dtype == torch.bfloat16 else kept
-    values, rows = torch.empty_like(kept, dtype=torch.float32), as_rows(kept)
-    as_rows(values).copy_(decode(rows, scales.view(len(rows), -1), name))
+    values = torch.empty_like(kept, dtype=torch.float32)
+    rows = as_rows(part(kept))
+    as_rows(part(values)).copy_(decode(rows, of_rows(part(scales), rows), name))
     return values
+
+
+def of_rows(scales: Tensor, rows: Tensor) -> Tensor:
+    """Return scales as (rows, blocks of a row), which the scales of a vector are not."""
+    return scales.reshape(len(rows), -(-rows.shape[1] // BLOCK))
 
 
 def packed(
@@ -205,20 +218,22 @@ def packed(
     What is in that format stays bit for bit.
     """
     entries = new(param, name, options, dtype)
-    kept, scale = entries[name], f"{name}_scale"
-    if state[name].dtype == kept.dtype and (scale not in entries or state[name].stride() == param.stride()):
+    parts, scale, old = {entry: part(x) for entry, x in entries.items()}, f"{name}_scale", state[name]
+    kept = parts[name]
+    if old.dtype == kept.dtype and (scale not in entries or old.stride() == param.stride()):
         for entry in entries:
-            entries[entry].copy_(state[entry])
+            parts[entry].copy_(part(state[entry]))
     elif kept.dtype not in (torch.bfloat16, torch.int8, torch.uint8) or dtype == torch.bfloat16:
-        kept.copy_(unpacked(state, name))
+        kept.copy_(part(unpacked(state, name)))
     else:
-        values = torch.empty_like(kept, dtype=torch.float32).copy_(unpacked(state, name))
-        rows, places = (as_rows(values), as_rows(kept)) if has_rows(param) else (values, kept)
-        draw = torch.as_tensor(state.get("step", 0)).to(param.device, torch.int64)
-        codes, scales = encode(rows, kept.dtype, name, dither(0, rows.shape, 0, draw)(name))
+        values = torch.empty_like(kept, dtype=torch.float32).copy_(part(unpacked(state, name)))
+        rows, places = (as_rows(values), as_rows(kept)) if has_rows(kept) else (values, kept)
+        draw = torch.as_tensor(state.get("step", 0)).to(kept.device, torch.int64)
+        word = dither(0, rows.shape, 0, draw, blocks_before(param, BLOCK))(name)
+        codes, scales = encode(rows, kept.dtype, name, word)
         places.copy_(codes)
         if scales is not None:
-            entries[scale].copy_(scales.view_as(entries[scale]))
+            parts[scale].copy_(scales.view_as(parts[scale]))
     return entries
 
 
@@ -234,17 +249,18 @@ def low_bits(low: Tensor, dtype: torch.dtype) -> Tensor:
 # --- random bits ---
 
 
-def dither(first: int, shape: Sequence[int], number: int, draw: Tensor) -> Callable[[str], Tensor]:
+def dither(first: int, shape: Sequence[int], number: int, draw: Tensor, before: int = 0) -> Callable[[str], Tensor]:
     """Return the dithers of rows from the `first` on, as a function of what is rounded: 32 bits, in an int64, for each.
 
     Args:
         shape: of the rows.
         number: the parameter's in the optimizer.
         draw: how often it was rounded before.
+        before: blocks that other ranks have before the first row.
     """
     width, device = math.prod(shape[1:]), draw.device
     blocks = -(-width // BLOCK)
-    block = torch.arange(first * blocks, (first + shape[0]) * blocks, device=device) & _WORD
+    block = torch.arange(before + first * blocks, before + (first + shape[0]) * blocks, device=device) & _WORD
     hashed = _mixed(block ^ key_of(number)).view(shape[0], blocks)
     rest = torch.arange(width, device=device) % BLOCK * _LANE + draw * _GOLDEN
 
@@ -286,7 +302,7 @@ def encode(values: Tensor, kept: torch.dtype, name: str, word: Tensor) -> tuple[
     # float32's root is not rounded correctly on every CPU
     x = values.to(accumulator(values.device)).sqrt().float() if is_v else values
     sizes = functional.pad(x.view(torch.int32) & 0x7FFFFFFF, (0, blocks * BLOCK - width))
-    tops = sizes.view(-1, blocks, BLOCK).amax(2).clamp(max=_LARGEST).view(torch.float32)
+    tops = sizes.view(len(x), blocks, BLOCK).amax(2).clamp(max=_LARGEST).view(torch.float32)
     scales = (tops * (_V_UNIT if is_v else _UNIT)).clamp(min=_SMALLEST)
     codes = (x * _of_elements(_PARTS / scales, width)).to(torch.int32) + (word >> 16).to(torch.int32) >> 16
     if is_v:

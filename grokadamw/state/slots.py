@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import distributed
 from .._numbers import as_real, reads_are_free, wide
 from .._warn import warn
 from ..checkpoints import to_grokadamw
+from ..distributed import Shards, shards_of
 from ..layers import unwrapped
 from ..options import OPTIONS, STATES, WARN, rules_of
 from . import formats, window
@@ -289,7 +291,8 @@ def _doubts(state_dict: dict[str, Any], defaults: dict[str, Any]) -> Iterator[st
 
 def _placed(param: Tensor, state: State, options: dict[str, Any]) -> State:
     """Return a copy of a loaded state, where and as a step wants it."""
-    state = {name: x.to(param.device) if name in (*MOMENTS, *formats.EXTRAS) else x for name, x in state.items()}
+    shards, ours = shards_of(param), (*MOMENTS, *formats.EXTRAS)
+    state = {name: _moved(x, param.device, shards) if name in ours else x for name, x in state.items()}
     placed: State = {}
     for name, value in state.items():
         if name in MOMENTS:
@@ -312,6 +315,10 @@ def _placed(param: Tensor, state: State, options: dict[str, Any]) -> State:
         else:
             placed[name] = value
     return placed
+
+
+def _moved(x: Tensor, device: torch.device, shards: Shards | None) -> Tensor:
+    return x.to(device) if shards is None else distributed.placed(x.to(device), shards)
 
 
 def _dtype(param: Tensor, options: dict[str, Any]) -> torch.dtype:

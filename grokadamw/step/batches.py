@@ -13,14 +13,14 @@ from torch import Tensor
 from .. import backends as update
 from .. import layers
 from .._numbers import as_real
-from ..backends import BY_ADDRESS, Batch, Choice, decoded, foreach, gpu, memory, reference
+from ..backends import BY_ADDRESS, Batch, Choice, cpu, decoded, foreach, gpu, memory, reference
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges
 from ..backends.types import Coded, written
-from ..distributed import Shards, local, part, placed, shards_of
+from ..distributed import Shards, blocks_before, local, part, placed, shards_of
 from ..options import rules_of
 from ..state import window
-from ..state.formats import EXTRAS, is_coded
+from ..state.formats import BLOCK, EXTRAS, is_coded, may_be_coded
 from ..state.slots import MOMENTS, State, check, new_counts, prepare
 
 _FOREACH = Choice(foreach, "")
@@ -55,6 +55,7 @@ class Owner(NamedTuple):
     group: int
     layer: int
     number: int
+    first: int = 0  # blocks of it that lie on ranks before this one
 
 
 class Kind(NamedTuple):
@@ -148,13 +149,23 @@ class Columns(NamedTuple):
 
 
 def kind_of(
-    row: Sequence[Any], extras: Sequence[Any], group: dict[str, Any], is_matrix: bool, shards: Shards | None
+    row: Sequence[Any],
+    extras: Sequence[Any],
+    group: dict[str, Any],
+    is_matrix: bool,
+    shards: Shards | None,
+    first: int = 0,
 ) -> tuple[Kind, int]:
-    """Return the kind of a parameter and the width of the rows that its backend limits, from a row of `Columns`."""
+    """Return the kind of a parameter and the width of the rows that its backend limits, from a row of `Columns`.
+
+    `first` is the number of its first block on this rank.
+    """
     *tensors, step = (x for x in row if x is not None)
     coded = is_coded(tensors, extras, group)
     low = [extras[-1]] if coded and extras[-1] is not None else []
     choice = update.choose([*tensors, *low], step, group, coded)
+    if coded and first and choice.module is cpu:
+        choice = Choice(decoded, "float32 copies, as the native kernel counts blocks from the beginning of a shard")
     has_rows = is_matrix and not (shards is not None and shards.cut_rows and choice.module is not decoded)
     there = tuple(x is not None for x in extras) if coded else None
     kind = Kind(choice, row[0].device, shards, tuple(x.dtype for x in tensors), there)
@@ -165,7 +176,9 @@ def coded_of(columns: Columns, places: Sequence[int], owners: Sequence[Owner], o
     """Return what the tensors at these places have besides."""
     extras = [[column[i] for i in places] for column in columns.extras]
     m, v, mu, lows = (None if not column or column[0] is None else column for column in extras)
-    return Coded(m, v, mu, lows, [owners[i].number for i in places], options["rounding"] == "stochastic")
+    own = [owners[i] for i in places]
+    numbers, firsts = [owner.number for owner in own], [owner.first for owner in own]
+    return Coded(m, v, mu, lows, numbers, options["rounding"] == "stochastic", firsts if any(firsts) else ())
 
 
 def assemble(
@@ -245,7 +258,7 @@ def with_windows(batch: Batch, states: Sequence[State]) -> Batch:
 def found_anew(entries: Sequence[Entry], given: Given) -> Batches:
     """Return batches of tensors that no signature describes: DTensors, complex ones, subclasses, traced ones."""
     groups, state, options = given[:3]
-    rows, kinds, grads, dtensors, extras = [], [], dict[Any, list[Tensor]](), [], []
+    rows, kinds, grads, dtensors, extras, owners = [], [], dict[Any, list[Tensor]](), [], [], []
     for entry in entries:
         s, shards = state[entry.param], shards_of(entry.param)
         if shards is not None:
@@ -256,12 +269,13 @@ def found_anew(entries: Sequence[Entry], given: Given) -> Batches:
         row = [None if x is None else as_real(local(x, shards)) for x in tensors]
         rows.append((*row, s["step"]))
         extras.append([None if x is None else local(x, shards) for x in map(s.get, EXTRAS)])
-        kinds.append(kind_of(rows[-1], extras[-1], groups[entry.group], entry.param.dim() > 1, shards))
+        first = blocks_before(entry.param, BLOCK) if may_be_coded(options) else 0
+        owners.append(Owner(entry.group, entry.layer, entry.number, first))
+        kinds.append(kind_of(rows[-1], extras[-1], groups[entry.group], entry.param.dim() > 1, shards, first))
         grads.setdefault(shards, []).append(row[1])  # type: ignore[arg-type]
     columns = Columns(*map(list, zip(*rows, strict=True))) if rows else Columns([], [], [], [], [], [])
     columns = columns._replace(extras=list(map(list, zip(*extras, strict=True))))
     begun = [bool(state[e.param].get("micro_step")) for e in entries] if options["accumulation_steps"] > 1 else []
-    owners = [Owner(entry.group, entry.layer, entry.number) for entry in entries]
     made, _ = assemble(columns, owners, kinds, begun, [entry.param.dim() > 1 for entry in entries], options)
     batches = [batch for batch, _ in made]
     if options["window_size"] is not None:
