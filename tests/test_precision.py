@@ -198,3 +198,13 @@ def test_24_bits_come_out_to_their_precision() -> None:
         assert ((x - weights[name]).abs() <= weights[name].abs() * 2.0**-16).all()
     with pytest.raises(TypeError, match="model is a dict"):
         full_precision_state_dict({}, optimizer)  # type: ignore[arg-type]
+
+
+def test_loading_makes_no_copies_in_the_parameters_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own would be four times as large as int8, for as long as a file is loaded."""
+    model, optimizer = started(FORMATS["int8"])
+    train(model, optimizer, 0, 2)
+    monkeypatch.setattr(torch.optim.Optimizer, "_process_value_according_to_param_policy", None)
+    other = started(FORMATS["int8"])[1]
+    other.load_state_dict(optimizer.state_dict())
+    assert other.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
