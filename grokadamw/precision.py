@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .distributed import like, local, part, shards_of
 from .groups import check_model
 from .state.formats import full, low_dtype, split
+from .state.slots import prepare
 
 __all__ = ["full_precision_state_dict", "load_full_precision_state_dict"]
 
@@ -30,7 +32,7 @@ def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[st
     for name, param in model.named_parameters(remove_duplicate=False):
         low = optimizer.state[param].get("param_low") if param in optimizer.state else None
         if low is not None and name in state_dict:
-            state_dict[name] = full(param.detach(), low)
+            state_dict[name] = like(full(part(param.detach()), part(low)), param.shape, param)
     return state_dict
 
 
@@ -44,14 +46,17 @@ def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state
     """
     check_model(model)
     model.load_state_dict(state_dict)
-    params = {param for group in optimizer.param_groups for param in group["params"]}
+    groups = {param: group for group in optimizer.param_groups for param in group["params"]}
     for name, param in model.named_parameters(remove_duplicate=False):
         low = low_dtype(param, optimizer.defaults)
-        if param in params and name in state_dict and low is not None:
-            half = torch.full((), 1 << 31, dtype=torch.int64, device=param.device)  # rounds to nearest
-            weights: Tensor = state_dict[name].detach().to(param.device, torch.float32)
-            rounded, bits = split(weights.contiguous(), param.dtype, low, half, False)
-            with torch.no_grad():
-                param.copy_(rounded)
-            kept = optimizer.state[param].setdefault("param_low", torch.zeros_like(param, dtype=low))
-            kept.copy_(bits)
+        if param not in groups or name not in state_dict or low is None:
+            continue
+        state = optimizer.state[param]
+        # all of it, so that the optimizer can be saved before its first step
+        prepare(state, param, optimizer.defaults, with_slow_gradient=float(groups[param]["lamb"]) > 0)
+        weights: Tensor = local(state_dict[name].detach().to(param.device, torch.float32), shards_of(param))
+        half = torch.full((), 1 << 31, dtype=torch.int64, device=param.device)  # rounds to nearest
+        rounded, bits = split(weights.contiguous(), param.dtype, low, half, False)
+        with torch.no_grad():
+            part(param).copy_(rounded)
+        part(state["param_low"]).copy_(bits)

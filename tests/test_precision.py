@@ -208,3 +208,15 @@ def test_loading_makes_no_copies_in_the_parameters_dtype(monkeypatch: pytest.Mon
     other = started(FORMATS["int8"])[1]
     other.load_state_dict(optimizer.state_dict())
     assert other.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
+
+
+def test_what_full_weights_were_loaded_into_can_be_saved_before_a_step() -> None:
+    model, optimizer = started(FORMATS["24 bits"])
+    load_full_precision_state_dict(model, optimizer, Model(torch.float32).state_dict())
+    other, resumed = started(FORMATS["24 bits"])
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    for each in ((model, optimizer), (other, resumed)):
+        train(*each, 0, 2)
+    expected, found = tensors(model, optimizer), tensors(other, resumed)
+    assert all(torch.equal(found[key], x) for key, x in expected.items())

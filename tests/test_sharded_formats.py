@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from grokadamw import GrokAdamW
+from grokadamw import GrokAdamW, full_precision_state_dict, load_full_precision_state_dict
+from grokadamw.checkpoints import to_float32
+from grokadamw.options import STATES
 
 from .test_distributed import RANKS, in_processes, whole
-from .test_precision import FORMATS
+from .test_precision import FORMATS, LOSSES
 
 # name: shape, how it is divided, and whether blocks of int8 are whole then
 PARAMETERS: dict[str, tuple[tuple[int, ...], Any, bool]] = {
@@ -30,20 +44,25 @@ PARAMETERS: dict[str, tuple[tuple[int, ...], Any, bool]] = {
     "replicated": ((64, 97), Replicate(), True),
     "small": ((8, 8), Shard(0), False),
 }
+ALIKE = [name for name, (_, _, is_coded) in PARAMETERS.items() if is_coded or name == "small"]  # on any number of ranks
 ROWS = ["even", "uneven", "one row", "cube", "vector"]  # whose blocks keep their numbers
 
 
 class Model(nn.Module):
-    def __init__(self, dtype: torch.dtype, mesh: Any = None) -> None:
+    def __init__(self, dtype: torch.dtype, mesh: Any, names: Collection[str]) -> None:
         super().__init__()
         torch.manual_seed(0)
-        for name, (shape, placement, _) in PARAMETERS.items():
+        for name in names:
+            shape, placement, _ = PARAMETERS[name]
             x = (0.1 * torch.randn(shape)).to(dtype)
             self.register_parameter(name, nn.Parameter(x if mesh is None else distribute_tensor(x, mesh, [placement])))
 
 
-def started(options: dict[str, Any], mesh: Any = None) -> tuple[Model, GrokAdamW]:
-    model = Model(torch.bfloat16 if options.keys() & {"master_weight_bits", "rounding"} else torch.float32, mesh)
+def started(
+    options: dict[str, Any], mesh: Any = None, names: Collection[str] = PARAMETERS.keys()
+) -> tuple[Model, GrokAdamW]:
+    dtype = torch.bfloat16 if options.keys() & {"master_weight_bits", "rounding"} else torch.float32
+    model = Model(dtype, mesh, names)
     return model, GrokAdamW(model.named_parameters(), lr=0.01, gradient_clipping=0, **options)
 
 
@@ -98,3 +117,154 @@ def test_two_ranks_have_the_bits_of_one_process(name: str, tmp_path: Path) -> No
             assert same({each: found[each]}, {each: expected[each]}), each
         for each, kept in expected.items():
             torch.testing.assert_close(found[each]["param"], kept["param"], atol=0.01, rtol=0.02)
+
+
+def _full_weights(rank: int) -> bool:
+    """Whether float32 weights come out of shards, and go in, as in one process."""
+    alone, its = started(FORMATS["32 bits"] | {"foreach": True})
+    model, optimizer = started(FORMATS["32 bits"] | {"foreach": True}, init_device_mesh("cpu", (RANKS,)))
+    train(alone, its, 0, 3)
+    train(model, optimizer, 0, 3)
+    expected, found = full_precision_state_dict(alone, its), full_precision_state_dict(model, optimizer)
+    equal = [torch.equal(whole(found[name]), expected[name]) for name in [*ROWS, "replicated"]]
+    other, resumed = started(FORMATS["32 bits"], init_device_mesh("cpu", (RANKS,)))
+    load_full_precision_state_dict(other, resumed, found)
+    again = full_precision_state_dict(other, resumed)
+    return all(equal) and all(torch.equal(again[name].to_local(), x.to_local()) for name, x in found.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_float32_weights_come_out_of_shards_and_go_in(tmp_path: Path) -> None:
+    assert in_processes(_full_weights, tmp_path) == [True, True]
+
+
+def save(model: nn.Module, optimizer: GrokAdamW, folder: Path) -> None:
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def load(model: nn.Module, optimizer: GrokAdamW, folder: Path) -> None:
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    loaded = {"model": of_model, "optimizer": of_optimizer}
+    dcp.load(loaded, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+
+
+def _saved_by_two(options: dict[str, Any], folder: Path, rank: int) -> Any:
+    """Whether two ranks go on from what they saved, bit for bit; and what one process is to find."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    model, optimizer = started(options, mesh, ALIKE)
+    train(model, optimizer, 0, 3)
+    save(model, optimizer, folder / "of two")
+    at_save = values(model, optimizer)
+    other, resumed = started(options, mesh, ALIKE)
+    load(other, resumed, folder / "of two")
+    moved = not same(values(other, resumed), at_save)
+    train(model, optimizer, 3, 5)
+    train(other, resumed, 3, 5)
+    return moved, same(values(model, optimizer), values(other, resumed)), at_save
+
+
+def _loaded_by_two(options: dict[str, Any], folder: Path, rank: int) -> Any:
+    model, optimizer = started(options, init_device_mesh("cpu", (RANKS,)), ALIKE)
+    load(model, optimizer, folder / "of one")
+    found = values(model, optimizer)
+    train(model, optimizer, 5, 6)
+    return found, values(model, optimizer)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "24 bits", "32 bits", "stochastic"])
+def test_checkpoints_go_from_two_ranks_to_one_and_back(name: str, tmp_path: Path) -> None:
+    options = {**FORMATS[name], "foreach": True}
+    (moved, goes_on, at_save), *others = in_processes(functools.partial(_saved_by_two, options, tmp_path), tmp_path)
+    assert not moved
+    assert goes_on
+    assert all(other[1] for other in others)
+    model, optimizer = started(options, None, ALIKE)
+    load(model, optimizer, tmp_path / "of two")
+    assert same(values(model, optimizer), at_save)
+    train(model, optimizer, 3, 5)
+    save(model, optimizer, tmp_path / "of one")
+    at_save = values(model, optimizer)
+    train(model, optimizer, 5, 6)
+    (tmp_path / "rendezvous").unlink(missing_ok=True)
+    for found, after in in_processes(functools.partial(_loaded_by_two, options, tmp_path), tmp_path):
+        assert same(found, at_save)
+        assert all(same({each: after[each]}, {each: values(model, optimizer)[each]}) for each in ROWS)
+
+
+def _converted(name: str, rank: int) -> Any:
+    """A state of shards by itself, in float32, and after a way into another format and back; and gathered by torch."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    model, optimizer = started(FORMATS["int8"] | {"foreach": True}, mesh, ALIKE)
+    train(model, optimizer, 0, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    numbers = [
+        {key: whole(x) for key, x in state.items() if key in STATES} for state in to_float32(saved)["state"].values()
+    ]
+    other = started(FORMATS[name], mesh, ALIKE)[1]
+    other.load_state_dict(saved)
+    alike = [
+        x.dim() == 0 or x.placements == param.placements for param, state in other.state.items() for x in state.values()
+    ]
+    found = [
+        {key: whole(x) for key, x in state.items() if key in STATES}
+        for state in to_float32(other.state_dict())["state"].values()
+    ]
+    settings = StateDictOptions(full_state_dict=True)
+    gathered = get_optimizer_state_dict(model, optimizer, options=settings)
+    twin, resumed = started(FORMATS["int8"] | {"foreach": True}, mesh, ALIKE)
+    set_optimizer_state_dict(twin, resumed, gathered, options=settings)
+    mine, theirs = optimizer.state.values(), resumed.state.values()
+    same_bits = [torch.equal(whole(a[key]), whole(b[key])) for a, b in zip(mine, theirs, strict=True) for key in a]
+    train(twin, resumed, 3, 4)
+    return numbers, found, all(alike), all(same_bits)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_shards_go_into_another_format(name: str, tmp_path: Path) -> None:
+    model, optimizer = started(FORMATS["int8"] | {"foreach": True}, None, ALIKE)
+    train(model, optimizer, 0, 3)
+    expected = dict(zip(ALIKE, to_float32(optimizer.state_dict())["state"].values(), strict=True))
+    for numbers, found, alike, same_bits in in_processes(functools.partial(_converted, name), tmp_path):
+        assert alike
+        assert same_bits
+        for each, before, after in zip(ALIKE, numbers, found, strict=True):
+            for key, x in before.items():
+                assert (after[key] - x).norm() <= LOSSES[name] * x.norm()
+                if each in ROWS:
+                    assert torch.equal(x, expected[each][key])
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    # rows may be divided anyhow, and vectors where a block ends: one of 101 elements would be rounded by other dithers
+    return nn.Sequential(nn.Linear(96, 128), nn.GELU(), nn.Linear(128, 101, bias=False), nn.GELU(), nn.Linear(101, 1))
+
+
+def _fsdp(options: dict[str, Any], rank: int | None) -> list[Tensor]:
+    """The weights after steps on the same batch on every rank; in one process without a rank."""
+    model = network().bfloat16() if "master_weight_bits" in options else network()
+    if rank is not None:
+        mesh = init_device_mesh("cpu", (RANKS,))
+        for module in (model[0], model[2], model):
+            fully_shard(module, mesh=mesh)
+    optimizer = GrokAdamW(model.named_parameters(), lr=0.01, foreach=True, gradient_clipping=0.0, **options)
+    for step in range(5):
+        x = torch.randn(32, 96, generator=torch.Generator().manual_seed(step)).to(model[0].weight.dtype)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert "exp_avg_scale" in optimizer.state[model[0].weight]
+    return [whole(param.detach()) for param in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["int8", "24 bits"])
+def test_fsdp_trains_as_one_process(name: str, tmp_path: Path) -> None:
+    """Bit for bit, as ranks with one batch have the gradient of one process."""
+    expected = _fsdp(FORMATS[name], None)
+    for found in in_processes(functools.partial(_fsdp, FORMATS[name]), tmp_path):
+        assert all(map(torch.equal, found, expected))
