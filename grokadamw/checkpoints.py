@@ -81,7 +81,8 @@ def to_float32(state_dict: StateDict) -> StateDict:
     """
     ours = to_grokadamw(state_dict)
     states = {key: _unpacked(state) if isinstance(state, dict) else state for key, state in ours["state"].items()}
-    return {**ours, "state": states}
+    groups = [{**group, "state_dtype": "float32"} for group in ours["param_groups"]]
+    return {**ours, "state": states, "param_groups": groups}
 
 
 def _unpacked(state: dict[str, Any]) -> dict[str, Any]:

@@ -20,9 +20,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from grokadamw import GrokAdamW
+from grokadamw.options import STATES
 from grokadamw.signals import AccuracyGap, SlowGradient
 
+from . import test_precision as formats
 from .models import KEEPERS, network, train
+from .test_precision import FORMATS
 
 
 @pytest.fixture(autouse=True)
@@ -246,3 +249,65 @@ def test_what_was_never_trained_is_saved_and_loaded(lamb: float) -> None:
     assert all(("grok_ema" in state) == (lamb > 0) for state in fresh.state.values())
     train(model, range(1), lambda step, loss: fresh.step())
     assert fresh.metrics()["step"] == 1
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_goes_on(name: str, flatten: bool, tmp_path: Path) -> None:
+    """Bit for bit; making the state to load into hears no signal and moves nothing."""
+    settings = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    signal, options = Counted(), {**FORMATS[name], "grokking_signal_fns": lambda: 0.5}
+    model, optimizer = formats.started(options)
+    formats.train(model, optimizer, 0, 3)
+    of_model, of_optimizer = get_state_dict(model, optimizer, options=settings)
+    dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=tmp_path, no_dist=True)
+    formats.train(model, optimizer, 3, 6)
+
+    twin, other = formats.started({**options, "grokking_signal_fns": signal})
+    before = [param.detach().clone() for param in twin.parameters()]
+    of_model, of_optimizer = get_state_dict(twin, other, options=settings)
+    assert signal.calls == 0
+    assert all(map(torch.equal, twin.parameters(), before))
+    assert not any(x.any() for state in other.state.values() for x in state.values())
+    loaded = {"model": of_model, "optimizer": of_optimizer}
+    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(
+        twin, other, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=settings
+    )
+    other.set_signals(lambda: 0.5)
+    formats.train(twin, other, 3, 6)
+    expected, found = formats.tensors(model, optimizer), formats.tensors(twin, other)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[key], x) for key, x in expected.items())
+
+
+@pytest.mark.parametrize("loaded_as", ["float32", "bfloat16"])
+def test_codes_that_were_loaded_into_numbers_are_refused(loaded_as: str, tmp_path: Path) -> None:
+    """torch.distributed.checkpoint copies them into whatever tensor is there, and knows no scales."""
+    model, optimizer = formats.started({"state_dtype": "int8"})
+    formats.train(model, optimizer, 0, 3)
+    _, of_optimizer = get_state_dict(model, optimizer)
+    dcp.save({"optimizer": of_optimizer}, checkpoint_id=tmp_path, no_dist=True)
+    twin, other = formats.started({"state_dtype": loaded_as})
+    _, of_optimizer = get_state_dict(twin, other)
+    loaded = {"optimizer": of_optimizer}
+    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(ValueError, match="codes without their scales.*state_dtype='int8'"):
+        set_optimizer_state_dict(twin, other, loaded["optimizer"])
+
+
+@pytest.mark.parametrize(("saved", "loaded_as"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_numbers_are_loaded_into_numbers(saved: str, loaded_as: str, tmp_path: Path) -> None:
+    model, optimizer = formats.started({"state_dtype": saved})
+    formats.train(model, optimizer, 0, 3)
+    _, of_optimizer = get_state_dict(model, optimizer)
+    dcp.save({"optimizer": of_optimizer}, checkpoint_id=tmp_path, no_dist=True)
+    twin, other = formats.started({"state_dtype": loaded_as})
+    _, of_optimizer = get_state_dict(twin, other)
+    loaded = {"optimizer": of_optimizer}
+    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(twin, other, loaded["optimizer"])
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        for name in STATES:
+            mine, theirs = optimizer.state[a][name].float(), other.state[b][name].float()
+            assert (mine - theirs).norm() <= 0.003 * mine.norm()

@@ -132,6 +132,7 @@ def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
     def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         state_dict = in_order(to_grokadamw(state_dict), optimizer.param_groups)
         _check_cycle(state_dict, optimizer.defaults["accumulation_steps"])
+        _check_codes(state_dict)
         loaded.extend(_states(state_dict, optimizer.param_groups, optimizer.defaults))
         doubts.extend(_doubts(state_dict, optimizer.defaults))
         # torch would make copies of it in the parameters' dtype, which may be four times as large
@@ -266,6 +267,26 @@ def _check_cycle(state_dict: dict[str, Any], steps: int) -> None:
                 f"micro-batches, and the optimizer has accumulation_steps={steps}: construct it with "
                 f"{group['accumulation_steps']}, and change that between cycles"
             )
+
+
+def _check_codes(state_dict: dict[str, Any]) -> None:
+    """Refuse codes without scales: torch.distributed.checkpoint copies them into float32 tensors like numbers."""
+    for group in state_dict["param_groups"]:
+        asked = group.get("state_dtype", "float32")
+        for key in group["params"]:
+            state = state_dict["state"].get(key) or {}
+            for name in (name for name in STATES if name in state and f"{name}_scale" not in state):
+                was_coded = (asked if isinstance(asked, str) else asked.get(name)) == "int8"
+                if not state[name].is_floating_point() or (was_coded and _are_codes(distributed.part(state[name]))):
+                    raise ValueError(
+                        f"state_dict: {name} of parameter {key} holds codes without their scales. "
+                        "torch.distributed.checkpoint copies them into whatever the optimizer has: load with another "
+                        f"one of state_dtype={asked!r}, and then its state_dict() into a new one of this kind"
+                    )
+
+
+def _are_codes(values: Tensor) -> bool:
+    return bool(values.any()) and bool((values == values.round()).all())
 
 
 def _doubts(state_dict: dict[str, Any], defaults: dict[str, Any]) -> Iterator[str]:
