@@ -1,4 +1,4 @@
-"""Commands: grokadamw env; grokadamw convert IN OUT [--to adamw]. The same by python -m grokadamw."""
+"""Commands: grokadamw env; memory --params N; convert IN OUT [--to adamw]. The same by python -m grokadamw."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ import torch
 
 from . import GrokAdamW, __version__
 from .checkpoints import StateDict, is_state_dict, to_adamw, to_grokadamw
+from .options import FORMATS
+from .state.sizes import KINDS, table
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +41,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument("source", metavar="IN", type=Path, help="a file that torch.save wrote")
     convert.add_argument("target", metavar="OUT", type=Path, help="may be IN; written beside it first, then renamed")
     convert.add_argument("--to", choices=["grokadamw", "adamw"], default="grokadamw", help="default: %(default)s")
+    memory = commands.add_parser(
+        "memory",
+        help="what training will take",
+        description="Print the bytes that weights, gradients and state of so many parameters take, beside those of "
+        "torch's AdamW, in bfloat16 and in mixed precision (float32 weights). Activations are not in it.",
+    )
+    memory.add_argument(
+        "--params", type=_count, required=True, metavar="N", help="parameters of the model, such as 7e9"
+    )
+    memory.add_argument("--param-dtype", choices=list(_DTYPES), default="float32", help="default: %(default)s")
+    memory.add_argument("--state", choices=FORMATS, default="float32", help="state_dtype; default: %(default)s")
+    memory.add_argument("--master-weight-bits", type=int, choices=[24, 32], help="default: those of the dtype alone")
+    memory.add_argument("--no-filter", action="store_true", help="lamb=0, which keeps no slow gradient")
+    memory.add_argument("--ranks", type=_count, default=1, metavar="N", help="that share all of it, as with FSDP2")
     given = parser.parse_args(arguments)
+    if given.command == "memory":
+        print(memory_table(given))
+        return 0
     if given.command == "env":
         print(environment())
         return 0
@@ -49,6 +70,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(f"{given.target}: {count} optimizer state dict{'s' * (count > 1)} for {given.to}")
     return 0
+
+
+def _count(text: str) -> int:
+    value = float(text)
+    if not 1 <= value < 2**60 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} is no count")
+    return int(value)
+
+
+def memory_table(given: argparse.Namespace) -> str:
+    """What the parameters of `grokadamw memory` take on a rank, by kind; one matrix stands for all of them."""
+    share = -(-given.params // given.ranks)
+    options = {
+        "state_dtype": given.state,
+        "master_weight_bits": given.master_weight_bits,
+        "lamb": 0.0 if given.no_filter else 2.0,
+    }
+
+    def outline(dtype: torch.dtype) -> list[torch.Tensor]:
+        return [torch.nn.Parameter(torch.empty(share, dtype=dtype, device="meta"))]
+
+    ours = GrokAdamW(outline(_DTYPES[given.param_dtype]), **options).memory()
+    columns = {"GrokAdamW": ours}
+    for name, dtype in (("AdamW, bfloat16", torch.bfloat16), ("AdamW, mixed", torch.float32)):
+        count = share * dtype.itemsize
+        same = dict.fromkeys(("parameters", "gradients", "exp_avg", "exp_avg_sq"), count)
+        columns[name] = {**dict.fromkeys(KINDS, 0), **same, "total": 4 * count}
+    return table(columns, given.params, given.ranks)
 
 
 def environment() -> str:

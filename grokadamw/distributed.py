@@ -89,7 +89,7 @@ def like(value: Tensor, shape: Sequence[int], tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     size = torch.Size(shape)
-    stride = torch.empty(size, device="meta").stride()
+    stride = tensor.stride() if size == tensor.shape else torch.empty(size, device="meta").stride()
     return DTensor.from_local(value, shards.mesh, shards.placements, run_check=False, shape=size, stride=stride)
 
 

@@ -32,6 +32,7 @@ from .options import (
     place_recorded,
     rules_of,
 )
+from .state.sizes import sizes
 from .state.slots import WINDOW, keeping_precision, prepare, states_of
 from .step import capture, metrics, stages
 from .step.alpha import Combine, Signal, Signals
@@ -408,6 +409,17 @@ class GrokAdamW(Optimizer):
         self._run.settle(self.param_groups)
         run, states = self._run, states_of(self.param_groups, self.state)
         return metrics.as_floats(run.last, self.param_groups, states, run.signals, rules_of(self.defaults))
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes that training takes on this rank, by kind; before the first step, those that it will take.
+
+        ``parameters``, ``gradients`` (a missing one counts as its parameter), ``exp_avg``, ``exp_avg_sq`` and
+        ``grok_ema`` with their scales, ``param_low``, ``window`` and ``step``; ``total``, their sum; and beside it
+        ``adamw``, the total of ``torch.optim.AdamW`` on the same parameters. Activations, what a step allocates for
+        its own duration, and frozen parameters are not in it. ``python -m grokadamw memory`` asks for no model.
+        """
+        self._complete_groups()
+        return sizes(self.param_groups, self.state, self.defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does. It may set what the constructor lists; its layers follow those that are there.

@@ -57,6 +57,7 @@ def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state
         weights: Tensor = local(state_dict[name].detach().to(param.device, torch.float32), shards_of(param))
         half = torch.full((), 1 << 31, dtype=torch.int64, device=param.device)  # rounds to nearest
         rounded, bits = split(weights.contiguous(), param.dtype, low, half, False)
+        assert bits is not None
         with torch.no_grad():
             part(param).copy_(rounded)
         part(state["param_low"]).copy_(bits)

@@ -1,0 +1,61 @@
+"""How many bytes an optimizer takes: measured where its state is there, else what its first step would make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributed import like, part
+from .slots import WINDOW, State, prepare
+
+KINDS = ("parameters", "gradients", "exp_avg", "exp_avg_sq", "grok_ema", "param_low", "window", "step")
+
+
+def sizes(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State], options: dict[str, Any]) -> dict[str, int]:
+    """Return the bytes of each of `KINDS` on this rank, their `total`, and that of torch's AdamW, `adamw`."""
+    found = dict.fromkeys(KINDS, 0)
+    for group in groups:
+        for param in group["params"]:
+            own = part(param)
+            grad = own if param.grad is None else part(param.grad)
+            found["parameters"] += own.nbytes
+            found["gradients"] += grad.nbytes
+            for name, x in _whole_state(param, state.get(param, {}), options, float(group["lamb"]) > 0):
+                found[name] += part(x).nbytes
+    # its moments have the dtype of their parameter
+    adamw = 3 * found["parameters"] + found["gradients"] + found["step"]
+    return {**found, "total": sum(found.values()), "adamw": adamw}
+
+
+def _whole_state(
+    param: Tensor, state: State, options: dict[str, Any], with_slow_gradient: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a parameter's state by kind, with those that its next step would make: without memory."""
+    whole = dict(state)
+    outline = like(torch.empty_like(part(param), device="meta"), param.shape, param)
+    prepare(whole, outline, options, with_slow_gradient)
+    for name, x in whole.items():
+        kind = "window" if name in WINDOW else name.removesuffix("_scale")
+        if isinstance(x, Tensor) and kind in KINDS:
+            yield kind, x
+
+
+def table(columns: Mapping[str, Mapping[str, int]], parameters: float, ranks: int) -> str:
+    """Return the sizes of several optimizers side by side, in GB on each rank, without what none of them has."""
+    rows = [kind for kind in KINDS if kind != "step" and any(column[kind] for column in columns.values())]
+    lines = [
+        f"{parameters:,.0f} parameters, GB on each of {ranks} ranks"
+        if ranks > 1
+        else f"{parameters:,.0f} parameters, GB"
+    ]
+    widths = {name: max(len(name), 9) + 3 for name in columns}
+    lines.append(" " * 20 + "".join(f"{name:>{width}}" for name, width in widths.items()))
+    for kind in (*rows, "total"):
+        lines.append(f"{kind:20}" + "".join(f"{columns[name][kind] / 1e9:>{w}.2f}" for name, w in widths.items()))
+    each = {name: column["total"] * ranks / parameters for name, column in columns.items()}
+    lines.append(f"{'bytes a parameter':20}" + "".join(f"{each[name]:>{w}.2f}" for name, w in widths.items()))
+    notes = "AdamW, mixed: weights, gradients and moments are float32; autocast makes copies of weights besides."
+    return "\n".join([*lines, "", notes])
