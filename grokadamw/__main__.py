@@ -82,11 +82,9 @@ def _count(text: str) -> int:
 def memory_table(given: argparse.Namespace) -> str:
     """What the parameters of `grokadamw memory` take on a rank, by kind; one matrix stands for all of them."""
     share = -(-given.params // given.ranks)
-    options = {
-        "state_dtype": given.state,
-        "master_weight_bits": given.master_weight_bits,
-        "lamb": 0.0 if given.no_filter else 2.0,
-    }
+    options = {"state_dtype": given.state, "master_weight_bits": given.master_weight_bits}
+    if given.no_filter:
+        options["lamb"] = 0.0
 
     def outline(dtype: torch.dtype) -> list[torch.Tensor]:
         return [torch.nn.Parameter(torch.empty(share, dtype=dtype, device="meta"))]

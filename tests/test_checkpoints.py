@@ -18,10 +18,13 @@ from torch import nn
 
 from grokadamw import GrokAdamW
 from grokadamw.__main__ import main
-from grokadamw.checkpoints import to_adamw, to_grokadamw
+from grokadamw.checkpoints import to_adamw, to_float32, to_grokadamw
+from grokadamw.options import STATES
 from grokadamw.signals import AccuracyGap
+from grokadamw.state import formats
 
 from .models import network, train
+from .test_precision import FORMATS, LOSSES
 
 HERE = Path(__file__).parent / "checkpoints"
 write = runpy.run_path(str(HERE / "write.py"))
@@ -66,6 +69,26 @@ def test_a_run_of_an_older_version_goes_on() -> None:
 def test_a_run_of_adamw_goes_on() -> None:
     saved = load("torch-2.13-adamw")
     close(continued("torch-2.13-adamw", saved["optimizer"], **AS_ADAMW), saved["later"], 1e-6)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("name", sorted(path.stem for path in HERE.glob("*.pt")))
+def test_every_file_goes_on_in_every_format(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for least in ("SMALL", "NARROW"):
+        monkeypatch.setattr(formats, least, 1)  # the files' models are small
+    saved = load(name)
+    options = {**(AS_ADAMW if name.startswith("torch") else {}), **FORMATS[kind]}
+    model = write["model"]()
+    optimizer = GrokAdamW(write["groups"](model, named="0.1.2" not in name), **write["SETTINGS"], **options)
+    optimizer.load_state_dict(saved["optimizer"])
+    before, after = (to_float32(each)["state"] for each in (saved["optimizer"], optimizer.state_dict()))
+    for i, state in before.items():
+        for moment in (moment for moment in STATES if moment in state):
+            assert (after[i][moment] - state[moment]).norm() <= 2 * LOSSES[kind] * state[moment].norm()
+    later = continued(name, saved["optimizer"], **options)
+    if "0.1.2" not in name:  # whose arithmetic is another
+        close(later, saved["later"], 0.02)
+    assert all(x.isfinite().all() for x in later.values())
 
 
 @pytest.mark.parametrize("name", ["grokadamw-0.1.2", "grokadamw-0.2.0", "torch-2.13-adamw"])

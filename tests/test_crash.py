@@ -31,14 +31,19 @@ def save(checkpoint: Any, path: Path) -> None:
     namespace["save"](checkpoint, path)
 
 
-def train(folder: Path, stop: int = STEPS) -> None:
+def train(folder: Path, in_fewer_bits: bool = False, stop: int = STEPS) -> None:
     """To the last step, from the last checkpoint on: one is written after every step."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 1))
     gap = AccuracyGap()
-    optimizer = GrokAdamW(model.named_parameters(), lr=0.01, grokking_signal_fns=[gap, SlowGradient(every=3)])
+    options: dict[str, Any] = {}
+    if in_fewer_bits:
+        model, options = model.bfloat16(), {"state_dtype": "int8", "master_weight_bits": 24}
+    optimizer = GrokAdamW(
+        model.named_parameters(), lr=0.01, grokking_signal_fns=[gap, SlowGradient(every=3)], **options
+    )
     start = 0
     if (folder / "checkpoint.pt").exists():
         checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -46,7 +51,7 @@ def train(folder: Path, stop: int = STEPS) -> None:
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
     for step in range(start, stop):
-        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step)).to(model[0].weight.dtype)
         optimizer.zero_grad()
         loss = (model(x).squeeze(1) - x[:, 0] * x[:, 1]).square().mean()
         loss.backward()
@@ -72,22 +77,25 @@ def same(ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
-def timed(context: Any, folder: Path) -> float:
+def timed(context: Any, folder: Path, in_fewer_bits: bool) -> float:
     """Seconds that a process takes to train to the end."""
     began = time.perf_counter()
-    process = context.Process(target=train, args=(folder,))
+    process = context.Process(target=train, args=(folder, in_fewer_bits))
     process.start()
     process.join()
     return time.perf_counter() - began
 
 
-@pytest.mark.parametrize("kills", [15, pytest.param(200, marks=pytest.mark.long)])
-def test_no_kill_loses_a_checkpoint_or_changes_the_run(kills: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kills", "in_fewer_bits"),
+    [(15, False), (10, True), *(pytest.param(200, fewer, marks=pytest.mark.long) for fewer in (False, True))],
+)
+def test_no_kill_loses_a_checkpoint_or_changes_the_run(kills: int, in_fewer_bits: bool, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()
     context = multiprocessing.get_context("forkserver")
-    timed(context, tmp_path)  # which starts the server that the others are forked from
-    all_steps, a_start = timed(context, whole), timed(context, whole)
+    timed(context, tmp_path, in_fewer_bits)  # which starts the server that the others are forked from
+    all_steps, a_start = timed(context, whole, in_fewer_bits), timed(context, whole, in_fewer_bits)
     a_step = (all_steps - a_start) / STEPS
     uninterrupted = torch.load(whole / "checkpoint.pt")
     rng, killed, mid_write, runs = random.Random(0), 0, 0, 0
@@ -97,7 +105,7 @@ def test_no_kill_loses_a_checkpoint_or_changes_the_run(kills: int, tmp_path: Pat
         beside = folder / "checkpoint.pt.new"
         last = 0
         while last < STEPS:
-            process = context.Process(target=train, args=(folder,))
+            process = context.Process(target=train, args=(folder, in_fewer_bits))
             process.start()
             if killed < kills:
                 process.join(rng.random() * (a_start + 15 * a_step))

@@ -43,6 +43,7 @@ def test_there_is_code_on_the_pages() -> None:
         "huggingface",
         "index",
         "lightning",
+        "memory",
         "migrating",
         "pytorch",
         "signals",

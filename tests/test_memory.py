@@ -18,6 +18,7 @@ from grokadamw.distributed import part
 
 from . import test_precision as formats
 from . import test_sharded_formats as sharded
+from .pages import ROOT
 from .test_distributed import RANKS, in_processes
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -104,6 +105,12 @@ def test_the_command_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     found = columns(capsys.readouterr().out.partition("\n\n")[0])
     assert "grok_ema" not in found
     assert found["bytes a parameter"] == [16.0, 8.0, 16.0]
+
+
+def test_the_docs_show_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    command, _, shown = (ROOT / "docs/memory.md").read_text().partition("$ python -m grokadamw ")[2].partition("\n7,")
+    main(command.replace("\\", "").split())
+    assert shown.partition("```")[0] == capsys.readouterr().out.removeprefix("7,")
 
 
 @pytest.mark.parametrize("wrong", ["0", "1.5", "-7e9", "many", "1e40", "nan"])

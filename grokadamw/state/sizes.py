@@ -57,5 +57,5 @@ def table(columns: Mapping[str, Mapping[str, int]], parameters: float, ranks: in
         lines.append(f"{kind:20}" + "".join(f"{columns[name][kind] / 1e9:>{w}.2f}" for name, w in widths.items()))
     each = {name: column["total"] * ranks / parameters for name, column in columns.items()}
     lines.append(f"{'bytes a parameter':20}" + "".join(f"{each[name]:>{w}.2f}" for name, w in widths.items()))
-    notes = "AdamW, mixed: weights, gradients and moments are float32; autocast makes copies of weights besides."
+    notes = "AdamW, mixed: weights, gradients and moments in float32; autocast adds copies."
     return "\n".join([*lines, "", notes])
