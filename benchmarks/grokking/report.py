@@ -212,6 +212,22 @@ def variations(rows: list[Row]) -> str:
     return markdown(["", *GRID_TASKS], lines)
 
 
+def formats(rows: list[Row]) -> str:
+    """Steps until it is learnt, or of the best scores the median and the range."""
+
+    def entry(found: list[Row]) -> str:
+        if not found or not math.isinf(tasks.load()[found[0].task].solved):
+            return quartiles(found) if found else ""
+        amounts = [abs(row.best) for row in found]
+        return f"{np.median(amounts):.4f} ({min(amounts):.4f} to {max(amounts):.4f})"
+
+    lines = []
+    for name, asked in evidence.formats().items():
+        found = select(rows, asked)
+        lines.append([name, *(entry([row for row in found if row.task == task]) for task in evidence.FORMAT_TASKS)])
+    return markdown(["", *evidence.FORMAT_TASKS], lines)
+
+
 def data(names: Iterable[str], rows: list[Row]) -> str:
     """Of the best scores the median and the range; a loss is without the minus that makes it a score."""
     lines = []
@@ -249,6 +265,7 @@ TABLES: dict[str, Table] = {
     "others": others,
     **{f"filter and decay, {task}": partial(two_by_two, task) for task in TWO_BY_TWO},
     "variations": variations,
+    "formats": formats,
     "data": partial(data, [task for task in evidence.DATA if task != evidence.FINETUNING]),
     "finetuning": partial(data, [evidence.FINETUNING]),
     "reach, others": partial(reach, ["adamw", evidence.PRESET, *OTHER_METHODS]),
