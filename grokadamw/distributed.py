@@ -110,19 +110,23 @@ def cuts_blocks(tensor: Tensor, block: int) -> bool:
 
 
 def blocks_before(tensor: Tensor, block: int) -> int:
-    """Return how many blocks of a parameter's rows (of a vector: of all elements) ranks before this one have."""
+    """Return how many blocks of a parameter's rows (of a vector: of all elements) ranks before this one have.
+
+    Parts of rows, and shards of torch's that lie in strides, have no numbers of their own, but other ones on each rank.
+    """
     shards = shards_of(tensor)
     if shards is None or not tensor.numel():
         return 0
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, starts = compute_local_shape_and_global_offset(tensor.shape, shards.mesh, shards.placements)
+    starts, sizes, place = [0] * tensor.dim(), list(tensor.shape), shards.mesh.get_coordinate()
+    for i, dim in shards.cuts():
+        size = -(-sizes[dim] // shards.mesh.size(i))
+        start = min(place[i] * size, sizes[dim])
+        starts[dim], sizes[dim] = starts[dim] + start, min(size, sizes[dim] - start)
     if tensor.dim() == 1:
-        return int(starts[0]) // block
+        return starts[0] // block
     rows, width = tensor.shape[0], tensor.numel() // tensor.shape[0]
-    # parts of rows have no numbers of their own, but other ones on each rank
     inside = sum(start * (width // size) for start, size in zip(starts[1:], tensor.shape[1:], strict=True))
-    return int(starts[0]) * -(-width // block) + rows * (int(inside) // block)
+    return starts[0] * -(-width // block) + rows * (inside // block)
 
 
 def local_parts(tensors: Iterable[Tensor]) -> list[tuple[Shards | None, list[Tensor]]]:
