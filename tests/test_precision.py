@@ -146,6 +146,10 @@ def test_a_file_whose_strides_are_others_means_the_same_numbers() -> None:
 def test_what_no_longer_fits_is_named() -> None:
     model, optimizer = started(FORMATS["24 bits"])
     train(model, optimizer, 0, 2)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    del state_dict["state"][0]["exp_avg_scale"]
+    with pytest.raises(ValueError, match="exp_avg of parameter 0 holds codes without their scales"):
+        started(FORMATS["24 bits"])[1].load_state_dict(state_dict)
     for name, wrong in (("exp_avg_scale", torch.zeros(3)), ("param_low", torch.zeros(3, dtype=torch.int8))):
         state_dict = copy.deepcopy(optimizer.state_dict())
         state_dict["state"][0][name] = wrong
