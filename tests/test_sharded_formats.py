@@ -102,10 +102,11 @@ def _trained(options: dict[str, Any], rank: int) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("foreach", [None, True], ids=["the kernel", "decoded"])
 @pytest.mark.parametrize("name", ["bfloat16", "int8", "24 bits", "32 bits", "stochastic"])
-def test_two_ranks_have_the_bits_of_one_process(name: str, tmp_path: Path) -> None:
+def test_two_ranks_have_the_bits_of_one_process(name: str, foreach: bool | None, tmp_path: Path) -> None:
     """Given equal gradients, wherever rows or blocks are whole; else what decodes to nearly the same."""
-    options = {**FORMATS[name], "foreach": True}
+    options = {**FORMATS[name], "foreach": foreach}
     model, optimizer = started(options)
     train(model, optimizer, 0, 4)
     expected = values(model, optimizer)

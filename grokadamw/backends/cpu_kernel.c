@@ -50,6 +50,7 @@ typedef struct {
     char *const *lows;
     const int64_t *widths;                  /* elements of a row if its last block is shorter; else 0 */
     const uint32_t *keys;                   /* of each tensor's dithers */
+    const uint32_t *firsts;                 /* blocks of each that lie on ranks before this one; NULL for none */
     int64_t nth;                            /* of the step's micro-batches */
 } table;
 
@@ -269,7 +270,8 @@ static void find_blocks(blocks *b, const table *t, const numbers *k, int64_t ten
         j += rest, column = width && column + rest == width ? 0 : column + rest;
     }
     b->starts[b->count] = n;
-    for (int q = 0; q < b->count; q++) b->hashes[q] = mixed((uint32_t)(b->first + q) ^ t->keys[tensor]);
+    const uint32_t first = (uint32_t)b->first + (t->firsts ? t->firsts[tensor] : 0);
+    for (int q = 0; q < b->count; q++) b->hashes[q] = mixed((first + (uint32_t)q) ^ t->keys[tensor]);
     b->turns = (uint32_t)(int64_t)((k->t - 1) * t->micro_steps + t->nth) * STEP;
 }
 

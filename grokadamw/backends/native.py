@@ -30,7 +30,7 @@ class Table(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("eps_before_correction", "raw_second_moment", "decays", "moves")),
         *((name, ctypes.c_int32) for name in ("param", "grad", "state", "coded", "rounds", "low_bits")),
         *(("formats", ctypes.c_int32 * 3), ("scales", ctypes.c_char_p * 3)),
-        *((name, ctypes.c_char_p) for name in ("lows", "widths", "keys")),
+        *((name, ctypes.c_char_p) for name in ("lows", "widths", "keys", "firsts")),
         ("nth", ctypes.c_int64),
     ]
 

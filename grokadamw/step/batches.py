@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import backends as update
 from .. import layers
 from .._numbers import as_real
-from ..backends import BY_ADDRESS, Batch, Choice, cpu, decoded, foreach, gpu, memory, reference
+from ..backends import BY_ADDRESS, Batch, Choice, decoded, foreach, gpu, memory, reference
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges
 from ..backends.types import Coded, written
@@ -149,23 +149,13 @@ class Columns(NamedTuple):
 
 
 def kind_of(
-    row: Sequence[Any],
-    extras: Sequence[Any],
-    group: dict[str, Any],
-    is_matrix: bool,
-    shards: Shards | None,
-    first: int = 0,
+    row: Sequence[Any], extras: Sequence[Any], group: dict[str, Any], is_matrix: bool, shards: Shards | None
 ) -> tuple[Kind, int]:
-    """Return the kind of a parameter and the width of the rows that its backend limits, from a row of `Columns`.
-
-    `first` is the number of its first block on this rank.
-    """
+    """Return the kind of a parameter and the width of the rows that its backend limits, from a row of `Columns`."""
     *tensors, step = (x for x in row if x is not None)
     coded = is_coded(tensors, extras, group)
     low = [extras[-1]] if coded and extras[-1] is not None else []
     choice = update.choose([*tensors, *low], step, group, coded)
-    if coded and first and choice.module is cpu:
-        choice = Choice(decoded, "float32 copies, as the native kernel counts blocks from the beginning of a shard")
     has_rows = is_matrix and not (shards is not None and shards.cut_rows and choice.module is not decoded)
     there = tuple(x is not None for x in extras) if coded else None
     kind = Kind(choice, row[0].device, shards, tuple(x.dtype for x in tensors), there)
@@ -271,7 +261,7 @@ def found_anew(entries: Sequence[Entry], given: Given) -> Batches:
         extras.append([None if x is None else local(x, shards) for x in map(s.get, EXTRAS)])
         first = blocks_before(entry.param, BLOCK) if may_be_coded(options) else 0
         owners.append(Owner(entry.group, entry.layer, entry.number, first))
-        kinds.append(kind_of(rows[-1], extras[-1], groups[entry.group], entry.param.dim() > 1, shards, first))
+        kinds.append(kind_of(rows[-1], extras[-1], groups[entry.group], entry.param.dim() > 1, shards))
         grads.setdefault(shards, []).append(row[1])  # type: ignore[arg-type]
     columns = Columns(*map(list, zip(*rows, strict=True))) if rows else Columns([], [], [], [], [], [])
     columns = columns._replace(extras=list(map(list, zip(*extras, strict=True))))
