@@ -36,14 +36,15 @@ class Cycle:
         self.missing = {p for p in params if p.grad is None and state.get(p, {}).get("micro_step")}
 
     def numbers(
-        self, alphas: Sequence[Number], amplification: float
-    ) -> tuple[list[dict[str, Any]], Sequence[Number], float]:
-        """Return the groups, α of each and the factor of λ that hold for the cycle: those of its first micro-batch."""
+        self, alphas: Sequence[Number], boosts: Sequence[Number], amplification: float
+    ) -> tuple[list[dict[str, Any]], list[Number], list[Number], float]:
+        """Return what holds for the cycle, that of its first micro-batch: groups, α and boost of each, λ's factor."""
         if self.is_first:
-            for group, alpha in zip(self._groups, alphas, strict=True):
-                group["cycle"] = (alpha, amplification, *_numbers(group))
+            for group, alpha, boost in zip(self._groups, alphas, boosts, strict=True):
+                group["cycle"] = (alpha, amplification, *_numbers(group), boost)
         held = self._groups if self.is_first else [_with_numbers(group) for group in self._groups]
-        return held, [group["cycle"][0] for group in self._groups], float(self._groups[0]["cycle"][1])
+        cycles = [group["cycle"] for group in self._groups]
+        return held, [cycle[0] for cycle in cycles], [(*cycle, 1.0)[6] for cycle in cycles], float(cycles[0][1])
 
     def end(self, params: Iterable[Tensor]) -> bool:
         """Count this micro-batch, in which these parameters had a gradient, and return whether it was the last."""
@@ -60,7 +61,7 @@ def join(group: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
     first = earlier[0] if earlier else {**CYCLE_AT_REST, "skipped_steps": group["skipped_steps"]}
     group.update(CYCLE_AT_REST, skipped_steps=first["skipped_steps"])  # which may have been another optimizer's
     if first["micro_step"] > 0:  # it takes part in the cycle, with its own numbers
-        group["cycle"] = (as_number(group["alpha_init"]), first["cycle"][1], *_numbers(group))
+        group["cycle"] = (as_number(group["alpha_init"]), first["cycle"][1], *_numbers(group), 1.0)
         group["micro_step"] = first["micro_step"]
     given = group.get("layers")
     if given is None or len(given) != len(group["params"]) or group["layer"] is not None:
@@ -73,7 +74,7 @@ def _numbers(group: dict[str, Any]) -> list[float]:
 
 
 def _with_numbers(group: dict[str, Any]) -> dict[str, Any]:
-    _, _, lamb, beta1, beta2, gamma = group["cycle"]
+    _, _, lamb, beta1, beta2, gamma, *_ = group["cycle"]
     return {**group, "lamb": lamb, "betas": (beta1, beta2), "gamma": gamma}
 
 

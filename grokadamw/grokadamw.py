@@ -67,7 +67,7 @@ class GrokAdamW(Optimizer):
         params: parameters, ``(name, parameter)`` pairs such as ``model.named_parameters()``, or dicts of either; of
             dtype float16, bfloat16, float32, float64 or complex. With names, the model's modules are the layers;
             without, every tensor is a layer of its own. A dict may set ``lr`` to ``gradient_clipping``,
-            ``max_row_norm``, ``max_row_change``, ``amplify_after``, ``foreach``, ``maximize``, ``capturable``, and
+            ``max_row_norm``, ``max_row_change``, ``amplify_after``, ``signal_boost``, ``foreach``, ``maximize``, ``capturable``, and
             ``layer``, an integer ≥ 0: the layer of all its parameters.
         lr: learning rate η ≥ 0, a float or a tensor of one element.
         betas: (β1, β2), each in [0, 1): decay of the first and second moment.
@@ -87,6 +87,9 @@ class GrokAdamW(Optimizer):
             values. A callable reads values back from a GPU; the others do not.
         second_moment: ``"filtered"``, v averages ĝ²; or ``"raw"``, (c g)².
         amplify_after: steps of a parameter before λ acts on it. μ is kept from the first step on.
+        signal_boost: b ≥ 0: lr and ``max_row_change`` of a step are multiplied by 1 + b · GS_t, with the combined
+            signal limited to [0, 1]; 0 is off, and without a usable signal the factor is 1.
+            ``metrics()["boost"]`` is the last. Schedulers and ``param_groups`` never see it.
         amplify_by_signal: multiply λ by the combined signal, limited to [0, 1], so that the filter waits until a model
             overfits. Without a usable signal λ is 0. The signal still acts on α, unless
             ``grokking_signal_decay_rate=0``. A signal on a GPU is read back.
@@ -167,6 +170,7 @@ class GrokAdamW(Optimizer):
         combine: Combine = "mean",
         second_moment: str = "filtered",
         amplify_after: int = 0,
+        signal_boost: float = 0.0,
         amplify_by_signal: bool = False,
         window_size: int | None = None,
         window_dtype: torch.dtype | None = None,
@@ -400,7 +404,7 @@ class GrokAdamW(Optimizer):
         """Return what the last step did, or ``update_signals`` since, as plain floats. This waits for the device.
 
         ``step`` (steps taken, the most of any parameter), ``signal`` (GS), ``signal/<name>`` (each function's last
-        usable value), ``alpha`` (α, which a window does without), ``grad_norm`` (N, before clipping),
+        usable value), ``alpha`` (α, which a window does without), ``boost`` (of lr, by ``signal_boost``), ``grad_norm`` (N, before clipping),
         ``clip_coefficient`` (c), ``skipped_steps``, ``signal_failures``, ``beta1_min`` and ``beta1_max`` (of β1_l).
         Where groups differ, ``alpha`` and ``clip_coefficient`` are the smallest. NaN stands for what is not known:
         before the first step, without a usable signal, or a norm that nothing asked for.

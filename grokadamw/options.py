@@ -158,6 +158,7 @@ OPTIONS: dict[str, Option] = {
     "combine":                    Option("mean",       not_in_a_group,                       SIGNALS,   KEEP, "0.2.0"),
     "second_moment":              Option("filtered",   one_of("filtered", "raw"),            OPTIMIZER, WARN, "0.2.0"),
     "amplify_after":              Option(0,            check_count,                          GROUP,     TAKE, "0.2.0"),
+    "signal_boost":               Option(0.0,          check_number,                         GROUP,     TAKE, "0.2.0"),
     "amplify_by_signal":          Option(False,        one_of(True, False),                  OPTIMIZER, WARN, "0.2.0"),
     "window_size":                Option(None,         or_none(check_count, at_least=1),     OPTIMIZER, WARN, "0.2.0"),
     "window_dtype":               Option(None,         check_dtype,                          OPTIMIZER, KEEP, "0.2.0"),
@@ -204,7 +205,7 @@ def rules_of(defaults: Mapping[str, Any]) -> Rules:
 
 RECORDED = ("train_loss", "eval_loss", "train_acc", "eval_acc")  # by `GrokAdamW.record`
 # the micro-batches of a cycle so far; and α, the factor of λ, λ, β1, β2 and γ as the first of them found them
-CYCLE_AT_REST = {"micro_step": 0, "cycle": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)}
+CYCLE_AT_REST = {"micro_step": 0, "cycle": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)}
 # How far the run is, which a group holds beside its options; "last_norm" is that of `step_in_backward`'s last pass.
 PROGRESS = {**dict.fromkeys(RECORDED), "signal_state": None, "skipped_steps": 0, **CYCLE_AT_REST, "last_norm": 0.0}
 GROUP_KEYS = (*_IN_GROUPS, *PROGRESS, "layers")
@@ -278,7 +279,7 @@ def check_group(
 
 # Options of which only one may differ from its default.
 _CONFLICTS = (
-    (("max_row_norm", "max_row_change"), ("compat",), ", which has no such thing:"),
+    (("max_row_norm", "max_row_change", "signal_boost"), ("compat",), ", which has no such thing:"),
     (("accumulation_steps", "window_size"), ("compat", "differentiable"), ":"),
     (("state_dtype", "master_weight_bits", "rounding"), ("compat", "differentiable"), ":"),
     (("state_dtype",), ("window_size",), ", which keeps gradients as they are:"),

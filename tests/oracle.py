@@ -81,10 +81,10 @@ class Oracle:
         self._fix(group, group["alpha_init"], self.groups[0]["fixed"]["gate"] if self.groups else 1.0)
         self.groups.append(group)
 
-    def _fix(self, group: dict, alpha: float, gate: float) -> None:
+    def _fix(self, group: dict, alpha: float, gate: float, boost: float = 1.0) -> None:
         """What holds for all micro-batches of a cycle."""
         group["fixed"] = {name: group[name] for name in ("betas", "gamma")}
-        group["fixed"] |= {"alpha": alpha, "lamb": group["lamb"], "gate": gate}
+        group["fixed"] |= {"alpha": alpha, "lamb": group["lamb"], "gate": gate, "boost": boost}
 
     def rest(self) -> None:
         """No cycle is under way."""
@@ -107,10 +107,11 @@ class Oracle:
             self.has_state = True  # a step that has the state made, and does nothing else
             return
         if self.micro_step == 0:
-            gate = min(1.0, max(0.0, signal or 0.0)) if self.amplify_by_signal else 1.0
+            share = min(1.0, max(0.0, signal or 0.0))
             for g in self.groups:
                 alpha = g["alpha_init"] * np.exp(-g["grokking_signal_decay_rate"] * max(signal or 0.0, 0.0))
-                self._fix(g, alpha, gate)
+                gate = share if self.amplify_by_signal else 1.0
+                self._fix(g, alpha, gate, 1 + g.get("signal_boost", 0.0) * share)
         self.alphas = [group["fixed"]["alpha"] for group in self.groups]
         if not np.isfinite(norm):
             self.skipped += 1
@@ -154,14 +155,14 @@ class Oracle:
         if not is_last:
             return
         state["t"] = t
-        before = group["values"][i]
-        theta = before * (1 - group["lr"] * group["weight_decay"])
-        group["values"][i] = theta - group["lr"] * m_hat / (np.sqrt(v_hat) + group["eps"])
+        before, lr = group["values"][i], group["lr"] * fixed["boost"]
+        theta = before * (1 - lr * group["weight_decay"])
+        group["values"][i] = theta - lr * m_hat / (np.sqrt(v_hat) + group["eps"])
         if group["has_rows"][i] and theta.size:
             rows, old = group["values"][i].reshape(len(theta), -1), before.reshape(len(theta), -1)
             if group.get("max_row_change"):
                 moved = np.maximum(np.linalg.norm(rows - old, axis=1), 1e-300)
-                furthest = group["max_row_change"] * np.maximum(np.linalg.norm(old, axis=1), 0.1)
+                furthest = group["max_row_change"] * fixed["boost"] * np.maximum(np.linalg.norm(old, axis=1), 0.1)
                 rows = old + (rows - old) * np.minimum(1, furthest / moved)[:, None]
             if group.get("max_row_norm"):
                 norms = np.maximum(np.linalg.norm(rows, axis=1), 1e-300)

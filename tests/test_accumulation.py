@@ -145,6 +145,15 @@ def test_gradients_are_added_up_in_float32_in_memory_of_their_own(set_to_none: b
     assert (p.grad == 1).all()
 
 
+def boosted(model: nn.Module) -> GrokAdamW:
+    """The boost is that of the cycle's first micro-batch: when the run is resumed, nothing else knows it."""
+    optimizer = GrokAdamW(
+        model.named_parameters(), lr=0.01, accumulation_steps=3, second_moment="raw", signal_boost=2.0
+    )
+    optimizer.record(train_loss=0.2, eval_loss=1.0)
+    return optimizer
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -152,6 +161,7 @@ def test_gradients_are_added_up_in_float32_in_memory_of_their_own(set_to_none: b
         lambda m: Accumulate(SGD(m.parameters(), lr=0.01), 3, 0.1),
         lambda m: Accumulate(GrokAdamW(m.named_parameters(), lr=0.01), 5),
         lambda m: GrokAdamW(m.named_parameters(), lr=0.01, accumulation_steps=3, second_moment="raw"),
+        lambda m: boosted(m),
         lambda m: GrokAdamW(m.named_parameters(), lr=0.01, window_size=3),
         lambda m: Accumulate(GrokAdamW(m.named_parameters(), lr=0.01, window_size=2, window_dtype=torch.bfloat16), 3),
     ],

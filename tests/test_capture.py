@@ -21,6 +21,9 @@ from grokadamw.backends.gpu_tables import Tables
 from .models import running
 
 
+BOOSTED = {"signal_boost": 1.0, "max_row_change": 0.05}
+
+
 def cuda(test: Any) -> Any:
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
 
@@ -60,22 +63,23 @@ def as_if_captured(monkeypatch: pytest.MonkeyPatch, nothing_is_free_to_read: Non
 def test_a_captured_step_hears_no_signal_and_reads_alpha_where_it_is_set(as_if_captured: list[bool]) -> None:
     said = [1.0]
     params, twins = parameters(), parameters()
-    signal = {"grokking_signal_fns": lambda: said[0], "grokking_signal_decay_rate": 1.0}
+    signal = {"grokking_signal_fns": lambda: said[0], "grokking_signal_decay_rate": 1.0, **BOOSTED}
     captured = GrokAdamW(params, capturable=True, **signal)
     eager = GrokAdamW(twins, **signal)
-    for step, (signal_value, alpha_of) in enumerate([(1.0, 1.0), (2.0, 1.0), (3.0, 3.0)]):
+    for step, (signal_value, alpha_of) in enumerate([(0.1, 0.1), (0.2, 0.1), (0.3, 0.3)]):
         said[0] = signal_value
         set_gradients(params, step)
         set_gradients(twins, step)
         if step == 2:
             captured.update_signals()
-            assert captured.metrics()["signal"] == 3.0
+            assert captured.metrics()["signal"] == 0.3
         as_if_captured[0] = step > 0
         captured.step()
         as_if_captured[0] = False
         said[0] = alpha_of
         eager.step()
         assert captured.metrics()["alpha"] == eager.metrics()["alpha"]
+        assert captured.metrics()["boost"] == eager.metrics()["boost"] == 1 + alpha_of
         for p, twin in zip(params, twins, strict=True):
             torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-7)
             torch.testing.assert_close(
@@ -84,12 +88,17 @@ def test_a_captured_step_hears_no_signal_and_reads_alpha_where_it_is_set(as_if_c
 
 
 def test_what_a_graph_reads_and_writes_stays_in_its_place(as_if_captured: list[bool]) -> None:
-    """α, and the count of skipped steps, which reading it sets back to 0."""
+    """α, the boost, and the count of skipped steps, which reading it sets back to 0."""
     params = parameters()
-    optimizer = GrokAdamW([{"params": params}, {"params": []}], capturable=True)
+    optimizer = GrokAdamW([{"params": params}, {"params": []}], capturable=True, **BOOSTED)
     set_gradients(params, 0)
     optimizer.step()
-    places = [optimizer._run.last.alphas[0].data_ptr(), optimizer._run.skipped.data_ptr()]
+
+    def read() -> list[int]:
+        run = optimizer._run
+        return [tensor.data_ptr() for tensor in (run.last.alphas[0], run.last.boosts[0], run.skipped)]
+
+    places = read()
     as_if_captured[0] = True
     params[0].grad.fill_(torch.inf)
     optimizer.step()
@@ -102,7 +111,7 @@ def test_what_a_graph_reads_and_writes_stays_in_its_place(as_if_captured: list[b
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     optimizer.update_signals()
     optimizer.step()
-    assert [optimizer._run.last.alphas[0].data_ptr(), optimizer._run.skipped.data_ptr()] == places
+    assert read() == places
     assert optimizer.metrics()["skipped_steps"] == 3
 
 
@@ -206,7 +215,7 @@ def test_a_replay_is_the_next_step(as_if_captured: list[bool], after: str, imple
 
 def a_replay_is_the_next_step(as_if_captured: list[bool], after: str, how: dict[str, Any]) -> Tape:
     said = [0.0]
-    options: dict[str, Any] = {"grokking_signal_fns": lambda: said[0], "grokking_signal_decay_rate": 1.0}
+    options: dict[str, Any] = {"grokking_signal_fns": lambda: said[0], "grokking_signal_decay_rate": 1.0, **BOOSTED}
     params, twins = parameters(), parameters()
     lr = torch.tensor(0.01)
     replayed = GrokAdamW(params, lr=lr, capturable=True, **how, **options)

@@ -77,6 +77,7 @@ def test_one_graph_serves_changing_numbers(foreach: bool | None, dtype: torch.dt
 
     signals = [rising, lambda train_loss, eval_loss: eval_loss - train_loss]
     options = {"grokking_signal_fns": signals, "foreach": foreach, "dtype": dtype}
+    options |= {"signal_boost": 1.0, "max_row_change": 0.05}
     eager, reference, _ = run(None, 20, change, **options)
     assert heard == list(range(20))
     heard.clear()

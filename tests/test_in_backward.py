@@ -91,6 +91,8 @@ CASES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "no filter": {"lamb": 0.0},
     "micro-batches": K3,
+    "boosted": {"signal_boost": 1.0, "max_row_change": 0.02},
+    "boosted micro-batches": {"signal_boost": 1.0, **K3},
     "int8": {"state_dtype": "int8"},
     "int8, micro-batches": {"state_dtype": "int8", **K3},
     "a window": {"window_size": 4},

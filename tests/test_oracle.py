@@ -52,6 +52,7 @@ hyper_parameters = st.fixed_dictionaries(
         "max_row_norm": st.just(0.0) | between(0.1, 3),
         "max_row_change": st.just(0.0) | between(1e-3, 0.5),
         "amplify_after": st.integers(0, 3),
+        "signal_boost": st.just(0.0) | between(0, 3),
         "maximize": st.booleans(),
     }
 )

@@ -39,6 +39,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(stop: int, dtype: torch.dtype) -
                 lambda train_loss, eval_loss: eval_loss - train_loss,
             ],
             grokking_signal_decay_rate=1.0,
+            signal_boost=1.0,
         )
         optimizer.gap = gap  # type: ignore[attr-defined]
         return model, optimizer

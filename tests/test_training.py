@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,17 @@ from torch import nn
 from grokadamw import GrokAdamW
 from grokadamw.signals import SlowGradient
 
-from .models import AS_ADAMW, network, parameters, saved_and_loaded, set_gradients, train
+from .models import (
+    AS_ADAMW,
+    IMPLEMENTATIONS,
+    network,
+    parameters,
+    running,
+    same,
+    saved_and_loaded,
+    set_gradients,
+    train,
+)
 
 # the slow gradient, on and off
 
@@ -54,6 +66,57 @@ def test_the_slow_gradient_can_be_freed_and_begins_again_at_zero() -> None:
     for p in params:
         torch.testing.assert_close(optimizer.state[p]["grok_ema"], (1 - 0.98) * p.grad)
         assert optimizer.state[p]["step"] == 5
+
+
+# lr and max_row_change, by the signal
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}], ids=["float32", "int8"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_boost_is_a_higher_lr_and_a_wider_limit(implementation: str, options: dict[str, Any]) -> None:
+    """To the bit what a schedule by hand does, which the groups never show; a signal beyond [0, 1] counts as its end."""
+    said: list[Any] = [None]
+    with running(implementation) as how:
+        models = [nn.Sequential(nn.Linear(70, 70), nn.Linear(70, 2)) for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        boosted, by_hand = (
+            GrokAdamW(model.named_parameters(), lr=0.01, grokking_signal_fns=lambda: said[0], **how, **options, **given)
+            for model, given in zip(models, ({"signal_boost": 2.0, "max_row_change": 0.01}, {}), strict=True)
+        )
+        for step, signal in enumerate([0.0, 0.25, torch.tensor(0.5), 1.0, 7.0, -3.0]):
+            said[0], factor = signal, 1 + 2 * min(max(float(signal), 0.0), 1.0)
+            by_hand.param_groups[0].update(lr=0.01 * factor, max_row_change=0.01 * factor)
+            for model, optimizer in zip(models, (boosted, by_hand), strict=True):
+                set_gradients(list(model.parameters()), step, scale=10.0**-step)
+                optimizer.step()
+            assert same(models[0].state_dict(), models[1].state_dict())
+            assert boosted.metrics()["boost"] == factor
+            assert (boosted.param_groups[0]["lr"], boosted.param_groups[0]["max_row_change"]) == (0.01, 0.01)
+
+
+@pytest.mark.filterwarnings("ignore:the grokking signal")
+@pytest.mark.parametrize("said", [None, math.nan, torch.tensor(math.nan)])
+def test_without_a_usable_signal_there_is_no_boost(said: Any) -> None:
+    params, twins = parameters(), parameters()
+    boosted = GrokAdamW(params, signal_boost=1.0, grokking_signal_fns=lambda: said)
+    plain = GrokAdamW(twins, grokking_signal_fns=[])
+    for ps, optimizer in ((params, boosted), (twins, plain)):
+        set_gradients(ps)
+        optimizer.step()
+    assert all(map(torch.equal, params, twins))
+    assert boosted.metrics()["boost"] == 1
+
+
+def test_groups_have_boosts_of_their_own() -> None:
+    params = parameters()
+    groups = [{"params": params[:1], "signal_boost": 1.0}, {"params": params[1:]}]
+    optimizer = GrokAdamW(groups, **AS_ADAMW, lr=0.1, weight_decay=0.0, grokking_signal_fns=lambda: 1.0)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    moved = [float((old - p).mean()) for old, p in zip(before, params, strict=True)]
+    assert moved == pytest.approx([0.2, 0.1], rel=1e-5)
 
 
 # what comes in training

@@ -2,16 +2,18 @@
 
 Every method gets the same trials. Of the tasks mod 97: a grid of lr × wd on two of them, two seeds a cell; the best
 cell is kept for ten other seeds on all five. Of every other task: four cells, one seed; the best is kept for three
-others, or for ten where a run is quick. Of the architectures: the grid on each of four tasks, and five seeds. The
-tasks on data that people have: a grid for each, and five seeds.
+others, or for ten where a run is quick. Of the architectures: on each of four tasks the grid on one seed, as a race,
+its three best cells on another, and the best of them on five more. The tasks on data that people have: a grid for
+each, and five seeds.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import product
-from math import log
 from typing import Any
 
 from . import architectures
@@ -75,6 +77,7 @@ PAIRS = [f"{problem}/{name}" for problem in PROBLEMS for name in architectures.l
 PAIR_METHODS = ["adamw", PRESET, "grokadamw"]
 PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # else the grid's
 PAIR_SEEDS = range(100, 105)
+FIRST, BEHIND, FINALISTS = (3e-3, 1.0), 1.5, 3  # the race: a cell stops at 1.5 times the steps of the first
 RECIPES = ((1e-3, 1.0), (1e-3, 0.01))  # lr and wd of AdamW in public code
 
 # data that people have, where the best score counts: lrs, decays and seeds of the grid, and the methods
@@ -115,7 +118,7 @@ def best(rows: Iterable[Row]) -> Cell | None:
     highest score. So the score alone decides where a task has no level to reach. None if there are no rows."""
     steps: dict[Cell, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
-        steps[row.lr, row.weight_decay].append((log(row.sustained or 2 * row.budget), -row.best))
+        steps[row.lr, row.weight_decay].append((math.log(row.sustained or 2 * row.budget), -row.best))
     means = {  # rounded, as means of the same numbers differ in the last digit with how many there are
         cell: tuple(round(sum(each) / len(found), 9) for each in zip(*found, strict=True))
         for cell, found in steps.items()
@@ -165,14 +168,44 @@ def other_finals(task: str, method: str, rows: list[Row]) -> list[Run]:
     return [] if cell is None else [Run.of(task, method, seed, *cell) for seed in seeds]
 
 
-def pair_grid(pair: str, method: str, seeds: Iterable[int] = GRID_SEEDS) -> list[Run]:
+def pair_grid(pair: str, method: str, rows: list[Row]) -> list[Run]:
+    """On the first seed. The first cell comes alone; it says when the others are too far behind, and stop."""
+    done = {row.run: row for row in rows}
     budget = PAIR_BUDGETS.get(pair.partition("/")[0], GRID_BUDGET)
-    return [Run.of(pair, method, seed, lr, wd, budget=budget) for seed, lr, wd in product(seeds, LRS, DECAYS)]
+    whole = [Run.of(pair, method, GRID_SEEDS[0], lr, wd, budget=budget) for lr, wd in product(LRS, DECAYS)]
+    first = next(run for run in whole if (run.lr, run.weight_decay) == FIRST)
+    if first not in done:
+        return [first]
+    limit = min(budget, math.ceil(BEHIND * (done[first].sustained or budget)))
+    # those that were run to the end before there was a race count, too
+    return [run if run in done else replace(run, budget=limit) for run in whole]
+
+
+def pair_semifinals(pair: str, method: str, rows: list[Row]) -> list[Run]:
+    """The best cells of the first seed on another."""
+    asked = pair_grid(pair, method, rows)
+    found = select(rows, asked)
+    if len(found) < len(LRS) * len(DECAYS):
+        return []
+    found.sort(key=lambda row: row.sustained or 2 * row.budget)
+    budget = PAIR_BUDGETS.get(pair.partition("/")[0], GRID_BUDGET)
+    cells = [(row.lr, row.weight_decay) for row in found[:FINALISTS]]
+    return [Run.of(pair, method, GRID_SEEDS[1], *cell, budget=budget) for cell in cells]
 
 
 def pair_finals(pair: str, method: str, rows: list[Row]) -> list[Run]:
-    cell = best(select(rows, pair_grid(pair, method)))
+    """The best of those cells, over both seeds."""
+    asked = pair_semifinals(pair, method, rows)
+    second = select(rows, asked)
+    if not asked or len(second) < len(asked):
+        return []
+    cells = {(row.lr, row.weight_decay) for row in second}
+    first = [r for r in select(rows, pair_grid(pair, method, rows)) if (r.lr, r.weight_decay) in cells]
+    cell = best([*first, *second])
     return [] if cell is None else [Run.of(pair, method, seed, *cell) for seed in PAIR_SEEDS]
+
+
+PAIR_PARTS = [pair_grid, pair_grid, pair_semifinals, pair_finals]  # the first cell, and then the others
 
 
 def pair_untuned(pair: str, method: str) -> list[Run]:
@@ -248,9 +281,10 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
     yield learnt(untuned(PRESET))
     yield grid(PRESET)
     yield [run for pair in PAIRS for run in pair_untuned(pair, PRESET)]
-    for seed in GRID_SEEDS:
-        yield [run for pair in PAIRS for run in pair_grid(pair, "adamw", [seed])]
-    yield [run for pair in PAIRS for run in pair_finals(pair, "adamw", rows)]
+    for problem in PROBLEMS:
+        of_problem = [pair for pair in PAIRS if pair.startswith(problem + "/")]
+        for part in PAIR_PARTS:
+            yield [run for pair in of_problem for run in part(pair, "adamw", rows)]
     yield [run for same in zip(*formats().values(), strict=True) for run in same]
     for task, (*_, names) in DATA.items():
         yield [run for method in names for run in data_grid(task, method)]
@@ -275,7 +309,5 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
         yield finals(method, rows)
     for method in OTHER_METHODS:
         yield grid(method)
-    for method in PAIR_METHODS:
-        yield [run for pair in PAIRS for run in pair_grid(pair, method)]
-    for method in PAIR_METHODS:
-        yield [run for pair in PAIRS for run in pair_finals(pair, method, rows)]
+    for method, part in product(PAIR_METHODS, PAIR_PARTS):
+        yield [run for pair in PAIRS for run in part(pair, method, rows)]

@@ -113,8 +113,7 @@ def pairs(rows: list[Row]) -> str:
     lines, ratios = [], []
     for pair in evidence.PAIRS:
         preset = select(rows, evidence.pair_untuned(pair, evidence.PRESET))
-        grid = evidence.pair_grid(pair, "adamw")
-        adamw = select(rows, evidence.pair_finals(pair, "adamw", rows)) if not set(grid) - {r.run for r in rows} else []
+        adamw = select(rows, evidence.pair_finals(pair, "adamw", rows))
         if not preset and not adamw:
             continue
         ratio = ""

@@ -135,10 +135,9 @@ def step(batch: Batch, scalars: Scalars) -> None:
         packer = struct.Struct(f"{len(batch.params)}d")
         table.beta1, table.bias_beta1 = packer.pack(*n.beta1), packer.pack(*n.bias_beta1)
         table.betas = n.beta1, n.bias_beta1
-    limits = bool(moves and (n.max_row_change or n.max_row_norm))
-    if limits != table.limits:
+    if n.limits_rows != table.limits:
         widths = limited_widths(batch, n)
-        table.row_widths, table.limits = memory.packed(widths) if any(widths) else None, limits
+        table.row_widths, table.limits = memory.packed(widths) if any(widths) else None, n.limits_rows
     clip = -float(n.clip) if n.maximize else float(n.clip)
     _SCALARS.pack_into(
         *(table, _FIRST, n.beta2, n.lr, n.eps, n.weight_decay, n.alpha, n.lamb, clip, k),

@@ -309,7 +309,7 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
         IS_PART=is_part,
         MOVES=moves,
         TAIL=static.tail or may_be_misaligned,
-        HAS_CHANGE=any(n.max_row_change for n in limits),
+        HAS_CHANGE=any(n.limits_change for n in limits),
         HAS_NORM=any(n.max_row_norm for n in limits),
         OF_ROWS=and_odd(static.of_rows) if may_be_misaligned else static.of_rows,
         CHUNK=shape.chunk,

@@ -17,10 +17,10 @@ from .gpu_tables import STRAIGHT as _STRAIGHT
 from .gpu_tables import WIDTHS
 from .rows import SHORT
 
-# the words of a list's numbers, as `gpu_tables.words_of` has them; the first three are two, an address and a value
-LR, ALPHA, CLIP = (tl.constexpr(i) for i in range(0, 6, 2))
-BETA2, LOG_BETA2, EPS, WEIGHT_DECAY, LAMB, AMPLIFY_AFTER, SIGN = (tl.constexpr(i) for i in range(6, 13))
-MICRO_STEPS, DECAYS, MAX_ROW_CHANGE, MAX_ROW_NORM, NUMBERS = (tl.constexpr(i) for i in range(13, 18))
+# the words of a list's numbers, as `gpu_tables.words_of` has them; the first four are two, an address and a value
+LR, ALPHA, CLIP, MAX_ROW_CHANGE = (tl.constexpr(i) for i in range(0, 8, 2))
+BETA2, LOG_BETA2, EPS, WEIGHT_DECAY, LAMB, AMPLIFY_AFTER, SIGN = (tl.constexpr(i) for i in range(8, 15))
+MICRO_STEPS, DECAYS, MAX_ROW_NORM, NUMBERS = (tl.constexpr(i) for i in range(15, 19))
 SHORTEST, STRAIGHT = tl.constexpr(SHORT), tl.constexpr(_STRAIGHT)
 NARROW, WIDEST = tl.constexpr(WIDTHS[0]), tl.constexpr(WIDTHS[-1])
 BIT, LONG, ODD, ALL_LONG = (tl.constexpr(x) for x in (1, _LONG, _ODD, 1 << _LONG | 1 << _ODD + _LONG))
@@ -311,7 +311,7 @@ def update(
     HAS_ROWS: tl.constexpr = HAS_CHANGE or HAS_NORM
     width = tl.load(here + 9 * tensors) if HAS_ROWS else size
     if HAS_ROWS and width > 0:
-        change, norm = _float64(mine, MAX_ROW_CHANGE), _float64(mine, MAX_ROW_NORM)
+        change, norm = _number(mine, MAX_ROW_CHANGE), _float64(mine, MAX_ROW_NORM)
         rows = tl.load(here + 10 * tensors)  # of a chunk
         end = tl.minimum(nth * rows + rows, size // width)
         # where there are short rows, too, the body of longer ones must not take more registers than theirs

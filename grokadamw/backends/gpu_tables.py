@@ -239,12 +239,12 @@ def misaligned(at: bytes) -> bool:
 
 
 def words_of(n: Scalars) -> bytes:
-    """The numbers of a list as the kernel wants them: the first three with the address that they are at, or 0."""
-    first = chain.from_iterable(_address_and_value(number) for number in (n.lr, n.alpha, n.clip))
+    """The numbers of a list as the kernel wants them: the first four with the address that they are at, or 0."""
+    first = chain.from_iterable(_address_and_value(number) for number in (n.lr, n.alpha, n.clip, n.max_row_change))
     log_beta2 = math.log(n.beta2) if n.beta2 else -math.inf
     after, sign = float(n.amplify_after), -1.0 if n.maximize else 1.0
     rest = (n.beta2, log_beta2, n.eps, n.weight_decay, n.lamb, after, sign, n.micro_step.of, n.micro_step.decays)
-    return struct.pack("QdQdQd11d", *first, *rest, n.max_row_change, n.max_row_norm)
+    return struct.pack("QdQdQdQd10d", *first, *rest, n.max_row_norm)
 
 
 def _address_and_value(number: Number) -> tuple[int, float]:

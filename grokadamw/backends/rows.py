@@ -19,7 +19,7 @@ SHORT = 0.1  # a row that is shorter may move as one of this length, or none wou
 
 def before(batch: Batch, scalars: Scalars) -> list[Tensor]:
     """Return what `limit` needs to know: the parameters that it will limit, as they are before the step."""
-    wanted = scalars.max_row_change and scalars.micro_step.moves
+    wanted = scalars.limits_change and scalars.micro_step.moves
     return [batch.params[i].clone() for i in batch.unlimited] if wanted else []
 
 
@@ -34,7 +34,7 @@ def limit(batch: Batch, scalars: Scalars, before: Sequence[Tensor]) -> None:
     add_up = batch.shards.sum if batch.shards is not None and batch.shards.cut_rows else None
     # if the last micro-batch is not finite, the others are a step all the same
     finite = scalars.finite if scalars.micro_step.of == 1 else None
-    if scalars.max_row_change:
+    if scalars.limits_change:
         for param, old in zip(params, before, strict=True):
             dtype = wide(param.dtype)
             moved = torch.nan_to_num(param.to(dtype) - old.to(dtype), 0.0, 0.0, 0.0)

@@ -105,8 +105,18 @@ class Scalars(NamedTuple):
     maximize: bool
     finite: Tensor | None  # 0-d bool: where it is False, nothing is written. None: everything is
     micro_step: MicroStep = WHOLE  # of more than one: where `finite` is False, the gradient is 0
-    max_row_change: float = 0.0
+    max_row_change: Number = 0.0
     max_row_norm: float = 0.0
+
+    @property
+    def limits_rows(self) -> bool:
+        """Whether parameters move in this step, and a limit on their rows is on."""
+        return self.micro_step.moves and (self.limits_change or self.max_row_norm > 0)
+
+    @property
+    def limits_change(self) -> bool:
+        """Whether max_row_change is on; on a device it is a tensor, and not read for that."""
+        return isinstance(self.max_row_change, Tensor) or self.max_row_change > 0
 
 
 def written(batch: Batch, moves: bool = True) -> list[list[Tensor]]:
@@ -119,5 +129,4 @@ def written(batch: Batch, moves: bool = True) -> list[list[Tensor]]:
 
 def limited_widths(batch: Batch, scalars: Scalars) -> list[int]:
     """Return the elements of a row for each tensor; 0 for those whose rows this step does not limit."""
-    limited = scalars.micro_step.moves and (scalars.max_row_change or scalars.max_row_norm)
-    return list(batch.row_widths) if limited and batch.row_widths else [0] * len(batch.params)
+    return list(batch.row_widths) if scalars.limits_rows and batch.row_widths else [0] * len(batch.params)

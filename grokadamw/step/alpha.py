@@ -41,34 +41,45 @@ def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, 
     return alpha_init * math.exp(-decay_rate * (max(signal, 0.0) if clamp else signal))
 
 
-def hear(signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules) -> tuple[Number | None, list[Number]]:
-    """Evaluate the signals, and return GS_t and α_t of every group."""
+def hear(signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules) -> list[Number | None]:
+    """Evaluate the signals, and return GS_t for every group."""
     if rules.signals_for_each_group:
         losses = [[x if x == x else None for x in (group["train_loss"], group["eval_loss"])] for group in groups]
-        said = [signals.evaluate(train, evaluation, keep_nonfinite=True) for train, evaluation in losses]
-    else:
-        train_loss, eval_loss = recorded(groups, "train_loss"), recorded(groups, "eval_loss")
-        signals.listen(train_loss, eval_loss)
-        signal = signals.evaluate(train_loss, eval_loss)
-        if signals.in_use(train_loss, eval_loss):
-            device = next((param.device for group in groups for param in group["params"]), None)
-            if device is not None:
-                signal = mean_over_ranks(signal, device, accumulator(device))
-                signal = as_number(signal) if isinstance(signal, Tensor) else signal
-        if signal is None:
-            initial = [group["alpha_init"] for group in groups]
-            return None, [alpha if type(alpha) is float else as_number(alpha) for alpha in initial]
-        said = [signal] * len(groups)
-    return said[0] if said else None, [
-        filter_memory(as_number(group["alpha_init"]), group["grokking_signal_decay_rate"], signal, rules.limits_alpha)
-        for group, signal in zip(groups, said, strict=True)
-    ]
+        return [signals.evaluate(train, evaluation, keep_nonfinite=True) for train, evaluation in losses]
+    train_loss, eval_loss = recorded(groups, "train_loss"), recorded(groups, "eval_loss")
+    signals.listen(train_loss, eval_loss)
+    signal = signals.evaluate(train_loss, eval_loss)
+    if signals.in_use(train_loss, eval_loss):
+        device = next((param.device for group in groups for param in group["params"]), None)
+        if device is not None:
+            signal = mean_over_ranks(signal, device, accumulator(device))
+            signal = as_number(signal) if isinstance(signal, Tensor) else signal
+    return [signal] * len(groups)
+
+
+def alpha_of(group: dict[str, Any], signal: Number | None, rules: Rules) -> Number:
+    """Return α_t of a group."""
+    initial = group["alpha_init"]
+    initial = initial if type(initial) is float else as_number(initial)
+    return filter_memory(initial, group["grokking_signal_decay_rate"], signal, rules.limits_alpha)
+
+
+def boost_of(group: dict[str, Any], signal: Number | None) -> Number:
+    """Return what the signal multiplies lr and max_row_change of a group by; 1 without a usable one."""
+    strength = group["signal_boost"]
+    return 1.0 + strength * _share(signal) if strength and signal is not None else 1.0
 
 
 def amplification(signal: Number | None) -> float:
     """Return what `amplify_by_signal` multiplies λ by: the signal, limited to [0, 1]; 0 without a usable one."""
-    value = 0.0 if signal is None else as_float(signal)
-    return min(max(value, 0.0), 1.0) if value == value else 0.0
+    return 0.0 if signal is None else as_float(_share(signal))
+
+
+def _share(signal: Number) -> Number:
+    """Return a signal, limited to [0, 1]; 0 for NaN."""
+    if isinstance(signal, Tensor):
+        return torch.nan_to_num(signal, nan=0.0).clamp(0, 1)
+    return min(max(signal, 0.0), 1.0) if signal == signal else 0.0
 
 
 class Signals:

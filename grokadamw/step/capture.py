@@ -58,14 +58,14 @@ def check_state(entries: Iterable[Entry], given: Given, has_alphas: bool) -> Non
             )
 
 
-def in_place(places: dict[int, Tensor], i: int, group: dict[str, Any], alpha: Number) -> Number:
-    """Return α of the i-th group, in the place where a graph of that group reads it."""
+def in_place(places: dict[int, Tensor], i: int, group: dict[str, Any], value: Number) -> Number:
+    """Return a number of the i-th group, in the place where a graph of that group reads it."""
     if not group["capturable"] or not group["params"]:
-        return alpha
+        return value
     if i not in places:
         device = group["params"][0].device
         places[i] = torch.zeros((), dtype=accumulator(device), device=device)
-    return places[i].copy_(alpha, non_blocking=True) if isinstance(alpha, Tensor) else places[i].fill_(alpha)
+    return places[i].copy_(value, non_blocking=True) if isinstance(value, Tensor) else places[i].fill_(value)
 
 
 def counter(groups: Sequence[dict[str, Any]]) -> Tensor | None:
@@ -84,8 +84,11 @@ def for_compiler(batch: Batch, scalars: Scalars) -> Scalars:
         for tensor in stays:
             torch._dynamo.mark_static_address(tensor, guard=False)
     device = batch.params[0].device
-    lr, alpha, clip = (
-        x if isinstance(x, Tensor) else torch.full((), x, dtype=accumulator(device), device=device)
-        for x in (scalars.lr, scalars.alpha, scalars.clip)
+    names = ("lr", "alpha", "clip", *(("max_row_change",) if scalars.limits_change else ()))
+    values = ((name, getattr(scalars, name)) for name in names)
+    return scalars._replace(
+        **{
+            name: x if isinstance(x, Tensor) else torch.full((), x, dtype=accumulator(device), device=device)
+            for name, x in values
+        }
     )
-    return scalars._replace(lr=lr, alpha=alpha, clip=clip)

@@ -21,6 +21,7 @@ class LastStep(NamedTuple):
     alphas: Sequence[Number] = ()  # α_t of each group
     norms: Sequence[Number | None] = ()  # N: the same for all, or in compat that of each tensor
     clips: Sequence[Number] = ()  # c
+    boosts: Sequence[Number] = ()  # of lr and max_row_change, by the signal; of each group
 
 
 def as_floats(
@@ -38,6 +39,7 @@ def as_floats(
         "signal": math.nan if last.signal is None else as_float(last.signal),
         **{f"signal/{name}": as_float(value) for name, value in signals.values.items()},
         "alpha": min(map(as_float, last.alphas), default=math.nan),
+        "boost": max(map(as_float, last.boosts), default=math.nan),
         "grad_norm": math.hypot(*norms) if norms else math.nan,
         "clip_coefficient": min(map(as_float, last.clips), default=math.nan),
         "skipped_steps": float(max((group["skipped_steps"] for group in groups), default=0)),

@@ -29,7 +29,7 @@ from ..backends.gpu_tables import Tables
 from ..backends.types import WHOLE, Batch, MicroStep, Scalars
 from ..options import check_changed, rules_of
 from . import capture, metrics, norm
-from .alpha import Signals, amplification, hear
+from .alpha import Signals, alpha_of, amplification, boost_of, hear
 from .batches import Batches, Given, collect, forget_state, make_state
 from .cache import Cache
 
@@ -46,6 +46,7 @@ class Run:
     signals: Signals
     last: metrics.LastStep = metrics.LastStep()
     captured: dict[int, Tensor] = field(default_factory=dict)  # the α that a CUDA graph reads, by group
+    captured_boosts: dict[int, Tensor] = field(default_factory=dict)  # and what it multiplies lr by
     layers_checked: bool = False
     checked: list[tuple[Any, ...]] = field(default_factory=list)  # each group's options when they were found right
     skipped: Tensor | None = None  # counts the steps skipped on a device that were not yet read back
@@ -77,10 +78,13 @@ class Run:
 
     def follow(self, other: Run, memo: dict[int, Any]) -> None:
         """Become what a copy of the other run's optimizer has; what a CUDA graph of it will use is its own."""
-        self.signals, self.names, self.captured, self.skipped, last = copy.deepcopy(
-            (other.signals, other.names, other.captured, other.skipped, other.last), memo
+        self.signals, self.names, self.captured, self.captured_boosts, self.skipped, last = copy.deepcopy(
+            (other.signals, other.names, other.captured, other.captured_boosts, other.skipped, other.last), memo
         )
-        self.last = last._replace(alphas=[self.captured.get(i, alpha) for i, alpha in enumerate(last.alphas)])
+        self.last = last._replace(
+            alphas=[self.captured.get(i, alpha) for i, alpha in enumerate(last.alphas)],
+            boosts=[self.captured_boosts.get(i, boost) for i, boost in enumerate(last.boosts)],
+        )
         self.layers_checked, self.stepped = other.layers_checked, other.stepped
 
 
@@ -144,23 +148,30 @@ def begin(run: Run, given: Given, preset_gamma: float | None) -> None:
 
 
 def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> None:
-    """Evaluate the signals, and set α of every group from them."""
-    signal, alphas = hear(run.signals, groups, rules_of(options))
+    """Evaluate the signals, and set α and the boost of every group from them."""
+    rules = rules_of(options)
+    said = hear(run.signals, groups, rules)
+    alphas = [alpha_of(group, signal, rules) for group, signal in zip(groups, said, strict=True)]
+    boosts = [boost_of(group, signal) for group, signal in zip(groups, said, strict=True)]
     if any(map(itemgetter("capturable"), groups)):
         if run.skipped is None:
             run.skipped = capture.counter(groups)
         alphas = [capture.in_place(run.captured, i, group, alphas[i]) for i, group in enumerate(groups)]
-    run.last = metrics.LastStep(signal, alphas, run.last.norms, run.last.clips)
+        boosts = [
+            capture.in_place(run.captured_boosts, i, group, boosts[i]) if group["signal_boost"] else 1.0
+            for i, group in enumerate(groups)
+        ]
+    run.last = run.last._replace(signal=said[0] if said else None, alphas=alphas, boosts=boosts)
 
 
 def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables | None]:
     """Do the stages from the batches to the scalars, and return what is left to `write`; state is all there then."""
     groups, state, options = given[:3]
     factor_of_lamb = amplification(run.last.signal) if options["amplify_by_signal"] else 1.0
-    alphas, cycle, held = run.last.alphas, None, groups
+    alphas, boosts, cycle, held = run.last.alphas, run.last.boosts, None, groups
     if options["accumulation_steps"] > 1:
         cycle = Cycle(options["accumulation_steps"], groups, state)
-        held, alphas, factor_of_lamb = cycle.numbers(alphas, factor_of_lamb)
+        held, alphas, boosts, factor_of_lamb = cycle.numbers(alphas, boosts, factor_of_lamb)
 
     missing = () if cycle is None else cycle.missing
     found = run.cache.batches(given if cycle is None else given._replace(groups=held), run.names, missing)
@@ -175,7 +186,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     norms, clips = stats.norms, stats.clips
     if options["differentiable"]:
         norms, clips = detached(norms), detached(clips)
-    run.last = metrics.LastStep(run.last.signal, alphas, norms, clips)
+    run.last = metrics.LastStep(run.last.signal, alphas, norms, clips, boosts)
     if stats.finite is False:
         count_skipped(groups, 1)
         if cycle is None:
@@ -188,11 +199,16 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
         group, device = held[batch.group], batch.params[0].device
         beta1s = _beta1s(group["betas"][0], group["gamma"], batch.layers)
         lr, alpha, clip = group["lr"], 1.0 if batch.windows is not None else alphas[batch.group], factor
+        lr = lr if type(lr) is float else _number(lr, device, options)
+        change, boost = float(group["max_row_change"]), boosts[batch.group]
+        if isinstance(boost, Tensor) or boost != 1.0:
+            boost = _number(boost, device, options)
+            lr, change = lr * boost, change and change * boost
         scalars = Scalars(
             beta1s,
             beta1s if rules.decays_bias_correction else [float(group["betas"][0])] * len(beta1s),
             float(group["betas"][1]),
-            lr if type(lr) is float else _number(lr, device, options),
+            lr,
             float(group["eps"]),
             rules.eps_before_correction,
             float(group["weight_decay"]),
@@ -204,7 +220,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
             group["maximize"],
             None if finite is None else finite.to(device),
             WHOLE if cycle is None else MicroStep(cycle.of, not batch.begun, cycle.is_last, cycle.nth),
-            float(group["max_row_change"]),
+            change,
             float(group["max_row_norm"]),
         )
         calls.append((batch, capture.for_compiler(batch, scalars) if given.compiling else scalars))
@@ -231,7 +247,7 @@ def write(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None) -> None
     if on_gpu:
         gpu.steps(on_gpu, tables)
     for (batch, scalars), old in zip(calls, before, strict=True):
-        if batch.unlimited and (scalars.max_row_change or scalars.max_row_norm):
+        if batch.unlimited and scalars.limits_rows:
             rows.limit(batch, scalars, old)
 
 

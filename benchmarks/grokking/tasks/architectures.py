@@ -12,8 +12,8 @@ from .modular import compose, divide, pairs
 PROBLEMS = {
     "add97": ("x + y mod 97", 97, lambda x, y: (x + y) % 97, 0.5, False),
     "div97": ("x / y mod 97", 97, divide, 0.5, True),
-    "s5": ("composition in S5", 120, compose, 0.5, False),
     "add113": ("x + y mod 113, 30% of all pairs", 113, lambda x, y: (x + y) % 113, 0.3, False),
+    "s5": ("composition in S5", 120, compose, 0.5, False),
 }
 
 TASKS = [
