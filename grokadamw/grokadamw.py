@@ -32,6 +32,7 @@ from .options import (
     place_recorded,
     rules_of,
 )
+from .signals import memorisation
 from .state.sizes import sizes
 from .state.slots import WINDOW, keeping_precision, prepare, states_of
 from .step import capture, metrics, stages
@@ -67,8 +68,8 @@ class GrokAdamW(Optimizer):
         params: parameters, ``(name, parameter)`` pairs such as ``model.named_parameters()``, or dicts of either; of
             dtype float16, bfloat16, float32, float64 or complex. With names, the model's modules are the layers;
             without, every tensor is a layer of its own. A dict may set ``lr`` to ``gradient_clipping``,
-            ``max_row_norm``, ``max_row_change``, ``amplify_after``, ``signal_boost``, ``foreach``, ``maximize``, ``capturable``, and
-            ``layer``, an integer ≥ 0: the layer of all its parameters.
+            ``max_row_norm``, ``max_row_change``, ``amplify_after``, ``signal_boost``, ``foreach``, ``maximize``,
+            ``capturable``, and ``layer``, an integer ≥ 0: the layer of all its parameters.
         lr: learning rate η ≥ 0, a float or a tensor of one element.
         betas: (β1, β2), each in [0, 1): decay of the first and second moment.
         eps: ε ≥ 0.
@@ -239,6 +240,8 @@ class GrokAdamW(Optimizer):
                 number is not what the constructor takes.
         """
         groups, preset = grokking_groups(model, lr, weight_decay)
+        if options.get("grokking_signal_fns") is None and options.get("grokking_signal_fn") is None:
+            options["grokking_signal_fns"] = memorisation
         optimizer = cls(groups, lr=lr, weight_decay=weight_decay, **preset | options)
         optimizer.set_layers(model)  # in the model's order, and not in that of the groups
         optimizer._preset_gamma = None if "gamma" in options else preset["gamma"]
@@ -404,10 +407,11 @@ class GrokAdamW(Optimizer):
         """Return what the last step did, or ``update_signals`` since, as plain floats. This waits for the device.
 
         ``step`` (steps taken, the most of any parameter), ``signal`` (GS), ``signal/<name>`` (each function's last
-        usable value), ``alpha`` (α, which a window does without), ``boost`` (of lr, by ``signal_boost``), ``grad_norm`` (N, before clipping),
-        ``clip_coefficient`` (c), ``skipped_steps``, ``signal_failures``, ``beta1_min`` and ``beta1_max`` (of β1_l).
-        Where groups differ, ``alpha`` and ``clip_coefficient`` are the smallest. NaN stands for what is not known:
-        before the first step, without a usable signal, or a norm that nothing asked for.
+        usable value), ``alpha`` (α, which a window does without), ``boost`` (what the signal multiplies lr by),
+        ``grad_norm`` (N, before clipping), ``clip_coefficient`` (c), ``skipped_steps``, ``signal_failures``,
+        ``beta1_min`` and ``beta1_max`` (of β1_l). Where groups differ, ``alpha`` and ``clip_coefficient`` are the
+        smallest, and ``boost`` the largest. NaN stands for what is not known: before the first step, without a usable
+        signal, or a norm that nothing asked for.
         """
         self._complete_groups()
         self._run.settle(self.param_groups)
@@ -496,10 +500,13 @@ class GrokAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._before_saving()
-        return {**super().__getstate__(), "_preset_gamma": self._preset_gamma}
+        signals = self._run.signals.for_pickle()
+        return {**super().__getstate__(), "_preset_gamma": self._preset_gamma, "_signals": signals}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_pickled(state)
+        state = dict(state)
+        signals = state.pop("_signals", None)
         earlier = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         for name, value in group_defaults({}).items():  # that an older version did not know
@@ -507,12 +514,12 @@ class GrokAdamW(Optimizer):
         self._say_whether_it_unscales()
         fill_in(self.param_groups, earlier, self.defaults)
         if "_run" not in self.__dict__:  # unpickled, or a copy
-            self._run = Run(Signals())
+            self._run = Run(Signals(signals))
             for group in self.param_groups[:1]:
                 self._run.signals.load(group["signal_state"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GrokAdamW:
-        """Copy the optimizer with its signals. Pickle leaves them out, because most functions cannot be pickled."""
+        """Copy the optimizer with its signals. Pickle keeps the preset's, and no others: most cannot be pickled."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))

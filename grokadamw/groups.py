@@ -111,6 +111,7 @@ def grokking_groups(
     for group in groups if isinstance(lr, Tensor) else ():
         group["lr"] = torch.clone(group.get("lr", lr))  # each group's scheduler writes into its own
     preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, "gamma": 0.6, "max_row_change": 0.035}
+    preset["signal_boost"] = 3.0
     return groups, preset if normed else preset | {"lamb": 0.0, "gamma": 0.0, "max_row_change": 0.0}
 
 

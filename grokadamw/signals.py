@@ -8,6 +8,8 @@ that it requires. A signal of losses waits until both are there.
 Ready-made, and when to use which:
 
 - `loss_gap`, the default: both losses are recorded, and mean the same thing on both sets.
+- `memorisation`, the preset's: as `loss_gap`, but near 0 until the training data is known by heart, and again once the
+  evaluation loss has come down. For losses in nats, as cross entropy's are.
 - `AccuracyGap`: accuracies are recorded, and the share of right answers is what matters, as on algorithmic tasks, whose
   losses move on after it.
 - `Plateau`: the filter is to be left alone until training is as good as done.
@@ -36,7 +38,7 @@ from .distributed import whole
 from .options import recorded
 from .step.norm import global_norm
 
-__all__ = ["AccuracyGap", "Plateau", "SlowGradient", "loss_gap"]
+__all__ = ["AccuracyGap", "Plateau", "SlowGradient", "loss_gap", "memorisation"]
 
 
 def loss_gap(train_loss: Number, eval_loss: Number) -> Number:
@@ -50,6 +52,15 @@ def loss_gap(train_loss: Number, eval_loss: Number) -> Number:
         return math.nan  # a loss that is not finite is no signal, which is not the same as no gap
     largest = max(float(eval_loss), float(train_loss))
     return max(0.0, gap) / largest if largest > 0 else 0.0
+
+
+def memorisation(train_loss: Number, eval_loss: Number) -> Number:
+    """loss_gap² · min(1, eval − train), in [0, 1]: near 1 while a model knows its training data by heart, and no more.
+
+    The square keeps it small while both losses are high; the other factor, once both are low. Losses are in nats.
+    """
+    share, gap = loss_gap(train_loss, eval_loss), eval_loss - train_loss
+    return share * share * (gap.clamp(max=1) if isinstance(gap, Tensor) else min(gap, 1.0))
 
 
 class AccuracyGap:

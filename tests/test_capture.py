@@ -20,7 +20,6 @@ from grokadamw.backends.gpu_tables import Tables
 
 from .models import running
 
-
 BOOSTED = {"signal_boost": 1.0, "max_row_change": 0.05}
 
 

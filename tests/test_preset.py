@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from grokadamw import GrokAdamW
+from grokadamw.signals import AccuracyGap
 
 from .models import network, set_gradients
 
@@ -136,6 +137,26 @@ def test_without_norm_layers_the_preset_is_adamw() -> None:
             optimizer.step()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.filterwarnings("ignore:a step found no gradient")  # as copies have none
+@pytest.mark.parametrize("options", [{}, {"grokking_signal_fns": None}])
+def test_the_preset_steps_further_while_a_model_has_memorised(options: dict[str, None]) -> None:
+    """So do its copies, and pickles."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    optimizer = GrokAdamW.for_grokking(model, **options)
+    set_gradients(list(model.parameters()))
+    optimizer.step()
+    assert optimizer.metrics()["boost"] == 1
+    for train_loss, eval_loss, boost in ((4.5, 4.6, 1.0), (0.01, 5.0, 4.0), (0.001, 0.02, 1.0)):
+        optimizer.record(train_loss=train_loss, eval_loss=eval_loss)
+        for each in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+            each.step()
+            assert each.metrics()["boost"] == pytest.approx(boost, abs=0.06)
+    accuracies = GrokAdamW.for_grokking(model, grokking_signal_fn=AccuracyGap())
+    accuracies.record(train_acc=1.0, eval_acc=0.5)
+    accuracies.step()
+    assert accuracies.metrics()["boost"] == 2.5
 
 
 def test_the_preset_has_layers_in_the_models_order() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from grokadamw import GrokAdamW
 from grokadamw._numbers import as_number
-from grokadamw.signals import AccuracyGap, Plateau, SlowGradient, loss_gap
+from grokadamw.signals import AccuracyGap, Plateau, SlowGradient, loss_gap, memorisation
 from grokadamw.step.alpha import Signals, filter_memory
 
 from .models import network, train
@@ -325,6 +325,29 @@ def test_loss_gap(train_loss: float, eval_loss: float) -> None:
     assert 0 <= expected <= 1
     tensors = (torch.tensor(loss, dtype=torch.float64) for loss in (train_loss, eval_loss))
     torch.testing.assert_close(float(loss_gap(*tensors)), expected)
+
+
+@given(losses, losses)
+def test_memorisation(train_loss: float, eval_loss: float) -> None:
+    gap = max(0.0, eval_loss - train_loss)
+    expected = (gap / eval_loss) ** 2 * min(1.0, gap) if gap > 0 else 0.0
+    assert memorisation(train_loss, eval_loss) == pytest.approx(expected)
+    tensors = (torch.tensor(loss, dtype=torch.float64) for loss in (train_loss, eval_loss))
+    assert float(memorisation(*tensors)) == pytest.approx(expected)
+
+
+def test_memorisation_is_large_only_where_the_training_data_alone_is_known() -> None:
+    assert memorisation(4.6, 4.8) < 0.01  # at the start
+    assert memorisation(0.01, 5.0) > 0.99  # by heart
+    assert memorisation(0.001, 0.1) < 0.1  # generalised
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+@pytest.mark.parametrize("train_loss", [math.nan, math.inf, 0.1])
+@pytest.mark.parametrize("eval_loss", [math.nan, math.inf])
+def test_memorisation_of_a_loss_that_is_not_finite_is_nan(train_loss: float, eval_loss: float, kind: Any) -> None:
+    assert math.isnan(memorisation(kind(train_loss), kind(eval_loss)))
+    assert math.isnan(memorisation(kind(eval_loss), kind(train_loss)))
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor])

@@ -74,7 +74,7 @@ def test_the_slow_gradient_can_be_freed_and_begins_again_at_zero() -> None:
 @pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}], ids=["float32", "int8"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_boost_is_a_higher_lr_and_a_wider_limit(implementation: str, options: dict[str, Any]) -> None:
-    """To the bit what a schedule by hand does, which the groups never show; a signal beyond [0, 1] counts as its end."""
+    """To the bit what a schedule by hand does; groups do not show it. A signal beyond [0, 1] counts as its end."""
     said: list[Any] = [None]
     with running(implementation) as how:
         models = [nn.Sequential(nn.Linear(70, 70), nn.Linear(70, 2)) for _ in range(2)]

@@ -22,7 +22,7 @@ from .._numbers import Number, accumulator, as_float, as_number
 from .._warn import warn
 from ..distributed import mean_over_ranks
 from ..options import Rules, recorded
-from ..signals import loss_gap
+from ..signals import loss_gap, memorisation
 
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -131,6 +131,10 @@ class Signals:
         for function in self.functions:
             if hasattr(function, "bind"):
                 function.bind(optimizer)
+
+    def for_pickle(self) -> list[Any] | None:
+        """Return the functions if there are none, or the preset's alone, which can be pickled; else None."""
+        return self.functions if self.functions in ([], [memorisation]) else None
 
     def listen(self, train_loss: Number | None, eval_loss: Number | None) -> None:
         """Warn once where functions that need both losses do not get them: α stays at alpha_init meanwhile.

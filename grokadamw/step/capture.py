@@ -84,11 +84,11 @@ def for_compiler(batch: Batch, scalars: Scalars) -> Scalars:
         for tensor in stays:
             torch._dynamo.mark_static_address(tensor, guard=False)
     device = batch.params[0].device
-    names = ("lr", "alpha", "clip", *(("max_row_change",) if scalars.limits_change else ()))
-    values = ((name, getattr(scalars, name)) for name in names)
-    return scalars._replace(
-        **{
-            name: x if isinstance(x, Tensor) else torch.full((), x, dtype=accumulator(device), device=device)
-            for name, x in values
-        }
-    )
+
+    def on_device(x: Number) -> Tensor:
+        return x if isinstance(x, Tensor) else torch.full((), x, dtype=accumulator(device), device=device)
+
+    scalars = scalars._replace(lr=on_device(scalars.lr), alpha=on_device(scalars.alpha), clip=on_device(scalars.clip))
+    if scalars.limits_change:
+        scalars = scalars._replace(max_row_change=on_device(scalars.max_row_change))
+    return scalars

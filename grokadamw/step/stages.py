@@ -200,7 +200,8 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
         beta1s = _beta1s(group["betas"][0], group["gamma"], batch.layers)
         lr, alpha, clip = group["lr"], 1.0 if batch.windows is not None else alphas[batch.group], factor
         lr = lr if type(lr) is float else _number(lr, device, options)
-        change, boost = float(group["max_row_change"]), boosts[batch.group]
+        boost = boosts[batch.group]
+        change: Number = float(group["max_row_change"])
         if isinstance(boost, Tensor) or boost != 1.0:
             boost = _number(boost, device, options)
             lr, change = lr * boost, change and change * boost
