@@ -11,7 +11,7 @@ from torch import nn
 from ._warn import warn
 from .grokadamw import GrokAdamW
 
-_LOGGED = ("alpha", "signal", "grad_norm", "clip_coefficient", "skipped_steps")
+_LOGGED = ("alpha", "boost", "signal", "grad_norm", "clip_coefficient", "skipped_steps")
 
 
 def grokadamw_in(optimizer: Any) -> GrokAdamW | None:
@@ -55,8 +55,9 @@ def check_theirs(options: Mapping[str, Any]) -> None:
 
 
 def hears_losses(optimizer: GrokAdamW) -> bool:
-    """Return True if losses change what the optimizer does: a signal compares them, and a filter adapts to it."""
-    return any(optimizer._run.signals.takes_losses) and any(group["lamb"] for group in optimizer.param_groups)
+    """Return True if losses change what the optimizer does: a signal compares them, and something adapts to it."""
+    adapts = any(group["lamb"] or group["signal_boost"] for group in optimizer.param_groups)
+    return adapts and any(optimizer._run.signals.takes_losses)
 
 
 def say_who_clips(optimizer: GrokAdamW, limit: float, name: str) -> None:

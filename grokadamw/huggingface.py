@@ -123,9 +123,10 @@ class GrokAdamWCallback(TrainerCallback):
     """Makes the Trainer and a GrokAdamW work together, whatever the Trainer has wrapped around it.
 
     - Layers are the model's modules, over decay and no-decay groups.
-    - The training loss of every log, and the loss of every evaluation during training, go to the signals: α adapts.
+    - The training loss of every log, and the loss of every evaluation during training, go to the signals: α, and with
+      the preset the length of steps, adapt.
     - Accuracies go there, too, where their keys are given: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
-    - Every log of the training loss has ``grok_alpha``, ``grok_signal``, ``grok_grad_norm``,
+    - Every log of the training loss has ``grok_alpha``, ``grok_boost``, ``grok_signal``, ``grok_grad_norm``,
       ``grok_clip_coefficient`` and ``grok_skipped_steps`` beside it, as far as they are known: for the console, the
       history and what is reported to.
 
@@ -231,8 +232,8 @@ class GrokAdamWCallback(TrainerCallback):
             if not is_evaluated and ("eval_acc" in self._evaluated or trainers.hears_losses(found)):
                 warn(
                     'eval_strategy="no": no evaluation is planned, so signals that compare losses or accuracies stay '
-                    'silent, and α stays at alpha_init. Give eval_strategy="steps" and an eval_dataset, or do without: '
-                    "GrokAdamWCallback(signals=[])",
+                    'silent, and α and the boost stay as they are. Give eval_strategy="steps" and an eval_dataset, or '
+                    "do without: GrokAdamWCallback(signals=[])",
                     UserWarning,
                 )
 

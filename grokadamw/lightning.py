@@ -29,10 +29,12 @@ class GrokAdamWCallback(Callback):
     """Makes Lightning's Trainer and GrokAdamW work together, with automatic and with manual optimization.
 
     - Layers are the module's; of several optimizers, each has those of the smallest module with all that it optimizes.
-    - The loss of every training batch, and that of every validation, go to the signals: α adapts.
+    - The loss of every training batch, and that of every validation, go to the signals: α, and with the preset the
+      length of steps, adapt.
     - Accuracies go there, too, where their names are given: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
-    - ``grok_alpha``, ``grok_signal``, ``grok_grad_norm``, ``grok_clip_coefficient`` and ``grok_skipped_steps`` are
-      logged every ``log_every_n_steps``, as far as they are known; those of a second optimizer as ``grok_alpha_1``, ….
+    - ``grok_alpha``, ``grok_boost``, ``grok_signal``, ``grok_grad_norm``, ``grok_clip_coefficient`` and
+      ``grok_skipped_steps`` are logged every ``log_every_n_steps``, as far as they are known; those of a second
+      optimizer as ``grok_alpha_1``, ….
 
     It warns, once, where Lightning clips gradients, too, and where what it waits for does not come.
 
