@@ -219,9 +219,11 @@ class GrokAdamW(Optimizer):
         """Make an optimizer with the settings that worked best on small models that memorise before they generalise.
 
         They are a high learning rate and weight decay, α 0.9, γ 0.6 and betas (0.9, 0.98), and no row of a weight
-        moves by more than 0.035 of its length in a step (``max_row_change``). That is for models with norm layers. In
-        models without them nothing was reliably quicker than AdamW: there, the filter, γ and the limit are off, and
-        weight decay is halved. Evidence: benchmarks/results/GROKKING_REPORT.md.
+        moves by more than 0.035 of its length in a step (``max_row_change``). Steps are up to four times as long while
+        a model has memorised and evaluation lags (``signal_boost`` 3, of ``grokadamw.signals.memorisation``): call
+        ``record(train_loss=…, eval_loss=…)`` every few steps for that. In models without norm layers the filter, γ and
+        the limit are off, lr is two thirds, weight decay a quarter, and ``signal_boost`` 5. Evidence:
+        benchmarks/results/GROKKING_REPORT.md.
 
         Args:
             model: its parameters that require gradients are optimized, under their names and in its layers, in groups:

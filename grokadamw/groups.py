@@ -80,7 +80,7 @@ def grokking_groups(
 
     The groups are: weights; what norm layers hold, which decays a third as fast; other vectors, which do not decay; and
     a group for each embedding, with lr times and weight decay divided by the mean length of its rows, if that is more
-    than 1. Without norm layers vectors are weights, and all decays half as fast. Which groups there are depends on the
+    than 1. Without norm layers vectors are weights, lr is two thirds, and weight decay a quarter. Which groups there are depends on the
     modules alone: a model whose weights were loaded has the groups of the one that they come from.
     """
     check_model(model)
@@ -92,12 +92,13 @@ def grokking_groups(
     lengths = {param: max(_mean_row_length(param), 1.0) for param in embeddings if param.dim() > 1}
     of_norms, normed = of_modules(model, is_norm), has_norms(model)
     alike = is_flat(model) or not normed
-    decay = weight_decay if normed else weight_decay / 2
+    decay = weight_decay if normed else weight_decay / 4
+    lr = lr if normed else lr * 2 / 3
     weights, norms, vectors = list[Any](), list[Any](), list[Any]()
     groups: list[dict[str, Any]] = [
-        {"params": weights, "weight_decay": decay},
-        {"params": norms, "weight_decay": decay / 3},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": weights, "lr": lr, "weight_decay": decay},
+        {"params": norms, "lr": lr, "weight_decay": decay / 3},
+        {"params": vectors, "lr": lr, "weight_decay": 0.0},
     ]
     for name, param in trained(model):
         length = lengths.get(param)
@@ -109,10 +110,12 @@ def grokking_groups(
             (weights if param.dim() > 1 or alike else vectors).append((name, param))
     groups = [group for group in groups if group["params"]]
     for group in groups if isinstance(lr, Tensor) else ():
-        group["lr"] = torch.clone(group.get("lr", lr))  # each group's scheduler writes into its own
+        group["lr"] = torch.clone(group["lr"])  # each group's scheduler writes into its own
     preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, "gamma": 0.6, "max_row_change": 0.035}
     preset["signal_boost"] = 3.0
-    return groups, preset if normed else preset | {"lamb": 0.0, "gamma": 0.0, "max_row_change": 0.0}
+    if not normed:
+        preset |= {"lamb": 0.0, "gamma": 0.0, "max_row_change": 0.0, "signal_boost": 5.0}
+    return groups, preset
 
 
 @torch.no_grad()

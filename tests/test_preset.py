@@ -69,7 +69,7 @@ def test_each_embedding_has_a_group_and_long_ones_a_higher_lr() -> None:
         ["3.weight"],
     ]
     lengths = [1, *(each.weight.norm(dim=1).mean().item() for each in (long, longer)), 1, 1]
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([3e-3 * x for x in lengths])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-3 * x for x in lengths])  # no norms
 
 
 def test_a_run_resumes_whose_embedding_has_become_short() -> None:
@@ -122,14 +122,15 @@ def test_without_norm_layers_the_preset_is_adamw() -> None:
 
     for other in (nn.ReLU(), Normal()):
         (group,) = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), other)).param_groups
-        assert (group["lamb"], group["gamma"], group["max_row_change"], group["weight_decay"]) == (0, 0, 0, 1)
+        assert (group["lamb"], group["gamma"], group["max_row_change"], group["weight_decay"]) == (0, 0, 0, 0.5)
+        assert (group["lr"], group["signal_boost"]) == (pytest.approx(2e-3), 5)
     given = GrokAdamW.for_grokking(nn.Linear(4, 4), lamb=1.0, gamma=0.5, max_row_change=0.5).param_groups[0]
     assert (given["lamb"], given["gamma"], given["max_row_change"]) == (1, 0.5, 0.5)
 
     ours, theirs = network(), network()
     optimizers = (
         GrokAdamW.for_grokking(ours, gradient_clipping=0.0),
-        torch.optim.AdamW(theirs.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=1.0),
+        torch.optim.AdamW(theirs.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.5),
     )
     for _ in range(5):
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
@@ -173,17 +174,17 @@ def test_the_presets_groups() -> None:
     only_matrices, only_vectors = nn.Linear(4, 4, bias=False), nn.LayerNorm(4)
     for model in (only_matrices, only_vectors):  # what FSDP1 flattened is a vector, too
         (group,) = GrokAdamW.for_grokking(model, weight_decay=2.0).param_groups
-        assert group["weight_decay"] == (2 if model is only_vectors else 1)
+        assert group["weight_decay"] == (2 if model is only_vectors else 0.5)
     model = nn.Sequential(nn.Embedding(4, 16), nn.Linear(16, 4), nn.ReLU())  # without norms biases decay
     length = model[0].weight.norm(dim=1).mean().item()
     optimizer = GrokAdamW.for_grokking(model, lr=torch.tensor(0.1))
     assert [group["param_names"] for group in optimizer.param_groups] == [["1.weight", "1.bias"], ["0.weight"]]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([1, 1 / length])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.5 / length])
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     for loss in (1.0, 2.0):
         scheduler.step(loss)
     # torch 2.6's scheduler makes numbers of tensors
-    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.05, 0.05 * length])
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.1 / 3, 0.1 / 3 * length])
 
 
 def test_the_preset_warns_of_a_gamma_that_was_given() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import evidence, methods, pictures, tasks
+from . import architectures, evidence, methods, pictures, tasks
 from .evidence import (
     COMPARED,
     DECAYS,
@@ -24,6 +24,7 @@ from .evidence import (
     select,
 )
 from .runs import Row
+from .tasks.architectures import PROBLEMS
 
 Table = Callable[[list[Row]], str]
 
@@ -108,24 +109,60 @@ def untuned(rows: list[Row]) -> str:
     return markdown(["", "lr, wd", *MOD97], [*lines, ["times as quick", "", *sooner]])
 
 
+def both_of_pairs(rows: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:
+    """Of each architecture × task AdamW's rows, tuned, where that is done, and those of the preset as it comes."""
+    return {
+        pair: (
+            select(rows, evidence.pair_finals(pair, "adamw", rows)),
+            select(rows, evidence.pair_untuned(pair, evidence.PRESET)),
+        )
+        for pair in evidence.PAIRS
+    }
+
+
+def ratio(preset: list[Row], adamw: list[Row]) -> float | None:
+    """The preset's median by AdamW's; None where there are no two medians."""
+    if not preset or not adamw:
+        return None
+    ours, theirs = (float(np.median(steps(each))) for each in (preset, adamw))
+    return ours / theirs if math.isfinite(ours) else math.inf
+
+
 def pairs(rows: list[Row]) -> str:
-    """Architectures × tasks: AdamW tuned on each where its grid is done, and the preset as it comes on all."""
-    lines, ratios = [], []
-    for pair in evidence.PAIRS:
-        preset = select(rows, evidence.pair_untuned(pair, evidence.PRESET))
-        adamw = select(rows, evidence.pair_finals(pair, "adamw", rows))
+    """Architectures × tasks: AdamW tuned on each where that is done, and the preset as it comes on all."""
+    lines, ratios = list[list[str]](), list[float]()
+    compared: tuple[list[Row], list[Row]] = ([], [])
+    for pair, (adamw, preset) in both_of_pairs(rows).items():
         if not preset and not adamw:
             continue
-        ratio = ""
-        if preset and adamw:
-            ours, theirs = (float(np.median(steps(each))) for each in (preset, adamw))
-            ratios.append(ours / theirs if math.isfinite(ours) else math.inf)
-            ratio = f"{ratios[-1]:.2f}"
-        lines.append([pair, cell(adamw), quartiles(adamw), quartiles(preset), ratio])
+        found = ratio(preset, adamw)
+        if found is not None:
+            ratios.append(found)
+            compared[0].extend(adamw)
+            compared[1].extend(preset)
+        shown_ratio = "" if found is None else f"{found:.2f}"
+        lines.append([pair, cell(adamw), quartiles(adamw), quartiles(preset), shown_ratio])
     if ratios:
+        failed = (f"{sum(map(math.isinf, steps(each)))} of {len(each)} failed" for each in compared)
+        numbers = f"{min(ratios):.2f}, {float(np.median(ratios)):.2f}, {max(ratios):.2f}"
         mean = math.exp(float(np.mean(np.log(ratios))))
-        lines.append(["geometric mean, worst", "", "", "", f"{mean:.2f}, {max(ratios):.2f}"])
+        lines.append([f"best, median, worst of {len(ratios)}", "", *failed, numbers])
+        lines.append(["geometric mean", "", "", "", f"{mean:.2f}"])
     return markdown(["task/architecture", "AdamW: lr, wd", "AdamW, tuned", "preset, as it comes", "ratio"], lines)
+
+
+def pairs_in_short(rows: list[Row]) -> str:
+    """Medians, an architecture a line."""
+    both = both_of_pairs(rows)
+    lines = []
+    for architecture in architectures.load().values():
+        line = []
+        for problem in PROBLEMS:
+            adamw, preset = both[f"{problem}/{architecture.name}"]
+            medians = (shown(float(np.median(steps(each)))) if each else "?" for each in (adamw, preset))
+            line.append(" → ".join(medians))
+        lines.append([architecture.name, *line])
+    return markdown(["", *PROBLEMS], lines)
 
 
 def afterwards(names: list[str], rows: list[Row]) -> str:
@@ -258,6 +295,7 @@ TABLES: dict[str, Table] = {
     "mod97": partial(mod97, MOD97_METHODS),
     "untuned": untuned,
     "pairs": pairs,
+    "pairs, in short": pairs_in_short,
     "afterwards": partial(afterwards, MOD97_METHODS),
     "reach": partial(reach, MOD97_METHODS),
     "reach, in short": partial(reach, ["adamw", evidence.PRESET]),
