@@ -80,8 +80,8 @@ def grokking_groups(
 
     The groups are: weights; what norm layers hold, which decays a third as fast; other vectors, which do not decay; and
     a group for each embedding, with lr times and weight decay divided by the mean length of its rows, if that is more
-    than 1. Without norm layers vectors are weights, lr is two thirds, and weight decay a quarter. Which groups there are depends on the
-    modules alone: a model whose weights were loaded has the groups of the one that they come from.
+    than 1. Without norm layers vectors are weights, lr is two thirds, and weight decay a quarter. Which groups there
+    are depends on the modules alone: a model whose weights were loaded has the groups of the one that they come from.
     """
     check_model(model)
     _check_frozen(model)
