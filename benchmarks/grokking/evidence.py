@@ -282,12 +282,12 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
         return [run for run in asked if run.task != "quad97"]
 
     yield learnt(untuned(PRESET))
-    yield grid(PRESET)
-    yield [run for pair in PAIRS for run in pair_untuned(pair, PRESET)]
     for problem in PROBLEMS:
         of_problem = [pair for pair in PAIRS if pair.startswith(problem + "/")]
+        yield [run for pair in of_problem for run in pair_untuned(pair, PRESET)]
         for part in PAIR_PARTS:
             yield [run for pair in of_problem for run in part(pair, "adamw", rows)]
+    yield grid(PRESET)
     yield [run for same in zip(*formats().values(), strict=True) for run in same]
     for task, (*_, names) in DATA.items():
         yield [run for method in names for run in data_grid(task, method)]
