@@ -143,11 +143,17 @@ def local_parts(tensors: Iterable[Tensor]) -> list[tuple[Shards | None, list[Ten
     return list(lists.items())
 
 
-def mean_over_ranks(signal: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return the mean of a signal over the ranks that have one, for all ranks to call; 0 if all give None."""
+def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]]) -> Any:
+    """Return the mean of a signal over the ranks that have one, for all ranks to call; 0 if all give None.
+
+    A rank that hears nothing, or has no parameters, calls it, too: else the others would wait for it.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return signal
-    pair = torch.zeros(2, dtype=dtype, device=device)
+    device = next((param.device for group in groups for param in group["params"]), None)
+    if device is None:
+        device = torch.device(torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu")
+    pair = torch.zeros(2, dtype=torch.float64, device=device)
     pair[0] += 0.0 if signal is None else signal
     pair[1] += signal is not None
     dist.all_reduce(pair)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._numbers import accumulator, as_float, as_real, wide
+from ._numbers import as_float, as_real, wide
 from ._warn import warn
 from ._wrapper import Part, Wrapper, by_kind, check_saved
 from .accumulation import Accumulate
@@ -67,10 +67,7 @@ class _Filter(Wrapper):
         """Return the factor of λ, in [0, 1]: the same on all ranks."""
         if self._signals is None:
             return 1.0
-        signal = self._signals.evaluate(None, None)
-        device = next((param.device for group in self.param_groups for param in group["params"]), None)
-        if device is not None:
-            signal = mean_over_ranks(signal, device, accumulator(device))
+        signal = mean_over_ranks(self._signals.evaluate(None, None), self.param_groups)
         value = 0.0 if signal is None else as_float(signal)
         return 0.0 if math.isnan(value) else min(max(value, 0.0), 1.0)
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import itertools
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def in_processes(function: Any, folder: Path) -> list[Any]:
 
 def _process(rank: int, function: Any, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    meeting, wait = f"file://{folder}/rendezvous", timedelta(seconds=30)  # then a rank that waits fails
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS, timeout=wait)
     try:
         torch.save(function(rank), folder / f"{rank}.pt")
     finally:
@@ -62,6 +64,48 @@ def test_ranks_agree_on_alpha(tmp_path: Path) -> None:
     first, second = in_processes(_signals_that_differ, tmp_path)
     assert first == second
     assert first == pytest.approx([0.98 * torch.exp(torch.tensor(-0.1 * s)).item() for s in (0.5, 0.5, 0, 0.5, 0)])
+
+
+def _ranks_that_differ(rank: int) -> list[tuple[float, float]]:
+    """What happens on one rank alone: α and the boost after each step, under DDP and FSDP2."""
+
+    def fails() -> float:
+        if rank == 1:
+            raise RuntimeError("no signal here")
+        return 0.5
+
+    found = []
+    for how in ("DDP", "FSDP2", "a model each"):
+        for situation in ("records", "evaluates", "raises", "NaN", "no parameters"):
+            model = network()
+            if how == "DDP":
+                model = torch.nn.parallel.DistributedDataParallel(model)
+            if how == "FSDP2":
+                fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+            params = [] if situation == "no parameters" and rank == 1 else list(model.parameters())
+            optimizer = GrokAdamW([{"params": params}], signal_boost=1.0, nonfinite="propagate", gradient_clipping=0.0)
+            if situation == "raises":
+                optimizer.set_signals(fails)
+            for step in range(3):
+                train(model, range(step, step + 1), lambda _, loss: None)
+                if rank == 0 or situation == "evaluates":
+                    optimizer.record(train_loss=0.5)
+                if rank == 0 and step > 0:
+                    optimizer.record(eval_loss=1.0)
+                if rank == 1 and situation == "NaN":
+                    optimizer.record(train_loss=0.5, eval_loss=torch.nan)
+                optimizer.step()
+                metrics = optimizer.metrics()
+                found.append((metrics["alpha"], metrics["boost"]))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_rank_waits_for_another_that_hears_less(tmp_path: Path) -> None:
+    first, second = in_processes(_ranks_that_differ, tmp_path)
+    assert first == second
+    assert len(first) == 45
+    assert {boost for _, boost in first} == {1.0, 1.5}
 
 
 def _sharded(rank: int) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._numbers import Number, accumulator, as_float, as_number
+from .._numbers import Number, as_float, as_number
 from .._warn import warn
 from ..distributed import mean_over_ranks
 from ..options import Rules, recorded
@@ -49,11 +49,9 @@ def hear(signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules) -> li
     train_loss, eval_loss = recorded(groups, "train_loss"), recorded(groups, "eval_loss")
     signals.listen(train_loss, eval_loss)
     signal = signals.evaluate(train_loss, eval_loss)
-    if signals.in_use(train_loss, eval_loss):
-        device = next((param.device for group in groups for param in group["params"]), None)
-        if device is not None:
-            signal = mean_over_ranks(signal, device, accumulator(device))
-            signal = as_number(signal) if isinstance(signal, Tensor) else signal
+    if signals.functions:  # whatever this rank has recorded, as the others may have more
+        signal = mean_over_ranks(signal, groups)
+        signal = as_number(signal) if isinstance(signal, Tensor) else signal
     return [signal] * len(groups)
 
 
@@ -157,10 +155,6 @@ class Signals:
     def say_no_more(self) -> None:
         """Leave out the warning of `listen`: somebody who knows why has said it."""
         self._steps_without_losses = 1000
-
-    def in_use(self, train_loss: Number | None, eval_loss: Number | None) -> bool:
-        """Return True if there is anything to evaluate: a function without losses, or a loss for those that need it."""
-        return not all(self.takes_losses) or (bool(self.functions) and (train_loss, eval_loss) != (None, None))
 
     def evaluate(
         self, train_loss: Number | None, eval_loss: Number | None, keep_nonfinite: bool = False
