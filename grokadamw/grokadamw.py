@@ -305,10 +305,10 @@ class GrokAdamW(Optimizer):
 
     @_disable_dynamo
     def update_signals(self) -> None:
-        """Evaluate the signals, and set the filter memory α from them.
+        """Evaluate the signals, and set the filter memory α and the boost of lr from them.
 
         ``step`` does so itself. The replay of a CUDA graph does not: call this between replays, at the steps whose
-        signals are to be heard; α stays as it is in between. With several processes, call it on all of them.
+        signals are to be heard; both stay as they are in between. With several processes, call it on all of them.
         """
         self._complete_groups()
         stages.hear_signals(self._run, self.param_groups, self.defaults)
