@@ -325,6 +325,36 @@ def test_the_best_cell() -> None:
     assert evidence.best([]) is None
 
 
+def test_architectures_are_tuned_by_a_race() -> None:
+    """The first cell says when the others stop; the best three go on to another seed, and the best of them is kept."""
+    steps = {(3e-3, 1.0): 600, (1e-3, 3.0): 800, (3e-3, 0.3): 500, (1e-2, 0.3): 550}
+
+    def done(asked: list[Run]) -> list[Row]:
+        found = [steps.get((run.lr, run.weight_decay), 3000) + 400 * run.seed * (run.lr == 1e-2) for run in asked]
+        return [
+            replace(ROW, **asdict(run), sustained=count if count <= run.budget else None)
+            for run, count in zip(asked, found, strict=True)
+        ]
+
+    pair = "add113/deep"
+    (first,) = evidence.pair_grid(pair, "adamw", [])
+    assert (first.lr, first.weight_decay, first.budget) == (3e-3, 1.0, 3000)
+    rows = done([first])
+    grid = evidence.pair_grid(pair, "adamw", rows)
+    assert [run.budget for run in grid if run != first] == [900] * 8
+    assert evidence.pair_semifinals(pair, "adamw", rows) == []
+    rows += done([run for run in grid if run != first])
+    assert evidence.pair_grid(pair, "adamw", rows) == grid
+    semifinals = evidence.pair_semifinals(pair, "adamw", rows)
+    assert [(run.lr, run.weight_decay) for run in semifinals] == [(3e-3, 0.3), (1e-2, 0.3), (3e-3, 1.0)]
+    assert {(run.seed, run.budget) for run in semifinals} == {(1, 3000)}
+    assert evidence.pair_finals(pair, "adamw", rows) == []
+    finals = evidence.pair_finals(pair, "adamw", rows + done(semifinals))
+    assert {(run.lr, run.weight_decay) for run in finals} == {(3e-3, 0.3)}
+    assert [run.seed for run in finals] == [100, 101, 102, 103, 104]
+    assert evidence.pair_grid(pair, "adamw", [replace(rows[0], sustained=None)])[0].budget == 3000
+
+
 def losses(asked: list[Run]) -> list[Row]:
     """The loss is lowest at lr 1e-3, wd 1, and grows with the seed; GrokAdamW's is a tenth higher."""
     rows = []
