@@ -121,11 +121,11 @@ def both_of_pairs(rows: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:
 
 
 def ratio(preset: list[Row], adamw: list[Row]) -> float | None:
-    """The preset's median by AdamW's; None where there are no two medians."""
+    """The preset's median by AdamW's, or by AdamW's budget if that failed; None where there are no two medians."""
     if not preset or not adamw:
         return None
     ours, theirs = (float(np.median(steps(each))) for each in (preset, adamw))
-    return ours / theirs if math.isfinite(ours) else math.inf
+    return ours / min(theirs, adamw[0].budget)
 
 
 def pairs(rows: list[Row]) -> str:
