@@ -151,8 +151,10 @@ def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]]) -> Any:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return signal
     device = next((param.device for group in groups for param in group["params"]), None)
-    if device is None:
-        device = torch.device(torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu")
+    config = dist.get_backend_config()  # as in "cpu:gloo,cuda:nccl"
+    if device is None or f"{device.type}:" not in config:  # parameters may be where ranks do not talk
+        on_gpu = "cuda:nccl" in config and torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     pair = torch.zeros(2, dtype=torch.float64, device=device)
     pair[0] += 0.0 if signal is None else signal
     pair[1] += signal is not None

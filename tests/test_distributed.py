@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import itertools
+import math
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ def _ranks_that_differ(rank: int) -> list[tuple[float, float]]:
             raise RuntimeError("no signal here")
         return 0.5
 
+    if rank == 0:  # an optimizer of its own, for which nobody chose signals or recorded a loss, waits for nobody
+        probe = network()
+        optimizer = GrokAdamW(probe.named_parameters())
+        train(probe, range(2), lambda _, loss: optimizer.step())
+        assert math.isnan(optimizer.metrics()["signal"])
     found = []
     for how in ("DDP", "FSDP2", "a model each"):
         for situation in ("records", "evaluates", "raises", "NaN", "no parameters"):

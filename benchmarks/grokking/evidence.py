@@ -190,7 +190,7 @@ def pair_semifinals(pair: str, method: str, rows: list[Row]) -> list[Run]:
     found = select(rows, asked)
     if len(found) < len(LRS) * len(DECAYS):
         return []
-    found.sort(key=lambda row: row.sustained or 2 * row.budget)
+    found.sort(key=lambda row: (row.sustained or 2 * row.budget, -row.best))
     budget = PAIR_BUDGETS.get(pair.partition("/")[0], GRID_BUDGET)
     cells = [(row.lr, row.weight_decay) for row in found[:FINALISTS]]
     return [Run.of(pair, method, GRID_SEEDS[1], *cell, budget=budget) for cell in cells]

@@ -49,7 +49,9 @@ def hear(signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules) -> li
     train_loss, eval_loss = recorded(groups, "train_loss"), recorded(groups, "eval_loss")
     signals.listen(train_loss, eval_loss)
     signal = signals.evaluate(train_loss, eval_loss)
-    if signals.functions:  # whatever this rank has recorded, as the others may have more
+    # whatever this rank has recorded, as others may have more; but nothing for who neither chose signals nor records
+    is_asked_for = signals.are_given or any(group["signal_boost"] for group in groups)
+    if signals.functions and (is_asked_for or (train_loss, eval_loss) != (None, None)):
         signal = mean_over_ranks(signal, groups)
         signal = as_number(signal) if isinstance(signal, Tensor) else signal
     return [signal] * len(groups)
