@@ -2,7 +2,7 @@
 
 A step takes the shard of this rank out of each DTensor, and is plain from there on. What must be summed over ranks (the
 norm of all gradients, the norms of rows that are cut) is summed here, and so is the signal, so that every
-rank goes on with the same α.
+rank goes on with the same α and the same length of steps.
 """
 
 from __future__ import annotations

@@ -221,8 +221,8 @@ class GrokAdamW(Optimizer):
         They are a high learning rate and weight decay, α 0.9, γ 0.6 and betas (0.9, 0.98), and no row of a weight
         moves by more than 0.035 of its length in a step (``max_row_change``). Steps are up to four times as long while
         a model has memorised and evaluation lags (``signal_boost`` 3, of ``grokadamw.signals.memorisation``): call
-        ``record(train_loss=…, eval_loss=…)`` every few steps for that. In models without norm layers the filter, γ and
-        the limit are off, lr is two thirds, weight decay a quarter, and ``signal_boost`` 5. Evidence:
+        ``record(train_loss=…, eval_loss=…)`` with both every few steps for that. In models without norm layers the
+        filter, γ and the limit are off, lr is two thirds, weight decay a quarter, and ``signal_boost`` 5. Evidence:
         benchmarks/results/GROKKING_REPORT.md.
 
         Args:
@@ -234,8 +234,9 @@ class GrokAdamW(Optimizer):
                 of ``nn.Embedding`` and ``nn.EmbeddingBag``. Norm layers are torch's, and those of classes with the
                 word "Norm" in their name. In a model without norm layers vectors are weights. One that is mostly
                 frozen, as with PEFT, is warned of: the preset is for training from scratch.
-            lr, weight_decay, options: as the constructor's; what is given wins. A scheduler that sets one lr for all
-                groups, as ``OneCycleLR`` does, slows the embeddings down: give it a list, one lr a group.
+            lr, weight_decay, options: as the constructor's; what is given wins, but that lr and weight decay are scaled
+                without norm layers, as above. Groups that are added later are not scaled. A scheduler that sets one lr
+                for all groups, as ``OneCycleLR`` does, slows the embeddings down: give it a list, one lr a group.
 
         Raises:
             TypeError, ValueError: model is no module, all of it is frozen, an embedding is on the meta device, or a

@@ -48,8 +48,8 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
     ```
 
     Args:
-        arguments: the Trainer's. Their learning rate and weight decay are the preset's, and their schedule multiplies
-            the learning rate of every group.
+        arguments: the Trainer's. Their learning rate and weight decay go to ``GrokAdamW.for_grokking``, which scales
+            both for a model without norm layers. Their schedule multiplies the learning rate of every group.
         options: what else ``GrokAdamW.for_grokking`` is to get.
 
     Raises:
@@ -232,7 +232,7 @@ class GrokAdamWCallback(TrainerCallback):
             if not is_evaluated and ("eval_acc" in self._evaluated or trainers.hears_losses(found)):
                 warn(
                     'eval_strategy="no": no evaluation is planned, so signals that compare losses or accuracies stay '
-                    'silent, and α and the boost stay as they are. Give eval_strategy="steps" and an eval_dataset, or '
+                    'silent, and neither α nor the boost adapts. Give eval_strategy="steps" and an eval_dataset, or '
                     "do without: GrokAdamWCallback(signals=[])",
                     UserWarning,
                 )
@@ -313,8 +313,8 @@ class GrokAdamWCallback(TrainerCallback):
         self._said.add("saves")
         warn(
             f"a checkpoint is saved at step {state.global_step}, and the training loss was last logged at step "
-            f"{self._logged_at}: a run resumed from it hears of another mean of the losses, and its α differs. Choose "
-            "save_steps as a multiple of logging_steps",
+            f"{self._logged_at}: a run resumed from it hears of another mean of the losses, and its α and boost differ. "
+            "Choose save_steps as a multiple of logging_steps",
             UserWarning,
         )
 

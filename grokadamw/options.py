@@ -204,7 +204,7 @@ def rules_of(defaults: Mapping[str, Any]) -> Rules:
 
 
 RECORDED = ("train_loss", "eval_loss", "train_acc", "eval_acc")  # by `GrokAdamW.record`
-# the micro-batches of a cycle so far; and α, the factor of λ, λ, β1, β2 and γ as the first of them found them
+# the micro-batches of a cycle so far; and α, the factor of λ, λ, β1, β2, γ and the boost, as at the first of them
 CYCLE_AT_REST = {"micro_step": 0, "cycle": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)}
 # How far the run is, which a group holds beside its options; "last_norm" is that of `step_in_backward`'s last pass.
 PROGRESS = {**dict.fromkeys(RECORDED), "signal_state": None, "skipped_steps": 0, **CYCLE_AT_REST, "last_norm": 0.0}

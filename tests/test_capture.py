@@ -114,6 +114,20 @@ def test_what_a_graph_reads_and_writes_stays_in_its_place(as_if_captured: list[b
     assert optimizer.metrics()["skipped_steps"] == 3
 
 
+def test_a_boost_that_is_switched_off_ends_in_a_graph_and_in_copies(as_if_captured: list[bool]) -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params, capturable=True, grokking_signal_fns=lambda: 1.0, **BOOSTED)
+    set_gradients(params, 0)
+    optimizer.step()
+    read = optimizer._run.last.boosts[0]
+    assert read == 2
+    optimizer.param_groups[0]["signal_boost"] = 0.0
+    optimizer.update_signals()
+    assert read == 1
+    assert optimizer._run.last.boosts[0] is read
+    assert copy.deepcopy(optimizer).metrics()["boost"] == 1
+
+
 NOT_THERE = {
     "any step": lambda optimizer, params: optimizer.state.clear(),
     "a signal": lambda optimizer, params: optimizer.load_state_dict(optimizer.state_dict()),

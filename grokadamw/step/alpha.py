@@ -1,4 +1,4 @@
-"""From grokking signals to the filter memory α: registering them, combining what they say, agreeing between ranks.
+"""From grokking signals to α and the boost: registering them, combining what they say, agreeing between ranks.
 
 The stages signal and alpha of a step.
 """
@@ -137,7 +137,7 @@ class Signals:
         return self.functions if self.functions in ([], [memorisation]) else None
 
     def listen(self, train_loss: Number | None, eval_loss: Number | None) -> None:
-        """Warn once where functions that need both losses do not get them: α stays at alpha_init meanwhile.
+        """Warn once where functions that need both losses do not get them: nothing adapts meanwhile.
 
         That is after 100 steps without any, where functions were given, and after 1,000 with one of the two.
         """

@@ -158,7 +158,9 @@ def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, 
             run.skipped = capture.counter(groups)
         alphas = [capture.in_place(run.captured, i, group, alphas[i]) for i, group in enumerate(groups)]
         boosts = [
-            capture.in_place(run.captured_boosts, i, group, boosts[i]) if group["signal_boost"] else 1.0
+            capture.in_place(run.captured_boosts, i, group, boosts[i])
+            if group["signal_boost"] or i in run.captured_boosts  # which a graph reads, though it was switched off
+            else 1.0
             for i, group in enumerate(groups)
         ]
     run.last = run.last._replace(signal=said[0] if said else None, alphas=alphas, boosts=boosts)
