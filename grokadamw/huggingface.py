@@ -313,8 +313,8 @@ class GrokAdamWCallback(TrainerCallback):
         self._said.add("saves")
         warn(
             f"a checkpoint is saved at step {state.global_step}, and the training loss was last logged at step "
-            f"{self._logged_at}: a run resumed from it hears of another mean of the losses, and its α and boost differ. "
-            "Choose save_steps as a multiple of logging_steps",
+            f"{self._logged_at}: a run resumed from it hears of another mean of the losses, and its α and boost "
+            "differ. Choose save_steps as a multiple of logging_steps",
             UserWarning,
         )
 
