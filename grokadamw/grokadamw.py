@@ -214,15 +214,15 @@ class GrokAdamW(Optimizer):
     @classmethod
     @with_model
     def for_grokking(
-        cls, model: nn.Module, lr: float | Tensor = 3e-3, weight_decay: float = 2.0, **options: Any
+        cls, model: nn.Module, lr: float | Tensor | None = None, weight_decay: float | None = None, **options: Any
     ) -> GrokAdamW:
         """Make an optimizer with the settings that worked best on small models that memorise before they generalise.
 
-        They are a high learning rate and weight decay, α 0.9, γ 0.6 and betas (0.9, 0.98), and no row of a weight
-        moves by more than 0.035 of its length in a step (``max_row_change``). Steps are up to four times as long while
-        a model has memorised and evaluation lags (``signal_boost`` 3, of ``grokadamw.signals.memorisation``): call
-        ``record(train_loss=…, eval_loss=…)`` with both every few steps for that. In models without norm layers the
-        filter, γ and the limit are off, lr is two thirds, weight decay a quarter, and ``signal_boost`` 5. Evidence:
+        They are lr 3e-3, weight decay 2, α 0.9, γ 0.6 and betas (0.9, 0.98), and no row of a weight moves by more than
+        0.035 of its length in a step (``max_row_change``). Steps are up to four times as long while a model has
+        memorised and evaluation lags (``signal_boost`` 3, of ``grokadamw.signals.memorisation``): call
+        ``record(train_loss=…, eval_loss=…)`` with both every few steps for that. In models without norm layers they
+        are lr 2e-3, weight decay 0.5 and ``signal_boost`` 5, and the filter, γ and the limit are off. Evidence:
         benchmarks/results/GROKKING_REPORT.md.
 
         Args:
@@ -234,8 +234,7 @@ class GrokAdamW(Optimizer):
                 of ``nn.Embedding`` and ``nn.EmbeddingBag``. Norm layers are torch's, and those of classes with the
                 word "Norm" in their name. In a model without norm layers vectors are weights. One that is mostly
                 frozen, as with PEFT, is warned of: the preset is for training from scratch.
-            lr, weight_decay, options: as the constructor's; what is given wins, but that lr and weight decay are scaled
-                without norm layers, as above. Groups that are added later are not scaled. A scheduler that sets one lr
+            lr, weight_decay, options: as the constructor's, and instead of the preset's. A scheduler that sets one lr
                 for all groups, as ``OneCycleLR`` does, slows the embeddings down: give it a list, one lr a group.
 
         Raises:
@@ -245,7 +244,7 @@ class GrokAdamW(Optimizer):
         groups, preset = grokking_groups(model, lr, weight_decay)
         if options.get("grokking_signal_fns") is None and options.get("grokking_signal_fn") is None:
             options["grokking_signal_fns"] = memorisation
-        optimizer = cls(groups, lr=lr, weight_decay=weight_decay, **preset | options)
+        optimizer = cls(groups, **preset | options)
         optimizer.set_layers(model)  # in the model's order, and not in that of the groups
         optimizer._preset_gamma = None if "gamma" in options else preset["gamma"]
         return optimizer
@@ -365,6 +364,7 @@ class GrokAdamW(Optimizer):
         given = {name: check(value, name) for name, value, check in checks if value is not None}
         for group in self.param_groups:
             group.update(given)
+        self._run.signals.check_age(given, self.param_groups)
         if eval_acc is not None:
             for listener in self._run.evaluation_listeners:
                 listener()
@@ -517,14 +517,14 @@ class GrokAdamW(Optimizer):
         self._say_whether_it_unscales()
         fill_in(self.param_groups, earlier, self.defaults)
         if "_run" not in self.__dict__:  # unpickled, or a copy
-            self._run = Run(Signals(signals))
+            self._run = Run(Signals.from_pickle(signals))
             for group in self.param_groups[:1]:
                 self._run.signals.load(group["signal_state"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GrokAdamW:
-        """Copy the optimizer with its signals. Pickle keeps the preset's, and no others: most cannot be pickled."""
+        """Copy the optimizer with its signals. Pickle keeps this package's own functions alone."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied.__setstate__(copy.deepcopy({**self.__getstate__(), "_signals": None}, memo))
         copied._run.follow(self._run, memo)
         return copied

@@ -21,6 +21,10 @@ Named: TypeAlias = list[tuple[str, nn.Parameter]]
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
+# what the preset has for models with norm layers, and for those without, whose rows' lengths matter
+_WITH_NORMS = {"lr": 3e-3, "weight_decay": 2.0, "gamma": 0.6, "max_row_change": 0.035, "signal_boost": 3.0}
+_WITHOUT_NORMS = {"lr": 2e-3, "weight_decay": 0.5, "lamb": 0.0, "gamma": 0.0, "signal_boost": 5.0}
+
 
 def decay_groups(
     model: nn.Module, weight_decay: float = 1e-2, no_decay: Callable[[str, Tensor], bool] | None = None
@@ -74,26 +78,28 @@ def decay_groups(
 
 
 def grokking_groups(
-    model: nn.Module, lr: float | Tensor, weight_decay: float
+    model: nn.Module, lr: float | Tensor | None, weight_decay: float | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the parameter groups of `GrokAdamW.for_grokking`, and its other options.
 
     The groups are: weights; what norm layers hold, which decays a third as fast; other vectors, which do not decay; and
     a group for each embedding, with lr times and weight decay divided by the mean length of its rows, if that is more
-    than 1. Without norm layers vectors are weights, lr is two thirds, and weight decay a quarter. Which groups there
-    are depends on the modules alone: a model whose weights were loaded has the groups of the one that they come from.
+    than 1. Without norm layers vectors are weights. Which groups there are depends on the modules alone: a model whose
+    weights were loaded has the groups of the one that they come from.
     """
     check_model(model)
     _check_frozen(model)
+    normed = has_norms(model)
+    preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, **(_WITH_NORMS if normed else _WITHOUT_NORMS)}
+    lr = preset["lr"] if lr is None else lr
+    decay = preset["weight_decay"] if weight_decay is None else weight_decay
     if not isinstance(lr, Tensor):
         check_number("lr", lr)
-    check_number("weight_decay", weight_decay)
+    check_number("weight_decay", decay)
+    preset |= {"lr": lr, "weight_decay": decay}
     embeddings = of_modules(model, lambda module: isinstance(module, _EMBEDDINGS))
     lengths = {param: max(_mean_row_length(param), 1.0) for param in embeddings if param.dim() > 1}
-    of_norms, normed = of_modules(model, is_norm), has_norms(model)
-    alike = is_flat(model) or not normed
-    decay = weight_decay if normed else weight_decay / 4
-    lr = lr if normed else lr * 2 / 3
+    of_norms, alike = of_modules(model, is_norm), is_flat(model) or not normed
     weights, norms, vectors = list[Any](), list[Any](), list[Any]()
     groups: list[dict[str, Any]] = [
         {"params": weights, "lr": lr, "weight_decay": decay},
@@ -111,10 +117,6 @@ def grokking_groups(
     groups = [group for group in groups if group["params"]]
     for group in groups if isinstance(lr, Tensor) else ():
         group["lr"] = torch.clone(group["lr"])  # each group's scheduler writes into its own
-    preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, "gamma": 0.6, "max_row_change": 0.035}
-    preset["signal_boost"] = 3.0
-    if not normed:
-        preset |= {"lamb": 0.0, "gamma": 0.0, "max_row_change": 0.0, "signal_boost": 5.0}
     return groups, preset
 
 

@@ -48,8 +48,8 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
     ```
 
     Args:
-        arguments: the Trainer's. Their learning rate and weight decay go to ``GrokAdamW.for_grokking``, which scales
-            both for a model without norm layers. Their schedule multiplies the learning rate of every group.
+        arguments: the Trainer's. Their learning rate and weight decay go to ``GrokAdamW.for_grokking``. Their schedule
+            multiplies the learning rate of every group.
         options: what else ``GrokAdamW.for_grokking`` is to get.
 
     Raises:
@@ -123,8 +123,8 @@ class GrokAdamWCallback(TrainerCallback):
     """Makes the Trainer and a GrokAdamW work together, whatever the Trainer has wrapped around it.
 
     - Layers are the model's modules, over decay and no-decay groups.
-    - The training loss of every log, and the loss of every evaluation during training, go to the signals: α, and with
-      the preset the length of steps, adapt.
+    - The loss of every evaluation during training, and the training loss of the last log before it, go to the signals:
+      α, and with the preset the length of steps, adapt.
     - Accuracies go there, too, where their keys are given: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
     - Every log of the training loss has ``grok_alpha``, ``grok_boost``, ``grok_signal``, ``grok_grad_norm``,
       ``grok_clip_coefficient`` and ``grok_skipped_steps`` beside it, as far as they are known: for the console, the
@@ -272,7 +272,6 @@ class GrokAdamWCallback(TrainerCallback):
         logs.update(new)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(new)
-        self._optimizer.record(train_loss=logs["loss"])
         self._logged_at = state.global_step
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -280,9 +279,11 @@ class GrokAdamWCallback(TrainerCallback):
         if self._optimizer is None or not self._goes_on:  # by eval_on_start: the checkpoint knows the last one
             return
         found = {name: metrics[key] for name, key in self._evaluated.items() if key in metrics}
-        self._optimizer.record(**found)
         self._said.update(found)
         self._metrics.update(metrics)
+        if "eval_loss" in found:  # a training loss that falls until the next evaluation is not to be compared with it
+            found["train_loss"] = next((log["loss"] for log in reversed(state.log_history) if "loss" in log), None)
+        self._optimizer.record(**found)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from . import _trainers as trainers
 from ._warn import warn
 from .grokadamw import GrokAdamW
@@ -29,7 +31,7 @@ class GrokAdamWCallback(Callback):
     """Makes Lightning's Trainer and GrokAdamW work together, with automatic and with manual optimization.
 
     - Layers are the module's; of several optimizers, each has those of the smallest module with all that it optimizes.
-    - The loss of every training batch, and that of every validation, go to the signals: α, and with the preset the
+    - The loss of every validation, and of the training batch before it, go to the signals: α, and with the preset the
       length of steps, adapt.
     - Accuracies go there, too, where their names are given: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
     - ``grok_alpha``, ``grok_boost``, ``grok_signal``, ``grok_grad_norm``, ``grok_clip_coefficient`` and
@@ -69,6 +71,7 @@ class GrokAdamWCallback(Callback):
         self._evaluated = {name: key for name, key in evaluated.items() if key is not None}
         self._optimizers: list[GrokAdamW] = []
         self._logged_at = 0
+        self._last_train_loss: torch.Tensor | None = None
         self._heard: set[str] = set()  # of train_loss and train_acc
         self._said: set[str] = set()
 
@@ -85,6 +88,7 @@ class GrokAdamWCallback(Callback):
         for optimizer in self._optimizers:
             trainers.name_layers(optimizer, trainers.smallest_with(optimizer, pl_module) if several else pl_module)
         self._logged_at = trainer.global_step
+        self._last_train_loss = None
         self._heard.clear()
         limit = trainer.gradient_clip_val
         if limit and trainer.gradient_clip_algorithm != "value" and self._says("clips"):
@@ -101,7 +105,7 @@ class GrokAdamWCallback(Callback):
                 loss = loss * trainer.accumulate_grad_batches  # by which Lightning has divided it
         if loss is not None:
             self._heard.add("train_loss")
-            self._record(train_loss=loss)
+            self._last_train_loss = torch.as_tensor(loss).detach()
         self._record_training_accuracy(trainer)
         step = trainer.global_step
         # as Lightning's own callbacks ask; it counts batches, and global_step the steps of all optimizers
@@ -118,7 +122,10 @@ class GrokAdamWCallback(Callback):
         if not self._optimizers or trainer.sanity_checking:
             return
         metrics = trainer.callback_metrics
-        self._record(**{name: metrics[key] for name, key in self._evaluated.items() if key in metrics})
+        found = {name: metrics[key] for name, key in self._evaluated.items() if key in metrics}
+        if "eval_loss" in found:  # a training loss that falls until the next validation is not to be compared with it
+            found["train_loss"] = self._last_train_loss
+        self._record(**found)
         for name, key in self._evaluated.items():
             if key not in metrics and self._says(name):
                 self._warn(name, key, trainer)

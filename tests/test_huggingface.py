@@ -171,8 +171,20 @@ def test_evaluation_at_the_start(tmp_path: Path) -> None:
     it = trainer(tmp_path, callback, eval_on_start=True, eval_strategy="no", save_strategy="no")
     it.train()
     assert grokadamw_of(it).param_groups[0]["eval_loss"] > 0
-    assert alphas(it)[0] == 0.98  # before there is a training loss
-    assert alphas(it)[1] < 0.98
+    assert set(alphas(it)) == {0.98}  # there was no training loss beside it
+
+
+def test_the_training_loss_is_of_the_evaluations_time(tmp_path: Path) -> None:
+    heard = {}
+
+    class Hears(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            heard[state.global_step] = kwargs["optimizer"].optimizer.param_groups[0]["train_loss"]
+
+    it = trainer(tmp_path, GrokAdamWCallback(), Hears(), logging_steps=1, eval_steps=5, save_strategy="no")
+    it.train()
+    logged = {log["step"]: log["loss"] for log in it.state.log_history if "loss" in log}
+    assert [heard[i] for i in (5, 6, 10, 11)] == [None, logged[5], logged[5], logged[10]]
 
 
 def test_one_of_several_evaluation_sets(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_the_presets_groups() -> None:
     only_matrices, only_vectors = nn.Linear(4, 4, bias=False), nn.LayerNorm(4)
     for model in (only_matrices, only_vectors):  # what FSDP1 flattened is a vector, too
         (group,) = GrokAdamW.for_grokking(model, weight_decay=2.0).param_groups
-        assert group["weight_decay"] == (2 if model is only_vectors else 0.5)
+        assert group["weight_decay"] == 2
     model = nn.Sequential(nn.Embedding(4, 16), nn.Linear(16, 4), nn.ReLU())  # without norms biases decay
     length = model[0].weight.norm(dim=1).mean().item()
     optimizer = GrokAdamW.for_grokking(model, lr=torch.tensor(0.1))
@@ -184,7 +184,9 @@ def test_the_presets_groups() -> None:
     for loss in (1.0, 2.0):
         scheduler.step(loss)
     # torch 2.6's scheduler makes numbers of tensors
-    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.1 / 3, 0.1 / 3 * length])
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.1 / 2, 0.1 / 2 * length])
+    optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(4)))]})
+    assert optimizer.param_groups[-1]["weight_decay"] == 0.5
 
 
 def test_the_preset_warns_of_a_gamma_that_was_given() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from grokadamw import GrokAdamW
-from grokadamw.signals import AccuracyGap, SlowGradient
+from grokadamw.signals import AccuracyGap, SlowGradient, memorisation
 
 from .models import network, parameters, same, saved_and_loaded, set_gradients, train, trained
 
@@ -99,16 +99,31 @@ def test_every_group_has_the_same_keys_from_the_start() -> None:
     assert all(set(group) == keys for group in optimizer.state_dict()["param_groups"])
 
 
-def test_pickle_keeps_all_but_signals() -> None:
-    _, optimizer = trained(grokking_signal_fns=lambda: 0.5, nonfinite="raise", second_moment="raw")
-    copied = pickle.loads(pickle.dumps(optimizer))
+@pytest.mark.parametrize("options", [{}, {"signal_boost": 3.0}])
+def test_pickle_keeps_all_but_signals_of_ones_own(options: dict[str, float]) -> None:
+    def mine() -> float:
+        return 0.5
+
+    signals = [mine, AccuracyGap(), memorisation]
+    _, optimizer = trained(grokking_signal_fns=signals, nonfinite="raise", second_moment="raw", **options)
+    optimizer.record(train_loss=0.5, eval_loss=5.5)
+    pickled = pickle.dumps(optimizer)
+    with pytest.warns(UserWarning, match="is without mine, AccuracyGap. Call optimizer.set_signals"):
+        copied = pickle.loads(pickled)
     assert same(copied.state_dict(), optimizer.state_dict())
     assert copied.defaults == optimizer.defaults
     copied.step()
-    assert copied.metrics()["signal"] == pytest.approx(0.75)  # the default one, of the recorded losses
+    assert copied.metrics()["signal"] == pytest.approx(memorisation(0.5, 5.5))
     copied.set_signals(lambda: 0.25)
     copied.step()
     assert copied.metrics()["signal"] == 0.25
+
+
+def test_pickle_keeps_the_default_signal() -> None:
+    _, optimizer = trained()
+    copied = pickle.loads(pickle.dumps(optimizer))
+    copied.step()
+    assert copied.metrics()["signal"] == pytest.approx(0.75)  # of the recorded losses
 
 
 def test_deepcopy_keeps_signals_and_gives_them_the_copy() -> None:

@@ -118,6 +118,7 @@ class Signals:
         self._warned: set[str] = set()
         self._failures_on_device: dict[str, Tensor] = {}
         self._steps_without_losses = 0
+        self._train_losses_alone = 0  # recorded since the last evaluation loss
 
     def check_amplifies(self, amplify_by_signal: bool) -> None:
         """Raise ValueError where λ is to be multiplied by what nothing says."""
@@ -133,8 +134,22 @@ class Signals:
                 function.bind(optimizer)
 
     def for_pickle(self) -> list[Any] | None:
-        """Return the functions if there are none, or the preset's alone, which can be pickled; else None."""
-        return self.functions if self.functions in ([], [memorisation]) else None
+        """Return the functions, and of those that may not be pickled the name; None if none were given."""
+        if not self.are_given:
+            return None
+        named = zip(self.functions, self.names, strict=True)
+        return [function if function is loss_gap or function is memorisation else name for function, name in named]
+
+    @classmethod
+    def from_pickle(cls, kept: list[Any] | None) -> Signals:
+        """Return the signals of a pickle, without those of which it has the name alone. It warns of them."""
+        if lost := [each for each in kept or () if isinstance(each, str)]:
+            warn(
+                f"a pickle keeps no signals of your own: the optimizer from it is without {', '.join(lost)}. Call "
+                "optimizer.set_signals with them",
+                UserWarning,
+            )
+        return cls(kept if kept is None else [each for each in kept if not isinstance(each, str)])
 
     def listen(self, train_loss: Number | None, eval_loss: Number | None) -> None:
         """Warn once where functions that need both losses do not get them: nothing adapts meanwhile.
@@ -151,6 +166,22 @@ class Signals:
             warn(
                 f"the grokking signals wait for {' and '.join(missing)}: call optimizer.record({names}), or pass "
                 "grokking_signal_fns=[] to do without",
+                UserWarning,
+            )
+
+    def check_age(self, given: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+        """Warn once where an evaluation loss stands beside 100 training losses: what was learnt since reads as a gap."""
+        if "eval_loss" in given:
+            self._train_losses_alone = 0
+        elif "train_loss" in given:
+            self._train_losses_alone += 1
+        heard = any(group["signal_boost"] and group["eval_loss"] is not None for group in groups)
+        if self._train_losses_alone == 100 and heard and any(self.takes_losses):
+            self._train_losses_alone = -(10**9)
+            warn(
+                "100 training losses were recorded since the last evaluation loss: a model that has learnt since then "
+                "seems to have memorised, and signal_boost makes its steps longer. Record both losses after an "
+                "evaluation, optimizer.record(train_loss=…, eval_loss=…), and none in between",
                 UserWarning,
             )
 
