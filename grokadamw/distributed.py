@@ -143,13 +143,14 @@ def local_parts(tensors: Iterable[Tensor]) -> list[tuple[Shards | None, list[Ten
     return list(lists.items())
 
 
-def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]]) -> Any:
-    """Return the mean of a signal over the ranks that have one, for all ranks to call; 0 if all give None.
+def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]]) -> tuple[Any, bool]:
+    """Return the mean of a signal over the ranks that have one, and whether this rank need not have one, as others do.
 
-    A rank that hears nothing, or has no parameters, calls it, too: else the others would wait for it.
+    All ranks call it; one that hears nothing, or has no parameters, too: else the others would wait for it. If none has
+    a signal the mean is None. A GPU is not read back: there it is 0, and only the first rank is to miss a signal.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return signal
+        return signal, False
     device = next((param.device for group in groups for param in group["params"]), None)
     config = dist.get_backend_config()  # as in "cpu:gloo,cuda:nccl"
     if device is None or f"{device.type}:" not in config:  # parameters may be where ranks do not talk
@@ -159,7 +160,9 @@ def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]]) -> Any:
     pair[0] += 0.0 if signal is None else signal
     pair[1] += signal is not None
     dist.all_reduce(pair)
-    return pair[0] / pair[1].clamp(min=1)
+    if device.type != "cpu":
+        return pair[0] / pair[1].clamp(min=1), signal is None and dist.get_rank() > 0
+    return (pair[0] / pair[1], signal is None) if pair[1] else (None, False)
 
 
 def why_not_early(params: set[Tensor]) -> str | None:

@@ -67,7 +67,7 @@ class _Filter(Wrapper):
         """Return the factor of λ, in [0, 1]: the same on all ranks."""
         if self._signals is None:
             return 1.0
-        signal = mean_over_ranks(self._signals.evaluate(None, None), self.param_groups)
+        signal, _ = mean_over_ranks(self._signals.evaluate(None, None), self.param_groups)
         value = 0.0 if signal is None else as_float(signal)
         return 0.0 if math.isnan(value) else min(max(value, 0.0), 1.0)
 

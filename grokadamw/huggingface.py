@@ -278,7 +278,7 @@ class GrokAdamWCallback(TrainerCallback):
         metrics: dict[str, float] = kwargs["metrics"]
         if self._optimizer is None or not self._goes_on:  # by eval_on_start: the checkpoint knows the last one
             return
-        found = {name: metrics[key] for name, key in self._evaluated.items() if key in metrics}
+        found: dict[str, float | None] = {name: metrics[key] for name, key in self._evaluated.items() if key in metrics}
         self._said.update(found)
         self._metrics.update(metrics)
         if "eval_loss" in found:  # a training loss that falls until the next evaluation is not to be compared with it

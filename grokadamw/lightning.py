@@ -122,7 +122,7 @@ class GrokAdamWCallback(Callback):
         if not self._optimizers or trainer.sanity_checking:
             return
         metrics = trainer.callback_metrics
-        found = {name: metrics[key] for name, key in self._evaluated.items() if key in metrics}
+        found: dict[str, Any] = {name: metrics[key] for name, key in self._evaluated.items() if key in metrics}
         if "eval_loss" in found:  # a training loss that falls until the next validation is not to be compared with it
             found["train_loss"] = self._last_train_loss
         self._record(**found)

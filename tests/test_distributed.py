@@ -7,6 +7,7 @@ import functools
 import gc
 import itertools
 import math
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from grokadamw import GrokAdamW, Grokfast, _numbers, grokadamw, signals
-from grokadamw.signals import SlowGradient
+from grokadamw.signals import SlowGradient, memorisation
 from grokadamw.state import slots
 
 from .models import KEEPERS, network, train
@@ -104,6 +105,30 @@ def _ranks_that_differ(rank: int) -> list[tuple[float, float]]:
                 metrics = optimizer.metrics()
                 found.append((metrics["alpha"], metrics["boost"]))
     return found
+
+
+def _what_ranks_are_told(rank: int) -> list[Any]:
+    """What is warned of where the first rank, or none, records losses, and the signal after that."""
+    found: list[Any] = []
+    for records in (True, False):
+        model = network()
+        optimizer = GrokAdamW.for_grokking(model)
+        if records and rank == 0:
+            optimizer.record(train_loss=0.5, eval_loss=1.0)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            train(model, range(101), lambda _, loss, take=optimizer.step: take())
+        found.append(([str(each.message).partition(" and ")[0] for each in said], optimizer.metrics()["signal"]))
+    return found
+
+
+def test_a_rank_that_need_not_record_is_not_warned(tmp_path: Path) -> None:
+    for ranks in in_processes(_what_ranks_are_told, tmp_path):
+        (silent, heard), (warned, nothing) = ranks
+        assert silent == []
+        assert heard == memorisation(0.5, 1.0)
+        assert warned == ["the grokking signals wait for train_loss"]
+        assert math.isnan(nothing)
 
 
 @pytest.mark.filterwarnings("ignore")

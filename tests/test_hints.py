@@ -113,6 +113,22 @@ def test_training_losses_alone_are_half_of_it() -> None:
     assert "wait for eval_loss: call optimizer.record(eval_loss=…)" in said
 
 
+def test_an_evaluation_loss_of_long_ago_is_warned_of_once() -> None:
+    """As a training loss that falls after it would look like memorising, and make steps longer."""
+    optimizer = GrokAdamW(model().parameters(), signal_boost=1.0)
+    optimizer.record(train_loss=2.0, eval_loss=2.0)
+    assert steps(optimizer, 99, lambda: optimizer.record(train_loss=1.0)) == []
+    optimizer.record(train_loss=1.0, eval_loss=2.0)
+    assert steps(optimizer, 99, lambda: optimizer.record(train_loss=1.0)) == []
+    (said,) = steps(optimizer, 1, lambda: optimizer.record(train_loss=1.0))
+    assert "Record both losses after an evaluation, optimizer.record(train_loss=…, eval_loss=…)" in said
+    assert steps(optimizer, 300, lambda: optimizer.record(train_loss=1.0)) == []
+    for options in ({}, {"signal_boost": 1.0, "grokking_signal_fns": []}):
+        optimizer = GrokAdamW(model().parameters(), **options)
+        optimizer.record(train_loss=2.0, eval_loss=2.0)
+        assert steps(optimizer, 150, lambda optimizer=optimizer: optimizer.record(train_loss=1.0)) == []
+
+
 def test_who_asked_for_no_signal_or_has_one_without_losses_hears_nothing() -> None:
     for options in ({}, {"grokking_signal_fns": lambda: 0.5}, {"grokking_signal_fns": []}):
         assert steps(GrokAdamW(model().parameters(), **options), 150) == []

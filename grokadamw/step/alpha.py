@@ -47,13 +47,15 @@ def hear(signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules) -> li
         losses = [[x if x == x else None for x in (group["train_loss"], group["eval_loss"])] for group in groups]
         return [signals.evaluate(train, evaluation, keep_nonfinite=True) for train, evaluation in losses]
     train_loss, eval_loss = recorded(groups, "train_loss"), recorded(groups, "eval_loss")
-    signals.listen(train_loss, eval_loss)
     signal = signals.evaluate(train_loss, eval_loss)
+    others_hear = False
     # whatever this rank has recorded, as others may have more; but nothing for who neither chose signals nor records
     is_asked_for = signals.are_given or any(group["signal_boost"] for group in groups)
     if signals.functions and (is_asked_for or (train_loss, eval_loss) != (None, None)):
-        signal = mean_over_ranks(signal, groups)
+        signal, others_hear = mean_over_ranks(signal, groups)
         signal = as_number(signal) if isinstance(signal, Tensor) else signal
+    if not others_hear:
+        signals.listen(train_loss, eval_loss)
     return [signal] * len(groups)
 
 
@@ -170,7 +172,7 @@ class Signals:
             )
 
     def check_age(self, given: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
-        """Warn once where an evaluation loss stands beside 100 training losses: what was learnt since reads as a gap."""
+        """Warn once where 100 training losses followed an evaluation loss: what was learnt since looks memorised."""
         if "eval_loss" in given:
             self._train_losses_alone = 0
         elif "train_loss" in given:
