@@ -22,7 +22,7 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 # what the preset has for models with norm layers, and for those without, whose rows' lengths matter
-_WITH_NORMS = {"lr": 3e-3, "weight_decay": 2.0, "gamma": 0.6, "max_row_change": 0.035, "signal_boost": 3.0}
+_WITH_NORMS = {"lr": 3e-3, "weight_decay": 1.4, "gamma": 0.6, "max_row_change": 0.035, "signal_boost": 4.0}
 _WITHOUT_NORMS = {"lr": 2e-3, "weight_decay": 0.5, "lamb": 0.0, "gamma": 0.0, "signal_boost": 5.0}
 
 

@@ -43,7 +43,7 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
     """Return the preset ``GrokAdamW.for_grokking``, for the Trainer to make of the model that it trains.
 
     ```python
-    arguments = TrainingArguments(learning_rate=3e-3, weight_decay=2.0, lr_scheduler_type="constant", ...)
+    arguments = TrainingArguments(learning_rate=3e-3, weight_decay=1.4, lr_scheduler_type="constant", ...)
     Trainer(model, arguments, optimizer_cls_and_kwargs=for_grokking(arguments), ...)
     ```
 
@@ -61,7 +61,7 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
         if not _is_given(arguments, name):
             raise ValueError(
                 f"{name}={getattr(arguments, name):g} is the Trainer's default, which is for fine-tuning: begin with "
-                "TrainingArguments(learning_rate=3e-3, weight_decay=2.0), which the preset was tested with"
+                "TrainingArguments(learning_rate=3e-3, weight_decay=1.4), which the preset was tested with"
             )
     return _preset, {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay, **options}
 

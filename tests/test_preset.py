@@ -30,7 +30,7 @@ def test_the_preset_takes_a_model_and_what_is_given_wins() -> None:
     for group in optimizer.param_groups:
         assert (group["lamb"], group["max_row_change"], group["max_row_norm"]) == (0.5, 0.035, 0)
         assert (group["betas"], group["alpha_init"], group["gamma"]) == ((0.9, 0.98), 0.9, 0.6)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([2, 2 / 3, 0, 2 / length])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([1.4, 1.4 / 3, 0, 1.4 / length])
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.01, 0.01, 0.01 * length])
     set_gradients(list(model.parameters()))
     optimizer.step()  # whose low β1 is meant, and not warned of
@@ -149,15 +149,15 @@ def test_the_preset_steps_further_while_a_model_has_memorised(options: dict[str,
     set_gradients(list(model.parameters()))
     optimizer.step()
     assert optimizer.metrics()["boost"] == 1
-    for train_loss, eval_loss, boost in ((4.5, 4.6, 1.0), (0.01, 5.0, 4.0), (0.001, 0.02, 1.0)):
+    for train_loss, eval_loss, boost in ((4.5, 4.6, 1.0), (0.01, 5.0, 5.0), (0.001, 0.02, 1.0)):
         optimizer.record(train_loss=train_loss, eval_loss=eval_loss)
         for each in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
             each.step()
-            assert each.metrics()["boost"] == pytest.approx(boost, abs=0.06)
+            assert each.metrics()["boost"] == pytest.approx(boost, abs=0.07)
     accuracies = GrokAdamW.for_grokking(model, grokking_signal_fn=AccuracyGap())
     accuracies.record(train_acc=1.0, eval_acc=0.5)
     accuracies.step()
-    assert accuracies.metrics()["boost"] == 2.5
+    assert accuracies.metrics()["boost"] == 3.0
 
 
 def test_the_preset_has_layers_in_the_models_order() -> None:

@@ -55,8 +55,8 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "without filter and γ": (PRESET, {"lamb": 0.0, "gamma": 0.0}),
     "without γ": (PRESET, {"gamma": 0.0}),
     "without a boost": (PRESET, {"signal_boost": 0.0}),
-    "boost 1": (PRESET, {"signal_boost": 1.0}),
-    "boost 6": (PRESET, {"signal_boost": 6.0}),
+    "boost 2": (PRESET, {"signal_boost": 2.0}),
+    "boost 8": (PRESET, {"signal_boost": 8.0}),
     "γ 0.3": (PRESET, {"gamma": 0.3}),
     "γ 0.8": (PRESET, {"gamma": 0.8}),
     "norms do not decay": ("grokadamw-norm-decay", {}),
@@ -81,6 +81,7 @@ PAIR_METHODS = ["adamw", PRESET, "grokadamw"]
 PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # else the grid's
 PAIR_SEEDS = range(100, 105)
 FIRST, BEHIND, FINALISTS = (3e-3, 1.0), 1.5, 3  # the race: a cell stops at 1.5 times the steps of the first
+WITHOUT_NORMS: tuple[float, float] = (2e-3, 0.5)  # the preset's lr and wd for a model without norm layers
 RECIPES = ((1e-3, 1.0), (1e-3, 0.01))  # lr and wd of AdamW in public code
 
 # data that people have, where the best score counts: lrs, decays and seeds of the grid, and the methods
@@ -213,7 +214,8 @@ PAIR_PARTS = [pair_grid, pair_grid, pair_semifinals, pair_finals]  # the first c
 
 def pair_untuned(pair: str, method: str) -> list[Run]:
     """With the method's own learning rate and weight decay."""
-    return [Run.of(pair, method, seed) for seed in PAIR_SEEDS]
+    own = WITHOUT_NORMS if method == PRESET and pair.endswith("/no-norm") else (None, None)
+    return [Run.of(pair, method, seed, *own) for seed in PAIR_SEEDS]
 
 
 def data_grid(task: str, method: str) -> list[Run]:

@@ -54,13 +54,13 @@ def same_lr(model: nn.Module, lr: float, weight_decay: float, **settings: Any) -
 
 METHODS = [
     Method("grokadamw", "GrokAdamW with its defaults", make, lr=3e-3, weight_decay=1.0),
-    Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, lr=3e-3, weight_decay=2.0),
+    Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, lr=3e-3, weight_decay=1.4),
     Method(
         "grokadamw-no-filter",
         "GrokAdamW.for_grokking without the filter",
         GrokAdamW.for_grokking,
         3e-3,
-        2.0,
+        1.4,
         {"lamb": 0.0, "grokking_signal_fns": []},
     ),
     Method(
@@ -68,7 +68,7 @@ METHODS = [
         "GrokAdamW.for_grokking without filter and γ, which is AdamW with limited rows and quick embeddings",
         GrokAdamW.for_grokking,
         3e-3,
-        2.0,
+        1.4,
         {"lamb": 0.0, "gamma": 0.0, "grokking_signal_fns": []},
     ),
     Method(
@@ -84,7 +84,7 @@ METHODS = [
         "GrokAdamW.for_grokking, norms with another share of weight decay, or none",
         norms_decay,
         3e-3,
-        2.0,
+        1.4,
         {"share": 0.0},
     ),
     Method(
@@ -92,7 +92,7 @@ METHODS = [
         "GrokAdamW.for_grokking, embeddings learn as slowly as weights",
         same_lr,
         3e-3,
-        2.0,
+        1.4,
     ),
-    Method("late-decay", "GrokAdamW.for_grokking, decay only while the training loss is low", late_decay, 3e-3, 2.0),
+    Method("late-decay", "GrokAdamW.for_grokking, decay only while the training loss is low", late_decay, 3e-3, 1.4),
 ]
