@@ -132,7 +132,9 @@ def best(rows: Iterable[Row]) -> Cell | None:
 
 def select(rows: Iterable[Row], asked: Iterable[Run]) -> list[Row]:
     """The rows of those runs that are done, in their order."""
-    by_run = {row.run: row for row in rows}
+    asked = list(asked)
+    tasks = {run.task for run in asked}  # by which most rows are passed by quickly
+    by_run = {row.run: row for row in rows if row.task in tasks}
     return [by_run[each] for each in asked if each in by_run]
 
 
@@ -174,7 +176,7 @@ def other_finals(task: str, method: str, rows: list[Row]) -> list[Run]:
 
 def pair_grid(pair: str, method: str, rows: list[Row]) -> list[Run]:
     """On the first seed. The first cell comes alone; it says when the others are too far behind, and stop."""
-    done = {row.run: row for row in rows}
+    done = {row.run: row for row in rows if row.task == pair}
     budget = PAIR_BUDGETS.get(pair.partition("/")[0], GRID_BUDGET)
     whole = [Run.of(pair, method, GRID_SEEDS[0], lr, wd, budget=budget) for lr, wd in product(LRS, DECAYS)]
     first = next(run for run in whole if (run.lr, run.weight_decay) == FIRST)

@@ -289,7 +289,7 @@ def test_evidence_comes_to_an_end_and_gives_every_method_the_same_trials() -> No
         mine = [row for row in finals if row.method == method and row.run not in untuned]
         assert len(mine) == 50
         assert {row.lr for row in mine} == {1e-3}  # the best cell
-        assert len([row for row in rows if row.run in evidence.grid(method)]) == 36
+        assert len(evidence.select(rows, evidence.grid(method))) == 36
         for task in evidence.OTHER_TASKS if method in evidence.COMPARED else ():
             reported = evidence.other_finals(task, method, rows)
             assert len(reported) == (10 if task in evidence.QUICK else 3)
