@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from grokadamw import GrokAdamW
 pytest.importorskip("rich", reason="the benchmarks print with rich, and draw with matplotlib")
 pytest.importorskip("matplotlib", reason="the benchmarks print with rich, and draw with matplotlib")
 
-from benchmarks import accumulation, filter_time, step_in_backward, step_time  # noqa: E402
+from benchmarks import accumulation, filter_time, scaling, step_in_backward, step_time  # noqa: E402
 from benchmarks.grokking import report, runs  # noqa: E402
 
 from .pages import ROOT, code_blocks  # noqa: E402
@@ -61,6 +62,10 @@ def test_the_figures_on_grokking_are_those_of_the_runs(page: Path) -> None:
         ("filter time", "docs/grokfast.md"),
         ("accumulation", "docs/accumulation.md"),
         ("gradient release", "docs/gradient_release.md"),
+        ("memory on many GPUs", "docs/scaling.md"),
+        ("time on many GPUs", "docs/scaling.md"),
+        ("latency", "docs/scaling.md"),
+        ("memory by ranks", "docs/scaling.md"),
     ],
 )
 def test_the_tables_are_what_the_benchmarks_wrote(table: str, page: str) -> None:
@@ -85,11 +90,19 @@ def gradient_release_table() -> str:
     return step_in_backward.table(json.loads((RESULTS / "step_in_backward.json").read_text()))
 
 
+def scaling_table(name: str) -> str:
+    return scaling.tables(json.loads((RESULTS / "scaling.json").read_text()))[name]
+
+
 TABLES = {
     "step time": step_time_table,
     "filter time": filter_time_table,
     "accumulation": accumulation_table,
     "gradient release": gradient_release_table,
+    **{
+        name: partial(scaling_table, name)
+        for name in ("memory on many GPUs", "time on many GPUs", "latency", "memory by ranks")
+    },
 }
 
 if __name__ == "__main__":  # python -m tests.test_readme
