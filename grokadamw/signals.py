@@ -55,13 +55,14 @@ def loss_gap(train_loss: Number, eval_loss: Number) -> Number:
 
 
 def memorisation(train_loss: Number, eval_loss: Number) -> Number:
-    """loss_gap² · min(1, eval − train), in [0, 1]: near 1 while a model knows its training data by heart, and no more.
+    """(loss_gap · min(1, eval − train))², in [0, 1]: near 1 while a model knows its training data by heart, and no more.
 
-    The square keeps it small while both losses are high; the other factor, once both are low. Losses are in nats, ≥ 0,
+    The first factor keeps it small while both losses are high; the other, once both are low. Losses are in nats, ≥ 0,
     and of one time: a training loss that has fallen since the evaluation looks like memorising.
     """
     share, gap = loss_gap(train_loss, eval_loss), eval_loss - train_loss
-    return share * share * (gap.clamp(max=1) if isinstance(gap, Tensor) else min(gap, 1.0))
+    product = share * (gap.clamp(max=1) if isinstance(gap, Tensor) else min(gap, 1.0))
+    return product * product
 
 
 class AccuracyGap:
