@@ -55,7 +55,7 @@ def loss_gap(train_loss: Number, eval_loss: Number) -> Number:
 
 
 def memorisation(train_loss: Number, eval_loss: Number) -> Number:
-    """(loss_gap · min(1, eval − train))², in [0, 1]: near 1 while a model knows its training data by heart, and no more.
+    """(loss_gap · min(1, eval − train))², in [0, 1]: near 1 while a model knows its training data alone.
 
     The first factor keeps it small while both losses are high; the other, once both are low. Losses are in nats, ≥ 0,
     and of one time: a training loss that has fallen since the evaluation looks like memorising.
