@@ -203,7 +203,9 @@ def check_shard_group(shard_group: Any, groups: Sequence[Mapping[str, Any]]) -> 
     for group in groups:
         for name in ("compat", "differentiable", "capturable"):
             if group[name]:
-                raise ValueError(f"{name}={group[name]!r} with shard_group: leave one of them out")
+                raise ValueError(
+                    f"{name}={group[name]!r} with shard_group, or ranks of ZeroRedundancyOptimizer: leave one out"
+                )
 
 
 def zero_that_calls() -> Any:

@@ -278,8 +278,8 @@ class GrokAdamW(Optimizer):
             kept = _without(given, group)
             group.clear()
             group.update(kept)
-        if zero.world_size > 1 and self._run.shard_group is None:
-            check_shard_group(zero.process_group, [])
+        if zero.world_size > 1 and not rules_of(arguments).clips_each_tensor:
+            check_shard_group(zero.process_group, [arguments])
             self._run.shard_group = zero.process_group
         self._run.zero, me = weakref.ref(zero), weakref.ref(self)
 

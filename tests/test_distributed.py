@@ -349,7 +349,7 @@ def _trained(model: torch.nn.Module, optimizer: Any, steps: range, inner: Any = 
 def _with_zero(rank: int) -> dict[str, Any]:
     """The largest differences between ZeRO on two ranks and an optimizer that has it all."""
     found: dict[str, Any] = {}
-    for how in ("as it comes", "layers of the model", "groups", "added", "loaded", "a bucket"):
+    for how in ("as it comes", "layers of the model", "groups", "added", "loaded", "a bucket", "a group is given"):
         models = [network(torch.float64) for _ in range(3)]
         params: list[list[Any]] = [list(model.parameters()) for model in models]
         later = [{"params": own[4:], "lr": 0.02} for own in params]
@@ -358,8 +358,9 @@ def _with_zero(rank: int) -> dict[str, Any]:
         if how == "groups":
             params = [[*own, group] for own, group in zip(params, later, strict=True)]
         one = GrokAdamW(params[0], **OPTIONS)
+        extra = {"shard_group": dist.group.WORLD} if how == "a group is given" else {}
         zeros = [
-            ZeroRedundancyOptimizer(own, GrokAdamW, parameters_as_bucket_view=how == "a bucket", **OPTIONS)
+            ZeroRedundancyOptimizer(own, GrokAdamW, parameters_as_bucket_view=how == "a bucket", **OPTIONS, **extra)
             for own in params[1:]
         ]
         if how == "added":
@@ -496,13 +497,16 @@ def _copies(rank: int) -> list[str]:
         assert pickle.loads(pickle.dumps(unpickled))._run.shard_group is None
         said += [str(each.message).partition(":")[0] for each in caught]
     for refused in ({"compat": "0.1.2"}, {"differentiable": True}, {"capturable": True}):
-        with pytest.raises(ValueError, match="with shard_group: leave one of them out"):
+        with pytest.raises(ValueError, match="with shard_group, or ranks of ZeroRedundancyOptimizer: leave one out"):
             GrokAdamW([p], shard_group=dist.group.WORLD, **refused)
     with pytest.raises(ValueError, match="step_in_backward with shard_group"):
         step_in_backward(optimizer, clip_by="last")
+    assert ZeroRedundancyOptimizer([p], GrokAdamW, compat="0.1.2").optim._run.shard_group is None  # clips tensors
+    with pytest.raises(ValueError, match="ranks of ZeroRedundancyOptimizer: leave one out"):
+        ZeroRedundancyOptimizer([p], GrokAdamW, capturable=True)
     optimizer.param_groups[0]["capturable"] = True
     p.grad = torch.ones_like(p)
-    with pytest.raises(ValueError, match="with shard_group: leave one of them out"):
+    with pytest.raises(ValueError, match="with shard_group, or ranks of ZeroRedundancyOptimizer: leave one out"):
         optimizer.step()
     return said
 
