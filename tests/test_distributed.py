@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from grokadamw import GrokAdamW, Grokfast, _numbers, grokadamw, signals, step_in_backward
 from grokadamw.signals import SlowGradient, memorisation
 from grokadamw.state import slots
+from grokadamw.step import cache, stages
 
 from .models import KEEPERS, batch, network, train
 
@@ -142,12 +143,21 @@ def test_no_rank_waits_for_another_that_hears_less(tmp_path: Path) -> None:
     assert {boost for _, boost in first} == {1.0, 1.5}
 
 
+DEVICE = "numbers on the device"
+
+
+def _numbers_on_the_device() -> None:
+    """From here on, let a step do as if reading a tensor on the CPU made it wait."""
+    for module in (grokadamw, _numbers, signals, slots, stages, cache):
+        module.reads_are_free = lambda device: False  # type: ignore[attr-defined]
+
+
 def _sharded(rank: int) -> list[dict[str, Any]]:
     """Sharded whole, in part (the first layer is sharded, the others are plain), across rows, and with numbers kept as
     tensors."""
     mesh = init_device_mesh("cpu", (RANKS,))
     results = []
-    for how in ("whole", "in part", "across rows", "numbers on the device"):
+    for how in ("whole", "in part", "across rows", DEVICE):
         model = network()
         fully_shard(model[0], mesh=mesh)
         if how == "across rows":
@@ -155,9 +165,8 @@ def _sharded(rank: int) -> list[dict[str, Any]]:
             assert model[2].weight.placements == (Shard(1),)
         if how != "in part":
             fully_shard(model, mesh=mesh)
-        if how == "numbers on the device":
-            for module in (grokadamw, _numbers, signals, slots):
-                module.reads_are_free = lambda device: False  # type: ignore[attr-defined]
+        if how == DEVICE:
+            _numbers_on_the_device()
         optimizer = _run(model)
         assert isinstance(optimizer.state[model[0].weight]["exp_avg"], DTensor)
         assert optimizer.implementation().startswith("cpu: ")
@@ -349,7 +358,18 @@ def _trained(model: torch.nn.Module, optimizer: Any, steps: range, inner: Any = 
 def _with_zero(rank: int) -> dict[str, Any]:
     """The largest differences between ZeRO on two ranks and an optimizer that has it all."""
     found: dict[str, Any] = {}
-    for how in ("as it comes", "layers of the model", "groups", "added", "loaded", "a bucket", "a group is given"):
+    for how in (
+        "as it comes",
+        "layers of the model",
+        "groups",
+        "added",
+        "loaded",
+        "a bucket",
+        "a group is given",
+        DEVICE,
+    ):
+        if how == DEVICE:
+            _numbers_on_the_device()
         models = [network(torch.float64) for _ in range(3)]
         params: list[list[Any]] = [list(model.parameters()) for model in models]
         later = [{"params": own[4:], "lr": 0.02} for own in params]
