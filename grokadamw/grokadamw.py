@@ -566,6 +566,7 @@ class GrokAdamW(Optimizer):
             ValueError: groups, parameters or shapes are not those that were saved, or it cannot be gone on from.
                 Nothing was loaded then.
         """
+        self._complete_groups()
         with keeping_precision(self):
             super().load_state_dict(state_dict)
         place_recorded(self.param_groups)
