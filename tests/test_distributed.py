@@ -447,7 +447,15 @@ def test_fsdp1_with_its_ranks_is_one_process(tmp_path: Path) -> None:
 def _ranks_with_less(rank: int) -> list[dict[str, float]]:
     """Steps where the second rank has less than the first; what the first has is always the same."""
     found = []
-    for how in ("no parameters", "no gradients", "NaN", "micro-batches", "raise", "all of it, and no clipping"):
+    for how in (
+        "no parameters",
+        "no gradients",
+        "NaN",
+        "micro-batches",
+        "raise",
+        "overflow",
+        "all of it, and no clipping",
+    ):
         p, q = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
         params = [] if how == "no parameters" and rank == 1 else [p, q]
         options: dict[str, Any] = {}
@@ -469,12 +477,17 @@ def _ranks_with_less(rank: int) -> list[dict[str, float]]:
                 with pytest.raises(RuntimeError, match=f"the gradients are not finite: .*{said}"):
                     optimizer.step()
                 continue
+            if how == "overflow" and step == 2:  # that a GradScaler has found on one rank
+                optimizer.grad_scale = torch.ones(())  # type: ignore[attr-defined]
+                optimizer.found_inf = torch.tensor(float(rank))  # type: ignore[attr-defined]
             optimizer.step()
+            if how == "overflow" and step == 2:
+                del optimizer.grad_scale, optimizer.found_inf
         metrics = optimizer.metrics()
         found.append({name: metrics[name] for name in ("grad_norm", "clip_coefficient", "skipped_steps")})
         assert optimizer.state_dict().keys() == {"state", "param_groups"}
         if params and rank == 0:
-            assert metrics["step"] == {"NaN": 3, "raise": 3, "micro-batches": 2}.get(how, 4)
+            assert metrics["step"] == {"NaN": 3, "raise": 3, "overflow": 3, "micro-batches": 2}.get(how, 4)
     return found
 
 
@@ -482,9 +495,9 @@ def _ranks_with_less(rank: int) -> list[dict[str, float]]:
 def test_ranks_with_less_take_part(tmp_path: Path) -> None:
     first, second = in_processes(_ranks_with_less, tmp_path)
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
-    norms = [math.sqrt(24), math.sqrt(24), math.sqrt(48), math.sqrt(24), math.sqrt(48), math.nan]
+    norms = [math.sqrt(24), math.sqrt(24), math.sqrt(48), math.sqrt(24), *[math.sqrt(48)] * 2, math.nan]
     assert [each["grad_norm"] for each in first] == pytest.approx(norms, nan_ok=True)
-    assert [each["skipped_steps"] for each in first] == [0, 0, 1, 0, 0, 0]
+    assert [each["skipped_steps"] for each in first] == [0, 0, 1, 0, 0, 0, 0]
 
 
 def _warm_up(rank: int) -> list[int]:
