@@ -3,12 +3,17 @@
 A step takes the shard of this rank out of each DTensor, and is plain from there on. What must be summed over ranks (the
 norm of all gradients, the norms of rows that are cut) is summed here, and so is the signal, so that every
 rank goes on with the same α and the same length of steps.
+
+Plain tensors count as whole, unless the optimizer has a `shard_group`: then each rank has others, as with FSDP1,
+pipeline stages, and torch's ZeroRedundancyOptimizer, which is known by being around the optimizer.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -143,19 +148,20 @@ def local_parts(tensors: Iterable[Tensor]) -> list[tuple[Shards | None, list[Ten
     return list(lists.items())
 
 
+def ranks() -> int:
+    """Return how many ranks there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]]) -> tuple[Any, bool]:
     """Return the mean of a signal over the ranks that have one, and whether this rank need not have one, as others do.
 
     All ranks call it; one that hears nothing, or has no parameters, too: else the others would wait for it. If none has
     a signal the mean is None. A GPU is not read back: there it is 0, and only the first rank is to miss a signal.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if ranks() == 1:
         return signal, False
-    device = next((param.device for group in groups for param in group["params"]), None)
-    config = dist.get_backend_config()  # as in "cpu:gloo,cuda:nccl"
-    if device is None or f"{device.type}:" not in config:  # parameters may be where ranks do not talk
-        on_gpu = "cuda:nccl" in config and torch.cuda.is_available()
-        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    device = _meeting_place(groups)
     pair = torch.zeros(2, dtype=torch.float64, device=device)
     pair[0] += 0.0 if signal is None else signal
     pair[1] += signal is not None
@@ -163,6 +169,66 @@ def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]]) -> tuple[Any,
     if device.type != "cpu":
         return pair[0] / pair[1].clamp(min=1), signal is None and dist.get_rank() > 0
     return (pair[0] / pair[1], signal is None) if pair[1] else (None, False)
+
+
+def _meeting_place(groups: Sequence[Mapping[str, Any]], group: Any = None) -> torch.device:
+    """Return the device that this rank talks to others from: that of its parameters, if ranks talk there."""
+    device = next((param.device for each in groups for param in each["params"]), None)
+    config = dist.get_backend_config(group)  # as in "cpu:gloo,cuda:nccl"
+    if device is not None and f"{device.type}:" in config:
+        return device  # type: ignore[no-any-return]
+    on_gpu = "cuda:nccl" in config and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def sum_over_ranks(values: Iterable[Any], groups: Sequence[Mapping[str, Any]], shard_group: Any) -> Tensor:
+    """Return the sum of numbers over these ranks, in float64. All of them call it, one that has no number, too."""
+    device = _meeting_place(groups, shard_group)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for value in values:
+        total += value.detach().to(device).reshape(()) if isinstance(value, Tensor) else value
+    dist.all_reduce(total, group=shard_group)
+    return total
+
+
+def check_shard_group(shard_group: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse ranks that plain parameters cannot be divided over: no process group, or not with a group's options."""
+    if shard_group is None:
+        return
+    if not dist.is_available() or not isinstance(shard_group, dist.ProcessGroup):
+        raise TypeError(
+            f"shard_group={shard_group!r} is no process group: give one that this rank is in, such as "
+            "torch.distributed.group.WORLD once init_process_group was called"
+        )
+    for group in groups:
+        for name in ("compat", "differentiable", "capturable"):
+            if group[name]:
+                raise ValueError(
+                    f"{name}={group[name]!r} with shard_group, or ranks of ZeroRedundancyOptimizer: leave one out"
+                )
+
+
+def zero_that_calls() -> Any:
+    """Return the ZeroRedundancyOptimizer that is making its local optimizer; None if there is none.
+
+    It does not say who it is: so this looks among the callers.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame: FrameType | None = sys._getframe(1) if module is not None else None
+    while frame := frame and frame.f_back:
+        if frame.f_code.co_name == "_init_local_optimizer":
+            zero = frame.f_locals.get("self")
+            return zero if isinstance(zero, module.ZeroRedundancyOptimizer) else None  # type: ignore[union-attr]
+    return None
+
+
+def state_is_asked_for() -> bool:
+    """Return True if torch.distributed.checkpoint calls, which takes a step to have state made."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame := frame and frame.f_back:
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+    return False
 
 
 def why_not_early(params: set[Tensor]) -> str | None:

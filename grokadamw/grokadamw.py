@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing the compiler
 from torch.optim import Optimizer
@@ -19,9 +21,11 @@ from ._numbers import as_number, as_share
 from ._warn import warn
 from .backends import Batch, Scalars
 from .backends.gpu_tables import Tables
+from .distributed import check_shard_group, ranks, zero_that_calls
 from .groups import check_model, grokking_groups
 from .options import (
     GROUP_KEYS,
+    OF_NO_GROUP,
     PROGRESS,
     RECORDED,
     check_group,
@@ -41,6 +45,10 @@ from .step.batches import Given
 from .step.stages import Run
 
 __all__ = ["GrokAdamW"]
+
+
+def _without(given: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in given or value is not given[name]}
 
 
 class GrokAdamW(Optimizer):
@@ -129,6 +137,11 @@ class GrokAdamW(Optimizer):
             bytes or 1. None: the dtype's own, with which a bfloat16 weight of 1 does not move by less than 0.004.
         rounding: how such a parameter is rounded to its dtype without master_weight_bits: ``"nearest"``, or
             ``"stochastic"``, which keeps small changes on average.
+        shard_group: the process group whose ranks have each a part of all plain parameters, as with FSDP1
+            (``torch.distributed.group.WORLD``), pipeline stages and DeepSpeed's ZeRO. N, and what is not finite, are
+            then those of all ranks, which must all call ``step``. None: plain parameters are whole on each rank, as
+            with DDP. DTensors (FSDP2) and ``ZeroRedundancyOptimizer`` need none: what they divide is known. Checkpoints
+            and pickles do not keep it.
         foreach: None for the fastest implementation that can take a tensor, see ``implementation``. True for torch's
             operations on lists of tensors. False for one tensor at a time, with the least scratch memory.
         maximize: climb instead of descend.
@@ -181,6 +194,7 @@ class GrokAdamW(Optimizer):
         rounding: str = "nearest",
         nonfinite: str = "skip",
         compat: str | None = None,
+        shard_group: dist.ProcessGroup | None = None,
         foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
@@ -198,7 +212,10 @@ class GrokAdamW(Optimizer):
         signals.check_amplifies(amplify_by_signal)
         defaults = group_defaults(arguments)
         defaults |= check_group(defaults, defaults)
-        self._run = Run(signals)
+        check_shard_group(shard_group, [defaults])
+        self._run = Run(signals, shard_group=shard_group)
+        if (zero := zero_that_calls()) is not None:
+            params = self._follow(zero, params, arguments)
         super().__init__(params, defaults)
         self._say_whether_it_unscales()
         signals.bind(self)
@@ -249,6 +266,36 @@ class GrokAdamW(Optimizer):
         optimizer._preset_gamma = None if "gamma" in options else preset["gamma"]
         return optimizer
 
+    def _follow(self, zero: Any, params: Any, arguments: dict[str, Any]) -> list[Any]:
+        """Go with a ZeroRedundancyOptimizer, which gives this optimizer its rank's part of each group; return them.
+
+        It puts all arguments into groups, and copies its groups over this one's before each step, and when it loads a
+        checkpoint, whose layers are another rank's.
+        """
+        given = {name: arguments[name] for name in OF_NO_GROUP if name in arguments}
+        zero.defaults = _without(given, zero.defaults)
+        for group in zero.param_groups:
+            kept = _without(given, group)
+            group.clear()
+            group.update(kept)
+        if zero.world_size > 1 and not rules_of(arguments).clips_each_tensor:
+            check_shard_group(zero.process_group, [arguments])
+            self._run.shard_group = zero.process_group
+        self._run.zero, me = weakref.ref(zero), weakref.ref(self)
+
+        def keep_layers(_: Any) -> None:
+            if (optimizer := me()) is not None:
+                optimizer._run.zero_layers = [group["layers"] for group in optimizer.param_groups]
+
+        zero.register_load_state_dict_post_hook(keep_layers)
+        return [_without(given, group) if isinstance(group, dict) else group for group in params]
+
+    def _tell_zero(self) -> None:
+        """Let a ZeroRedundancyOptimizer have what its groups would else overwrite at the next step."""
+        if (zero := self._run.zero()) is not None:
+            for group, outer in zip(self.param_groups, zero.param_groups, strict=False):
+                outer.update({name: group[name] for name in ("layers", *PROGRESS)})
+
     def _say_whether_it_unscales(self) -> None:
         """Tell GradScaler that this optimizer unscales; with micro-batches, too, to know of overflows."""
         if self.defaults["fused"] or self.defaults["accumulation_steps"] > 1:
@@ -293,14 +340,19 @@ class GrokAdamW(Optimizer):
         capturable = torch.cuda._initialized or any(map(itemgetter("capturable"), self.param_groups))
         capturing = capturable and capture.is_capturing(self)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        given = Given(self.param_groups, self.state, options, scale, found_inf, capturing, compiling)
+        shard_group = run.shard_group
+        given = Given(
+            *(self.param_groups, self.state, options, scale, found_inf, capturing, compiling), shard_group=shard_group
+        )
+        if shard_group is not None and found_inf is not None:
+            given = given._replace(found_inf=given.sum_over_ranks([found_inf]))
         if run.in_backward is not None:
             return run.in_backward.end(self, given)  # type: ignore[no-any-return]
         overflow = stages.is_overflow(given)
         if overflow or not stages.check_given(run, given):
             return [], None
         stages.begin(run, given, self._preset_gamma)
-        found_inf = None if overflow is False else found_inf
+        found_inf = None if overflow is False else given.found_inf
         return stages.prepare(run, given._replace(groups=self.param_groups, state=self.state, found_inf=found_inf))
 
     @_disable_dynamo
@@ -364,6 +416,7 @@ class GrokAdamW(Optimizer):
         given = {name: check(value, name) for name, value, check in checks if value is not None}
         for group in self.param_groups:
             group.update(given)
+        self._tell_zero()
         self._run.signals.check_age(given, self.param_groups)
         if eval_acc is not None:
             for listener in self._run.evaluation_listeners:
@@ -388,6 +441,7 @@ class GrokAdamW(Optimizer):
         self._complete_groups()
         self._run.names = layers.take_from(model, self.param_groups, self._run.names)
         self._run.layers_checked = False
+        self._tell_zero()
 
     def implementation(self) -> str:
         """Return which implementation updates the parameters, and why: a line for each, ``"name: reason"``.
@@ -417,7 +471,7 @@ class GrokAdamW(Optimizer):
         signal, or a norm that nothing asked for.
         """
         self._complete_groups()
-        self._run.settle(self.param_groups)
+        self._settle()
         run, states = self._run, states_of(self.param_groups, self.state)
         return metrics.as_floats(run.last, self.param_groups, states, run.signals, rules_of(self.defaults))
 
@@ -449,6 +503,12 @@ class GrokAdamW(Optimizer):
         *earlier, group = self.param_groups
         group.update(checked)
         accumulation.join(group, earlier)
+        if (zero := self._run.zero()) is not None and group["layer"] is None and "param_names" not in group:
+            whole = [each["params"] for each in zero.param_groups[len(earlier) : len(earlier) + 1]]
+            places = {param: place for params in whole for place, param in enumerate(params)}
+            group["layers"] = [
+                places.get(param, layer) for param, layer in zip(group["params"], group["layers"], strict=True)
+            ]
         self._run.layers_checked = False
 
     def _complete_groups(self) -> None:
@@ -457,12 +517,32 @@ class GrokAdamW(Optimizer):
         Raises:
             TypeError, ValueError: a value is not allowed. Nothing was filled in then.
         """
+        if self._run.zero_layers:
+            self._go_on_after_zero_loaded()
         for i, group in enumerate(self.param_groups):
             if "layers" not in group:
                 whole = {**self.defaults, **group}
                 group.update(whole | check_group(whole, self.defaults))
                 accumulation.join(group, self.param_groups[:i])
                 self._run.layers_checked = False
+        if any(len(group["layers"]) != len(group["params"]) for group in self.param_groups):
+            sentence = layers.make_one(self.param_groups, self._run.shard_group is None and ranks() > 1)
+            if sentence is not None and not self._run.flattened:
+                self._run.flattened = True  # DeepSpeed shows one group after the other
+                warn(sentence, UserWarning)
+
+    def _go_on_after_zero_loaded(self) -> None:
+        """Do what `load_state_dict` does, after a ZeroRedundancyOptimizer around this one has loaded for it."""
+        for group, own in zip(self.param_groups, self._run.zero_layers, strict=False):
+            group["layers"] = own
+        self._run.zero_layers = []
+        place_recorded(self.param_groups)
+        self._run.restart(self.param_groups[0]["signal_state"])
+        self._tell_zero()
+
+    def _settle(self) -> None:
+        self._run.settle(self.param_groups)
+        self._tell_zero()
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain data alone, as torch does, for ``torch.load(weights_only=True)``.
@@ -486,6 +566,7 @@ class GrokAdamW(Optimizer):
             ValueError: groups, parameters or shapes are not those that were saved, or it cannot be gone on from.
                 Nothing was loaded then.
         """
+        self._complete_groups()
         with keeping_precision(self):
             super().load_state_dict(state_dict)
         place_recorded(self.param_groups)
@@ -500,16 +581,24 @@ class GrokAdamW(Optimizer):
         make_savable(self.param_groups)
         for group in self.param_groups[:1]:
             group["signal_state"] = self._run.signals.state()
+        self._tell_zero()
 
     def __getstate__(self) -> dict[str, Any]:
         self._before_saving()
         signals = self._run.signals.for_pickle()
-        return {**super().__getstate__(), "_preset_gamma": self._preset_gamma, "_signals": signals}
+        own = {"_preset_gamma": self._preset_gamma, "_signals": signals}
+        return {**super().__getstate__(), **own, "_is_sharded": self._run.shard_group is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_pickled(state)
         state = dict(state)
         signals = state.pop("_signals", None)
+        if state.pop("_is_sharded", False):
+            warn(
+                "a pickle keeps no process group: the optimizer from it takes its parameters for whole. Construct "
+                "GrokAdamW(..., shard_group=...) and load a state_dict() instead",
+                UserWarning,
+            )
         earlier = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         for name, value in group_defaults({}).items():  # that an older version did not know
@@ -525,6 +614,7 @@ class GrokAdamW(Optimizer):
         """Copy the optimizer with its signals. Pickle keeps this package's own functions alone."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy({**self.__getstate__(), "_signals": None}, memo))
+        state = {**self.__getstate__(), "_signals": None, "_is_sharded": False}
+        copied.__setstate__(copy.deepcopy(state, memo))
         copied._run.follow(self._run, memo)
         return copied

@@ -87,6 +87,40 @@ def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping
     return {param: unwrapped(named[param]) for param in params if param in named}
 
 
+def is_flat(group: Mapping[str, Any]) -> bool:
+    """Return True if all that a group holds is one vector: a wrapper has replaced its parameters, as DeepSpeed does."""
+    return len(group["params"]) == 1 and group["params"][0].dim() == 1
+
+
+def make_one(groups: Sequence[dict[str, Any]], are_shards: bool) -> str | None:
+    """Take each flat tensor that has replaced a group's parameters for one layer; return what to say of what is lost.
+
+    Args:
+        are_shards: whether ranks may have other parts, whose gradients the optimizer's norm then leaves out.
+    """
+    lost: dict[str, str] = {}
+    for group in groups:
+        if len(group["layers"]) == len(group["params"]) or not is_flat(group):
+            continue
+        several = len(set(group["layers"])) > 1
+        group["layers"] = [0] if several else group["layers"][:1]
+        group.pop("param_names", None)
+        if several and group["gamma"]:
+            lost["gamma=0"] = f"gamma={group['gamma']:g} finds no layers in it, and takes all of it for layer 0"
+        for name in ("max_row_norm", "max_row_change"):
+            if group[name]:
+                lost[f"{name}=0"] = f"{name}={group[name]:g} finds no rows in it"
+        if are_shards and (group["gradient_clipping"] or group["nonfinite"] != "propagate"):
+            way_out = "gradient_clipping=0 and nonfinite='propagate', and let the wrapper clip, or shard_group"
+            lost[way_out] = "the norm of the gradients leaves out what other ranks have, if each has a part"
+    if not lost:
+        return None
+    return (
+        "a parameter group holds one flat tensor instead of its parameters, as DeepSpeed makes it: "
+        f"{'; '.join(lost.values())}. Give {'; '.join(lost)}"
+    )
+
+
 def decayed(beta1: float, gamma: float, layers: Sequence[int]) -> tuple[float, ...]:
     """Return β1_l = β1 (1 − γ)^l for each of these layers."""
     beta1, keep = float(beta1), 1 - float(gamma)

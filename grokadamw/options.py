@@ -119,10 +119,18 @@ def not_in_a_group(name: str, value: Any) -> None:
         )
 
 
+def no_ranks_in_a_group(name: str, value: Any) -> None:
+    """Refuse ranks in a parameter group; `distributed.check_shard_group` checks those that the constructor gets."""
+    if value is not None:
+        raise ValueError(
+            f"{name}={value!r} in a parameter group: it holds for the whole optimizer; pass it to GrokAdamW(...)"
+        )
+
+
 # The scope of an option:
 GROUP = "group"  # each parameter group has its own value
 OPTIMIZER = "optimizer"  # all groups have the constructor's value; one that says otherwise is refused
-SIGNALS = "signals"  # the value is in no group, and not in `defaults`
+RUNNING = "running"  # the running optimizer has it: it is no plain data, and in no group, and not in `defaults`
 
 # What loading a checkpoint does:
 TAKE = "take"  # take the checkpoint's value
@@ -150,12 +158,12 @@ OPTIONS: dict[str, Option] = {
     "alpha_init":                 Option(0.98,         partial(check_scalar, at_most=1),     GROUP,     TAKE, "0.1.2"),
     "lamb":                       Option(2.0,          check_number,                         GROUP,     TAKE, "0.1.2"),
     "gamma":                      Option(0.1,          partial(check_number, below=1),       GROUP,     TAKE, "0.1.2"),
-    "grokking_signal_fns":        Option(None,         not_in_a_group,                       SIGNALS,   KEEP, "0.1.2"),
+    "grokking_signal_fns":        Option(None,         not_in_a_group,                       RUNNING,   KEEP, "0.1.2"),
     "grokking_signal_decay_rate": Option(0.1,          check_number,                         GROUP,     TAKE, "0.1.2"),
     "gradient_clipping":          Option(1.0,          check_limit,                          GROUP,     TAKE, "0.1.2"),
     "max_row_norm":               Option(0.0,          check_limit,                          GROUP,     TAKE, "0.2.0"),
     "max_row_change":             Option(0.0,          check_limit,                          GROUP,     TAKE, "0.2.0"),
-    "combine":                    Option("mean",       not_in_a_group,                       SIGNALS,   KEEP, "0.2.0"),
+    "combine":                    Option("mean",       not_in_a_group,                       RUNNING,   KEEP, "0.2.0"),
     "second_moment":              Option("filtered",   one_of("filtered", "raw"),            OPTIMIZER, WARN, "0.2.0"),
     "amplify_after":              Option(0,            check_count,                          GROUP,     TAKE, "0.2.0"),
     "signal_boost":               Option(0.0,          check_number,                         GROUP,     TAKE, "0.2.0"),
@@ -168,18 +176,20 @@ OPTIONS: dict[str, Option] = {
     "rounding":                   Option("nearest",    one_of("nearest", "stochastic"),      OPTIMIZER, KEEP, "0.2.0"),
     "nonfinite":                  Option("skip",       one_of("skip", "raise", "propagate"), OPTIMIZER, KEEP, "0.2.0"),
     "compat":                     Option(None,         one_of(None, "0.1.2"),                OPTIMIZER, WARN, "0.2.0"),
+    "shard_group":                Option(None,         no_ranks_in_a_group,                  RUNNING,   KEEP, "0.2.0"),
     "foreach":                    Option(None,         one_of(None, True, False),            GROUP,     KEEP, "0.2.0"),
     "maximize":                   Option(False,        one_of(True, False),                  GROUP,     TAKE, "0.2.0"),
     "capturable":                 Option(False,        one_of(True, False),                  GROUP,     KEEP, "0.2.0"),
     "differentiable":             Option(False,        one_of(True, False),                  OPTIMIZER, KEEP, "0.2.0"),
     "fused":                      Option(None,         one_of(None, True, False),            GROUP,     KEEP, "0.2.0"),
-    "grokking_signal_fn":         Option(None,         not_in_a_group,                       SIGNALS,   KEEP, "0.2.0"),
+    "grokking_signal_fn":         Option(None,         not_in_a_group,                       RUNNING,   KEEP, "0.2.0"),
     "layer":                      Option(None,         or_none(check_count),                 GROUP,     TAKE, "0.2.0"),
 }
 # fmt: on
+OF_NO_GROUP = [name for name, option in OPTIONS.items() if option.scope == RUNNING]
 NEWER = {name for name, option in OPTIONS.items() if option.since != "0.1.2"}  # than the published release
 # Signals are in no group, but release 0.1.2 had their key there, and its users read it: it is None.
-_IN_GROUPS = [name for name, option in OPTIONS.items() if option.scope != SIGNALS or name not in NEWER]
+_IN_GROUPS = [name for name, option in OPTIONS.items() if option.scope != RUNNING or name not in NEWER]
 
 
 class Rules(NamedTuple):
@@ -261,7 +271,7 @@ def check_group(
                 f"{defaults[name]!r}; pass it to GrokAdamW(...)"
             )
         value = option.check(name, value)
-        if option.scope != SIGNALS:
+        if option.scope != RUNNING:
             checked[name] = value
     if not _TOGETHER.isdisjoint(names):
         _check_together(group)

@@ -7,6 +7,8 @@ import functools
 import gc
 import itertools
 import math
+import os
+import pickle
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -19,14 +21,16 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from grokadamw import GrokAdamW, Grokfast, _numbers, grokadamw, signals
+from grokadamw import GrokAdamW, Grokfast, _numbers, grokadamw, signals, step_in_backward
 from grokadamw.signals import SlowGradient, memorisation
 from grokadamw.state import slots
+from grokadamw.step import cache, stages
 
-from .models import KEEPERS, network, train
+from .models import KEEPERS, batch, network, train
 
 RANKS = 2
 
@@ -139,12 +143,21 @@ def test_no_rank_waits_for_another_that_hears_less(tmp_path: Path) -> None:
     assert {boost for _, boost in first} == {1.0, 1.5}
 
 
+DEVICE = "numbers on the device"
+
+
+def _numbers_on_the_device() -> None:
+    """From here on, let a step do as if reading a tensor on the CPU made it wait."""
+    for module in (grokadamw, _numbers, signals, slots, stages, cache):
+        module.reads_are_free = lambda device: False  # type: ignore[attr-defined]
+
+
 def _sharded(rank: int) -> list[dict[str, Any]]:
     """Sharded whole, in part (the first layer is sharded, the others are plain), across rows, and with numbers kept as
     tensors."""
     mesh = init_device_mesh("cpu", (RANKS,))
     results = []
-    for how in ("whole", "in part", "across rows", "numbers on the device"):
+    for how in ("whole", "in part", "across rows", DEVICE):
         model = network()
         fully_shard(model[0], mesh=mesh)
         if how == "across rows":
@@ -152,9 +165,8 @@ def _sharded(rank: int) -> list[dict[str, Any]]:
             assert model[2].weight.placements == (Shard(1),)
         if how != "in part":
             fully_shard(model, mesh=mesh)
-        if how == "numbers on the device":
-            for module in (grokadamw, _numbers, signals, slots):
-                module.reads_are_free = lambda device: False  # type: ignore[attr-defined]
+        if how == DEVICE:
+            _numbers_on_the_device()
         optimizer = _run(model)
         assert isinstance(optimizer.state[model[0].weight]["exp_avg"], DTensor)
         assert optimizer.implementation().startswith("cpu: ")
@@ -316,3 +328,277 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore")
 def test_a_sharded_checkpoint_goes_on(tmp_path: Path) -> None:
     assert in_processes(functools.partial(_resumed_from, tmp_path), tmp_path) == [True, True]
+
+
+# plain parameters that are divided over ranks
+
+OPTIONS: dict[str, Any] = {
+    "lr": 0.01,
+    "gradient_clipping": 0.1,
+    "gamma": 0.2,
+    "signal_boost": 1.0,
+    "grokking_signal_fns": memorisation,
+}
+
+
+def _trained(model: torch.nn.Module, optimizer: Any, steps: range, inner: Any = None) -> None:
+    """Train with losses that are recorded, and gradients of which one step has NaN."""
+
+    def take_step(step: int, loss: torch.Tensor) -> None:
+        if step % 3 == 0:
+            (inner or optimizer).record(train_loss=0.1, eval_loss=0.2 + 0.01 * step)
+        if step == 5:
+            params = [p for p in model.parameters() if p.grad is not None and p.grad.numel()]
+            params[-1].grad.view(-1)[0] = torch.nan  # with FSDP1, in each rank's own shard
+        optimizer.step()
+
+    train(model, steps, take_step)
+
+
+def _with_zero(rank: int) -> dict[str, Any]:
+    """The largest differences between ZeRO on two ranks and an optimizer that has it all."""
+    found: dict[str, Any] = {}
+    for how in (
+        "as it comes",
+        "layers of the model",
+        "groups",
+        "added",
+        "loaded",
+        "a bucket",
+        "a group is given",
+        DEVICE,
+    ):
+        if how == DEVICE:
+            _numbers_on_the_device()
+        models = [network(torch.float64) for _ in range(3)]
+        params: list[list[Any]] = [list(model.parameters()) for model in models]
+        later = [{"params": own[4:], "lr": 0.02} for own in params]
+        if how in ("groups", "added"):
+            params = [[{"params": own[:4]}] for own in params]
+        if how == "groups":
+            params = [[*own, group] for own, group in zip(params, later, strict=True)]
+        one = GrokAdamW(params[0], **OPTIONS)
+        extra = {"shard_group": dist.group.WORLD} if how == "a group is given" else {}
+        zeros = [
+            ZeroRedundancyOptimizer(own, GrokAdamW, parameters_as_bucket_view=how == "a bucket", **OPTIONS, **extra)
+            for own in params[1:]
+        ]
+        if how == "added":
+            for optimizer, group in zip((one, *zeros), later, strict=True):
+                optimizer.add_param_group(group)
+        if how in ("layers of the model", "loaded"):
+            for optimizer, model in zip((one, *(zero.optim for zero in zeros)), models, strict=True):
+                optimizer.set_layers(model)
+        (zero, other), end = zeros, 10 if how == "loaded" else 20
+        _trained(models[0], one, range(20))
+        _trained(models[1], zero, range(end), zero.optim)
+        compared = models[1]
+        if how == "loaded":
+            zero.consolidate_state_dict()
+            everyone = [None if rank else zero.state_dict()]
+            dist.broadcast_object_list(everyone, src=0)  # the first rank's, as from a file
+            models[2].load_state_dict(models[1].state_dict())
+            other.load_state_dict(everyone[0])
+            _trained(models[2], other, range(10, 20), other.optim)
+            zero, compared = other, models[2]
+        pairs = zip(models[0].parameters(), compared.parameters(), strict=True)
+        metrics = [optimizer.metrics() for optimizer in (one, zero.optim)]
+        assert metrics[1]["skipped_steps"] == 1
+        assert metrics[1]["boost"] > 1
+        assert metrics[1]["clip_coefficient"] < 1
+        found[how] = [max((a - b).abs().max().item() for a, b in pairs)]
+        same = ("signal", "alpha", "boost", "grad_norm", "clip_coefficient", "skipped_steps")
+        found[how] += [abs(metrics[0][name] - metrics[1][name]) for name in same]
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_zero_is_one_process(tmp_path: Path) -> None:
+    for found in in_processes(_with_zero, tmp_path):
+        for how, differences in found.items():
+            assert max(differences) < 1e-9, how
+
+
+def _with_fsdp1(rank: int) -> dict[str, float]:
+    found = {}
+    for original in (True, False):
+        options = {**OPTIONS, "shard_group": dist.group.WORLD, **({} if original else {"gamma": 0.0})}
+        models = [network(torch.float64) for _ in range(2)]
+        one = GrokAdamW(models[0].named_parameters(), **{**options, "shard_group": None})
+        device = torch.device("cpu")
+        sharded = FullyShardedDataParallel(models[1], use_orig_params=original, device_id=device)
+        optimizer = GrokAdamW(sharded.named_parameters(), **options)
+        _trained(models[0], one, range(20))
+        _trained(sharded, optimizer, range(20))
+        with FullyShardedDataParallel.summon_full_params(sharded):
+            pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+            found[f"weights {original}"] = max((a - b).abs().max().item() for a, b in pairs)
+        assert optimizer.metrics()["skipped_steps"] == one.metrics()["skipped_steps"] == 1
+        found[f"norm {original}"] = abs(optimizer.metrics()["grad_norm"] - one.metrics()["grad_norm"])
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp1_with_its_ranks_is_one_process(tmp_path: Path) -> None:
+    for found in in_processes(_with_fsdp1, tmp_path):
+        assert max(found.values()) < 1e-9, found
+
+
+def _ranks_with_less(rank: int) -> list[dict[str, float]]:
+    """Steps where the second rank has less than the first; what the first has is always the same."""
+    found = []
+    for how in (
+        "no parameters",
+        "no gradients",
+        "NaN",
+        "micro-batches",
+        "raise",
+        "overflow",
+        "all of it, and no clipping",
+    ):
+        p, q = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
+        params = [] if how == "no parameters" and rank == 1 else [p, q]
+        options: dict[str, Any] = {}
+        if how == "micro-batches":
+            options = {"accumulation_steps": 2, "second_moment": "raw"}
+        if how == "raise":
+            options = {"nonfinite": "raise"}
+        if how == "all of it, and no clipping":
+            options = {"nonfinite": "propagate", "gradient_clipping": 0.0}
+        optimizer = GrokAdamW([{"params": params}], shard_group=dist.group.WORLD, **options)
+        for step in range(4):
+            for each in params:
+                has_none = rank == 1 and how in ("no gradients", "micro-batches")
+                each.grad = None if has_none else torch.full_like(each, 2.0)
+            if rank == 1 and how in ("NaN", "raise") and step == 2:
+                q.grad[1] = torch.nan
+            if how == "raise" and step == 2:
+                said = "group 0" if rank == 1 else "another rank's"
+                with pytest.raises(RuntimeError, match=f"the gradients are not finite: .*{said}"):
+                    optimizer.step()
+                continue
+            if how == "overflow" and step == 2:  # that a GradScaler has found on one rank
+                optimizer.grad_scale = torch.ones(())  # type: ignore[attr-defined]
+                optimizer.found_inf = torch.tensor(float(rank))  # type: ignore[attr-defined]
+            optimizer.step()
+            if how == "overflow" and step == 2:
+                del optimizer.grad_scale, optimizer.found_inf
+        metrics = optimizer.metrics()
+        found.append({name: metrics[name] for name in ("grad_norm", "clip_coefficient", "skipped_steps")})
+        assert optimizer.state_dict().keys() == {"state", "param_groups"}
+        if params and rank == 0:
+            assert metrics["step"] == {"NaN": 3, "raise": 3, "overflow": 3, "micro-batches": 2}.get(how, 4)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_with_less_take_part(tmp_path: Path) -> None:
+    first, second = in_processes(_ranks_with_less, tmp_path)
+    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    norms = [math.sqrt(24), math.sqrt(24), math.sqrt(48), math.sqrt(24), *[math.sqrt(48)] * 2, math.nan]
+    assert [each["grad_norm"] for each in first] == pytest.approx(norms, nan_ok=True)
+    assert [each["skipped_steps"] for each in first] == [0, 0, 1, 0, 0, 0, 0]
+
+
+def _warm_up(rank: int) -> list[int]:
+    """A first step with lr 0, where one rank has gradients of 0, and the state that a checkpoint asks one rank for."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = GrokAdamW([p], lr=0.0, shard_group=dist.group.WORLD)
+    p.grad = torch.full_like(p, float(rank))
+    optimizer.step()
+    other = GrokAdamW([p], shard_group=dist.group.WORLD)
+    p.grad = None
+    if rank == 0:
+        torch.distributed.checkpoint.state_dict._init_optim_state(other)  # type: ignore[attr-defined]
+    return [int(optimizer.state[p]["step"]), len(other.state)]
+
+
+def test_a_rank_whose_first_gradients_are_zero_takes_its_step(tmp_path: Path) -> None:
+    assert in_processes(_warm_up, tmp_path) == [[1, 1], [1, 0]]
+
+
+def _copies(rank: int) -> list[str]:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = GrokAdamW([p], shard_group=dist.group.WORLD)
+    said = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert copy.deepcopy(optimizer)._run.shard_group is dist.group.WORLD
+        assert caught == []
+        unpickled = pickle.loads(pickle.dumps(optimizer))
+        assert unpickled._run.shard_group is None
+        assert pickle.loads(pickle.dumps(unpickled))._run.shard_group is None
+        said += [str(each.message).partition(":")[0] for each in caught]
+    for refused in ({"compat": "0.1.2"}, {"differentiable": True}, {"capturable": True}):
+        with pytest.raises(ValueError, match="with shard_group, or ranks of ZeroRedundancyOptimizer: leave one out"):
+            GrokAdamW([p], shard_group=dist.group.WORLD, **refused)
+    with pytest.raises(ValueError, match="step_in_backward with shard_group"):
+        step_in_backward(optimizer, clip_by="last")
+    assert ZeroRedundancyOptimizer([p], GrokAdamW, compat="0.1.2").optim._run.shard_group is None  # clips tensors
+    with pytest.raises(ValueError, match="ranks of ZeroRedundancyOptimizer: leave one out"):
+        ZeroRedundancyOptimizer([p], GrokAdamW, capturable=True)
+    optimizer.param_groups[0]["capturable"] = True
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="with shard_group, or ranks of ZeroRedundancyOptimizer: leave one out"):
+        optimizer.step()
+    return said
+
+
+def test_a_process_group_is_in_copies_and_in_no_pickle(tmp_path: Path) -> None:
+    assert in_processes(_copies, tmp_path) == [["a pickle keeps no process group"]] * 2
+
+
+def test_what_is_no_process_group_is_refused() -> None:
+    for wrong in (2, "world", [0, 1]):
+        with pytest.raises(TypeError, match="is no process group: give one that this rank is in"):
+            GrokAdamW([torch.nn.Parameter(torch.ones(3))], shard_group=wrong)  # type: ignore[arg-type]
+
+
+def _with_deepspeed(rank: int) -> list[tuple[float, list[str]]]:
+    """How far DeepSpeed, which trains float32 copies of bfloat16 weights, is from doing that by hand; what is said."""
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(RANKS))
+    deepspeed = pytest.importorskip("deepspeed")
+    found = []
+    for stage, gamma, named in ((1, 0.0, True), (2, 0.0, False), (2, 0.2, True)):
+        options = {"lr": 0.01, "gradient_clipping": 0.1, "gamma": gamma}
+        models = [network(torch.bfloat16) for _ in range(2)]
+        whole_ones = [p.detach().float().requires_grad_() for p in models[0].parameters()]
+        by_hand = GrokAdamW([{"params": whole_ones, "layer": 0}], **options)
+        params = models[1].named_parameters() if named else models[1].parameters()
+        optimizer = GrokAdamW(params, shard_group=dist.group.WORLD, **options)
+        config = {
+            "train_batch_size": RANKS,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            engine, *_ = deepspeed.initialize(
+                model=models[1], optimizer=optimizer, config=config, dist_init_required=False
+            )
+            for step in range(5):
+                x, y = batch(step, torch.bfloat16)
+                models[0].zero_grad()
+                (models[0](x) - y).square().mean().backward()
+                for p, q in zip(whole_ones, models[0].parameters(), strict=True):
+                    p.grad = q.grad.float()
+                by_hand.step()
+                for p, q in zip(whole_ones, models[0].parameters(), strict=True):
+                    q.data.copy_(p)
+                engine.backward((engine(x) - y).square().mean())
+                engine.step()
+        pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+        flat = [str(each.message) for each in said if "one flat tensor" in str(each.message)]
+        found.append((max((a - b).abs().max().item() for a, b in pairs), flat))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_deepspeed_trains_its_flat_parts(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    for ranks in in_processes(_with_deepspeed, tmp_path):
+        assert max(difference for difference, _ in ranks) < 1e-6
+        assert [len(said) for _, said in ranks] == [0, 0, 1]
+        assert "gamma=0.2 finds no layers in it, and takes all of it for layer 0. Give gamma=0" in ranks[-1][1][0]

@@ -6,6 +6,7 @@ import copy
 import linecache
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -288,3 +289,36 @@ def test_a_group_taken_from_another_optimizer_keeps_its_layers() -> None:
     first = GrokAdamW(model.parameters())
     first.set_layers(model)
     assert GrokAdamW(first.param_groups).param_groups[0]["layers"] == [0, 0, 1, 1, 2, 2]
+
+
+def _flattened(**options: Any) -> GrokAdamW:
+    """An optimizer whose group's parameters were replaced by one vector, as DeepSpeed does after its construction."""
+    model = network()
+    optimizer = GrokAdamW(model.named_parameters(), **options)
+    flat = torch.cat([p.detach().view(-1) for p in model.parameters()]).requires_grad_()
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]
+    return optimizer
+
+
+def test_a_flat_tensor_is_one_layer_and_says_so_once() -> None:
+    optimizer = _flattened(max_row_norm=1.0)
+    said = (
+        "one flat tensor instead of its parameters, as DeepSpeed makes it: gamma=0.1 finds no layers in it, and takes "
+        "all of it for layer 0; max_row_norm=1 finds no rows in it. Give gamma=0; max_row_norm=0"
+    )
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        optimizer.step()
+    assert optimizer.param_groups[0]["layers"] == [0]
+    assert "param_names" not in optimizer.param_groups[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        quiet = _flattened(gamma=0.0)
+        quiet.load_state_dict(optimizer.state_dict())  # before its first step
+        quiet.step()
+        at_once = GrokAdamW([{"params": [torch.zeros(2, 2), torch.zeros(2)], "layer": 3}])
+        at_once.param_groups[0]["params"] = [torch.zeros(6)]
+    assert [row.layer for row in at_once.layer_table()] == [3]
+    (flat,), (same,) = (each.param_groups[0]["params"] for each in (optimizer, quiet))
+    assert quiet.state[same]["step"] == optimizer.state[flat]["step"] + 1

@@ -23,7 +23,7 @@ from grokadamw.options import GROUP_KEYS, OPTIONS
 
 from .models import parameters
 
-SIGNALS = {"grokking_signal_fns", "grokking_signal_fn", "combine"}
+SIGNALS = {"grokking_signal_fns", "grokking_signal_fn", "combine", "shard_group"}  # what is in no group
 OF_THE_OPTIMIZER = {
     *("second_moment", "nonfinite", "compat", "differentiable"),
     *("amplify_by_signal", "window_size", "window_dtype", "accumulation_steps"),

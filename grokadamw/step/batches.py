@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .. import backends as update
 from .. import layers
-from .._numbers import as_real
+from .._numbers import Number, as_real
 from ..backends import BY_ADDRESS, Batch, Choice, decoded, foreach, gpu, memory, reference
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges
 from ..backends.types import Coded, written
-from ..distributed import Shards, blocks_before, local, part, placed, shards_of
+from ..distributed import Shards, blocks_before, local, part, placed, shards_of, sum_over_ranks
 from ..options import rules_of
 from ..state import window
 from ..state.formats import BLOCK, EXTRAS, is_coded, may_be_coded
@@ -37,6 +37,11 @@ class Given(NamedTuple):
     capturing: bool = False  # whether a CUDA graph is being captured
     compiling: bool = False  # whether torch.compile will see what is written
     first: int = 0  # the number of the groups' first parameter among all of the optimizer's
+    shard_group: Any = None  # the ranks that plain parameters are divided over
+
+    def sum_over_ranks(self, values: Iterable[Number]) -> Tensor:
+        """Return the sum of numbers of plain parameters over the ranks that these are divided over, in float64."""
+        return sum_over_ranks(values, self.groups, self.shard_group)
 
 
 class Entry(NamedTuple):

@@ -49,11 +49,15 @@ def measure(
     if not norm_is_wanted(limits, nonfinite):
         norms = [None] * len(limits)
     elif sum_of_squares is None and found.squares is not None and found.at is not None:
-        norms = [math.sqrt(found.squares(found.at))] * len(limits)
+        squares = found.squares(found.at)
+        if given.shard_group is not None:
+            squares = given.sum_over_ranks([squares]).item()
+        norms = [math.sqrt(squares)] * len(limits)
     elif apart:
         norms = [_norm([(batch.shards, batch.grads)], sum_of_squares, home) for batch in found.batches]
     else:
-        norms = [_norm(found.grads, sum_of_squares, home)] * len(limits)
+        over_ranks = None if given.shard_group is None else given.sum_over_ranks
+        norms = [_norm(found.grads, sum_of_squares, home, over_ranks)] * len(limits)
     if scale is not None:
         unscale = 1 / as_number(scale, "grad_scale")
         norms = [None if norm is None else product(norm, unscale) for norm in norms]
@@ -106,21 +110,39 @@ def norm_is_wanted(limits: Sequence[float], nonfinite: str) -> bool:
     return nonfinite != "propagate" or any(limit > 0 for limit in limits)
 
 
-def global_norm(tensors: Sequence[Tensor], sum_of_squares: SumOfSquares, home: torch.device | None) -> Number:
-    """Return N = √Σg² over all elements of all tensors, on any devices: a float, or with home a 0-d tensor there."""
-    return _norm([(shards, list(map(as_real, parts))) for shards, parts in local_parts(tensors)], sum_of_squares, home)
+def global_norm(
+    tensors: Sequence[Tensor],
+    sum_of_squares: SumOfSquares,
+    home: torch.device | None,
+    over_ranks: Callable[[list[Tensor]], Tensor] | None = None,
+) -> Number:
+    """Return N = √Σg² over all elements of all tensors, on any devices: a float, or with home a 0-d tensor there.
+
+    `over_ranks` sums what the plain tensors of this rank have, as `Given.sum_over_ranks` does.
+    """
+    lists = [(shards, list(map(as_real, parts))) for shards, parts in local_parts(tensors)]
+    return _norm(lists, sum_of_squares, home, over_ranks)
 
 
 def _norm(
-    lists: Sequence[tuple[Shards | None, Sequence[Tensor]]], sum_of_squares: SumOfSquares, home: torch.device | None
+    lists: Sequence[tuple[Shards | None, Sequence[Tensor]]],
+    sum_of_squares: SumOfSquares,
+    home: torch.device | None,
+    over_ranks: Callable[[list[Tensor]], Tensor] | None = None,
 ) -> Number:
     sums: list[Tensor] = []
+    plain: list[Tensor] = []
     for shards, tensors in lists:
         by_device: dict[torch.device, list[Tensor]] = {}
         for tensor in tensors:
             by_device.setdefault(tensor.device, []).append(tensor)
         here = map(sum_of_squares, by_device.values())
-        sums += here if shards is None else [shards.sum(total) for total in here]
+        if shards is None and over_ranks is not None:
+            plain += here
+        else:
+            sums += here if shards is None else [shards.sum(total) for total in here]
+    if over_ranks is not None:  # at the end, and where this rank has none, too: all ranks must meet
+        sums.append(over_ranks(plain))
     if home is None:
         return math.sqrt(sum(total.item() for total in sums))
     total = torch.stack([total.to(home) for total in sums]).sum()

@@ -27,6 +27,7 @@ from ..accumulation import Cycle
 from ..backends import foreach, gpu, rows
 from ..backends.gpu_tables import Tables
 from ..backends.types import WHOLE, Batch, MicroStep, Scalars
+from ..distributed import check_shard_group, state_is_asked_for
 from ..options import check_changed, rules_of
 from . import capture, metrics, norm
 from .alpha import Signals, alpha_of, amplification, boost_of, hear
@@ -56,6 +57,10 @@ class Run:
     cache: Cache = field(default_factory=Cache)  # the batches of earlier steps
     evaluation_listeners: list[Callable[[], None]] = field(default_factory=list)  # called after record(eval_acc=…)
     in_backward: Any = None  # `step_in_backward`'s handle, while parameters are updated in the backward pass
+    shard_group: Any = None  # the ranks that plain parameters are divided over
+    flattened: bool = False  # whether it was said what a flat tensor instead of parameters loses
+    zero: Callable[[], Any] = lambda: None  # the ZeroRedundancyOptimizer around this one, if there is
+    zero_layers: list[list[int]] = field(default_factory=list)  # as they were before that loaded another rank's
     graphs: list[Any] = field(default_factory=list)  # what CUDA graphs of the step read, besides tensors that users see
 
     def settle(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -86,6 +91,7 @@ class Run:
             boosts=[self.captured_boosts.get(i, boost) for i, boost in enumerate(last.boosts)],
         )
         self.layers_checked, self.stepped = other.layers_checked, other.stepped
+        self.shard_group = other.shard_group  # the same, of which there is no copy
 
 
 def is_overflow(given: Given) -> bool | None:
@@ -102,7 +108,11 @@ def check_given(run: Run, given: Given) -> bool:
     groups, state, options = given[:3]
     check_changed(groups, options, run.checked)
     if any(map(itemgetter("capturable"), groups)):
+        check_shard_group(given.shard_group, groups)
         capture.check_devices(groups)
+    if given.shard_group is not None and not state and state_is_asked_for():
+        make_state(collect(given, run.names), given)  # without the other ranks, which may have theirs
+        return False
     check_finite(run, given)
     if state and not given.capturing:
         return True
@@ -110,7 +120,8 @@ def check_given(run: Run, given: Given) -> bool:
     if given.capturing:
         capture.check_state(entries, given, bool(run.last.alphas))
     # It asks for state by a step that has none yet, with lr 0 and gradients of 0. A warm-up's first step has gradients.
-    if state or not entries or any(as_float(group["lr"]) != 0 for group in groups):
+    # Where others may have gradients that are not 0, this rank goes on with them.
+    if state or not entries or given.shard_group is not None or any(as_float(group["lr"]) != 0 for group in groups):
         return True
     if _norm_now([entry.grad for entry in entries], given) != 0:
         return True
@@ -123,11 +134,13 @@ def check_finite(run: Run, given: Given) -> None:
     if given.options["nonfinite"] == "raise" and not given.capturing:
         params = [p for group in given.groups for p in group["params"] if p.grad is not None]
         if not math.isfinite(_norm_now([p.grad.resolve_conj() for p in params if not p.grad.is_sparse], given)):
-            raise _not_finite(run, given.groups, params)
+            raise _not_finite(run, given, params)
 
 
 def _norm_now(grads: list[Tensor], given: Given) -> float:
-    return as_float(norm.global_norm(grads, update.sum_of_squares(given.options, given.compiling), None))
+    sum_of_squares = update.sum_of_squares(given.options, given.compiling)
+    over_ranks = None if given.shard_group is None else given.sum_over_ranks
+    return as_float(norm.global_norm(grads, sum_of_squares, None, over_ranks))
 
 
 def check_layers(run: Run, given: Given, preset_gamma: float | None) -> None:
@@ -179,11 +192,14 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     found = run.cache.batches(given if cycle is None else given._replace(groups=held), run.names, missing)
     if given.capturing and found.tables is not None:
         run.graphs.append(found.tables)
-    if not (found.params or run.idle) and any(group["params"] for group in groups):
+    is_idle = not found.params and given.shard_group is None and any(group["params"] for group in groups)
+    if is_idle and not run.idle:
         run.idle = True
         warn("a step found no gradient, and changed nothing: call loss.backward() before optimizer.step()", UserWarning)
 
     limits = [float(held[batch.group]["gradient_clipping"]) for batch in found.batches]
+    if given.shard_group is not None:  # ranks must ask for the norm alike, whichever parameters they have
+        limits.append(min((x for group in held if (x := float(group["gradient_clipping"])) > 0), default=0.0))
     stats = _measured(run, given, found, limits)
     norms, clips = stats.norms, stats.clips
     if options["differentiable"]:
@@ -197,7 +213,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
 
     rules, calls = rules_of(options), []
     finite = None if stats.finite is True else torch.as_tensor(stats.finite)
-    for batch, factor in zip(found.batches, stats.factors, strict=True):
+    for batch, factor in zip(found.batches, stats.factors[: len(found.batches)], strict=True):
         group, device = held[batch.group], batch.params[0].device
         beta1s = _beta1s(group["betas"][0], group["gamma"], batch.layers)
         lr, alpha, clip = group["lr"], 1.0 if batch.windows is not None else alphas[batch.group], factor
@@ -271,7 +287,8 @@ def _measured(run: Run, given: Given, found: Batches, limits: list[float]) -> no
     on_one_gpu = home is not None and len(found.devices) == 1 and not rules.clips_each_tensor
     if sum_of_squares is update.fastest_sum_of_squares:
         # what a graph reads must not come and go
-        if on_one_gpu and nonfinite != "raise" and (found.tables or not given.capturing):
+        judges = on_one_gpu and nonfinite != "raise" and given.shard_group is None
+        if judges and (found.tables or not given.capturing):
             judged = norm.judge(found, limits, given, nonfinite, counter)
             if judged is not None:
                 return judged
@@ -279,18 +296,19 @@ def _measured(run: Run, given: Given, found: Batches, limits: list[float]) -> no
             sum_of_squares = foreach.sum_of_squares
     stats = norm.measure(found, limits, given, nonfinite, sum_of_squares, apart=rules.clips_each_tensor, home=home)
     if nonfinite == "raise" and not stats.finite:  # a signal has made them so
-        raise _not_finite(run, groups, found.params)
+        raise _not_finite(run, given, found.params)
     if stats.skipped is not None:
         total = counter(stats.skipped.device)
         total.add_(stats.skipped.to(total.device))  # in place, for CUDA graphs
     return stats
 
 
-def _not_finite(run: Run, groups: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> RuntimeError:
+def _not_finite(run: Run, given: Given, params: Sequence[Tensor]) -> RuntimeError:
     found = [param for param in params if param.grad is not None and not param.grad.isfinite().all()]
-    names = ", ".join(layers.name_of(param, groups, run.names) for param in found)
+    names = ", ".join(layers.name_of(param, given.groups, run.names) for param in found)
+    others = "their sum of squares overflows" if given.shard_group is None else "another rank's, or Σg² overflows"
     return RuntimeError(
-        f"the gradients are not finite: {names or 'their sum of squares overflows'}. Nothing was written; "
+        f"the gradients are not finite: {names or others}. Nothing was written; "
         'nonfinite="skip" goes on without such a step'
     )
 
