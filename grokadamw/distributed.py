@@ -208,20 +208,6 @@ def check_shard_group(shard_group: Any, groups: Sequence[Mapping[str, Any]]) -> 
                 )
 
 
-def zero_that_calls() -> Any:
-    """Return the ZeroRedundancyOptimizer that is making its local optimizer; None if there is none.
-
-    It does not say who it is: so this looks among the callers.
-    """
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame: FrameType | None = sys._getframe(1) if module is not None else None
-    while frame := frame and frame.f_back:
-        if frame.f_code.co_name == "_init_local_optimizer":
-            zero = frame.f_locals.get("self")
-            return zero if isinstance(zero, module.ZeroRedundancyOptimizer) else None  # type: ignore[union-attr]
-    return None
-
-
 def state_is_asked_for() -> bool:
     """Return True if torch.distributed.checkpoint calls, which takes a step to have state made."""
     frame: FrameType | None = sys._getframe(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
 from typing import Any, overload
@@ -15,17 +14,16 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, without im
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
-from . import accumulation, layers
+from . import accumulation, layers, zero
 from ._hints import check_params, misspelt, with_hints, with_model
 from ._numbers import as_number, as_share
 from ._warn import warn
 from .backends import Batch, Scalars
 from .backends.gpu_tables import Tables
-from .distributed import check_shard_group, ranks, zero_that_calls
+from .distributed import check_shard_group, ranks
 from .groups import check_model, grokking_groups
 from .options import (
     GROUP_KEYS,
-    OF_NO_GROUP,
     PROGRESS,
     RECORDED,
     check_group,
@@ -45,10 +43,6 @@ from .step.batches import Given
 from .step.stages import Run
 
 __all__ = ["GrokAdamW"]
-
-
-def _without(given: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in given or value is not given[name]}
 
 
 class GrokAdamW(Optimizer):
@@ -214,8 +208,8 @@ class GrokAdamW(Optimizer):
         defaults |= check_group(defaults, defaults)
         check_shard_group(shard_group, [defaults])
         self._run = Run(signals, shard_group=shard_group)
-        if (zero := zero_that_calls()) is not None:
-            params = self._follow(zero, params, arguments)
+        if (outer := zero.caller()) is not None:
+            params = zero.follow(outer, self, params, arguments)
         super().__init__(params, defaults)
         self._say_whether_it_unscales()
         signals.bind(self)
@@ -265,36 +259,6 @@ class GrokAdamW(Optimizer):
         optimizer.set_layers(model)  # in the model's order, and not in that of the groups
         optimizer._preset_gamma = None if "gamma" in options else preset["gamma"]
         return optimizer
-
-    def _follow(self, zero: Any, params: Any, arguments: dict[str, Any]) -> list[Any]:
-        """Go with a ZeroRedundancyOptimizer, which gives this optimizer its rank's part of each group; return them.
-
-        It puts all arguments into groups, and copies its groups over this one's before each step, and when it loads a
-        checkpoint, whose layers are another rank's.
-        """
-        given = {name: arguments[name] for name in OF_NO_GROUP if name in arguments}
-        zero.defaults = _without(given, zero.defaults)
-        for group in zero.param_groups:
-            kept = _without(given, group)
-            group.clear()
-            group.update(kept)
-        if zero.world_size > 1 and not rules_of(arguments).clips_each_tensor:
-            check_shard_group(zero.process_group, [arguments])
-            self._run.shard_group = zero.process_group
-        self._run.zero, me = weakref.ref(zero), weakref.ref(self)
-
-        def keep_layers(_: Any) -> None:
-            if (optimizer := me()) is not None:
-                optimizer._run.zero_layers = [group["layers"] for group in optimizer.param_groups]
-
-        zero.register_load_state_dict_post_hook(keep_layers)
-        return [_without(given, group) if isinstance(group, dict) else group for group in params]
-
-    def _tell_zero(self) -> None:
-        """Let a ZeroRedundancyOptimizer have what its groups would else overwrite at the next step."""
-        if (zero := self._run.zero()) is not None:
-            for group, outer in zip(self.param_groups, zero.param_groups, strict=False):
-                outer.update({name: group[name] for name in ("layers", *PROGRESS)})
 
     def _say_whether_it_unscales(self) -> None:
         """Tell GradScaler that this optimizer unscales; with micro-batches, too, to know of overflows."""
@@ -416,7 +380,7 @@ class GrokAdamW(Optimizer):
         given = {name: check(value, name) for name, value, check in checks if value is not None}
         for group in self.param_groups:
             group.update(given)
-        self._tell_zero()
+        zero.tell(self)
         self._run.signals.check_age(given, self.param_groups)
         if eval_acc is not None:
             for listener in self._run.evaluation_listeners:
@@ -441,7 +405,7 @@ class GrokAdamW(Optimizer):
         self._complete_groups()
         self._run.names = layers.take_from(model, self.param_groups, self._run.names)
         self._run.layers_checked = False
-        self._tell_zero()
+        zero.tell(self)
 
     def implementation(self) -> str:
         """Return which implementation updates the parameters, and why: a line for each, ``"name: reason"``.
@@ -503,12 +467,7 @@ class GrokAdamW(Optimizer):
         *earlier, group = self.param_groups
         group.update(checked)
         accumulation.join(group, earlier)
-        if (zero := self._run.zero()) is not None and group["layer"] is None and "param_names" not in group:
-            whole = [each["params"] for each in zero.param_groups[len(earlier) : len(earlier) + 1]]
-            places = {param: place for params in whole for place, param in enumerate(params)}
-            group["layers"] = [
-                places.get(param, layer) for param, layer in zip(group["params"], group["layers"], strict=True)
-            ]
+        zero.take_places(self)
         self._run.layers_checked = False
 
     def _complete_groups(self) -> None:
@@ -517,8 +476,7 @@ class GrokAdamW(Optimizer):
         Raises:
             TypeError, ValueError: a value is not allowed. Nothing was filled in then.
         """
-        if self._run.zero_layers:
-            self._go_on_after_zero_loaded()
+        zero.go_on_after_loading(self)
         for i, group in enumerate(self.param_groups):
             if "layers" not in group:
                 whole = {**self.defaults, **group}
@@ -531,18 +489,9 @@ class GrokAdamW(Optimizer):
                 self._run.flattened = True  # DeepSpeed shows one group after the other
                 warn(sentence, UserWarning)
 
-    def _go_on_after_zero_loaded(self) -> None:
-        """Do what `load_state_dict` does, after a ZeroRedundancyOptimizer around this one has loaded for it."""
-        for group, own in zip(self.param_groups, self._run.zero_layers, strict=False):
-            group["layers"] = own
-        self._run.zero_layers = []
-        place_recorded(self.param_groups)
-        self._run.restart(self.param_groups[0]["signal_state"])
-        self._tell_zero()
-
     def _settle(self) -> None:
         self._run.settle(self.param_groups)
-        self._tell_zero()
+        zero.tell(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain data alone, as torch does, for ``torch.load(weights_only=True)``.
@@ -581,7 +530,7 @@ class GrokAdamW(Optimizer):
         make_savable(self.param_groups)
         for group in self.param_groups[:1]:
             group["signal_state"] = self._run.signals.state()
-        self._tell_zero()
+        zero.tell(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._before_saving()
