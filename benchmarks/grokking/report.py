@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import architectures, evidence, methods, pictures, tasks
+from . import evidence, methods, pictures, tasks
 from .evidence import (
     COMPARED,
     DECAYS,
@@ -151,18 +151,29 @@ def pairs(rows: list[Row]) -> str:
     return markdown(["task/architecture", "AdamW: lr, wd", "AdamW, tuned", "preset, as it comes", "ratio"], lines)
 
 
-def pairs_in_short(rows: list[Row]) -> str:
-    """Medians, an architecture a line."""
-    both = both_of_pairs(rows)
+def summary(rows: list[Row]) -> str:
+    """The preset's medians by those of a tuned AdamW, over models and tasks whose runs are all done, and failures."""
+    home = select(rows, evidence.finals("adamw", rows)), select(rows, evidence.untuned(evidence.PRESET))
+    sets = {
+        f"Grokfast's model, {len(evidence.LEARNT)} tasks": [
+            tuple([row for row in found if row.task == task] for found in home) for task in evidence.LEARNT
+        ]
+    }
+    of_pairs = both_of_pairs(rows)
+    for problem in PROBLEMS:
+        of_problem = [found for pair, found in of_pairs.items() if pair.startswith(f"{problem}/")]
+        sets[f"{len(of_problem)} other transformers, {problem}"] = of_problem
+    done = {name: each for name, each in sets.items() if all(len(adamw) == len(preset) > 0 for adamw, preset in each)}
     lines = []
-    for architecture in architectures.load().values():
-        line = []
-        for problem in PROBLEMS:
-            adamw, preset = both[f"{problem}/{architecture.name}"]
-            medians = (shown(float(np.median(steps(each)))) if each else "?" for each in (adamw, preset))
-            line.append(" → ".join(medians))
-        lines.append([architecture.name, *line])
-    return markdown(["", *PROBLEMS], lines)
+    for name, compared in {**done, "all": [both for each in done.values() for both in each]}.items():
+        ratios = [found for adamw, preset in compared if (found := ratio(preset, adamw)) is not None]
+        if ratios:
+            mean = math.exp(float(np.mean(np.log(ratios))))
+            numbers = (min(ratios), float(np.median(ratios)), max(ratios), mean)
+            taken = [[x for each in found for x in steps(each)] for found in zip(*compared, strict=True)]
+            failed = [f"{sum(map(math.isinf, each))} of {len(each)}" for each in reversed(taken)]
+            lines.append([name, *(f"{x:.2f}" for x in numbers), *failed])
+    return markdown(["", "best", "median", "worst", "geometric mean", "failed: preset", "failed: AdamW"], lines)
 
 
 def afterwards(names: list[str], rows: list[Row]) -> str:
@@ -295,7 +306,7 @@ TABLES: dict[str, Table] = {
     "mod97": partial(mod97, MOD97_METHODS),
     "untuned": untuned,
     "pairs": pairs,
-    "pairs, in short": pairs_in_short,
+    "summary": summary,
     "afterwards": partial(afterwards, MOD97_METHODS),
     "reach": partial(reach, MOD97_METHODS),
     "reach, in short": partial(reach, ["adamw", evidence.PRESET]),
