@@ -153,22 +153,23 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]]) -> tuple[Any, bool]:
-    """Return the mean of a signal over the ranks that have one, and whether this rank need not have one, as others do.
+def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
+    """Return the mean of a signal over the ranks that have one, and how many others they are.
 
     All ranks call it; one that hears nothing, or has no parameters, too: else the others would wait for it. If none has
-    a signal the mean is None. A GPU is not read back: there it is 0, and only the first rank is to miss a signal.
+    a signal the mean is None, or 0 on a GPU, which is not read back.
     """
     if ranks() == 1:
-        return signal, False
+        return signal, 0
     device = _meeting_place(groups)
     pair = torch.zeros(2, dtype=torch.float64, device=device)
     pair[0] += 0.0 if signal is None else signal
     pair[1] += signal is not None
     dist.all_reduce(pair)
-    if device.type != "cpu":
-        return pair[0] / pair[1].clamp(min=1), signal is None and dist.get_rank() > 0
-    return (pair[0] / pair[1], signal is None) if pair[1] else (None, False)
+    others = pair[1] - int(signal is not None)
+    if device.type == "cpu" and pair[1] == 0:
+        return None, others
+    return pair[0] / pair[1].clamp(min=1), others
 
 
 def _meeting_place(groups: Sequence[Mapping[str, Any]], group: Any = None) -> torch.device:
@@ -212,7 +213,7 @@ def state_is_asked_for() -> bool:
     """Return True if torch.distributed.checkpoint calls, which takes a step to have state made."""
     frame: FrameType | None = sys._getframe(1)
     while frame := frame and frame.f_back:
-        if frame.f_code.co_name == "_init_optim_state":
+        if frame.f_code.co_name == "_init_optim_state" and frame.f_globals["__name__"].startswith("torch.distributed"):
             return True
     return False
 

@@ -131,11 +131,12 @@ class GrokAdamW(Optimizer):
             bytes or 1. None: the dtype's own, with which a bfloat16 weight of 1 does not move by less than 0.004.
         rounding: how such a parameter is rounded to its dtype without master_weight_bits: ``"nearest"``, or
             ``"stochastic"``, which keeps small changes on average.
-        shard_group: the process group whose ranks have each a part of all plain parameters, as with FSDP1
-            (``torch.distributed.group.WORLD``), pipeline stages and DeepSpeed's ZeRO. N, and what is not finite, are
-            then those of all ranks, which must all call ``step``. None: plain parameters are whole on each rank, as
-            with DDP. DTensors (FSDP2) and ``ZeroRedundancyOptimizer`` need none: what they divide is known. Checkpoints
-            and pickles do not keep it.
+        shard_group: the process group whose ranks have each a part of all plain parameters, as with FSDP1, pipeline
+            stages and DeepSpeed's ZeRO: ``torch.distributed.group.WORLD``, say, which is None before
+            ``init_process_group``. N, and what is not finite, are then those of all ranks, which must all call
+            ``step``; DTensors' part of N is not summed over it. None: plain parameters are whole on each rank, as with
+            DDP. DTensors (FSDP2) and ``ZeroRedundancyOptimizer`` need none: what they divide is known. Checkpoints and
+            pickles do not keep it.
         foreach: None for the fastest implementation that can take a tensor, see ``implementation``. True for torch's
             operations on lists of tensors. False for one tensor at a time, with the least scratch memory.
         maximize: climb instead of descend.
@@ -304,11 +305,9 @@ class GrokAdamW(Optimizer):
         capturable = torch.cuda._initialized or any(map(itemgetter("capturable"), self.param_groups))
         capturing = capturable and capture.is_capturing(self)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        shard_group = run.shard_group
-        given = Given(
-            *(self.param_groups, self.state, options, scale, found_inf, capturing, compiling), shard_group=shard_group
-        )
-        if shard_group is not None and found_inf is not None:
+        given = Given(self.param_groups, self.state, options, scale, found_inf, capturing, compiling)
+        given = given._replace(shard_group=run.shard_group)
+        if run.shard_group is not None and found_inf is not None:
             given = given._replace(found_inf=given.sum_over_ranks([found_inf]))
         if run.in_backward is not None:
             return run.in_backward.end(self, given)  # type: ignore[no-any-return]
@@ -535,13 +534,14 @@ class GrokAdamW(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._before_saving()
         signals = self._run.signals.for_pickle()
-        own = {"_preset_gamma": self._preset_gamma, "_signals": signals}
+        combine = self._run.signals.combine if isinstance(self._run.signals.combine, str) else None
+        own = {"_preset_gamma": self._preset_gamma, "_signals": signals, "_combine": combine}
         return {**super().__getstate__(), **own, "_is_sharded": self._run.shard_group is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_pickled(state)
         state = dict(state)
-        signals = state.pop("_signals", None)
+        signals, combine = state.pop("_signals", None), state.pop("_combine", "mean")
         if state.pop("_is_sharded", False):
             warn(
                 "a pickle keeps no process group: the optimizer from it takes its parameters for whole. Construct "
@@ -555,7 +555,7 @@ class GrokAdamW(Optimizer):
         self._say_whether_it_unscales()
         fill_in(self.param_groups, earlier, self.defaults)
         if "_run" not in self.__dict__:  # unpickled, or a copy
-            self._run = Run(Signals.from_pickle(signals))
+            self._run = Run(Signals.from_pickle(signals, combine))
             for group in self.param_groups[:1]:
                 self._run.signals.load(group["signal_state"])
 
@@ -563,7 +563,7 @@ class GrokAdamW(Optimizer):
         """Copy the optimizer with its signals. Pickle keeps this package's own functions alone."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        state = {**self.__getstate__(), "_signals": None, "_is_sharded": False}
+        state = {**self.__getstate__(), "_signals": None, "_combine": "mean", "_is_sharded": False}
         copied.__setstate__(copy.deepcopy(state, memo))
         copied._run.follow(self._run, memo)
         return copied

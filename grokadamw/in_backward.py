@@ -246,7 +246,7 @@ class StepInBackward:
                     'when the first is used. Choose clip_by="last", or set gradient_clipping=0'
                 )
         if optimizer._run.shard_group is not None:
-            raise ValueError("step_in_backward with shard_group, whose ranks clip together: leave one of them out")
+            raise ValueError("step_in_backward with shard_group, or ranks of ZeroRedundancyOptimizer: leave one out")
         params = {param for group in optimizer.param_groups for param in group["params"]} if and_wrappers else set()
         if reason := why_not_early(params):
             raise ValueError(f"step_in_backward with parameters {reason}: leave one of them out")

@@ -190,6 +190,7 @@ OF_NO_GROUP = [name for name, option in OPTIONS.items() if option.scope == RUNNI
 NEWER = {name for name, option in OPTIONS.items() if option.since != "0.1.2"}  # than the published release
 # Signals are in no group, but release 0.1.2 had their key there, and its users read it: it is None.
 _IN_GROUPS = [name for name, option in OPTIONS.items() if option.scope != RUNNING or name not in NEWER]
+KEPT = [name for name in _IN_GROUPS if OPTIONS[name].on_load != TAKE]  # as constructed, whatever is loaded
 
 
 class Rules(NamedTuple):
@@ -400,7 +401,9 @@ def fill_in(groups: list[dict[str, Any]], earlier: list[dict[str, Any]], default
             if name != "param_names":
                 group.setdefault(name, value)
         if i < len(earlier):
-            group.update({name: before[name] for name in _IN_GROUPS if OPTIONS[name].on_load != TAKE})
+            group.update({name: before[name] for name in KEPT})
         group.update(betas=tuple(group["betas"]), cycle=tuple(group["cycle"]))
         if len(group.get("layers", ())) != len(group["params"]):
-            group["layers"] = layers.layers_of(group, groups[:i])
+            known = earlier[i].get("layers", ()) if i < len(earlier) else ()
+            fits = len(known) == len(group["params"])
+            group["layers"] = known if fits else layers.layers_of(group, groups[:i])

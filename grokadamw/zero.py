@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from .distributed import check_shard_group
-from .options import OF_NO_GROUP, PROGRESS, place_recorded, rules_of
+from .options import KEPT, OF_NO_GROUP, PROGRESS, fill_in, place_recorded, rules_of
 
 
 def caller() -> Any:
@@ -46,11 +46,11 @@ def follow(zero: Any, optimizer: Any, params: Any, arguments: dict[str, Any]) ->
         optimizer._run.shard_group = zero.process_group
     optimizer._run.zero, this = weakref.ref(zero), weakref.ref(optimizer)
 
-    def keep_layers(_: Any) -> None:
-        if (optimizer := this()) is not None:
-            optimizer._run.zero_layers = [group["layers"] for group in optimizer.param_groups]
+    def keep_own(_: Any) -> None:  # before those that were loaded are copied over them; if twice, before the first time
+        if (optimizer := this()) is not None and not optimizer._run.before_loading:
+            optimizer._run.before_loading = [dict(group) for group in optimizer.param_groups]
 
-    zero.register_load_state_dict_post_hook(keep_layers)
+    zero.register_load_state_dict_post_hook(keep_own)
     return [_without(given, group) if isinstance(group, dict) else group for group in params]
 
 
@@ -76,12 +76,20 @@ def take_places(optimizer: Any) -> None:
 
 
 def go_on_after_loading(optimizer: Any) -> None:
-    """Do what `load_state_dict` does, where it has loaded a checkpoint without that, with another rank's layers."""
-    if not optimizer._run.zero_layers:
+    """Do what `load_state_dict` does, where it has loaded a checkpoint without that."""
+    run = optimizer._run
+    if not run.before_loading:
         return
-    for group, own in zip(optimizer.param_groups, optimizer._run.zero_layers, strict=False):
-        group["layers"] = own
-    optimizer._run.zero_layers = []
+    own, run.before_loading = run.before_loading, []
+    outer_groups = run.zero().param_groups if run.zero() is not None else []
+    for group, before in zip(optimizer.param_groups, own, strict=False):
+        group.pop("param_names", None)
+        group.update({name: before[name] for name in ("layers", "param_names") if name in before})
+    fill_in(optimizer.param_groups, own, optimizer.defaults)
+    for group, outer in zip(optimizer.param_groups, outer_groups, strict=False):
+        if "param_names" not in group:
+            outer.pop("param_names", None)
+        outer.update({name: group[name] for name in KEPT})
     place_recorded(optimizer.param_groups)
-    optimizer._run.restart(optimizer.param_groups[0]["signal_state"])
+    run.restart(optimizer.param_groups[0]["signal_state"])
     tell(optimizer)

@@ -419,6 +419,37 @@ def test_zero_is_one_process(tmp_path: Path) -> None:
             assert max(differences) < 1e-9, how
 
 
+def _zero_that_loads(rank: int) -> list[Any]:
+    """Layers, options and names after a ZeroRedundancyOptimizer has loaded the state of a plain one, twice."""
+    model = network()
+    plain = GrokAdamW(model.named_parameters(), nonfinite="propagate")
+    _trained(model, plain, range(2))
+    zero = ZeroRedundancyOptimizer(model.parameters(), GrokAdamW, nonfinite="raise")
+    layers = list(zero.optim.param_groups[0]["layers"])
+    state = plain.state_dict()
+    for _ in range(2):
+        zero.load_state_dict(copy.deepcopy(state))
+    _trained(model, zero, range(2), zero.optim)
+    (group,) = zero.optim.param_groups
+    assert group["layers"] == zero.param_groups[0]["layers"] == layers
+    assert (group["nonfinite"], zero.param_groups[0]["nonfinite"]) == ("raise", "raise")
+    assert "param_names" not in group
+    zero.consolidate_state_dict(0)
+    if rank == 0:
+        whole = GrokAdamW(model.parameters())
+        whole.set_layers(model)
+        before = list(whole.param_groups[0]["layers"])
+        whole.load_state_dict(zero.state_dict())
+        assert whole.param_groups[0]["layers"] == before
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_zero_loads_what_others_saved(tmp_path: Path) -> None:
+    first, second = in_processes(_zero_that_loads, tmp_path)
+    assert all(map(torch.equal, first, second))
+
+
 def _with_fsdp1(rank: int) -> dict[str, float]:
     found = {}
     for original in (True, False):

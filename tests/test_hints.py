@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable
@@ -123,6 +124,7 @@ def test_an_evaluation_loss_of_long_ago_is_warned_of_once() -> None:
     (said,) = steps(optimizer, 1, lambda: optimizer.record(train_loss=1.0))
     assert "Record both losses after an evaluation, optimizer.record(train_loss=…, eval_loss=…)" in said
     assert steps(optimizer, 300, lambda: optimizer.record(train_loss=1.0)) == []
+    assert steps(copied := copy.deepcopy(optimizer), 300, lambda: copied.record(train_loss=1.0)) == []
     for options in ({}, {"signal_boost": 1.0, "grokking_signal_fns": []}):
         optimizer = GrokAdamW(model().parameters(), **options)
         optimizer.record(train_loss=2.0, eval_loss=2.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from grokadamw import GrokAdamW
-from grokadamw.signals import AccuracyGap, SlowGradient, memorisation
+from grokadamw.signals import AccuracyGap, SlowGradient, loss_gap, memorisation
 
 from .models import network, parameters, same, saved_and_loaded, set_gradients, train, trained
 
@@ -117,6 +118,17 @@ def test_pickle_keeps_all_but_signals_of_ones_own(options: dict[str, float]) -> 
     copied.set_signals(lambda: 0.25)
     copied.step()
     assert copied.metrics()["signal"] == 0.25
+
+
+def test_pickle_keeps_how_signals_combine_or_says_that_it_does_not() -> None:
+    for combine, expected in (("min", memorisation(0.5, 1.0)), (max, 0.5 * (0.5 + memorisation(0.5, 1.0)))):
+        _, optimizer = trained(grokking_signal_fns=[loss_gap, memorisation], combine=combine)
+        optimizer.record(train_loss=0.5, eval_loss=1.0)
+        pickled = pickle.dumps(optimizer)
+        with nullcontext() if combine == "min" else pytest.warns(UserWarning, match="is without combine"):
+            copied = pickle.loads(pickled)
+        copied.step()
+        assert copied.metrics()["signal"] == pytest.approx(expected)
 
 
 def test_pickle_keeps_the_default_signal() -> None:

@@ -163,7 +163,12 @@ def summary(rows: list[Row]) -> str:
     for problem in PROBLEMS:
         of_problem = [found for pair, found in of_pairs.items() if pair.startswith(f"{problem}/")]
         sets[f"{len(of_problem)} other transformers, {problem}"] = of_problem
-    done = {name: each for name, each in sets.items() if all(len(adamw) == len(preset) > 0 for adamw, preset in each)}
+    asked = dict.fromkeys(sets, len(evidence.PAIR_SEEDS)) | {next(iter(sets)): len(evidence.SEEDS)}
+    done = {
+        name: each
+        for name, each in sets.items()
+        if all(len(adamw) == len(preset) == asked[name] for adamw, preset in each)
+    }
     lines = []
     for name, compared in {**done, "all": [both for each in done.values() for both in each]}.items():
         ratios = [found for adamw, preset in compared if (found := ratio(preset, adamw)) is not None]

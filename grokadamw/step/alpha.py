@@ -48,14 +48,13 @@ def hear(signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules) -> li
         return [signals.evaluate(train, evaluation, keep_nonfinite=True) for train, evaluation in losses]
     train_loss, eval_loss = recorded(groups, "train_loss"), recorded(groups, "eval_loss")
     signal = signals.evaluate(train_loss, eval_loss)
-    others_hear = False
+    elsewhere: Number = 0
     # whatever this rank has recorded, as others may have more; but nothing for who neither chose signals nor records
     is_asked_for = signals.are_given or any(group["signal_boost"] for group in groups)
     if signals.functions and (is_asked_for or (train_loss, eval_loss) != (None, None)):
-        signal, others_hear = mean_over_ranks(signal, groups)
+        signal, elsewhere = mean_over_ranks(signal, groups)
         signal = as_number(signal) if isinstance(signal, Tensor) else signal
-    if not others_hear:
-        signals.listen(train_loss, eval_loss)
+    signals.listen(train_loss, eval_loss, elsewhere)
     return [signal] * len(groups)
 
 
@@ -143,20 +142,24 @@ class Signals:
         return [function if function is loss_gap or function is memorisation else name for function, name in named]
 
     @classmethod
-    def from_pickle(cls, kept: list[Any] | None) -> Signals:
+    def from_pickle(cls, kept: list[Any] | None, combine: Combine | None = "mean") -> Signals:
         """Return the signals of a pickle, without those of which it has the name alone. It warns of them."""
-        if lost := [each for each in kept or () if isinstance(each, str)]:
+        lost = [each for each in kept or () if isinstance(each, str)]
+        if combine is None:
+            lost.append("combine")
+        if lost:
             warn(
-                f"a pickle keeps no signals of your own: the optimizer from it is without {', '.join(lost)}. Call "
-                "optimizer.set_signals with them",
+                "pickles and shallow copies keep loss_gap and memorisation alone: this optimizer is without "
+                f"{', '.join(lost)}. Call optimizer.set_signals with what it had",
                 UserWarning,
             )
-        return cls(kept if kept is None else [each for each in kept if not isinstance(each, str)])
+        return cls(kept if kept is None else [each for each in kept if not isinstance(each, str)], combine or "mean")
 
-    def listen(self, train_loss: Number | None, eval_loss: Number | None) -> None:
+    def listen(self, train_loss: Number | None, eval_loss: Number | None, elsewhere: Number = 0) -> None:
         """Warn once where functions that need both losses do not get them: nothing adapts meanwhile.
 
-        That is after 100 steps without any, where functions were given, and after 1,000 with one of the two.
+        That is after 100 steps without any, where functions were given, and after 1,000 with one of the two; and not
+        where a signal was heard `elsewhere`, on so many other ranks.
         """
         missing = [n for n, x in (("train_loss", train_loss), ("eval_loss", eval_loss)) if x is None]
         if not missing or not any(self.takes_losses) or (len(missing) == 2 and not self.are_given):
@@ -164,6 +167,8 @@ class Signals:
         self._steps_without_losses += 1
         if self._steps_without_losses == (100 if len(missing) == 2 else 1000):
             self._steps_without_losses = 1000
+            if as_float(elsewhere) > 0:
+                return
             names = ", ".join(f"{name}=…" for name in missing)
             warn(
                 f"the grokking signals wait for {' and '.join(missing)}: call optimizer.record({names}), or pass "
@@ -302,6 +307,7 @@ class Signals:
         copied.values, copied.failures, copied.unclaimed = dict(self.values), self.failures, dict(self.unclaimed)
         copied._warned, copied._failures_on_device = set(self._warned), dict(self._failures_on_device)
         copied.are_given, copied._steps_without_losses = self.are_given, self._steps_without_losses
+        copied._train_losses_alone = self._train_losses_alone
         return copied
 
 

@@ -60,7 +60,7 @@ class Run:
     shard_group: Any = None  # the ranks that plain parameters are divided over
     flattened: bool = False  # whether it was said what a flat tensor instead of parameters loses
     zero: Callable[[], Any] = lambda: None  # the ZeroRedundancyOptimizer around this one, if there is
-    zero_layers: list[list[int]] = field(default_factory=list)  # as they were before that loaded another rank's
+    before_loading: list[dict[str, Any]] = field(default_factory=list)  # groups, before that loaded another rank's
     graphs: list[Any] = field(default_factory=list)  # what CUDA graphs of the step read, besides tensors that users see
 
     def settle(self, groups: Sequence[dict[str, Any]]) -> None:

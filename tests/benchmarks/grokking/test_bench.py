@@ -28,7 +28,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks print with rich, and dr
 
 from rich.console import Console  # noqa: E402
 
-from benchmarks.grokking import __main__, estimates, evidence, experiment, methods, report, runs, tasks  # noqa: E402
+from benchmarks.grokking import __main__, architectures, estimates, evidence, experiment, methods, report, runs, tasks  # noqa: E402
 from benchmarks.grokking.experiment import Curve  # noqa: E402
 from benchmarks.grokking.methods import Method, others  # noqa: E402
 from benchmarks.grokking.runs import Row, Run  # noqa: E402
@@ -323,6 +323,32 @@ def test_the_best_cell() -> None:
     assert evidence.best(rows) == (3e-3, 1.0)
     assert evidence.best(row for row in rows if row.sustained is None) == (1e-3, 1.0)  # by their score
     assert evidence.best([]) is None
+
+
+@pytest.mark.parametrize("architecture", architectures.load())
+def test_the_preset_as_it_comes_has_its_own_numbers(architecture: str) -> None:
+    run = evidence.pair_untuned(f"add97/{architecture}", evidence.PRESET)[0]
+    defaults = GrokAdamW.for_grokking(architectures.load()[architecture].make(97)).defaults
+    assert (run.lr, run.weight_decay) == (defaults["lr"], defaults["weight_decay"])
+
+
+def test_the_summary_has_what_is_done_alone() -> None:
+    rows = [
+        replace(ROW, **asdict(run), sustained=300 if run.method == "adamw" else 100 + run.seed)
+        for pair in evidence.PAIRS[:6]
+        for run in evidence.pair_untuned(pair, evidence.PRESET)
+    ]
+    assert report.summary(rows).count("\n") == 2  # AdamW's are not there
+    while asked := [
+        run for pair in evidence.PAIRS[:6] for part in evidence.PAIR_PARTS for run in part(pair, "adamw", rows)
+    ]:
+        new = [run for run in asked if run not in {row.run for row in rows}]
+        if not new:
+            break
+        rows += [replace(ROW, **asdict(run), sustained=400) for run in dict.fromkeys(new)]
+    line = "| 6 other transformers, add97 | 0.51 | 0.51 | 0.51 | 0.51 | 0 of 30 | 0 of 30 |"  # 202 of 400 steps
+    assert line in report.summary(rows)
+    assert line not in report.summary(rows[1:])
 
 
 def test_architectures_are_tuned_by_a_race() -> None:
