@@ -151,34 +151,35 @@ def pairs(rows: list[Row]) -> str:
     return markdown(["task/architecture", "AdamW: lr, wd", "AdamW, tuned", "preset, as it comes", "ratio"], lines)
 
 
+Both = tuple[list[Row], list[Row]]  # AdamW's, and the preset's, on the same task
+
+
 def summary(rows: list[Row]) -> str:
     """The preset's medians by those of a tuned AdamW, over models and tasks whose runs are all done, and failures."""
     home = select(rows, evidence.finals("adamw", rows)), select(rows, evidence.untuned(evidence.PRESET))
-    sets = {
-        f"Grokfast's model, {len(evidence.LEARNT)} tasks": [
-            tuple([row for row in found if row.task == task] for found in home) for task in evidence.LEARNT
-        ]
-    }
-    of_pairs = both_of_pairs(rows)
+    tasks_at_home = [[[row for row in found if row.task == task] for found in home] for task in evidence.LEARNT]
+    sets = [("Grokfast's model, tasks mod 97", evidence.SEEDS, [(adamw, preset) for adamw, preset in tasks_at_home])]
     for problem in PROBLEMS:
-        of_problem = [found for pair, found in of_pairs.items() if pair.startswith(f"{problem}/")]
-        sets[f"{len(of_problem)} other transformers, {problem}"] = of_problem
-    asked = dict.fromkeys(sets, len(evidence.PAIR_SEEDS)) | {next(iter(sets)): len(evidence.SEEDS)}
-    done = {
-        name: each
-        for name, each in sets.items()
-        if all(len(adamw) == len(preset) == asked[name] for adamw, preset in each)
-    }
-    lines = []
-    for name, compared in {**done, "all": [both for each in done.values() for both in each]}.items():
-        ratios = [found for adamw, preset in compared if (found := ratio(preset, adamw)) is not None]
-        if ratios:
-            mean = math.exp(float(np.mean(np.log(ratios))))
-            numbers = (min(ratios), float(np.median(ratios)), max(ratios), mean)
-            taken = [[x for each in found for x in steps(each)] for found in zip(*compared, strict=True)]
-            failed = [f"{sum(map(math.isinf, each))} of {len(each)}" for each in reversed(taken)]
-            lines.append([name, *(f"{x:.2f}" for x in numbers), *failed])
+        of_problem = [both for pair, both in both_of_pairs(rows).items() if pair.startswith(f"{problem}/")]
+        sets.append((f"other transformers, {problem}", evidence.PAIR_SEEDS, of_problem))
+    lines, everything = list[list[str]](), list[Both]()
+    for name, seeds, asked in sets:
+        done = [both for both in asked if all(len(found) == len(seeds) for found in both)]
+        everything += done
+        if done:
+            lines.append([f"{name}: {len(done)} of {len(asked)}", *_in_short(done)])
+    if everything:
+        lines.append(["all", *_in_short(everything)])
     return markdown(["", "best", "median", "worst", "geometric mean", "failed: preset", "failed: AdamW"], lines)
+
+
+def _in_short(compared: list[Both]) -> list[str]:
+    """Best, median, worst and mean ratio, and how many runs of the preset and of AdamW failed."""
+    ratios = [found for adamw, preset in compared if (found := ratio(preset, adamw)) is not None]
+    numbers = min(ratios), float(np.median(ratios)), max(ratios), math.exp(float(np.mean(np.log(ratios))))
+    adamws, presets = ([x for found in each for x in steps(found)] for each in zip(*compared, strict=True))
+    failed = (f"{sum(map(math.isinf, each))} of {len(each)}" for each in (presets, adamws))
+    return [*(f"{x:.2f}" for x in numbers), *failed]
 
 
 def afterwards(names: list[str], rows: list[Row]) -> str:
