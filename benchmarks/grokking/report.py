@@ -101,12 +101,12 @@ def untuned(rows: list[Row]) -> str:
     """A tuned AdamW, and the preset as it comes."""
     both = [
         ("AdamW, tuned", select(rows, evidence.finals("adamw", rows))),
-        ("the preset, as it comes", select(rows, evidence.untuned(evidence.PRESET))),
+        ("the preset, untuned", select(rows, evidence.untuned(evidence.PRESET))),
     ]
     by_task = [[[row for row in found if row.task == task] for task in MOD97] for _, found in both]
     lines = [[name, cell(found), *map(quartiles, there)] for (name, found), there in zip(both, by_task, strict=True)]
     sooner = [times_sooner(preset, adamw) for adamw, preset in zip(*by_task, strict=True)]
-    return markdown(["", "lr, wd", *MOD97], [*lines, ["times as quick", "", *sooner]])
+    return markdown(["", "lr, wd", *MOD97], [*lines, ["speed-up", "", *sooner]])
 
 
 def both_of_pairs(rows: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:
@@ -148,7 +148,7 @@ def pairs(rows: list[Row]) -> str:
         mean = math.exp(float(np.mean(np.log(ratios))))
         lines.append([f"best, median, worst of {len(ratios)}", "", *failed, numbers])
         lines.append(["geometric mean", "", "", "", f"{mean:.2f}"])
-    return markdown(["task/architecture", "AdamW: lr, wd", "AdamW, tuned", "preset, as it comes", "ratio"], lines)
+    return markdown(["task/architecture", "AdamW: lr, wd", "AdamW, tuned", "preset, untuned", "ratio"], lines)
 
 
 Both = tuple[list[Row], list[Row]]  # AdamW's, and the preset's, on the same task
