@@ -87,11 +87,6 @@ def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping
     return {param: unwrapped(named[param]) for param in params if param in named}
 
 
-def is_flat(group: Mapping[str, Any]) -> bool:
-    """Return True if all that a group holds is one vector: a wrapper has replaced its parameters, as DeepSpeed does."""
-    return len(group["params"]) == 1 and group["params"][0].dim() == 1
-
-
 def make_one(groups: Sequence[dict[str, Any]], are_shards: bool) -> str | None:
     """Take each flat tensor that has replaced a group's parameters for one layer; return what to say of what is lost.
 
@@ -100,7 +95,8 @@ def make_one(groups: Sequence[dict[str, Any]], are_shards: bool) -> str | None:
     """
     lost: dict[str, str] = {}
     for group in groups:
-        if len(group["layers"]) == len(group["params"]) or not is_flat(group):
+        params = group["params"]
+        if len(group["layers"]) == len(params) or len(params) != 1 or params[0].dim() != 1:
             continue
         several = len(set(group["layers"])) > 1
         group["layers"] = [0] if several else group["layers"][:1]

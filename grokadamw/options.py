@@ -111,20 +111,12 @@ def or_none(check: Check, **limits: Any) -> Check:
 
 
 def not_in_a_group(name: str, value: Any) -> None:
-    """Refuse signals in a parameter group; `Signals` checks those that the constructor gets."""
+    """Refuse signals and ranks in a parameter group; `Signals` and `check_shard_group` check the constructor's."""
+    what, way_out = "it holds", "it to GrokAdamW(...)"
+    if name != "shard_group":
+        what, way_out = "signals hold", "them to GrokAdamW(...) or set_signals(...)"
     if value is not None:
-        raise ValueError(
-            f"{name}={value!r} in a parameter group: signals hold for the whole optimizer; "
-            "pass them to GrokAdamW(...) or set_signals(...)"
-        )
-
-
-def no_ranks_in_a_group(name: str, value: Any) -> None:
-    """Refuse ranks in a parameter group; `distributed.check_shard_group` checks those that the constructor gets."""
-    if value is not None:
-        raise ValueError(
-            f"{name}={value!r} in a parameter group: it holds for the whole optimizer; pass it to GrokAdamW(...)"
-        )
+        raise ValueError(f"{name}={value!r} in a parameter group: {what} for the whole optimizer; pass {way_out}")
 
 
 # The scope of an option:
@@ -176,7 +168,7 @@ OPTIONS: dict[str, Option] = {
     "rounding":                   Option("nearest",    one_of("nearest", "stochastic"),      OPTIMIZER, KEEP, "0.2.0"),
     "nonfinite":                  Option("skip",       one_of("skip", "raise", "propagate"), OPTIMIZER, KEEP, "0.2.0"),
     "compat":                     Option(None,         one_of(None, "0.1.2"),                OPTIMIZER, WARN, "0.2.0"),
-    "shard_group":                Option(None,         no_ranks_in_a_group,                  RUNNING,   KEEP, "0.2.0"),
+    "shard_group":                Option(None,         not_in_a_group,                       RUNNING,   KEEP, "0.2.0"),
     "foreach":                    Option(None,         one_of(None, True, False),            GROUP,     KEEP, "0.2.0"),
     "maximize":                   Option(False,        one_of(True, False),                  GROUP,     TAKE, "0.2.0"),
     "capturable":                 Option(False,        one_of(True, False),                  GROUP,     KEEP, "0.2.0"),
