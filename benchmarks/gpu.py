@@ -90,7 +90,7 @@ def stages() -> list[Stage]:
         Stage("the machine", "gpu-0-machine.json", module("machine", 40)),
         Stage("smoke", "gpu-1-smoke.json", module("smoke", 60)),
         Stage("times", "gpu-2-times.json", module("times", 100)),
-        Stage("tests", "gpu-3-tests.log", [Command(tests, 120)]),
+        Stage("tests", "gpu-3-tests.log", [Command(tests, 120, {"OMP_NUM_THREADS": "1"})]),
         Stage("launches, memory", "gpu-4-launches.json", module("launches", 40)),
         Stage("sweep of shapes", "gpu-5-sweep.json", module("sweep", 60)),
         Stage(

@@ -52,10 +52,11 @@ def main(arguments: list[str] | None = None) -> None:
         run(options, asked, console)
     elif options.command == "evidence" and options.dry_run:
         forecast(read(CSV), options.jobs or os.cpu_count() or 1, console)
+    elif options.command == "evidence" and options.gpu:
+        on_gpu.execute_all(lambda: filter(on_gpu.takes, evidence.missing(read(CSV))), CSV, options.jobs, console)
     elif options.command == "evidence":
-        while todo := evidence.todo(read(CSV), on_gpu.takes if options.gpu else lambda run: True):
-            # what is chosen depends on what was found
-            (on_gpu.execute_all if options.gpu else execute_all)(todo, CSV, options.jobs, console)
+        while todo := evidence.todo(read(CSV)):  # what is chosen depends on what was found
+            execute_all(todo, CSV, options.jobs, console)
     else:
         report.main(read(CSV), CSV.parent)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -262,10 +262,9 @@ def variations(rows: list[Row]) -> dict[str, list[Run]]:
     }
 
 
-def todo(rows: list[Row], takes: Callable[[Run], bool] = lambda run: True) -> list[Run]:
-    """The next runs that are not done yet, of those that can be; what is chosen from them comes later."""
-    some = ([run for run in stage if takes(run)] for stage in not_done(rows))
-    return next(filter(None, some), [])
+def todo(rows: list[Row]) -> list[Run]:
+    """The next runs that are not done yet; what is chosen from them comes later."""
+    return next(not_done(rows), [])
 
 
 def missing(rows: list[Row]) -> list[Run]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
@@ -35,40 +36,61 @@ def takes(asked: Run) -> bool:
     return asked.method.startswith(METHODS)
 
 
-def execute_all(asked: Iterable[Run], path: Path, jobs: int | None, console: Console) -> None:
-    """Each run has its row in the file when it ends. `jobs` processes share the GPU (None: 4).
+def execute_all(missing: Callable[[], Iterable[Run]], path: Path, jobs: int | None, console: Console) -> None:
+    """Each run has its row in the file when it ends, which `missing` then sees: a run may depend on others.
+
+    Args:
+        missing: the runs that have no row, those that are wanted first in front.
+        path: the CSV file.
+        jobs: the processes that share the GPU. None: 4.
+        console: where progress is shown.
 
     Raises:
         RuntimeError: what the first run said that failed, when the others have come to their end.
     """
-    runs, jobs = list(dict.fromkeys(asked)), jobs or 4
+    jobs = jobs or 4
     context = multiprocessing.get_context("spawn")
     todo: Todo = context.Queue()
     done: Done = context.Queue()
-    for each in [*runs, *[None] * jobs]:
-        todo.put(each)
     workers = [context.Process(target=work, args=(todo, done), daemon=True) for _ in range(jobs)]
     for worker in workers:
         worker.start()
-    failures = []
+    asked: set[Run] = set()
+    finished, failures = 0, []
     with Progress(*COLUMNS, console=console) as progress:
-        bar = progress.add_task("all runs", total=len(runs), shown="")
-        left = len(runs)
-        while left:
-            try:
-                row = done.get(timeout=5)
-            except Empty:
-                if not any(worker.is_alive() for worker in workers):
-                    raise RuntimeError(f"the processes have ended, and {left} runs have not") from None
-                continue
-            if isinstance(row, str):
-                failures.append(row)
-            else:
-                append(path, row)
-            left -= 1
-            progress.advance(bar)
+        bar = progress.add_task("all runs", total=None, shown="")
+        while True:
+            left = [run for run in dict.fromkeys(missing()) if run not in asked]
+            progress.update(bar, completed=finished, total=len(asked) + len(left))
+            for run in left[: jobs * AT_ONCE - (len(asked) - finished)]:
+                asked.add(run)
+                todo.put(run)
+            if finished == len(asked):
+                break
+            for found in ended(done, workers):
+                finished += 1
+                if isinstance(found, str):
+                    failures.append(found)
+                else:
+                    append(path, found)
+    for _ in workers:
+        todo.put(None)
     if failures:
         raise RuntimeError(failures[0])
+
+
+def ended(done: Done, workers: list[BaseProcess]) -> list[Row | str]:
+    """Wait for runs to end. Return one or more: the row of each, or what went wrong."""
+    found: list[Row | str] = []
+    while not found:
+        try:
+            found.append(done.get(timeout=5))
+            while True:
+                found.append(done.get_nowait())
+        except Empty:
+            if not found and not any(worker.is_alive() for worker in workers):
+                raise RuntimeError("the processes have ended, and their runs have not") from None
+    return found
 
 
 def work(todo: Todo, done: Done) -> None:
@@ -83,7 +105,10 @@ def work(todo: Todo, done: Done) -> None:
     more = True
     while more or active:
         while more and len(active) < AT_ONCE:
-            asked = todo.get()
+            try:
+                asked = todo.get(block=not active)
+            except Empty:
+                break
             more = asked is not None
             if asked is not None:
                 how = (tasks.load()[asked.task], asked.optimizer, asked.seed, asked.budget, asked.afterwards)

@@ -12,9 +12,11 @@ import statistics
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +30,18 @@ pytest.importorskip("matplotlib", reason="the benchmarks print with rich, and dr
 
 from rich.console import Console  # noqa: E402
 
-from benchmarks.grokking import __main__, architectures, estimates, evidence, experiment, methods, report, runs, tasks  # noqa: E402
+from benchmarks.grokking import (  # noqa: E402
+    __main__,
+    architectures,
+    estimates,
+    evidence,
+    experiment,
+    methods,
+    on_gpu,
+    report,
+    runs,
+    tasks,
+)
 from benchmarks.grokking.experiment import Curve  # noqa: E402
 from benchmarks.grokking.methods import Method, others  # noqa: E402
 from benchmarks.grokking.runs import Row, Run  # noqa: E402
@@ -230,6 +243,33 @@ def test_runs_in_parallel_are_those_in_one_process_and_one_that_fails_is_named(
     assert (rows[0].steps, rows[0].best, rows[0].last, rows[0].sustained) == (100, here.best, here.last, None)
     assert rows[0].commit
     assert rows[0].minutes > 0
+
+
+def test_a_gpu_gets_a_run_as_soon_as_what_it_depends_on_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads stand for its processes. A run that fails is asked for once."""
+    path = tmp_path / "runs.csv"
+    first, failing, *later = (replace(ROW.run, seed=seed) for seed in range(5))
+    asked: list[Run] = []
+
+    def work(todo: queue.Queue[Run | None], done: queue.Queue[Row | str]) -> None:
+        while (run := todo.get()) is not None:
+            asked.append(run)
+            done.put("no such thing" if run == failing else replace(ROW, seed=run.seed))
+
+    def missing() -> list[Run]:
+        done = {row.run for row in runs.read(path)}
+        return [run for run in [first, failing, *(later if first in done else [])] if run not in done]
+
+    monkeypatch.setattr(on_gpu, "work", work)
+    monkeypatch.setattr(on_gpu, "AT_ONCE", 2)
+    threads = SimpleNamespace(Queue=queue.Queue, Process=threading.Thread)
+    monkeypatch.setattr(on_gpu.multiprocessing, "get_context", lambda _: threads)
+    with pytest.raises(RuntimeError, match="no such thing"):
+        on_gpu.execute_all(missing, path, 1, Console(quiet=True))
+    assert asked == [first, failing, *later]
+    assert [row.run for row in runs.read(path)] == [first, *later]
 
 
 def test_a_run_has_its_bar_from_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
