@@ -10,6 +10,7 @@ from torch import nn
 from grokadamw import GrokAdamW
 
 from . import Method
+from .grokadamw import DECAY, LR
 
 
 def of_bfloat16(model: nn.Module, **settings: Any) -> GrokAdamW:
@@ -25,5 +26,5 @@ def _narrow(x: Any) -> Any:
 
 
 METHODS = [
-    Method("grokadamw-bfloat16", "GrokAdamW.for_grokking with a model of bfloat16 weights", of_bfloat16, 3e-3, 2.0)
+    Method("grokadamw-bfloat16", "GrokAdamW.for_grokking with a model of bfloat16 weights", of_bfloat16, LR, DECAY)
 ]

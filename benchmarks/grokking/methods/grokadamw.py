@@ -52,23 +52,25 @@ def same_lr(model: nn.Module, lr: float, weight_decay: float, **settings: Any) -
     return optimizer
 
 
+LR, DECAY = 3e-3, 1.4  # of `for_grokking` where a model has norm layers
+
 METHODS = [
     Method("grokadamw", "GrokAdamW with its defaults", make, lr=3e-3, weight_decay=1.0),
-    Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, lr=3e-3, weight_decay=1.4),
+    Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, lr=LR, weight_decay=DECAY),
     Method(
         "grokadamw-no-filter",
-        "GrokAdamW.for_grokking without the filter",
+        "GrokAdamW.for_grokking without filter and signal",
         GrokAdamW.for_grokking,
-        3e-3,
-        1.4,
+        LR,
+        DECAY,
         {"lamb": 0.0, "grokking_signal_fns": []},
     ),
     Method(
         "adamw-row-limits",
-        "GrokAdamW.for_grokking without filter and γ, which is AdamW with limited rows and quick embeddings",
+        "GrokAdamW.for_grokking without filter, signal and γ, which is AdamW with limited rows and quick embeddings",
         GrokAdamW.for_grokking,
-        3e-3,
-        1.4,
+        LR,
+        DECAY,
         {"lamb": 0.0, "gamma": 0.0, "grokking_signal_fns": []},
     ),
     Method(
@@ -83,16 +85,16 @@ METHODS = [
         "grokadamw-norm-decay",
         "GrokAdamW.for_grokking, norms with another share of weight decay, or none",
         norms_decay,
-        3e-3,
-        1.4,
+        LR,
+        DECAY,
         {"share": 0.0},
     ),
     Method(
         "grokadamw-same-lr",
         "GrokAdamW.for_grokking, embeddings learn as slowly as weights",
         same_lr,
-        3e-3,
-        1.4,
+        LR,
+        DECAY,
     ),
-    Method("late-decay", "GrokAdamW.for_grokking, decay only while the training loss is low", late_decay, 3e-3, 1.4),
+    Method("late-decay", "GrokAdamW.for_grokking, decay only while the training loss is low", late_decay, LR, DECAY),
 ]

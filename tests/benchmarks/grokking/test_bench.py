@@ -547,6 +547,14 @@ def test_sustained() -> None:
     assert curve.sustained(curve.report[:8]) is None
 
 
+def test_the_presets_numbers_are_its_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    (group, *_) = GrokAdamW.for_grokking(model).param_groups
+    assert group["params"][0] is model[0].weight
+    for name in (evidence.PRESET, "grokadamw-bfloat16"):
+        assert (METHODS[name].lr, METHODS[name].weight_decay) == (group["lr"], group["weight_decay"])
+
+
 def test_variations_change_what_they_say() -> None:
     def groups(method: str, **options: Any) -> list[dict[str, Any]]:
         torch.manual_seed(0)
