@@ -24,7 +24,7 @@ LEARNT = ["mul97", "add97", "sub97", "div97"]
 MOD97 = [*LEARNT, "quad97"]  # x² + xy + y², which no method learns in time
 PRESET = "grokadamw-grokking"
 METHODS = ["adamw", "adamw-matrices", PRESET, "grokadamw-no-filter", "adamw-row-limits", "grokadamw", "grokfast-adamw"]
-MOD97_METHODS = [*METHODS, "grokadamw-short-rows"]
+MOD97_METHODS = [*METHODS, "grokadamw-short-rows", "muon"]
 COMPARED = ["adamw", "grokfast-adamw", "grokadamw", PRESET]  # on the other tasks
 OTHER_METHODS = ["late-decay", "row-norm-cap", "orthograd", "muon"]
 
