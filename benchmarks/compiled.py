@@ -15,6 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from grokadamw.backends import gpu
-from grokadamw.backends.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, LONG, ODD, SHAPES, WIDTHS
+from grokadamw.backends.gpu_tables import CODED, JUDGE_BLOCK, JUDGE_THREADS, LONG, ODD, SHAPES, WIDTHS
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 90, 100)} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)
@@ -39,6 +40,19 @@ DTYPES = [  # of parameters and gradients, of state
     (torch.float16, torch.float32),
     (torch.float64, torch.float64),
 ]
+INT8, SHORT, WHOLE = (torch.int8, torch.uint8, torch.int8), 3 * (torch.bfloat16,), 3 * (torch.float32,)
+# what is kept in fewer bits: the dtype of parameters and gradients; those of m, v and μ; the parameter's low bits
+CODES = {
+    "bfloat16": (torch.float32, SHORT, 0),
+    "int8": (torch.float32, INT8, 0),
+    "bfloat16, 24 bits": (torch.bfloat16, SHORT, 8),
+    "int8, 24 bits": (torch.bfloat16, INT8, 8),
+    "int8, 32 bits": (torch.bfloat16, INT8, 16),
+    "int8, float16 of 24 bits": (torch.float16, INT8, 8),
+    "int8, rounded": (torch.bfloat16, INT8, 0),
+    "32 bits": (torch.bfloat16, WHOLE, 16),
+}
+UPDATE = dict.fromkeys(("chunks", "table", "grads", "numbers"), "*i64") | {"finite": "*i8"}  # its pointers
 LISTS = [2, 32, 1024]  # groups of parameters, as a power of two: `judge` has a number for each in registers
 
 
@@ -68,7 +82,7 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
     of_grads = SHAPES[param.itemsize]
     dtypes = {name: getattr(tl, str(x).removeprefix("torch.")) for name, x in (("param", param), ("state", state))}
     pointers = {
-        "update": dict.fromkeys(("chunks", "table", "grads", "numbers"), "*i64") | {"finite": "*i8"},
+        "update": UPDATE,
         "squares": dict.fromkeys(("chunks", "sizes", "grads"), "*i64") | {"sums": "*fp64"},
         "judge": dict.fromkeys(("sums", "limits", "verdict"), "*fp64")
         | {"grad_scale": "*fp32", "found_inf": "*fp32", "finite": "*i8", "skipped": "*i64"},
@@ -91,33 +105,65 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
         constants[f"judge, {lists} lists"] = flags | {"LISTS": lists, "BLOCK": JUDGE_BLOCK}
     warps = {"update": shape.warps, "squares": of_grads.warps, "judge": JUDGE_THREADS // 32}
     for name, values in constants.items():
-        function = getattr(kernels, name.partition(",")[0])
-        kinds = {arg: pointers[function.__name__].get(arg) or "i32" for arg in function.arg_names}
-        aligned = [i for i, arg in enumerate(function.arg_names) if kinds[arg].startswith("*")]
+        function = name.partition(",")[0]
         yield (
             name,
-            ASTSource(
-                fn=function,
-                signature=kinds | dict.fromkeys(values, "constexpr"),
-                constexprs=values,
-                attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-            ),
-            warps[function.__name__] * (2 if "rows" in name else 1),
+            source(kernels, function, pointers[function], values),
+            warps[function] * (2 if "rows" in name else 1),
         )
 
 
+def coded_sources(kernels: Any, name: str, tail: bool) -> Iterator[tuple[str, ASTSource, int]]:
+    """The kernel of what is kept in fewer bits, alone and with limits on rows."""
+    param, states, low = CODES[name]
+    dtypes = [getattr(kernels.tl, str(x).removeprefix("torch.")) for x in (param, param, *states)]
+    values = dict(zip(("PARAM", "GRAD", "M", "V", "MU"), dtypes, strict=True))
+    values |= {"LOW": low, "ROUNDS": "rounded" in name, "HAS_MU": True, "RAW": False, "EPS_FIRST": False}
+    values |= {"HAS_FINITE": True, "IS_PART": False, "MOVES": True, "TAIL": tail}
+    values |= {"HAS_CHANGE": False, "HAS_NORM": False, "OF_ROWS": 0, "CHUNK": CODED.chunk, "BLOCK": CODED.block}
+    cases = {"": values}
+    if tail:
+        limited = values | {"HAS_CHANGE": True}
+        cases[", rows of 256"] = limited | {"OF_ROWS": 1 << WIDTHS.index(256)}
+        cases[", rows of 1024"] = limited | {"OF_ROWS": 1 << WIDTHS.index(1024)}
+        cases[", longer rows"] = limited | {"OF_ROWS": 1 << LONG}
+        cases[", odd rows"] = limited | {"OF_ROWS": 1 << ODD + WIDTHS.index(256)}
+    for case, constants in cases.items():
+        made = source(kernels, "update_coded", UPDATE, constants)
+        yield f"update_coded, {name}{case}", made, CODED.warps * (2 if case else 1)
+
+
+def source(kernels: Any, name: str, pointers: dict[str, str], values: dict[str, Any]) -> ASTSource:
+    """A kernel with its constants, of pointers that are aligned."""
+    function = getattr(kernels, name)
+    kinds = {arg: pointers.get(arg) or "i32" for arg in function.arg_names}
+    aligned = [i for i, arg in enumerate(function.arg_names) if kinds[arg].startswith("*")]
+    return ASTSource(
+        fn=function,
+        signature=kinds | dict.fromkeys(values, "constexpr"),
+        constexprs=values,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+
+
 def compiled(target: str, param: torch.dtype, state: torch.dtype, tail: bool) -> Iterator[Code]:
-    wide = TARGETS[target].warp_size // 32
     for name, source, warps in sources(gpu.kernels(), param, state, tail):
-        # gpu.py asks for as many warps of `squares` and `update` everywhere, and for as many threads of `judge`
-        given = warps // wide if name.startswith("judge") else warps
-        asm = triton.compile(
-            source, target=TARGETS[target], options={"num_warps": given, "enable_fp_fusion": False}
-        ).asm
-        counts: list[int | None] = [None] * 8
-        if "ptx" in asm:
-            counts = [*resources(asm["cubin"]), *accesses(asm["ptx"], "ld"), *accesses(asm["ptx"], "st")]
-        yield Code(name, target, str(param).removeprefix("torch."), tail, *counts)
+        yield code_of(target, name, source, warps, param, tail)
+
+
+def coded(target: str, name: str, tail: bool) -> Iterator[Code]:
+    for case, source, warps in coded_sources(gpu.kernels(), name, tail):
+        yield code_of(target, case, source, warps, CODES[name][0], tail)
+
+
+def code_of(target: str, name: str, source: ASTSource, warps: int, param: torch.dtype, tail: bool) -> Code:
+    # gpu.py asks for as many warps of `squares` and `update` everywhere, and for as many threads of `judge`
+    given = warps * 32 // TARGETS[target].warp_size if name.startswith("judge") else warps
+    asm = triton.compile(source, target=TARGETS[target], options={"num_warps": given, "enable_fp_fusion": False}).asm
+    counts: list[int | None] = [None] * 8
+    if "ptx" in asm:
+        counts = [*resources(asm["cubin"]), *accesses(asm["ptx"], "ld"), *accesses(asm["ptx"], "st")]
+    return Code(name, target, str(param).removeprefix("torch."), tail, *counts)
 
 
 def accesses(ptx: str, instruction: str) -> tuple[int, int, int]:
@@ -143,11 +189,27 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
+def has(target: str, param: torch.dtype) -> bool:
+    return target != "sm_75" or param != torch.bfloat16
+
+
 def all_codes() -> list[Code]:
-    cases = [(target, *dtypes, tail) for target in TARGETS for dtypes in DTYPES for tail in (False, True)]
-    cases = [case for case in cases if case[0] != "sm_75" or case[1] != torch.bfloat16]  # which it does not have
+    cases = [
+        partial(compiled, target, *dtypes, tail)
+        for target in TARGETS
+        for dtypes in DTYPES
+        for tail in (False, True)
+        if has(target, dtypes[0])
+    ]
+    cases += [
+        partial(coded, target, name, tail)
+        for target in TARGETS
+        for name, (param, *_) in CODES.items()
+        for tail in (False, True)
+        if has(target, param)
+    ]
     shown = track(cases, "compiling", console=Console(stderr=True), transient=True)
-    return [code for case in shown for code in compiled(*case)]
+    return [code for case in shown for code in case()]
 
 
 def main() -> None:

@@ -44,7 +44,9 @@ class Arm(NamedTuple):
     name: str
     make: Make  # the function that takes one step
     kept: int  # bytes of state
-    traffic: int | None = None  # bytes that a step reads and writes where no cache holds the tensors; None: not counted
+    traffic: float | None = (
+        None  # bytes that a step reads and writes where no cache holds the tensors; None: not counted
+    )
     clips: bool = False
     writes: bool = False  # to the gradients
     ours: bool = False

@@ -122,10 +122,11 @@ def skip_unless_interpreted() -> None:
 
 
 @contextmanager
-def running(implementation: str) -> Iterator[dict[str, Any]]:
+def running(implementation: str, chunk: int = 32) -> Iterator[dict[str, Any]]:
     """The options with which that implementation runs; inside, for "blocks" as if the kernel had not been built.
 
-    "gpu" is on the CPU, by Triton's interpreter, in small chunks; tests/gpu has what a GPU does.
+    "gpu" is on the CPU, by Triton's interpreter, in small chunks; tests/gpu has what a GPU does. Large tensors want
+    large chunks: a program takes the interpreter milliseconds, whatever its size.
     """
     if implementation == "blocks":
         reason = "the native kernel was not built"
@@ -133,8 +134,12 @@ def running(implementation: str) -> Iterator[dict[str, Any]]:
             yield IMPLEMENTATIONS[implementation]
     elif implementation == "gpu":
         skip_unless_interpreted()
-        small = dict.fromkeys(SHAPES, Shape(chunk=32, block=32, warps=1))
-        with patch.object(gpu, "_DEVICE_TYPE", "cpu"), patch.dict(SHAPES, small):
+        small, coded = dict.fromkeys(SHAPES, Shape(chunk, block=chunk, warps=1)), Shape(4096, block=4096, warps=1)
+        with (
+            patch.object(gpu, "_DEVICE_TYPE", "cpu"),
+            patch.dict(SHAPES, small),
+            patch("grokadamw.backends.gpu_tables.CODED", coded),
+        ):
             yield IMPLEMENTATIONS[implementation]
     else:
         yield IMPLEMENTATIONS[implementation]

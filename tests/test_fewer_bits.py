@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grokadamw import GrokAdamW
-from grokadamw.backends import cpu, decoded, native
+from grokadamw.backends import cpu, native
 from grokadamw.state import formats
 
 from .models import running
@@ -35,11 +35,13 @@ def kept(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def made(dtype: torch.dtype, seed: int = 0, shapes: list[tuple[int, ...]] = SHAPES) -> list[nn.Parameter]:
+def made(
+    dtype: torch.dtype, seed: int = 0, shapes: list[tuple[int, ...]] = SHAPES, device: str = "cpu"
+) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     params = [0.3 * torch.randn(shape, generator=generator) for shape in shapes]
     params = [p.to(memory_format=torch.channels_last) if p.dim() == 4 else p for p in params]
-    return [nn.Parameter(p.to(dtype)) for p in params]
+    return [nn.Parameter(p.to(device, dtype)) for p in params]
 
 
 def train(params: list[nn.Parameter], optimizer: GrokAdamW, steps: range) -> None:
@@ -76,11 +78,11 @@ def test_what_is_kept_has_the_dtypes_that_were_asked_for(kept: Any) -> None:
         assert (state["param_low"].dtype if "param_low" in state else None) == low
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "foreach", "reference", "blocks"])
+@pytest.mark.parametrize("implementation", ["cpu", "gpu", "foreach", "reference", "blocks"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_leaves_every_bit(kept: Any, implementation: str, poison: float) -> None:
     dtype, options = kept
-    with running(implementation) as how:
+    with running(implementation, chunk=4096) as how:
         params = made(dtype)
         optimizer = GrokAdamW(params, **options, **how)
         train(params, optimizer, range(3))
@@ -93,31 +95,33 @@ def test_a_step_that_is_not_finite_leaves_every_bit(kept: Any, implementation: s
         assert equal(before, bits_of(params, optimizer))
 
 
-@pytest.mark.parametrize("module", [cpu, decoded])
+@pytest.mark.parametrize("implementation", ["cpu", "gpu", "foreach"])
 def test_a_step_that_a_device_finds_not_finite_leaves_every_bit(
-    kept: Any, module: Any, monkeypatch: pytest.MonkeyPatch, nothing_is_free_to_read: None
+    kept: Any, implementation: str, nothing_is_free_to_read: None
 ) -> None:
     dtype, options = kept
-    params = made(dtype)
-    optimizer = GrokAdamW(params, **options, foreach=True if module is decoded else None)
-    train(params, optimizer, range(2))
-    before = bits_of(params, optimizer)
-    for p in params:
-        p.grad = torch.full_like(p, torch.nan)
-    optimizer.step()
-    assert equal(before, bits_of(params, optimizer))
+    with running(implementation, chunk=4096) as how:
+        params = made(dtype)
+        optimizer = GrokAdamW(params, **options, **how)
+        train(params, optimizer, range(2))
+        before = bits_of(params, optimizer)
+        for p in params:
+            p.grad = torch.full_like(p, torch.nan)
+        optimizer.step()
+        assert equal(before, bits_of(params, optimizer))
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_foreach_follows_the_kernel(kept: Any, steps: int) -> None:
+def test_all_follow_the_kernel_of_the_cpu(kept: Any, steps: int) -> None:
     """To neighbours: they round alike, but what they round differs in its last bits."""
     dtype, options = kept
     found = []
-    for how in ({}, {"foreach": True}, {"foreach": False}):
-        params = made(dtype)
-        optimizer = GrokAdamW(params, lr=1e-2, accumulation_steps=steps, second_moment="raw", **options, **how)
-        train(params, optimizer, range(4 * steps))
-        found.append([p.detach().float() for p in params])
+    for implementation in ("cpu", "gpu", "foreach", "reference"):
+        with running(implementation, chunk=4096) as how:
+            params = made(dtype)
+            optimizer = GrokAdamW(params, lr=1e-2, accumulation_steps=steps, second_moment="raw", **options, **how)
+            train(params, optimizer, range(4 * steps))
+            found.append([p.detach().float() for p in params])
     start = made(dtype)
     for other in found[1:]:
         for a, b, p in zip(found[0], other, start, strict=True):
@@ -182,23 +186,27 @@ def test_groups_differ_and_parameters_may_come_late_or_have_no_gradient(kept: An
     assert d.grad is None
 
 
-@pytest.mark.parametrize("how", [{}, {"foreach": True}], ids=["cpu", "foreach"])
+@pytest.mark.parametrize("implementation", ["cpu", "gpu", "foreach"])
 @pytest.mark.parametrize("shape", [(64, 70), (40, 3, 64), (3, 5000), (2, 70000), (600, 20)])
 @pytest.mark.parametrize("limits", [{}, {"max_row_change": 0.01, "max_row_norm": 2.0}], ids=["free", "limited"])
-def test_32_bits_are_float32_weights(how: dict[str, Any], shape: tuple[int, ...], limits: dict[str, float]) -> None:
+def test_32_bits_are_float32_weights(implementation: str, shape: tuple[int, ...], limits: dict[str, float]) -> None:
     """To the bit, with limits on rows, too; very long rows of 16 bits are foreach's."""
-    how = {"foreach": True} if shape[-1] > 65536 else how
-    (low,) = made(torch.bfloat16, shapes=[shape])
+    with running("foreach" if shape[-1] > 65536 else implementation, chunk=4096) as how:
+        compare_with_32_bits(shape, limits | how)
+
+
+def compare_with_32_bits(shape: tuple[int, ...], options: dict[str, Any], device: str = "cpu") -> None:
+    (low,) = made(torch.bfloat16, shapes=[shape], device=device)
     wide = nn.Parameter(low.detach().float())
     pairs = [
-        (low, GrokAdamW([low], lr=1e-2, state_dtype="int8", master_weight_bits=32, **limits, **how)),
-        (wide, GrokAdamW([wide], lr=1e-2, state_dtype="int8", **limits, **how)),
+        (low, GrokAdamW([low], lr=1e-2, state_dtype="int8", master_weight_bits=32, **options)),
+        (wide, GrokAdamW([wide], lr=1e-2, state_dtype="int8", **options)),
     ]
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
         grad = torch.randn(shape, generator=generator).bfloat16()
         for param, optimizer in pairs:
-            param.grad = grad.to(param.dtype)
+            param.grad = grad.to(device, param.dtype)
             optimizer.step()
     state = pairs[0][1].state[low]
     assert torch.equal(formats.full(low.detach(), state["param_low"]), wide)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grokadamw.backends import cpu, decoded, foreach
+from grokadamw.backends import cpu, decoded, foreach, gpu
 from grokadamw.backends.types import Batch, Coded, MicroStep
 from grokadamw.options import STATES
 from grokadamw.state import formats
@@ -19,10 +19,11 @@ from grokadamw.state.formats import BLOCK, decode, dither, encode, full, split
 
 from . import formats_oracle as oracle
 from .backends.test_update import numbers
+from .models import skip_unless_interpreted
 
 SHORT = {"bfloat16": torch.bfloat16, "int8": torch.int8}
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-BACKENDS = [(cpu, cpu), (decoded, foreach)]  # of coded state, and what computes the same in float32
+BACKENDS = {"cpu": (cpu, cpu), "gpu": (gpu, gpu), "decoded": (decoded, foreach)}  # and what computes it in float32
 LOWS = {16: None, 24: torch.int8, 32: torch.int16}
 
 places = st.tuples(st.integers(0, 2**20), st.integers(0, 2**40))  # a parameter's number, and a draw
@@ -153,6 +154,16 @@ def coded_batch(shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dt
     return Batch([param], [random()], *columns, [torch.tensor(2.0)], coded=coded)
 
 
+def on(device: str, batch: Batch) -> Batch:
+    """A copy of the batch there."""
+    lists: Any = [None if column is None else [x.to(device, copy=True) for x in column] for column in batch[:6]]
+    coded = batch.coded
+    if coded is not None:
+        kept: Any = [None if column is None else [x.to(device, copy=True) for x in column] for column in coded[:4]]
+        coded = Coded(*kept, *coded[4:])
+    return Batch(*lists, coded=coded)
+
+
 def plain(batch: Batch) -> Batch:
     """The same in float32."""
     coded = batch.coded
@@ -166,7 +177,7 @@ def plain(batch: Batch) -> Batch:
         decoded.append([x.clone()])
     low = None if coded.lows is None else coded.lows[0]
     param = full(batch.params[0], low)
-    return Batch([param], [batch.grads[0]], *decoded, [batch.steps[0].clone()])
+    return Batch([param], [batch.grads[0].float()], *decoded, [batch.steps[0].clone()])
 
 
 CASES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
@@ -187,24 +198,36 @@ def _small_tensors_have_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "SMALL", 1)
 
 
+def modules(backend: str) -> tuple[Any, Any]:
+    """The backend of coded state, and what computes the same in float32."""
+    if backend == "gpu":
+        skip_unless_interpreted()
+    return BACKENDS[backend]
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("coded", "whole"), BACKENDS, ids=["cpu", "decoded"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "shape", [(5, 33), (3, 97), (40, 100), (2, 700), (64, 64), (3, 5, 40), (4099,), (128,), (1, 64)]
 )
 @pytest.mark.parametrize("nth", [None, 0, 2])
 def test_a_step_is_the_plain_one_between_the_oracles_decoding_and_encoding(
-    case: str, coded: Any, whole: Any, shape: tuple[int, ...], nth: int | None
+    case: str, backend: str, shape: tuple[int, ...], nth: int | None
 ) -> None:
-    options, dtype = CASES[case]
-    batch = coded_batch(shape, options, dtype, number=7)
-    expected = plain(batch)
-    assert batch.coded is not None
+    coded, whole = modules(backend)
+    batch = coded_batch(shape, *CASES[case], number=7)
+    expected, before = plain(batch), on("cpu", batch)
     micro_step = {} if nth is None else {"micro_step": MicroStep(3, nth == 0, nth == 2, nth)}
     scalars = numbers(beta1=[0.9], bias_beta1=[0.9], raw_second_moment=nth is not None, **micro_step)
     whole.step(expected, scalars)
-    before = [x.clone() for x in (batch.params[0], *(batch.coded.lows or []))]
     coded.step(batch, scalars)
+    check_codes(batch, expected, before, nth)
+
+
+def check_codes(batch: Batch, expected: Batch, before: Batch, nth: int | None = None) -> None:
+    """That a step of parameter 7 has left the codes of what is expected in float32, of a micro-batch maybe."""
+    assert batch.coded is not None
+    assert before.coded is not None
     rows = formats.as_rows(batch.params[0]).shape
     draw = 2 if nth is None else 2 * 3 + nth
     for name, column, scales, exact in zip(STATES, batch[2:5], batch.coded[:3], expected[2:5], strict=True):
@@ -217,9 +240,11 @@ def test_a_step_is_the_plain_one_between_the_oracles_decoding_and_encoding(
         else:
             assert same_bits(y.float(), x if y.dtype == torch.float32 else oracle.bfloat16(x, name, dithers))
     if nth == 0:
-        assert all(map(torch.equal, before, (batch.params[0], *(batch.coded.lows or []))))
+        assert torch.equal(batch.params[0], before.params[0])
+        assert all(map(torch.equal, batch.coded.lows or [], before.coded.lows or []))
         return
     theta, low = batch.params[0], batch.coded.lows
+    dtype = theta.dtype
     if dtype == torch.float32:
         assert torch.equal(theta, expected.params[0])
         return
@@ -234,9 +259,10 @@ def test_a_step_is_the_plain_one_between_the_oracles_decoding_and_encoding(
 
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize("bits", [24, 32])
-@pytest.mark.parametrize(("coded", "whole"), BACKENDS, ids=["cpu", "decoded"])
-def test_small_weights_move_as_they_do_in_float32(dtype: torch.dtype, bits: int, coded: Any, whole: Any) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_weights_move_as_they_do_in_float32(dtype: torch.dtype, bits: int, backend: str) -> None:
     """Those that float16 rounds to 0, too, which were once NaN."""
+    coded, whole = modules(backend)
     batch = coded_batch((64, 64), {"master_weight_bits": bits}, dtype)
     assert batch.coded is not None
     assert batch.coded.lows is not None

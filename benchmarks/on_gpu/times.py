@@ -1,6 +1,6 @@
 """Stage 2: how long a step takes, on the device and of the host's time.
 
-    python3 -m benchmarks.on_gpu.times FILE
+    python3 -m benchmarks.on_gpu.times FILE [--only models|formats|kernels|host]
 
 Arms take turns of a few steps, in a new order each round; a row has the first quartile, the median and the third.
 FILE is written anew after each round. What runs out of memory is left out, and its row says so.
@@ -8,6 +8,7 @@ FILE is written anew after each round. What runs out of memory is left out, and 
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 import time
@@ -26,7 +27,7 @@ from .. import peers
 from ..peers import CLIPPED, FUSED, PROPAGATE, Arm, Shapes, Step, Tensors
 from . import common
 from .common import DEVICE, REHEARSES, milliseconds, quartiles, rounds_of
-from .kernels import NAMES, timed
+from .kernels import timed
 from .record import Record, first_line
 
 COPIED = 100_000 if REHEARSES else 100_000_000  # float32 elements
@@ -43,14 +44,31 @@ ROWS: dict[str, Callable[[], Shapes]] = {
 }
 
 
-def preset(params: list[nn.Parameter]) -> Step:
+def preset(params: list[nn.Parameter], **options: Any) -> Step:
     """`for_grokking` on a model that has these: the first is an embedding, and it has a norm layer."""
     model = nn.Module()
     model.embedding = nn.Embedding(1, 1)
     model.embedding.weight = params[0]
     model.norm = nn.LayerNorm(1, elementwise_affine=False)
     model.rest = nn.ParameterList(params[1:])
-    return GrokAdamW.for_grokking(model).step
+    return GrokAdamW.for_grokking(model, **options).step
+
+
+def in_formats(dtype: torch.dtype, make: Callable[..., Step] = preset, **options: Any) -> Callable[..., Step]:
+    """What makes a step of parameters and gradients in a dtype, and of state in fewer bits."""
+
+    def made(params: list[nn.Parameter]) -> Step:
+        own = [nn.Parameter(p.detach().to(dtype)) for p in params]
+        for p, given in zip(own, params, strict=True):
+            assert given.grad is not None
+            p.grad = given.grad.to(dtype)
+        return make(own, **options)
+
+    return made
+
+
+def without_clipping(params: list[nn.Parameter], **options: Any) -> Step:
+    return peers.grokadamw(**PROPAGATE, **options)(params)
 
 
 ARMS = [
@@ -59,6 +77,36 @@ ARMS = [
     Arm("GrokAdamW, no clipping", peers.grokadamw(**PROPAGATE), kept=12, traffic=36, ours=True),
     Arm("GrokAdamW, clip 1", peers.grokadamw(), kept=12, traffic=40, clips=True, ours=True),
     Arm("GrokAdamW, the preset", preset, kept=12, clips=True, ours=True),
+]
+INT8: dict[str, Any] = {"state_dtype": "int8"}
+BITS_24: dict[str, Any] = INT8 | {"master_weight_bits": 24}
+# of an element read and written: its number and low bits, the gradient once, and of three states those of its format
+FORMATS = [
+    FUSED,
+    ARMS[2],
+    Arm(
+        "bfloat16 states",
+        in_formats(torch.float32, without_clipping, state_dtype="bfloat16"),
+        kept=6,
+        traffic=8 + 4 + 3 * 4,
+        ours=True,
+    ),
+    Arm(
+        "int8 states",
+        in_formats(torch.float32, without_clipping, **INT8),
+        kept=4,
+        traffic=8 + 4 + 3 * (2 + 8 / 64),
+        ours=True,
+    ),
+    Arm(
+        "bfloat16 weights of 24 bits, int8 states",
+        in_formats(torch.bfloat16, without_clipping, **BITS_24),
+        kept=5,
+        traffic=4 + 2 + 2 + 3 * (2 + 8 / 64),
+        ours=True,
+    ),
+    Arm("the preset, int8 states", in_formats(torch.float32, **INT8), kept=4, clips=True, ours=True),
+    Arm("the preset, 24 bits, int8 states", in_formats(torch.bfloat16, **BITS_24), kept=5, clips=True, ours=True),
 ]
 # bytes of a float32 parameter that a kernel moves; of `judge` those of a chunk
 BYTES = {"squares": 4, "update": 36, "judge": 8}
@@ -78,13 +126,24 @@ def of_models(record: Record) -> None:
     rows: list[dict[str, Any]] = []
     for title in MODELS | ROWS:
         earlier = list(rows)
-        for of_model in rows_of_model(title):
+        for of_model in rows_of_model(title, ARMS if title in MODELS else ARMS[-2:]):
             rows = earlier + of_model
             record.write(steps=rows)
         common.release()
 
 
-def rows_of_model(title: str) -> Iterator[list[dict[str, Any]]]:
+def of_formats(record: Record) -> None:
+    """State and weights in fewer bits."""
+    rows: list[dict[str, Any]] = []
+    for title in MODELS:
+        earlier = list(rows)
+        for of_model in rows_of_model(title, FORMATS):
+            rows = earlier + of_model
+            record.write(formats=rows)
+        common.release()
+
+
+def rows_of_model(title: str, given: Sequence[Arm]) -> Iterator[list[dict[str, Any]]]:
     """A row for each arm, after each round anew; of arms that have no room one that says so."""
     shapes = shapes_of(title)
     elements = sum(map(math.prod, shapes))
@@ -96,7 +155,7 @@ def rows_of_model(title: str) -> Iterator[list[dict[str, Any]]]:
     except torch.OutOfMemoryError as error:
         yield [{"model": title, "arm": "all", "skipped": first_line(error)}]
         return
-    for arm in ARMS if title in MODELS else ARMS[-2:]:
+    for arm in given:
         try:
             step = arm.make(tensors.params(arm))
             arms[arm.name] = arm, step, common.steps_of_a_turn(step)
@@ -146,7 +205,7 @@ def rows_of_kernels(title: str) -> list[dict[str, Any]]:
             step()
         torch.cuda.synchronize()
         rows = []
-        for name in NAMES:
+        for name in BYTES:
             ms = kernels.milliseconds(name)
             moved = BYTES[name] * (chunks if name == "judge" else sum(map(math.prod, shapes)))
             speeds = quartiles([1e-6 * moved / each for each in ms])
@@ -251,25 +310,32 @@ def few_steps() -> None:
     torch.cuda.synchronize()
 
 
-def main(path: str) -> None:
+def main(path: str, only: str | None = None) -> None:
     common.begin()
     warnings.simplefilter("ignore")  # of β1 in a thousand layers, which is meant
     record = Record(path)
     record.write(device=common.device_name(), rounds=common.ROUNDS)
     failed = []
-    for part in (of_models, of_kernels, of_host):
+    parts = {"models": of_models, "formats": of_formats, "kernels": of_kernels, "host": of_host}
+    for part in parts.values() if only is None else [parts[only]]:
         try:
             part(record)
         except Exception as error:  # the others can tell something still
             failed.append(f"{part.__name__}: {first_line(error)}")
             record.write(failed=failed)
             traceback.print_exc()
-    for name in ("host", "kernels", "steps"):  # what matters most comes last
+    for name in ("host", "kernels", "formats", "steps"):  # what matters most comes last
         print(*map(shown, record.results.get(name, [])), sep="\n")
-    counts = ", ".join(f"{len(record.results.get(name, []))} {name}" for name in ("steps", "kernels", "host"))
+    counts = ", ".join(
+        f"{len(record.results.get(name, []))} {name}" for name in ("steps", "formats", "kernels", "host")
+    )
     record.write(summary=f"rows: {counts}")
     sys.exit("\n".join(failed) or 0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.on_gpu.times")
+    parser.add_argument("file")
+    parser.add_argument("--only", choices=["models", "formats", "kernels", "host"])
+    chosen = parser.parse_args()
+    main(chosen.file, chosen.only)

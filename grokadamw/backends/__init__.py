@@ -22,6 +22,7 @@ __all__ += ["fastest_sum_of_squares", "is_fused_on", "keep", "row_width", "rows"
 
 BY_ADDRESS = (cpu, blocks, gpu)  # those for which memory must not overlap
 LIMITS_ROWS = (cpu, gpu, decoded)  # those that limit rows themselves
+_LAUNCH = "one Triton launch for all tensors of a kind"
 FUSED_ON = ["cpu", "cuda"]  # where there are backends that do all in one pass
 
 
@@ -43,22 +44,10 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: 
     if asked := asked_for(options):
         return asked._replace(module=decoded) if coded else asked
     if coded:
-        reason = memory.why_not(row, step, coded) if row[0].is_cpu else "no kernel for coded state there"
-        kernel = native.kernel()
-        if (
-            reason is None
-            and row[0].itemsize == 2
-            and row[0].dim() > 1
-            and row[0].numel()
-            and not cpu.row_width(row[0], True)
-        ):
-            reason = "rows longer than those that the kernel limits"  # rows.py does not know of low bits
-        if reason is None and not isinstance(kernel, str):
-            return Choice(cpu, f"the native kernel, compiled for {kernel.instruction_set}")
-        return Choice(decoded, f"float32 copies, as {reason or kernel}")
+        return _chosen_for_codes(row, step)
     if gpu.is_for(row[0].device):
         reason = gpu.why_not(row, step)
-        return Choice(foreach, reason) if reason else Choice(gpu, "one Triton launch for all tensors of a kind")
+        return Choice(foreach, reason) if reason else Choice(gpu, _LAUNCH)
     if not row[0].is_cpu:
         return Choice(foreach, f"parameters on {row[0].device}")
     if reason := memory.why_not(row, step):
@@ -69,6 +58,24 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: 
     if reason := blocks.why_not(row, options["second_moment"] == "raw", options["compat"] is not None):
         return Choice(foreach, f"{kernel}, and {reason}")
     return Choice(blocks, kernel)
+
+
+def _chosen_for_codes(row: Sequence[Tensor], step: Tensor) -> Choice:
+    """Return the backend for a parameter that is kept in fewer bits, or whose state is."""
+    reason: str | None
+    if gpu.is_for(row[0].device):
+        choice, reason = Choice(gpu, _LAUNCH), gpu.why_not(row, step, True)
+    elif not row[0].is_cpu:
+        return Choice(decoded, f"float32 copies, as there is no kernel for parameters on {row[0].device}")
+    else:
+        kernel = native.kernel()
+        instructions = "" if isinstance(kernel, str) else kernel.instruction_set
+        choice = Choice(cpu, f"the native kernel, compiled for {instructions}")
+        reason = memory.why_not(row, step, True) or (kernel if isinstance(kernel, str) else None)
+    is_matrix_of_halves = row[0].itemsize == 2 and row[0].dim() > 1 and row[0].numel() > 0
+    if reason is None and is_matrix_of_halves and not row_width(choice, row[0], True):
+        reason = "rows longer than those that the kernel limits"  # rows.py does not know of low bits
+    return choice if reason is None else Choice(decoded, f"float32 copies, as {reason}")
 
 
 def asked_for(options: dict[str, Any]) -> Choice | None:
@@ -95,7 +102,7 @@ def keep(batch: Batch) -> Batch:
     """Return the batch with what its backend can use again for as long as no tensor moves."""
     if batch.choice.module not in (cpu, gpu):
         return batch
-    return batch._replace(addresses=cpu.keep(batch) if batch.choice.module is cpu else memory.where(batch))
+    return batch._replace(addresses=batch.choice.module.keep(batch))
 
 
 def sum_of_squares(options: dict[str, Any], compiling: bool) -> Callable[[Sequence[Tensor]], Tensor]:

@@ -24,16 +24,16 @@ from .gpu_tables import (
     JUDGE_BLOCK,
     JUDGE_THREADS,
     LONGEST,
-    SHAPES,
     Part,
     Tables,
     Verdict,
     and_odd,
+    codes_of,
     misaligned,
     words_of,
 )
 from .memory import DTYPES, addresses, where
-from .types import Batch, Scalars, written
+from .types import Addresses, Batch, Scalars, written
 
 _DEVICE_TYPE = "cuda"  # that is AMD's GPUs, too
 
@@ -76,10 +76,10 @@ def is_for(device: torch.device) -> bool:
     return device.type == _DEVICE_TYPE
 
 
-def why_not(row: Sequence[Tensor], step: Tensor) -> str | None:
+def why_not(row: Sequence[Tensor], step: Tensor, coded: bool = False) -> str | None:
     """Why the kernels cannot take a parameter on a device that `is_for` knows; see `memory.why_not`."""
     device = row[0].device
-    reason = memory.why_not(row, step) or _why_not_here(device)  # a tensor that is a fake may have no device
+    reason = memory.why_not(row, step, coded) or _why_not_here(device)  # a tensor that is a fake may have no device
     if reason is None and any(x.dtype == torch.bfloat16 for x in row) and not _has_bfloat16(device):
         return f"{torch.cuda.get_device_name(device)} has no bfloat16"
     return reason
@@ -165,7 +165,7 @@ def _sums(grads: Sequence[Tensor], at: bytes, tables: Tables) -> Tensor:
     first = 0
     for dtype, places, static in found:
         here = at if len(found) == 1 else b"".join(at[8 * i : 8 * i + 8] for i in places)
-        shape, count = SHAPES[static.size], len(static.chunks)
+        shape, count = static.shape, len(static.chunks)
         if count:
             _launch(
                 "squares",
@@ -245,6 +245,12 @@ def row_width(param: Tensor, coded: bool = False) -> int:
     return memory.row_width(param, LONGEST)
 
 
+def keep(batch: Batch) -> Addresses:
+    """The addresses of a batch, with what its launch must know of codes."""
+    at = where(batch)
+    return at if batch.coded is None else at._replace(table=codes_of(batch, batch.coded))
+
+
 def step(tensors: Batch, numbers: Scalars) -> None:
     """Do the stages slow_grad to limit_rows in place, for tensors that `why_not` and `share_memory` have cleared."""
     steps([(tensors, numbers)])
@@ -255,7 +261,7 @@ def steps(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None = None) 
     tables = Tables() if tables is None else tables
     kinds: dict[Any, list[Part]] = {}
     for tensors, numbers in calls:
-        at = where(tensors) if tensors.addresses is None else tensors.addresses
+        at = keep(tensors) if tensors.addresses is None else tensors.addresses
         kind = (
             tensors.params[0].device,
             *(column[0].dtype for column in (tensors.params, tensors.grads, tensors.exp_avgs)),
@@ -265,6 +271,7 @@ def steps(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None = None) 
             numbers.finite is not None,
             numbers.micro_step.of > 1,
             numbers.micro_step.moves,
+            at.table and at.table.kind,
         )
         kinds.setdefault(kind, []).append(Part(tensors, numbers, at))
     by_device: dict[torch.device, list[Part]] = {}
@@ -279,10 +286,10 @@ def steps(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None = None) 
 
 
 def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
-    device, *dtypes, has_mu, raw, eps_first, has_finite, is_part, moves = kind
+    device, param, grad, state, has_mu, raw, eps_first, has_finite, is_part, moves, coded = kind
     static = tables.static(kind, lists)
     limits = [x.numbers for x in lists] if static.of_rows else []
-    shape, finite = SHAPES[static.size], lists[0].numbers.finite
+    shape, finite = static.shape, lists[0].numbers.finite
     grads = b"".join(x.at.grads for x in lists)
     may_be_misaligned = tables.masked or misaligned(grads)
     # torch counts the steps, and says so itself
@@ -291,8 +298,12 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
     if not len(static.chunks):
         return
     words = b"".join(words_of(x.numbers) for x in lists)
+    formats = {"STATE": _triton(state)}
+    if coded is not None:
+        *dtypes, low_bits, rounds = coded
+        formats = dict(zip(("M", "V", "MU"), map(_triton, dtypes), strict=True)) | {"LOW": low_bits, "ROUNDS": rounds}
     _launch(
-        "update",
+        "update" if coded is None else "update_coded",
         len(static.chunks),
         device,
         static.chunks,
@@ -301,7 +312,9 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
         tables.words(words, device),
         static.chunks if finite is None else finite.view(torch.int8),
         len(grads) // 8,
-        **dict(zip(("PARAM", "GRAD", "STATE"), map(_triton, dtypes), strict=True)),
+        PARAM=_triton(param),
+        GRAD=_triton(grad),
+        **formats,
         HAS_MU=has_mu,
         RAW=raw,
         EPS_FIRST=eps_first,

@@ -10,33 +10,31 @@ with masks, which TAIL=False leaves out where no chunk needs it.
 import triton
 import triton.language as tl
 
+from .gpu_coded_kernel import update_coded  # noqa: F401
 from .gpu_norm import chunk, judge, load, pointer_to, squares  # noqa: F401
+from .gpu_stages import (
+    MAX_ROW_CHANGE,
+    MAX_ROW_NORM,
+    NUMBERS,
+    float64_at,
+    limited,
+    moments,
+    moved_by,
+    number_at,
+    numbers_of,
+    shares,
+    slow_and_amplified,
+    step_of,
+    updated,
+)
 from .gpu_tables import LONG as _LONG
 from .gpu_tables import ODD as _ODD
 from .gpu_tables import STRAIGHT as _STRAIGHT
 from .gpu_tables import WIDTHS
-from .rows import SHORT
 
-# the words of a list's numbers, as `gpu_tables.words_of` has them; the first four are two, an address and a value
-LR, ALPHA, CLIP, MAX_ROW_CHANGE = (tl.constexpr(i) for i in range(0, 8, 2))
-BETA2, LOG_BETA2, EPS, WEIGHT_DECAY, LAMB, AMPLIFY_AFTER, SIGN = (tl.constexpr(i) for i in range(8, 15))
-MICRO_STEPS, DECAYS, MAX_ROW_NORM, NUMBERS = (tl.constexpr(i) for i in range(15, 19))
-SHORTEST, STRAIGHT = tl.constexpr(SHORT), tl.constexpr(_STRAIGHT)
+STRAIGHT = tl.constexpr(_STRAIGHT)
 NARROW, WIDEST = tl.constexpr(WIDTHS[0]), tl.constexpr(WIDTHS[-1])
 BIT, LONG, ODD, ALL_LONG = (tl.constexpr(x) for x in (1, _LONG, _ODD, 1 << _LONG | 1 << _ODD + _LONG))
-
-
-@triton.jit
-def _float64(words, place):
-    """A float64 out of a table of 64-bit integers."""
-    return tl.load(words + place).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def _number(words, place):
-    """A float64 that lies at the address in the table; where that is 0, the one after it."""
-    address = tl.load(words + place)
-    return tl.load(address.to(tl.pointer_type(tl.float64)), mask=address != 0, other=_float64(words, place + 1))
 
 
 @triton.jit
@@ -67,23 +65,16 @@ def _new(
     old = load(theta, at, inside, MASKED, REAL) if MOVES else g
     g_hat = g
     if HAS_MU:
-        slow = keep_mu * slow + add_mu * g  # slow_grad
-        g_hat = g + lamb * slow  # amplify
+        slow, g_hat = slow_and_amplified(g, slow, keep_mu, add_mu, lamb)
         if WRITES:
             _store(mu, at, inside, slow, MASKED)
-    first = keep_m * first + add_m * g_hat  # exp_avg
-    squared = g * g if RAW else g_hat * g_hat
-    second = keep_v * second + add_v * squared  # exp_avg_sq
+    first, second = moments(g, g_hat, first, second, keep_m, add_m, keep_v, add_v, RAW)
     if WRITES:
         _store(m, at, inside, first, MASKED)
         _store(v, at, inside, second, MASKED)
     new = old
     if MOVES:
-        if REAL == tl.float32:
-            quotient = tl.div_rn(first, root * tl.sqrt_rn(second) + eps)
-        else:
-            quotient = first / (root * tl.sqrt(second) + eps)
-        new = (decay * old - step * quotient).to(theta.dtype.element_ty).to(REAL)  # update
+        new = updated(old, first, second, root, eps, decay, step).to(theta.dtype.element_ty).to(REAL)
     return old, new
 
 
@@ -107,45 +98,6 @@ def _chunk_of_elements(
         )  # fmt: skip
         if MOVES:
             _store(theta, at, inside, new, MASKED)
-
-
-@triton.jit
-def _share(times):
-    """Return what a row is multiplied with that is so many times too long: 1 if it is not, or nobody knows."""
-    return tl.where((times > 1) & (times < float("inf")), 1 / times, 1.0)
-
-
-@triton.jit
-def _moved(old, new, inside):
-    """Return how far θ moves. What is not finite does not count."""
-    moved = new - old
-    return tl.where(inside & (moved - moved == 0), moved, 0)
-
-
-@triton.jit
-def _limited(new, moved, share, share_of_norm, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, PARAM: tl.constexpr):
-    """Return θ within the limits of its row, of which these are the shares."""
-    if HAS_CHANGE:
-        new = new + moved * (share - 1).to(new.dtype)
-    if HAS_NORM:
-        new = new.to(PARAM).to(new.dtype) * share_of_norm.to(new.dtype)
-    return new
-
-
-@triton.jit
-def _shares(olds, moveds, news, products, change, norm, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr):
-    """Return what a row's Δ is multiplied with, and then its θ, from its Σ θ², Σ Δ², Σ θ'² and Σ θ' Δ."""
-    share = tl.full(moveds.shape, 1, tl.float64)
-    if HAS_CHANGE:
-        length = tl.sqrt(olds)
-        length = tl.where(length < SHORTEST, SHORTEST, length)  # NaN stays NaN
-        share = _share(tl.where(change > 0, tl.sqrt(moveds) / (change * length), 0))
-    share_of_norm = tl.full(moveds.shape, 1, tl.float64)
-    if HAS_NORM:
-        more = share - 1
-        length = tl.sqrt(news + 2 * more * products + more * more * moveds)
-        share_of_norm = _share(tl.where(norm > 0, length / norm, 0))
-    return share, share_of_norm
 
 
 @triton.jit
@@ -175,14 +127,14 @@ def _chunk_of_rows(
             theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
             eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True, True,
         )  # fmt: skip
-        moved = _moved(old, new, inside)
+        moved = moved_by(old, new, inside)
         wide, before, after = moved.to(tl.float64), old.to(tl.float64), tl.where(inside, new, 0).to(tl.float64)
         moveds = tl.sum(wide * wide, axis=1, keep_dims=True)
         olds = tl.sum(before * before, axis=1, keep_dims=True) if HAS_CHANGE else moveds
         news = tl.sum(after * after, axis=1, keep_dims=True) if HAS_NORM else moveds
         products = tl.sum(after * wide, axis=1, keep_dims=True) if HAS_NORM else moveds
-        share, share_of_norm = _shares(olds, moveds, news, products, change, norm, HAS_CHANGE, HAS_NORM)
-        new = _limited(new, moved, share, share_of_norm, HAS_CHANGE, HAS_NORM, PARAM)
+        share, share_of_norm = shares(olds, moveds, news, products, change, norm, HAS_CHANGE, HAS_NORM)
+        new = limited(new, moved, share, share_of_norm, HAS_CHANGE, HAS_NORM, PARAM)
         _store(theta, at, inside, new, True)
 
 
@@ -220,7 +172,7 @@ def _row(
             theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
             eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True, False,
         )  # fmt: skip
-        moved = _moved(old, new, inside).to(tl.float64)
+        moved = moved_by(old, new, inside).to(tl.float64)
         moveds += tl.sum(moved * moved, axis=AXIS)
         if HAS_CHANGE:
             before = old.to(tl.float64)
@@ -229,7 +181,7 @@ def _row(
             after = tl.where(inside, new, 0).to(tl.float64)
             news += tl.sum(after * after, axis=AXIS)
             products += tl.sum(after * moved, axis=AXIS)
-    share, share_of_norm = _shares(
+    share, share_of_norm = shares(
         tl.sum(olds, keep_dims=True), tl.sum(moveds, keep_dims=True), tl.sum(news, keep_dims=True),
         tl.sum(products, keep_dims=True), change, norm, HAS_CHANGE, HAS_NORM,
     )  # fmt: skip
@@ -240,7 +192,7 @@ def _row(
             theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
             eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True, True,
         )  # fmt: skip
-        new = _limited(new, _moved(old, new, inside), share, share_of_norm, HAS_CHANGE, HAS_NORM, PARAM)
+        new = limited(new, moved_by(old, new, inside), share, share_of_norm, HAS_CHANGE, HAS_NORM, PARAM)
         _store(theta, at, inside, new, True)
 
 
@@ -269,49 +221,21 @@ def update(
     m = tl.load(here + 2 * tensors)
     v = tl.load(here + 3 * tensors)
     mu = tl.load(here + 4 * tensors) if HAS_MU else m
-    t = tl.load(tl.load(here + 5 * tensors).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
-    beta1 = _float64(here, 6 * tensors)
-    log_bias_beta1 = _float64(here, 7 * tensors)
+    t = step_of(here, tensors)
+    beta1 = float64_at(here, 6 * tensors)
+    log_bias_beta1 = float64_at(here, 7 * tensors)
     mine = numbers + tl.load(here + 8 * tensors) * NUMBERS
     grad = tl.load(grads + i)
 
-    lr = _number(mine, LR)
-    alpha = _number(mine, ALPHA)
-    clip = _number(mine, CLIP) * _float64(mine, SIGN)
-    beta2 = _float64(mine, BETA2)
-    root = 1 / tl.sqrt(1 - tl.exp(t * _float64(mine, LOG_BETA2)))
-    step = lr / (1 - tl.exp(t * log_bias_beta1))
-    eps = _float64(mine, EPS)
-    if EPS_FIRST:
-        eps = eps * root
-    lamb = tl.where(t > _float64(mine, AMPLIFY_AFTER), _float64(mine, LAMB), 0.0)
-    decay = 1 - lr * _float64(mine, WEIGHT_DECAY)
-    keep_mu = alpha
-    keep_m = beta1
-    keep_v = beta2
-    add_v = 1 - beta2
-    if IS_PART:
-        micro_steps = _float64(mine, MICRO_STEPS)
-        decays = _float64(mine, DECAYS) != 0
-        clip = clip / micro_steps
-        add_v = add_v * micro_steps
-        keep_mu = tl.where(decays, keep_mu, 1.0)
-        keep_m = tl.where(decays, keep_m, 1.0)
-        keep_v = tl.where(decays, keep_v, 1.0)
-        if not MOVES:
-            lamb = lamb * 0
-
     REAL: tl.constexpr = tl.float64 if STATE == tl.float64 else tl.float32
-    clip, lamb, root, eps = clip.to(REAL), lamb.to(REAL), root.to(REAL), eps.to(REAL)
-    keep_mu, keep_m, keep_v, decay, step = (
-        keep_mu.to(REAL), keep_m.to(REAL), keep_v.to(REAL), decay.to(REAL), step.to(REAL)
-    )  # fmt: skip
-    add_mu, add_m, add_v = (1 - alpha).to(REAL), (1 - beta1).to(REAL), add_v.to(REAL)
+    clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step = numbers_of(
+        mine, t, beta1, log_bias_beta1, REAL, EPS_FIRST, IS_PART, MOVES
+    )
     aligned = (theta | m | v | mu | grad) % 16 == 0
     HAS_ROWS: tl.constexpr = HAS_CHANGE or HAS_NORM
     width = tl.load(here + 9 * tensors) if HAS_ROWS else size
     if HAS_ROWS and width > 0:
-        change, norm = _number(mine, MAX_ROW_CHANGE), _float64(mine, MAX_ROW_NORM)
+        change, norm = number_at(mine, MAX_ROW_CHANGE), float64_at(mine, MAX_ROW_NORM)
         rows = tl.load(here + 10 * tensors)  # of a chunk
         end = tl.minimum(nth * rows + rows, size // width)
         # where there are short rows, too, the body of longer ones must not take more registers than theirs

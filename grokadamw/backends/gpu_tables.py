@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .._numbers import Number
+from ..state.formats import BLOCK, key_of, width_of
 from . import memory
-from .types import Addresses, Batch, Scalars, limited_widths
+from .types import Addresses, Batch, Coded, Scalars, limited_widths
 
 _ANOTHER = "what is captured is another step than the one before: take a step before capturing"
 _KEPT = 64  # tables of which the device keeps a copy
@@ -31,6 +32,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {8: Shape(2048, 512, 4), 4: Shape(4096, 1024, 4), 2: Shape(4096, 1024, 4)}  # by bytes of an element
+CODED = Shape(4096, 1024, 4)  # of tensors that are kept in fewer bits: whole blocks of 64
 # A program that limits rows has as many whole rows as its chunk has room for, each as long as the next of WIDTHS. Of
 # longer rows it has one, which it reads twice. What would be too much for one program is limited after the step, by
 # rows.py. Rows lie straight where their length is a multiple of STRAIGHT elements, and their tensors are aligned.
@@ -57,8 +59,19 @@ class Static(NamedTuple):
     table: Tensor
     chunks: Tensor
     tail: bool  # some chunk is not full, or some tensor not aligned
-    size: int  # of the numbers' element
+    shape: Shape
     of_rows: int = 0  # which sizes of rows there are
+
+
+class Codes(NamedTuple):
+    """What a launch must know of tensors that are kept in fewer bits; it is `Addresses.table`."""
+
+    kind: tuple[
+        Any, ...
+    ]  # the dtypes that m, v and μ are kept in, the low bits of parameters, whether these are rounded
+    columns: tuple[bytes, ...]  # addresses of the states' scales and of low bits; empty for what there is none of
+    widths: tuple[int, ...]  # elements of a row whose last block may be shorter; all, if none is
+    words: bytes  # the key of each tensor's dithers, and how many blocks lie on ranks before this one
 
 
 class Part(NamedTuple):
@@ -90,7 +103,7 @@ class Tables:
             tensors, lists: how many there are, at most.
         """
         self.masked = True  # a kernel that is first met then cannot be loaded
-        size = 16 * tensors + 32 * lists  # twice the gradients, and the table; limits and numbers
+        size = 20 * tensors + 32 * lists  # twice the gradients, and the table; limits and numbers
         while len(self._spares) < _SPARES:
             pinned = torch.cuda.is_available()
             self._spares.append(torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned))
@@ -128,7 +141,10 @@ class Tables:
 
     def static(self, kind: Any, lists: Sequence[Part]) -> Static:
         """The chunks of all tensors, and the table of them."""
-        key = [(x.at[:6], x.numbers.beta1, x.numbers.bias_beta1, limited_widths(x.tensors, x.numbers)) for x in lists]
+        key = [
+            (x.at[:6], x.numbers.beta1, x.numbers.bias_beta1, limited_widths(x.tensors, x.numbers), x.at.table)
+            for x in lists
+        ]
         found = self._static.get(kind)
         if found is None or found.key != key:
             found = self._static[kind] = self._made(key, lists, found)
@@ -136,14 +152,17 @@ class Tables:
 
     def _made(self, key: Any, lists: Sequence[Part], before: Static | None) -> Static:
         tensors, device = lists[0].tensors, lists[0].tensors.params[0].device
-        size = max(tensors.exp_avgs[0].element_size(), 4)
+        codes = [x.at.table for x in lists if x.at.table is not None]
+        shape = CODED if codes else SHAPES[max(tensors.exp_avgs[0].element_size(), 4)]
         sizes = [n for x in lists for n in _sizes(x.at.ends)]
-        widths, chunk = [width for *_, mine in key for width in mine], SHAPES[size].chunk
+        widths, chunk = [width for *_, mine, _ in key for width in mine], shape.chunk
         places = [b"".join(getattr(x.at, name) or b"" for x in lists) for name in _COLUMNS]
+        more = [b"".join(columns) for columns in zip(*(x.columns for x in codes), strict=True)]
         numbers = [
             [beta1 for x in lists for beta1 in x.numbers.beta1],
             [math.log(beta1) if beta1 else -math.inf for x in lists for beta1 in x.numbers.bias_beta1],
         ]
+        coded_widths = [width for x in codes for width in x.widths]
         table = b"".join(
             [
                 memory.packed(sizes),
@@ -152,14 +171,22 @@ class Tables:
                 memory.packed([i for i, x in enumerate(lists) for _ in x.numbers.beta1]),
                 memory.packed(widths),
                 memory.packed([rows_of_a_chunk(width, chunk) for width in widths]),
+                *(column or bytes(8 * len(sizes)) for column in more),
+                memory.packed(coded_widths),
+                *(x.words for x in codes),
             ]
         )
-        aligned = not any(address % 16 for column in places[:4] for (address,) in struct.iter_unpack("Q", column))
+        aligned = not any(misaligned(column) for column in (*places[:4], *more[3:]))
         words = torch.frombuffer(bytearray(table), dtype=torch.int64)
-        same = before is not None and [(x[0][5], x[3]) for x in before.key] == [(x[0][5], x[3]) for x in key]
-        chunks = before.chunks if before and same else self._send(_chunks(_counts(sizes, widths, chunk)), device)
-        tail = not aligned or any(n % chunk for n, width in zip(sizes, widths, strict=True) if not width)
-        return Static(key, self._send(words, device), chunks, tail, size, sizes_of_rows(widths, aligned))
+        same = before is not None and [(x[0][5], *x[3:]) for x in before.key] == [(x[0][5], *x[3:]) for x in key]
+        counted = [_padded(*pair) for pair in zip(sizes, coded_widths, strict=True)] if codes else sizes
+        counts = _counts(sizes, counted, widths, chunk)
+        chunks = before.chunks if before and same else self._send(_chunks(counts), device)
+        tail = not aligned or any(
+            n % chunk or n != size for n, size, width in zip(counted, sizes, widths, strict=True) if not width
+        )
+        of_rows = sizes_of_rows(widths, aligned, BLOCK if codes else STRAIGHT)
+        return Static(key, self._send(words, device), chunks, tail, shape, of_rows)
 
     def squares(self, grads: Sequence[Tensor]) -> list[tuple[torch.dtype, list[int], Static]]:
         """Chunks and sizes for the gradients of each dtype, with their places."""
@@ -171,12 +198,11 @@ class Tables:
                 places.setdefault(grad.dtype, []).append(i)
             self._squares = []
             for dtype, mine in places.items():
-                sizes, size = [grads[i].numel() for i in mine], dtype.itemsize
+                sizes, shape = [grads[i].numel() for i in mine], SHAPES[dtype.itemsize]
                 words = torch.tensor(sizes, dtype=torch.int64, device="cpu")
-                chunk = SHAPES[size].chunk
-                counts = [-(-n // chunk) for n in sizes]
+                counts = [-(-n // shape.chunk) for n in sizes]
                 table, chunks = (self._send(x, grads[0].device) for x in (words, _chunks(counts)))
-                static = Static(None, table, chunks, any(n % chunk for n in sizes), size)
+                static = Static(None, table, chunks, any(n % shape.chunk for n in sizes), shape)
                 self._squares.append((dtype, mine, static))
         return self._squares
 
@@ -202,12 +228,34 @@ def _sizes(ends: bytes) -> list[int]:
     return [end - start for start, end in zip((0, *numbers), numbers, strict=False)]
 
 
-def _counts(sizes: Sequence[int], widths: Sequence[int], chunk: int) -> list[int]:
-    """How many chunks each tensor has: of so many elements, or of whole rows."""
+def _counts(sizes: Sequence[int], counted: Sequence[int], widths: Sequence[int], chunk: int) -> list[int]:
+    """How many chunks each tensor has: of so many elements as are counted, or of whole rows."""
     return [
-        -(-size // chunk) if not width else -(-(size // width) // rows_of_a_chunk(width, chunk))
-        for size, width in zip(sizes, widths, strict=True)
+        -(-n // chunk) if not width else -(-(size // width) // rows_of_a_chunk(width, chunk))
+        for size, n, width in zip(sizes, counted, widths, strict=True)
     ]
+
+
+def _padded(size: int, width: int) -> int:
+    """How many elements there would be if the last block of each row was full."""
+    return size // max(width, 1) * -(-width // BLOCK) * BLOCK
+
+
+def codes_of(batch: Batch, coded: Coded) -> Codes:
+    """What the kernel must know of tensors that are kept in fewer bits."""
+    odd = [x.dim() > 1 and width_of(x) % BLOCK > 0 for x in batch.params]
+    firsts = coded.firsts or [0] * len(odd)
+    words = [key_of(number) | first % 2**32 << 32 for number, first in zip(coded.numbers, firsts, strict=True)]
+    return Codes(
+        (
+            *(column[0].dtype if column else torch.float32 for column in batch[2:5]),
+            8 * coded.lows[0].itemsize if coded.lows else 0,
+            coded.rounds,
+        ),
+        tuple(memory.addresses(column or []) for column in coded[:4]),
+        tuple(width_of(x) if is_odd else x.numel() for x, is_odd in zip(batch.params, odd, strict=True)),
+        memory.packed(words),
+    )
 
 
 def rows_of_a_chunk(width: int, chunk: int) -> int:
@@ -215,9 +263,9 @@ def rows_of_a_chunk(width: int, chunk: int) -> int:
     return 1 if width > WIDTHS[-1] else max(chunk // WIDTHS[bisect_left(WIDTHS, width)], 1)
 
 
-def sizes_of_rows(widths: Iterable[int], aligned: bool) -> int:
+def sizes_of_rows(widths: Iterable[int], aligned: bool, straight: int = STRAIGHT) -> int:
     """Return which sizes of rows there are, in bits: WIDTHS, longer ones, and the same of those that may be odd."""
-    places = {bisect_left(WIDTHS, width) + ODD * (not aligned or width % STRAIGHT > 0) for width in widths if width}
+    places = {bisect_left(WIDTHS, width) + ODD * (not aligned or width % straight > 0) for width in widths if width}
     return sum(1 << place for place in places)
 
 
@@ -244,7 +292,7 @@ def words_of(n: Scalars) -> bytes:
     log_beta2 = math.log(n.beta2) if n.beta2 else -math.inf
     after, sign = float(n.amplify_after), -1.0 if n.maximize else 1.0
     rest = (n.beta2, log_beta2, n.eps, n.weight_decay, n.lamb, after, sign, n.micro_step.of, n.micro_step.decays)
-    return struct.pack("QdQdQdQd10d", *first, *rest, n.max_row_norm)
+    return struct.pack("QdQdQdQd11d", *first, *rest, n.max_row_norm, n.micro_step.nth)
 
 
 def _address_and_value(number: Number) -> tuple[int, float]:

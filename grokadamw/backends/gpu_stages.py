@@ -1,0 +1,134 @@
+"""The stages slow_grad to limit_rows as the GPU's kernels compute them, of values that are in registers."""
+
+import triton
+import triton.language as tl
+
+from .rows import SHORT
+
+# the words of a list's numbers, as `gpu_tables.words_of` has them; the first four are two, an address and a value
+LR, ALPHA, CLIP, MAX_ROW_CHANGE = (tl.constexpr(i) for i in range(0, 8, 2))
+BETA2, LOG_BETA2, EPS, WEIGHT_DECAY, LAMB, AMPLIFY_AFTER, SIGN = (tl.constexpr(i) for i in range(8, 15))
+MICRO_STEPS, DECAYS, MAX_ROW_NORM, NTH, NUMBERS = (tl.constexpr(i) for i in range(15, 20))
+SHORTEST = tl.constexpr(SHORT)
+
+
+@triton.jit
+def float64_at(words, place):
+    """Return a float64 out of a table of 64-bit integers."""
+    return tl.load(words + place).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def number_at(words, place):
+    """Return the float64 that lies at the address in the table; where that is 0, the one after it."""
+    address = tl.load(words + place)
+    return tl.load(address.to(tl.pointer_type(tl.float64)), mask=address != 0, other=float64_at(words, place + 1))
+
+
+@triton.jit
+def step_of(here, tensors):
+    """Return which step of a tensor this is, from 1."""
+    return tl.load(tl.load(here + 5 * tensors).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
+
+
+@triton.jit
+def numbers_of(
+    mine, t, beta1, log_bias_beta1,
+    REAL: tl.constexpr, EPS_FIRST: tl.constexpr, IS_PART: tl.constexpr, MOVES: tl.constexpr,
+):  # fmt: skip
+    """Return what the elements of a tensor are computed with at its step t."""
+    lr = number_at(mine, LR)
+    alpha = number_at(mine, ALPHA)
+    clip = number_at(mine, CLIP) * float64_at(mine, SIGN)
+    beta2 = float64_at(mine, BETA2)
+    root = 1 / tl.sqrt(1 - tl.exp(t * float64_at(mine, LOG_BETA2)))
+    step = lr / (1 - tl.exp(t * log_bias_beta1))
+    eps = float64_at(mine, EPS)
+    if EPS_FIRST:
+        eps = eps * root
+    lamb = tl.where(t > float64_at(mine, AMPLIFY_AFTER), float64_at(mine, LAMB), 0.0)
+    decay = 1 - lr * float64_at(mine, WEIGHT_DECAY)
+    keep_mu = alpha
+    keep_m = beta1
+    keep_v = beta2
+    add_v = 1 - beta2
+    if IS_PART:
+        micro_steps = float64_at(mine, MICRO_STEPS)
+        decays = float64_at(mine, DECAYS) != 0
+        clip = clip / micro_steps
+        add_v = add_v * micro_steps
+        keep_mu = tl.where(decays, keep_mu, 1.0)
+        keep_m = tl.where(decays, keep_m, 1.0)
+        keep_v = tl.where(decays, keep_v, 1.0)
+        if not MOVES:
+            lamb = lamb * 0
+    clip, lamb, root, eps = clip.to(REAL), lamb.to(REAL), root.to(REAL), eps.to(REAL)
+    keep_mu, keep_m, keep_v, decay, step = (
+        keep_mu.to(REAL), keep_m.to(REAL), keep_v.to(REAL), decay.to(REAL), step.to(REAL)
+    )  # fmt: skip
+    add_mu, add_m, add_v = (1 - alpha).to(REAL), (1 - beta1).to(REAL), add_v.to(REAL)
+    return clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step
+
+
+@triton.jit
+def slow_and_amplified(g, slow, keep_mu, add_mu, lamb):
+    """Return μ and ĝ."""
+    slow = keep_mu * slow + add_mu * g  # slow_grad
+    return slow, g + lamb * slow  # amplify
+
+
+@triton.jit
+def moments(g, g_hat, first, second, keep_m, add_m, keep_v, add_v, RAW: tl.constexpr):
+    """Return m and v."""
+    first = keep_m * first + add_m * g_hat  # exp_avg
+    squared = g * g if RAW else g_hat * g_hat
+    return first, keep_v * second + add_v * squared  # exp_avg_sq
+
+
+@triton.jit
+def updated(old, first, second, root, eps, decay, step):
+    """Return θ after the update."""
+    if old.dtype == tl.float32:
+        quotient = tl.div_rn(first, root * tl.sqrt_rn(second) + eps)
+    else:
+        quotient = first / (root * tl.sqrt(second) + eps)
+    return decay * old - step * quotient
+
+
+@triton.jit
+def _share(times):
+    """Return what a row is multiplied with that is so many times too long: 1 if it is not, or nobody knows."""
+    return tl.where((times > 1) & (times < float("inf")), 1 / times, 1.0)
+
+
+@triton.jit
+def moved_by(old, new, inside):
+    """Return how far θ moves. What is not finite does not count."""
+    moved = new - old
+    return tl.where(inside & (moved - moved == 0), moved, 0)
+
+
+@triton.jit
+def limited(new, moved, share, share_of_norm, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, PARAM: tl.constexpr):
+    """Return θ within the limits of its row, of which these are the shares."""
+    if HAS_CHANGE:
+        new = new + moved * (share - 1).to(new.dtype)
+    if HAS_NORM:
+        new = new.to(PARAM).to(new.dtype) * share_of_norm.to(new.dtype)
+    return new
+
+
+@triton.jit
+def shares(olds, moveds, news, products, change, norm, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr):
+    """Return what a row's Δ is multiplied with, and then its θ, from its Σ θ², Σ Δ², Σ θ'² and Σ θ' Δ."""
+    share = tl.full(moveds.shape, 1, tl.float64)
+    if HAS_CHANGE:
+        length = tl.sqrt(olds)
+        length = tl.where(length < SHORTEST, SHORTEST, length)  # NaN stays NaN
+        share = _share(tl.where(change > 0, tl.sqrt(moveds) / (change * length), 0))
+    share_of_norm = tl.full(moveds.shape, 1, tl.float64)
+    if HAS_NORM:
+        more = share - 1
+        length = tl.sqrt(news + 2 * more * products + more * more * moveds)
+        share_of_norm = _share(tl.where(norm > 0, length / norm, 0))
+    return share, share_of_norm
