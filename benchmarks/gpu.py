@@ -5,7 +5,7 @@
 
 Each stage has a process, a time limit and a file of its own, gpu-N-….json or .log in $OUT, to which it writes each
 result at once. One that fails or is stopped at its limit leaves what it has, and the next one begins. Stages 0 to 4
-take 7 minutes at most, and all of them 12. A rehearsal goes the same way: Triton compiles for a GPU, but nothing is
+take 6 minutes at most, and all of them 12. A rehearsal goes the same way: Triton compiles for a GPU, but nothing is
 launched, and what a stage finds means nothing.
 
 Needs Python 3.11, torch for the GPU with Triton, a C compiler, pytest, pytest-xdist, hypothesis and NumPy; and
@@ -85,11 +85,12 @@ def stages() -> list[Stage]:
     sections = ["SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy"]
     ncu = ["ncu", *of_ncu, *(word for name in sections for word in ("--section", name))]
     tests = [*PYTEST, *WORKERS, "-m", "gpu", "--durations", "15", "--deselect", LARGEST, *tests_for_a_gpu()]
+    of_times = [*PYTHON, "-m", "benchmarks.on_gpu.times", "FILE"]
     of_torch = [*PYTEST, *WORKERS, "-k", "cuda", "tests/test_optim.py"]
     return [
         Stage("the machine", "gpu-0-machine.json", module("machine", 40)),
         Stage("smoke", "gpu-1-smoke.json", module("smoke", 60)),
-        Stage("times", "gpu-2-times.json", module("times", 130)),
+        Stage("times", "gpu-2-times.json", module("times", 100)),
         Stage("tests", "gpu-3-tests.log", [Command(tests, 120, {"OMP_NUM_THREADS": "1"})]),
         Stage("launches, memory", "gpu-4-launches.json", module("launches", 40)),
         Stage("sweep of shapes", "gpu-5-sweep.json", module("sweep", 60)),
@@ -110,6 +111,7 @@ def stages() -> list[Stage]:
                 Command(of_torch, 90, stand_ins()),
             ],
         ),
+        Stage("times of formats", "gpu-8-formats.json", [Command([*of_times, "--only", "formats"], 60)]),
     ]
 
 

@@ -78,7 +78,7 @@ def test_what_is_kept_has_the_dtypes_that_were_asked_for(kept: Any) -> None:
         assert (state["param_low"].dtype if "param_low" in state else None) == low
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "gpu", "foreach", "reference", "blocks"])
+@pytest.mark.parametrize("implementation", ["cpu", "foreach", "reference", "blocks"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_leaves_every_bit(kept: Any, implementation: str, poison: float) -> None:
     dtype, options = kept
@@ -116,7 +116,7 @@ def test_all_follow_the_kernel_of_the_cpu(kept: Any, steps: int) -> None:
     """To neighbours: they round alike, but what they round differs in its last bits."""
     dtype, options = kept
     found = []
-    for implementation in ("cpu", "gpu", "foreach", "reference"):
+    for implementation in ("cpu", "foreach", "reference", *(["gpu"] if steps == 1 else [])):  # which takes time
         with running(implementation, chunk=4096) as how:
             params = made(dtype)
             optimizer = GrokAdamW(params, lr=1e-2, accumulation_steps=steps, second_moment="raw", **options, **how)
@@ -186,12 +186,15 @@ def test_groups_differ_and_parameters_may_come_late_or_have_no_gradient(kept: An
     assert d.grad is None
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "gpu", "foreach"])
-@pytest.mark.parametrize("shape", [(64, 70), (40, 3, 64), (3, 5000), (2, 70000), (600, 20)])
+MATRICES = [(name, shape) for name in ("cpu", "foreach") for shape in [(64, 70), (40, 3, 64), (3, 5000), (600, 20)]]
+MATRICES += [("gpu", shape) for shape in [(64, 70), (20, 3, 64), (2, 2000), (50, 20)]]  # to be interpreted soon
+
+
+@pytest.mark.parametrize(("implementation", "shape"), [*MATRICES, ("foreach", (2, 70000))])
 @pytest.mark.parametrize("limits", [{}, {"max_row_change": 0.01, "max_row_norm": 2.0}], ids=["free", "limited"])
 def test_32_bits_are_float32_weights(implementation: str, shape: tuple[int, ...], limits: dict[str, float]) -> None:
     """To the bit, with limits on rows, too; very long rows of 16 bits are foreach's."""
-    with running("foreach" if shape[-1] > 65536 else implementation, chunk=4096) as how:
+    with running(implementation, chunk=4096) as how:
         compare_with_32_bits(shape, limits | how)
 
 

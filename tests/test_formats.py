@@ -205,12 +205,14 @@ def modules(backend: str) -> tuple[Any, Any]:
     return BACKENDS[backend]
 
 
+CPU_SHAPES = [(5, 33), (3, 97), (40, 100), (2, 700), (64, 64), (3, 5, 40), (4099,), (128,), (1, 64)]
+PLACES = [(backend, shape, nth) for backend in ("cpu", "decoded") for shape in CPU_SHAPES for nth in (None, 0, 2)]
+PLACES += [("gpu", shape, None) for shape in [(3, 97), (40, 100), (65, 64), (3, 5, 40), (4099,)]]
+PLACES += [("gpu", (4, 100), nth) for nth in (0, 2)]  # as the interpreter takes its time
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "shape", [(5, 33), (3, 97), (40, 100), (2, 700), (64, 64), (3, 5, 40), (4099,), (128,), (1, 64)]
-)
-@pytest.mark.parametrize("nth", [None, 0, 2])
+@pytest.mark.parametrize(("backend", "shape", "nth"), PLACES)
 def test_a_step_is_the_plain_one_between_the_oracles_decoding_and_encoding(
     case: str, backend: str, shape: tuple[int, ...], nth: int | None
 ) -> None:

@@ -1,14 +1,14 @@
 """Stage 5: the kernels in other shapes, which are how much a program does at a time.
 
-    python3 -m benchmarks.on_gpu.sweep FILE
+    python3 -m benchmarks.on_gpu.sweep FILE [--only formats]
 
 Candidates take turns, in a new order each round. FILE is written anew after each round.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from grokadamw.backends import gpu
-from grokadamw.backends.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Shape, Tables
-from grokadamw.backends.types import Batch, Scalars
+from grokadamw.backends.gpu_tables import CODED, JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Shape, Tables
+from grokadamw.backends.types import Batch, Coded, Scalars
+from grokadamw.options import STATES
+from grokadamw.state import formats
 
 from . import common
 from .common import DEVICE, REHEARSES, quartiles, rounds_of
@@ -45,6 +47,15 @@ UPDATE = [
     Shape(8192, 2048, 8),
 ]
 LIMITED = [SHAPES[4], Shape(2048, 1024, 4), Shape(8192, 1024, 4), Shape(4096, 2048, 4)]  # which get twice the warps
+IN_FORMATS = [
+    CODED,
+    Shape(2048, 512, 4),
+    Shape(4096, 512, 2),
+    Shape(4096, 1024, 8),
+    Shape(4096, 2048, 4),
+    Shape(4096, 2048, 8),
+    Shape(8192, 2048, 8),
+]
 JUDGE = [
     Shape(JUDGE_BLOCK, JUDGE_BLOCK, JUDGE_THREADS // 32),
     Shape(8192, 8192, 16),
@@ -67,20 +78,48 @@ def update(theta: Tensor, grad: Tensor, width: int = 0) -> Callable[[Tables], An
     return lambda tables: gpu.steps([(tensors, numbers)], tables)
 
 
+def update_coded(theta: Tensor, grad: Tensor, options: dict[str, Any], width: int = 0) -> Callable[[Tables], Any]:
+    """Of a matrix whose states and weights are kept under these options."""
+    param = theta.view(-1, 1024)
+    kept = [formats.new(param, name, options, torch.float32) for name in STATES]
+    low = formats.low_dtype(param, options)
+    extras = [
+        [each[f"{name}_scale"]] if f"{name}_scale" in each else None for name, each in zip(STATES, kept, strict=True)
+    ]
+    lows = None if low is None else [torch.zeros_like(param, dtype=low)]
+    lists = [[each[name]] for name, each in zip(STATES, kept, strict=True)]
+    tensors = Batch(
+        *([param], [grad.view(-1, 1024)], *lists, [torch.zeros((), device=DEVICE)]),
+        row_widths=[width],
+        coded=Coded(*extras, lows, [0], False),
+    )
+    numbers = NUMBERS._replace(max_row_change=0.035 if width else 0.0)
+    return lambda tables: gpu.steps([(tensors, numbers)], tables)
+
+
 class Sweep:
     """One kernel's candidates, on one dtype."""
 
     def __init__(
-        self, kernel: str, dtype: torch.dtype, shapes: list[Shape], run: Callable[[Tables], Any], about: str = ""
+        self,
+        kernel: str,
+        dtype: torch.dtype,
+        shapes: list[Shape],
+        run: Callable[[Tables], Any],
+        about: str = "",
+        moved: float | None = None,  # bytes an element
     ) -> None:
         self.kernel, self.dtype, self.run, self.copy, self.title = kernel, dtype, run, copier(), kernel + about
+        self.moved = moved
         self.shapes = {str(tuple(shape)): shape for shape in shapes}
         self.about: dict[str, dict[str, Any]] = {}
 
     def turn(self, shape: Shape, kernels: Timed) -> list[float]:
         """Milliseconds of each launch."""
         if self.kernel == "judge":
-            change = patch.multiple(gpu, JUDGE_BLOCK=shape.block, JUDGE_THREADS=32 * shape.warps)
+            change: Any = patch.multiple(gpu, JUDGE_BLOCK=shape.block, JUDGE_THREADS=32 * shape.warps)
+        elif self.kernel == "update_coded":
+            change = patch("grokadamw.backends.gpu_tables.CODED", shape)
         else:
             change = patch.dict(SHAPES, dict.fromkeys(SHAPES, shape))
         with change:
@@ -114,17 +153,13 @@ class Sweep:
         ms = quartiles([x for turn in turns for x in turn])
         if self.kernel == "judge":
             return {"ms": ms}
-        moved = BYTES[self.kernel] * ELEMENTS
-        if self.dtype == torch.bfloat16:  # of the gradient, and of θ read and written
+        moved = ELEMENTS * (BYTES[self.kernel] if self.moved is None else self.moved)
+        if self.dtype == torch.bfloat16 and self.moved is None:  # of the gradient, and of θ read and written
             moved -= 2 * ELEMENTS if self.kernel == "squares" else 6 * ELEMENTS
         return {"ms": ms, "gb_per_s": [round(1e-6 * moved / each, 1) for each in reversed(ms)]}
 
 
-def main(path: str) -> None:
-    common.begin()
-    record = Record(path)
-    record.write(device=common.device_name(), elements=ELEMENTS)
-    rows: list[dict[str, Any]] = []
+def of_kernels() -> Iterator[list[Sweep]]:
     for dtype in (torch.float32, torch.bfloat16):
         theta, grad = (torch.randn(ELEMENTS, device=DEVICE).mul_(0.02).to(dtype) for _ in range(2))
         sweeps = [
@@ -136,6 +171,32 @@ def main(path: str) -> None:
             for width in (64, 1024, 4096):
                 title = f", rows of {width} limited"
                 sweeps.append(Sweep("update", dtype, LIMITED, update(theta, grad, width), title))
+        yield sweeps
+
+
+def of_formats() -> Iterator[list[Sweep]]:
+    of_codes = 3 * (2 + 8 / 64)
+    for dtype, kind, low_bits, moved in (
+        (torch.float32, "bfloat16", None, 24.0),
+        (torch.float32, "int8", None, 12 + of_codes),
+        (torch.bfloat16, "int8", 24, 8 + of_codes),
+    ):
+        theta, grad = (torch.randn(ELEMENTS, device=DEVICE).mul_(0.02).to(dtype) for _ in range(2))
+        options = {"state_dtype": kind, "master_weight_bits": low_bits, "rounding": "nearest"}
+        sweeps = []
+        for width in (0, 1024) if kind == "int8" else (0,):
+            about = f", {kind}{f', {low_bits} bits' if low_bits else ''}{', rows limited' if width else ''}"
+            run = update_coded(theta, grad, options, width)
+            sweeps.append(Sweep("update_coded", dtype, IN_FORMATS[: 7 if not width else 4], run, about, moved))
+        yield sweeps
+
+
+def main(path: str, only: str | None = None) -> None:
+    common.begin()
+    record = Record(path)
+    record.write(device=common.device_name(), elements=ELEMENTS)
+    rows: list[dict[str, Any]] = []
+    for sweeps in of_kernels() if only is None else of_formats():
         for sweep in sweeps:
             earlier = list(rows)
 
@@ -145,11 +206,16 @@ def main(path: str) -> None:
             sweep.rows(write)
             rows = record.results["rows"]
             print(*map(shown, rows[len(earlier) :]), sep="\n")
-        del sweeps, sweep
+        sweeps.clear()
+        del sweep
         common.release()
     failed = [row for row in rows if "failed" in row]
     record.write(summary=f"{len(rows) - len(failed)} of {len(rows)} candidates ran")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.on_gpu.sweep")
+    parser.add_argument("file")
+    parser.add_argument("--only", choices=["formats"], help="what is kept in fewer bits, instead of all else")
+    chosen = parser.parse_args()
+    main(chosen.file, chosen.only)

@@ -1,6 +1,6 @@
 """Stage 2: how long a step takes, on the device and of the host's time.
 
-    python3 -m benchmarks.on_gpu.times FILE [--only models|formats|kernels|host]
+    python3 -m benchmarks.on_gpu.times FILE [--only formats]
 
 Arms take turns of a few steps, in a new order each round; a row has the first quartile, the median and the third.
 FILE is written anew after each round. What runs out of memory is left out, and its row says so.
@@ -41,6 +41,12 @@ MODELS: dict[str, Callable[[], Shapes]] = {
 ROWS: dict[str, Callable[[], Shapes]] = {
     f"rows of {width}": lambda width=width: [(38_400_000 // width, width)] * 4  # type: ignore[misc]
     for width in (12, 37, 100, 3072)
+}
+# rows of whole blocks, as most models have; and of one that is shorter
+OF_FORMATS: dict[str, Callable[[], Shapes]] = {
+    "GPT-2, 124 M in 148": peers.gpt2,
+    "1 B in 300 of 1024 × 3264": lambda: [(1024, 3264)] * 300,
+    "100 M in 30 of 1024 × 3255": lambda: [(1024, 3255)] * 30,
 }
 
 
@@ -113,7 +119,7 @@ BYTES = {"squares": 4, "update": 36, "judge": 8}
 
 
 def shapes_of(title: str) -> Shapes:
-    shapes = (MODELS | ROWS)[title]()
+    shapes = (MODELS | ROWS | OF_FORMATS)[title]()
     return [tuple(-(-n // 32) for n in shape) for shape in shapes] if REHEARSES else shapes
 
 
@@ -135,7 +141,7 @@ def of_models(record: Record) -> None:
 def of_formats(record: Record) -> None:
     """State and weights in fewer bits."""
     rows: list[dict[str, Any]] = []
-    for title in MODELS:
+    for title in OF_FORMATS:
         earlier = list(rows)
         for of_model in rows_of_model(title, FORMATS):
             rows = earlier + of_model
@@ -310,14 +316,16 @@ def few_steps() -> None:
     torch.cuda.synchronize()
 
 
+PARTS = {"models": of_models, "formats": of_formats, "kernels": of_kernels, "host": of_host}
+
+
 def main(path: str, only: str | None = None) -> None:
     common.begin()
     warnings.simplefilter("ignore")  # of β1 in a thousand layers, which is meant
     record = Record(path)
     record.write(device=common.device_name(), rounds=common.ROUNDS)
     failed = []
-    parts = {"models": of_models, "formats": of_formats, "kernels": of_kernels, "host": of_host}
-    for part in parts.values() if only is None else [parts[only]]:
+    for part in (of_models, of_kernels, of_host) if only is None else [PARTS[only]]:
         try:
             part(record)
         except Exception as error:  # the others can tell something still
@@ -336,6 +344,6 @@ def main(path: str, only: str | None = None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.on_gpu.times")
     parser.add_argument("file")
-    parser.add_argument("--only", choices=["models", "formats", "kernels", "host"])
+    parser.add_argument("--only", choices=PARTS, help="formats are timed only if asked for")
     chosen = parser.parse_args()
     main(chosen.file, chosen.only)

@@ -61,10 +61,9 @@ def test_the_first_stages_are_whole(
     assert machine["look"]
     assert {name: x["outcome"] for name, x in smoked["checks"].items()} == dict.fromkeys(checks.CHECKS, "passed")
     assert len(timed["steps"]) == len(times.MODELS) * (len(times.ARMS) + 1) + 3 * len(times.ROWS)
-    assert len(timed["formats"]) == len(times.MODELS) * (len(times.FORMATS) + 1)
     assert len(timed["kernels"]) == 3 * len(times.MODELS)
     assert len(timed["host"]) == 3 * 6 + 2 * 4
-    assert not any("skipped" in row for row in timed["steps"] + timed["formats"] + timed["kernels"])
+    assert not any("skipped" in row for row in timed["steps"] + timed["kernels"])
     assert all(each["stage"]["outcome"] == "done" for each in (machine, smoked, timed))
     assert [line[0] for line in capsys.readouterr().out.splitlines()[-3:]] == ["0", "1", "2"]
 
