@@ -9,7 +9,7 @@ take 6 minutes at most, and all of them 12. A rehearsal goes the same way: Trito
 launched, and what a stage finds means nothing.
 
 Needs Python 3.11, torch for the GPU with Triton, a C compiler, pytest, pytest-xdist, hypothesis and NumPy; and
-compute-sanitizer and ncu, of CUDA's tools, for the last two stages.
+compute-sanitizer and ncu, of CUDA's tools, for stages 6 and 7.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import BinaryIO, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = [sys.executable, "-u"]
 PYTEST = [*PYTHON, "-m", "pytest", "--no-header", "-p", "no:cacheprovider", "-p", "benchmarks.on_gpu.failures"]
-WORKERS = ["-n", str(min(8, os.cpu_count() or 1))]
+WORKERS = ["-n", str(min(14, os.cpu_count() or 1))]
 LARGEST = "tests/gpu/test_gpu.py::test_more_than_2_31_elements"
 GRACE = 5  # seconds to say what was going on, for what is stopped
 SHOWN = 2500  # characters of a stage's output
