@@ -161,7 +161,10 @@ def kind_of(
     coded = is_coded(tensors, extras, group)
     low = [extras[-1]] if coded and extras[-1] is not None else []
     choice = update.choose([*tensors, *low], step, group, coded)
-    has_rows = is_matrix and not (shards is not None and shards.cut_rows and choice.module is not decoded)
+    cuts_rows = is_matrix and shards is not None and shards.cut_rows
+    if cuts_rows and coded and row[0].itemsize == 2:  # rows.py does not know of low bits
+        choice = Choice(decoded, "float32 copies, as ranks have parts of rows")
+    has_rows = is_matrix and not (cuts_rows and choice.module is not decoded)
     there = tuple(x is not None for x in extras) if coded else None
     kind = Kind(choice, row[0].device, shards, tuple(x.dtype for x in tensors), there)
     return kind, update.row_width(choice, row[0], coded) if has_rows else 0

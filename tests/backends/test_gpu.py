@@ -566,21 +566,35 @@ def test_so_do_those_of_micro_batches_which_leave_the_parameter_alone(codes: lis
     assert seen == 15
 
 
+def test_so_does_what_is_kept_in_fewer_bits(codes: list[dict[str, Any]]) -> None:
+    """A thread has eight elements: 16 bytes of what has 16 bits, and 8 of what has 8. Scales are single numbers."""
+    (code,) = [code for code in codes if code["kernel"] == "update_coded, int8, 24 bits" and not code["tail"]]
+    assert (code["wide_loads"], code["other_loads"]) == (2, 4)
+    assert (code["wide_stores"], code["other_stores"], code["scalar_stores"]) == (1, 4, 3)
+
+
 def test_no_kernel_spills(codes: list[dict[str, Any]]) -> None:
     for code in codes:
         if code["target"].startswith("sm_"):
+            is_large = code["kernel"] == "update, longer rows" or "coded" in code["kernel"]
             assert code["spilled"] == 0, code
-            assert code["registers"] <= (128 if code["kernel"] == "update, longer rows" else 104), code
+            assert code["registers"] <= (128 if is_large else 104), code
 
 
 def test_every_kernel_is_compiled_for_every_gpu(codes: list[dict[str, Any]]) -> None:
-    counts = Counter((code["target"], code["kernel"]) for code in codes)
+    counts = Counter((code["target"], code["kernel"]) for code in codes if "coded" not in code["kernel"])
     kernels = ["update", "update, micro-batch", "squares", "judge, 2 lists", "judge, 32 lists", "judge, 1024 lists"]
     assert counts == {
         (target, kernel): (6 if target == "sm_75" else 8) // (2 if "rows" in kernel else 1)
         for target in ("sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
         for kernel in [*kernels, "update, rows of 256", "update, longer rows", "update, odd rows"]
     }
+
+
+def test_so_is_that_of_state_in_fewer_bits(codes: list[dict[str, Any]]) -> None:
+    found = {(code["target"], code["kernel"]) for code in codes if "coded" in code["kernel"]}
+    assert {target for target, _ in found} == {"sm_75", "sm_80", "sm_90", "sm_100", "gfx942"}
+    assert len(found) == 5 + 2 + 4  # formats for one, and rows of one of them; and for each of the others one format
 
 
 def test_the_judge_fills_a_block_and_has_few_turns(codes: list[dict[str, Any]]) -> None:
