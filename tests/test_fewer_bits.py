@@ -104,6 +104,7 @@ def test_a_step_that_a_device_finds_not_finite_leaves_every_bit(
         params = made(dtype)
         optimizer = GrokAdamW(params, **options, **how)
         train(params, optimizer, range(2))
+        assert optimizer.implementation().startswith("decoded" if how else implementation)
         before = bits_of(params, optimizer)
         for p in params:
             p.grad = torch.full_like(p, torch.nan)
@@ -213,6 +214,26 @@ def compare_with_32_bits(shape: tuple[int, ...], options: dict[str, Any], device
             optimizer.step()
     state = pairs[0][1].state[low]
     assert torch.equal(formats.full(low.detach(), state["param_low"]), wide)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "int8, 32 bits"])
+@pytest.mark.parametrize("limits", [{"max_row_change": 0.02}, {"max_row_change": 0.05, "max_row_norm": 2.0}], ids=str)
+def test_all_limit_rows_alike(name: str, limits: dict[str, float]) -> None:
+    """Rows of whole blocks and others, short ones and those that the GPU's kernel reads twice."""
+    dtype, options = KEPT[name]
+    shapes = [(40, 128), (50, 90), (3, 1500), (4, 1088)]
+    found = []
+    for implementation in ("cpu", "gpu", "foreach"):
+        with running(implementation, chunk=4096) as how:
+            params = made(dtype, shapes=shapes)
+            optimizer = GrokAdamW(params, lr=0.1, **options, **limits, **how)
+            train(params, optimizer, range(2))
+            found.append([formats.full(p.detach(), optimizer.state[p].get("param_low")) for p in params])
+    for other, start in zip(found[1:], [made(dtype, shapes=shapes)] * 2, strict=True):
+        for a, b, before in zip(found[0], other, start, strict=True):
+            assert (a - b).norm() < 2e-3 * (a - before.detach().float()).norm()
+            norm = limits.get("max_row_norm", torch.inf)
+            assert (b.norm(dim=1) <= 1.001 * norm).all()
 
 
 # the kernel: the same bits everywhere

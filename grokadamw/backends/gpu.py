@@ -33,7 +33,7 @@ from .gpu_tables import (
     words_of,
 )
 from .memory import DTYPES, addresses, where
-from .types import Addresses, Batch, Scalars, written
+from .types import Addresses, Batch, Coded, Scalars, written
 
 _DEVICE_TYPE = "cuda"  # that is AMD's GPUs, too
 
@@ -59,11 +59,24 @@ def _why_not_here(device: torch.device) -> str | None:
         return "TRITON_INTERPRET is set, and Triton's interpreter runs on the CPU alone"
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (7, 5):
         return f"Triton has no code for {torch.cuda.get_device_name(device)}"
+    return _why_not_tried(device, torch.float32)
+
+
+@cache
+def _why_not_for_codes(device: torch.device) -> str | None:
+    """The same of the kernel for what is kept in fewer bits."""
+    return _why_not_here(device) or _why_not_tried(device, torch.bfloat16)
+
+
+def _why_not_tried(device: torch.device, state: torch.dtype) -> str | None:
+    """Why a step of one number fails, whose state has that dtype; None where it does not."""
     numbers = Scalars([0.0], [0.0], 0.0, 0.0, 1.0, False, 0.0, 0.0, 0.0, 0, 1.0, False, False, None)
     try:
-        theta, g, m, v, mu, count = ([torch.zeros((), dtype=torch.float32, device=device)] for _ in range(6))
+        theta, g, count = ([torch.zeros((), dtype=torch.float32, device=device)] for _ in range(3))
+        m, v, mu = ([torch.zeros((), dtype=state, device=device)] for _ in range(3))
         sum_of_squares(g)
-        step(Batch(theta, g, m, v, mu, count), numbers)
+        coded = None if state == torch.float32 else Coded(None, None, None, None, [0], False)
+        step(Batch(theta, g, m, v, mu, count, coded=coded), numbers)
     except torch.OutOfMemoryError:
         raise  # which will pass
     except Exception as error:  # Triton compiles what launches its kernels, for which there may be no compiler
@@ -79,7 +92,8 @@ def is_for(device: torch.device) -> bool:
 def why_not(row: Sequence[Tensor], step: Tensor, coded: bool = False) -> str | None:
     """Why the kernels cannot take a parameter on a device that `is_for` knows; see `memory.why_not`."""
     device = row[0].device
-    reason = memory.why_not(row, step, coded) or _why_not_here(device)  # a tensor that is a fake may have no device
+    reason = memory.why_not(row, step, coded)  # a tensor that is a fake may have no device
+    reason = reason or (_why_not_for_codes if coded else _why_not_here)(device)
     if reason is None and any(x.dtype == torch.bfloat16 for x in row) and not _has_bfloat16(device):
         return f"{torch.cuda.get_device_name(device)} has no bfloat16"
     return reason

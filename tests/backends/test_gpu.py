@@ -279,6 +279,23 @@ def test_launches_of_a_step(tensors: int, options: dict[str, Any], expected: dic
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("weights", [None, 24])
+def test_state_in_fewer_bits_is_one_more(weights: int | None) -> None:
+    """As small tensors keep float32."""
+    dtype = torch.float32 if weights is None else torch.bfloat16
+    params = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in [(64, 64), (33, 128), (64,), (3, 5)]]
+    optimizer = GrokAdamW(params, state_dtype="int8", master_weight_bits=weights, gradient_clipping=0.0)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.full_like(p, 0.01)
+        with launches() as counts, patch.dict(SHAPES, {n: Shape(4096, 4096, 1) for n in SHAPES}):
+            optimizer.step()
+        own = {"update_coded": 2} if weights else {"update_coded": 1, "update": 1}
+        assert counts == {"squares": 1, "judge": 1, **own}
+    assert optimizer.implementation() == "gpu: one Triton launch for all tensors of a kind"
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("layers", [1, 3])
 def test_the_preset_is_as_many(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embeddings, biases and norms have groups of their own. rows.py has nothing to do, and copies nothing."""
