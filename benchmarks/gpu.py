@@ -85,7 +85,7 @@ def stages() -> list[Stage]:
     sections = ["SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy"]
     ncu = ["ncu", *of_ncu, *(word for name in sections for word in ("--section", name))]
     tests = [*PYTEST, *WORKERS, "-m", "gpu", "--durations", "15", "--deselect", LARGEST, *tests_for_a_gpu()]
-    of_times = [*PYTHON, "-m", "benchmarks.on_gpu.times", "FILE"]
+    formats = Command([*PYTHON, "-m", "benchmarks.on_gpu.times", "FILE", "--only", "formats"], 60)
     of_torch = [*PYTEST, *WORKERS, "-k", "cuda", "tests/test_optim.py"]
     return [
         Stage("the machine", "gpu-0-machine.json", module("machine", 40)),
@@ -93,7 +93,7 @@ def stages() -> list[Stage]:
         Stage("times", "gpu-2-times.json", module("times", 100)),
         Stage("tests", "gpu-3-tests.log", [Command(tests, 120, {"OMP_NUM_THREADS": "1"})]),
         Stage("launches, memory", "gpu-4-launches.json", module("launches", 40)),
-        Stage("sweep of shapes", "gpu-5-sweep.json", module("sweep", 60)),
+        Stage("shapes, formats", "gpu-5-sweep.json", [*module("sweep", 60), formats]),
         Stage(
             "compute-sanitizer",
             "gpu-6-sanitizer.log",
@@ -111,7 +111,6 @@ def stages() -> list[Stage]:
                 Command(of_torch, 90, stand_ins()),
             ],
         ),
-        Stage("times of formats", "gpu-8-formats.json", [Command([*of_times, "--only", "formats"], 60)]),
     ]
 
 

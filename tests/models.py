@@ -114,7 +114,7 @@ def skip_unless_interpreted() -> None:
         pytest.skip("where there is a GPU, kernels are not interpreted: tests/gpu")
     if isinstance(reason := gpu.kernels(), str):
         pytest.skip(reason)
-    reason = gpu._why_not_here(torch.device("cpu"))  # which launches, the first time, what a test may count
+    reason = gpu._why_not_for_codes(torch.device("cpu"))  # which launches, the first time, what a test may count
     if reason is not None and "only 0-dimensional arrays" in reason:
         # it makes Python's integers of arrays of one element, which NumPy 2.4 refuses
         pytest.skip(f"the interpreter of Triton 3.6 and older does not fit NumPy 2.4 and newer: {reason}")

@@ -343,9 +343,9 @@ def test_what_goes_to_a_graph_has_its_room() -> None:
     assert own is not None
     assert all(tables.captured() for _ in range(3))  # more without an eager step in between go to foreach
     assert tables.captured() is None
-    content = torch.arange(48).numpy().tobytes()
-    assert own.words(content, torch.device("cpu")).tolist() == list(range(48))
-    assert own.words(content, torch.device("cpu")).tolist() == list(range(48))
+    content = torch.arange(52).numpy().tobytes()
+    assert own.words(content, torch.device("cpu")).tolist() == list(range(52))
+    assert own.words(content, torch.device("cpu")).tolist() == list(range(52))
     with pytest.raises(RuntimeError, match="take a step before capturing"):
         own.words(bytes(8), torch.device("cpu"))
 

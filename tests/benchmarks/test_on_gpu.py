@@ -249,6 +249,6 @@ def test_what_has_no_room_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(times, "milliseconds", lambda step, steps: 1.0)
     monkeypatch.setattr(times.common, "milliseconds", lambda step: 1.0)
     monkeypatch.setattr(times.common, "release", lambda: None)
-    *_, rows = times.rows_of_model("tiny")
+    *_, rows = times.rows_of_model("tiny", times.ARMS)
     assert [row["arm"] for row in rows] == ["copy", times.FUSED.name, times.CLIPPED.name]
     assert rows[-1]["skipped"].startswith("OutOfMemoryError: CUDA out of memory")
