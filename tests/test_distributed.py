@@ -35,16 +35,17 @@ from .models import KEEPERS, batch, network, train
 RANKS = 2
 
 
-def in_processes(function: Any, folder: Path) -> list[Any]:
-    """What function(rank) returns on each of two ranks."""
-    mp.start_processes(_process, args=(function, folder), nprocs=RANKS, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+def in_processes(function: Any, folder: Path, ranks: int = RANKS) -> list[Any]:
+    """What function(rank) returns on each rank, of which there are two unless more are wanted."""
+    (folder / "rendezvous").unlink(missing_ok=True)
+    mp.start_processes(_process, args=(function, folder, ranks), nprocs=ranks, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def _process(rank: int, function: Any, folder: Path) -> None:
+def _process(rank: int, function: Any, folder: Path, ranks: int) -> None:
     torch.set_num_threads(1)
     meeting, wait = f"file://{folder}/rendezvous", timedelta(seconds=30)  # then a rank that waits fails
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS, timeout=wait)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=wait)
     try:
         torch.save(function(rank), folder / f"{rank}.pt")
     finally:

@@ -1,0 +1,234 @@
+"""One transformer on two and four real processes, by every way to use many ranks, is the transformer of one process."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from grokadamw import GrokAdamW
+from grokadamw.signals import loss_gap, memorisation
+
+from .test_distributed import in_processes, whole
+
+STEPS, BATCH, LENGTH, WORDS, CLASSES = 50, 8, 5, 11, 3
+OPTIONS: dict[str, Any] = {
+    "lr": 0.02,
+    "weight_decay": 0.1,
+    "gamma": 0.1,
+    "gradient_clipping": 0.5,
+    "signal_boost": 1.0,
+    "max_row_change": 0.1,
+    "max_row_norm": 1.5,
+}
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward part, in linear layers that tensor parallelism can divide."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take and return (batch, length, width). A rank of tensor parallelism has some of the heads."""
+        y = self.norm1(x)
+        q, k, v = (
+            each(y).unflatten(-1, (-1, x.shape[-1] // self.heads)).transpose(1, 2) for each in (self.q, self.k, self.v)
+        )
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+        x = x + self.o((weights @ v).transpose(1, 2).flatten(2))
+        return x + self.down(torch.tanh(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """Sizes that four ranks do not divide, and a head of three rows, so that the fourth rank has none."""
+
+    def __init__(self, width: int = 6, heads: int = 2, hidden: int = 10) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(WORDS, width)
+        self.layers = nn.ModuleList(Block(width, heads, hidden) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
+        self.double()
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.embed(words)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x).mean(1))  # type: ignore[no-any-return]
+
+
+def batch(step: int, part: int, parts: int) -> tuple[Tensor, Tensor]:
+    """Return one of the equal parts of a step's batch."""
+    words = torch.randint(WORDS, (BATCH, LENGTH), generator=torch.Generator().manual_seed(step))
+    return words.chunk(parts)[part], (words.sum(1) % CLASSES).chunk(parts)[part]
+
+
+def loss_of(model: nn.Module, step: int, part: int, parts: int) -> Tensor:
+    words, classes = batch(step, part, parts)
+    return nn.functional.cross_entropy(model(words), classes)
+
+
+class Run(NamedTuple):
+    """The weights that a run ends with, and what its steps did: α, boost, norm and clip coefficient of each."""
+
+    weights: dict[str, Tensor]
+    steps: list[list[float]]
+
+
+def trained(model: nn.Module, optimizer: Any, losses: Callable[[int], Sequence[float]], inner: Any = None) -> Run:
+    """Train with `losses(step)`, which does a backward pass and returns what to record. `inner` is that of ZeRO."""
+    inner, steps = inner or optimizer, []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        train_loss, eval_loss = losses(step)
+        inner.record(train_loss=train_loss, eval_loss=eval_loss)
+        optimizer.step()
+        metrics = inner.metrics()
+        steps.append([metrics[name] for name in ("alpha", "boost", "grad_norm", "clip_coefficient")])
+    weights = {name.removeprefix("module."): whole(p.detach()).clone() for name, p in model.named_parameters()}
+    return Run(weights, steps)
+
+
+def on_part(model: nn.Module, part: int, parts: int) -> Callable[[int], Sequence[float]]:
+    """Return losses of one part of each batch."""
+
+    def losses(step: int) -> Sequence[float]:
+        with torch.no_grad():  # first: FSDP2 keeps weights gathered after it, until a backward pass
+            eval_loss = loss_of(model, 1000 + step, part, parts)
+        train_loss = loss_of(model, step, part, parts)
+        train_loss.backward()
+        return train_loss.item(), eval_loss.item()
+
+    return losses
+
+
+@functools.cache
+def alone(parts: int) -> Run:
+    """Train in one process, on whole batches. The signal is the mean of those of their parts."""
+    model = Transformer()
+    seen: list[list[float]] = []
+
+    def losses(step: int) -> Sequence[float]:
+        with torch.no_grad():
+            seen[:] = [[loss_of(model, at, part, parts).item() for at in (step, 1000 + step)] for part in range(parts)]
+        loss_of(model, step, 0, 1).backward()
+        return 0.0, 0.0
+
+    def signal() -> float:
+        return sum((memorisation(*each) + loss_gap(*each)) / 2 for each in seen) / parts
+
+    return trained(model, GrokAdamW(model.named_parameters(), grokking_signal_fns=signal, **OPTIONS), losses)
+
+
+def _grok(model: nn.Module) -> GrokAdamW:
+    return GrokAdamW(model.named_parameters(), grokking_signal_fns=[memorisation, loss_gap], **OPTIONS)
+
+
+def _shard(model: Transformer, mesh: Any) -> None:
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh)
+
+
+def ddp(rank: int, ranks: int) -> Run:
+    model = DistributedDataParallel(Transformer(), static_graph=True, gradient_as_bucket_view=True)
+    return trained(model, _grok(model), on_part(model, rank, ranks))
+
+
+def zero(rank: int, ranks: int) -> Run:
+    model = DistributedDataParallel(Transformer())
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), GrokAdamW, grokking_signal_fns=[memorisation, loss_gap], **OPTIONS
+    )
+    optimizer.optim.set_layers(model.module)
+    return trained(model, optimizer, on_part(model, rank, ranks), optimizer.optim)
+
+
+def fsdp2(rank: int, ranks: int) -> Run:
+    model = Transformer()
+    _shard(model, init_device_mesh("cpu", (ranks,)))
+    rows = cast(DTensor, model.head.weight).to_local().shape[0]
+    assert rows == ([1, 1, 1, 0] if ranks == 4 else [2, 1])[rank]
+    return trained(model, _grok(model), on_part(model, rank, ranks))
+
+
+def hsdp(rank: int, ranks: int) -> Run:
+    model = Transformer()
+    _shard(model, init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("copies", "shards")))
+    return trained(model, _grok(model), on_part(model, rank, ranks))
+
+
+def _divide(model: Transformer, mesh: Any) -> None:
+    """Divide the blocks by columns and rows, as Megatron does; all else is whole on every rank."""
+    plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in ("q", "k", "v", "up")}
+    plan |= {name: RowwiseParallel() for name in ("o", "down")}
+    for layer in model.layers:
+        parallelize_module(layer, mesh, plan)
+
+
+def tp(rank: int, ranks: int) -> Run:
+    model = Transformer()
+    _divide(model, init_device_mesh("cpu", (ranks,)))
+    return trained(model, _grok(model), on_part(model, 0, 1))
+
+
+def fsdp_tp(rank: int, ranks: int) -> Run:
+    model = Transformer()
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
+    _divide(model, mesh["tensor"])
+    _shard(model, mesh["data"])
+    return trained(model, _grok(model), on_part(model, rank // 2, ranks // 2))
+
+
+WAYS = {"DDP": ddp, "FSDP2": fsdp2, "HSDP": hsdp, "ZeRO-1": zero, "TP": tp, "FSDP2 and TP": fsdp_tp}
+
+
+def _trained_by(ways: Sequence[str], ranks: int, rank: int) -> list[Run]:
+    return [WAYS[way](rank, ranks) for way in ways]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("ranks", "ways"),
+    [
+        (2, ["DDP", "FSDP2", "ZeRO-1", "TP"]),
+        pytest.param(4, ["DDP", "FSDP2", "HSDP", "ZeRO-1", "FSDP2 and TP"], marks=pytest.mark.long),
+    ],
+)
+def test_ranks_train_as_one_process(ranks: int, ways: list[str], tmp_path: Path) -> None:
+    found = in_processes(functools.partial(_trained_by, ways, ranks), tmp_path, ranks)
+    for way, *runs in zip(ways, *found, strict=True):
+        expected = alone({"TP": 1, "FSDP2 and TP": ranks // 2}.get(way, ranks))
+        alphas = [[alpha for alpha, *_ in run.steps] for run in runs]
+        assert all(each == alphas[0] for each in alphas), way  # to the bit
+        assert len(set(alphas[0])) > 10
+        assert min(clip for *_, clip in expected.steps) < 1
+        differences = {
+            name: max((run.weights[name] - weight).abs().max().item() for run in runs)
+            for name, weight in expected.weights.items()
+        }
+        for run in runs:
+            assert run.steps == [pytest.approx(each, abs=1e-9) for each in expected.steps], way
+        print(f"{way} on {ranks} ranks: weights differ by {max(differences.values()):.1e} at most")
+        assert max(differences.values()) < 1e-9, (way, differences)
