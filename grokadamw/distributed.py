@@ -52,10 +52,17 @@ class Shards(NamedTuple):
                 dist.all_reduce(value, group=self.mesh.get_group(i))
         return value
 
+    def total(self, values: Iterable[Tensor]) -> Tensor:
+        """Return the sum, in float64, of this rank's numbers and those of all ranks that have another shard.
+
+        All of them call it, one that has no number, too.
+        """
+        return self.sum(_added(values, torch.device(self.mesh.device_type)))
+
     def cuts(self) -> Iterable[tuple[int, int]]:
         """Yield the mesh dimensions that tensors are divided over, with the tensor's dimension."""
         for i, placement in enumerate(self.placements):
-            if not placement.is_replicate() and not placement.is_partial():
+            if not placement.is_replicate() and not placement.is_partial() and self.mesh.size(i) > 1:
                 yield i, placement.dim
 
 
@@ -63,6 +70,12 @@ def shards_of(tensor: Tensor) -> Shards | None:
     """Return how a DTensor is divided, None for a plain tensor."""
     mesh = mesh_of(tensor)
     return None if mesh is None else Shards(mesh, tuple(tensor.placements))  # type: ignore[attr-defined]
+
+
+def divisions(groups: Iterable[Mapping[str, Any]]) -> list[Shards]:
+    """Return the ways in which the groups' parameters are divided, in an order that is the same on all ranks."""
+    found = (shards_of(param) for group in groups for param in group["params"])
+    return list(dict.fromkeys(shards for shards in found if shards is not None))
 
 
 def local(tensor: Tensor, shards: Shards | None) -> Tensor:
@@ -134,9 +147,9 @@ def blocks_before(tensor: Tensor, block: int) -> int:
     return starts[0] * -(-width // block) + rows * (inside // block)
 
 
-def local_parts(tensors: Iterable[Tensor]) -> list[tuple[Shards | None, list[Tensor]]]:
-    """Return the parts of this rank in lists that are divided alike."""
-    lists: dict[Shards | None, list[Tensor]] = {}
+def local_parts(tensors: Iterable[Tensor], ways: Iterable[Shards] = ()) -> list[tuple[Shards | None, list[Tensor]]]:
+    """Return the parts of this rank in lists that are divided alike: one for each of the `ways`, and for any other."""
+    lists: dict[Shards | None, list[Tensor]] = {shards: [] for shards in ways}
     for tensor in tensors:
         shards = shards_of(tensor)
         if shards is not None and any(placement.is_partial() for placement in shards.placements):
@@ -184,11 +197,16 @@ def _meeting_place(groups: Sequence[Mapping[str, Any]], group: Any = None) -> to
 
 def sum_over_ranks(values: Iterable[Any], groups: Sequence[Mapping[str, Any]], shard_group: Any) -> Tensor:
     """Return the sum of numbers over these ranks, in float64. All of them call it, one that has no number, too."""
-    device = _meeting_place(groups, shard_group)
+    total = _added(values, _meeting_place(groups, shard_group))
+    if dist.get_world_size(shard_group) > 1:
+        dist.all_reduce(total, group=shard_group)
+    return total
+
+
+def _added(values: Iterable[Any], device: torch.device) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=device)
     for value in values:
         total += value.detach().to(device).reshape(()) if isinstance(value, Tensor) else value
-    dist.all_reduce(total, group=shard_group)
     return total
 
 

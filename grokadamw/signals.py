@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 
 from ._numbers import Number, accumulator, as_float, as_number, as_real, as_share, reads_are_free
 from .backends.foreach import sum_of_squares
-from .distributed import whole
+from .distributed import divisions, local_parts
 from .options import recorded
 from .step.norm import global_norm
 
@@ -189,14 +189,19 @@ class SlowGradient:
                 if average is not None and param.grad is not None:
                     mu.append(as_real(average))
                     g.append(as_real((-param.grad if group["maximize"] else param.grad).resolve_conj()))
-        if not mu:
+        ways = divisions(self._groups())
+        if not mu and not ways:
             return 0.0
-        device = mu[0].device
+        device = mu[0].device if mu else torch.device("cpu")
         dtype = accumulator(device)
-        # widened first: products of small float32 numbers vanish
-        dots = (whole((m.to(dtype) * x.to(dtype)).sum()).to(device) for m, x in zip(mu, g, strict=True))
-        norms = [torch.as_tensor(global_norm(tensors, sum_of_squares, device)) for tensors in (mu, g)]
-        cosine = torch.stack(list(dots)).sum() / (norms[0] * norms[1])
+        pairs = zip(local_parts(mu, ways), local_parts(g, ways), strict=True)
+        dots = []
+        for (shards, averages), (_, grads) in pairs:
+            # widened first: products of small float32 numbers vanish
+            here = [(m.to(dtype) * x.to(dtype)).sum() for m, x in zip(averages, grads, strict=True)]
+            dots += here if shards is None else [shards.total(here)]
+        norms = [torch.as_tensor(global_norm(tensors, sum_of_squares, device, ways=ways)) for tensors in (mu, g)]
+        cosine = torch.stack([dot.to(device) for dot in dots]).sum() / (norms[0] * norms[1])
         return as_number(torch.where(cosine > 0, cosine, 0))  # 0 for a zero vector, and for NaN
 
     def state_dict(self) -> dict[str, Any]:

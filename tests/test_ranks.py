@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -23,9 +23,10 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from grokadamw import GrokAdamW
-from grokadamw.signals import loss_gap, memorisation
+from grokadamw import Accumulate, GrokAdamW
+from grokadamw.signals import SlowGradient, loss_gap, memorisation
 
+from .models import network
 from .test_distributed import in_processes, whole
 
 STEPS, BATCH, LENGTH, WORDS, CLASSES = 50, 8, 5, 11, 3
@@ -232,3 +233,106 @@ def test_ranks_train_as_one_process(ranks: int, ways: list[str], tmp_path: Path)
             assert run.steps == [pytest.approx(each, abs=1e-9) for each in expected.steps], way
         print(f"{way} on {ranks} ranks: weights differ by {max(differences.values()):.1e} at most")
         assert max(differences.values()) < 1e-9, (way, differences)
+
+
+SITUATIONS = ["a signal raises", "one rank records", "NaN", "no parameters", "no gradients"]
+
+
+def _with_less(way: str, situation: str, rank: int) -> tuple[list[Tensor], list[dict[str, float]]]:
+    """What happens on the second rank alone: the weights after some steps, and the metrics of each step."""
+    model: nn.Module = network(torch.float64)
+    if way == "FSDP2" and situation == "no parameters":
+        model = nn.Linear(5, 1, dtype=torch.float64)  # whose one row is on the first rank
+    if way == "FSDP2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        has_none = all(not cast(DTensor, p).to_local().numel() for p in model.parameters())
+        assert has_none == (situation == "no parameters" and rank == 1)
+    else:
+        model = DistributedDataParallel(model)
+    params = [] if situation == "no parameters" and way == "DDP" and rank == 1 else list(model.parameters())
+
+    def signal(train_loss: float, eval_loss: float) -> float:
+        if situation == "a signal raises" and rank == 1:
+            raise RuntimeError("no signal here")
+        return eval_loss - train_loss
+
+    optimizer = GrokAdamW([{"params": params}], lr=0.01, signal_boost=1.0, grokking_signal_fns=signal)
+    steps = []
+    for step in range(6):
+        optimizer.zero_grad()
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(2 * step + rank), dtype=torch.float64)
+        loss = model(x).square().mean()
+        (loss * torch.nan if situation == "NaN" and rank == 1 and step == 2 else loss).backward()
+        if situation == "no gradients" and rank == 1 and step % 2:
+            optimizer.zero_grad()
+        if rank == 0 or situation != "one rank records":
+            optimizer.record(train_loss=0.5, eval_loss=0.6 + 0.1 * step)
+        optimizer.step()
+        metrics = optimizer.metrics()
+        steps.append({name: metrics[name] for name in ("alpha", "boost", "grad_norm", "skipped_steps")})
+    assert metrics["signal_failures"] == (6 if situation == "a signal raises" and rank == 1 else 0)
+    return [whole(p.detach()) for p in model.parameters()], steps
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+def test_no_rank_waits_for_one_that_has_less(way: str, situation: str, tmp_path: Path) -> None:
+    """A rank that waits fails after 30 seconds."""
+    (weights, steps), (others, its) = in_processes(functools.partial(_with_less, way, situation), tmp_path)
+    moves_alone = way == "DDP" and situation in ("no parameters", "no gradients")
+    assert moves_alone or all(map(torch.equal, weights, others))
+    assert all(weight.isfinite().all() for weight in weights)
+    for ours, theirs in zip(steps, its, strict=True):
+        if moves_alone:  # whose parameters are whole on each rank, and so is their norm
+            ours["grad_norm"] = theirs["grad_norm"] = 0
+        assert ours == pytest.approx(theirs, rel=0, abs=0, nan_ok=True)
+    assert steps[-1]["skipped_steps"] == (1 if situation == "NaN" else 0)
+    assert steps[-1]["alpha"] < steps[0]["alpha"]
+    assert steps[-1]["boost"] > steps[0]["boost"] > 1
+
+
+def _lack_gradients(rank: int) -> list[tuple[float, float, float]]:
+    """DTensors that are divided in two ways. The second rank lacks some or all gradients, from the first step on."""
+    mesh = init_device_mesh("cpu", (2,))
+    found = []
+    for how in ("all", "of the first group", "a warm-up", "a signal that sums", "raise", "accumulated"):
+        values = [torch.ones(4, 3), torch.ones(3, 4), torch.ones(5)]
+        divided = [
+            distribute_tensor(x, mesh, [place]) for x, place in zip(values, [Shard(0), Shard(1), Shard(0)], strict=True)
+        ]
+        params = [nn.Parameter(x) for x in divided]
+        groups = [{"params": params[:1], "gradient_clipping": 0.5}, {"params": params[1:], "gradient_clipping": 0.0}]
+        options: dict[str, Any] = {
+            "of the first group": {"nonfinite": "propagate"},
+            "a warm-up": {"lr": 0.0},
+            "a signal that sums": {"grokking_signal_fns": SlowGradient(every=1)},
+            "raise": {"nonfinite": "raise"},
+        }.get(how, {})
+        inner = GrokAdamW(groups, **options)
+        optimizer = Accumulate(inner, 2, gradient_clipping=0.5) if how == "accumulated" else inner
+        for step in range(4):
+            lacks = [3, 1, 0, 3][step] if rank == 1 else 0
+            if how == "of the first group" and rank == 1:
+                lacks = 1
+            for i, p in enumerate(params):
+                p.grad = torch.full_like(p, 2.0) if i >= lacks else None
+            if how == "raise" and step == 3:
+                if rank == 0:
+                    params[0].grad = torch.full_like(params[0], torch.nan)
+                with pytest.raises(RuntimeError, match="group 0" if rank == 0 else "another rank's"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+        metrics = inner.metrics()
+        found.append((metrics["grad_norm"], metrics["alpha"], metrics["clip_coefficient"]))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_that_lack_gradients_meet_where_others_do(tmp_path: Path) -> None:
+    first, second = in_processes(_lack_gradients, tmp_path)
+    assert first == second
+    elements = [15, 23, 15, 15, 29]  # that have a gradient at the last step which was taken
+    assert [norm for norm, *_ in first[:5]] == pytest.approx([2 * math.sqrt(n) for n in elements])
+    assert first[3][1] < 0.98  # of a signal that is not 0

@@ -88,6 +88,8 @@ class Cache:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return None
         params = [param for group in groups for param in group["params"]]
+        if not set(map(type, params)) <= _PLAIN:
+            return None
         grads: list[Any] = [param.grad for param in params]
         present = tuple([grad is not None for grad in grads])
         if not all(present):

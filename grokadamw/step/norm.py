@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -115,12 +115,14 @@ def global_norm(
     sum_of_squares: SumOfSquares,
     home: torch.device | None,
     over_ranks: Callable[[list[Tensor]], Tensor] | None = None,
+    ways: Iterable[Shards] = (),
 ) -> Number:
     """Return N = √Σg² over all elements of all tensors, on any devices: a float, or with home a 0-d tensor there.
 
-    `over_ranks` sums what the plain tensors of this rank have, as `Given.sum_over_ranks` does.
+    `over_ranks` sums what the plain tensors of this rank have, as `Given.sum_over_ranks` does. DTensors are summed over
+    the ranks that share them; `ways` are those of all parameters, as this rank may lack what another one has.
     """
-    lists = [(shards, list(map(as_real, parts))) for shards, parts in local_parts(tensors)]
+    lists = [(shards, list(map(as_real, parts))) for shards, parts in local_parts(tensors, ways)]
     return _norm(lists, sum_of_squares, home, over_ranks)
 
 
@@ -137,10 +139,12 @@ def _norm(
         for tensor in tensors:
             by_device.setdefault(tensor.device, []).append(tensor)
         here = map(sum_of_squares, by_device.values())
-        if shards is None and over_ranks is not None:
+        if shards is not None:
+            sums.append(shards.total(here))
+        elif over_ranks is not None:
             plain += here
         else:
-            sums += here if shards is None else [shards.sum(total) for total in here]
+            sums += here
     if over_ranks is not None:  # at the end, and where this rank has none, too: all ranks must meet
         sums.append(over_ranks(plain))
     if home is None:
