@@ -52,12 +52,12 @@ class Shards(NamedTuple):
                 dist.all_reduce(value, group=self.mesh.get_group(i))
         return value
 
-    def total(self, values: Iterable[Tensor]) -> Tensor:
-        """Return the sum, in float64, of this rank's numbers and those of all ranks that have another shard.
+    def total(self, values: Iterable[Tensor], size: Sequence[int] = ()) -> Tensor:
+        """Return the sum, in float64, of this rank's tensors of that size and those of ranks that have another shard.
 
-        All of them call it, one that has no number, too.
+        All of them call it, one that has no such tensor, too.
         """
-        return self.sum(_added(values, torch.device(self.mesh.device_type)))
+        return self.sum(_added(values, torch.device(self.mesh.device_type), size))
 
     def cuts(self) -> Iterable[tuple[int, int]]:
         """Yield the mesh dimensions that tensors are divided over, with the tensor's dimension."""
@@ -203,10 +203,10 @@ def sum_over_ranks(values: Iterable[Any], groups: Sequence[Mapping[str, Any]], s
     return total
 
 
-def _added(values: Iterable[Any], device: torch.device) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=device)
+def _added(values: Iterable[Any], device: torch.device, size: Sequence[int] = ()) -> Tensor:
+    total = torch.zeros(size, dtype=torch.float64, device=device)
     for value in values:
-        total += value.detach().to(device).reshape(()) if isinstance(value, Tensor) else value
+        total += value.detach().to(device).reshape(size) if isinstance(value, Tensor) else value
     return total
 
 
