@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+_SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
@@ -52,12 +54,16 @@ class Shards(NamedTuple):
                 dist.all_reduce(value, group=self.mesh.get_group(i))
         return value
 
-    def total(self, values: Iterable[Tensor], size: Sequence[int] = ()) -> Tensor:
+    def total(self, values: Iterable[Any], size: Sequence[int] = ()) -> Tensor:
         """Return the sum, in float64, of this rank's tensors of that size and those of ranks that have another shard.
 
         All of them call it, one that has no such tensor, too.
         """
         return self.sum(_added(values, torch.device(self.mesh.device_type), size))
+
+    def ranks_in(self, group: Any) -> int:
+        """Return how many ranks of a process group are on the mesh, this one among them."""
+        return len({*self.mesh.mesh.flatten().tolist()} & {*dist.get_process_group_ranks(group)})
 
     def cuts(self) -> Iterable[tuple[int, int]]:
         """Yield the mesh dimensions that tensors are divided over, with the tensor's dimension."""
@@ -99,6 +105,31 @@ def part(tensor: Tensor) -> Tensor:
     return inner.wait() if hasattr(inner, "trigger_wait") else inner  # type: ignore[no-any-return]
 
 
+def parts(lists: Iterable[Sequence[Any]]) -> tuple[list[list[Any]], list[list[Any]]]:
+    """Return torch's descriptions of how the tensors of some lists are divided, and the parts of this rank.
+
+    A plain tensor, or None, stays as it is, and has None for a description. Descriptions are compared by `alike`.
+    """
+    specs, found = [], []
+    for tensors in lists:
+        try:
+            described, own = list(map(_SPEC, tensors)), list(map(_LOCAL, tensors))
+        except AttributeError:
+            described = [getattr(x, "_spec", None) for x in tensors]
+            own = [x if spec is None else x._local_tensor for x, spec in zip(tensors, described, strict=True)]
+        if not set(map(type, own)) <= {Tensor, nn.Parameter, type(None)}:  # a result that is still under way
+            own = [x if spec is None else part(x) for x, spec in zip(tensors, described, strict=True)]
+        specs.append(described)
+        found.append(own)
+    return specs, found
+
+
+def alike(specs: Sequence[Any]) -> bool:
+    """Return True if tensors that are described so are divided in the same way; or are plain, all of them."""
+    ways = [(spec.mesh, spec.placements) for spec in specs if spec is not None]
+    return not ways or (len(ways) == len(specs) and all(way == ways[0] for way in ways))
+
+
 def like(value: Tensor, shape: Sequence[int], tensor: Tensor) -> Tensor:
     """Return a DTensor of that shape, divided as `tensor`, out of this rank's part; the part itself if it is plain."""
     shards = shards_of(tensor)
@@ -133,7 +164,7 @@ def blocks_before(tensor: Tensor, block: int) -> int:
     Parts of rows, and shards of torch's that lie in strides, have no numbers of their own, but other ones on each rank.
     """
     shards = shards_of(tensor)
-    if shards is None or not tensor.numel():
+    if shards is None or not tensor.dim() or not tensor.numel():
         return 0
     starts, sizes, place = [0] * tensor.dim(), list(tensor.shape), shards.mesh.get_coordinate()
     for i, dim in shards.cuts():

@@ -532,6 +532,29 @@ def test_ranks_with_less_take_part(tmp_path: Path) -> None:
     assert [each["skipped_steps"] for each in first] == [0, 0, 1, 0, 0, 0, 0]
 
 
+def _dtensors_and_shards(rank: int) -> list[float]:
+    """The norm where DTensors lie beside plain shards: on a mesh of this rank's own, or on one of all ranks."""
+    world, found = dist.group.WORLD, []
+    stages = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("stage", "data"))
+    for mesh, rows in ((stages["data"], 3), (init_device_mesh("cpu", (RANKS,)), 5)):
+        for options in ({}, {"foreach": True}, {"nonfinite": "raise"}):
+            divided = distribute_tensor(torch.ones(rows, 2), mesh, [Shard(0)])
+            params = [torch.nn.Parameter(divided), torch.nn.Parameter(torch.ones(4))]
+            optimizer = GrokAdamW(params[: 1 if rows == 5 else 2], shard_group=world, **options)
+            for p in params:
+                p.grad = torch.full_like(p, 2.0)
+            for _ in range(2):
+                optimizer.step()
+            found.append(optimizer.metrics()["grad_norm"] ** 2 / 4)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_norm_of_dtensors_is_summed_over_the_shard_group(tmp_path: Path) -> None:
+    for elements in in_processes(_dtensors_and_shards, tmp_path):
+        assert elements == pytest.approx([RANKS * (3 * 2 + 4)] * 3 + [5 * 2] * 3)
+
+
 def _warm_up(rank: int) -> list[int]:
     """A first step with lr 0, where one rank has gradients of 0, and the state that a checkpoint asks one rank for."""
     p = torch.nn.Parameter(torch.ones(3))

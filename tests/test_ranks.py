@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -10,11 +11,12 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -23,10 +25,11 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.distributed import collectives
 from grokadamw import Accumulate, GrokAdamW
 from grokadamw.signals import SlowGradient, loss_gap, memorisation
 
-from .models import network
+from .models import IMPLEMENTATIONS, network, running
 from .test_distributed import in_processes, whole
 
 STEPS, BATCH, LENGTH, WORDS, CLASSES = 50, 8, 5, 11, 3
@@ -108,6 +111,7 @@ def trained(model: nn.Module, optimizer: Any, losses: Callable[[int], Sequence[f
         optimizer.step()
         metrics = inner.metrics()
         steps.append([metrics[name] for name in ("alpha", "boost", "grad_norm", "clip_coefficient")])
+    assert len(inner._run.cache.plans) == 1  # the batches were found once, DTensors' too
     weights = {name.removeprefix("module."): whole(p.detach()).clone() for name, p in model.named_parameters()}
     return Run(weights, steps)
 
@@ -336,3 +340,64 @@ def test_ranks_that_lack_gradients_meet_where_others_do(tmp_path: Path) -> None:
     elements = [15, 23, 15, 15, 29]  # that have a gradient at the last step which was taken
     assert [norm for norm, *_ in first[:5]] == pytest.approx([2 * math.sqrt(n) for n in elements])
     assert first[3][1] < 0.98  # of a signal that is not 0
+
+
+def _small(mesh: Any, options: dict[str, Any]) -> tuple[list[Tensor], GrokAdamW]:
+    """A few steps, of which one lacks a gradient, and one comes after a checkpoint; on a mesh or without one."""
+    torch.manual_seed(0)
+    shapes: list[tuple[int, ...]] = [(9, 5), (9, 4, 3), (40,), (), (1, 6)]
+    if "int8" in options.values():
+        shapes += [(70, 65), (5000,)]  # large enough to be coded
+    values = [torch.randn(shape) for shape in shapes]
+
+    def placed(x: Tensor) -> Tensor:
+        return x if mesh is None else distribute_tensor(x, mesh, [Shard(0) if x.dim() else Replicate()])
+
+    params = [nn.Parameter(placed(x)) for x in values]
+    optimizer = GrokAdamW(params, lr=0.01, max_row_norm=3.0, max_row_change=0.1, **options)
+    for step in range(5):
+        for i, p in enumerate(params):
+            grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            p.grad = None if (step, i) == (2, 1) else placed(grad)
+        if step == 3:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.step()
+    return [whole(p.detach()).clone() for p in params], optimizer
+
+
+@pytest.mark.parametrize(
+    ("implementation", "state_dtype"),
+    [*((each, "float32") for each in IMPLEMENTATIONS), ("cpu", "int8"), ("foreach", "int8")],
+)
+def test_a_mesh_of_one_rank_changes_no_bit(implementation: str, state_dtype: str, tmp_path: Path) -> None:
+    with running(implementation) as options:
+        options = {**options, "state_dtype": state_dtype}
+        expected, plain = _small(None, options)
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+        try:
+            found, optimizer = _small(init_device_mesh("cpu", (1,)), options)
+            assert collectives(optimizer.step) == 0
+        finally:
+            dist.destroy_process_group()
+    assert all(map(torch.equal, found, expected))
+    assert optimizer.implementation() == plain.implementation()
+    assert len(optimizer._run.cache.plans) == len(plain._run.cache.plans)
+
+
+def _collectives(rank: int) -> list[int]:
+    model = network()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    model(torch.randn(4, 5)).square().mean().backward()
+    return [
+        collectives(GrokAdamW(model.named_parameters(), **options).step)
+        for options in (
+            {"grokking_signal_fns": []},
+            {"signal_boost": 1.0},
+            {"nonfinite": "propagate", "gradient_clipping": 0.0},
+        )
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_takes_two_collectives_at_most(tmp_path: Path) -> None:
+    assert in_processes(_collectives, tmp_path) == [[1, 2, 0]] * 2

@@ -40,8 +40,12 @@ class Given(NamedTuple):
     shard_group: Any = None  # the ranks that plain parameters are divided over
 
     def sum_over_ranks(self, values: Iterable[Number]) -> Tensor:
-        """Return the sum of numbers of plain parameters over the ranks that these are divided over, in float64."""
+        """Return the sum of numbers over the ranks of `shard_group`, in float64."""
         return sum_over_ranks(values, self.groups, self.shard_group)
+
+    def share(self, total: Any, shards: Shards | None) -> Any:
+        """Return what `sum_over_ranks` wants of this rank: all of a plain total; of a mesh's total, each has a part."""
+        return total if shards is None else total / shards.ranks_in(self.shard_group)
 
 
 class Entry(NamedTuple):

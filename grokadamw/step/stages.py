@@ -142,8 +142,7 @@ def check_finite(run: Run, given: Given) -> None:
 
 def _norm_now(grads: list[Tensor], given: Given) -> float:
     sum_of_squares = update.sum_of_squares(given.options, given.compiling)
-    over_ranks = None if given.shard_group is None else given.sum_over_ranks
-    return as_float(norm.global_norm(grads, sum_of_squares, None, over_ranks, divisions(given.groups)))
+    return as_float(norm.global_norm(grads, sum_of_squares, None, given, divisions(given.groups)))
 
 
 def check_layers(run: Run, given: Given, preset_gamma: float | None) -> None:
