@@ -197,6 +197,12 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def span_all_ranks(groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Return True if parameters are on a mesh of several ranks, and of all there are: then each of them takes steps."""
+    meshes = (mesh_of(param) for group in groups for param in group["params"])
+    return ranks() > 1 and any(mesh is not None and mesh.size() == ranks() for mesh in meshes)
+
+
 def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
     """Return the mean of a signal over the ranks that have one, and how many others they are.
 
