@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ._numbers import Number, as_number, as_real, reads_are_free, wide
 from ._wrapper import Part, Wrapper, by_kind, check_saved
 from .backends import fastest_sum_of_squares
+from .distributed import divisions
 from .layers import layers_of
 from .options import CYCLE_AT_REST, check_count, check_limit
 from .state.slots import State
@@ -196,10 +197,11 @@ class Accumulate(Wrapper):
         lists = [[part.grad for part in mine] for _, mine in by_kind(summed, lambda part: None)]
         for grads in lists:
             torch._foreach_div_(grads, count)
-        if self._clipping > 0 and summed:
+        ways = divisions(self.param_groups)
+        if self._clipping > 0 and (summed or ways):
             devices = (grad.device for grads in lists for grad in grads)
             home = next((device for device in devices if not reads_are_free(device)), None)
-            norm = global_norm([part.grad for part in summed], fastest_sum_of_squares, home)
+            norm = global_norm([part.grad for part in summed], fastest_sum_of_squares, home, ways=ways)
             clip = clip_coefficient(norm, self._clipping)
             for grads in lists:
                 torch._foreach_mul_(grads, clip.to(grads[0]) if isinstance(clip, Tensor) else clip)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+_SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
@@ -52,10 +54,21 @@ class Shards(NamedTuple):
                 dist.all_reduce(value, group=self.mesh.get_group(i))
         return value
 
+    def total(self, values: Iterable[Any], size: Sequence[int] = ()) -> Tensor:
+        """Return the sum, in float64, of this rank's tensors of that size and those of ranks that have another shard.
+
+        All of them call it, one that has no such tensor, too.
+        """
+        return self.sum(_added(values, torch.device(self.mesh.device_type), size))
+
+    def ranks_in(self, group: Any) -> int:
+        """Return how many ranks of a process group are on the mesh, this one among them."""
+        return len({*self.mesh.mesh.flatten().tolist()} & {*dist.get_process_group_ranks(group)})
+
     def cuts(self) -> Iterable[tuple[int, int]]:
         """Yield the mesh dimensions that tensors are divided over, with the tensor's dimension."""
         for i, placement in enumerate(self.placements):
-            if not placement.is_replicate() and not placement.is_partial():
+            if not placement.is_replicate() and not placement.is_partial() and self.mesh.size(i) > 1:
                 yield i, placement.dim
 
 
@@ -63,6 +76,12 @@ def shards_of(tensor: Tensor) -> Shards | None:
     """Return how a DTensor is divided, None for a plain tensor."""
     mesh = mesh_of(tensor)
     return None if mesh is None else Shards(mesh, tuple(tensor.placements))  # type: ignore[attr-defined]
+
+
+def divisions(groups: Iterable[Mapping[str, Any]]) -> list[Shards]:
+    """Return the ways in which the groups' parameters are divided, in an order that is the same on all ranks."""
+    found = (shards_of(param) for group in groups for param in group["params"])
+    return list(dict.fromkeys(shards for shards in found if shards is not None))
 
 
 def local(tensor: Tensor, shards: Shards | None) -> Tensor:
@@ -84,6 +103,31 @@ def part(tensor: Tensor) -> Tensor:
         return tensor
     inner: Any = tensor._local_tensor  # type: ignore[attr-defined]
     return inner.wait() if hasattr(inner, "trigger_wait") else inner  # type: ignore[no-any-return]
+
+
+def parts(lists: Iterable[Sequence[Any]]) -> tuple[list[list[Any]], list[list[Any]]]:
+    """Return torch's descriptions of how the tensors of some lists are divided, and the parts of this rank.
+
+    A plain tensor, or None, stays as it is, and has None for a description. Descriptions are compared by `alike`.
+    """
+    specs, found = [], []
+    for tensors in lists:
+        try:
+            described, own = list(map(_SPEC, tensors)), list(map(_LOCAL, tensors))
+        except AttributeError:
+            described = [getattr(x, "_spec", None) for x in tensors]
+            own = [x if spec is None else x._local_tensor for x, spec in zip(tensors, described, strict=True)]
+        if not set(map(type, own)) <= {Tensor, nn.Parameter, type(None)}:  # a result that is still under way
+            own = [x if spec is None else part(x) for x, spec in zip(tensors, described, strict=True)]
+        specs.append(described)
+        found.append(own)
+    return specs, found
+
+
+def alike(specs: Sequence[Any]) -> bool:
+    """Return True if tensors that are described so are divided in the same way; or are plain, all of them."""
+    ways = [(spec.mesh, spec.placements) for spec in specs if spec is not None]
+    return not ways or (len(ways) == len(specs) and all(way == ways[0] for way in ways))
 
 
 def like(value: Tensor, shape: Sequence[int], tensor: Tensor) -> Tensor:
@@ -120,7 +164,7 @@ def blocks_before(tensor: Tensor, block: int) -> int:
     Parts of rows, and shards of torch's that lie in strides, have no numbers of their own, but other ones on each rank.
     """
     shards = shards_of(tensor)
-    if shards is None or not tensor.numel():
+    if shards is None or not tensor.dim() or not tensor.numel():
         return 0
     starts, sizes, place = [0] * tensor.dim(), list(tensor.shape), shards.mesh.get_coordinate()
     for i, dim in shards.cuts():
@@ -134,9 +178,9 @@ def blocks_before(tensor: Tensor, block: int) -> int:
     return starts[0] * -(-width // block) + rows * (inside // block)
 
 
-def local_parts(tensors: Iterable[Tensor]) -> list[tuple[Shards | None, list[Tensor]]]:
-    """Return the parts of this rank in lists that are divided alike."""
-    lists: dict[Shards | None, list[Tensor]] = {}
+def local_parts(tensors: Iterable[Tensor], ways: Iterable[Shards] = ()) -> list[tuple[Shards | None, list[Tensor]]]:
+    """Return the parts of this rank in lists that are divided alike: one for each of the `ways`, and for any other."""
+    lists: dict[Shards | None, list[Tensor]] = {shards: [] for shards in ways}
     for tensor in tensors:
         shards = shards_of(tensor)
         if shards is not None and any(placement.is_partial() for placement in shards.placements):
@@ -151,6 +195,12 @@ def local_parts(tensors: Iterable[Tensor]) -> list[tuple[Shards | None, list[Ten
 def ranks() -> int:
     """Return how many ranks there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def span_all_ranks(groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Return True if parameters are on a mesh of several ranks, and of all there are: then each of them takes steps."""
+    meshes = (mesh_of(param) for group in groups for param in group["params"])
+    return ranks() > 1 and any(mesh is not None and mesh.size() == ranks() for mesh in meshes)
 
 
 def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
@@ -184,11 +234,16 @@ def _meeting_place(groups: Sequence[Mapping[str, Any]], group: Any = None) -> to
 
 def sum_over_ranks(values: Iterable[Any], groups: Sequence[Mapping[str, Any]], shard_group: Any) -> Tensor:
     """Return the sum of numbers over these ranks, in float64. All of them call it, one that has no number, too."""
-    device = _meeting_place(groups, shard_group)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = _added(values, _meeting_place(groups, shard_group))
+    if dist.get_world_size(shard_group) > 1:
+        dist.all_reduce(total, group=shard_group)
+    return total
+
+
+def _added(values: Iterable[Any], device: torch.device, size: Sequence[int] = ()) -> Tensor:
+    total = torch.zeros(size, dtype=torch.float64, device=device)
     for value in values:
-        total += value.detach().to(device).reshape(()) if isinstance(value, Tensor) else value
-    dist.all_reduce(total, group=shard_group)
+        total += value.detach().to(device).reshape(size) if isinstance(value, Tensor) else value
     return total
 
 

@@ -134,9 +134,9 @@ class GrokAdamW(Optimizer):
         shard_group: the process group whose ranks have each a part of all plain parameters, as with FSDP1, pipeline
             stages and DeepSpeed's ZeRO: ``torch.distributed.group.WORLD``, say, which is None before
             ``init_process_group``. N, and what is not finite, are then those of all ranks, which must all call
-            ``step``; DTensors' part of N is not summed over it. None: plain parameters are whole on each rank, as with
-            DDP. DTensors (FSDP2) and ``ZeroRedundancyOptimizer`` need none: what they divide is known. Checkpoints and
-            pickles do not keep it.
+            ``step``. DTensors (FSDP2) that lie on other meshes on other ranks count as other parts; those on one mesh
+            count once. None: plain parameters are whole on each rank, as with DDP. DTensors alone and
+            ``ZeroRedundancyOptimizer`` need none: what they divide is known. Checkpoints and pickles do not keep it.
         foreach: None for the fastest implementation that can take a tensor, see ``implementation``. True for torch's
             operations on lists of tensors. False for one tensor at a time, with the least scratch memory.
         maximize: climb instead of descend.

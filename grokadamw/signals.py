@@ -33,10 +33,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._numbers import Number, accumulator, as_float, as_number, as_real, as_share, reads_are_free
-from .backends.foreach import sum_of_squares
-from .distributed import whole
+from .distributed import Shards, divisions, local, shards_of
 from .options import recorded
-from .step.norm import global_norm
+from .state.formats import unpacked
 
 __all__ = ["AccuracyGap", "Plateau", "SlowGradient", "loss_gap", "memorisation"]
 
@@ -181,22 +180,24 @@ class SlowGradient:
 
     @torch.no_grad()
     def _cosine(self) -> Number:
-        mu, g = [], []
+        # of each division over ranks, [[μ·μ, μ·g], [g·μ, g·g]] of its tensors
+        products: dict[Shards | None, list[Tensor]] = {shards: [] for shards in divisions(self._groups())}
         for group in self._groups():
             for param in group["params"]:
                 state = self._optimizer.state.get(param, {})  # type: ignore[union-attr]
-                average = state.get("grok_ema", state.get("grokfast_ema"))
-                if average is not None and param.grad is not None:
-                    mu.append(as_real(average))
-                    g.append(as_real((-param.grad if group["maximize"] else param.grad).resolve_conj()))
-        if not mu:
+                name = "grok_ema" if "grok_ema" in state else "grokfast_ema"
+                if name in state and param.grad is not None:
+                    shards, g = shards_of(param), (-param.grad if group["maximize"] else param.grad).resolve_conj()
+                    pair = [as_real(local(x, shards)).flatten() for x in (unpacked(state, name), g)]
+                    # widened: products of small float32 numbers vanish
+                    both = torch.stack([x.to(accumulator(x.device)) for x in pair])
+                    products.setdefault(shards, []).append(both @ both.T)
+        sums = products.pop(None, [])
+        sums += [shards.total(mine, (2, 2)) for shards, mine in products.items() if shards is not None]
+        if not sums:
             return 0.0
-        device = mu[0].device
-        dtype = accumulator(device)
-        # widened first: products of small float32 numbers vanish
-        dots = (whole((m.to(dtype) * x.to(dtype)).sum()).to(device) for m, x in zip(mu, g, strict=True))
-        norms = [torch.as_tensor(global_norm(tensors, sum_of_squares, device)) for tensors in (mu, g)]
-        cosine = torch.stack(list(dots)).sum() / (norms[0] * norms[1])
+        (mm, mg), (_, gg) = torch.stack([x.to(sums[0].device) for x in sums]).sum(0)
+        cosine = mg / (mm.sqrt() * gg.sqrt())
         return as_number(torch.where(cosine > 0, cosine, 0))  # 0 for a zero vector, and for NaN
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     quicken()
 
 # what processes have imported that tests fork from a server, as importing torch takes them seconds
-PRELOADED = ["tests.test_crash", "tests.test_distributed", "torch._dynamo"]
+PRELOADED = ["tests.test_crash", "tests.test_ranks", "tests.test_sharded_formats", "torch._dynamo"]
 multiprocessing.set_forkserver_preload(PRELOADED)
 
 # times vary on shared machines; and a test that fails should fail for the change that broke it

@@ -35,16 +35,17 @@ from .models import KEEPERS, batch, network, train
 RANKS = 2
 
 
-def in_processes(function: Any, folder: Path) -> list[Any]:
-    """What function(rank) returns on each of two ranks."""
-    mp.start_processes(_process, args=(function, folder), nprocs=RANKS, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+def in_processes(function: Any, folder: Path, ranks: int = RANKS) -> list[Any]:
+    """What function(rank) returns on each rank, of which there are two unless more are wanted."""
+    (folder / "rendezvous").unlink(missing_ok=True)
+    mp.start_processes(_process, args=(function, folder, ranks), nprocs=ranks, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def _process(rank: int, function: Any, folder: Path) -> None:
+def _process(rank: int, function: Any, folder: Path, ranks: int) -> None:
     torch.set_num_threads(1)
     meeting, wait = f"file://{folder}/rendezvous", timedelta(seconds=30)  # then a rank that waits fails
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS, timeout=wait)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=wait)
     try:
         torch.save(function(rank), folder / f"{rank}.pt")
     finally:
@@ -529,6 +530,29 @@ def test_ranks_with_less_take_part(tmp_path: Path) -> None:
     norms = [math.sqrt(24), math.sqrt(24), math.sqrt(48), math.sqrt(24), *[math.sqrt(48)] * 2, math.nan]
     assert [each["grad_norm"] for each in first] == pytest.approx(norms, nan_ok=True)
     assert [each["skipped_steps"] for each in first] == [0, 0, 1, 0, 0, 0, 0]
+
+
+def _dtensors_and_shards(rank: int) -> list[float]:
+    """The norm where DTensors lie beside plain shards: on a mesh of this rank's own, or on one of all ranks."""
+    world, found = dist.group.WORLD, []
+    stages = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("stage", "data"))
+    for mesh, rows in ((stages["data"], 3), (init_device_mesh("cpu", (RANKS,)), 5)):
+        for options in ({}, {"foreach": True}, {"nonfinite": "raise"}):
+            divided = distribute_tensor(torch.ones(rows, 2), mesh, [Shard(0)])
+            params = [torch.nn.Parameter(divided), torch.nn.Parameter(torch.ones(4))]
+            optimizer = GrokAdamW(params[: 1 if rows == 5 else 2], shard_group=world, **options)
+            for p in params:
+                p.grad = torch.full_like(p, 2.0)
+            for _ in range(2):
+                optimizer.step()
+            found.append(optimizer.metrics()["grad_norm"] ** 2 / 4)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_norm_of_dtensors_is_summed_over_the_shard_group(tmp_path: Path) -> None:
+    for elements in in_processes(_dtensors_and_shards, tmp_path):
+        assert elements == pytest.approx([RANKS * (3 * 2 + 4)] * 3 + [5 * 2] * 3)
 
 
 def _warm_up(rank: int) -> list[int]:

@@ -473,6 +473,22 @@ def test_slow_gradient_is_the_cosine_of_mu_and_g(maximize: bool) -> None:
     assert 0 < said[2][0] <= 1
 
 
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_slow_gradient_reads_state_in_fewer_bits(state_dtype: str) -> None:
+    said = []
+    for dtype in ("float32", state_dtype):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(80, 70))
+        optimizer = GrokAdamW([p], state_dtype=dtype, grokking_signal_fns=SlowGradient(every=1))
+        for _ in range(3):
+            p.grad = torch.randn(80, 70) + 0.5
+            optimizer.step()
+        assert optimizer.metrics()["signal_failures"] == 0
+        said.append(optimizer.metrics()["signal"])
+    assert said[1] == pytest.approx(said[0], rel=0.02)
+    assert said[0] > 0
+
+
 def test_slow_gradient_sees_the_smallest_numbers() -> None:
     optimizer = optimizer_with(SlowGradient(every=1))
     (p,) = optimizer.param_groups[0]["params"]

@@ -17,7 +17,7 @@ from ..backends import BY_ADDRESS, Batch, Choice, decoded, foreach, gpu, memory,
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges
 from ..backends.types import Coded, written
-from ..distributed import Shards, blocks_before, local, part, placed, shards_of, sum_over_ranks
+from ..distributed import Shards, blocks_before, divisions, local, part, placed, shards_of, sum_over_ranks
 from ..options import rules_of
 from ..state import window
 from ..state.formats import BLOCK, EXTRAS, is_coded, may_be_coded
@@ -40,8 +40,12 @@ class Given(NamedTuple):
     shard_group: Any = None  # the ranks that plain parameters are divided over
 
     def sum_over_ranks(self, values: Iterable[Number]) -> Tensor:
-        """Return the sum of numbers of plain parameters over the ranks that these are divided over, in float64."""
+        """Return the sum of numbers over the ranks of `shard_group`, in float64."""
         return sum_over_ranks(values, self.groups, self.shard_group)
+
+    def share(self, total: Any, shards: Shards | None) -> Any:
+        """Return what `sum_over_ranks` wants of this rank: all of a plain total; of a mesh's total, each has a part."""
+        return total if shards is None else total / shards.ranks_in(self.shard_group)
 
 
 class Entry(NamedTuple):
@@ -78,7 +82,7 @@ class Batches(NamedTuple):
 
     params: list[Tensor]  # all that have a gradient, as they are in the groups
     batches: list[Batch]
-    grads: list[tuple[Shards | None, list[Tensor]]]  # real, in the groups' order; those divided over ranks apart
+    grads: list[tuple[Shards | None, list[Tensor]]]  # real, in the groups' order; a list for each division over ranks
     devices: list[torch.device]  # of the gradients
     tables: Tables | None = None  # what the GPU's backend keeps for these batches
     at: bytes | None = None  # where the gradients lie, if that is known
@@ -256,7 +260,8 @@ def with_windows(batch: Batch, states: Sequence[State]) -> Batch:
 def found_anew(entries: Sequence[Entry], given: Given) -> Batches:
     """Return batches of tensors that no signature describes: DTensors, complex ones, subclasses, traced ones."""
     groups, state, options = given[:3]
-    rows, kinds, grads, dtensors, extras, owners = [], [], dict[Any, list[Tensor]](), [], [], []
+    rows, kinds, dtensors, extras, owners = [], [], [], [], []
+    grads: dict[Shards | None, list[Tensor]] = {shards: [] for shards in divisions(groups)}
     for entry in entries:
         s, shards = state[entry.param], shards_of(entry.param)
         if shards is not None:

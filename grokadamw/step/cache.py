@@ -21,9 +21,9 @@ from ..backends import Batch, Choice, cpu, gpu, memory
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges, TensorSignature
 from ..backends.types import Addresses
-from ..distributed import local, shards_of
+from ..distributed import Shards, alike, blocks_before, divisions, local, parts, shards_of
 from ..options import rules_of
-from ..state.formats import EXTRAS, is_coded, may_be_coded
+from ..state.formats import BLOCK, EXTRAS, is_coded, may_be_coded
 from ..state.slots import MOMENTS, WINDOW, State, step_device
 from . import batches
 from .batches import Batches, Columns, Given, Kind, Owner
@@ -88,11 +88,15 @@ class Cache:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return None
         params = [param for group in groups for param in group["params"]]
+        are_plain = set(map(type, params)) <= _PLAIN
         grads: list[Any] = [param.grad for param in params]
         present = tuple([grad is not None for grad in grads])
         if not all(present):
             params, grads = list(compress(params, present)), list(compress(grads, present))
         windows = options["window_size"] is not None
+        if windows and not are_plain:
+            return None
+        specs, given_params, dtensors = list[list[Any]](), params, list[Tensor]()
         try:
             # a parameter's hash is Python's to compute: where the state is theirs and in their order, none is needed
             in_order = len(state) == len(params) and all(map(is_, state, params))
@@ -101,26 +105,37 @@ class Cache:
                 return None
             m, v, steps = list(map(_EXP_AVG, states)), list(map(_EXP_AVG_SQ, states)), list(map(_STEP, states))
             mus = [s.get("grok_ema") for s in states]
-            with_mu = [mu is not None for mu in mus]
-            written = [*params, *m, *v, *compress(mus, with_mu), *steps]
             extras: list[list[Any]] = []
             if may_be_coded(options):
                 extras = [[s.get(name) for s in states] for name in EXTRAS]
+            if not are_plain:
+                lists = [params, m, v, mus, *extras]
+                specs, (params, m, v, mus, *extras, grads) = parts([*lists, grads])
+                of_lists = zip(
+                    chain.from_iterable(lists), chain.from_iterable(specs), strict=False
+                )  # without gradients
+                dtensors = [x for x, spec in of_lists if spec is not None]
+            with_mu = [mu is not None for mu in mus]
+            written = [*params, *m, *v, *compress(mus, with_mu), *steps]
+            if extras:
                 with_extras = [x is not None for column in extras for x in column]
                 written += compress(chain.from_iterable(extras), with_extras)
                 with_mu += with_extras
             columns = Columns(params, grads, m, v, mus, steps, extras)
             begun = [bool(s.get("micro_step")) for s in states] if options["accumulation_steps"] > 1 else []
-            facts = [(len(g["params"]), g["lamb"] > 0, g["foreach"], g["fused"], g["layers"]) for g in groups], begun
+            of_groups = [(len(g["params"]), g["lamb"] > 0, g["foreach"], g["fused"], g["layers"]) for g in groups]
+            facts = of_groups, begun, specs
             plan = self.plans.get((present, tuple(begun)))
             found = plan.now(columns, written, with_mu) if plan is not None and plan.facts == facts else None
             if found is None and (checked or not windows):  # whose shapes are in no signature
-                plan = self._new_plan(columns, written, facts, present, given, checked)
+                plan = self._new_plan(columns, written, facts, present, given, checked, given_params)
                 found = None if plan is None else plan.now(columns, written, with_mu)
         except (KeyError, TypeError, RuntimeError):  # a state that lacks something, a tensor that has no memory
             return None
         if found is None or plan is None:
             return None
+        if not are_plain:
+            found = found._replace(params=given_params, dtensors=dtensors)
         if windows:
             found = found._replace(
                 batches=[batches.with_windows(b, [state[p] for p in b.params]) for b in found.batches]
@@ -135,6 +150,7 @@ class Cache:
         present: tuple[bool, ...],
         given: Given,
         checked: bool,
+        params: Sequence[Tensor],
     ) -> _Plan | None:
         """Make and keep a plan. Return None if a parameter looks as none did before, and nobody has checked it."""
         groups, options = given.groups, given.options
@@ -142,28 +158,39 @@ class Cache:
             return None
         every = [(i, layer) for i, group in enumerate(groups) for layer in group["layers"]]
         owners = [Owner(*owner, number) for number, owner in compress(enumerate(every, given.first), present)]
+        p, g, m, v, mus, _, coded = columns
+        for belongs, specs in zip(zip(p, m, v, mus, *coded, g, strict=True), zip(*facts[2], strict=True), strict=False):
+            if not alike([spec for x, spec in zip(belongs, specs, strict=True) if x is not None]):
+                return None
+        shards = list(map(shards_of, params))
+        if may_be_coded(options):
+            firsts = [blocks_before(param, BLOCK) for param in params]
+            owners = [owner._replace(first=first) for owner, first in zip(owners, firsts, strict=True)]
         if any(mu is None and groups[o.group]["lamb"] > 0 for o, mu in zip(owners, columns.grok_emas, strict=True)):
             return None
         signatures = TensorSignature(written), TensorSignature(columns.grads)
-        looks = _looks(columns, signatures, [groups[owner.group] for owner in owners])
+        looks = _looks(columns, signatures, shards, [groups[owner.group] for owner in owners])
         if checked:
             if len(self._kinds) > _LOOKS:
                 self._kinds.clear()
             for i, (look, owner) in enumerate(zip(looks, owners, strict=True)):
                 if look not in self._kinds:
                     row, extras = [column[i] for column in columns[:6]], [column[i] for column in columns.extras]
-                    kind = batches.kind_of(row, extras, groups[owner.group], row[0].dim() > 1, None)
+                    kind = batches.kind_of(row, extras, groups[owner.group], row[0].dim() > 1, shards[i])
                     self._kinds[look] = kind
         kinds = [self._kinds[look] for look in looks]
         made, ranges = batches.assemble(
             columns, owners, kinds, facts[1], [p.dim() > 1 for p in columns.params], options
         )
-        copied = [(*fact[:-1], list(fact[-1])) for fact in facts[0]], facts[1]
+        copied = [(*fact[:-1], list(fact[-1])) for fact in facts[0]], *facts[1:]
+        places: dict[Shards | None, list[int]] = {way: [] for way in divisions(groups)}
+        for i, way in enumerate(shards):
+            places.setdefault(way, []).append(i)
         key = present, tuple(facts[1])
         self.plans.pop(key, None)
         if len(self.plans) >= SETS:
             del self.plans[next(iter(self.plans))]
-        self.plans[key] = _Plan(columns, owners, made, ranges, copied, signatures, options)
+        self.plans[key] = _Plan(columns, owners, made, ranges, copied, signatures, options, places)
         return self.plans[key]
 
 
@@ -175,7 +202,10 @@ def _are_plain(columns: Columns, written: list[Tensor]) -> bool:
 
 
 def _looks(
-    columns: Columns, signatures: tuple[TensorSignature, TensorSignature], groups: Sequence[dict[str, Any]]
+    columns: Columns,
+    signatures: tuple[TensorSignature, TensorSignature],
+    shards: Sequence[Shards | None],
+    groups: Sequence[dict[str, Any]],
 ) -> list[Any]:
     """Return for each parameter what its kind follows from."""
     written, count = iter(signatures[0].looks()), len(columns.params)
@@ -184,7 +214,7 @@ def _looks(
     asked = [(group["foreach"], group["fused"]) for group in groups]
     steps = list(islice(written, count))
     extras = [[None if x is None else next(written) for x in column] for column in columns.extras]
-    return list(zip(asked, p, m, v, mus, steps, signatures[1].looks(), *extras, strict=True))
+    return list(zip(asked, shards, p, m, v, mus, steps, signatures[1].looks(), *extras, strict=True))
 
 
 class _Plan:
@@ -199,6 +229,7 @@ class _Plan:
         facts: Any,
         signatures: tuple[TensorSignature, TensorSignature],
         options: dict[str, Any],
+        divided: Mapping[Shards | None, list[int]],
     ) -> None:
         self.facts, self._ranges, (self._written, self._grads) = facts, ranges, signatures
         self._with_mu = [x is not None for column in (columns.grok_emas, *columns.extras) for x in column]
@@ -220,6 +251,9 @@ class _Plan:
         self._can_be_judged = len(self._devices) == 1 and gpu.is_for(self._devices[0]) and gpu.can_sum(grads)
         readable = all(map(reads_are_free, self._devices)) and not rules_of(options).clips_each_tensor
         is_fastest = readable and update.sum_of_squares(options, False) is update.fastest_sum_of_squares
+        # the places of gradients that are divided alike
+        self._divided = list(divided.items()) or [(None, list[int]())]
+        is_fastest &= len(self._divided) == 1
         self._at, self._squares = self._grads.addresses, cpu.flat(grads) if is_fastest else None
 
     def now(self, columns: Columns, written: list[Tensor], with_mu: list[bool]) -> Batches | None:
@@ -249,8 +283,11 @@ class _Plan:
         for i in compress(range(len(made)), self._coded):
             coded = batches.coded_of(columns, self._places[i], self._owners, self._options)
             made[i] = made[i]._replace(coded=coded)
+        lists_of_grads = [(self._divided[0][0], grads)]
+        if len(self._divided) > 1:
+            lists_of_grads = [(shards, [grads[i] for i in places]) for shards, places in self._divided]
         return Batches(
-            columns.params, made, [(None, grads)], self._devices, None, at, self._squares, self._can_be_judged
+            columns.params, made, lists_of_grads, self._devices, None, at, self._squares, self._can_be_judged
         )
 
     def tables(self, capturing: bool, capturable: bool) -> Tables | None:

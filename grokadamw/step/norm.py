@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,15 +49,16 @@ def measure(
     if not norm_is_wanted(limits, nonfinite):
         norms = [None] * len(limits)
     elif sum_of_squares is None and found.squares is not None and found.at is not None:
-        squares = found.squares(found.at)
+        squares, ((shards, _),) = found.squares(found.at), found.grads
+        if shards is not None:
+            squares = shards.total([squares]).item()
         if given.shard_group is not None:
-            squares = given.sum_over_ranks([squares]).item()
+            squares = given.sum_over_ranks([given.share(squares, shards)]).item()
         norms = [math.sqrt(squares)] * len(limits)
     elif apart:
         norms = [_norm([(batch.shards, batch.grads)], sum_of_squares, home) for batch in found.batches]
     else:
-        over_ranks = None if given.shard_group is None else given.sum_over_ranks
-        norms = [_norm(found.grads, sum_of_squares, home, over_ranks)] * len(limits)
+        norms = [_norm(found.grads, sum_of_squares, home, given)] * len(limits)
     if scale is not None:
         unscale = 1 / as_number(scale, "grad_scale")
         norms = [None if norm is None else product(norm, unscale) for norm in norms]
@@ -114,35 +115,37 @@ def global_norm(
     tensors: Sequence[Tensor],
     sum_of_squares: SumOfSquares,
     home: torch.device | None,
-    over_ranks: Callable[[list[Tensor]], Tensor] | None = None,
+    given: Given | None = None,
+    ways: Iterable[Shards] = (),
 ) -> Number:
     """Return N = √Σg² over all elements of all tensors, on any devices: a float, or with home a 0-d tensor there.
 
-    `over_ranks` sums what the plain tensors of this rank have, as `Given.sum_over_ranks` does.
+    DTensors are summed over the ranks that share them; `ways` are those of all parameters, as this rank may lack what
+    another one has. All is summed over the shard_group of `given`, if there is one.
     """
-    lists = [(shards, list(map(as_real, parts))) for shards, parts in local_parts(tensors)]
-    return _norm(lists, sum_of_squares, home, over_ranks)
+    lists = [(shards, list(map(as_real, parts))) for shards, parts in local_parts(tensors, ways)]
+    return _norm(lists, sum_of_squares, home, given)
 
 
 def _norm(
     lists: Sequence[tuple[Shards | None, Sequence[Tensor]]],
     sum_of_squares: SumOfSquares,
     home: torch.device | None,
-    over_ranks: Callable[[list[Tensor]], Tensor] | None = None,
+    given: Given | None = None,
 ) -> Number:
     sums: list[Tensor] = []
-    plain: list[Tensor] = []
+    if given is not None and given.shard_group is None:
+        given = None
     for shards, tensors in lists:
         by_device: dict[torch.device, list[Tensor]] = {}
         for tensor in tensors:
             by_device.setdefault(tensor.device, []).append(tensor)
-        here = map(sum_of_squares, by_device.values())
-        if shards is None and over_ranks is not None:
-            plain += here
-        else:
-            sums += here if shards is None else [shards.sum(total) for total in here]
-    if over_ranks is not None:  # at the end, and where this rank has none, too: all ranks must meet
-        sums.append(over_ranks(plain))
+        here = list(map(sum_of_squares, by_device.values()))
+        if shards is not None:
+            here = [shards.total(here)]
+        sums += here if given is None else [given.share(total, shards) for total in here]
+    if given is not None:  # at the end, and where this rank has none, too: all ranks must meet
+        sums = [given.sum_over_ranks(sums)]
     if home is None:
         return math.sqrt(sum(total.item() for total in sums))
     total = torch.stack([total.to(home) for total in sums]).sum()

@@ -27,7 +27,7 @@ from ..accumulation import Cycle
 from ..backends import foreach, gpu, rows
 from ..backends.gpu_tables import Tables
 from ..backends.types import WHOLE, Batch, MicroStep, Scalars
-from ..distributed import check_shard_group, state_is_asked_for
+from ..distributed import check_shard_group, divisions, part, state_is_asked_for
 from ..options import check_changed, rules_of
 from . import capture, metrics, norm
 from .alpha import Signals, alpha_of, amplification, boost_of, hear
@@ -110,7 +110,8 @@ def check_given(run: Run, given: Given) -> bool:
     if any(map(itemgetter("capturable"), groups)):
         check_shard_group(given.shard_group, groups)
         capture.check_devices(groups)
-    if given.shard_group is not None and not state and state_is_asked_for():
+    ways = [] if state else divisions(groups)
+    if (given.shard_group is not None or ways) and not state and state_is_asked_for():
         make_state(collect(given, run.names), given)  # without the other ranks, which may have theirs
         return False
     check_finite(run, given)
@@ -121,7 +122,9 @@ def check_given(run: Run, given: Given) -> bool:
         capture.check_state(entries, given, bool(run.last.alphas))
     # It asks for state by a step that has none yet, with lr 0 and gradients of 0. A warm-up's first step has gradients.
     # Where others may have gradients that are not 0, this rank goes on with them.
-    if state or not entries or given.shard_group is not None or any(as_float(group["lr"]) != 0 for group in groups):
+    if state or not entries or given.shard_group is not None or ways:
+        return True
+    if any(as_float(group["lr"]) != 0 for group in groups):
         return True
     if _norm_now([entry.grad for entry in entries], given) != 0:
         return True
@@ -139,8 +142,7 @@ def check_finite(run: Run, given: Given) -> None:
 
 def _norm_now(grads: list[Tensor], given: Given) -> float:
     sum_of_squares = update.sum_of_squares(given.options, given.compiling)
-    over_ranks = None if given.shard_group is None else given.sum_over_ranks
-    return as_float(norm.global_norm(grads, sum_of_squares, None, over_ranks))
+    return as_float(norm.global_norm(grads, sum_of_squares, None, given, divisions(given.groups)))
 
 
 def check_layers(run: Run, given: Given, preset_gamma: float | None) -> None:
@@ -198,7 +200,9 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
         warn("a step found no gradient, and changed nothing: call loss.backward() before optimizer.step()", UserWarning)
 
     limits = [float(held[batch.group]["gradient_clipping"]) for batch in found.batches]
-    if given.shard_group is not None:  # ranks must ask for the norm alike, whichever parameters they have
+    are_divided = given.shard_group is not None or any(shards is not None for shards, _ in found.grads)
+    if are_divided and not rules_of(options).clips_each_tensor:
+        # ranks must ask for the norm alike, whichever gradients they have
         limits.append(min((x for group in held if (x := float(group["gradient_clipping"])) > 0), default=0.0))
     stats = _measured(run, given, found, limits)
     norms, clips = stats.norms, stats.clips
@@ -304,9 +308,10 @@ def _measured(run: Run, given: Given, found: Batches, limits: list[float]) -> no
 
 
 def _not_finite(run: Run, given: Given, params: Sequence[Tensor]) -> RuntimeError:
-    found = [param for param in params if param.grad is not None and not param.grad.isfinite().all()]
+    found = [param for param in params if param.grad is not None and not part(param.grad).isfinite().all()]
     names = ", ".join(layers.name_of(param, given.groups, run.names) for param in found)
-    others = "their sum of squares overflows" if given.shard_group is None else "another rank's, or Σg² overflows"
+    is_alone = given.shard_group is None and not divisions(given.groups)
+    others = "their sum of squares overflows" if is_alone else "another rank's, or Σg² overflows"
     return RuntimeError(
         f"the gradients are not finite: {names or others}. Nothing was written; "
         'nonfinite="skip" goes on without such a step'
