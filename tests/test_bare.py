@@ -41,7 +41,13 @@ def test_an_interpreter_that_numpy_does_not_fit_is_told_from_one_that_fails() ->
     if isinstance(reason := gpu.kernels(), str):
         pytest.skip(reason)
     told = "Triton does not work here: TypeError('only 0-dimensional arrays can be converted to Python scalars')"
-    with patch.object(gpu, "_why_not_here", lambda device: told), pytest.raises(pytest.skip.Exception, match="NumPy"):
+    with (
+        patch.object(gpu, "_why_not_for_codes", lambda device: told),
+        pytest.raises(pytest.skip.Exception, match="NumPy"),
+    ):
         skip_unless_interpreted()
-    with patch.object(gpu, "_why_not_here", lambda device: "another"), pytest.raises(AssertionError, match="another"):
+    with (
+        patch.object(gpu, "_why_not_for_codes", lambda device: "another"),
+        pytest.raises(AssertionError, match="another"),
+    ):
         skip_unless_interpreted()
