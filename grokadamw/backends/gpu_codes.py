@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..state import formats
-from .gpu_norm import load, pointer_to
+from .gpu_norm import load, pointer_to, store
 
 BLOCK_SIZE = tl.constexpr(formats.BLOCK)
 PARTS, UNIT, V_UNIT = (tl.constexpr(x) for x in (formats._PARTS, formats._UNIT, formats._V_UNIT))
@@ -19,16 +19,6 @@ TURN_OF_M, TURN_OF_MU, TURN_OF_V, TURN_OF_PARAM = (
     tl.constexpr(formats._TURNS[name]) for name in ("exp_avg", "grok_ema", "exp_avg_sq", "param")
 )
 OF_TINY, TO_TINY, OF_HALF = (tl.constexpr(x) for x in (2.0**-40, 2.0**40, 0x3FF7FFF))
-
-
-@triton.jit
-def store(pointer, at, inside, value, MASKED: tl.constexpr):
-    """Write values in the pointer's dtype."""
-    value = value.to(pointer.dtype.element_ty)
-    if MASKED:
-        tl.store(pointer + at, value, mask=inside)
-    else:
-        tl.store(pointer + at, value)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .gpu_coded_kernel import update_coded  # noqa: F401
-from .gpu_norm import chunk, judge, load, pointer_to, squares  # noqa: F401
+from .gpu_norm import chunk, judge, load, pointer_to, squares, store  # noqa: F401
 from .gpu_stages import (
     MAX_ROW_CHANGE,
     MAX_ROW_NORM,
@@ -38,15 +38,6 @@ BIT, LONG, ODD, ALL_LONG = (tl.constexpr(x) for x in (1, _LONG, _ODD, 1 << _LONG
 
 
 @triton.jit
-def _store(pointer, at, inside, value, MASKED: tl.constexpr):
-    value = value.to(pointer.dtype.element_ty)
-    if MASKED:
-        tl.store(pointer + at, value, mask=inside)
-    else:
-        tl.store(pointer + at, value)
-
-
-@triton.jit
 def _new(
     theta, grad, m, v, mu, at, inside, usable,
     clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step,
@@ -67,11 +58,11 @@ def _new(
     if HAS_MU:
         slow, g_hat = slow_and_amplified(g, slow, keep_mu, add_mu, lamb)
         if WRITES:
-            _store(mu, at, inside, slow, MASKED)
+            store(mu, at, inside, slow, MASKED)
     first, second = moments(g, g_hat, first, second, keep_m, add_m, keep_v, add_v, RAW)
     if WRITES:
-        _store(m, at, inside, first, MASKED)
-        _store(v, at, inside, second, MASKED)
+        store(m, at, inside, first, MASKED)
+        store(v, at, inside, second, MASKED)
     new = old
     if MOVES:
         new = updated(old, first, second, root, eps, decay, step).to(theta.dtype.element_ty).to(REAL)
@@ -97,7 +88,7 @@ def _chunk_of_elements(
             eps, decay, step, HAS_MU, RAW, MOVES, MAY_BE_UNUSABLE, MASKED, True,
         )  # fmt: skip
         if MOVES:
-            _store(theta, at, inside, new, MASKED)
+            store(theta, at, inside, new, MASKED)
 
 
 @triton.jit
@@ -135,7 +126,7 @@ def _chunk_of_rows(
         products = tl.sum(after * wide, axis=1, keep_dims=True) if HAS_NORM else moveds
         share, share_of_norm = shares(olds, moveds, news, products, change, norm, HAS_CHANGE, HAS_NORM)
         new = limited(new, moved, share, share_of_norm, HAS_CHANGE, HAS_NORM, PARAM)
-        _store(theta, at, inside, new, True)
+        store(theta, at, inside, new, True)
 
 
 @triton.jit
@@ -193,7 +184,7 @@ def _row(
             eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True, True,
         )  # fmt: skip
         new = limited(new, moved_by(old, new, inside), share, share_of_norm, HAS_CHANGE, HAS_NORM, PARAM)
-        _store(theta, at, inside, new, True)
+        store(theta, at, inside, new, True)
 
 
 @triton.jit(do_not_specialize=["tensors"])

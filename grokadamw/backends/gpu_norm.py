@@ -31,6 +31,16 @@ def load(pointer, at, inside, MASKED: tl.constexpr, REAL: tl.constexpr):
 
 
 @triton.jit
+def store(pointer, at, inside, value, MASKED: tl.constexpr):
+    """Write values in the pointer's dtype."""
+    value = value.to(pointer.dtype.element_ty)
+    if MASKED:
+        tl.store(pointer + at, value, mask=inside)
+    else:
+        tl.store(pointer + at, value)
+
+
+@triton.jit
 def _squares(grad, start, size, GRAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     grad = pointer_to(grad, GRAD, MASKED)
     sums = tl.zeros([BLOCK], tl.float64)
