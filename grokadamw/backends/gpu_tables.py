@@ -66,9 +66,7 @@ class Static(NamedTuple):
 class Codes(NamedTuple):
     """What a launch must know of tensors that are kept in fewer bits; it is `Addresses.table`."""
 
-    kind: tuple[
-        Any, ...
-    ]  # the dtypes that m, v and μ are kept in, the low bits of parameters, whether these are rounded
+    kind: Any  # the dtypes that m, v and μ are kept in, the low bits of parameters, whether these are rounded
     columns: tuple[bytes, ...]  # addresses of the states' scales and of low bits; empty for what there is none of
     widths: tuple[int, ...]  # elements of a row whose last block may be shorter; all, if none is
     words: bytes  # the key of each tensor's dithers, and how many blocks lie on ranks before this one

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.on_gpu.launches import launched
 from grokadamw import GrokAdamW
 from grokadamw.backends import gpu
 from grokadamw.backends.types import MicroStep
@@ -19,7 +18,7 @@ from grokadamw.state import formats
 from ..backends.test_update import numbers
 from ..test_fewer_bits import KEPT, bits_of, compare_with_32_bits, equal, made, train
 from ..test_formats import CASES, check_codes, coded_batch, on, plain
-from .test_gpu import nothing_waits
+from .test_gpu import launches_of, nothing_waits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -134,12 +133,7 @@ def test_launches(running: tuple[list[Any], GrokAdamW]) -> None:
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        optimizer.step()
-        torch.cuda.synchronize()
-    of_device = launched(profile.events())
+    of_device = launches_of(optimizer)
     triton = ("squares", "judge", "update", "update_coded")
     counts = Counter(name if name in triton else "others" for name in of_device if "Mem" not in name)
     assert counts["squares"] == counts["judge"] == 1

@@ -276,6 +276,16 @@ def test_what_keeps_more_does_as_on_the_cpu(keeper: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+def launches_of(optimizer: GrokAdamW) -> list[str]:
+    """Return the names of what a step has the device do, as the profiler sees it."""
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    return launched(profile.events())
+
+
 @pytest.mark.parametrize("tensors_in_a_group", [1, 150])
 @pytest.mark.parametrize(
     ("options", "triton"),
@@ -294,12 +304,7 @@ def test_launches(options: dict[str, Any], triton: dict[str, int], tensors_in_a_
     for step in range(4):
         set_gradients(params, step)
         optimizer.step()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        optimizer.step()
-        torch.cuda.synchronize()
-    of_device = launched(profile.events())
+    of_device = launches_of(optimizer)
     counts = Counter(name if name in triton else "others" for name in of_device if "Mem" not in name)
     assert {name: counts[name] for name in triton} == triton
     assert counts["others"] <= 1, of_device
