@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._checks import check_count, check_limit
 from ._numbers import Number, as_number, as_real, reads_are_free, wide
 from ._wrapper import Part, Wrapper, by_kind, check_saved
 from .backends import fastest_sum_of_squares
 from .distributed import divisions
 from .layers import layers_of
-from .options import CYCLE_AT_REST, check_count, check_limit
+from .options import CYCLE_AT_REST
 from .state.slots import State
 from .step.norm import clip_coefficient, global_norm
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_count, check_number
 from ._numbers import as_real, wide
 from .distributed import mesh_of
-from .options import check_count, check_number
 from .state import window
 
 __all__ = ["gradfilter_ema", "gradfilter_ma"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
 from typing import Any, overload
@@ -11,32 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing the compiler
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
-from . import accumulation, layers, zero
-from ._hints import check_params, misspelt, with_hints, with_model
+from . import layers, zero
+from ._base import Base
+from ._hints import check_params, with_hints, with_model
 from ._numbers import as_number, as_share
-from ._warn import warn
 from .backends import Batch, Scalars
 from .backends.gpu_tables import Tables
-from .distributed import check_shard_group, ranks
+from .distributed import check_shard_group
 from .groups import check_model, grokking_groups
-from .options import (
-    GROUP_KEYS,
-    PROGRESS,
-    RECORDED,
-    check_group,
-    check_pickled,
-    fill_in,
-    group_defaults,
-    make_savable,
-    place_recorded,
-    rules_of,
-)
+from .options import RECORDED, check_group, group_defaults, rules_of
 from .signals import memorisation
 from .state.sizes import sizes
-from .state.slots import WINDOW, keeping_precision, prepare, states_of
+from .state.slots import WINDOW, states_of
 from .step import capture, metrics, stages
 from .step.alpha import Combine, Signal, Signals
 from .step.batches import Given
@@ -45,7 +32,7 @@ from .step.stages import Run
 __all__ = ["GrokAdamW"]
 
 
-class GrokAdamW(Optimizer):
+class GrokAdamW(Base):
     r"""AdamW on gradients whose slow part is amplified, with a memory that adapts to how far generalisation lags.
 
     One step, for a parameter θ of layer l with gradient g at its step t:
@@ -157,8 +144,6 @@ class GrokAdamW(Optimizer):
     ``grok_ring_lap`` (shape) and ``grok_ring_count`` (0-d int64); with accumulation_steps ``micro_step``.
     """
 
-    _preset_gamma: float | None = None  # the γ that `for_grokking` chose, and that no warning is due about
-
     @with_hints
     def __init__(
         self,
@@ -215,14 +200,6 @@ class GrokAdamW(Optimizer):
         self._say_whether_it_unscales()
         signals.bind(self)
 
-    def __repr__(self) -> str:
-        """Show the options of each group, without what the groups keep for checkpoints."""
-        lines = [f"{type(self).__name__} ("]
-        for i, group in enumerate(self.param_groups):
-            shown = sorted(group.keys() - {"params", "param_names", "layers", *PROGRESS})
-            lines += [f"Parameter Group {i}", *(f"    {name}: {group[name]}" for name in shown)]
-        return "\n".join([*lines, ")"])
-
     @classmethod
     @with_model
     def for_grokking(
@@ -260,11 +237,6 @@ class GrokAdamW(Optimizer):
         optimizer.set_layers(model)  # in the model's order, and not in that of the groups
         optimizer._preset_gamma = None if "gamma" in options else preset["gamma"]
         return optimizer
-
-    def _say_whether_it_unscales(self) -> None:
-        """Tell GradScaler that this optimizer unscales; with micro-batches, too, to know of overflows."""
-        if self.defaults["fused"] or self.defaults["accumulation_steps"] > 1:
-            self._step_supports_amp_scaling = True
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -305,13 +277,15 @@ class GrokAdamW(Optimizer):
         capturable = torch.cuda._initialized or any(map(itemgetter("capturable"), self.param_groups))
         capturing = capturable and capture.is_capturing(self)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        given = Given(self.param_groups, self.state, options, scale, found_inf, capturing, compiling)
-        given = given._replace(shard_group=run.shard_group)
+        given = Given(
+            *(self.param_groups, self.state, options, scale, found_inf, capturing, compiling),
+            shard_group=run.shard_group,
+        )
         if run.shard_group is not None and found_inf is not None:
             given = given._replace(found_inf=given.sum_over_ranks([found_inf]))
         if run.in_backward is not None:
             return run.in_backward.end(self, given)  # type: ignore[no-any-return]
-        overflow = stages.is_overflow(given)
+        overflow = found_inf is not None and stages.is_overflow(given)
         if overflow or not stages.check_given(run, given):
             return [], None
         stages.begin(run, given, self._preset_gamma)
@@ -327,20 +301,6 @@ class GrokAdamW(Optimizer):
         """
         self._complete_groups()
         stages.hear_signals(self._run, self.param_groups, self.defaults)
-
-    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
-        """Make the state of a group's parameters that have a gradient, as torch's optimizers do, and list it.
-
-        The lists get parameters, gradients, m, v, μ or None, and step counts. True is returned if one is complex.
-        """
-        with_gradient = [param for param in group["params"] if param.grad is not None]
-        for param in with_gradient:
-            state = self.state[param]
-            prepare(state, param, self.defaults, with_slow_gradient=float(group["lamb"]) > 0)
-            row = (param, param.grad, *map(state.get, ("exp_avg", "exp_avg_sq", "grok_ema", "step")))
-            for each, value in zip(lists, row, strict=True):
-                each.append(value)
-        return any(map(torch.is_complex, with_gradient))
 
     def free_slow_gradient(self) -> None:
         """Drop the slow gradients μ, and the memory that they take. Where λ is not 0, the next step starts them at 0.
@@ -448,122 +408,3 @@ class GrokAdamW(Optimizer):
         """
         self._complete_groups()
         return sizes(self.param_groups, self.state, self.defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch does. It may set what the constructor lists; its layers follow those that are there.
-
-        Raises:
-            TypeError, ValueError: a value is not allowed, or holds for the whole optimizer. Nothing was added then.
-        """
-        checked = {}
-        if isinstance(param_group, dict):
-            checked = check_group({**self.defaults, **param_group}, self.defaults)
-            for sentence in misspelt(param_group, GROUP_KEYS):
-                warn(sentence, UserWarning)
-            # a copy, as the caller may use its own again, without what only AdamW's groups hold
-            param_group = {k: v for k, v in param_group.items() if k not in ("amsgrad", "decoupled_weight_decay")}
-        super().add_param_group(param_group)
-        *earlier, group = self.param_groups
-        group.update(checked)
-        accumulation.join(group, earlier)
-        zero.take_places(self)
-        self._run.layers_checked = False
-
-    def _complete_groups(self) -> None:
-        """Fill in groups that did not come through `add_param_group`, as those that an outer optimizer appends.
-
-        Raises:
-            TypeError, ValueError: a value is not allowed. Nothing was filled in then.
-        """
-        zero.go_on_after_loading(self)
-        for i, group in enumerate(self.param_groups):
-            if "layers" not in group:
-                whole = {**self.defaults, **group}
-                group.update(whole | check_group(whole, self.defaults))
-                accumulation.join(group, self.param_groups[:i])
-                self._run.layers_checked = False
-        if any(len(group["layers"]) != len(group["params"]) for group in self.param_groups):
-            sentence = layers.make_one(self.param_groups, self._run.shard_group is None and ranks() > 1)
-            if sentence is not None and not self._run.flattened:
-                self._run.flattened = True  # DeepSpeed shows one group after the other
-                warn(sentence, UserWarning)
-
-    def _settle(self) -> None:
-        self._run.settle(self.param_groups)
-        zero.tell(self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain data alone, as torch does, for ``torch.load(weights_only=True)``.
-
-        Signal functions are left out; what those with a ``state_dict`` of their own remember is kept.
-        """
-        self._before_saving()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict, as torch does, but keep the precision of state whose parameter has less.
-
-        Parameters are found by name where both sides have the same names, else by order. Signals, the options of the
-        whole optimizer, ``foreach``, ``fused`` and ``capturable`` stay as they were constructed.
-
-        Args:
-            state_dict: of a GrokAdamW, release 0.1.2's too, or of a ``torch.optim.AdamW`` or ``Adam``. What that
-                does not know stays as it was, and μ starts at 0. See ``grokadamw.checkpoints``.
-
-        Raises:
-            ValueError: groups, parameters or shapes are not those that were saved, or it cannot be gone on from.
-                Nothing was loaded then.
-        """
-        self._complete_groups()
-        with keeping_precision(self):
-            super().load_state_dict(state_dict)
-        place_recorded(self.param_groups)
-        self._run.restart(self.param_groups[0]["signal_state"])
-
-    def _before_saving(self) -> None:
-        early = self._run.in_backward
-        if early is not None and early.is_open and self.defaults["accumulation_steps"] > 1:
-            raise RuntimeError("a micro-batch of step_in_backward is not over: call optimizer.step() before you save")
-        self._complete_groups()
-        self._run.settle(self.param_groups)
-        make_savable(self.param_groups)
-        for group in self.param_groups[:1]:
-            group["signal_state"] = self._run.signals.state()
-        zero.tell(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._before_saving()
-        signals = self._run.signals.for_pickle()
-        combine = self._run.signals.combine if isinstance(self._run.signals.combine, str) else None
-        own = {"_preset_gamma": self._preset_gamma, "_signals": signals, "_combine": combine}
-        return {**super().__getstate__(), **own, "_is_sharded": self._run.shard_group is not None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        check_pickled(state)
-        state = dict(state)
-        signals, combine = state.pop("_signals", None), state.pop("_combine", "mean")
-        if state.pop("_is_sharded", False):
-            warn(
-                "a pickle keeps no process group: the optimizer from it takes its parameters for whole. Construct "
-                "GrokAdamW(..., shard_group=...) and load a state_dict() instead",
-                UserWarning,
-            )
-        earlier = self.__dict__.get("param_groups", [])
-        super().__setstate__(state)
-        for name, value in group_defaults({}).items():  # that an older version did not know
-            self.defaults.setdefault(name, value)
-        self._say_whether_it_unscales()
-        fill_in(self.param_groups, earlier, self.defaults)
-        if "_run" not in self.__dict__:  # unpickled, or a copy
-            self._run = Run(Signals.from_pickle(signals, combine))
-            for group in self.param_groups[:1]:
-                self._run.signals.load(group["signal_state"])
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GrokAdamW:
-        """Copy the optimizer with its signals. Pickle keeps this package's own functions alone."""
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        state = {**self.__getstate__(), "_signals": None, "_combine": "mean", "_is_sharded": False}
-        copied.__setstate__(copy.deepcopy(state, memo))
-        copied._run.follow(self._run, memo)
-        return copied

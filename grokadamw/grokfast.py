@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._checks import check_count, check_dtype, check_number
 from ._numbers import as_float, as_real, wide
 from ._warn import warn
 from ._wrapper import Part, Wrapper, by_kind, check_saved
 from .accumulation import Accumulate
 from .distributed import mean_over_ranks
 from .gradfilters import check_window, gradfilter_ema, gradfilter_ma
-from .options import check_count, check_dtype, check_number
 from .state import window
 from .state.slots import State
 from .step.alpha import Signals

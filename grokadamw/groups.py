@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_number
 from ._numbers import as_float
 from ._warn import warn
 from .distributed import whole
 from .layers import layers_in
-from .options import check_number
 
 __all__ = ["decay_groups"]
 

@@ -11,9 +11,10 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import _trainers as trainers
+from ._checks import check_count, check_number
 from ._numbers import as_float
 from .grokadamw import GrokAdamW
-from .options import RECORDED, check_count, check_number, recorded
+from .options import RECORDED, recorded
 from .state.slots import states_of
 from .step.capture import is_capturing
 from .step.metrics import most

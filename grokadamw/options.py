@@ -5,74 +5,29 @@ To add an option, add its row to `OPTIONS`, its argument to the constructor, and
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import chain, compress, product
 from numbers import Integral, Real
 from operator import is_, is_not
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import layers
+from ._checks import (
+    Check,
+    check_betas,
+    check_count,
+    check_dtype,
+    check_limit,
+    check_number,
+    check_scalar,
+    one_of,
+    or_none,
+)
 from ._numbers import as_float, as_number
-
-# A check gets an option's name and value. It raises an error that names both and the way out, or returns the value, as
-# Python's own number if it was NumPy's, which torch.load(weights_only=True) could not read back.
-Check: TypeAlias = Callable[[str, Any], Any]
-
-
-def check_number(
-    name: str, value: Any, *, below: float = math.inf, at_most: float | None = None, hint: str = ""
-) -> float:
-    """Check a number in [0, below), or in [0, at_most]."""
-    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
-        raise TypeError(f"{name}={value!r} is not a number{hint}")
-    if not 0 <= float(value) < below or (at_most is not None and float(value) > at_most):
-        limits = f"in [0, {at_most}]" if at_most is not None else f"in [0, {below})"
-        raise ValueError(f"{name}={value!r} is out of range: give a number {limits}")
-    return float(value)
-
-
-check_limit = partial(check_number, hint="; 0 switches it off")
-
-
-def check_scalar(name: str, value: Any, *, at_most: float | None = None) -> float | Tensor:
-    """Check a number, or that a tensor has one element: its value may be on a GPU, and is not read."""
-    if not isinstance(value, Tensor):
-        return check_number(name, value, at_most=at_most)
-    if value.numel() != 1:
-        raise ValueError(f"Tensor {name} must be 1-element, and {name}={value!r} is not")
-    return value
-
-
-def check_betas(name: str, value: Any) -> tuple[float, ...]:
-    """Check a pair of numbers in [0, 1)."""
-    if not isinstance(value, Sequence) or len(value) != 2:
-        raise TypeError(f"{name}={value!r} is not a pair of numbers, as in (0.9, 0.999)")
-    return tuple(check_number(f"{name}[{i}]", value[i], below=1) for i in (0, 1))
-
-
-def check_count(name: str, value: Any, at_least: int = 0) -> int:
-    """Check an integer."""
-    if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
-        raise TypeError(f"{name}={value!r} is not an integer")
-    if value < at_least:
-        raise ValueError(f"{name}={value!r} is out of range: give an integer of at least {at_least}")
-    return int(value)
-
-
-def check_dtype(name: str, value: Any) -> Any:
-    """Check a dtype of real numbers that gradients can be kept in, or None."""
-    if value not in (None, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(
-            f"{name}={value!r} cannot keep gradients: give torch.bfloat16, float32, float64, or None for what "
-            "suits the parameter"
-        )
-    return value
-
 
 STATES = ("exp_avg", "exp_avg_sq", "grok_ema")  # m, v and μ
 FORMATS = ("float32", "bfloat16", "int8")  # that they can be kept in
@@ -91,23 +46,6 @@ def check_formats(name: str, value: Any) -> Any:
             f"of {', '.join(map(repr, STATES))}"
         )
     return given
-
-
-def one_of(*choices: Any) -> Check:
-    """Return a check that a value is one of these, and of their types: 1 is not True."""
-    types = {*map(type, choices)}
-
-    def check(name: str, value: Any) -> Any:
-        if type(value) not in types or value not in choices:
-            raise ValueError(f"{name}={value!r} is unknown: give one of {', '.join(map(repr, choices))}")
-        return value
-
-    return check
-
-
-def or_none(check: Check, **limits: Any) -> Check:
-    """Return a check that lets None pass, too."""
-    return lambda name, value: None if value is None else check(name, value, **limits)
 
 
 def not_in_a_group(name: str, value: Any) -> None:
@@ -204,6 +142,12 @@ _RULES = {None: Rules(), "0.1.2": Rules(False, True, True, True, True, False, Fa
 def rules_of(defaults: Mapping[str, Any]) -> Rules:
     """Return the rules of an optimizer's `compat`."""
     return _RULES[defaults["compat"]]
+
+
+def may_be_coded(defaults: Mapping[str, Any]) -> bool:
+    """Return True if an optimizer may keep state or parameters in fewer bits than a step computes with."""
+    bits, rounding = defaults["master_weight_bits"], defaults["rounding"]
+    return bool(defaults["state_dtype"] != "float32" or bits or rounding != "nearest")
 
 
 RECORDED = ("train_loss", "eval_loss", "train_acc", "eval_acc")  # by `GrokAdamW.record`

@@ -480,7 +480,7 @@ print(*sorted(name for name in sys.modules if name.startswith("grokadamw.")))
 """
     folder = HERE.parent.parent / "grokadamw"
     loaded = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True).stdout
-    needed = ("_numbers", "checkpoints", "distributed", "layers", "options", "state", "state.formats")
+    needed = ("_checks", "_numbers", "checkpoints", "distributed", "layers", "options", "state", "state.formats")
     assert loaded.split() == [f"grokadamw.{name}" for name in needed]
 
 

@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -147,5 +148,5 @@ def step(batch: Batch, scalars: Scalars) -> None:
     if batch.coded is not None:
         table.nth = n.micro_step.nth
     # torch's own operations say so themselves
-    torch.autograd.graph.increment_version([x for column in written(batch, moves) for x in column])
+    torch.autograd.graph.increment_version(chain.from_iterable(written(batch, moves)))
     found.step(table, *_threads(table.elements))

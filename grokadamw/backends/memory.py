@@ -32,6 +32,7 @@ class TensorSignature:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._look, self._count = native.look(), len(tensors)
+        self._room = ctypes.c_char * (8 * len(tensors))
         if self._look is None:
             self._read = [list(map(read, tensors)) for read in _LOOKS]
             self.addresses = addresses(tensors)
@@ -39,7 +40,7 @@ class TensorSignature:
         self._lengths = [2 + 2 * x.dim() for x in tensors]
         self._words = (ctypes.c_int64 * sum(self._lengths))()
         self._hints = (ctypes.c_void_p * len(tensors))(*map(id, tensors))
-        room = ctypes.create_string_buffer(8 * len(tensors))
+        room = self._room()
         self._look(tensors, len(tensors), self._hints, self._words, room, False, False)
         self.addresses = room.raw
 
@@ -64,7 +65,7 @@ class TensorSignature:
             return None
         if self._look is None:
             return addresses(tensors) if self._look_same(tensors) else None
-        room = ctypes.create_string_buffer(8 * len(tensors))
+        room = self._room()
         same = self._look(tensors, len(tensors), self._hints, self._words, room, True, False)
         return room.raw if same else None
 

@@ -79,7 +79,7 @@ from torch.nn import functional
 
 from .._numbers import accumulator
 from ..distributed import blocks_before, cuts_blocks, like, part
-from ..options import STATES
+from ..options import STATES, may_be_coded
 
 EXTRAS = (*(f"{name}_scale" for name in STATES), "param_low")  # what a state may hold beside them
 SMALL = 4096  # elements of a parameter whose state is not worth coding
@@ -94,13 +94,6 @@ _PARTS = 65536.0  # of a code, in which a value is compared with its dither
 _UNIT, _V_UNIT = _PARTS / (127 * _PARTS - 64), _PARTS / (255 * _PARTS - 128)
 _SMALLEST, _LARGEST = 2.0**-100, 0x71800000  # scales; and bits of 2^100, the largest value that they are made of
 _TINY = 0x387FE000  # bits of the least number that float16 rounds to one of its normal numbers
-
-
-def may_be_coded(options: Mapping[str, Any]) -> bool:
-    """Return True if anything may be kept in fewer bits under these options."""
-    return bool(
-        options["state_dtype"] != "float32" or options["master_weight_bits"] or options["rounding"] != "nearest"
-    )
 
 
 def is_coded(row: Sequence[Tensor], extras: Sequence[Any], options: Mapping[str, Any]) -> bool:

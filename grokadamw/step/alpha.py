@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 
 from .._numbers import Number, as_float, as_number
 from .._warn import warn
-from ..distributed import mean_over_ranks, span_all_ranks
+from ..distributed import mean_over_ranks, ranks, span_all_ranks
 from ..options import Rules, recorded
 from ..signals import loss_gap, memorisation
 
@@ -49,13 +50,13 @@ def hear(signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules) -> li
     train_loss, eval_loss = recorded(groups, "train_loss"), recorded(groups, "eval_loss")
     signal = signals.evaluate(train_loss, eval_loss)
     elsewhere: Number = 0
-    # whatever this rank has recorded, as others may have more; but nothing for who neither chose signals nor records,
-    # unless all ranks are known to take this step
-    is_asked_for = signals.are_given or any(group["signal_boost"] for group in groups)
-    is_asked_for = is_asked_for or (train_loss, eval_loss) != (None, None) or span_all_ranks(groups)
-    if signals.functions and is_asked_for:
-        signal, elsewhere = mean_over_ranks(signal, groups)
-        signal = as_number(signal) if isinstance(signal, Tensor) else signal
+    if signals.functions and ranks() > 1:
+        # whatever this rank has recorded, as others may have more; but nothing for who neither chose signals nor
+        # records, unless all ranks are known to take this step
+        is_asked_for = signals.are_given or any(map(itemgetter("signal_boost"), groups))
+        if is_asked_for or (train_loss, eval_loss) != (None, None) or span_all_ranks(groups):
+            signal, elsewhere = mean_over_ranks(signal, groups)
+            signal = as_number(signal) if isinstance(signal, Tensor) else signal
     signals.listen(train_loss, eval_loss, elsewhere)
     return [signal] * len(groups)
 

@@ -18,9 +18,9 @@ from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges
 from ..backends.types import Coded, written
 from ..distributed import Shards, blocks_before, divisions, local, part, placed, shards_of, sum_over_ranks
-from ..options import rules_of
+from ..options import may_be_coded, rules_of
 from ..state import window
-from ..state.formats import BLOCK, EXTRAS, is_coded, may_be_coded
+from ..state.formats import BLOCK, EXTRAS, is_coded
 from ..state.slots import MOMENTS, State, check, new_counts, prepare
 
 _FOREACH = Choice(foreach, "")

@@ -22,8 +22,8 @@ from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges, TensorSignature
 from ..backends.types import Addresses
 from ..distributed import Shards, alike, blocks_before, divisions, local, parts, shards_of
-from ..options import rules_of
-from ..state.formats import BLOCK, EXTRAS, is_coded, may_be_coded
+from ..options import may_be_coded, rules_of
+from ..state.formats import BLOCK, EXTRAS, is_coded
 from ..state.slots import MOMENTS, WINDOW, State, step_device
 from . import batches
 from .batches import Batches, Columns, Given, Kind, Owner

@@ -28,7 +28,7 @@ from ..backends import foreach, gpu, rows
 from ..backends.gpu_tables import Tables
 from ..backends.types import WHOLE, Batch, MicroStep, Scalars
 from ..distributed import check_shard_group, divisions, part, state_is_asked_for
-from ..options import check_changed, rules_of
+from ..options import Rules, check_changed, rules_of
 from . import capture, metrics, norm
 from .alpha import Signals, alpha_of, amplification, boost_of, hear
 from .batches import Batches, Given, collect, forget_state, make_state
@@ -114,7 +114,8 @@ def check_given(run: Run, given: Given) -> bool:
     if (given.shard_group is not None or ways) and not state and state_is_asked_for():
         make_state(collect(given, run.names), given)  # without the other ranks, which may have theirs
         return False
-    check_finite(run, given)
+    if options["nonfinite"] == "raise" and not given.capturing:
+        check_finite(run, given)
     if state and not given.capturing:
         return True
     entries = collect(given, run.names)
@@ -133,11 +134,10 @@ def check_given(run: Run, given: Given) -> bool:
 
 
 def check_finite(run: Run, given: Given) -> None:
-    """Raise RuntimeError if gradients are not finite, with nonfinite="raise"."""
-    if given.options["nonfinite"] == "raise" and not given.capturing:
-        params = [p for group in given.groups for p in group["params"] if p.grad is not None]
-        if not math.isfinite(_norm_now([p.grad.resolve_conj() for p in params if not p.grad.is_sparse], given)):
-            raise _not_finite(run, given, params)
+    """Raise RuntimeError if gradients are not finite."""
+    params = [p for group in given.groups for p in group["params"] if p.grad is not None]
+    if not math.isfinite(_norm_now([p.grad.resolve_conj() for p in params if not p.grad.is_sparse], given)):
+        raise _not_finite(run, given, params)
 
 
 def _norm_now(grads: list[Tensor], given: Given) -> float:
@@ -165,9 +165,10 @@ def begin(run: Run, given: Given, preset_gamma: float | None) -> None:
 def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> None:
     """Evaluate the signals, and set α and the boost of every group from them."""
     rules = rules_of(options)
-    said = hear(run.signals, groups, rules)
-    alphas = [alpha_of(group, signal, rules) for group, signal in zip(groups, said, strict=True)]
-    boosts = [boost_of(group, signal) for group, signal in zip(groups, said, strict=True)]
+    said, alphas, boosts = hear(run.signals, groups, rules), list[Number](), list[Number]()
+    for group, signal in zip(groups, said, strict=True):
+        alphas.append(alpha_of(group, signal, rules))
+        boosts.append(boost_of(group, signal))
     if any(map(itemgetter("capturable"), groups)):
         if run.skipped is None:
             run.skipped = capture.counter(groups)
@@ -184,6 +185,7 @@ def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, 
 def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables | None]:
     """Do the stages from the batches to the scalars, and return what is left to `write`; state is all there then."""
     groups, state, options = given[:3]
+    rules = rules_of(options)
     factor_of_lamb = amplification(run.last.signal) if options["amplify_by_signal"] else 1.0
     alphas, boosts, cycle, held = run.last.alphas, run.last.boosts, None, groups
     if options["accumulation_steps"] > 1:
@@ -200,11 +202,11 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
         warn("a step found no gradient, and changed nothing: call loss.backward() before optimizer.step()", UserWarning)
 
     limits = [float(held[batch.group]["gradient_clipping"]) for batch in found.batches]
-    are_divided = given.shard_group is not None or any(shards is not None for shards, _ in found.grads)
-    if are_divided and not rules_of(options).clips_each_tensor:
+    are_divided = given.shard_group is not None or any(map(itemgetter(0), found.grads))
+    if are_divided and not rules.clips_each_tensor:
         # ranks must ask for the norm alike, whichever gradients they have
         limits.append(min((x for group in held if (x := float(group["gradient_clipping"])) > 0), default=0.0))
-    stats = _measured(run, given, found, limits)
+    stats = _measured(run, given, found, limits, rules)
     norms, clips = stats.norms, stats.clips
     if options["differentiable"]:
         norms, clips = detached(norms), detached(clips)
@@ -215,7 +217,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
             forget_state(found.made, state)
             return [], None
 
-    rules, calls = rules_of(options), []
+    calls: list[tuple[Batch, Scalars]] = []
     finite = None if stats.finite is True else torch.as_tensor(stats.finite)
     for batch, factor in zip(found.batches, stats.factors[: len(found.batches)], strict=True):
         group, device = held[batch.group], batch.params[0].device
@@ -274,14 +276,12 @@ def write(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None) -> None
             rows.limit(batch, scalars, old)
 
 
-def _measured(run: Run, given: Given, found: Batches, limits: list[float]) -> norm.GradStats:
+def _measured(run: Run, given: Given, found: Batches, limits: list[float], rules: Rules) -> norm.GradStats:
     """Do the stages norm and clip in the quickest way there is, and count a step that is skipped on a device."""
     groups, _, options = given[:3]
-    rules = rules_of(options)
     nonfinite = options["nonfinite"] if rules.knows_nonfinite else "propagate"
-    if given.scale is None and given.found_inf is None and not norm.norm_is_wanted(limits, nonfinite):
-        return norm.GradStats([None] * len(limits), [1.0] * len(limits), [1.0] * len(limits), True)
-    if found.squares is not None:
+    is_scaled = given.scale is not None or given.found_inf is not None
+    if found.squares is not None or not (is_scaled or norm.norm_is_wanted(limits, nonfinite)):
         return norm.measure(found, limits, given, nonfinite)
 
     movable = not given.capturing and not any(group["capturable"] for group in groups)

@@ -1,0 +1,83 @@
+"""Checks of one argument. Each raises an error that names it, its value and the way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from numbers import Integral, Real
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+# A check gets an option's name and value. It raises an error that names both and the way out, or returns the value, as
+# Python's own number if it was NumPy's, which torch.load(weights_only=True) could not read back.
+Check: TypeAlias = Callable[[str, Any], Any]
+
+
+def check_number(
+    name: str, value: Any, *, below: float = math.inf, at_most: float | None = None, hint: str = ""
+) -> float:
+    """Check a number in [0, below), or in [0, at_most]."""
+    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
+        raise TypeError(f"{name}={value!r} is not a number{hint}")
+    if not 0 <= float(value) < below or (at_most is not None and float(value) > at_most):
+        limits = f"in [0, {at_most}]" if at_most is not None else f"in [0, {below})"
+        raise ValueError(f"{name}={value!r} is out of range: give a number {limits}")
+    return float(value)
+
+
+check_limit = partial(check_number, hint="; 0 switches it off")
+
+
+def check_scalar(name: str, value: Any, *, at_most: float | None = None) -> float | Tensor:
+    """Check a number, or that a tensor has one element: its value may be on a GPU, and is not read."""
+    if not isinstance(value, Tensor):
+        return check_number(name, value, at_most=at_most)
+    if value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element, and {name}={value!r} is not")
+    return value
+
+
+def check_betas(name: str, value: Any) -> tuple[float, ...]:
+    """Check a pair of numbers in [0, 1)."""
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"{name}={value!r} is not a pair of numbers, as in (0.9, 0.999)")
+    return tuple(check_number(f"{name}[{i}]", value[i], below=1) for i in (0, 1))
+
+
+def check_count(name: str, value: Any, at_least: int = 0) -> int:
+    """Check an integer."""
+    if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
+        raise TypeError(f"{name}={value!r} is not an integer")
+    if value < at_least:
+        raise ValueError(f"{name}={value!r} is out of range: give an integer of at least {at_least}")
+    return int(value)
+
+
+def check_dtype(name: str, value: Any) -> Any:
+    """Check a dtype of real numbers that gradients can be kept in, or None."""
+    if value not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"{name}={value!r} cannot keep gradients: give torch.bfloat16, float32, float64, or None for what "
+            "suits the parameter"
+        )
+    return value
+
+
+def one_of(*choices: Any) -> Check:
+    """Return a check that a value is one of these, and of their types: 1 is not True."""
+    types = {*map(type, choices)}
+
+    def check(name: str, value: Any) -> Any:
+        if type(value) not in types or value not in choices:
+            raise ValueError(f"{name}={value!r} is unknown: give one of {', '.join(map(repr, choices))}")
+        return value
+
+    return check
+
+
+def or_none(check: Check, **limits: Any) -> Check:
+    """Return a check that lets None pass, too."""
+    return lambda name, value: None if value is None else check(name, value, **limits)
