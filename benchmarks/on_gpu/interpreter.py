@@ -1,4 +1,4 @@
-"""Triton's interpreter, in half the time."""
+"""Triton's interpreter, in less than half the time."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import Any
 def quicken() -> None:
     """From now on, a launch gives Triton's language to the interpreter once, not once for each call of a function.
 
-    That takes names of Triton 3.7 that are private. Without them nothing changes, and nor does it without Triton.
+    And what NumPy calls a dtype is looked up, and not in a table that is made for each value. That takes names of
+    Triton 3.7 that are private. Without them nothing changes, and nor does it without Triton.
     """
     try:
         from triton.language import core
         from triton.runtime import interpreter
 
         patch, launch, nothing = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._LangPatchScope
+        dtype_of = interpreter._get_np_dtype
     except (ImportError, AttributeError):
         return
     given: set[bool] = set()
+    dtypes: dict[str, Any] = {}
 
     @cache
     def is_tritons(fn: Any) -> bool:
@@ -36,4 +39,10 @@ def quicken() -> None:
         given.clear()
         launch(self, *args, **kwargs)
 
+    def known_dtype_of(dtype: Any) -> Any:
+        if dtype.name not in dtypes:
+            dtypes[dtype.name] = dtype_of(dtype)
+        return dtypes[dtype.name]
+
+    interpreter._get_np_dtype = known_dtype_of
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = give, launch_with_one_patch
