@@ -18,9 +18,9 @@ PRELOADED = ["tests.test_crash", "tests.test_ranks", "tests.test_sharded_formats
 multiprocessing.set_forkserver_preload(PRELOADED)
 
 # times vary on shared machines; and a test that fails should fail for the change that broke it
-settings.register_profile("default", deadline=None, derandomize=True)
-# pytest --hypothesis-profile random: searches anew each time, and prints what repeats a find
-settings.register_profile("random", deadline=None, print_blob=True)
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
+# pytest --hypothesis-profile random: searches anew each time, for longer, and prints what repeats a find
+settings.register_profile("random", deadline=None, print_blob=True, max_examples=100)
 settings.load_profile("default")
 
 

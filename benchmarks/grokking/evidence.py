@@ -96,6 +96,7 @@ DATA: dict[str, tuple[Iterable[float], Iterable[float], Iterable[int], list[str]
     **dict.fromkeys(["breast-cancer", "digits", "diabetes"], (DATA_LRS, DATA_DECAYS, GRID_SEEDS, DATA_METHODS)),
 }
 DATA_SEEDS = range(100, 105)
+WEAKER = {"lamb": 0.5}  # than the default λ of 2, for a model that is trained already
 
 # what state and weights are kept in: a method, and its options
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -232,6 +233,22 @@ def data_finals(task: str, method: str, rows: list[Row]) -> list[Run]:
     return [] if cell is None else [Run.of(task, method, seed, *cell) for seed in DATA_SEEDS]
 
 
+def data_reported(task: str, rows: list[Row]) -> dict[str, list[Run]]:
+    """What is reported of a task on data that people have, by name."""
+    runs = {method: data_finals(task, method, rows) for method in DATA[task][-1]}
+    if task == FINETUNING:
+        runs["grokadamw, λ 0.5, at AdamW's cell"] = [run for run in weaker(rows) if run.seed in DATA_SEEDS]
+    return runs
+
+
+def weaker(rows: list[Row]) -> list[Run]:
+    """Fine-tuning with a weaker filter, at the best cell of AdamW's grid: first on the grid's seeds."""
+    cell = best(select(rows, data_grid(FINETUNING, "adamw")))
+    if cell is None:
+        return []
+    return [Run.of(FINETUNING, "grokadamw", seed, *cell, WEAKER) for seed in (*GRID_SEEDS, *DATA_SEEDS)]
+
+
 def two_by_two(task: str) -> list[Run]:
     options, lr, decays, budget = TWO_BY_TWO[task]
     arms = [("adamw", {}), ("grokfast-adamw", options)]
@@ -297,6 +314,7 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
         yield [run for method in names for run in data_grid(task, method)]
     for task, (*_, names) in DATA.items():
         yield [run for method in names for run in data_finals(task, method, rows)]
+    yield weaker(rows)
     for method in MOD97_METHODS:
         yield grid(method)
     for method in MOD97_METHODS:

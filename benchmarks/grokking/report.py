@@ -286,8 +286,8 @@ def data(names: Iterable[str], rows: list[Row]) -> str:
     lines = []
     for task in names:
         opponents: list[float] = []
-        for name in evidence.DATA[task][-1]:
-            found = select(rows, evidence.data_finals(task, name, rows))
+        for name, runs in evidence.data_reported(task, rows).items():
+            found = select(rows, runs)
             amounts = [abs(row.best) for row in found]
             opponents = amounts if name == "adamw" else opponents
             if found:

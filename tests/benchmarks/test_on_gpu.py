@@ -40,6 +40,7 @@ def test_the_script_runs_from_the_root(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "benchmarks/gpu.py"], cwd=gpu.ROOT, env=run).returncode == 0
 
 
+@pytest.mark.long
 @needs_triton
 @pytest.mark.skipif(native.look() is None, reason="the native library is not built, and must not be while others test")
 def test_the_first_stages_are_whole(

@@ -456,6 +456,15 @@ def test_finetuning_gives_both_optimizers_the_same_learning_rates() -> None:
     assert len({lr for lr, _ in cells[0]}) == 4
 
 
+def test_a_weaker_filter_is_tried_where_adamw_is_best() -> None:
+    assert evidence.weaker([]) == []
+    rows = losses(evidence.data_grid(evidence.FINETUNING, "adamw"))
+    runs = evidence.weaker(rows)
+    assert {(run.lr, run.weight_decay) for run in runs} == {evidence.best(rows)}
+    reported = evidence.data_reported(evidence.FINETUNING, rows)["grokadamw, λ 0.5, at AdamW's cell"]
+    assert [run.seed for run in reported] == [*evidence.DATA_SEEDS]
+
+
 def test_quartiles() -> None:
     rows = [replace(ROW, seed=i, sustained=steps) for i, steps in enumerate([100, 200, 300, 400, None])]
     assert report.quartiles(rows[:3]) == "200 (100 to 300)"
