@@ -163,7 +163,8 @@ def _launch(
                 _compiled[key] = kernel, made
             return
         driver, hooks = runtime
-        if any(getattr(hook, "calls", hook) for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook)):
+        before, after = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if getattr(before, "calls", before) or getattr(after, "calls", after):
             made[programs, 1, 1](*at, *counts, *constants.values())
             return
         stream, about = driver.active.get_current_stream(device.index), (made.function, made.packed_metadata)

@@ -289,12 +289,11 @@ def misaligned(at: bytes) -> bool:
 def words_of(n: Scalars) -> bytes:
     """The numbers of a list as the kernel wants them: the first four with the address that they are at, or 0."""
     first: list[Any] = []
-    for number in (n.lr, n.alpha, n.clip, n.max_row_change):
-        first += (number.data_ptr(), 0.0) if isinstance(number, Tensor) else (0, number)
-    log_beta2 = math.log(n.beta2) if n.beta2 else -math.inf
-    after, sign, micro = float(n.amplify_after), -1.0 if n.maximize else 1.0, n.micro_step
-    rest = (n.beta2, log_beta2, n.eps, n.weight_decay, n.lamb, after, sign, micro.of, micro.decays)
-    return _NUMBERS.pack(*first, *rest, n.max_row_norm, micro.nth)
+    for number in (n.lr, n.alpha, n.clip, n.max_row_change):  # to ask whether it is a Tensor takes longer
+        first += (0, number) if isinstance(number, (float, int)) else (number.data_ptr(), 0.0)
+    log_beta2, micro = math.log(n.beta2) if n.beta2 else -math.inf, n.micro_step
+    rest = (n.beta2, log_beta2, n.eps, n.weight_decay, n.lamb, n.amplify_after, -1.0 if n.maximize else 1.0)
+    return _NUMBERS.pack(*first, *rest, micro.of, micro.decays, n.max_row_norm, micro.nth)
 
 
 def _runs(at: bytes, storages: Sequence[int]) -> Iterator[tuple[int, int]]:
