@@ -330,7 +330,7 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
     grads = b"".join([x.at.grads for x in lists])
     may_be_misaligned = tables.masked or misaligned(grads)
     # torch counts the steps, and says so itself
-    columns = [column for x in lists for column in written(x.tensors, moves)[: -1 if moves else None]]
+    columns = [column for x in lists for column in written(x.tensors, moves) if column is not x.tensors.steps]
     torch.autograd.graph.increment_version(chain.from_iterable(columns))
     programs = static.chunks.numel()
     if not programs:
