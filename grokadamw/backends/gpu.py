@@ -248,16 +248,15 @@ def judge(
     sums = _sums(grads, addresses(grads) if at is None else at, tables) if wants_norm else None
     verdict = tables.verdict(device, len(limits))
     unused = verdict.numbers
-    limits_there = tables.words(struct.pack(f"{len(limits)}d", *limits), device)
-    of_scaler = [unused if x is None else x for x in (scale, found_inf)]
     _launch(
         "judge",
         1,
         device,
         (
             unused if sums is None else sums,
-            limits_there,
-            *of_scaler,
+            tables.words(struct.pack(f"{len(limits)}d", *limits), device),
+            unused if scale is None else scale,
+            unused if found_inf is None else found_inf,
             verdict.numbers,
             verdict.finite,
             unused if skipped is None else skipped,
