@@ -51,7 +51,7 @@ CODES = {
 }
 # their kernels take a second or two each: all are compiled for one GPU, without tails and with rows one alone
 THOROUGH, LIMITED = "sm_90", "int8, 24 bits"
-UPDATE = dict.fromkeys(("chunks", "table", "grads", "numbers"), "*i64") | {"finite": "*i8"}  # its pointers
+UPDATE = dict.fromkeys(("chunks", "table", "grads", "numbers"), "*i64") | {"finite": "*i1"}  # its pointers
 LISTS = [2, 32, 1024]  # groups of parameters, as a power of two: `judge` has a number for each in registers
 
 
@@ -83,8 +83,9 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
     pointers = {
         "update": UPDATE,
         "squares": dict.fromkeys(("chunks", "sizes", "grads"), "*i64") | {"sums": "*fp64"},
-        "judge": dict.fromkeys(("sums", "limits", "verdict"), "*fp64")
-        | {"grad_scale": "*fp32", "found_inf": "*fp32", "finite": "*i8", "skipped": "*i64"},
+        "judge": dict.fromkeys(("sums", "verdict"), "*fp64")
+        | dict.fromkeys(("limits", "skipped"), "*i64")
+        | {"grad_scale": "*fp32", "found_inf": "*fp32", "finite": "*i1"},
     }
     constants: dict[str, dict[str, Any]] = {
         "update": {"PARAM": dtypes["param"], "GRAD": dtypes["param"], "STATE": dtypes["state"], "HAS_MU": True}

@@ -74,9 +74,10 @@ def _why_not_tried(device: torch.device, state: torch.dtype) -> str | None:
     try:
         theta, g, count = ([torch.zeros((), dtype=torch.float32, device=device)] for _ in range(3))
         m, v, mu = ([torch.zeros((), dtype=state, device=device)] for _ in range(3))
-        sum_of_squares(g)
         coded = None if state == torch.float32 else Coded(None, None, None, None, [0], False)
-        step(Batch(theta, g, m, v, mu, count, coded=coded), numbers)
+        for _ in range(2):  # what was compiled is launched in another way
+            sum_of_squares(g)
+            step(Batch(theta, g, m, v, mu, count, coded=coded), numbers)
     except torch.OutOfMemoryError:
         raise  # which will pass
     except Exception as error:  # Triton compiles what launches its kernels, for which there may be no compiler
@@ -106,49 +107,69 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 def streams(devices: Sequence[torch.device]) -> tuple[int, ...]:
     """The current streams. Memory that one of them has used must not be given to another unawares."""
-    return tuple(torch.cuda.current_stream(device).cuda_stream for device in devices if device.type == "cuda")
+    return tuple(torch._C._cuda_getCurrentRawStream(device.index) for device in devices if device.type == "cuda")
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Where Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    is_here = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if is_here else torch.cuda.device(device)
+
+
+def _triton(value: Any) -> Any:
+    """A dtype as Triton names it; another constant as it is."""
+    return getattr(kernels().tl, str(value).removeprefix("torch.")) if isinstance(value, torch.dtype) else value
 
 
 @cache
-def _triton(dtype: torch.dtype) -> Any:
-    return getattr(kernels().tl, str(dtype).removeprefix("torch."))
-
-
-@cache
-def _takes_constants() -> bool:
-    """Return whether this Triton launches what it has compiled with all arguments, constants too, as far as is known.
-
-    Earlier versions leave the constants out; of later ones nobody knows.
-    """
+def _runtime() -> tuple[Any, Any] | None:
+    """Triton's driver and its hooks, if this version is one whose compiled kernels `_launch` knows how to start."""
     import triton
 
-    return str(triton.__version__).startswith(("3.6.", "3.7."))
+    if not str(triton.__version__).startswith(("3.6.", "3.7.")):
+        return None
+    from triton import knobs
+    from triton.runtime import driver
+
+    return driver, knobs.runtime
 
 
 _compiled: dict[Any, tuple[Any, Any]] = {}  # a kernel, whose id is in the key, and what Triton made of it
 
 
-def _launch(name: str, programs: int, device: torch.device, *arguments: Any, warps: int, **constants: Any) -> None:
-    """Launch a kernel; the constants come in the order of its signature, after all other arguments.
+def _launch(
+    name: str,
+    programs: int,
+    device: torch.device,
+    tensors: Sequence[Tensor],
+    *counts: int,
+    warps: int,
+    **constants: Any,
+) -> None:
+    """Launch a kernel. Its arguments are pointers, then counts, then the constants in the order of its signature.
 
     Triton takes longer to find what it has compiled than the launch itself takes. So that is kept, by all that Triton
-    goes by: the constants, the tensors' dtypes, and whether they are aligned. Integers are small, and not specialised.
+    goes by: the constants, which the dtypes of tensors follow from, and whether these are aligned. Counts are small,
+    and not specialised. Hooks, which profilers set, are Triton's to call.
     Multiplications and additions are not fused, or the bits would depend on which body of a kernel an element is in.
     """
-    kernel, tensors = getattr(kernels(), name), [x for x in arguments if isinstance(x, Tensor)]
-    key = (id(kernel), device, warps, *constants.values(), *[(x.dtype, x.data_ptr() % 16) for x in tensors])
+    kernel, at = getattr(kernels(), name), [x.data_ptr() for x in tensors]
+    key = (id(kernel), device, warps, *constants.values(), *[address % 16 for address in at])
+    made, runtime = _compiled.get(key, (None, None))[1], _runtime()
     with _on(device):
-        if key in _compiled:
-            _compiled[key][1][programs, 1, 1](*arguments, *constants.values())
+        if made is None or runtime is None:
+            given = {constant: _triton(value) for constant, value in constants.items()}
+            made = kernel[programs,](*tensors, *counts, **given, num_warps=warps, enable_fp_fusion=False)
+            if made is not None and runtime is not None:  # the interpreter makes None
+                _compiled[key] = kernel, made
             return
-        made = kernel[programs,](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
-        if made is not None and _takes_constants():  # the interpreter makes None
-            _compiled[key] = kernel, made
+        driver, hooks = runtime
+        before, after = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if getattr(before, "calls", before) or getattr(after, "calls", after):
+            made[programs, 1, 1](*at, *counts, *constants.values())
+            return
+        stream, about = driver.active.get_current_stream(device.index), (made.function, made.packed_metadata)
+        made.run(programs, 1, 1, stream, *about, None, None, None, *at, *counts, *constants.values())
 
 
 # norm and clip
@@ -174,19 +195,19 @@ def can_sum(grads: Sequence[Tensor]) -> bool:
 
 def _sums(grads: Sequence[Tensor], at: bytes, tables: Tables) -> Tensor:
     """Σ g² of each chunk."""
-    device, found = grads[0].device, tables.squares(grads)
-    sums = torch.empty(sum(len(static.chunks) for _, _, static in found), dtype=torch.float64, device=device)
+    device, (sums, found) = grads[0].device, tables.squares(grads)
     first = 0
     for dtype, places, static in found:
         here = at if len(found) == 1 else b"".join(at[8 * i : 8 * i + 8] for i in places)
-        shape, count = static.shape, len(static.chunks)
+        shape, count = static.shape, static.chunks.numel()
         if count:
             _launch(
                 "squares",
                 count,
                 device,
-                *(static.chunks, static.table, tables.words(here, device), sums, first),
-                GRAD=_triton(dtype),
+                (static.chunks, static.table, tables.words(here, device), sums),
+                first,
+                GRAD=dtype,
                 TAIL=static.tail or tables.masked or misaligned(here),
                 CHUNK=shape.chunk,
                 BLOCK=shape.block,
@@ -232,15 +253,17 @@ def judge(
         "judge",
         1,
         device,
-        unused if sums is None else sums,
-        0 if sums is None else len(sums),
-        tables.words(struct.pack(f"{len(limits)}d", *limits), device).view(torch.float64),
+        (
+            unused if sums is None else sums,
+            tables.words(struct.pack(f"{len(limits)}d", *limits), device),
+            unused if scale is None else scale,
+            unused if found_inf is None else found_inf,
+            verdict.numbers,
+            verdict.finite,
+            unused if skipped is None else skipped,
+        ),
+        0 if sums is None else sums.numel(),
         len(limits),
-        unused if scale is None else scale,
-        unused if found_inf is None else found_inf,
-        verdict.numbers,
-        verdict.finite.view(torch.int8),
-        unused if skipped is None else skipped,
         HAS_SCALE=scale is not None,
         HAS_FOUND=found_inf is not None,
         SKIPS=skipped is not None,
@@ -304,30 +327,33 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
     static = tables.static(kind, lists)
     limits = [x.numbers for x in lists] if static.of_rows else []
     shape, finite = static.shape, lists[0].numbers.finite
-    grads = b"".join(x.at.grads for x in lists)
+    grads = b"".join([x.at.grads for x in lists])
     may_be_misaligned = tables.masked or misaligned(grads)
     # torch counts the steps, and says so itself
-    columns = [column for x in lists for column in written(x.tensors, moves)[: -1 if moves else None]]
+    columns = [column for x in lists for column in written(x.tensors, moves) if column is not x.tensors.steps]
     torch.autograd.graph.increment_version(chain.from_iterable(columns))
-    if not len(static.chunks):
+    programs = static.chunks.numel()
+    if not programs:
         return
-    words = b"".join(words_of(x.numbers) for x in lists)
-    formats = {"STATE": _triton(state)}
+    words = b"".join([words_of(x.numbers) for x in lists])
+    formats = {"STATE": state}
     if coded is not None:
-        *dtypes, low_bits, rounds = coded
-        formats = dict(zip(("M", "V", "MU"), map(_triton, dtypes), strict=True)) | {"LOW": low_bits, "ROUNDS": rounds}
+        m, v, mu, low_bits, rounds = coded
+        formats = {"M": m, "V": v, "MU": mu, "LOW": low_bits, "ROUNDS": rounds}
     _launch(
         "update" if coded is None else "update_coded",
-        len(static.chunks),
+        programs,
         device,
-        static.chunks,
-        static.table,
-        tables.words(grads, device),
-        tables.words(words, device),
-        static.chunks if finite is None else finite.view(torch.int8),
+        (
+            static.chunks,
+            static.table,
+            tables.words(grads, device),
+            tables.words(words, device),
+            static.chunks if finite is None else finite,
+        ),
         len(grads) // 8,
-        PARAM=_triton(param),
-        GRAD=_triton(grad),
+        PARAM=param,
+        GRAD=grad,
         **formats,
         HAS_MU=has_mu,
         RAW=raw,
@@ -347,8 +373,8 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
 
 def _counts(lists: list[Part], tables: Tables) -> list[Tensor]:
     """The step counts, as one tensor where they lie one after the other, as state/slots.py makes them."""
-    counts = [count for x in lists for count in x.tensors.steps]
-    return tables.vectors(counts, b"".join(x.at.steps for x in lists))
+    counts = list(chain.from_iterable([x.tensors.steps for x in lists]))
+    return tables.vectors(counts, b"".join([x.at.steps for x in lists]))
 
 
 def _advance(counts: list[Tensor], finite: Tensor | None) -> None:

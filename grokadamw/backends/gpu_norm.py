@@ -71,7 +71,7 @@ def squares(
 
 @triton.jit(do_not_specialize=["count", "lists"])
 def judge(
-    sums, count, limits, lists, grad_scale, found_inf, verdict, finite, skipped,
+    sums, limits, grad_scale, found_inf, verdict, finite, skipped, count, lists,
     HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, SKIPS: tl.constexpr, LISTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Find the norm and the clip coefficients from the sums of squares, added in a fixed order.
@@ -87,7 +87,7 @@ def judge(
     unscale = 1 / tl.load(grad_scale).to(tl.float64) if HAS_SCALE else tl.full([], 1, tl.float64)
     norm = tl.sqrt(total) * unscale
     at = tl.arange(0, LISTS)
-    limit = tl.load(limits + at, mask=at < lists, other=0)
+    limit = tl.load(limits + at, mask=at < lists, other=0).to(tl.float64, bitcast=True)
     clip = tl.where(limit == 0, 1, limit / (norm + 1e-6))
     clip = tl.where(clip > 1, 1, clip)  # NaN stays NaN, as in clip_grad_norm_
     tl.store(verdict, norm)

@@ -6,13 +6,11 @@ import math
 import struct
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._numbers import Number
 from ..state.formats import BLOCK, key_of, width_of
 from . import memory
 from .types import Addresses, Batch, Coded, Scalars, limited_widths
@@ -20,6 +18,8 @@ from .types import Addresses, Batch, Coded, Scalars, limited_widths
 _ANOTHER = "what is captured is another step than the one before: take a step before capturing"
 _KEPT = 64  # tables of which the device keeps a copy
 _COLUMNS = ("params", "exp_avgs", "exp_avg_sqs", "grok_emas", "steps")
+_NUMBERS = struct.Struct("QdQdQdQd11d")  # of a list: what `words_of` packs
+_ALIGNED = bytes(range(0, 256, 16))
 _SPARES = 4  # captures that may follow each other without an eager step in between
 
 
@@ -85,7 +85,7 @@ class Tables:
 
     def __init__(self) -> None:
         self._static: dict[Any, Static] = {}  # by kinds of tensors
-        self._squares: list[tuple[torch.dtype, list[int], Static]] | None = None
+        self._squares: tuple[Tensor, list[tuple[torch.dtype, list[int], Static]]] | None = None
         self._words: dict[tuple[torch.device, bytes], Tensor] = {}
         self._runs: dict[bytes, list[tuple[int, int]]] = {}
         self._verdicts: dict[tuple[torch.device, int], Verdict] = {}
@@ -186,22 +186,24 @@ class Tables:
         of_rows = sizes_of_rows(widths, aligned, BLOCK if codes else STRAIGHT)
         return Static(key, self._send(words, device), chunks, tail, shape, of_rows)
 
-    def squares(self, grads: Sequence[Tensor]) -> list[tuple[torch.dtype, list[int], Static]]:
-        """Chunks and sizes for the gradients of each dtype, with their places."""
+    def squares(self, grads: Sequence[Tensor]) -> tuple[Tensor, list[tuple[torch.dtype, list[int], Static]]]:
+        """Room for the sums of all chunks; and chunks and sizes for the gradients of each dtype, with their places."""
         if self._squares is None:
             if self._room is not None:
                 raise RuntimeError(_ANOTHER)
             places: dict[torch.dtype, list[int]] = {}
             for i, grad in enumerate(grads):
                 places.setdefault(grad.dtype, []).append(i)
-            self._squares = []
+            found, device = list[tuple[torch.dtype, list[int], Static]](), grads[0].device
             for dtype, mine in places.items():
                 sizes, shape = [grads[i].numel() for i in mine], SHAPES[dtype.itemsize]
                 words = torch.tensor(sizes, dtype=torch.int64, device="cpu")
                 counts = [-(-n // shape.chunk) for n in sizes]
-                table, chunks = (self._send(x, grads[0].device) for x in (words, _chunks(counts)))
+                table, chunks = (self._send(x, device) for x in (words, _chunks(counts)))
                 static = Static(None, table, chunks, any(n % shape.chunk for n in sizes), shape)
-                self._squares.append((dtype, mine, static))
+                found.append((dtype, mine, static))
+            programs = sum(static.chunks.numel() for *_, static in found)
+            self._squares = torch.empty(programs, dtype=torch.float64, device=device), found
         return self._squares
 
     def vectors(self, numbers: Sequence[Tensor], at: bytes) -> list[Tensor]:
@@ -281,20 +283,17 @@ def _chunks(counts: Sequence[int]) -> Tensor:
 
 
 def misaligned(at: bytes) -> bool:
-    return any(address % 16 for (address,) in struct.iter_unpack("Q", at))
+    return bool(at[::8].strip(_ALIGNED))  # the lowest byte of each: no host of a GPU is big-endian
 
 
 def words_of(n: Scalars) -> bytes:
     """The numbers of a list as the kernel wants them: the first four with the address that they are at, or 0."""
-    first = chain.from_iterable(_address_and_value(number) for number in (n.lr, n.alpha, n.clip, n.max_row_change))
-    log_beta2 = math.log(n.beta2) if n.beta2 else -math.inf
-    after, sign = float(n.amplify_after), -1.0 if n.maximize else 1.0
-    rest = (n.beta2, log_beta2, n.eps, n.weight_decay, n.lamb, after, sign, n.micro_step.of, n.micro_step.decays)
-    return struct.pack("QdQdQdQd11d", *first, *rest, n.max_row_norm, n.micro_step.nth)
-
-
-def _address_and_value(number: Number) -> tuple[int, float]:
-    return (number.data_ptr(), 0.0) if isinstance(number, Tensor) else (0, number)
+    first: list[Any] = []
+    for number in (n.lr, n.alpha, n.clip, n.max_row_change):  # to ask whether it is a Tensor takes longer
+        first += (0, number) if isinstance(number, (float, int)) else (number.data_ptr(), 0.0)
+    log_beta2, micro = math.log(n.beta2) if n.beta2 else -math.inf, n.micro_step
+    rest = (n.beta2, log_beta2, n.eps, n.weight_decay, n.lamb, n.amplify_after, -1.0 if n.maximize else 1.0)
+    return _NUMBERS.pack(*first, *rest, micro.of, micro.decays, n.max_row_norm, micro.nth)
 
 
 def _runs(at: bytes, storages: Sequence[int]) -> Iterator[tuple[int, int]]:

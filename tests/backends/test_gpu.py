@@ -26,7 +26,7 @@ import grokadamw
 from benchmarks.on_gpu.rehearsal import that_read
 from grokadamw import GrokAdamW
 from grokadamw.backends import gpu, memory
-from grokadamw.backends.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Shape, Tables, _runs
+from grokadamw.backends.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Shape, Tables, _runs, misaligned
 from grokadamw.step.stages import skip_counter, write
 
 from ..models import batch, network, running, skip_unless_interpreted
@@ -533,6 +533,63 @@ optimizer.step()
 print("grokadamw.backends.gpu_kernels" in sys.modules)
 """
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+class Compiled:
+    """What Triton makes of a kernel; it keeps how it was launched."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self) -> None:
+        self.launched: list[Any] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments: self.launched.append(("by Triton", grid, arguments))
+
+    def run(self, *arguments: Any) -> None:
+        self.launched.append(arguments)
+
+
+def test_what_is_compiled_is_launched_without_triton_unless_a_hook_wants_to_know() -> None:
+    """Triton's hooks are chains of functions, or None, or what a user has set."""
+    made, tensors = Compiled(), [torch.zeros(1), torch.zeros(2)]
+    asked: list[dict[str, Any]] = []
+    kernel = {(3,): lambda *_, **options: (asked.append(options), made)[1]}
+    chain, hooks = SimpleNamespace(calls=[]), SimpleNamespace(launch_exit_hook=None)
+    hooks.launch_enter_hook = chain
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 7))
+    tl = SimpleNamespace(float32="fp32")
+
+    def launch() -> Any:
+        gpu._launch("update", 3, torch.device("cpu"), tensors, 5, PARAM=torch.float32, TAIL=True, warps=4)
+        return made.launched.pop() if made.launched else None
+
+    with (
+        patch.object(gpu, "kernels", lambda: SimpleNamespace(tl=tl, update=kernel)),
+        patch.object(gpu, "_runtime", lambda: (driver, hooks)),
+        patch.dict(gpu._compiled, clear=True),
+    ):
+        assert launch() is None  # Triton has launched what it compiled
+        assert asked == [{"PARAM": "fp32", "TAIL": True, "num_warps": 4, "enable_fp_fusion": False}]
+        given = (*(x.data_ptr() for x in tensors), 5, torch.float32, True)
+        directly = 3, 1, 1, 7, "function", "metadata", None, None, None, *given
+        assert launch() == directly
+        chain.calls.append(print)
+        assert launch() == ("by Triton", (3, 1, 1), given)
+        chain.calls.clear()
+        hooks.launch_exit_hook = print
+        assert launch() == ("by Triton", (3, 1, 1), given)
+        hooks.launch_enter_hook = hooks.launch_exit_hook = None
+        assert launch() == directly
+        assert len(asked) == 1
+        with patch.object(gpu, "_runtime", lambda: None):  # a Triton that nobody has tried
+            assert launch() is None
+        assert len(asked) == 2
+
+
+@given(st.lists(st.integers(0, 2**60), max_size=9), st.sampled_from([1, 8, 16]))
+def test_addresses_are_aligned_if_all_are_multiples_of_16(numbers: list[int], factor: int) -> None:
+    assert misaligned(memory.packed([n * factor for n in numbers])) == any(n * factor % 16 for n in numbers)
 
 
 # what the compiler makes of them

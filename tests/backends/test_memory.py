@@ -480,10 +480,11 @@ def test_only_what_the_kernel_cannot_take_goes_another_way(implementation: str) 
 # autograd
 
 
-def test_autograd_is_told() -> None:
-    p = nn.Parameter(torch.ones(3))
-    optimizer = GrokAdamW([p])
-    p.grad = torch.ones(3)
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8", "master_weight_bits": 24}], ids=str)
+def test_autograd_is_told(options: dict[str, Any]) -> None:
+    p = nn.Parameter(torch.ones(2, 64, dtype=torch.bfloat16))
+    optimizer = GrokAdamW([p], **options)
+    p.grad = torch.ones_like(p)
     for _ in range(2):
         optimizer.step()
     tensors = [p, *optimizer.state[p].values()]
