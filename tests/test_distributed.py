@@ -25,6 +25,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from grokadamw import GrokAdamW, Grokfast, _numbers, grokadamw, signals, step_in_backward
+from grokadamw.distributed import span_all_ranks
 from grokadamw.signals import SlowGradient, memorisation
 from grokadamw.state import slots
 from grokadamw.step import cache, stages
@@ -552,6 +553,26 @@ def _dtensors_and_shards(rank: int) -> list[float]:
 def test_the_norm_of_dtensors_is_summed_over_the_shard_group(tmp_path: Path) -> None:
     for elements in in_processes(_dtensors_and_shards, tmp_path):
         assert elements == pytest.approx([RANKS * (3 * 2 + 4)] * 3 + [5 * 2] * 3)
+
+
+def _spans(rank: int) -> list[bool]:
+    """Whether parameters are known to be on all ranks: plain ones, on a mesh of one rank, of both, and swapped."""
+    small = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("stage", "data"))["data"]
+    mine, all_ranks = (
+        torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+        for mesh in (small, init_device_mesh("cpu", (RANKS,)))
+    )
+    plain = torch.nn.Parameter(torch.ones(2))
+    groups = [{"params": [plain, mine]}, {"params": [mine, plain]}]
+    found = [span_all_ranks([{"params": params}]) for params in ([], [plain], [plain, mine, mine], [mine, all_ranks])]
+    found.append(span_all_ranks(groups))
+    groups[1]["params"][1] = all_ranks
+    return [*found, span_all_ranks(groups)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_on_all_ranks_are_found_among_others(tmp_path: Path) -> None:
+    assert in_processes(_spans, tmp_path) == [[False, False, False, True, False, True]] * 2
 
 
 def _warm_up(rank: int) -> list[int]:

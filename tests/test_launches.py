@@ -25,7 +25,7 @@ from .models import batch, network
 from .pages import ROOT
 from .test_distributed import in_processes
 
-SECONDS = 300  # then a launch fails; DeepSpeed compiles first
+SECONDS = 600  # then a launch fails; DeepSpeed compiles first
 DEEPSPEED = PEERS / "deepspeed"  # which is apart, as Accelerate and Lightning change what they do where they find it
 # the Trainer adds losses up in float32, Lightning gives FSDP1 inputs in float32, and DeepSpeed's run is in float32
 FLOAT32 = ("Trainer", "Lightning, FSDP1", "DeepSpeed")
