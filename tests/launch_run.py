@@ -265,7 +265,8 @@ def lightning(folder: Path, how: str) -> Run:
         def configure_model(self) -> None:
             if how == "fsdp2":
                 for module in (self.judged.network[0], self.judged.network[2], self.judged):
-                    fully_shard(module, mesh=self.device_mesh["data_parallel"])
+                    # else the validation at the end leaves weights gathered
+                    fully_shard(module, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
             if how == "fsdp1":  # by hand, as torch wants to be told that the CPU is meant
                 wrapped = functools.partial(
                     FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=True
