@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate, chain, compress, islice
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,91 +84,44 @@ class Cache:
 
     def _recall(self, given: Given, checked: bool = False) -> tuple[Batches, _Plan] | None:
         """Return the batches of this step and the plan that they follow; None if `collect` has something to check."""
-        groups, state, options = given[:3]
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return None
-        params = [param for group in groups for param in group["params"]]
-        are_plain = set(map(type, params)) <= _PLAIN
-        grads: list[Any] = [param.grad for param in params]
-        present = tuple([grad is not None for grad in grads])
-        if not all(present):
-            params, grads = list(compress(params, present)), list(compress(grads, present))
-        windows = options["window_size"] is not None
-        if windows and not are_plain:
-            return None
-        specs, given_params, dtensors = list[list[Any]](), params, list[Tensor]()
+        windows = given.options["window_size"] is not None
         try:
-            # a parameter's hash is Python's to compute: where the state is theirs and in their order, none is needed
-            in_order = len(state) == len(params) and all(map(is_, state, params))
-            states: list[State] = list(state.values() if in_order else map(state.get, params))  # type: ignore[arg-type]
-            if windows and any("grok_ema" in s and WINDOW[0] not in s for s in states):
-                return None
-            m, v, steps = list(map(_EXP_AVG, states)), list(map(_EXP_AVG_SQ, states)), list(map(_STEP, states))
-            mus = [s.get("grok_ema") for s in states]
-            extras: list[list[Any]] = []
-            if may_be_coded(options):
-                extras = [[s.get(name) for s in states] for name in EXTRAS]
-            if not are_plain:
-                lists = [params, m, v, mus, *extras]
-                specs, (params, m, v, mus, *extras, grads) = parts([*lists, grads])
-                of_lists = zip(
-                    chain.from_iterable(lists), chain.from_iterable(specs), strict=False
-                )  # without gradients
-                dtensors = [x for x, spec in of_lists if spec is not None]
-            with_mu = [mu is not None for mu in mus]
-            written = [*params, *m, *v, *compress(mus, with_mu), *steps]
-            if extras:
-                with_extras = [x is not None for column in extras for x in column]
-                written += compress(chain.from_iterable(extras), with_extras)
-                with_mu += with_extras
-            columns = Columns(params, grads, m, v, mus, steps, extras)
-            begun = [bool(s.get("micro_step")) for s in states] if options["accumulation_steps"] > 1 else []
-            of_groups = [(len(g["params"]), g["lamb"] > 0, g["foreach"], g["fused"], g["layers"]) for g in groups]
-            facts = of_groups, begun, specs
-            plan = self.plans.get((present, tuple(begun)))
-            found = plan.now(columns, written, with_mu) if plan is not None and plan.facts == facts else None
+            seen = _seen(given)
+            plan = self.plans.get(seen.key)
+            found = plan.now(seen) if plan is not None and plan.facts == seen.facts else None
             if found is None and (checked or not windows):  # whose shapes are in no signature
-                plan = self._new_plan(columns, written, facts, present, given, checked, given_params)
-                found = None if plan is None else plan.now(columns, written, with_mu)
+                plan = self._new_plan(seen, given, checked)
+                found = None if plan is None else plan.now(seen)
         except (KeyError, TypeError, RuntimeError):  # a state that lacks something, a tensor that has no memory
             return None
         if found is None or plan is None:
             return None
-        if not are_plain:
-            found = found._replace(params=given_params, dtensors=dtensors)
         if windows:
-            found = found._replace(
-                batches=[batches.with_windows(b, [state[p] for p in b.params]) for b in found.batches]
-            )
+            of_batches = [[given.state[p] for p in batch.params] for batch in found.batches]
+            found = found._replace(batches=list(map(batches.with_windows, found.batches, of_batches)))
         return found, plan
 
-    def _new_plan(
-        self,
-        columns: Columns,
-        written: list[Tensor],
-        facts: Any,
-        present: tuple[bool, ...],
-        given: Given,
-        checked: bool,
-        params: Sequence[Tensor],
-    ) -> _Plan | None:
+    def _new_plan(self, seen: Seen, given: Given, checked: bool) -> _Plan | None:
         """Make and keep a plan. Return None if a parameter looks as none did before, and nobody has checked it."""
-        groups, options = given.groups, given.options
-        if not _are_plain(columns, written) or any(len(g["layers"]) != len(g["params"]) for g in groups):
+        groups, options, columns, facts = given.groups, given.options, seen.columns, seen.facts
+        if not _are_plain(columns, seen.written) or any(len(g["layers"]) != len(g["params"]) for g in groups):
             return None
         every = [(i, layer) for i, group in enumerate(groups) for layer in group["layers"]]
-        owners = [Owner(*owner, number) for number, owner in compress(enumerate(every, given.first), present)]
+        owners = [Owner(*owner, number) for number, owner in compress(enumerate(every, given.first), seen.present)]
         p, g, m, v, mus, _, coded = columns
-        for belongs, specs in zip(zip(p, m, v, mus, *coded, g, strict=True), zip(*facts[2], strict=True), strict=False):
+        belonging, divided = zip(p, m, v, mus, *coded, g, strict=True), zip(*facts.specs, strict=True)
+        for belongs, specs in zip(belonging, divided, strict=False):
             if not alike([spec for x, spec in zip(belongs, specs, strict=True) if x is not None]):
                 return None
-        shards = list(map(shards_of, params))
+        shards = list(map(shards_of, seen.params))
         if may_be_coded(options):
-            firsts = [blocks_before(param, BLOCK) for param in params]
+            firsts = [blocks_before(param, BLOCK) for param in seen.params]
             owners = [owner._replace(first=first) for owner, first in zip(owners, firsts, strict=True)]
         if any(mu is None and groups[o.group]["lamb"] > 0 for o, mu in zip(owners, columns.grok_emas, strict=True)):
             return None
-        signatures = TensorSignature(written), TensorSignature(columns.grads)
+        signatures = TensorSignature(seen.written), TensorSignature(columns.grads)
         looks = _looks(columns, signatures, shards, [groups[owner.group] for owner in owners])
         if checked:
             if len(self._kinds) > _LOOKS:
@@ -179,19 +132,81 @@ class Cache:
                     kind = batches.kind_of(row, extras, groups[owner.group], row[0].dim() > 1, shards[i])
                     self._kinds[look] = kind
         kinds = [self._kinds[look] for look in looks]
-        made, ranges = batches.assemble(
-            columns, owners, kinds, facts[1], [p.dim() > 1 for p in columns.params], options
-        )
-        copied = [(*fact[:-1], list(fact[-1])) for fact in facts[0]], *facts[1:]
+        are_matrices = [param.dim() > 1 for param in columns.params]
+        made, ranges = batches.assemble(columns, owners, kinds, facts.begun, are_matrices, options)
         places: dict[Shards | None, list[int]] = {way: [] for way in divisions(groups)}
         for i, way in enumerate(shards):
             places.setdefault(way, []).append(i)
-        key = present, tuple(facts[1])
-        self.plans.pop(key, None)
+        self.plans.pop(seen.key, None)
         if len(self.plans) >= SETS:
             del self.plans[next(iter(self.plans))]
-        self.plans[key] = _Plan(columns, owners, made, ranges, copied, signatures, options, places)
-        return self.plans[key]
+        self.plans[seen.key] = plan = _Plan(seen, owners, made, ranges, signatures, options, places)
+        return plan
+
+
+class Facts(NamedTuple):
+    """What a plan holds for, besides how the tensors look."""
+
+    groups: list[tuple[Any, ...]]  # of each how many parameters it has, whether λ acts, foreach, fused, and layers
+    begun: list[bool]  # of each parameter whether it has begun its cycle of micro-batches; empty where there is none
+    specs: list[list[Any]]  # how torch describes the division of DTensors; empty where there are none
+
+
+class Seen(NamedTuple):
+    """What there is at a step: the parameters that have a gradient, with their state."""
+
+    params: list[Tensor]  # as they are in the groups
+    columns: Columns  # of this rank
+    written: list[Tensor]  # all that a step writes, in the order of the columns
+    has: list[bool]  # of each parameter whether it has μ, and then whether it has each of `EXTRAS`
+    dtensors: list[Tensor]  # those that are written through their shards
+    present: tuple[bool, ...]  # of all parameters whether they have a gradient
+    facts: Facts
+
+    @property
+    def key(self) -> tuple[tuple[bool, ...], ...]:
+        """Which parameters have a gradient, and which of them have begun a cycle."""
+        return self.present, tuple(self.facts.begun)
+
+
+def _seen(given: Given) -> Seen:
+    """Look at the parameters and their state; KeyError or TypeError if there is not all that a plan needs."""
+    groups, state, options = given[:3]
+    params = [param for group in groups for param in group["params"]]
+    are_plain = set(map(type, params)) <= _PLAIN
+    grads: list[Any] = [param.grad for param in params]
+    present = tuple([grad is not None for grad in grads])
+    if not all(present):
+        params, grads = list(compress(params, present)), list(compress(grads, present))
+    # a parameter's hash is Python's to compute: where the state is theirs and in their order, none is needed
+    in_order = len(state) == len(params) and all(map(is_, state, params))
+    states: list[State] = list(state.values() if in_order else map(state.get, params))  # type: ignore[arg-type]
+    if options["window_size"] is not None and not (
+        are_plain and all(WINDOW[0] in s or "grok_ema" not in s for s in states)
+    ):
+        raise KeyError(WINDOW[0])
+    p, m, v, steps = params, list(map(_EXP_AVG, states)), list(map(_EXP_AVG_SQ, states)), list(map(_STEP, states))
+    mus = [s.get("grok_ema") for s in states]
+    extras: list[list[Any]] = []
+    if may_be_coded(options):
+        extras = [[s.get(name) for s in states] for name in EXTRAS]
+    specs, dtensors = list[list[Any]](), list[Tensor]()
+    if not are_plain:
+        lists = [params, m, v, mus, *extras]
+        specs, (p, m, v, mus, *extras, grads) = parts([*lists, grads])
+        # without gradients
+        of_lists = zip(chain.from_iterable(lists), chain.from_iterable(specs), strict=False)
+        dtensors = [x for x, spec in of_lists if spec is not None]
+    has = [mu is not None for mu in mus]
+    written = [*p, *m, *v, *compress(mus, has), *steps]
+    if extras:
+        has_extras = [x is not None for column in extras for x in column]
+        written += compress(chain.from_iterable(extras), has_extras)
+        has += has_extras
+    begun = [bool(s.get("micro_step")) for s in states] if options["accumulation_steps"] > 1 else []
+    of_groups = [(len(g["params"]), g["lamb"] > 0, g["foreach"], g["fused"], g["layers"]) for g in groups]
+    columns = Columns(p, grads, m, v, mus, steps, extras)
+    return Seen(params, columns, written, has, dtensors, present, Facts(of_groups, begun, specs))
 
 
 def _are_plain(columns: Columns, written: list[Tensor]) -> bool:
@@ -222,17 +237,17 @@ class _Plan:
 
     def __init__(
         self,
-        columns: Columns,
+        seen: Seen,
         owners: Sequence[Owner],
         made: Sequence[tuple[Batch, list[int]]],
         ranges: Ranges | None,
-        facts: Any,
         signatures: tuple[TensorSignature, TensorSignature],
         options: dict[str, Any],
         divided: Mapping[Shards | None, list[int]],
     ) -> None:
-        self.facts, self._ranges, (self._written, self._grads) = facts, ranges, signatures
-        self._with_mu = [x is not None for column in (columns.grok_emas, *columns.extras) for x in column]
+        self._ranges, (self._written, self._grads), self._has = ranges, signatures, seen.has
+        # layers are a list of the group's, which may be changed in place
+        self.facts = seen.facts._replace(groups=[(*fact[:-1], list(fact[-1])) for fact in seen.facts.groups])
         self._places, self._owners, self._options = [places for _, places in made], owners, options
         order = [place for _, places in made for place in places]
         self._order = None if order == list(range(len(order))) else order
@@ -243,7 +258,7 @@ class _Plan:
             kept = update.keep(batch)
             self._batches.append((batch.grok_emas is not None, kept.addresses, kept._replace(coded=None)[7:]))
         self._coded = [batch.coded is not None for batch, _ in made]
-        grads, gpus = columns.grads, [batch.params[0].device for batch, _ in made if batch.choice.module is gpu]
+        grads, gpus = seen.columns.grads, [batch.params[0].device for batch, _ in made if batch.choice.module is gpu]
         # a real tensor whose sign is yet to be turned is another's imaginary part: it has gaps, or is one number
         self._of_one = [i for i, grad in enumerate(grads) if grad.numel() == 1]
         self.gpus, self._tables = list(dict.fromkeys(gpus)), dict[Any, Tables]()
@@ -256,10 +271,10 @@ class _Plan:
         is_fastest &= len(self._divided) == 1
         self._at, self._squares = self._grads.addresses, cpu.flat(grads) if is_fastest else None
 
-    def now(self, columns: Columns, written: list[Tensor], with_mu: list[bool]) -> Batches | None:
+    def now(self, seen: Seen) -> Batches | None:
         """Return the batches with the tensors of this step; None where something has changed."""
-        grads = columns.grads
-        if with_mu != self._with_mu or not set(map(type, written)) <= _PLAIN or not set(map(type, grads)) <= {Tensor}:
+        columns, written, grads = seen.columns, seen.written, seen.columns.grads
+        if seen.has != self._has or not set(map(type, written)) <= _PLAIN or not set(map(type, grads)) <= {Tensor}:
             return None
         if not self._written.holds(written) or any(map(Tensor.is_neg, [grads[i] for i in self._of_one])):
             return None
@@ -286,9 +301,8 @@ class _Plan:
         lists_of_grads = [(self._divided[0][0], grads)]
         if len(self._divided) > 1:
             lists_of_grads = [(shards, [grads[i] for i in places]) for shards, places in self._divided]
-        return Batches(
-            columns.params, made, lists_of_grads, self._devices, None, at, self._squares, self._can_be_judged
-        )
+        known = lists_of_grads, self._devices, None, at, self._squares, self._can_be_judged
+        return Batches(seen.params, made, *known, seen.dtensors)
 
     def tables(self, capturing: bool, capturable: bool) -> Tables | None:
         """Return what is kept on the GPU for the current stream; for a capture what is the graph's own."""
