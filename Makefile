@@ -30,15 +30,20 @@ DEEPSPEED := annotated-types einops hjson msgpack ninja psutil py-cpuinfo pydant
 VERSIONS := 2.6.0:3.10 2.11.0:3.12 2.13.0:3.13
 VERSION_TESTS := arguments checkpoints gradients grokadamw groups layers options package preset resume signals tensors
 
-.PHONY: demo test test-all test-versions docs docs-serve wheel dist peers asan clean
+.PHONY: demo test lint unit test-all test-versions docs docs-serve wheel dist peers asan clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m benchmarks.grokking run --task mul97 --method adam adamw grokadamw-grokking --steps 1500
 
 test: $(VENV)/ready
+	$(MAKE) --no-print-directory --jobs=2 lint unit
+
+lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+unit: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 test-all: test $(VENV)/release $(VENV)/clients $(VENV)/peers/deepspeed
