@@ -44,10 +44,10 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 unit: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-all: test $(VENV)/release $(VENV)/clients $(VENV)/peers/deepspeed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --hypothesis-profile random
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --hypothesis-profile random
 	set -o pipefail; $(BIN)/pytest -m long -v -s --no-header --color no --disable-warnings | tee tests/test-all.log
 
 test-versions:
