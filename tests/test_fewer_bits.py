@@ -271,14 +271,27 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
     native.kernel.cache_clear()
 
 
+WEIGHTS: list[tuple[torch.dtype, dict[str, Any]]] = [
+    (torch.float32, {}),
+    (torch.bfloat16, {"rounding": "stochastic"}),
+    (torch.bfloat16, {"master_weight_bits": 24}),
+    (torch.bfloat16, {"master_weight_bits": 32}),
+    (torch.float16, {"master_weight_bits": 24}),
+]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("lamb", [0.0, 2.0])
 @pytest.mark.parametrize("limits", [{}, {"max_row_change": 0.01, "max_row_norm": 2.0}], ids=["free", "limited"])
 def test_every_instruction_set_gives_the_same_bits(
-    kept: Any, limits: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    weights: Any, state: str, lamb: float, limits: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    dtype, options = weights
     found = []
     for name in dict.fromkeys(("baseline", *native._instruction_sets())):
         with compiled_for(monkeypatch, name):
-            found.append(results(kept, limits))
+            found.append(results((dtype, {**options, "state_dtype": state, "lamb": lamb}), limits))
     assert all(equal(found[0], other) for other in found[1:])
 
 

@@ -151,7 +151,7 @@ def coded_batch(shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dt
     low = formats.low_dtype(param, options)
     lows = None if low is None else [torch.randint(-100, 100, shape, generator=generator, dtype=low)]
     coded = Coded(*scales, lows, [number], options["rounding"] == "stochastic")
-    return Batch([param], [random()], *columns, [torch.tensor(2.0)], coded=coded)
+    return Batch([param], [random().to(dtype)], *columns, [torch.tensor(2.0)], coded=coded)
 
 
 def on(device: str, batch: Batch) -> Batch:
@@ -186,6 +186,7 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "mixed": ({"state_dtype": {"exp_avg": "bfloat16", "exp_avg_sq": "int8"}}, torch.float32),
     "int8, bfloat16 of 32 bits": ({"state_dtype": "int8", "master_weight_bits": 32}, torch.bfloat16),
     "bfloat16 of 24 bits": ({"state_dtype": "bfloat16", "master_weight_bits": 24}, torch.bfloat16),
+    "bfloat16 of 32 bits, float32": ({"master_weight_bits": 32}, torch.bfloat16),
     "float16 of 32 bits": ({"master_weight_bits": 32}, torch.float16),
     "float16 of 24 bits": ({"master_weight_bits": 24}, torch.float16),
     "bfloat16, rounded": ({"rounding": "stochastic"}, torch.bfloat16),

@@ -2,8 +2,8 @@
  * each; cpu.py calls it.
  *
  * setup.py compiles this file once for each instruction set, with VARIANT after the names of its functions. It leaves
- * vectors to the compiler, and forbids it to join a product and a sum: so an element's result has the same bits wherever
- * it lies, for any number of threads and any instruction set.
+ * vectors to the compiler, but for `step_full`, and forbids it to join a product and a sum: so an element's result has the
+ * same bits wherever it lies, for any number of threads and any instruction set.
  */
 
 #include <fenv.h>
@@ -402,6 +402,154 @@ static void store_param(const table *t, const float *restrict x, int64_t tensor,
         for (int j = 0; j < n; j++) lows8[j] = words[j] >> 8;
 }
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+
+/* Full blocks, sixteen elements at a time from decoding to encoding: the processor does one while it divides for another. These are
+ * the usual formats; `step_coded` takes all others, with the same bits. */
+
+#define INLINE static inline __attribute__((always_inline))
+typedef __m512 floats;
+typedef __m512i words;
+
+INLINE floats times(float x, floats y) { return _mm512_mul_ps(_mm512_set1_ps(x), y); }
+INLINE floats sum(floats x, floats y) { return _mm512_add_ps(x, y); }
+INLINE words plus(words x, words y) { return _mm512_add_epi32(x, y); }
+INLINE words all(uint32_t x) { return _mm512_set1_epi32(x); }
+INLINE words bits(floats x) { return _mm512_castps_si512(x); }
+
+INLINE floats floats_at(const char *at, int64_t i, int dtype)
+{
+    if (dtype == FLOAT32) return _mm512_loadu_ps((const float *)at + i);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)(at + 2 * i))), 16));
+}
+
+INLINE floats state_at(const char *state, int64_t i, int format, float scale, int is_v)
+{
+    if (format != INT8) return floats_at(state, i, format == DITHERED ? BFLOAT16 : FLOAT32);
+    const __m128i codes = _mm_loadu_si128((void *)(state + i));
+    const floats x = times(scale, _mm512_cvtepi32_ps(is_v ? _mm512_cvtepu8_epi32(codes) : _mm512_cvtepi8_epi32(codes)));
+    return is_v ? _mm512_mul_ps(x, x) : x;
+}
+
+INLINE void store_floats(char *state, int64_t i, floats x, int format, words dithers, int is_v)
+{
+    if (format == DITHERED) {
+        words word = plus(bits(x), _mm512_srli_epi32(dithers, 16));
+        if (is_v) word = _mm512_max_epi32(word, _mm512_slli_epi32(_mm512_min_epi32(bits(x), all(1)), 23));
+        _mm256_storeu_si256((void *)(state + 2 * i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(word, 16)));
+    } else _mm512_storeu_ps((float *)state + i, x);
+}
+
+INLINE void store_codes(char *codes, float *scale, const floats *x, words dithers, int is_v) /* of a block */
+{
+    words tops = all(0);
+    for (int part = 0; part < BLOCK / 16; part++) tops = _mm512_max_epi32(tops, _mm512_and_si512(bits(x[part]), all(0x7fffffff)));
+    const float top = float_of(smaller(_mm512_reduce_max_epi32(tops), 0x71800000)), unit = top * (is_v ? V_UNIT : UNIT);
+    const float parts = PARTS / (*scale = unit < 0x1p-100f ? 0x1p-100f : unit);
+    for (int part = 0; part < BLOCK / 16; part++) {
+        const words shares = _mm512_srli_epi32(plus(dithers, all(part * 16 * LANE)), 16);
+        words code = _mm512_srai_epi32(plus(_mm512_cvttps_epi32(times(parts, x[part])), shares), 16);
+        if (is_v)
+            code = _mm512_max_epi32(code, _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(x[part], _mm512_setzero_ps(), _CMP_GT_OQ), 1));
+        _mm_storeu_si128((void *)(codes + 16 * part), _mm512_cvtepi32_epi8(code));
+    }
+}
+
+INLINE floats param_at(const char *param, const char *low, int64_t i, int dtype, int low_bits)
+{
+    words word = bits(floats_at(param, i, dtype));
+    if (low_bits == 16) word = plus(word, _mm512_cvtepi16_epi32(_mm256_loadu_si256((void *)(low + 2 * i))));
+    if (low_bits == 8) word = plus(word, _mm512_slli_epi32(_mm512_cvtepi8_epi32(_mm_loadu_si128((void *)(low + i))), 8));
+    return _mm512_castsi512_ps(word);
+}
+
+INLINE void store_param_at(char *param, char *low, int64_t i, floats x, int dtype, int low_bits, words dithers)
+{
+    const int dropped = 16 - low_bits;
+    words word = bits(x);
+    if (dtype == FLOAT32) {
+        _mm512_storeu_ps((float *)param + i, x);
+        return;
+    }
+    if (dropped) word = _mm512_and_si512(plus(word, _mm512_srli_epi32(dithers, 32 - dropped)), all(-(1u << dropped)));
+    const words half = _mm512_srli_epi32(low_bits ? plus(word, all(0x8000)) : word, 16);
+    _mm256_storeu_si256((void *)(param + 2 * i), _mm512_cvtepi32_epi16(half));
+    if (low_bits == 16) _mm256_storeu_si256((void *)(low + 2 * i), _mm512_cvtepi32_epi16(word));
+    if (low_bits == 8) _mm_storeu_si128((void *)(low + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(word, 8)));
+}
+
+INLINE void step_full(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to, float *x, float *y, int format,
+                      int dtype, int low_bits)
+{
+    char *const param = t->params[tensor], *const low = low_bits ? t->lows[tensor] : NULL, *const grad = t->grads[tensor];
+    char *const m = t->exp_avgs[tensor], *const v = t->exp_avg_sqs[tensor], *const mu = t->grok_emas ? t->grok_emas[tensor] : NULL;
+    float *scales[STATES] = {NULL}, unused[STATES] = {0};
+    for (int i = 0; format == INT8 && i < STATES; i++) scales[i] = t->scales[i] ? t->scales[i][tensor] : NULL;
+    const float clip = k->clip, keep_mu = k->keep_mu, add_mu = k->add_mu, lamb = k->lamb, keep_m = k->keep_m, add_m = k->add_m,
+                keep_v = k->keep_v, add_v = k->add_v, root = k->root, eps = k->eps, decay = k->decay, step = k->step;
+    const words lanes = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), all(LANE));
+    for (int64_t i = from, block = from / BLOCK; i < to; i += BLOCK, block++) {
+        const uint32_t hash = mixed(((uint32_t)block + (t->firsts ? t->firsts[tensor] : 0)) ^ t->keys[tensor]);
+        const uint32_t turns = (uint32_t)(int64_t)((k->t - 1) * t->micro_steps + t->nth) * STEP;
+        const words m_dithers = plus(all(hash + turns), lanes), v_dithers = plus(all(turned(hash, 22) + turns), lanes);
+        const words mu_dithers = plus(all(turned(hash, 11) + turns), lanes), dithers = plus(all(turned(hash, 5) + turns), lanes);
+        float *scale[STATES];
+        for (int s = 0; s < STATES; s++) scale[s] = scales[s] ? scales[s] + block : unused + s;
+        floats ms[BLOCK / 16], roots[BLOCK / 16], mus[BLOCK / 16];
+        for (int part = 0; part < BLOCK / 16; part++) {
+            const int64_t j = i + 16 * part;
+            const words turn = all(part * 16 * LANE);
+            const floats g = times(clip, floats_at(grad, j, dtype));
+            floats g_hat = g;
+            if (mu) {
+                mus[part] = sum(times(keep_mu, state_at(mu, j, format, *scale[2], 0)), times(add_mu, g));
+                g_hat = sum(g, times(lamb, mus[part]));
+            }
+            ms[part] = sum(times(keep_m, state_at(m, j, format, *scale[0], 0)), times(add_m, g_hat));
+            const floats seen = t->raw_second_moment ? g : g_hat;
+            const floats now_v = sum(times(keep_v, state_at(v, j, format, *scale[1], 1)), times(add_v, _mm512_mul_ps(seen, seen)));
+            roots[part] = _mm512_sqrt_ps(now_v);
+            const floats old = param_at(param, low, j, dtype, low_bits);
+            const floats way = _mm512_div_ps(ms[part], sum(times(root, roots[part]), _mm512_set1_ps(eps)));
+            const floats now = _mm512_sub_ps(times(decay, old), times(step, way));
+            if (x) {
+                _mm512_storeu_ps(x + (j - from), now);
+                _mm512_storeu_ps(y + (j - from), old);
+            } else store_param_at(param, low, j, now, dtype, low_bits, plus(dithers, turn));
+            if (format == INT8) continue;
+            store_floats(m, j, ms[part], format, plus(m_dithers, turn), 0);
+            store_floats(v, j, now_v, format, plus(v_dithers, turn), 1);
+            if (mu) store_floats(mu, j, mus[part], format, plus(mu_dithers, turn), 0);
+        }
+        if (format != INT8) continue;
+        store_codes(m + i, scale[0], ms, m_dithers, 0);
+        store_codes(v + i, scale[1], roots, v_dithers, 1);
+        if (mu) store_codes(mu + i, scale[2], mus, mu_dithers, 0);
+    }
+}
+
+/* As `step_coded`, as far as there are full blocks in a usual format. Returns where they end. */
+static int64_t step_full_blocks(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to, float *x, float *y)
+{
+    const int64_t end = to - (to - from) % BLOCK;
+    const int32_t *f = t->formats, mu = t->grok_emas ? f[GROK_EMA] : f[EXP_AVG];
+    if (t->widths[tensor] || !t->moves || f[EXP_AVG_SQ] != f[EXP_AVG] || mu != f[EXP_AVG] || t->grad != t->param || t->state != FLOAT32)
+        return from;
+#define USUAL(format, dtype, bits)                                                                                      \
+    if (f[EXP_AVG] == format && t->param == dtype && t->low_bits == bits && (dtype == FLOAT32 || bits || t->rounds)) {  \
+        step_full(t, k, tensor, from, end, x, y, format, dtype, bits);                                                  \
+        return end;                                                                                                     \
+    }
+    USUAL(DITHERED, FLOAT32, 0) USUAL(DITHERED, BFLOAT16, 0) USUAL(DITHERED, BFLOAT16, 8) USUAL(DITHERED, BFLOAT16, 16)
+    USUAL(INT8, FLOAT32, 0) USUAL(INT8, BFLOAT16, 0) USUAL(INT8, BFLOAT16, 8) USUAL(INT8, BFLOAT16, 16)
+    USUAL(PLAIN, BFLOAT16, 0) USUAL(PLAIN, BFLOAT16, 8) USUAL(PLAIN, BFLOAT16, 16)
+    return from;
+}
+#else
+#define step_full_blocks(t, k, tensor, from, to, x, y) (from)
+#endif
+
 /* Of one tensor, from the start of a block on. Where x is not NULL the new parameter is left there instead of stored, and
  * what it was in y. */
 static void step_coded(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to, float *x, float *y)
@@ -412,7 +560,7 @@ static void step_coded(const table *t, const numbers *k, int64_t tensor, int64_t
     const int64_t width = t->widths[tensor];
     float room[6][CHUNK + 80] __attribute__((aligned(64))); /* not at places 4 KiB apart, which the processor takes for the same ones */
     blocks b;
-    for (int64_t i = from, n; i < to; i += n) {
+    for (int64_t i = step_full_blocks(t, k, tensor, from, to, x, y), n; i < to; i += n) {
         n = to - i < CHUNK ? to - i : CHUNK;
         if (width && n == CHUNK) n -= (i + n) % width % BLOCK; /* to the end of a block */
         find_blocks(&b, t, k, tensor, i, n);
