@@ -191,7 +191,7 @@ def _corrections(t: list[Any], n: Scalars) -> tuple[list[Any], list[Any]]:
     if not isinstance(t[0], Tensor):
         return [(1 - n.beta2**x) ** 0.5 for x in t], [1 - beta1**x for beta1, x in zip(n.bias_beta1, t, strict=True)]
     root = list((1 - n.beta2 ** torch.stack(t)).sqrt().unbind())
-    if torch.compiler.is_compiling():  # it fuses these into one launch; a logarithm would become a constant
+    if torch.compiler.is_compiling():  # fused into one launch; a logarithm would become a constant
         return root, [1 - beta1**x for beta1, x in zip(n.bias_beta1, t, strict=True)]
     # for all tensors at once; exp(t log β), as β^t would need a list of β sent to the device
     logs = [math.log(beta1) if beta1 else -math.inf for beta1 in n.bias_beta1]

@@ -77,7 +77,7 @@ def judge(
     """Find the norm and the clip coefficients from the sums of squares, added in a fixed order.
 
     `verdict` gets N, then c of each list, then each c divided by the loss scale. `finite` says whether the step may be
-    written. `skipped` is incremented if it may not, unless GradScaler found that itself.
+    written. `skipped` is incremented if it may not, unless GradScaler counts that step itself.
     """
     totals = tl.zeros([BLOCK], tl.float64)
     for block in range(0, count, BLOCK):

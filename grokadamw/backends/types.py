@@ -72,7 +72,7 @@ class Batch(NamedTuple):
     shards: Any = None  # a `distributed.Shards`, if the tensors are parts of DTensors
     begun: bool = False  # whether the averages have begun this cycle of micro-batches
     windows: Any = None  # a list of `window.Window`, if μ is a window's mean
-    coded: Coded | None = None  # None: nothing is kept in fewer bits
+    coded: Coded | None = None  # None: no tensor is coded
 
 
 class MicroStep(NamedTuple):
