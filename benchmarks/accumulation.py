@@ -3,9 +3,9 @@
     python -m benchmarks.accumulation [--steps 400] [--out benchmarks/results]
     python -m benchmarks.accumulation --table benchmarks/results/accumulation.json
 
-The transformer of benchmarks/grokking is trained with batches of 512 in k micro-batches, by Accumulate. A second
-optimizer gets the same micro-gradients and collects them in its moments. m is the same in both, v is not; what is
-compared is the length of m / √v over all parameters. Prints the ratios, and writes accumulation.json. The second form
+Accumulate trains the transformer of benchmarks/grokking on batches of 512, split into k micro-batches. A second
+optimizer gets the same micro-gradients and collects them in its moments. Both have the same m but another v, so this
+compares the length of m / √v over all parameters. It prints the ratios and writes accumulation.json. The second form
 prints the table of docs/accumulation.md.
 """
 
@@ -32,13 +32,13 @@ AT = (10, 100, 400)  # steps
 
 
 def length(optimizer: GrokAdamW) -> float:
-    """Of m / √v."""
+    """Return the norm of m / √v over all parameters."""
     parts = (state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-12) for state in optimizer.state.values())
     return math.sqrt(sum(part.double().square().sum().item() for part in parts))
 
 
 def ratios(k: int, steps: int, console: Console) -> dict[int, float]:
-    """Length of a step with accumulation_steps=k to that of the exact one, after so many steps."""
+    """Return, by the number of steps, the length of a step with accumulation_steps=k over that of the exact step."""
     task = load()["mul97"]
     model, _, batches = task.start(0)
     shadow = copy.deepcopy(model)
@@ -48,7 +48,7 @@ def ratios(k: int, steps: int, console: Console) -> dict[int, float]:
     outer, collecting = Accumulate(exact, k), GrokAdamW(shadow.parameters(), accumulation_steps=k, **options)
     found = {}
     for step in track(range(1, steps + 1), f"{k} micro-batches", console=console):
-        while len(batch := next(batches)) < BATCH:  # an epoch's last
+        while len(batch := next(batches)) < BATCH:  # skip an epoch's last batch
             pass
         for x, y in zip(batch.inputs.chunk(k), batch.targets.chunk(k), strict=True):
             outer.zero_grad()
@@ -63,7 +63,7 @@ def ratios(k: int, steps: int, console: Console) -> dict[int, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """That of docs/accumulation.md."""
+    """Return the table of docs/accumulation.md."""
     lines = [f"| k | {' | '.join(f'step {step}' for step in AT)} | 1/√k |", f"| ---: |{' ---: |' * (len(AT) + 1)}"]
     for k, found in results["ratios"].items():
         cells = [f"{found[str(step)]:.2f}" if str(step) in found else "–" for step in AT]

@@ -1,10 +1,10 @@
-"""How long steps take on the host whose gradients, groups or numbers are others each time, beside torch's fused AdamW.
+"""Time on the host of steps whose gradients, groups or numbers change each time, beside torch's fused AdamW.
 
     OMP_NUM_THREADS=1 python -m benchmarks.changing_steps [--steps 40] [--out benchmarks/results]
 
-200 tensors of 16 × 16 whose gradients come and go, as with heads that take turns; and 465 tensors that are as many
-groups, whose lr moves at each step, or as many optimizers. Both arms take each step one after the other, in turns as to
-who is first; medians are printed, and written to changing_steps.json.
+The cases are 200 tensors of 16 × 16 whose gradients come and go, as with heads that take turns, and 465 tensors, each
+in a group of its own whose lr changes at each step, or in an optimizer of its own. Both arms take every step, one after
+the other, and take turns at going first. Prints medians, and writes them to changing_steps.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .step_time import machine
 
 RESULTS = Path(__file__).parent / "results"
 WARMUP = 8  # steps
-Has = Callable[[int, int], bool]  # (step, place of a tensor) → whether it has a gradient
+Has = Callable[[int, int], bool]  # (step, index of a tensor) → whether the tensor has a gradient
 ARMS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "torch AdamW, fused": lambda params: torch.optim.AdamW(params, fused=True),
     "GrokAdamW": lambda params: GrokAdamW(params, gamma=0.0),
@@ -60,20 +60,20 @@ def parts(params: Sequence[nn.Parameter], count: int) -> list[Sequence[nn.Parame
 
 
 def milliseconds(case: Case, steps: int) -> dict[str, list[float]]:
-    """Return the times of each arm's steps."""
+    """Return the milliseconds of each step, by arm."""
     params = [nn.Parameter(torch.randn(16, 16)) for _ in range(case.tensors)]
     arms = {}
     for name, make in ARMS.items():
-        mine = [nn.Parameter(param.detach().clone()) for param in params]
+        copies = [nn.Parameter(param.detach().clone()) for param in params]
         made = [
-            make([{"params": group} for group in parts(share, case.groups)]) for share in parts(mine, case.optimizers)
+            make([{"params": group} for group in parts(share, case.groups)]) for share in parts(copies, case.optimizers)
         ]
-        arms[name] = mine, made
+        arms[name] = copies, made
     times: dict[str, list[float]] = {name: [] for name in ARMS}
     for step in range(WARMUP + steps):
         for name in list(ARMS)[:: 1 if step % 2 else -1]:
-            mine, optimizers = arms[name]
-            for place, param in enumerate(mine):
+            copies, optimizers = arms[name]
+            for place, param in enumerate(copies):
                 param.grad = torch.full_like(param, 0.1) if case.has(step, place) else None
             for optimizer in optimizers if case.groups > 1 else ():
                 for group in optimizer.param_groups:

@@ -1,10 +1,10 @@
-"""What Triton makes of the GPU kernels, for GPUs that need not be there: registers, spills, width of loads and stores.
+"""What Triton compiles the GPU kernels to, with or without a GPU: registers, spills, width of loads and stores.
 
     python -m benchmarks.compiled [--json]
 
-Each kernel is compiled for each architecture and for the dtypes of parameters (gradients have the same) and state;
-that of state in fewer bits for one architecture in several formats, for the others in one. The body is that of full
-chunks, without the masked one of tails, but where it says so. "scalar" loads are of tables and of single numbers.
+Each kernel is compiled for each architecture, and for each pair of dtypes of parameters (and gradients) and of state.
+The kernel for fewer bits is compiled in several formats for one architecture, and in one format for the others. Unless
+"tail" is true, only the body for full chunks is compiled. "scalar" loads are of tables and of single numbers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DTYPES = [  # of parameters and gradients, of state
     (torch.float64, torch.float64),
 ]
 INT8, SHORT, WHOLE = (torch.int8, torch.uint8, torch.int8), 3 * (torch.bfloat16,), 3 * (torch.float32,)
-# what is kept in fewer bits: the dtype of parameters and gradients; those of m, v and μ; the parameter's low bits
+# formats in fewer bits: the dtype of parameters and gradients; those of m, v and μ; the parameter's low bits
 CODES = {
     "bfloat16": (torch.float32, SHORT, 0),
     "int8": (torch.float32, INT8, 0),
@@ -49,20 +49,20 @@ CODES = {
     "int8, float16 of 24 bits": (torch.float16, INT8, 8),
     "32 bits": (torch.bfloat16, WHOLE, 16),
 }
-# their kernels take a second or two each: all are compiled for one GPU, without tails and with rows one alone
+# a kernel takes a second or two: only one GPU gets all formats; only one format is compiled without tails and with rows
 THOROUGH, LIMITED = "sm_90", "int8, 24 bits"
 UPDATE = dict.fromkeys(("chunks", "table", "grads", "numbers"), "*i64") | {"finite": "*i1"}  # its pointers
-LISTS = [2, 32, 1024]  # groups of parameters, as a power of two: `judge` has a number for each in registers
+LISTS = [2, 32, 1024]  # groups of parameters, as a power of two: `judge` holds a number for each in registers
 
 
 class Code(NamedTuple):
-    """One kernel as one GPU has it."""
+    """One kernel, compiled for one GPU."""
 
     kernel: str
     target: str
     param: str
     tail: bool
-    registers: int | None  # None for AMD's GPUs, whose code is compiled, and not looked into
+    registers: int | None  # None for AMD's GPUs: their code is compiled but not inspected
     spilled: int | None  # bytes of local memory a thread
     wide_loads: int | None  # of 16 bytes
     scalar_loads: int | None
@@ -73,9 +73,10 @@ class Code(NamedTuple):
 
 
 def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) -> Iterator[tuple[str, ASTSource, int]]:
-    """Each kernel with the constants that `gpu` gives it, and its threads, in warps of 32.
+    """Yield each kernel with the constants that `gpu` gives it, and its threads, in warps of 32.
 
-    Of `update` also what a micro-batch runs, before the last, and what limits rows; `judge` for each number of lists.
+    `update` comes also as a micro-batch before the last runs it, and with limits on rows; `judge` comes for each number
+    of lists.
     """
     tl, shape = kernels.tl, SHAPES[max(state.itemsize, 4)]
     of_grads = SHAPES[param.itemsize]
@@ -95,7 +96,7 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
         "squares": {"GRAD": dtypes["param"], "TAIL": tail, "CHUNK": of_grads.chunk, "BLOCK": of_grads.block},
     }
     constants["update, micro-batch"] = constants["update"] | {"RAW": True, "IS_PART": True, "MOVES": False}
-    if tail:  # as a model's biases have
+    if tail:  # a model's biases have one
         limited = constants["update"] | {"HAS_CHANGE": True}
         constants["update, rows of 256"] = limited | {"OF_ROWS": 1 << WIDTHS.index(256)}
         constants["update, longer rows"] = limited | {"OF_ROWS": 1 << LONG}
@@ -114,7 +115,7 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
 
 
 def coded_sources(kernels: Any, name: str, tail: bool) -> Iterator[tuple[str, ASTSource, int]]:
-    """The kernel of what is kept in fewer bits, alone and with limits on rows."""
+    """Yield the kernel for tensors kept in fewer bits, without and with limits on rows."""
     param, states, low = CODES[name]
     dtypes = [getattr(kernels.tl, str(x).removeprefix("torch.")) for x in (param, param, *states)]
     values = dict(zip(("PARAM", "GRAD", "M", "V", "MU"), dtypes, strict=True))
@@ -132,7 +133,7 @@ def coded_sources(kernels: Any, name: str, tail: bool) -> Iterator[tuple[str, AS
 
 
 def source(kernels: Any, name: str, pointers: dict[str, str], values: dict[str, Any]) -> ASTSource:
-    """A kernel with its constants, of pointers that are aligned."""
+    """Return a kernel with its constants, for aligned pointers."""
     function = getattr(kernels, name)
     kinds = {arg: pointers.get(arg) or "i32" for arg in function.arg_names}
     aligned = [i for i, arg in enumerate(function.arg_names) if kinds[arg].startswith("*")]
@@ -155,7 +156,7 @@ def coded(target: str, name: str, tail: bool) -> Iterator[Code]:
 
 
 def code_of(target: str, name: str, source: ASTSource, warps: int, param: torch.dtype, tail: bool) -> Code:
-    # gpu.py asks for as many warps of `squares` and `update` everywhere, and for as many threads of `judge`
+    # gpu.py launches `squares` and `update` with as many warps on every GPU, `judge` with as many threads
     given = warps * 32 // TARGETS[target].warp_size if name.startswith("judge") else warps
     asm = triton.compile(source, target=TARGETS[target], options={"num_warps": given, "enable_fp_fusion": False}).asm
     counts: list[int | None] = [None] * 8
@@ -165,7 +166,7 @@ def code_of(target: str, name: str, source: ASTSource, warps: int, param: torch.
 
 
 def accesses(ptx: str, instruction: str) -> tuple[int, int, int]:
-    """How many loads or stores of global memory there are: of 16 bytes, of one number by all threads, any others."""
+    """Count loads or stores of global memory: of 16 bytes, of one number by all threads, and any others."""
     wide = scalar = other = 0
     for line in ptx.splitlines():
         if found := re.search(rf"\b{instruction}\.global\S*?(?:\.v(\d))?\.b(\d+)\b", line):
@@ -177,7 +178,7 @@ def accesses(ptx: str, instruction: str) -> tuple[int, int, int]:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of local memory, of a thread."""
+    """Return the registers, and the bytes of local memory, of a thread."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

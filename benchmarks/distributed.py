@@ -1,10 +1,10 @@
-"""The time of a step on FSDP2's shards, beside the same tensors as plain parameters; and the collectives of a step.
+"""Time of a step on FSDP2's shards, beside the same tensors as plain parameters; and the collectives of a step.
 
     python -m benchmarks.distributed [--out benchmarks/results]
 
 One and two gloo processes share a stack of linear layers by `fully_shard`. Each takes steps on its shards and, in turn,
-on plain copies of them. Times are lower quartiles, as the machine may be busy; the ratio leaves out what was spent in
-`all_reduce`, which is printed apart, and where a rank waits for the other. Collectives are those that torch's profiler
+on plain copies of them. Times are lower quartiles, as the machine may be busy. The ratio leaves out the time in
+`all_reduce`, where a rank waits for the other; that time is printed apart. Collectives are those that torch's profiler
 sees in a step. Results go to distributed.json.
 """
 
@@ -41,7 +41,7 @@ STEPS, WARM = 60, 5
 
 
 class Timed:
-    """`torch.distributed.all_reduce`, with the seconds that were spent in it."""
+    """`torch.distributed.all_reduce`, counting the seconds spent in it."""
 
     def __init__(self) -> None:
         self._all_reduce, self.seconds = dist.all_reduce, 0.0
@@ -56,13 +56,13 @@ class Timed:
 
 def collectives(step: Callable[[], object]) -> int:
     """Return how many collectives a step takes part in."""
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()
-    return sum(event.name.startswith(("gloo:", "nccl:")) for event in found.events())
+    return sum(event.name.startswith(("gloo:", "nccl:")) for event in profiled.events())
 
 
 def compared(width: int, options: dict[str, Any]) -> dict[str, float]:
-    """Return milliseconds of a step on shards, on plain copies of them, and in all_reduce; and a step's collectives."""
+    """Return milliseconds of a step on shards, on plain copies, and in all_reduce; and the collectives of a step."""
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(LAYERS)))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for module in (*model, model):
@@ -71,7 +71,7 @@ def compared(width: int, options: dict[str, Any]) -> dict[str, float]:
     copies = [nn.Parameter(p.to_local().detach().clone()) for p in model.parameters()]  # type: ignore[attr-defined]
     for copy, p in zip(copies, model.parameters(), strict=True):
         copy.grad = p.grad.to_local().clone()  # type: ignore[union-attr]
-    # γ and layers cost nothing; a signal is one of the two collectives
+    # γ and layers cost nothing; the signal's mean is one of the two collectives
     sharded = GrokAdamW(model.parameters(), grokking_signal_fns=lambda: 0.5, **options)
     plain = GrokAdamW(copies, grokking_signal_fns=[], **options)
     times: dict[str, list[float]] = {"shards": [], "plain": [], "all_reduce": []}
@@ -104,7 +104,7 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
 
 
 def measure(ranks: int) -> list[dict[str, Any]]:
-    """Return what the first of some ranks has measured."""
+    """Measure on that many ranks, and return the first one's results."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, args=(ranks, folder), nprocs=ranks, start_method="spawn")
         return json.loads((Path(folder) / "0.json").read_text())  # type: ignore[no-any-return]

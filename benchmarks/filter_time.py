@@ -1,11 +1,10 @@
-"""What the filters cost: a training step of a small transformer, and each filter alone.
+"""The time that the filters cost: a training step of a small transformer, and each filter alone.
 
     python -m benchmarks.filter_time [--rounds 30] [--out benchmarks/results]
     python -m benchmarks.filter_time --table benchmarks/results/filter_time-cpu.json
 
-Windows are full. Arms take turns, in a new order each round, and a ratio is that of two turns in the same round;
-medians are printed, and written to filter_time-cpu.json. The second form prints the table of docs/grokfast.md from such
-a file.
+Windows are full. Arms take turns, in a new order each round, and a ratio compares two turns of the same round. Prints
+medians, and writes them to filter_time-cpu.json. The second form prints the table of docs/grokfast.md from such a file.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ COMPARED = {"training": "GrokAdamW", "alone": "gradfilter_ema"}
 
 
 class Arm(NamedTuple):
-    """A step's optimizer, or a filter alone."""
+    """An optimizer's step, or a filter alone."""
 
     name: str
     make: Callable[[nn.Module], Callable[[], Any]]
@@ -52,7 +51,7 @@ def stepping(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[nn.Modul
 
 
 def filtering(function: Callable[..., Any], **options: Any) -> Callable[[nn.Module], Callable[[], Any]]:
-    """A filter on the gradients, which stay small, as λ is: no backward pass writes them anew."""
+    """Return a filter alone. With its small λ gradients stay small, although no backward pass rewrites them."""
 
     def make(model: nn.Module) -> Callable[[], Any]:
         memory = function(model, None, lamb=1e-9, **options)
@@ -99,7 +98,7 @@ def training_step(model: nn.Module, step: Callable[[], Any], batch: Split) -> Ca
 
 
 def ready(arms: list[Arm], with_backward: bool) -> dict[str, Callable[[], Any]]:
-    """Each arm's turn, its window full; an arm whose package is not installed is left out."""
+    """Return each arm's turn, with its window full. Leave out arms whose package is not installed."""
     task = load()["mul97"]
     turns = {}
     for arm in arms:
@@ -117,7 +116,7 @@ def ready(arms: list[Arm], with_backward: bool) -> dict[str, Callable[[], Any]]:
 
 
 def measured(turns: dict[str, Callable[[], Any]], rounds: int, each: int, console: Console) -> dict[str, list[float]]:
-    """Seconds of a call by arm, one entry a round."""
+    """Return the seconds of a call by arm, one entry a round."""
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     generator = random.Random(0)
     for _ in track(range(rounds), "taking turns", console=console):
@@ -135,15 +134,15 @@ def measured(turns: dict[str, Callable[[], Any]], rounds: int, each: int, consol
 def summary(seconds: dict[str, list[float]], compared: str) -> dict[str, dict[str, float]]:
     return {
         name: {
-            "ms": round(1e3 * statistics.median(mine), 4),
-            "ratio": round(statistics.median(a / b for a, b in zip(mine, seconds[compared], strict=True)), 4),
+            "ms": round(1e3 * statistics.median(times), 4),
+            "ratio": round(statistics.median(a / b for a, b in zip(times, seconds[compared], strict=True)), 4),
         }
-        for name, mine in seconds.items()
+        for name, times in seconds.items()
     }
 
 
 def table(results: dict[str, Any]) -> str:
-    """That of docs/grokfast.md."""
+    """Return the table of docs/grokfast.md."""
     lines = ["|  | ms | × |", "| --- | ---: | ---: |"]
     for kind, title in (("training", "a training step"), ("alone", "the filter alone")):
         lines.append(f"| **{title}** | | |")

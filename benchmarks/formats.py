@@ -1,4 +1,4 @@
-"""How far a step is from float32's when the moments are kept in 16 or 8 bits: what decided grokadamw/state/formats.py.
+"""How far a step is from float32's if moments are kept in 16 or 8 bits: the basis of grokadamw/state/formats.py.
 
     OMP_NUM_THREADS=1 python -m benchmarks.formats [--steps 200] [--training 120] [--seeds 3] [--jobs 2] [--out …]
 
@@ -9,8 +9,8 @@ transformers that train with float32 moments, and from a random generator:
 - add113: arithmetic in one batch, with gradients that change slowly;
 - decades: noise, where the elements of a block differ by up to four decades.
 
-Then some candidates train on hamlet themselves. Prints two tables, and writes formats.json: once the streams are
-done, and anew after the runs.
+Then some candidates train on hamlet themselves. Prints two tables and writes formats.json, after the streams and again
+after the runs.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ from .grokking import tasks
 from .step_time import machine
 
 RESULTS = Path(__file__).parent / "results"
-SAMPLE = 64 * 256  # elements of a model that are followed, in pieces of 256
-SMALLEST = 4096  # elements of a tensor that is worth a format
+SAMPLE = 64 * 256  # elements of a model that are replayed, in pieces of 256
+SMALLEST = 4096  # elements of the smallest tensor that is worth a format
 LAMB = 2.0
 STREAMS = ("hamlet", "add113", "decades")
 AVERAGES = ((0.999, 0.98), (0.98, 0.9))  # β2 and α
-Round = Callable[[Tensor, Tensor, bool], Tensor]  # (values, a row a block; numbers in [0, 1); v?) → as they are kept
+Round = Callable[[Tensor, Tensor, bool], Tensor]  # (values, a row a block; numbers in [0, 1); is v) → values as kept
 
 
 def cut(codes: Tensor, u: Tensor, highest: int, positive: Tensor | None) -> Tensor:
-    """Round codes, down or up as u says. Where `positive` is true they do not become 0."""
+    """Round codes down or up, as u says. Where `positive` is true, codes do not become 0."""
     codes = torch.floor(codes + u).clamp(max=highest)
     return codes if positive is None else torch.maximum(codes, positive.to(codes.dtype))
 
 
 def linear(x: Tensor, u: Tensor, is_v: bool) -> Tensor:
-    """Codes in proportion to the value, of 7 bits and a sign or of 8 bits."""
+    """Use codes in proportion to the value, of 7 bits and a sign or of 8 bits."""
     highest = 255 if is_v else 127
     scale = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / highest
     return x.sign() * cut(x.abs() / scale, u, highest, x > 0 if is_v else None) * scale
 
 
 def softsign(x: Tensor, u: Tensor, is_v: bool) -> Tensor:
-    """Codes in proportion to 2x / (1 + |x|), as in databricks/flashoptim."""
+    """Use codes in proportion to 2x / (1 + |x|), as in databricks/flashoptim."""
     highest = 255 if is_v else 127
     scale = x.abs().amax(1, keepdim=True).clamp(min=1e-30)
     code = cut(2 * highest * x.abs() / (scale + x.abs()), u, highest, x > 0 if is_v else None) / highest
@@ -66,7 +66,7 @@ def softsign(x: Tensor, u: Tensor, is_v: bool) -> Tensor:
 
 
 def floating(x: Tensor, u: Tensor, is_v: bool, exponent: int, mantissa: int) -> Tensor:
-    """A float of so many bits, with subnormal numbers, below a power of two that the block shares."""
+    """Use a float of so many bits, with subnormal numbers, below a power of two that the block shares."""
     shift = 23 - mantissa
     bits = x.abs().view(torch.int32)
     top = (bits.amax(1, keepdim=True) + (1 << shift) - 1) >> 23
@@ -79,7 +79,7 @@ def floating(x: Tensor, u: Tensor, is_v: bool, exponent: int, mantissa: int) -> 
 
 
 def e(name: str) -> Round:
-    """`e("3m4")` has three bits for the exponent, and four for the mantissa."""
+    """Return a small float: `e("3m4")` has three bits for the exponent and four for the mantissa."""
     exponent, mantissa = map(int, name.split("m"))
     return lambda x, u, is_v: floating(x, u, is_v, exponent, mantissa)
 
@@ -103,7 +103,7 @@ bfloat16, int8 = the_packages(torch.bfloat16), the_packages(torch.int8)
 
 
 class Candidate(NamedTuple):
-    name: str  # of what m and μ are kept in, and v
+    name: str  # of the formats of m and μ, and of v
     signed: Round
     square: Round
     block: int
@@ -118,7 +118,7 @@ def floats(name: str, block: int = BLOCK, rounding: str = "dither") -> Candidate
 
 
 def linears(block: int) -> Candidate:
-    """As int8, with blocks of another length."""
+    """Return int8 with blocks of another length."""
     return Candidate("linear, √linear", linear, root(linear), block, "dither")
 
 
@@ -141,7 +141,7 @@ TRAINED = [
 
 
 class Dither:
-    """What is added to the codes of three moments before they are cut off."""
+    """The numbers that are added to the codes of three moments before they are rounded down."""
 
     def __init__(self, size: int, rounding: str) -> None:
         self.rounding, self.generator = rounding, torch.Generator().manual_seed(0)
@@ -153,12 +153,12 @@ class Dither:
         if self.rounding == "random":
             return torch.rand(self.shape, generator=self.generator)
         words = dither(0, self.shape[1:], 0, torch.tensor(step))
-        # of the upper 24 bits, or float32 would round some up to 1
+        # the upper 24 bits alone, or float32 would round some numbers up to 1
         return torch.stack([words(name) >> 8 for name in ("exp_avg", "grok_ema", "exp_avg_sq")]) / 2.0**24
 
 
 def kept(candidate: Candidate, moments: Sequence[Tensor], u: Tensor) -> list[Tensor]:
-    """Return m, μ and v as they come back from a format; what does not fill a block is left as it is."""
+    """Return m, μ and v as they come back from a format. The rest that does not fill a block stays as it is."""
     found = []
     for place, moment in enumerate(moments):
         whole = moment.numel() // candidate.block * candidate.block
@@ -189,7 +189,7 @@ class Moments:
 
 
 def gradients(stream: str, beta2: float, alpha: float) -> Iterator[Tensor]:
-    """Yield gradients, (SAMPLE,): of a model some pieces of 256 elements, drawn at random from all large tensors."""
+    """Yield gradients of shape (SAMPLE,): of a model, pieces of 256 elements drawn at random from all large tensors."""
     generator = torch.Generator().manual_seed(0)
     scales = 10 ** (-4 * torch.rand(SAMPLE, generator=generator))
     while stream == "decades":
@@ -210,10 +210,10 @@ def gradients(stream: str, beta2: float, alpha: float) -> Iterator[Tensor]:
 
 
 def replay(stream: str, beta2: float, alpha: float, steps: int) -> list[dict[str, Any]]:
-    """Return a row a candidate: the means over the last ten steps of how its updates differ from float32's.
+    """Return a row for each candidate: how its updates differ from float32's, as means over the last ten steps.
 
-    `error` is the norm of the difference over that of float32's updates, `step_…` quantiles over the elements of its
-    step size (1 / √v) over float32's, `largest` its largest update.
+    `error` is the norm of the difference over the norm of float32's updates. `step_…` are quantiles over the elements
+    of the candidate's step size (1 / √v) over float32's. `largest` is its largest update.
     """
     names = ("error", "step_0.1%", "step_median", "step_99.9%", "largest")
     exact, *others = (Moments(candidate, beta2, alpha) for candidate in (FLOAT32, *CANDIDATES))
@@ -221,11 +221,11 @@ def replay(stream: str, beta2: float, alpha: float, steps: int) -> list[dict[str
     for step, g in zip(range(steps), gradients(stream, beta2, alpha), strict=False):
         update, denominator = exact.update(g)
         for moments, numbers in zip(others, seen, strict=True):
-            mine, its_denominator = moments.update(g)
+            coded, coded_denominator = moments.update(g)
             if step >= steps - 10:
-                ratios = (denominator / its_denominator).quantile(torch.tensor([0.001, 0.5, 0.999])).tolist()
-                error = float((mine - update).norm() / update.norm())
-                numbers.append((error, *ratios, float(mine.abs().max())))
+                ratios = (denominator / coded_denominator).quantile(torch.tensor([0.001, 0.5, 0.999])).tolist()
+                error = float((coded - update).norm() / update.norm())
+                numbers.append((error, *ratios, float(coded.abs().max())))
     return [
         {"stream": stream, "beta2": beta2, "alpha": alpha, "format": c.name, "block": c.block, "rounding": c.rounding}
         | {name: round(statistics.mean(each), 4) for name, each in zip(names, zip(*numbers, strict=True), strict=True)}
@@ -234,7 +234,7 @@ def replay(stream: str, beta2: float, alpha: float, steps: int) -> list[dict[str
 
 
 def train(place: int, seed: int, steps: int) -> dict[str, Any]:
-    """Train on hamlet, the large tensors' moments in a format, and return the mean loss of what is held out."""
+    """Train on hamlet with the large tensors' moments in a format, and return the mean loss on held-out text."""
     candidate = TRAINED[place]
     task = tasks.load()["hamlet"]
     model, data, batches = task.start(seed)
@@ -282,7 +282,7 @@ def write(given: argparse.Namespace, rows: Sequence[dict[str, Any]], losses: Seq
 
 
 def show(rows: Sequence[dict[str, Any]], losses: Sequence[dict[str, Any]]) -> None:
-    """Print the errors of the updates, a column a stream; and the mean loss of each format, with each seed's."""
+    """Print the errors of the updates, a column a stream, and the mean loss of each format beside each seed's loss."""
     streams = list(dict.fromkeys((row["stream"], row["beta2"]) for row in rows))
     table = Table("error (99.9% of step sizes)", *(f"{stream} β2={beta2}" for stream, beta2 in streams), box=None)
     for key in dict.fromkeys((row["format"], row["block"], row["rounding"]) for row in rows):

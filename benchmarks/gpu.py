@@ -1,12 +1,12 @@
-"""All that only a GPU can show, in stages; a machine that is lent for minutes is enough.
+"""Everything that only a GPU can show, in stages that take a few minutes.
 
     [OUT=benchmarks/results] [STAGES="0 1 2"] python3 benchmarks/gpu.py
     REHEARSE=1 OUT=… python3 benchmarks/gpu.py        where there is no GPU
 
-Each stage has a process, a time limit and a file of its own, gpu-N-….json or .log in $OUT, to which it writes each
-result at once. One that fails or is stopped at its limit leaves what it has, and the next one begins. Stages 0 to 4
-take 6 minutes at most, and all of them 12. A rehearsal goes the same way: Triton compiles for a GPU, but nothing is
-launched, and what a stage finds means nothing.
+Each stage has its own process, time limit and file, gpu-N-….json or .log in $OUT, to which it writes each result at
+once. A stage that fails or is stopped at its limit leaves the results it has, and the next one begins. Stages 0 to 4
+take 6 minutes at most, and all of them 12. A rehearsal runs the same stages: Triton compiles for a GPU, but nothing is
+launched, and the results mean nothing.
 
 Needs Python 3.11, torch for the GPU with Triton, a C compiler, pytest, pytest-xdist, hypothesis and NumPy; and
 compute-sanitizer and ncu, of CUDA's tools, for stages 6 and 7.
@@ -32,7 +32,7 @@ PYTHON = [sys.executable, "-u"]
 PYTEST = [*PYTHON, "-m", "pytest", "--no-header", "-p", "no:cacheprovider", "-p", "benchmarks.on_gpu.failures"]
 WORKERS = ["-n", str(min(14, os.cpu_count() or 1))]
 LARGEST = "tests/gpu/test_gpu.py::test_more_than_2_31_elements"
-GRACE = 5  # seconds to say what was going on, for what is stopped
+GRACE = 5  # seconds for a stopped process to say what it was doing
 SHOWN = 2500  # characters of a stage's output
 SANITIZED = "from benchmarks.on_gpu import checks; checks.here({})"
 PROFILED = "from benchmarks.on_gpu import times; times.few_steps()"
@@ -44,7 +44,7 @@ class Command(NamedTuple):
     words: list[str]
     limit: int  # seconds
     environment: dict[str, str] = {}
-    tool: list[str] = []  # of CUDA's, with its flags, that watches the process; without it there is nothing to run
+    tool: list[str] = []  # of CUDA, with flags, that watches the process; without it the command is not run
 
 
 class Stage(NamedTuple):
@@ -54,12 +54,12 @@ class Stage(NamedTuple):
 
 
 def module(name: str, limit: int) -> list[Command]:
-    """A stage that writes its file itself."""
+    """Return the command of a stage that writes its file itself."""
     return [Command([*PYTHON, "-m", f"benchmarks.on_gpu.{name}", "FILE"], limit)]
 
 
 def sanitizer(tool: str, checks: str, limit: int) -> Command:
-    """The caching allocator would hand out parts of large segments, past whose ends the tool sees nothing wrong."""
+    """Return checks under a sanitizer, without the caching allocator: it hides accesses past the ends of tensors."""
     return Command(
         [*PYTHON, "-c", SANITIZED.format(checks)],
         limit,
@@ -74,7 +74,7 @@ def tests_for_a_gpu() -> list[str]:
 
 
 def stand_ins() -> dict[str, str]:
-    """Where torch.testing finds what is not installed."""
+    """Return the path of stand-ins for what torch.testing needs, if that is not installed."""
     if importlib.util.find_spec("expecttest"):
         return {}
     return {"PYTHONPATH": str(ROOT / "benchmarks/on_gpu/stand_ins")}
@@ -115,7 +115,7 @@ def stages() -> list[Stage]:
 
 
 def run(command: Command, output: BinaryIO) -> str:
-    """What became of it: "done", or what went wrong."""
+    """Run a command, and return "done" or what went wrong."""
     rehearses = os.environ.get("REHEARSE") == "1"
     words = command.words
     if command.tool:
@@ -143,7 +143,7 @@ def run(command: Command, output: BinaryIO) -> str:
     try:
         code = process.wait(command.limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)  # Python says then where it was, and pytest what it has
+        os.killpg(process.pid, signal.SIGINT)  # Python then prints where it was, and pytest its results so far
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
         return f"stopped at {command.limit} s"
@@ -153,19 +153,19 @@ def run(command: Command, output: BinaryIO) -> str:
 
 
 def heed_interrupts() -> None:
-    """Undo what a shell does to a job in the background, which ignores interrupts, and whose processes do."""
+    """Accept interrupts, which a shell makes background jobs and their processes ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """All of its group that is left."""
+    """End all processes of its group that are left."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def take(stage: Stage, out: Path) -> tuple[bool, str]:
-    """A stage from beginning to end. Returns whether all went well, and its line of the table."""
+    """Run a stage. Return whether all of it went well, and its line of the table."""
     file = out / stage.file
     file.unlink(missing_ok=True)
     began = time.monotonic()
@@ -182,7 +182,7 @@ def take(stage: Stage, out: Path) -> tuple[bool, str]:
         with open(file, "a") as output:
             print(f"\n{found}", file=output)
     else:
-        file.with_suffix(".new").unlink(missing_ok=True)  # of a write that was interrupted
+        file.with_suffix(".new").unlink(missing_ok=True)  # left by a write that was interrupted
         try:
             results = json.loads(file.read_text())
         except (OSError, ValueError):

@@ -1,10 +1,10 @@
-"""What an optimizer keeps, what a step needs besides, and how long it takes, for every format of state and weights.
+"""Memory of an optimizer, peak memory of a step, and its time, for every format of state and weights.
 
     python -m benchmarks.memory [--rounds 15] [--out benchmarks/results]
 
-On 100 M parameters in one vector and in GPT-2's tensors, against torch's fused AdamW with float32 weights, in turns.
-Gradients have the weights' dtype. "Peak" is what a step allocates and gives back, in a process of its own. Prints a
-table, and writes memory.json, from which the docs quote. Peers are found where `make peers` puts them.
+Optimizers take turns with torch's fused AdamW with float32 weights, on 100 M parameters in one vector and on GPT-2's
+tensors. Gradients have the weights' dtype. "Peak" is what a step allocates and gives back, measured in a process of its
+own. Prints a table and writes memory.json, which the docs quote. `make peers` installs the other packages.
 """
 
 from __future__ import annotations
@@ -88,33 +88,33 @@ def parameters(shapes: Shapes, dtype: torch.dtype) -> list[nn.Parameter]:
 
 
 def bytes_of(optimizer: Optimizer) -> int:
-    """Of all tensors of its state."""
+    """Return the bytes of all tensors of an optimizer's state."""
     entries = (x for state in optimizer.state.values() for x in state.values())
     return sum(map(_bytes, (x for x in entries if isinstance(x, Tensor))))
 
 
 def _bytes(x: Tensor) -> int:
-    """Of a tensor, or of those that one of a subclass is made of."""
+    """Return the bytes of a tensor, or of the tensors that a tensor subclass is made of."""
     if not hasattr(x, "__tensor_flatten__"):
         return x.nbytes
     return sum(_bytes(getattr(x, name)) for name in x.__tensor_flatten__()[0])
 
 
 def peak(name: str) -> float:
-    """MiB that a step of one matrix of 16 M parameters needs beside what is there before it."""
+    """Return the MiB that a step of one matrix of 16 M parameters needs in addition to what is there before it."""
     case = next(case for case in CASES if case.name == name)
     optimizer = case.make(parameters([(4096, 4096)], case.dtype))
     for _ in range(3):
         optimizer.step()
     release("cpu")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     optimizer.step()
     return round((resident("VmHWM") - before) / MIB, 2)
 
 
 def peak_alone(case: Case) -> float | None:
-    """`peak` in a process of its own; None where it fails."""
+    """Return `peak` from a process of its own, or None if that fails."""
     command = [sys.executable, "-m", "benchmarks.memory", "--peak", case.name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return float(json.loads(done.stdout.splitlines()[-1])) if done.returncode == 0 else None

@@ -1,9 +1,9 @@
 """The optimizers that `step_time.py` compares, and the memory that they share.
 
-They are ours in each implementation, torch's AdamW, and peers from the registry. `make peers` installs each of these in
-a folder of its own, .venv/peers/NAME, without what it depends on; release 0.1.2 of this package, whose name is ours, is
-in .venv/published. DeepSpeed compiles itself at the first use, with a C++ compiler. What is missing is left out of the
-comparison.
+They are ours in each implementation, torch's AdamW, and peers from PyPI. `make peers` installs each peer in a folder of
+its own, .venv/peers/NAME, without its dependencies. Release 0.1.2 of this package has our name, and is in
+.venv/published. DeepSpeed compiles itself when it is first used, with a C++ compiler. Optimizers that are not installed
+are left out of the comparison.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Step: TypeAlias = Callable[[], Any]
 Shapes: TypeAlias = list[tuple[int, ...]]
 Make: TypeAlias = Callable[[list[nn.Parameter]], Step]
 
-# The filter adds to gradients that no backward pass writes anew: with the usual 2 they would soon be infinite.
+# The filter adds to gradients that no backward pass rewrites: with the usual 2 they would soon be infinite.
 LAMB = 1e-3
 
-# Bytes a parameter: itself, its gradient and one that may be written to; and what the step of any arm makes besides.
+# Bytes a parameter: itself, its gradient and one that may be written to; and the scratch memory of any arm's step.
 SHARED, SCRATCH = 12, 40
 
 
@@ -44,14 +44,12 @@ class Arm(NamedTuple):
     name: str
     make: Make  # the function that takes one step
     kept: int  # bytes of state
-    traffic: float | None = (
-        None  # bytes that a step reads and writes where no cache holds the tensors; None: not counted
-    )
+    traffic: float | None = None  # bytes that a step reads and writes if no cache holds the tensors; None: not counted
     clips: bool = False
     writes: bool = False  # to the gradients
     ours: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
-    package: str | None = None  # in the registry, of a peer
+    package: str | None = None  # a peer's name on PyPI
 
 
 def grokadamw(**options: Any) -> Make:
@@ -60,7 +58,7 @@ def grokadamw(**options: Any) -> Make:
 
 
 def without_compiler(params: list[nn.Parameter]) -> Step:
-    """What GrokAdamW does where its native kernel was not built."""
+    """GrokAdamW without its native kernel, as on a machine where it was not built."""
     with no_kernel():
         optimizer = GrokAdamW(params, gamma=1e-3, gradient_clipping=0.0, nonfinite="propagate")
 
@@ -97,7 +95,7 @@ def clipped(params: list[nn.Parameter]) -> Step:
 
 
 def filtered(params: list[nn.Parameter]) -> Step:
-    """The loop that Grokfast (arXiv:2405.20233) publishes, in front of AdamW: each operation makes a new tensor."""
+    """Grokfast's published loop (arXiv:2405.20233), followed by AdamW: each operation makes a new tensor."""
     optimizer = torch.optim.AdamW(params, fused=True)
     emas = [p.grad.clone() for p in params]
 
@@ -112,7 +110,7 @@ def filtered(params: list[nn.Parameter]) -> Step:
 
 
 def peer(package: str, module: str, name: str, **options: Any) -> Make:
-    """An optimizer from a package in a folder of its own, which is searched after all that is installed."""
+    """An optimizer from a package in a folder of its own, which is searched after all installed packages."""
 
     def make(params: list[nn.Parameter]) -> Step:
         folder = str(PEERS / package)
@@ -124,19 +122,19 @@ def peer(package: str, module: str, name: str, **options: Any) -> Make:
 
 
 def published(params: list[nn.Parameter]) -> Step:
-    """Release 0.1.2, which has our name, under another."""
+    """Release 0.1.2, imported under another name, as its own is ours."""
     if "grokadamw_published" not in sys.modules:
         spec = importlib.util.spec_from_file_location("grokadamw_published", PUBLISHED / "grokadamw" / "__init__.py")
         if not PUBLISHED.is_dir() or spec is None or spec.loader is None:
             raise ImportError("release 0.1.2 is not installed")
-        logging.getLogger().addHandler(logging.NullHandler())  # else it would configure logging
+        logging.getLogger().addHandler(logging.NullHandler())  # otherwise the release would configure logging
         sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[spec.name])
     return sys.modules["grokadamw_published"].GrokAdamW(params, gamma=1e-3).step
 
 
 def version(package: str) -> str | None:
-    """Of a peer, None where it is not installed."""
+    """Return the version of a peer, or None if it is not installed."""
     folder = PUBLISHED if package == "grokadamw" else PEERS / package
     found = importlib.metadata.Distribution.discover(name=package, path=[str(folder)])
     return next((each.version for each in found), None)
@@ -146,10 +144,10 @@ FUSED = Arm("torch AdamW, fused", adamw(fused=True), kept=8, traffic=28)
 CLIPPED = Arm("torch AdamW, fused + clip_grad_norm_", clipped, kept=8, traffic=40, clips=True, writes=True)
 PROPAGATE = {"gradient_clipping": 0.0, "nonfinite": "propagate"}
 
-# Traffic counts a tensor's 4 bytes as often as an operation reads or writes it. Of a fused AdamW: θ, m and v read and
-# written, g read. A norm reads g, clipping reads and writes it; μ is read and written. Of AdamW in single operations:
-# decay 8, m 12, v 8 + 12, root 8, its two corrections 8 + 8, step 16. Of the Grokfast loop: 8 + 8 + 12 for the EMA
-# and 8 + 12 for the gradient before AdamW's 28.
+# Traffic counts a tensor's 4 bytes as often as an operation reads or writes it. A fused AdamW reads and writes θ, m and
+# v, and reads g. A norm reads g, clipping reads and writes it; μ is read and written. AdamW in single operations takes
+# 8 for the decay, 12 for m, 8 + 12 for v, 8 for the root, 8 + 8 for its two corrections, 16 for the step. The Grokfast
+# loop takes 8 + 8 + 12 for the EMA and 8 + 12 for the gradient before AdamW's 28.
 ARMS = [
     Arm("GrokAdamW, no clipping, propagate", grokadamw(**PROPAGATE), kept=12, traffic=36, ours=True),
     Arm("GrokAdamW, no clipping", grokadamw(gradient_clipping=0.0), kept=12, traffic=40, ours=True),
@@ -199,7 +197,7 @@ def gpt2() -> Shapes:
 
 
 class Tensors:
-    """Parameters and gradients that all arms of a model share; arms that write to gradients share others."""
+    """Parameters and gradients that all arms of a model share. Arms that write to gradients share a copy of these."""
 
     def __init__(self, shapes: Shapes, device: str) -> None:
         torch.manual_seed(0)
@@ -218,7 +216,7 @@ class Tensors:
 
 
 def heats(arms: Sequence[Arm], parameters: int, free: int) -> list[list[Arm]]:
-    """Arms whose state has room together, with the two that all are compared with in each heat."""
+    """Split arms into heats whose state fits into memory. Each heat includes the two that all are compared with."""
     compared = [FUSED, CLIPPED]
     room = free - (SHARED + SCRATCH) * parameters
     result: list[list[Arm]] = []
@@ -231,7 +229,7 @@ def heats(arms: Sequence[Arm], parameters: int, free: int) -> list[list[Arm]]:
 
 
 def free_memory(device: str) -> int:
-    """Bytes; where nothing tells, as if 8 GiB were free."""
+    """Return the free bytes, or 8 GiB if the system does not say."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     try:

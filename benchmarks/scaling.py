@@ -1,11 +1,11 @@
-"""Memory, time and collectives of a step on many GPUs: on paper, and the memory measured on a few ranks.
+"""Memory, time and collectives of a step on many GPUs, by formulas; memory also as measured on a few ranks.
 
     python -m benchmarks.scaling [--out benchmarks/results]
 
-The tables are those of docs/scaling.md. Bytes come from `GrokAdamW.memory()`, of parameters without memory; the time of
-a step from its bytes and the bandwidth that one GPU reached; that of a collective from NCCL's own model of latency. The
-formula for memory is compared with what 1, 2 and 4 gloo processes hold that share a model by FSDP2. Results go to
-scaling.json.
+The tables are those of docs/scaling.md. Bytes come from `GrokAdamW.memory()`, with parameters on the meta device; the
+time of a step comes from its bytes and the bandwidth that one GPU reached; that of a collective from NCCL's own model
+of latency. The formula for memory is compared with what 1, 2 and 4 gloo processes hold that share a model by FSDP2.
+Results go to scaling.json.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ BASE, NVLINK, NETWORK, ACROSS_NODES, GPUS_OF_NODE = 4.4, 0.52, 5.0, 1.8, 8
 
 
 def memory(params: float, ranks: int, dtype: torch.dtype, options: Mapping[str, Any]) -> dict[str, int]:
-    """Return the bytes on each of the ranks that share all parameters, by kind."""
+    """Return the bytes on each rank, by kind, if all ranks share the parameters."""
     share = math.ceil(params / ranks)
     return GrokAdamW([nn.Parameter(torch.empty(share, dtype=dtype, device="meta"))], **options).memory()
 
 
 def moved(found: Mapping[str, int]) -> int:
-    """Return the bytes that a step reads and writes: gradients twice, for the norm, and all else both ways."""
+    """Return the bytes that a step reads and writes: gradients twice, for the norm; all else both ways."""
     return 2 * (found["total"] - found["step"])
 
 
@@ -73,7 +73,7 @@ def of_memory() -> list[list[str]]:
 
 
 def of_time() -> list[list[str]]:
-    """Return ms of a step in float32, as its bytes take, where they fit; on each GPU its share alone."""
+    """Return ms of a step in float32, from its bytes, if these fit; each GPU updates only its share."""
     lines = [["parameters", "one GPU", *(f"{gpus:,} GPUs" for gpus in GPUS)]]
     for model, params in MODELS.items():
         found = [memory(params, gpus, *FORMATS["float32"]) for gpus in (1, *GPUS)]
@@ -98,7 +98,7 @@ def of_ranks(measured: Mapping[str, Mapping[str, Sequence[int]]]) -> list[list[s
 
 
 def measure(ranks: int) -> dict[str, tuple[int, int]]:
-    """Return the bytes that the fullest of some ranks holds after a step, and those of the formula, by format."""
+    """Return, by format, the bytes that the fullest rank holds after a step, and those of the formula."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, args=(ranks, folder), nprocs=ranks, start_method="forkserver")
         found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks)]

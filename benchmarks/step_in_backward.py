@@ -1,9 +1,9 @@
-"""What `step_in_backward` saves, and what it costs: a transformer of 12 blocks on the CPU.
+"""The memory that `step_in_backward` saves, and the time that it costs, for a transformer of 12 blocks on the CPU.
 
     OMP_NUM_THREADS=1 python -m benchmarks.step_in_backward [--passes 8] [--out benchmarks/results]
 
-Each arm is a process of its own. It prints the most bytes of gradients that lived at once, its peak memory, and
-the CPU time of forward, backward and step together and of an update; and writes them to step_in_backward.json.
+Each arm runs in its own process. Prints, and writes to step_in_backward.json, the largest size of gradients alive at
+once, the peak memory, and the CPU time of forward, backward and step together, and of one update.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Model(nn.Module):
 
 
 def measure(early: bool, passes: int) -> dict[str, float]:
-    """Train for so many passes, and return what this process needed."""
+    """Train for that many passes, and return the memory and time that this process needed."""
     model = Model()
     live: list[weakref.ref[Tensor]] = []
     most = 0.0
@@ -99,7 +99,7 @@ def small(early: bool) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """That of docs/gradient_release.md."""
+    """Return the table of docs/gradient_release.md."""
     lines = ["| | most gradients at once | peak memory of the process | a pass | an update of 16 × 16 |"]
     lines.append("| --- | ---: | ---: | ---: | ---: |")
     for name, found in results["arms"].items():

@@ -2,8 +2,8 @@
 
     python -m benchmarks.step_path [--list]
 
-Prints Python calls, in all and within the package, the package's files that they are in, and how often one file calls
-another. --list prints each call of the package, too.
+Prints the number of Python calls, in all and within the package, how many of its files they are in, and how often one
+file calls another. --list also prints each call within the package.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python -m benchmarks.step_time [--device cpu] [--model a b c d e] [--rounds 15] [--out benchmarks/results]
     python -m benchmarks.step_time --table benchmarks/results/step_time-cpu.json
 
-Optimizers take turns of a few steps, in a new order each round, on the same float32 parameters and gradients; there is
-no forward or backward pass. A ratio is that of two turns in the same round; the table has its median. Writes
-step_time-cpu.json, after each model anew, and step_time-cpu.png, or -cuda; the second form prints the README's table
-of such a file.
+Optimizers take turns of a few steps, in a new order each round, on the same float32 parameters and gradients. There is
+no forward or backward pass. A ratio compares two turns of the same round, and the table has its median. Writes
+step_time-cpu.json (or -cuda), again after each model, and step_time-cpu.png. The second form prints the README's table
+from such a file.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from .peers import ARMS, CLIPPED, FUSED, Arm, Shapes, Step, Tensors, free_memory
 
 ROOT = Path(__file__).parent.parent
 WARMUP = 3  # steps
-TURN, MOST_STEPS = 0.03, 100  # seconds that a turn takes at least, if it can in so many steps
+TURN, MOST_STEPS = 0.03, 100  # a turn takes this many seconds at least, but no more steps than these
 FEWEST_ROUNDS = 5  # of arms that are too slow for more
 COPIED = 100_000_000  # float32 elements whose copy measures the memory's bandwidth
-HOST_TENSORS = 300  # small ones, on a GPU: what a step takes of the host's time
-PEAK_ELEMENTS = 1 << 24  # in the one tensor whose step's memory is measured: 64 MiB of float32
+HOST_TENSORS = 300  # small tensors on a GPU, to measure how much of the host's time a step takes
+PEAK_ELEMENTS = 1 << 24  # of the one tensor on which a step's memory is measured: 64 MiB of float32
 MIB = 1 << 20
 
 
@@ -61,8 +61,8 @@ class Model(NamedTuple):
 
     title: str
     shapes: Callable[[], Shapes]
-    seconds: float  # for its rounds, about
-    is_large: bool  # no cache holds it, so that memory's bandwidth is what limits a step
+    seconds: float  # for all of its rounds, about
+    is_large: bool  # does not fit into a cache, so memory bandwidth limits a step
     devices: tuple[str, ...] = ("cpu", "cuda")
 
 
@@ -83,15 +83,15 @@ class Runner:
     step: Step
     steps: int = 1  # in a turn
     rounds: int = 0
-    seconds: dict[int, float] = field(default_factory=dict)  # of a step, the turn's mean, by round
+    seconds: dict[int, float] = field(default_factory=dict)  # by round: of a step, the turn's mean
 
     def takes_part(self, nth: int, rounds: int) -> bool:
-        """Whether the nth of all rounds, from 0, is one of its own, which are spread over them."""
+        """Return True if the runner takes part in round nth, from 0. Its own rounds are spread over all rounds."""
         return (nth + 1) * self.rounds // rounds > nth * self.rounds // rounds
 
 
 def timed(step: Step, steps: int, device: str) -> float:
-    """Seconds a step, of some in a row."""
+    """Return the mean seconds of a step, over several in a row."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -108,13 +108,13 @@ def timed(step: Step, steps: int, device: str) -> float:
 
 
 def started(arm: Arm, tensors: Tensors, device: str) -> tuple[Step, float]:
-    """The arm's step after warming up, and the seconds of the last one."""
+    """Warm an arm up. Return its step, and the seconds of the last one."""
     step = arm.make(tensors.params(arm))
     return step, [timed(step, 1, device) for _ in range(WARMUP)][-1]
 
 
 def reason(error: Exception) -> str:
-    """Why an arm does not run, in a line."""
+    """Return in one line why an arm does not run."""
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0] if len(lines[0]) <= 80 else f"{lines[0][:79]}…"
 
@@ -122,7 +122,7 @@ def reason(error: Exception) -> str:
 def measured(
     model: Model, arms: Sequence[Arm], device: str, rounds: int, show: Callable[[float, str], None]
 ) -> dict[str, Any]:
-    """What all arms do on one model. It is shown how far that is, from 0 to 1, and whose turn comes."""
+    """Measure all arms on one model. `show` gets the progress, from 0 to 1, and the arm whose turn it is."""
     shapes = model.shapes()
     parameters = sum(map(math.prod, shapes))
     plan = heats(arms, parameters, int(0.9 * free_memory(device)) - 8 * COPIED)
@@ -157,13 +157,13 @@ def warmed_up(
     show: Callable[[float, str], None],
     results: dict[str, Any],
 ) -> list[Runner]:
-    """The arms of a heat, with as many steps and rounds as go into the seconds; why one fails goes into the results."""
+    """Return the arms of a heat, with as many steps and rounds as fit into the seconds; add failures to the results."""
     runners = []
     for arm in heat:
         show(0, f"warming up: {arm.name}")
         try:
             step, last = started(arm, tensors, device)
-        except Exception as error:  # a peer's, of any kind
+        except Exception as error:  # a peer may raise anything
             results[arm.name] = {"reason": reason(error)}
             continue
         steps = max(1, min(MOST_STEPS, round(TURN / last)))
@@ -173,7 +173,7 @@ def warmed_up(
 
 
 def take_turns(runners: list[Runner], rounds: int, device: str, show: Callable[[float, str], None]) -> None:
-    """Fill in every runner's seconds."""
+    """Measure every runner, and fill in its seconds."""
     generator = random.Random(0)
     for nth in range(rounds):
         taking_part = [runner for runner in runners if runner.takes_part(nth, rounds)]
@@ -184,7 +184,7 @@ def take_turns(runners: list[Runner], rounds: int, device: str, show: Callable[[
 
 
 def summarize(runners: list[Runner], heat: list[Arm], parameters: int, results: dict[str, Any]) -> None:
-    """Add a heat to the model's results; the arms that are compared with stay as the first heat had them."""
+    """Add a heat to the model's results. The two arms that all are compared with keep the first heat's results."""
     by_name = {runner.name: runner for runner in runners}
     copy = by_name.get("copy")
     for arm in heat:
@@ -224,7 +224,7 @@ def release(device: str) -> None:
 
 
 def peak(arm: Arm, device: str) -> float | None:
-    """MiB that a step needs at its peak beside what is there before it; None where the system does not tell."""
+    """Return the MiB that a step needs at its peak beyond what is there before it; None if the system does not say."""
     step, _ = started(arm, Tensors([(PEAK_ELEMENTS,)], device), device)
     release(device)
     if device == "cuda":
@@ -234,7 +234,7 @@ def peak(arm: Arm, device: str) -> float | None:
         torch.cuda.synchronize()
         return round((torch.cuda.max_memory_allocated() - before) / MIB, 2)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = resident("VmRSS")
         step()
         return round((resident("VmHWM") - before) / MIB, 2)
@@ -243,21 +243,21 @@ def peak(arm: Arm, device: str) -> float | None:
 
 
 def resident(name: str) -> int:
-    """Bytes of memory that the process has: VmRSS now, VmHWM at most."""
+    """Return the bytes of memory that the process has: VmRSS now, VmHWM at most."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
 
 
 def peak_alone(arm: Arm, device: str) -> float | None:
-    """`peak` in a fresh process; None also where it fails."""
+    """Return `peak` from a fresh process; None also if that fails."""
     command = [sys.executable, "-m", "benchmarks.step_time", "--device", device, "--peak", arm.name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    # packages may have written before
+    # packages may have printed other lines before
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
 def host_time(arm: Arm, device: str) -> list[float]:
-    """Microseconds until a step returns, whose launches then wait for nothing."""
+    """Return the microseconds until a step returns, if its launches wait for nothing."""
     step, _ = started(arm, Tensors([(100,)] * HOST_TENSORS, device), device)
     times = []
     for _ in range(100):
@@ -269,7 +269,7 @@ def host_time(arm: Arm, device: str) -> list[float]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the times depend on besides the code."""
+    """Return what the times depend on besides the code."""
     return {
         "processor": processor(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
@@ -284,7 +284,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name, as far as the system tells."""
+    """Return the processor's name, as far as the system says."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -293,7 +293,7 @@ def processor() -> str:
 
 
 def row(results: dict[str, Any], arm: dict[str, Any], entry: Callable[[dict[str, Any]], str]) -> list[str]:
-    """An entry a model. Why an arm does not run stands once."""
+    """Return an entry for each model. The reason why an arm does not run is given once."""
     each = [results["models"][key]["arms"].get(arm["name"]) for key in results["models"]]
     reasons = {of_model["reason"] for of_model in each if of_model and "reason" in of_model}
     cells = ["–" if of_model is None or "reason" in of_model else entry(of_model) for of_model in each]
@@ -304,7 +304,7 @@ def row(results: dict[str, Any], arm: dict[str, Any], entry: Callable[[dict[str,
 
 
 def table(results: dict[str, Any]) -> str:
-    """The README's table: ratios to fused AdamW and, in brackets, of arms that clip to the one that clips before it."""
+    """Return the README's table: ratios to fused AdamW; in brackets, for arms that clip, to AdamW with clipping."""
 
     def entry(of_model: dict[str, Any]) -> str:
         shown = f"{of_model['ratio'][1]:.2f}"
@@ -320,7 +320,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def times(results: dict[str, Any]) -> Table:
-    """Milliseconds a step, and how much of the bandwidth of a copy it has; for the console."""
+    """Return, for the console, milliseconds a step and its share of the bandwidth of a copy."""
 
     def entry(of_model: dict[str, Any]) -> str:
         share = of_model["share_of_copy"]
@@ -342,7 +342,7 @@ def times(results: dict[str, Any]) -> Table:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Ratios to fused AdamW on a logarithmic axis, a panel a model; thin lines are from quartile to quartile."""
+    """Draw ratios to fused AdamW on a logarithmic axis, a panel a model. Thin lines go from quartile to quartile."""
     arms, models = results["arms"], results["models"]
     columns, lines = min(2, len(models)), (len(models) + 1) // 2
     figure = Figure(figsize=(2.4 + 2.8 * columns, 0.4 + (0.6 + 0.22 * len(arms)) * lines), layout="constrained")
@@ -382,14 +382,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def run(
     device: str, keys: Sequence[str], rounds: int, console: Console, write: Callable[[dict[str, Any]], object]
 ) -> dict[str, Any]:
-    """The results. As they are so far, `write` gets them after each model, and once they are whole."""
+    """Return the results. `write` gets the results so far after each model, and all of them at the end."""
     arms = [arm for arm in ARMS if device in arm.devices]
     columns = ["{task.description:22}", BarColumn(bar_width=10), TimeElapsedColumn(), "{task.fields[shown]}"]
     models: dict[str, Any] = {}
     peaks: dict[str, float | None] = {}
     hosts: dict[str, list[float]] = {}
     described = machine(device)
-    # the bytes of ours are counted for one pass through memory
+    # the bytes of our arms are those of one pass through memory
     is_one_pass = not described["implementation"].startswith("foreach")
 
     def results() -> dict[str, Any]:
@@ -413,7 +413,7 @@ def run(
         }
 
     with Progress(*columns, console=console) as progress:
-        # small ones first, as large ones leave a scattered heap behind
+        # small models first, as large ones leave a scattered heap behind
         for key in sorted(keys, key=lambda key: MODELS[key].is_large):
             task = progress.add_task(MODELS[key].title, total=1, shown="")
 
@@ -425,7 +425,7 @@ def run(
             release(device)
         runs = [arm for arm in arms if any("ms" in model["arms"][arm.name] for model in models.values())]
         task = progress.add_task("memory", total=len(runs), shown="")
-        with ThreadPoolExecutor(2) as pool:  # it is not time that counts there
+        with ThreadPoolExecutor(2) as pool:  # memory is measured here, not time
             for arm, found in zip(runs, pool.map(peak_alone, runs, len(runs) * [device]), strict=True):
                 peaks[arm.name] = found
                 progress.update(task, advance=1)
@@ -453,12 +453,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; leave it out")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of peers, and of β1 in a thousand layers, which is meant
+        warnings.simplefilter("ignore")  # from peers, and about β1 in a thousand layers, which is intended
         if options.peak:
             print(json.dumps(peak(next(arm for arm in ARMS if arm.name == options.peak), options.device)))
             return
         try:
-            options.out.mkdir(parents=True, exist_ok=True)  # before there is anything to lose
+            options.out.mkdir(parents=True, exist_ok=True)  # fails before there is anything to lose
         except OSError as error:
             parser.error(f"--out {options.out}: not a folder that can be made ({error}); name another")
         console = Console()

@@ -5,10 +5,9 @@
     python -m benchmarks.grokking evidence --dry-run
     python -m benchmarks.grokking report
 
-`run` trains, shows how far it is, prints a table, and leaves the curves as a picture and the runs in a CSV file.
-`evidence` does what the report is made of, as far as benchmarks/results/grokking.csv does not have it yet: stop it at
-any time, and start it again to go on. With --dry-run it only says what that would be. `report` makes the report from
-that file.
+`run` trains, shows its progress, prints a table, and writes the curves as a picture and the runs to a CSV file.
+`evidence` does the runs of the report that benchmarks/results/grokking.csv does not have yet. Stop it at any time, and
+start it again to go on. With --dry-run it only says which runs are missing. `report` makes the report from that file.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch import nn
 from . import estimates, evidence, methods, on_gpu, pictures, report, tasks
 from .runs import CSV, Row, Run, execute_all, read
 
-TRAINED_BEFORE = ["hamlet-finetuning"]  # whose start takes minutes the first time
+TRAINED_BEFORE = ["hamlet-finetuning"]  # tasks whose start takes minutes the first time
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -44,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command == "list":
         listing(console)
     elif options.command == "run":
-        try:  # before there is anything to lose
+        try:  # fails before there is anything to lose
             asked = checked(options)
             options.out.mkdir(parents=True, exist_ok=True)
         except (TypeError, ValueError, OSError) as error:
@@ -55,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif options.command == "evidence" and options.gpu:
         on_gpu.execute_all(lambda: filter(on_gpu.takes, evidence.missing(read(CSV))), CSV, options.jobs, console)
     elif options.command == "evidence":
-        while todo := evidence.todo(read(CSV)):  # what is chosen depends on what was found
+        while todo := evidence.todo(read(CSV)):  # later runs are chosen by the results of earlier ones
             execute_all(todo, CSV, options.jobs, console)
     else:
         report.main(read(CSV), CSV.parent)
@@ -132,7 +131,7 @@ def listing(console: Console) -> None:
 
 
 def sizes(task: tasks.Task) -> tuple[str, str]:
-    """How many parameters, and examples for training. Dashes where that is not known before minutes of work."""
+    """Return the numbers of parameters and training examples, or dashes if finding them out takes minutes."""
     try:
         start = None if task.name in TRAINED_BEFORE else task.start(0)
     except (FileNotFoundError, ModuleNotFoundError):
@@ -143,7 +142,7 @@ def sizes(task: tasks.Task) -> tuple[str, str]:
 
 
 def forecast(rows: list[Row], jobs: int, console: Console) -> None:
-    """The runs that are missing, as far as they are known, and their time."""
+    """Print the missing runs, as far as they are known, and their time."""
     missing = evidence.missing(rows)
     table = Table("task", "method", box=None)
     for name in ("runs", "hours of a core"):
@@ -166,7 +165,11 @@ def forecast(rows: list[Row], jobs: int, console: Console) -> None:
 
 
 def checked(options: argparse.Namespace) -> list[Run]:
-    """The runs that are asked for. TypeError or ValueError for what an optimizer, or a run, does not take."""
+    """Return the runs that are asked for.
+
+    Raises:
+        TypeError, ValueError: an optimizer, or a run, does not take these options.
+    """
     if options.seeds < 1:
         raise ValueError(f"--seeds {options.seeds}: give at least 1")
     asked = [

@@ -1,4 +1,4 @@
-"""How long runs take, by those that are done."""
+"""How long runs take, estimated from finished runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .runs import Row, Run
 
 
 def minutes_by_task(rows: Iterable[Row]) -> dict[str, float]:
-    """The median of a run's minutes on a core, for each task that has run."""
+    """Return the median of a run's minutes on a core, for each task that has run."""
     found: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         if row.minutes:
@@ -19,7 +19,7 @@ def minutes_by_task(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def minutes(asked: Run, rows: Iterable[Row]) -> float | None:
-    """What a run will take, by the runs of its method on its task, or else of all methods. None if there are none."""
+    """Return the minutes that a run will take, by its method's runs on its task, or all methods'. None without runs."""
     alike = [row for row in rows if row.task == asked.task and row.minutes]
     alike = [row for row in alike if row.method == asked.method] or alike
     if not alike:

@@ -1,10 +1,12 @@
 """The runs that the report is made of, in the order in which it needs them.
 
-Every method gets the same trials. Of the tasks mod 97: a grid of lr × wd on two of them, two seeds a cell; the best
-cell is kept for ten other seeds on all five. Of every other task: four cells, one seed; the best is kept for three
-others, or for ten where a run is quick. Of the architectures: on each of four tasks the grid on one seed, as a race,
-its three best cells on another, and the best of them on five more. The tasks on data that people have: a grid for
-each, and five seeds.
+Every method gets the same trials:
+
+- tasks mod 97: a grid of lr × wd on two tasks, two seeds a cell; then the best cell on all five, with ten other seeds;
+- every other task: four cells, one seed; then the best cell with three other seeds, or with ten where a run is quick;
+- architectures: on each of four tasks the grid on one seed, as a race; then its three best cells on another seed, and
+  the best of these on five more;
+- tasks on real data: a grid for each, then five seeds.
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ COMPARED = ["adamw", "grokfast-adamw", "grokadamw", PRESET]  # on the other task
 OTHER_METHODS = ["late-decay", "row-norm-cap", "orthograd", "muon"]
 
 GRID_TASKS, LRS, DECAYS = ["mul97", "sub97"], (1e-3, 3e-3, 1e-2), (0.3, 1.0, 3.0)
-DECAYS_OF = {"row-norm-cap": (0.0, 0.3, 1.0)}  # whose point is to do without
+DECAYS_OF = {"row-norm-cap": (0.0, 0.3, 1.0)}  # methods meant to do without weight decay
 GRID_BUDGET, BUDGET, AFTERWARDS = 1500, 3000, 100  # steps
 GRID_SEEDS, SEEDS = (0, 1), range(2, 12)
-TRIAL_SEED, OTHER_SEEDS = 0, (1, 2, 3)  # what is reported was not chosen on
+TRIAL_SEED, OTHER_SEEDS = 0, (1, 2, 3)  # reported runs use other seeds than those that chose the cell
 QUICK = ["parity", "mnist", "qm9"]  # a run takes seconds
 OTHER_SEEDS_OF: dict[str, Iterable[int]] = {
-    "s5": (3, 4, 5),  # the preset was looked for with 0 to 2
+    "s5": (3, 4, 5),  # the preset was found with seeds 0 to 2
     **dict.fromkeys(QUICK, SEEDS),
 }
 
@@ -81,11 +83,11 @@ PAIRS = [f"{problem}/{name}" for problem in PROBLEMS for name in architectures.l
 PAIR_METHODS = ["adamw", PRESET, "grokadamw"]
 PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # else the grid's
 PAIR_SEEDS = range(100, 105)
-FIRST, BEHIND, FINALISTS = (3e-3, 1.0), 1.5, 3  # the race: a cell stops at 1.5 times the steps of the first
+FIRST, BEHIND, FINALISTS = (3e-3, 1.0), 1.5, 3  # the race: a cell stops at 1.5 times the first cell's steps
 WITHOUT_NORMS: tuple[float, float] = (2e-3, 0.5)  # the preset's lr and wd for a model without norm layers
 RECIPES = ((1e-3, 1.0), (1e-3, 0.01))  # lr and wd of AdamW in public code
 
-# data that people have, where the best score counts: lrs, decays and seeds of the grid, and the methods
+# real data, where the best score counts: lrs, decays and seeds of the grid, and the methods
 DATA_LRS, DATA_DECAYS = (3e-4, 1e-3, 3e-3), (0.1, 0.3, 1.0, 3.0, 10.0)
 DATA_METHODS = ["adamw", PRESET, "grokadamw"]
 FINETUNING = "hamlet-finetuning"
@@ -120,12 +122,15 @@ Cell = tuple[float, float]  # lr, wd
 
 
 def best(rows: Iterable[Row]) -> Cell | None:
-    """The cell with the lowest geometric mean of steps, a failure counting as twice the budget; of equals that with the
-    highest score. So the score alone decides where a task has no level to reach. None if there are no rows."""
+    """Return the cell with the lowest geometric mean of steps, or None if there are no rows.
+
+    A failure counts as twice the budget. The highest score decides between equals, and so alone decides where a task
+    has no level to reach.
+    """
     steps: dict[Cell, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         steps[row.lr, row.weight_decay].append((math.log(row.sustained or 2 * row.budget), -row.best))
-    means = {  # rounded, as means of the same numbers differ in the last digit with how many there are
+    means = {  # rounded: means of equal numbers differ in the last digit, depending on how many there are
         cell: tuple(round(sum(each) / len(found), 9) for each in zip(*found, strict=True))
         for cell, found in steps.items()
     }
@@ -133,15 +138,15 @@ def best(rows: Iterable[Row]) -> Cell | None:
 
 
 def select(rows: Iterable[Row], asked: Iterable[Run]) -> list[Row]:
-    """The rows of those runs that are done, in their order."""
+    """Return the rows of the runs that are done, in the runs' order."""
     asked = list(asked)
-    tasks = {run.task for run in asked}  # by which most rows are passed by quickly
+    tasks = {run.task for run in asked}  # to skip most rows quickly
     by_run = {row.run: row for row in rows if row.task in tasks}
     return [by_run[each] for each in asked if each in by_run]
 
 
 def published() -> list[Run]:
-    """Grokfast's first table."""
+    """Return the runs of Grokfast's first table."""
     return [Run.of("published", method, 0) for method in ("grokfast", "grokfast-ma", "adam")]
 
 
@@ -151,7 +156,7 @@ def grid(method: str) -> list[Run]:
 
 
 def finals(method: str, rows: list[Row]) -> list[Run]:
-    """With the grid's best cell."""
+    """Return the runs with the best cell of the grid."""
     cell = best(select(rows, grid(method)))
     if cell is None:
         return []
@@ -161,7 +166,7 @@ def finals(method: str, rows: list[Row]) -> list[Run]:
 
 
 def untuned(method: str) -> list[Run]:
-    """The same seeds with the method's own learning rate and weight decay."""
+    """Return runs on the same seeds as `finals`, with the method's own learning rate and weight decay."""
     pairs = product(MOD97, SEEDS)
     return [Run.of(task, method, seed, budget=BUDGET, afterwards=AFTERWARDS) for task, seed in pairs]
 
@@ -177,7 +182,7 @@ def other_finals(task: str, method: str, rows: list[Row]) -> list[Run]:
 
 
 def pair_grid(pair: str, method: str, rows: list[Row]) -> list[Run]:
-    """On the first seed. The first cell comes alone; it says when the others are too far behind, and stop."""
+    """Return the grid on the first seed. The first cell runs alone; its steps then limit those of the others."""
     done = {row.run: row for row in rows if row.task == pair}
     budget = PAIR_BUDGETS.get(pair.partition("/")[0], GRID_BUDGET)
     whole = [Run.of(pair, method, GRID_SEEDS[0], lr, wd, budget=budget) for lr, wd in product(LRS, DECAYS)]
@@ -185,12 +190,12 @@ def pair_grid(pair: str, method: str, rows: list[Row]) -> list[Run]:
     if first not in done:
         return [first]
     limit = min(budget, math.ceil(BEHIND * (done[first].sustained or budget)))
-    # those that were run to the end before there was a race count, too
+    # runs that went to the end before there was a race count, too
     return [run if run in done else replace(run, budget=limit) for run in whole]
 
 
 def pair_semifinals(pair: str, method: str, rows: list[Row]) -> list[Run]:
-    """The best cells of the first seed on another."""
+    """Return runs on a second seed, for the best cells of the first seed."""
     asked = pair_grid(pair, method, rows)
     found = select(rows, asked)
     if len(found) < len(LRS) * len(DECAYS):
@@ -202,7 +207,7 @@ def pair_semifinals(pair: str, method: str, rows: list[Row]) -> list[Run]:
 
 
 def pair_finals(pair: str, method: str, rows: list[Row]) -> list[Run]:
-    """The best of those cells, over both seeds."""
+    """Return runs with the best of those cells, over both seeds."""
     asked = pair_semifinals(pair, method, rows)
     second = select(rows, asked)
     if not asked or len(second) < len(asked):
@@ -213,11 +218,11 @@ def pair_finals(pair: str, method: str, rows: list[Row]) -> list[Run]:
     return [] if cell is None else [Run.of(pair, method, seed, *cell) for seed in PAIR_SEEDS]
 
 
-PAIR_PARTS = [pair_grid, pair_grid, pair_semifinals, pair_finals]  # the first cell, and then the others
+PAIR_PARTS = [pair_grid, pair_grid, pair_semifinals, pair_finals]  # the first cell, then the other cells
 
 
 def pair_untuned(pair: str, method: str) -> list[Run]:
-    """With the method's own learning rate and weight decay."""
+    """Return runs with the method's own learning rate and weight decay."""
     own = WITHOUT_NORMS if method == PRESET and pair.endswith("/no-norm") else (None, None)
     return [Run.of(pair, method, seed, *own) for seed in PAIR_SEEDS]
 
@@ -228,13 +233,13 @@ def data_grid(task: str, method: str) -> list[Run]:
 
 
 def data_finals(task: str, method: str, rows: list[Row]) -> list[Run]:
-    """With the grid's best cell."""
+    """Return the runs with the best cell of the task's grid."""
     cell = best(select(rows, data_grid(task, method)))
     return [] if cell is None else [Run.of(task, method, seed, *cell) for seed in DATA_SEEDS]
 
 
 def data_reported(task: str, rows: list[Row]) -> dict[str, list[Run]]:
-    """What is reported of a task on data that people have, by name."""
+    """Return the runs that are reported of a task on real data, by name."""
     runs = {method: data_finals(task, method, rows) for method in DATA[task][-1]}
     if task == FINETUNING:
         runs["grokadamw, λ 0.5, at AdamW's cell"] = [run for run in weaker(rows) if run.seed in DATA_SEEDS]
@@ -242,7 +247,7 @@ def data_reported(task: str, rows: list[Row]) -> dict[str, list[Run]]:
 
 
 def weaker(rows: list[Row]) -> list[Run]:
-    """Fine-tuning with a weaker filter, at the best cell of AdamW's grid: first on the grid's seeds."""
+    """Return runs of fine-tuning with a weaker filter, at the best cell of AdamW's grid: first on the grid's seeds."""
     cell = best(select(rows, data_grid(FINETUNING, "adamw")))
     if cell is None:
         return []
@@ -259,7 +264,7 @@ def two_by_two(task: str) -> list[Run]:
 
 
 def formats() -> dict[str, list[Run]]:
-    """The preset, on seeds of the reports."""
+    """Return runs of the preset in each format, on seeds of the reports."""
     return {
         name: [
             Run.of(task, method, seed, None, decay, options, budget)
@@ -270,7 +275,7 @@ def formats() -> dict[str, list[Run]]:
 
 
 def variations(rows: list[Row]) -> dict[str, list[Run]]:
-    """With the cell of the preset's grid."""
+    """Return runs of each variation, with the best cell of the preset's grid."""
     cell = best(select(rows, grid(PRESET)))
     tried = list(product(GRID_TASKS, SEEDS[:3]))
     return {
@@ -280,12 +285,12 @@ def variations(rows: list[Row]) -> dict[str, list[Run]]:
 
 
 def todo(rows: list[Row]) -> list[Run]:
-    """The next runs that are not done yet; what is chosen from them comes later."""
+    """Return the next runs that are not done yet. Runs that these will choose come later."""
     return next(not_done(rows), [])
 
 
 def missing(rows: list[Row]) -> list[Run]:
-    """All runs that are not done yet, as far as `rows` say which they are."""
+    """Return all runs that are not done yet, as far as `rows` say which they are."""
     return list(dict.fromkeys(run for stage in not_done(rows) for run in stage))
 
 

@@ -16,8 +16,8 @@ from grokadamw import GrokAdamW
 
 from .tasks import Data, Split, Task
 
-IN_A_ROW = 6  # evaluations that have to be good for the task to count as learnt: *sustained*
-CHUNK = 1024  # examples evaluated at once; those of the first chunk alone where the task is far from learnt
+IN_A_ROW = 6  # evaluations in a row that must be good for a task to count as learnt: *sustained*
+CHUNK = 1024  # examples evaluated at once; the first chunk alone if the task is far from learnt
 
 
 @dataclass
@@ -27,8 +27,8 @@ class Curve:
     solved: float
     steps: list[int] = field(default_factory=list)
     train: list[float] = field(default_factory=list)  # score on the batches since the last evaluation
-    report: list[float] = field(default_factory=list)  # score on the part that no signal sees
-    seconds: list[float] = field(default_factory=list)  # since the start, evaluations left out
+    report: list[float] = field(default_factory=list)  # score on the held-out part that no signal sees
+    seconds: list[float] = field(default_factory=list)  # since the start, without evaluations
     signal: list[float] = field(default_factory=list)
     alpha: list[float] = field(default_factory=list)
 
@@ -59,9 +59,8 @@ def run(
 ) -> Curve:
     """Train until the task is learnt, and for `afterwards` more steps, or else for `budget` steps.
 
-    A task that has no level at which it is learnt takes the whole budget.
-
-    Six good evaluations that begin within the budget are seen to their end.
+    A task that has no level at which it is learnt takes the whole budget. Six good evaluations that begin within the
+    budget are followed to their end.
     """
     for curve in evaluations(task, make, seed, budget, afterwards, clip=clip):
         if curve.steps:
@@ -81,8 +80,8 @@ def evaluations(
 ) -> Iterator[Curve]:
     """Train as `run` does, and yield the curve before and after each evaluation.
 
-    On a GPU steps are replays of a graph, on the current stream. They are under way before an evaluation, so that
-    other runs can be gone on with in the meantime.
+    On a GPU, steps are replays of a graph on the current stream. When the curve is yielded before an evaluation, the
+    steps are still running, so the caller can go on with other runs in the meantime.
     """
     model, data, batches = task.start(seed)
     data = Data(*(split.to(device) for split in data))
@@ -118,7 +117,7 @@ def evaluations(
             if end is None and curve.sustained(curve.report) is not None:
                 end = step + afterwards
             if step >= (end or budget) and not (end is None and curve.report[-1] >= task.solved):
-                break  # but not in the middle of what may become six
+                break  # but not in the middle of what may become six good evaluations
             start = time.process_time()
 
 
@@ -146,13 +145,13 @@ class Training:
         return loss.detach(), self.task.score(outputs.detach(), batch.targets)
 
     def hear(self) -> None:
-        """Called after each evaluation."""
+        """Update the signals, if steps do not. Called after each evaluation."""
 
 
 class Captured(Training):
-    """Steps on a GPU: each size of batch has a CUDA graph, which is captured at the fourth step."""
+    """The steps of a run on a GPU: each size of batch has a CUDA graph, captured at the fourth step or later."""
 
-    EAGER = 3  # steps, after which there is nothing that a capture would have to make first
+    EAGER = 3  # steps, after which a capture has nothing left to create
 
     def __init__(self, task: Task, model: nn.Module, optimizer: Optimizer, clip: float) -> None:
         super().__init__(task, model, optimizer, clip)
@@ -193,13 +192,13 @@ class Captured(Training):
 
     def hear(self) -> None:
         if isinstance(self.optimizer, GrokAdamW):
-            self.optimizer.update_signals()  # which a replay does not
+            self.optimizer.update_signals()  # a replay does not
 
 
 def evaluate(task: Task, model: nn.Module, data: Split) -> float:
-    """The mean score; of the first examples alone, as an estimate, where that is far from solved.
+    """Return the mean score, estimated from the first examples alone if these are far from solved.
 
-    All examples count where there is no level to reach.
+    All examples count if the task has no level to reach.
     """
     scores: list[Tensor] = []
     for inputs, targets in zip(data.inputs.split(CHUNK), data.targets.split(CHUNK), strict=True):

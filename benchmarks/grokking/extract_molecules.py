@@ -1,9 +1,9 @@
-"""Wrote molecules.csv: some of QM9's (doi:10.1038/sdata.2014.22), from what the package qm9pack 1.0.3 carries.
+"""The script that wrote molecules.csv: some of QM9 (doi:10.1038/sdata.2014.22), from the package qm9pack 1.0.3.
 
     pip install --no-deps qm9pack==1.0.3
     python -m benchmarks.grokking.extract_molecules
 
-A row a molecule: QM9's number, isotropic polarizability in bohr³, elements, and positions in Å, atom by atom.
+Each row is a molecule: QM9's number, isotropic polarizability in bohr³, elements, and positions in Å, atom by atom.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Many runs at a time on one GPU, for which a single one is much too small.
+"""Many runs at a time on one GPU, because a single run is much too small for it.
 
-The steps of a run are the replays of a CUDA graph on a stream of its own. A process goes from run to run: it starts the
-steps up to a run's next evaluation, and sees to the others while the GPU is at them. Data and initial weights are those
-that the CPU has for a seed. Dropout's are not: they follow from what runs beside it.
+The steps of a run are replays of a CUDA graph on a stream of its own. A process goes from run to run: it starts a run's
+steps up to the next evaluation, and sees to the other runs while the GPU works on them. Data and initial weights for a
+seed are those of the CPU. Dropout's random numbers are not: they depend on the runs beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .experiment import Curve, evaluations
 from .runs import COLUMNS, Row, Run, append, commit, row_of
 
 AT_ONCE = 12  # runs of a process
-METHODS = ("adamw", "grokadamw")  # how their names begin: AdamW and GrokAdamW can be captured
+METHODS = ("adamw", "grokadamw")  # how the names begin of methods that can be captured: AdamW and GrokAdamW
 
 Todo: TypeAlias = "Queue[Run | None]"
 Done: TypeAlias = "Queue[Row | str]"
@@ -37,16 +37,16 @@ def takes(asked: Run) -> bool:
 
 
 def execute_all(missing: Callable[[], Iterable[Run]], path: Path, jobs: int | None, console: Console) -> None:
-    """Each run has its row in the file when it ends, which `missing` then sees: a run may depend on others.
+    """Execute all missing runs. Each run's row is in the file when it ends, so `missing` may choose runs by it.
 
     Args:
-        missing: the runs that have no row, those that are wanted first in front.
+        missing: returns the runs that have no row, the most wanted first.
         path: the CSV file.
-        jobs: the processes that share the GPU. None: 4.
+        jobs: how many processes share the GPU. None: 4.
         console: where progress is shown.
 
     Raises:
-        RuntimeError: what the first run said that failed, when the others have come to their end.
+        RuntimeError: a run failed. It has the first failure's message, and comes after all other runs have ended.
     """
     jobs = jobs or 4
     context = multiprocessing.get_context("spawn")
@@ -80,7 +80,7 @@ def execute_all(missing: Callable[[], Iterable[Run]], path: Path, jobs: int | No
 
 
 def ended(done: Done, workers: list[BaseProcess]) -> list[Row | str]:
-    """Wait for runs to end. Return one or more: the row of each, or what went wrong."""
+    """Wait until one or more runs have ended, and return for each its row, or what went wrong."""
     found: list[Row | str] = []
     while not found:
         try:
@@ -94,11 +94,11 @@ def ended(done: Done, workers: list[BaseProcess]) -> list[Row | str]:
 
 
 def work(todo: Todo, done: Done) -> None:
-    """In a process of its own: take runs until there are no more."""
-    warnings.filterwarnings("ignore", "layer")  # a low β1 is meant
+    """Execute runs in this process until there are no more."""
+    warnings.filterwarnings("ignore", "layer")  # a low β1 is intended
     torch.set_num_threads(1)
     gc.freeze()
-    gc.disable()  # nothing may be given back while a graph is captured
+    gc.disable()  # no memory may be freed while a graph is captured
     version, machine = commit(), f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     active: list[tuple[Run, torch.cuda.Stream, Iterator[Curve]]] = []
     curves: dict[Run, Curve] = {}

@@ -43,7 +43,7 @@ def curves(task: Task, found: dict[Run, Curve], path: Path) -> None:
 
 
 def quartiles(found: dict[str, list[Row]], names: list[str], path: Path) -> None:
-    """Steps to sustained: a box of quartiles and the runs, for each method and task; failures at the budget."""
+    """Draw steps to sustained: quartiles and runs, for each method and task. Failed runs are drawn at the budget."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     budget = max((row.budget for rows in found.values() for row in rows), default=1)

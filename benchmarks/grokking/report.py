@@ -1,4 +1,4 @@
-"""Tables and pictures of the runs in grokking.csv, put between the marks of the pages that show them."""
+"""Tables and pictures of the runs in grokking.csv. Tables are put between the marks of the pages that show them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PUBLISHED = {"grokfast": 910, "grokfast-ma": 790, "adam": 39890}  # steps to 95%
 
 
 def steps(rows: Iterable[Row]) -> list[float]:
-    """To sustained; infinite where there is none."""
+    """Return the steps to sustained, infinite for runs that failed."""
     return [math.inf if row.sustained is None else row.sustained for row in rows]
 
 
@@ -43,7 +43,7 @@ def shown(value: float) -> str:
 
 
 def quartiles(rows: list[Row]) -> str:
-    """Median (first to third quartile), and how many failed. Quartiles are steps that were seen."""
+    """Return the median (first to third quartile), and how many runs failed. Quartiles are steps of actual runs."""
     if not rows:
         return ""
     found = steps(rows)
@@ -61,13 +61,13 @@ def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
 
 
 def times_sooner(rows: list[Row], opponents: list[Row]) -> str:
-    """The opponents' median by that of the rows."""
+    """Return the opponents' median divided by the median of the rows."""
     if not rows or not opponents:
         return ""
-    mine, theirs = (float(np.median(steps(each))) for each in (rows, opponents))
-    if math.isinf(theirs) or math.isinf(mine):
-        return "–" if math.isinf(mine) else "∞"
-    return f"{theirs / mine:.2f}"
+    median, opponent = (float(np.median(steps(found))) for found in (rows, opponents))
+    if math.isinf(opponent) or math.isinf(median):
+        return "–" if math.isinf(median) else "∞"
+    return f"{opponent / median:.2f}"
 
 
 def cell(rows: list[Row]) -> str:
@@ -92,13 +92,13 @@ def mod97(names: list[str], rows: list[Row]) -> str:
     adamw, preset = (select(rows, evidence.finals(name, rows)) for name in ("adamw", evidence.PRESET))
     by_task = []
     for task in MOD97:
-        mine, theirs = ([row for row in each if row.task == task] for each in (preset, adamw))
-        by_task.append(times_sooner(mine, theirs))
+        ours, opponents = ([row for row in found if row.task == task] for found in (preset, adamw))
+        by_task.append(times_sooner(ours, opponents))
     return markdown(["", "lr, wd", *MOD97], [*lines, [f"adamw / {evidence.PRESET}", "", *by_task]])
 
 
 def untuned(rows: list[Row]) -> str:
-    """A tuned AdamW, and the preset as it comes."""
+    """Return the table of a tuned AdamW and of the preset with its own settings."""
     both = [
         ("AdamW, tuned", select(rows, evidence.finals("adamw", rows))),
         ("the preset, untuned", select(rows, evidence.untuned(evidence.PRESET))),
@@ -110,7 +110,7 @@ def untuned(rows: list[Row]) -> str:
 
 
 def both_of_pairs(rows: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:
-    """Of each architecture × task AdamW's rows, tuned, where that is done, and those of the preset as it comes."""
+    """Return for each architecture × task the rows of a tuned AdamW, if there are any, and of the untuned preset."""
     return {
         pair: (
             select(rows, evidence.pair_finals(pair, "adamw", rows)),
@@ -121,15 +121,15 @@ def both_of_pairs(rows: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:
 
 
 def ratio(preset: list[Row], adamw: list[Row]) -> float | None:
-    """The preset's median by AdamW's, or by AdamW's budget if that failed; None where there are no two medians."""
+    """Return the preset's median over AdamW's, or over AdamW's budget if that failed. None without two medians."""
     if not preset or not adamw:
         return None
-    ours, theirs = (float(np.median(steps(each))) for each in (preset, adamw))
-    return ours / min(theirs, adamw[0].budget)
+    ours, adamws = (float(np.median(steps(rows))) for rows in (preset, adamw))
+    return ours / min(adamws, adamw[0].budget)
 
 
 def pairs(rows: list[Row]) -> str:
-    """Architectures × tasks: AdamW tuned on each where that is done, and the preset as it comes on all."""
+    """Return the table of architectures × tasks: AdamW tuned on each, where that is done, and the untuned preset."""
     lines, ratios = list[list[str]](), list[float]()
     compared: tuple[list[Row], list[Row]] = ([], [])
     for pair, (adamw, preset) in both_of_pairs(rows).items():
@@ -155,7 +155,7 @@ Both = tuple[list[Row], list[Row]]  # AdamW's, and the preset's, on the same tas
 
 
 def summary(rows: list[Row]) -> str:
-    """The preset's medians by those of a tuned AdamW, over models and tasks whose runs are all done, and failures."""
+    """Return the preset's medians over a tuned AdamW's, and failures, for models and tasks whose runs are all done."""
     home = select(rows, evidence.finals("adamw", rows)), select(rows, evidence.untuned(evidence.PRESET))
     tasks_at_home = [[[row for row in found if row.task == task] for found in home] for task in evidence.LEARNT]
     sets = [("Grokfast's model, tasks mod 97", evidence.SEEDS, [(adamw, preset) for adamw, preset in tasks_at_home])]
@@ -174,7 +174,7 @@ def summary(rows: list[Row]) -> str:
 
 
 def _in_short(compared: list[Both]) -> list[str]:
-    """Best, median, worst and mean ratio, and how many runs of the preset and of AdamW failed."""
+    """Return the best, median, worst and mean ratio, and how many runs of the preset and of AdamW failed."""
     ratios = [found for adamw, preset in compared if (found := ratio(preset, adamw)) is not None]
     numbers = min(ratios), float(np.median(ratios)), max(ratios), math.exp(float(np.mean(np.log(ratios))))
     adamws, presets = ([x for found in each for x in steps(found)] for each in zip(*compared, strict=True))
@@ -183,7 +183,7 @@ def _in_short(compared: list[Both]) -> list[str]:
 
 
 def afterwards(names: list[str], rows: list[Row]) -> str:
-    """Of the same runs, on tasks that are learnt: training first, the time that a step takes, and what comes after."""
+    """Return, for the same runs on tasks that are learnt, when training is learnt, what comes after, and the time."""
     lines = []
     for name in names:
         found = [row for row in select(rows, evidence.finals(name, rows)) if row.task != "quad97"]
@@ -216,7 +216,7 @@ def afterwards(names: list[str], rows: list[Row]) -> str:
 
 
 def reach(names: list[str], rows: list[Row]) -> str:
-    """Over the grid of lr × wd, where all of it is done."""
+    """Return how often and when each method grokked over the grid of lr × wd, if all of the grid is done."""
     lines = []
     for name in names:
         asked = evidence.grid(name)
@@ -266,7 +266,7 @@ def variations(rows: list[Row]) -> str:
 
 
 def formats(rows: list[Row]) -> str:
-    """Steps until it is learnt, or of the best scores the median and the range."""
+    """Return the steps until each task is learnt, or the median and range of the best scores."""
 
     def entry(found: list[Row]) -> str:
         if not found or not math.isinf(tasks.load()[found[0].task].solved):
@@ -282,7 +282,7 @@ def formats(rows: list[Row]) -> str:
 
 
 def data(names: Iterable[str], rows: list[Row]) -> str:
-    """Of the best scores the median and the range; a loss is without the minus that makes it a score."""
+    """Return the median and range of the best scores; losses without the minus that makes them scores."""
     lines = []
     for task in names:
         opponents: list[float] = []
@@ -327,7 +327,7 @@ TABLES: dict[str, Table] = {
 
 
 def filled(text: str, rows: list[Row]) -> str:
-    """The page with each table that it has marks for, `<!-- name -->` and `<!-- /name -->`, made anew."""
+    """Return the page with its tables made anew, between the marks `<!-- name -->` and `<!-- /name -->`."""
     for name, table in TABLES.items():
         mark = f"<!-- {name} -->\n"
         pattern = re.compile(f"{re.escape(mark)}.*?<!-- /{re.escape(name)} -->", re.DOTALL)
@@ -336,7 +336,7 @@ def filled(text: str, rows: list[Row]) -> str:
 
 
 def main(rows: list[Row], out: Path) -> None:
-    """Pictures into `out`, and tables into the pages that have them."""
+    """Write pictures to `out`, and tables into the pages that have marks for them."""
     for page in PAGES:
         page.write_text(filled(page.read_text(), rows))
     finals = {name: found for name in MOD97_METHODS if (found := select(rows, evidence.finals(name, rows)))}

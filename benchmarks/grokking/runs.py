@@ -1,4 +1,4 @@
-"""Many runs: in parallel, one thread each, and into one CSV file, which is also what knows which are done."""
+"""Many runs in parallel, one thread each. Their rows go into one CSV file, which also tells which runs are done."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ CSV = ROOT / "benchmarks" / "results" / "grokking.csv"
 
 
 News: TypeAlias = "tuple[Run, int, str]"  # steps taken, and what to show
-news: Queue[News]  # a worker's, to its parent
+news: Queue[News]  # from a worker to its parent
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is asked for. Two runs that are equal would give the same steps."""
+    """The settings of a run. Runs with equal settings take the same steps."""
 
     task: str
     method: str
     seed: int
     lr: float
     weight_decay: float
-    options: str = "{}"  # JSON, what differs from the method's own
+    options: str = "{}"  # JSON: options that differ from the method's own
     budget: int = 3000  # steps
     afterwards: int = 0  # steps after the task is learnt
 
@@ -79,7 +79,7 @@ class Run:
         budget: int | None = None,
         afterwards: int = 0,
     ) -> Run:
-        """None is what the task, or the method, says."""
+        """Return a run. None stands for the task's or the method's own setting."""
         t, m = tasks.load()[task], methods.load()[method]
         for name in {"lr", "weight_decay"} & set(options or {}):
             raise ValueError(f"{name} is not one of the options, which differ from a method's own: give it by itself")
@@ -97,14 +97,14 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its optimizer is constructed with, where that differs from the method's own."""
+        """The arguments of its optimizer that differ from the method's own."""
         options = {name: value for name, value in json.loads(self.options).items() if name != "clip"}
         betas = tasks.load()[self.task].betas
         return {"betas": betas, "lr": self.lr, "weight_decay": self.weight_decay, **options}
 
     @property
     def clip(self) -> float:
-        """The norm that the loop clips to; 0 is off."""
+        """The norm that the training loop clips to; 0 for no clipping."""
         clip: float = json.loads(self.options).get("clip", methods.load()[self.method].clip)
         return clip or tasks.load()[self.task].clip
 
@@ -114,7 +114,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row(Run):
-    """And what came of it. Steps are those of the first of six good evaluations in a row; None is never."""
+    """A run and its results. Steps are those of the first of six good evaluations in a row; None means never."""
 
     train: int | None = None  # training score
     first: int | None = None  # the first good evaluation, which may not last
@@ -137,12 +137,12 @@ class Row(Run):
 
 
 def execute(asked: Run, on_evaluation: Callable[[Curve], None] = lambda curve: None) -> tuple[Row, Curve]:
-    """In this process."""
+    """Execute a run in this process."""
     task = tasks.load()[asked.task]
     version = commit()  # of the code that is loaded now
     start = time.process_time()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "layer")  # a low β1 is meant
+        warnings.filterwarnings("ignore", "layer")  # a low β1 is intended
         how: dict[str, Any] = {"clip": asked.clip, "on_evaluation": on_evaluation}
         curve = run(task, asked.optimizer, asked.seed, asked.budget, asked.afterwards, **how)
     minutes = (time.process_time() - start) / 60
@@ -150,7 +150,7 @@ def execute(asked: Run, on_evaluation: Callable[[Curve], None] = lambda curve: N
 
 
 def row_of(asked: Run, curve: Curve, minutes: float, version: str, machine: str, timed: bool = True) -> Row:
-    """Return what came of a run."""
+    """Return the row of a run that has ended."""
     best = curve.best(curve.report)
     train, first, sustained = curve.sustained(curve.train), curve.first(curve.report), curve.sustained(curve.report)
 
@@ -178,7 +178,7 @@ def row_of(asked: Run, curve: Curve, minutes: float, version: str, machine: str,
 
 @cache
 def commit() -> str:
-    """Of this checkout, with a + where the package or the bench has been changed since; empty outside of git."""
+    """Return the checkout's commit, with a + if the package or the bench has changed since; empty outside of git."""
 
     def git(*arguments: str) -> str:
         try:
@@ -191,7 +191,7 @@ def commit() -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The file's rows, none if there is no file."""
+    """Return the file's rows, none if there is no file."""
     if not path.exists():
         return []
     kinds: dict[str, Callable[[str], Any]] = {f.name: KINDS[str(f.type)] for f in fields(Row)}
@@ -202,7 +202,7 @@ def read(path: Path) -> list[Row]:
 
 
 def whole_lines(path: Path) -> str:
-    """Without a last one that was cut off as it was written."""
+    """Return the file's text without a last line that was cut off while it was written."""
     text = path.read_text()
     return text[: text.rfind("\n") + 1]
 
@@ -217,7 +217,7 @@ KINDS: dict[str, Callable[[str], Any]] = {
 
 
 def append(path: Path, row: Row) -> None:
-    """On disk when this returns, so that an end of the process at any time costs the runs under way and no more."""
+    """Write a row to disk before returning, so that a process that is killed loses only the runs under way."""
     whole = len(whole_lines(path).encode()) if path.exists() else 0
     with path.open("r+" if whole else "w", newline="") as file:
         file.truncate(whole)
@@ -231,15 +231,15 @@ def append(path: Path, row: Row) -> None:
 
 
 def execute_all(asked: Iterable[Run], path: Path, jobs: int | None, console: Console) -> dict[Run, Curve]:
-    """`jobs` at a time (None: one a core). Each has its row in the file when it ends.
+    """Execute runs, `jobs` at a time (None: one a core). Each run's row is in the file when it ends.
 
     Raises:
-        Exception: the first that a run raised, with that run in its notes, when the others have come to their end.
+        Exception: the first one that a run raised, with that run in its notes, after all other runs have ended.
     """
     todo = list(dict.fromkeys(asked))
     curves: dict[Run, Curve] = {}
     failure: BaseException | None = None
-    # processes are spawned, as a forked one has none of torch's threads
+    # spawn processes, as a forked one has none of torch's threads
     context = multiprocessing.get_context("spawn")
     told: Queue[News] = context.Queue()
     workers = ProcessPoolExecutor(jobs or os.cpu_count(), context, begin, (told,))
@@ -252,7 +252,7 @@ def execute_all(asked: Iterable[Run], path: Path, jobs: int | None, console: Con
             while not told.empty():
                 each, step, shown = told.get()
                 if each not in futures.values():
-                    continue  # it has ended, and its news come late
+                    continue  # the run has ended, and its news comes late
                 if each not in bars:
                     title = f"{each.task} {each.method}, seed {each.seed}"
                     bars[each] = progress.add_task(title, total=each.budget, shown="")
@@ -274,7 +274,7 @@ def execute_all(asked: Iterable[Run], path: Path, jobs: int | None, console: Con
 
 
 def begin(told: Queue[News]) -> None:
-    """In each worker: one thread. Ctrl-C ends it, and not just the run that it is at; so does its parent's end."""
+    """Prepare a worker: one thread; Ctrl-C ends the worker and not just its run, and so does the end of its parent."""
     global news
     news = told
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -290,10 +290,10 @@ def begin(told: Queue[News]) -> None:
 
 
 def work(asked: Run) -> tuple[Row, Curve]:
-    """In a process of its own."""
+    """Execute a run in a worker, and tell the parent of its progress."""
 
     def tell(curve: Curve) -> None:
         news.put((asked, curve.steps[-1], f"train {curve.train[-1]:5.2f}  report {curve.report[-1]:5.2f}"))
 
-    news.put((asked, 0, "starting"))  # so that it has a bar before its first evaluation, which may take minutes
+    news.put((asked, 0, "starting"))  # shows a bar before the first evaluation, which may take minutes
     return execute(asked, tell)

@@ -1,4 +1,6 @@
-"""The backends: the stages norm, and slow_grad to limit_rows, the same mathematics in several files.
+"""The backends compute the stages norm, and slow_grad to limit_rows: the same mathematics in several files.
+
+A backend is two functions:
 
     sum_of_squares(tensors) -> 0-d float64 tensor
     step(Batch, Scalars) -> None
@@ -20,24 +22,24 @@ from .types import Batch, Choice, MicroStep, Scalars
 __all__ = ["BY_ADDRESS", "FUSED_ON", "LIMITS_ROWS", "Batch", "Choice", "MicroStep", "Scalars", "choose"]
 __all__ += ["fastest_sum_of_squares", "is_fused_on", "keep", "row_width", "rows", "sum_of_squares"]
 
-BY_ADDRESS = (cpu, blocks, gpu)  # those for which memory must not overlap
-LIMITS_ROWS = (cpu, gpu, decoded)  # those that limit rows themselves
+BY_ADDRESS = (cpu, blocks, gpu)  # backends whose tensors must not share memory
+LIMITS_ROWS = (cpu, gpu, decoded)  # backends that limit rows themselves
 _LAUNCH = "one Triton launch for all tensors of a kind"
-FUSED_ON = ["cpu", "cuda"]  # where there are backends that do all in one pass
+FUSED_ON = ["cpu", "cuda"]  # device types with a backend that does everything in one pass
 
 
 def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: bool = False) -> Choice:
     """Return the backend for one parameter, under the options of its group.
 
-    Autograd and torch.func's transforms pass through `reference` alone: its results are new tensors. foreach=False gets
-    it too, a loop over tensors as in torch's optimizers: it needs the least memory. `foreach` takes every other tensor
-    on every device; on a GPU and the CPU there are faster ones for what they can take.
+    Only `reference` supports autograd and torch.func's transforms, because its results are new tensors. foreach=False
+    chooses it, too: a loop over tensors, as in torch's optimizers, needs the least memory. `foreach` takes any other
+    tensor on any device. GPUs and the CPU have faster backends for the tensors that these can take.
 
     Args:
-        row: the parameter, its gradient, m, v and, where there is one, μ; plain and real.
+        row: the parameter, its gradient, m, v and, if it has one, μ; plain and real.
         step: its step count.
         options: of its group.
-        coded: whether its state is not kept as the numbers that a step computes with, or the parameter itself is not.
+        coded: whether the parameter or its state is kept in another form than a step computes with.
     """
     if any(map(torch._C._functorch.is_functorch_wrapped_tensor, row)):
         return Choice(reference, "torch.func transforms it, and has no rules for lists")
@@ -61,7 +63,7 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: 
 
 
 def _chosen_for_codes(row: Sequence[Tensor], step: Tensor) -> Choice:
-    """Return the backend for a parameter that is kept in fewer bits, or whose state is."""
+    """Return the backend for a parameter if it or its state is kept in fewer bits."""
     reason: str | None
     if gpu.is_for(row[0].device):
         choice, reason = Choice(gpu, _LAUNCH), gpu.why_not(row, step, True)
@@ -79,7 +81,7 @@ def _chosen_for_codes(row: Sequence[Tensor], step: Tensor) -> Choice:
 
 
 def asked_for(options: dict[str, Any]) -> Choice | None:
-    """Return the backend that the options themselves choose; None where they leave it to be found."""
+    """Return the backend that the options ask for, or None if they leave the choice open."""
     if options["differentiable"]:
         return Choice(reference, "differentiable=True")
     if options["foreach"] is not None:
@@ -88,25 +90,25 @@ def asked_for(options: dict[str, Any]) -> Choice | None:
 
 
 def is_fused_on(device: torch.device) -> bool:
-    """Return True if fused=True is for parameters there: AMD's GPUs are of type cuda, too."""
+    """Return True if fused=True is allowed for parameters on this device. AMD's GPUs are of type cuda, too."""
     return device.type in FUSED_ON
 
 
 def row_width(choice: Choice, param: Tensor, coded: bool = False) -> int:
-    """Return the elements of a row of a parameter, where that backend limits its rows; otherwise 0."""
+    """Return the elements in a row of the parameter if the chosen backend limits its rows, otherwise 0."""
     width: int = choice.module.row_width(param, coded) if choice.module in LIMITS_ROWS else 0
     return width
 
 
 def keep(batch: Batch) -> Batch:
-    """Return the batch with what its backend can use again for as long as no tensor moves."""
+    """Return the batch with the data that its backend can reuse until a parameter or state moves."""
     if batch.choice.module not in (cpu, gpu):
         return batch
     return batch._replace(addresses=batch.choice.module.keep(batch))
 
 
 def sum_of_squares(options: dict[str, Any], compiling: bool) -> Callable[[Sequence[Tensor]], Tensor]:
-    """Return the function for a list of tensors on one device, as `choose` chooses under the optimizer's options."""
+    """Return the function that sums squares of tensors on one device, chosen by the options as in `choose`."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return reference.sum_of_squares
     if asked := asked_for(options):
@@ -118,7 +120,7 @@ def sum_of_squares(options: dict[str, Any], compiling: bool) -> Callable[[Sequen
 
 
 def fastest_sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Return Σ g² of a list of tensors on one device, wherever that is."""
+    """Return Σ g² of a list of tensors on one device, by the fastest backend for it."""
     if gpu.is_for(tensors[0].device) and gpu.can_sum(tensors):
         return gpu.sum_of_squares(tensors)
     return cpu.sum_of_squares(tensors) if tensors[0].is_cpu else foreach.sum_of_squares(tensors)

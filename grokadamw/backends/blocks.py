@@ -1,7 +1,7 @@
-"""The update on the CPU without a compiler: blocks that a cache holds, with torch's fused AdamW for exp_avg to update.
+"""The update on the CPU without a compiler: blocks that fit into the cache; torch's fused AdamW does exp_avg to update.
 
 A block is read from memory once and written once, although several operations work on it. torch._fused_adamw_ is a
-private name of torch's: `why_not` tells where it is missing, or has no such rule.
+private function: `why_not` says when torch lacks it, and when it cannot do what the options ask.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .types import Batch, Scalars, written
 
 __all__ = ["step", "sum_of_squares", "why_not"]
 
-_BLOCK = 1 << 17  # elements: with five operands and scratch 3 MiB of float32
-_SMALL = 1 << 12  # elements of a tensor for which calls cost more than memory: foreach has fewer
+_BLOCK = 1 << 17  # elements; five operands and scratch take 3 MiB of float32
+_SMALL = 1 << 12  # elements; for smaller tensors calls cost more than memory, and foreach makes fewer calls
 
 
 def why_not(row: Sequence[Tensor], raw_second_moment: bool, eps_before_correction: bool) -> str | None:
-    """Return why a parameter that `memory.why_not` has cleared cannot be taken; None where it can."""
+    """Return why this backend cannot take a parameter that `memory.why_not` has cleared, or None if it can."""
     if not hasattr(torch, "_fused_adamw_"):
         return "this torch has no fused AdamW"
     if raw_second_moment or eps_before_correction:
@@ -35,7 +35,7 @@ def why_not(row: Sequence[Tensor], raw_second_moment: bool, eps_before_correctio
 
 
 class _Block(NamedTuple):
-    """Flat pieces of tensors with one β1, of at most _BLOCK elements together, and the step counts of those tensors."""
+    """Flat pieces of tensors that share one β1, at most _BLOCK elements in all, with the step counts of the tensors."""
 
     beta1: float
     params: list[Tensor]
@@ -73,7 +73,7 @@ def step(batch: Batch, scalars: Scalars) -> None:
             amsgrad=False,
             maximize=False,
         )
-    for column in written(batch):  # the fused AdamW does not
+    for column in written(batch):  # the fused AdamW does not do this itself
         torch.autograd.graph.increment_version(column)
 
 
@@ -93,7 +93,7 @@ def _blocks(batch: Batch, beta1: Sequence[float]) -> Iterator[_Block]:
                 if size:
                     yield block
                 block, size = _Block(beta1[i], [], [], [], [], [], []), 0
-            for column, piece in zip(block[1:6], pieces, strict=False):  # without μ, one piece less
+            for column, piece in zip(block[1:6], pieces, strict=False):  # without μ there is one piece fewer
                 column.append(piece)
             block.steps.append(count)
             size += pieces[0].numel()
@@ -102,5 +102,5 @@ def _blocks(batch: Batch, beta1: Sequence[float]) -> Iterator[_Block]:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """Return the elements in the order that they lie in."""
+    """Return the elements as a vector, in memory order."""
     return tensor.detach().as_strided((tensor.numel(),), (1,))

@@ -1,9 +1,7 @@
-"""The sum of squares, and the step from slow_grad to limit_rows: on the CPU, each in one pass through memory.
+"""The native CPU backend: the sum of squares, and slow_grad to limit_rows, each in one pass through memory.
 
-A C kernel gets arrays of addresses.
-
-`cpu_kernel.c` is compiled when the package is installed, for several instruction sets. It takes tensors that lie in
-memory without gaps, all of a kind: `memory.why_not` tells.
+It passes arrays of addresses to a C kernel. `cpu_kernel.c` is compiled for several instruction sets when the package is
+installed. It takes tensors of one kind that lie in memory without gaps; `memory.why_not` says which do.
 """
 
 from __future__ import annotations
@@ -25,19 +23,19 @@ from .memory import DTYPES, addresses, ends_of, where
 from .rows import SHORT
 from .types import Addresses, Batch, Coded, Scalars, limited_widths, written
 
-_PROCESS = os.getpid()  # a later fork of it has none of OpenMP's threads, and would wait for them forever
-_ALONE = 1 << 17  # elements for which another thread is not worth its start
+_PROCESS = os.getpid()  # a process forked later has none of OpenMP's threads, and would wait for them forever
+_ALONE = 1 << 17  # elements; for no more than these, another thread is not worth its start
 
 
 def _threads(elements: int) -> tuple[int, int | None]:
-    """Return how many threads to use, and the function that runs them; None for threads of the kernel's own."""
+    """Return how many threads to use, and the function that runs them (None: the kernel starts its own threads)."""
     threads = torch.get_num_threads() if elements > _ALONE else 1
     return threads, _openmp() if os.getpid() == _PROCESS else None
 
 
 @cache
 def _openmp() -> int | None:
-    """Return the address of GOMP_parallel in the OpenMP that torch has loaded, if it has."""
+    """Return the address of GOMP_parallel if torch has loaded an OpenMP with that function, otherwise None."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
     except (AttributeError, OSError, TypeError):
@@ -47,7 +45,7 @@ def _openmp() -> int | None:
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Return Σ g² over all elements of CPU tensors, squared and summed in float64, in fixed order, as a 0-d tensor.
 
-    What the kernel cannot take is left to `foreach`.
+    `foreach` sums the tensors that the kernel cannot take.
     """
     lists: dict[torch.dtype | None, list[Tensor]] = {}
     for x in tensors:
@@ -60,17 +58,17 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def flat(tensors: Sequence[Tensor]) -> Callable[[bytes], float] | None:
-    """Return a function from the addresses of such tensors to their Σ g²; None where the kernel needs several sums."""
-    found = native.kernel()
-    if isinstance(found, str) or len({x.dtype for x in tensors}) != 1 or not all(map(_can_be_summed, tensors)):
+    """Return a function from the tensors' addresses to their Σ g², or None if one kernel call cannot sum them."""
+    kernel = native.kernel()
+    if isinstance(kernel, str) or len({x.dtype for x in tensors}) != 1 or not all(map(_can_be_summed, tensors)):
         return None
     ends, dtype, count = ends_of(tensors), DTYPES.index(tensors[0].dtype), len(tensors)
     (elements,) = struct.unpack("q", ends[-8:])
-    sums = (ctypes.c_double * -(-elements // found.piece))()
+    sums = (ctypes.c_double * -(-elements // kernel.piece))()
 
     def squares(at: bytes) -> float:
         table = native.Table(count=count, ends=ends, grads=at, grad=dtype)
-        return found.sum_of_squares(table, sums, *_threads(elements))
+        return kernel.sum_of_squares(table, sums, *_threads(elements))
 
     return squares
 
@@ -80,17 +78,17 @@ def _can_be_summed(x: Tensor) -> bool:
 
 
 def row_width(param: Tensor, coded: bool = False) -> int:
-    """Return the elements of a row of a parameter that `why_not` has cleared; 0 if `step` cannot limit its rows."""
+    """Return the elements in a row of a parameter that `why_not` has cleared; 0 if `step` cannot limit its rows."""
     found = native.kernel()
     return 0 if isinstance(found, str) else memory.row_width(param, found.row_bytes // (4 if coded else param.itemsize))
 
 
-# those of the table's numbers that a step may change, from `beta2` on
+# the numbers of the table that may change from step to step: all from `beta2` on
 _SCALARS, _FIRST = struct.Struct("=11dq4i"), native.Table.beta2.offset
 
 
 def keep(batch: Batch) -> Addresses:
-    """Return the addresses of a batch with a table for the kernel, which serves as long as none of them changes."""
+    """Return the addresses of a batch with the kernel's table, which can be reused until a parameter or state moves."""
     at = where(batch)
     count, (elements,) = len(batch.params), struct.unpack("q", at.ends[-8:])
     columns = dict(zip(at._fields[:7], at, strict=False))
@@ -98,14 +96,14 @@ def keep(batch: Batch) -> Addresses:
         DTYPES.index(torch.float32 if column[0].dtype == torch.int8 else column[0].dtype) for column in batch[:3]
     )
     table = native.Table(count=count, **columns, param=param, grad=grad, state=state)
-    table.elements, table.betas, table.limits = elements, (), False  # what Python alone needs to know
+    table.elements, table.betas, table.limits = elements, (), False  # only Python reads these
     if batch.coded is not None:
         _add_codes(table, batch, batch.coded)
     return at._replace(table=table)
 
 
 def _add_codes(table: Any, batch: Batch, coded: Coded) -> None:
-    """Tell the kernel how state and parameters are kept."""
+    """Tell the kernel how state and parameters are coded."""
     table.coded, table.rounds, table.low_bits = 1, coded.rounds, 8 * coded.lows[0].itemsize if coded.lows else 0
     table.state = DTYPES.index(torch.float32)
     for i, (column, scales) in enumerate(zip(batch[2:5], coded[:3], strict=True)):
@@ -122,9 +120,9 @@ def _add_codes(table: Any, batch: Batch, coded: Coded) -> None:
 
 def step(batch: Batch, scalars: Scalars) -> None:
     """Do slow_grad to limit_rows in place, for tensors that `why_not` and `share_memory` have cleared."""
-    found, n = native.kernel(), scalars
-    if isinstance(found, str):
-        raise RuntimeError(found)
+    kernel, n = native.kernel(), scalars
+    if isinstance(kernel, str):
+        raise RuntimeError(kernel)
     if n.finite is not None and not n.finite:
         if n.micro_step.of == 1:
             return
@@ -147,6 +145,6 @@ def step(batch: Batch, scalars: Scalars) -> None:
     )
     if batch.coded is not None:
         table.nth = n.micro_step.nth
-    # torch's own operations say so themselves
+    # torch's own operations do this themselves
     torch.autograd.graph.increment_version(chain.from_iterable(written(batch, moves)))
-    found.step(table, *_threads(table.elements))
+    kernel.step(table, *_threads(table.elements))

@@ -1,7 +1,7 @@
-"""Steps of tensors that are kept in fewer bits than a step computes with, on any device: decode, step, encode.
+"""The step for tensors kept in fewer bits than a step computes with, on any device: decode, step, encode.
 
-Some rows at a time become float32, take the step of `foreach`, and go back. That is slow: the kernels do the same in
-one pass through memory, where they can take a tensor.
+Some rows at a time are decoded to float32, updated by `foreach`, and encoded again. That is slow. The kernels of `cpu`
+and `gpu` do the same in one pass through memory, for the tensors that they can take.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PIECE = 1 << 18  # elements at a time
 
 
 def row_width(param: Tensor, coded: bool = False) -> int:
-    """Return the elements of a row: all are limited here."""
+    """Return the elements in a row, or 0 if there are no rows: this backend limits all of them."""
     return width_of(param) if param.dim() > 1 else 0
 
 
@@ -37,7 +37,7 @@ def step(batch: Batch, scalars: Scalars) -> None:
         numbers = n._replace(beta1=n.beta1[i : i + 1], bias_beta1=n.bias_beta1[i : i + 1])
         draw = count.to(torch.int64) * n.micro_step.of + n.micro_step.nth
         size, width, t = len(kept[0]), kept[0].numel() // max(1, len(kept[0])), count.clone()
-        # ranks that have parts of rows add up the norms of all rows at once
+        # ranks that hold parts of rows add up the norms of all rows at once
         few = max(1, size if is_cut else _PIECE // max(1, width))
         for start in range(0, max(1, size), few):
             some: list[Any] = [None if x is None else x[start : start + few] for x in kept]
@@ -49,7 +49,7 @@ def step(batch: Batch, scalars: Scalars) -> None:
 
 
 def _in_rows(x: Tensor, param: Tensor) -> Tensor:
-    """Return what belongs to a parameter as (rows, width), in the order that the parameter lies in."""
+    """Return a tensor that belongs to a parameter as (rows, width), in the parameter's memory order."""
     if x.shape != param.shape:  # scales
         return formats.of_rows(x, as_rows(param))
     alike = x.stride() == param.stride() or (x.is_contiguous() and param.is_contiguous())
@@ -59,7 +59,7 @@ def _in_rows(x: Tensor, param: Tensor) -> Tensor:
 def _step(
     kept: list[Any], t: Tensor, n: Scalars, dither: Callable[[str], Tensor], batch: Batch, is_matrix: bool
 ) -> None:
-    """Take the step of some rows: of a parameter, its gradient, its states, their scales, and its low bits."""
+    """Step some rows. `kept` are those of a parameter, its gradient, its states, their scales, and its low bits."""
     assert batch.coded is not None
     param, grad, low = kept[0], kept[1], kept[8]
     theta = param if param.dtype == torch.float32 else formats.full(param, low)
@@ -90,5 +90,5 @@ def _step(
 
 
 def _store(old: Tensor, new: Any, finite: Tensor | None) -> None:
-    """Write a value, unless it comes of gradients that are not finite."""
+    """Write a value, unless it was computed from gradients that are not finite."""
     old.copy_(new if finite is None else torch.where(finite, new, old))

@@ -1,10 +1,10 @@
 """The stages norm, and slow_grad to update, with torch._foreach_*: a few launches for a whole list, on any device.
 
 Same functions and results as `reference`, to rounding. Numbers that differ from tensor to tensor (β1_l, the bias
-corrections) go in as lists of scalars, so layers cost no launches. Where reading a number would make the host wait for
-its device it stays a 0-d tensor there, and a step that must not be written moves everything by 0. That has its price:
-t is then known to the device alone, and takes two launches a tensor, as in torch's capturable AdamW, and what is not
-finite is held back by two more.
+corrections) are passed as lists of scalars, so layers cost no launches. If reading a number would make the host wait
+for the device, it stays a 0-d tensor there, and a step that must not be written moves everything by 0. This has its
+price: t is then known to the device alone and takes two launches a tensor, as in torch's capturable AdamW, and holding
+back what is not finite takes two more.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ..state import window
 from .types import Batch, Scalars
 
 _TensorList: TypeAlias = tuple[Tensor, ...] | list[Tensor]
-_BLOCK = 1 << 18  # elements at a time on the CPU: 2 MiB of float64, which a cache holds
+_BLOCK = 1 << 18  # elements at a time on the CPU: 2 MiB of float64, which fit into the cache
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Σ g² over all elements of tensors on one device, squared and summed in float64, in fixed order: a 0-d tensor."""
+    """Return Σ g² over all elements of tensors on one device, squared and summed in float64, in fixed order, as 0-d."""
     dtype = accumulator(tensors[0].device)
     small, large = list(tensors), []
     if tensors[0].is_cpu:
-        # torch's norm would make a whole large tensor float64 first, in memory that no cache holds
+        # torch's norm would first convert a whole large tensor to float64, which does not fit into the cache
         small, large = ([x for x in tensors if (x.numel() > _BLOCK) is is_large] for is_large in (False, True))
     blocks = [block for x in large for block in torch.split(x.reshape(-1), _BLOCK)]
     sums = [block.to(dtype).square().sum() for block in blocks]
@@ -51,7 +51,7 @@ def step(batch: Batch, scalars: Scalars) -> None:
 
 
 def _parts(params: list[Tensor]) -> list[slice]:
-    """Return the list in parts for a call each: one, but on the CPU, where a long list only leaves the cache."""
+    """Return a slice of the list for each call: one, but on the CPU several, as a long list would leave the cache."""
     if not params[0].is_cpu or torch.compiler.is_compiling():
         return [slice(None)]
     parts = []
@@ -89,18 +89,18 @@ def _step(batch: Batch, n: Scalars) -> None:
     _average_(m, g_hat, [1 - beta1 for beta1 in n.beta1], active)  # exp_avg
     squared = g if n.raw_second_moment else g_hat
     _average_(v, torch._foreach_mul(squared, squared), 1 - n.beta2, active)  # exp_avg_sq
-    del g, g_hat, squared  # their memory serves the update
+    del g, g_hat, squared  # so that the update can use their memory
     _move_(batch, n, t, root, correction, active)
 
 
 def _collect_(batch: Batch, n: Scalars, t: list[Any]) -> None:
-    """Do the stages slow_grad to exp_avg_sq of a micro-batch, which the averages collect where they lie."""
+    """Do the stages slow_grad to exp_avg_sq for a micro-batch, adding it to the averages in place."""
     m, v, mu, dtype = batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas, batch.exp_avgs[0].dtype
     k, decays, moves, _ = n.micro_step
     g: _TensorList = [grad.to(dtype) for grad in batch.grads]
     factor = (-1.0 if n.maximize else 1.0) / k
     if n.finite is not None:
-        g = [torch.where(n.finite, x, 0) for x in _mul(g, n.clip)]  # after c, which is NaN where they are
+        g = [torch.where(n.finite, x, 0) for x in _mul(g, n.clip)]  # after c, which is NaN if a gradient is
     elif isinstance(n.clip, Tensor):
         g = _mul(g, n.clip)
     else:
@@ -112,7 +112,7 @@ def _collect_(batch: Batch, n: Scalars, t: list[Any]) -> None:
             torch._foreach_mul_(mu, n.alpha.to(dtype) if isinstance(n.alpha, Tensor) else n.alpha)
     if mu is not None:
         _add_(mu, g, (1 - n.alpha) * factor)  # slow_grad
-    for beta1 in dict.fromkeys(n.beta1):  # the layers, each of which has several tensors
+    for beta1 in dict.fromkeys(n.beta1):  # one call a layer, which may have several tensors
         places = [i for i, other in enumerate(n.beta1) if other == beta1]
         first = [m[i] for i in places]
         _add_(first, [g[i] for i in places], (1 - beta1) * factor)  # exp_avg
@@ -134,7 +134,7 @@ def _add_(averages: list[Tensor], values: _TensorList, weight: Number) -> None:
 
 
 def _move_(batch: Batch, n: Scalars, t: list[Any], root: list[Any], correction: list[Any], active: Number) -> None:
-    """Move the parameters."""
+    """Do the stage update: move the parameters."""
     m, v, dtype = batch.exp_avgs, batch.exp_avg_sqs, batch.exp_avgs[0].dtype
     theta = [param.to(dtype) for param in batch.params]
     denominator = torch._foreach_sqrt(v)
@@ -161,7 +161,7 @@ def _move_(batch: Batch, n: Scalars, t: list[Any], root: list[Any], correction: 
 
 
 def average(batch: Batch, n: Scalars) -> None:
-    """Set μ to the mean of each window, for every backend: the other stages then have α = 1."""
+    """Set μ to the mean of each window, for every backend. The other stages then run with α = 1."""
     assert batch.grok_emas is not None
     g: _TensorList = [grad.to(batch.exp_avgs[0].dtype) for grad in batch.grads]
     if n.maximize or not isinstance(n.clip, float) or n.clip != 1:
@@ -170,7 +170,7 @@ def average(batch: Batch, n: Scalars) -> None:
 
 
 def _next(steps: list[Tensor], active: Number) -> list[Any]:
-    """Each tensor's t of this step: Python numbers where reading is free, else 0-d float64 tensors."""
+    """Return each tensor's t at this step: Python numbers if reading them is free, else 0-d float64 tensors."""
     if not torch.compiler.is_compiling() and reads_are_free(steps[0].device) and isinstance(active, float):
         return [count.item() + 1 for count in steps]
     return list((torch.stack(steps).to(accumulator(steps[0].device)) + 1).unbind())
@@ -181,26 +181,26 @@ def _advance(steps: list[Tensor], active: Number) -> None:
     if isinstance(active, Tensor):
         torch._foreach_add_(steps, [active.to(steps[0].dtype)] * len(steps))
     else:
-        # on the CPU a Python 1 would be wrapped into a tensor anew for every count
+        # on the CPU torch would wrap a Python 1 into a new tensor for every count
         one: Any = torch.tensor(1.0, device="cpu") if steps[0].is_cpu else 1
         torch._foreach_add_(steps, one)
 
 
 def _corrections(t: list[Any], n: Scalars) -> tuple[list[Any], list[Any]]:
-    """√(1 − β2^t) and 1 − β1^t of each tensor, numbers as t is."""
+    """Return √(1 − β2^t) and 1 − β1^t of each tensor, as Python numbers or tensors like t."""
     if not isinstance(t[0], Tensor):
         return [(1 - n.beta2**x) ** 0.5 for x in t], [1 - beta1**x for beta1, x in zip(n.bias_beta1, t, strict=True)]
     root = list((1 - n.beta2 ** torch.stack(t)).sqrt().unbind())
-    if torch.compiler.is_compiling():  # the compiler makes one launch of these; the logarithm it would compile in
+    if torch.compiler.is_compiling():  # fused into one launch; a logarithm would become a constant
         return root, [1 - beta1**x for beta1, x in zip(n.bias_beta1, t, strict=True)]
-    # on the device for all tensors at once; β^t as exp(t log β), as a list of β would have to be sent there
+    # for all tensors at once; exp(t log β), as β^t would need a list of β sent to the device
     logs = [math.log(beta1) if beta1 else -math.inf for beta1 in n.bias_beta1]
     correction = -torch.stack(torch._foreach_mul(t, logs)).expm1()
     return root, list(correction.unbind())
 
 
 def _amplified(g: _TensorList, mu: list[Tensor], t: list[Any], n: Scalars) -> _TensorList:
-    """Return, in memory of its own, c g + λ μ, with λ only once t > amplify_after."""
+    """Return c g + λ μ in new tensors, with λ = 0 until t > amplify_after."""
     if n.amplify_after == 0:
         return torch._foreach_add(g, mu, alpha=n.lamb)
     late = [count > n.amplify_after for count in t]
@@ -210,14 +210,14 @@ def _amplified(g: _TensorList, mu: list[Tensor], t: list[Any], n: Scalars) -> _T
 
 
 def _mul(tensors: _TensorList, factor: Number) -> _TensorList:
-    """factor · tensors, in memory of its own."""
+    """Return factor · tensors in new tensors."""
     if isinstance(factor, Tensor):
         return torch._foreach_mul(tensors, factor.to(tensors[0].dtype))
     return torch._foreach_mul(tensors, factor)
 
 
 def _average_(averages: list[Tensor], values: _TensorList, weight: Number | list[float], active: Number) -> None:
-    """averages ← (1 − weight) · averages + weight · values, in the fewest passes that the kinds of number allow."""
+    """Set averages to (1 − weight) · averages + weight · values, in the fewest passes that the numbers allow."""
     if isinstance(weight, list) and not torch.compiler.is_compiling() and len(set(weight)) == 1:
         weight = weight[0]
     if isinstance(weight, list):

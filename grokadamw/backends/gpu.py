@@ -1,9 +1,8 @@
-"""The stages norm, clip, and slow_grad to limit_rows on a GPU, for any number of tensors in a launch each.
+"""The stages norm, clip, and slow_grad to limit_rows on a GPU, each in one launch for any number of tensors.
 
-The kernels of gpu_kernels.py find tensors and numbers in tables that lie on the device. A table is sent there when its
-content is another than before, from pinned memory and without waiting; so a step whose addresses and numbers are those
-of the last one sends nothing. What changes on the device alone (a loss scale, a filter memory α computed there) is read
-there by its address.
+The kernels of gpu_kernels.py find tensors and numbers in tables on the device. A table is sent there only when its
+content has changed, from pinned memory and without waiting, so a step with the addresses and numbers of the last one
+sends nothing. Kernels read numbers that only the device knows (a loss scale, an α computed there) by their addresses.
 """
 
 from __future__ import annotations
@@ -35,26 +34,26 @@ from .gpu_tables import (
 from .memory import DTYPES, addresses, where
 from .types import Addresses, Batch, Coded, Scalars, written
 
-_DEVICE_TYPE = "cuda"  # that is AMD's GPUs, too
+_DEVICE_TYPE = "cuda"  # AMD's GPUs, too
 
 
 @cache
 def kernels() -> Any:
-    """The module of the kernels; or, in words, why there is none."""
+    """Return the module of the kernels, or a sentence that says why there is none."""
     try:
         from . import gpu_kernels
-    except Exception as error:  # one that does not fit raises what it likes
+    except Exception as error:  # a Triton that does not fit may raise anything
         return f"Triton cannot be imported: {error}"
     return gpu_kernels
 
 
 @cache
 def _why_not_here(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device of their type; None where they can."""
-    found = kernels()
-    if isinstance(found, str):
-        return found
-    interpreted = type(found.update).__name__ == "InterpretedFunction"
+    """Return why the kernels cannot run on this device, or None if they can."""
+    module = kernels()
+    if isinstance(module, str):
+        return module
+    interpreted = type(module.update).__name__ == "InterpretedFunction"
     if interpreted != (device.type == "cpu"):
         return "TRITON_INTERPRET is set, and Triton's interpreter runs on the CPU alone"
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (7, 5):
@@ -64,36 +63,36 @@ def _why_not_here(device: torch.device) -> str | None:
 
 @cache
 def _why_not_for_codes(device: torch.device) -> str | None:
-    """The same of the kernel for what is kept in fewer bits."""
+    """Return why the kernel for tensors kept in fewer bits cannot run on this device, or None if it can."""
     return _why_not_here(device) or _why_not_tried(device, torch.bfloat16)
 
 
 def _why_not_tried(device: torch.device, state: torch.dtype) -> str | None:
-    """Why a step of one number fails, whose state has that dtype; None where it does not."""
+    """Take a step of one number with a state of that dtype, and return why it fails, or None if it does not."""
     numbers = Scalars([0.0], [0.0], 0.0, 0.0, 1.0, False, 0.0, 0.0, 0.0, 0, 1.0, False, False, None)
     try:
         theta, g, count = ([torch.zeros((), dtype=torch.float32, device=device)] for _ in range(3))
         m, v, mu = ([torch.zeros((), dtype=state, device=device)] for _ in range(3))
         coded = None if state == torch.float32 else Coded(None, None, None, None, [0], False)
-        for _ in range(2):  # what was compiled is launched in another way
+        for _ in range(2):  # the second launch takes another way: see `_launch`
             sum_of_squares(g)
             step(Batch(theta, g, m, v, mu, count, coded=coded), numbers)
     except torch.OutOfMemoryError:
-        raise  # which will pass
-    except Exception as error:  # Triton compiles what launches its kernels, for which there may be no compiler
+        raise  # a shortage of memory will pass
+    except Exception as error:  # Triton compiles its launcher, and there may be no compiler for it
         return f"Triton does not work here: {next(iter(str(error).splitlines()), type(error).__name__)}"
     return None
 
 
 def is_for(device: torch.device) -> bool:
-    """Whether tensors on this device are this implementation's, if it can take them at all."""
+    """Return True if this backend is for tensors on this device, as far as it can take them."""
     return device.type == _DEVICE_TYPE
 
 
 def why_not(row: Sequence[Tensor], step: Tensor, coded: bool = False) -> str | None:
-    """Why the kernels cannot take a parameter on a device that `is_for` knows; see `memory.why_not`."""
+    """Return why the kernels cannot take a parameter on a device of `is_for`, or None; see `memory.why_not`."""
     device = row[0].device
-    reason = memory.why_not(row, step, coded)  # a tensor that is a fake may have no device
+    reason = memory.why_not(row, step, coded)  # comes first: a fake tensor may have no device
     reason = reason or (_why_not_for_codes if coded else _why_not_here)(device)
     if reason is None and any(x.dtype == torch.bfloat16 for x in row) and not _has_bfloat16(device):
         return f"{torch.cuda.get_device_name(device)} has no bfloat16"
@@ -106,24 +105,24 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def streams(devices: Sequence[torch.device]) -> tuple[int, ...]:
-    """The current streams. Memory that one of them has used must not be given to another unawares."""
+    """Return the current stream of each GPU. Memory of one stream must not be given to another unnoticed."""
     return tuple(torch._C._cuda_getCurrentRawStream(device.index) for device in devices if device.type == "cuda")
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Where Triton launches."""
+    """Return a context in which Triton launches on this device."""
     is_here = device.type != "cuda" or device.index == torch.cuda.current_device()
     return nullcontext() if is_here else torch.cuda.device(device)
 
 
 def _triton(value: Any) -> Any:
-    """A dtype as Triton names it; another constant as it is."""
+    """Return Triton's name for a dtype; any other constant as it is."""
     return getattr(kernels().tl, str(value).removeprefix("torch.")) if isinstance(value, torch.dtype) else value
 
 
 @cache
 def _runtime() -> tuple[Any, Any] | None:
-    """Triton's driver and its hooks, if this version is one whose compiled kernels `_launch` knows how to start."""
+    """Return Triton's driver and hooks, or None for a version whose compiled kernels `_launch` cannot start."""
     import triton
 
     if not str(triton.__version__).startswith(("3.6.", "3.7.")):
@@ -134,7 +133,7 @@ def _runtime() -> tuple[Any, Any] | None:
     return driver, knobs.runtime
 
 
-_compiled: dict[Any, tuple[Any, Any]] = {}  # a kernel, whose id is in the key, and what Triton made of it
+_compiled: dict[Any, tuple[Any, Any]] = {}  # a kernel (its id is in the key), and what Triton compiled it to
 
 
 def _launch(
@@ -148,9 +147,9 @@ def _launch(
 ) -> None:
     """Launch a kernel. Its arguments are pointers, then counts, then the constants in the order of its signature.
 
-    Triton takes longer to find what it has compiled than the launch itself takes. So that is kept, by all that Triton
-    goes by: the constants, which the dtypes of tensors follow from, and whether these are aligned. Counts are small,
-    and not specialised. Hooks, which profilers set, are Triton's to call.
+    Triton takes longer to look up a compiled kernel than to launch it. So compiled kernels are kept here, by all that
+    Triton specialises for: the constants, which say the tensors' dtypes, and the tensors' alignment. Counts are small
+    and not specialised. If a profiler has set hooks, Triton launches the kernel and calls them.
     Multiplications and additions are not fused, or the bits would depend on which body of a kernel an element is in.
     """
     kernel, at = getattr(kernels(), name), [x.data_ptr() for x in tensors]
@@ -160,7 +159,7 @@ def _launch(
         if made is None or runtime is None:
             given = {constant: _triton(value) for constant, value in constants.items()}
             made = kernel[programs,](*tensors, *counts, **given, num_warps=warps, enable_fp_fusion=False)
-            if made is not None and runtime is not None:  # the interpreter makes None
+            if made is not None and runtime is not None:  # the interpreter returns None
                 _compiled[key] = kernel, made
             return
         driver, hooks = runtime
@@ -176,7 +175,7 @@ def _launch(
 
 
 def can_sum(grads: Sequence[Tensor]) -> bool:
-    """Whether `sum_of_squares` and `judge` can take these, all of one device that `is_for` knows."""
+    """Return True if `sum_of_squares` and `judge` can take these gradients, the first on a device of `is_for`."""
     device = grads[0].device
     return (
         type(grads[0]) is Tensor
@@ -194,7 +193,7 @@ def can_sum(grads: Sequence[Tensor]) -> bool:
 
 
 def _sums(grads: Sequence[Tensor], at: bytes, tables: Tables) -> Tensor:
-    """Σ g² of each chunk."""
+    """Return Σ g² of each chunk."""
     device, (sums, found) = grads[0].device, tables.squares(grads)
     first = 0
     for dtype, places, static in found:
@@ -218,7 +217,7 @@ def _sums(grads: Sequence[Tensor], at: bytes, tables: Tables) -> Tensor:
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Σ g² over all elements of tensors that `can_sum` has cleared, squared and summed in float64: a 0-d tensor."""
+    """Return Σ g² over all elements of tensors that `can_sum` has cleared, squared and summed in float64, as 0-d."""
     return _sums(tensors, addresses(tensors), Tables()).sum()
 
 
@@ -236,13 +235,13 @@ def judge(
     """Find the norm, the clip coefficients, and whether the step may be written, in two launches.
 
     Args:
-        grads: what `can_sum` has cleared.
-        limits: the largest norm for each list of tensors; 0 is none.
+        grads: gradients that `can_sum` has cleared.
+        limits: the largest norm for each list of tensors; 0 for no limit.
         scale, found_inf: GradScaler's, float32 and of one element, on the gradients' device.
-        skipped: 0-d int64, counted up where a norm that is not finite forbids the step; None where it does not.
-        wants_norm: whether anything asks for the norm. If not, the gradients are not read, and it means nothing.
-        at: where the gradients lie.
-        tables: of these gradients.
+        skipped: 0-d int64, incremented if a norm that is not finite forbids the step; None if it does not forbid it.
+        wants_norm: whether the norm is needed. If not, the gradients are not read, and the returned norm means nothing.
+        at: the gradients' addresses.
+        tables: the tables for these gradients.
     """
     device = grads[0].device
     tables = Tables() if tables is None else tables
@@ -278,12 +277,12 @@ def judge(
 
 
 def row_width(param: Tensor, coded: bool = False) -> int:
-    """The elements of a row of a parameter that `why_not` has cleared, where `step` can limit its rows; otherwise 0."""
+    """Return the elements in a row of a parameter that `why_not` has cleared; 0 if `step` cannot limit its rows."""
     return memory.row_width(param, LONGEST)
 
 
 def keep(batch: Batch) -> Addresses:
-    """The addresses of a batch, with what its launch must know of codes."""
+    """Return the addresses of a batch, with what a launch must know about tensors kept in fewer bits."""
     at = where(batch)
     return at if batch.coded is None else at._replace(table=codes_of(batch, batch.coded))
 
@@ -294,7 +293,7 @@ def step(tensors: Batch, numbers: Scalars) -> None:
 
 
 def steps(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None = None) -> None:
-    """`step` for several lists of tensors, with one launch for all that are of one kind."""
+    """Do `step` for several batches, with one launch for all batches of one kind."""
     tables = Tables() if tables is None else tables
     kinds: dict[Any, list[Part]] = {}
     for tensors, numbers in calls:
@@ -317,7 +316,7 @@ def steps(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None = None) 
     counts = [(_counts(lists, tables), lists[0].numbers) for lists in by_device.values()]
     for kind, lists in kinds.items():
         _update(kind, lists, tables)
-    for vectors, numbers in counts:  # when all have read them
+    for vectors, numbers in counts:  # once all kernels have read the counts
         if numbers.micro_step.moves:
             _advance(vectors, numbers.finite if numbers.micro_step.of == 1 else None)
 
@@ -329,7 +328,7 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
     shape, finite = static.shape, lists[0].numbers.finite
     grads = b"".join([x.at.grads for x in lists])
     may_be_misaligned = tables.masked or misaligned(grads)
-    # torch counts the steps, and says so itself
+    # torch's own operation advances the counts, and does this for them
     columns = [column for x in lists for column in written(x.tensors, moves) if column is not x.tensors.steps]
     torch.autograd.graph.increment_version(chain.from_iterable(columns))
     programs = static.chunks.numel()
@@ -372,7 +371,7 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
 
 
 def _counts(lists: list[Part], tables: Tables) -> list[Tensor]:
-    """The step counts, as one tensor where they lie one after the other, as state/slots.py makes them."""
+    """Return the step counts, as one vector if they are adjacent in memory, as state/slots.py makes them."""
     counts = list(chain.from_iterable([x.tensors.steps for x in lists]))
     return tables.vectors(counts, b"".join([x.at.steps for x in lists]))
 

@@ -1,7 +1,7 @@
 """The kernel of `gpu` for tensors that are kept in fewer bits, in Triton: any number of them in one launch.
 
-It is `gpu_kernels.update` between decoding and encoding. A program takes whole blocks of 64 elements, those that share
-a scale. Blocks that are full and aligned take a body without masks; the last block of each row may be shorter.
+It is `gpu_kernels.update` between decoding and encoding. A program takes whole blocks; the 64 elements of a block share
+a scale. Blocks that are full and aligned take a body without masks. The last block of each row may be shorter.
 """
 
 import triton
@@ -104,7 +104,7 @@ def _chunk_of_blocks(
     ROUNDS: tl.constexpr, HAS_MU: tl.constexpr, RAW: tl.constexpr, MOVES: tl.constexpr,
     MAY_BE_UNUSABLE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Update a chunk, from that block on. The last block of a row lacks `pad` elements."""
+    """Update the chunk that begins with block `first`. The last block of each row lacks `pad` elements."""
     COUNT: tl.constexpr = CHUNK // BLOCK_SIZE
     AT_ONCE: tl.constexpr = BLOCK // BLOCK_SIZE
     start = first * BLOCK_SIZE
@@ -142,7 +142,7 @@ def _chunk_of_rows(
     IS_STRAIGHT: tl.constexpr,
 ):  # fmt: skip
     """Update and limit some rows of a matrix, of no more than WIDTH elements each."""
-    if IS_STRAIGHT:  # which tells the compiler that it can be divided by that
+    if IS_STRAIGHT:  # tell the compiler that BLOCK_SIZE divides the width
         width = width // BLOCK_SIZE * BLOCK_SIZE
     tensors = _from(addresses, first * width, first * of_row, PARAM, GRAD, M, V, MU, LOW, not IS_STRAIGHT)
     before += first * of_row
@@ -188,7 +188,7 @@ def _row(
     ROUNDS: tl.constexpr, HAS_MU: tl.constexpr, RAW: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr,
     HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr, IS_STRAIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Update and limit a row of any length, in two passes: once for its sums, and once more to write."""
+    """Update and limit a row of any length, in two passes: one for its sums, one to write."""
     if IS_STRAIGHT:
         width = width // BLOCK_SIZE * BLOCK_SIZE
     tensors = _from(addresses, row * width, row * of_row, PARAM, GRAD, M, V, MU, LOW, not IS_STRAIGHT)
@@ -276,7 +276,7 @@ def update_coded(
     if HAS_ROWS and limited_width > 0:
         width, of_row = limited_width, (limited_width + BLOCK_SIZE - 1) // BLOCK_SIZE
         change, norm = number_at(mine, MAX_ROW_CHANGE), float64_at(mine, MAX_ROW_NORM)
-        rows = tl.load(here + 10 * tensors)  # of a chunk
+        rows = tl.load(here + 10 * tensors)  # in a chunk
         first, end = nth * rows, tl.minimum(nth * rows + rows, size // width)
         is_straight = aligned and width % BLOCK_SIZE == 0
         for odd in tl.static_range(2):

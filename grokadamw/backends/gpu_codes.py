@@ -1,8 +1,8 @@
-"""How the GPU's kernels read and write what is kept in fewer bits; state/formats.py defines it.
+"""How the GPU's kernels load and store tensors kept in fewer bits; state/formats.py defines the formats.
 
-Values are a matrix of blocks, 64 elements each. `at` are the places of elements, `block` those of the blocks' scales;
-`inside` and `there` say which there are, where MASKED. A format is the dtype that is kept: float32, bfloat16, or, with
-scales, int8 or uint8.
+Values are a matrix of blocks, 64 elements each. `at` holds the offsets of elements, `block` those of the blocks'
+scales; if MASKED, `inside` and `there` say which of them exist. A format is the dtype in memory: float32, bfloat16, or,
+with scales, int8 or uint8.
 """
 
 import triton
@@ -23,7 +23,7 @@ OF_TINY, TO_TINY, OF_HALF = (tl.constexpr(x) for x in (2.0**-40, 2.0**40, 0x3FF7
 
 @triton.jit
 def pointer_to_state(address, FORMAT: tl.constexpr, ODD: tl.constexpr):
-    """Return a pointer to a state; to the bits of one in bfloat16."""
+    """Return a pointer to a state. A state in bfloat16 is read and written as bits, in int16."""
     return pointer_to(address, tl.int16 if FORMAT == tl.bfloat16 else FORMAT, ODD)
 
 
@@ -39,19 +39,19 @@ def _mixed(word):
 
 @triton.jit
 def hash_of(block, key):
-    """Return what the dithers of blocks begin from, by the blocks' numbers."""
+    """Return the hashes that the dithers of blocks begin from, by the blocks' numbers."""
     return _mixed(block.to(tl.uint32) ^ key)
 
 
 @triton.jit
 def rest_of(draw):
-    """Return what is added to it for each element of a block, at the draw."""
+    """Return what is added to the hash for each element of a block at this draw."""
     return tl.arange(0, BLOCK_SIZE)[None, :].to(tl.uint32) * LANE + draw.to(tl.uint32) * GOLDEN
 
 
 @triton.jit
 def dither(hashed, rest, TURN: tl.constexpr, BITS: tl.constexpr):
-    """Return the dithers' upper bits."""
+    """Return the dithers' upper BITS bits."""
     turned = hashed
     if TURN:
         turned = (hashed << TURN) | (hashed >> (32 - TURN))
@@ -80,7 +80,7 @@ def store_state(
     state, scales, at, block, inside, there, values, hashed, rest,
     FORMAT: tl.constexpr, IS_V: tl.constexpr, TURN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Encode the values of a state."""
+    """Encode and store the values of a state."""
     if FORMAT == tl.float32:
         store(state, at, inside, values, MASKED)
     elif FORMAT == tl.bfloat16:
@@ -131,7 +131,7 @@ def load_param(param, low, at, inside, LOW: tl.constexpr, MASKED: tl.constexpr):
 def store_param(
     param, low, at, inside, values, hashed, rest, LOW: tl.constexpr, ROUNDS: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Encode a parameter: its nearest number and low bits, or a number that is rounded by the dither."""
+    """Encode and store a parameter: its nearest number and low bits, or a number rounded by the dither."""
     PARAM: tl.constexpr = param.dtype.element_ty
     words = values.to(tl.int32, bitcast=True)
     if LOW:
@@ -148,7 +148,7 @@ def store_param(
             half = tl.where(is_tiny, sign | size, rounded.to(tl.int16, bitcast=True).to(tl.int32))
             words = words - tl.where(is_tiny, size << 16, rounded.to(tl.float32).to(tl.int32, bitcast=True))
         else:
-            half = (words + 0x8000) >> 16  # up where two are as near: the low bits are in [-2¹⁵, 2¹⁵)
+            half = (words + 0x8000) >> 16  # ties go up: the low bits are in [-2¹⁵, 2¹⁵)
         store(param, at, inside, half.to(tl.int16).to(PARAM, bitcast=True), MASKED)
         store(low, at, inside, words >> (16 - LOW), MASKED)
     else:

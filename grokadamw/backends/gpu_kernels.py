@@ -1,10 +1,10 @@
-"""The kernels of `gpu`, in Triton, each of which takes any number of tensors in one launch.
+"""The kernels of `gpu`, in Triton. One launch takes any number of tensors.
 
-A tensor is an entry in tables of addresses and numbers that lie on the device, which `gpu` makes. A program takes one
-chunk of one tensor. Neither the number of tensors nor any value that changes from step to step is compiled in.
+`gpu` makes tables on the device, with an entry for the addresses and numbers of each tensor. A program takes one chunk
+of one tensor. Neither the number of tensors nor any value that changes from step to step is compiled in.
 
-A full chunk of aligned tensors is read and written in words of 16 bytes. Others, such as a tensor's last, take a body
-with masks, which TAIL=False leaves out where no chunk needs it.
+A full chunk of aligned tensors is read and written in words of 16 bytes. Other chunks, such as a tensor's last, take a
+body with masks. TAIL=False leaves that body out if no chunk needs it.
 """
 
 import triton
@@ -46,7 +46,7 @@ def _new(
 ):  # fmt: skip
     """Return θ before and after the update, of the elements at these places. Write m, v and μ, but not θ."""
     REAL: tl.constexpr = keep_m.dtype
-    # all loads come before the stores, which nothing tells the compiler that they do not write what is to be loaded
+    # load everything before storing: the compiler cannot know that the pointers do not alias
     g = clip * load(grad, at, inside, MASKED, REAL)
     if MAY_BE_UNUSABLE:
         g = tl.where(usable, g, 0)
@@ -76,7 +76,7 @@ def _chunk_of_elements(
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     HAS_MU: tl.constexpr, RAW: tl.constexpr, MOVES: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Update the chunk that starts there."""
+    """Update the chunk that begins at `start`."""
     theta, grad = pointer_to(theta, PARAM, MASKED), pointer_to(grad, GRAD, MASKED)
     m, v, mu = pointer_to(m, STATE, MASKED), pointer_to(v, STATE, MASKED), pointer_to(mu, STATE, MASKED)
     end = tl.minimum(start + CHUNK, size) if MASKED else start + CHUNK
@@ -104,8 +104,8 @@ def _chunk_of_rows(
     theta, grad = pointer_to(theta, PARAM, ODD), pointer_to(grad, GRAD, ODD)
     m, v, mu = pointer_to(m, STATE, ODD), pointer_to(v, STATE, ODD), pointer_to(mu, STATE, ODD)
     if IS_STRAIGHT:
-        width = width // STRAIGHT * STRAIGHT  # which tells the compiler that it can be divided by that
-    else:  # each element has an index of its own: one of 32 bits
+        width = width // STRAIGHT * STRAIGHT  # tell the compiler that STRAIGHT divides it
+    else:  # each element computes its own index: one of 32 bits is enough
         start = first * width
         theta, grad, m, v, mu = theta + start, grad + start, m + start, v + start, mu + start
         width, end, first = width.to(tl.int32), (end - first).to(tl.int32), tl.full([], 0, tl.int32)
@@ -137,15 +137,15 @@ def _row(
     RAW: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr,
     IS_STRAIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Update and limit a row of any length, in two passes: once for its sums, and once more to write."""
+    """Update and limit a row of any length, in two passes: one for its sums, one to write."""
     theta, grad = pointer_to(theta, PARAM, not IS_STRAIGHT), pointer_to(grad, GRAD, not IS_STRAIGHT)
     m, v = pointer_to(m, STATE, not IS_STRAIGHT), pointer_to(v, STATE, not IS_STRAIGHT)
     mu = pointer_to(mu, STATE, not IS_STRAIGHT)
-    if IS_STRAIGHT:  # the compiler is told what they can be divided by
+    if IS_STRAIGHT:  # tell the compiler that STRAIGHT divides both
         width, start = width // STRAIGHT * STRAIGHT, start // STRAIGHT * STRAIGHT
     theta, grad, m, v, mu = theta + start, grad + start, m + start, v + start, mu + start
     columns = width if IS_STRAIGHT else width.to(tl.int32)  # fewer registers, either way
-    # the few elements of a thread are added up first: its sums would take most of the registers otherwise
+    # add up a thread's few elements first: a sum for each of them would take most of the registers
     OF_A_THREAD: tl.constexpr = 4
     THREADS: tl.constexpr = BLOCK // OF_A_THREAD
     if IS_STRAIGHT:
@@ -195,12 +195,12 @@ def update(
     HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, OF_ROWS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update a chunk of a tensor. Where `finite` is 0 it writes nothing; a micro-batch then takes the gradient as 0.
+    """Update a chunk of a tensor. If `finite` is 0, write nothing, or in a micro-batch take the gradient as 0.
 
-    With HAS_CHANGE or HAS_NORM it limits rows, too: of matrices a program takes whole rows. OF_ROWS says, in bits, for
-    which sizes a body is needed, as `gpu_tables.sizes_of_rows` has it: one that is not compiled takes no registers.
+    With HAS_CHANGE or HAS_NORM, limit rows, too; a program then takes whole rows of a matrix. The bits of OF_ROWS say
+    which sizes of rows need a body, as in `gpu_tables.sizes_of_rows`: a body that is not compiled takes no registers.
 
-    It does not count the step, which other programs read.
+    The step count is not advanced here, because other programs read it.
     """
     usable = tl.load(finite) != 0 if HAS_FINITE else True
     if HAS_FINITE and not IS_PART and not usable:
@@ -227,9 +227,9 @@ def update(
     width = tl.load(here + 9 * tensors) if HAS_ROWS else size
     if HAS_ROWS and width > 0:
         change, norm = number_at(mine, MAX_ROW_CHANGE), float64_at(mine, MAX_ROW_NORM)
-        rows = tl.load(here + 10 * tensors)  # of a chunk
+        rows = tl.load(here + 10 * tensors)  # in a chunk
         end = tl.minimum(nth * rows + rows, size // width)
-        # where there are short rows, too, the body of longer ones must not take more registers than theirs
+        # if there are short rows, too, the body of longer ones must not take more registers than theirs
         LONG_BLOCK: tl.constexpr = 2 * BLOCK if ALL_LONG | OF_ROWS == ALL_LONG else BLOCK
         is_straight = aligned and width % STRAIGHT == 0
         for odd in tl.static_range(2):

@@ -1,16 +1,16 @@
-"""The kernels that find the norm of all gradients, and what every kernel reads tensors with."""
+"""The kernels that find the norm of all gradients, and the helpers with which every kernel loads and stores."""
 
 import triton
 import triton.language as tl
 
-# a chunk is a word: the tensor's place times 2⁴⁰, plus the chunk's number in it
+# a chunk is one word: the tensor's index times 2⁴⁰, plus the chunk's number in the tensor
 CHUNK_BITS = tl.constexpr(40)
 CHUNK_MASK = tl.constexpr((1 << 40) - 1)
 
 
 @triton.jit
 def chunk(chunks):
-    """The tensor that this program takes a chunk of, and the chunk's number."""
+    """Return the index of the tensor of this program's chunk, and the chunk's number."""
     word = tl.load(chunks + tl.program_id(0))
     return word >> CHUNK_BITS, word & CHUNK_MASK
 
@@ -76,8 +76,8 @@ def judge(
 ):  # fmt: skip
     """Find the norm and the clip coefficients from the sums of squares, added in a fixed order.
 
-    `verdict` gets N, then c of each list, then that divided by the loss scale; `finite` whether the step may be
-    written; `skipped` is counted up where it may not, and GradScaler does not count that itself.
+    `verdict` gets N, then c of each list, then each c divided by the loss scale. `finite` says whether the step may be
+    written. `skipped` is incremented if it may not, unless GradScaler counts that step itself.
     """
     totals = tl.zeros([BLOCK], tl.float64)
     for block in range(0, count, BLOCK):

@@ -1,11 +1,11 @@
-"""The stages slow_grad to limit_rows as the GPU's kernels compute them, of values that are in registers."""
+"""The stages slow_grad to limit_rows of the GPU's kernels, computed from values in registers."""
 
 import triton
 import triton.language as tl
 
 from .rows import SHORT
 
-# the words of a list's numbers, as `gpu_tables.words_of` has them; the first four are two, an address and a value
+# words in a list's numbers, as `gpu_tables.words_of` packs them; the first four take two, an address and a value
 LR, ALPHA, CLIP, MAX_ROW_CHANGE = (tl.constexpr(i) for i in range(0, 8, 2))
 BETA2, LOG_BETA2, EPS, WEIGHT_DECAY, LAMB, AMPLIFY_AFTER, SIGN = (tl.constexpr(i) for i in range(8, 15))
 MICRO_STEPS, DECAYS, MAX_ROW_NORM, NTH, NUMBERS = (tl.constexpr(i) for i in range(15, 20))
@@ -14,20 +14,20 @@ SHORTEST = tl.constexpr(SHORT)
 
 @triton.jit
 def float64_at(words, place):
-    """Return a float64 out of a table of 64-bit integers."""
+    """Return a float64 from a table of 64-bit integers."""
     return tl.load(words + place).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def number_at(words, place):
-    """Return the float64 that lies at the address in the table; where that is 0, the one after it."""
+    """Return the float64 at the address that the table holds; if that is 0, the table's next word."""
     address = tl.load(words + place)
     return tl.load(address.to(tl.pointer_type(tl.float64)), mask=address != 0, other=float64_at(words, place + 1))
 
 
 @triton.jit
 def step_of(here, tensors):
-    """Return which step of a tensor this is, from 1."""
+    """Return the number of this step for a tensor, from 1."""
     return tl.load(tl.load(here + 5 * tensors).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
 
 
@@ -36,7 +36,7 @@ def numbers_of(
     mine, t, beta1, log_bias_beta1,
     REAL: tl.constexpr, EPS_FIRST: tl.constexpr, IS_PART: tl.constexpr, MOVES: tl.constexpr,
 ):  # fmt: skip
-    """Return what the elements of a tensor are computed with at its step t."""
+    """Return the numbers that all elements of a tensor are computed with at its step t."""
     lr = number_at(mine, LR)
     alpha = number_at(mine, ALPHA)
     clip = number_at(mine, CLIP) * float64_at(mine, SIGN)
@@ -97,20 +97,20 @@ def updated(old, first, second, root, eps, decay, step):
 
 @triton.jit
 def _share(times):
-    """Return what a row is multiplied with that is so many times too long: 1 if it is not, or nobody knows."""
+    """Return the factor for a row that is `times` times too long: 1 if it is not too long, or `times` is not finite."""
     return tl.where((times > 1) & (times < float("inf")), 1 / times, 1.0)
 
 
 @triton.jit
 def moved_by(old, new, inside):
-    """Return how far θ moves. What is not finite does not count."""
+    """Return how far θ moves, with 0 for what is not finite."""
     moved = new - old
     return tl.where(inside & (moved - moved == 0), moved, 0)
 
 
 @triton.jit
 def limited(new, moved, share, share_of_norm, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, PARAM: tl.constexpr):
-    """Return θ within the limits of its row, of which these are the shares."""
+    """Return θ within the limits of its row. The shares are the factors that `shares` returns."""
     if HAS_CHANGE:
         new = new + moved * (share - 1).to(new.dtype)
     if HAS_NORM:
@@ -120,7 +120,7 @@ def limited(new, moved, share, share_of_norm, HAS_CHANGE: tl.constexpr, HAS_NORM
 
 @triton.jit
 def shares(olds, moveds, news, products, change, norm, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr):
-    """Return what a row's Δ is multiplied with, and then its θ, from its Σ θ², Σ Δ², Σ θ'² and Σ θ' Δ."""
+    """Return the factor for a row's Δ, then the one for its new θ', from its Σ θ², Σ Δ², Σ θ'² and Σ θ' Δ."""
     share = tl.full(moveds.shape, 1, tl.float64)
     if HAS_CHANGE:
         length = tl.sqrt(olds)

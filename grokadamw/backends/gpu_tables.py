@@ -1,4 +1,4 @@
-"""The tables that the GPU's kernels read, and what keeps them there between steps."""
+"""The tables that the GPU's kernels read, and the class that keeps them on the device between steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .types import Addresses, Batch, Coded, Scalars, limited_widths
 _ANOTHER = "what is captured is another step than the one before: take a step before capturing"
 _KEPT = 64  # tables of which the device keeps a copy
 _COLUMNS = ("params", "exp_avgs", "exp_avg_sqs", "grok_emas", "steps")
-_NUMBERS = struct.Struct("QdQdQdQd11d")  # of a list: what `words_of` packs
+_NUMBERS = struct.Struct("QdQdQdQd11d")  # the numbers of a list, as `words_of` packs them
 _ALIGNED = bytes(range(0, 256, 16))
 _SPARES = 4  # captures that may follow each other without an eager step in between
 
@@ -26,26 +26,27 @@ _SPARES = 4  # captures that may follow each other without an eager step in betw
 class Shape(NamedTuple):
     """How much a program does at a time."""
 
-    chunk: int  # elements of a tensor that are one program's
-    block: int  # of them, those that it has in registers at once: 16 bytes or more of each tensor for every thread
+    chunk: int  # elements of a tensor that one program takes
+    block: int  # elements that it holds in registers at once: 16 bytes or more of each tensor for every thread
     warps: int
 
 
 SHAPES = {8: Shape(2048, 512, 4), 4: Shape(4096, 1024, 4), 2: Shape(4096, 1024, 4)}  # by bytes of an element
 CODED = Shape(4096, 1024, 4)  # of tensors that are kept in fewer bits: whole blocks of 64
-# A program that limits rows has as many whole rows as its chunk has room for, each as long as the next of WIDTHS. Of
-# longer rows it has one, which it reads twice. What would be too much for one program is limited after the step, by
-# rows.py. Rows lie straight where their length is a multiple of STRAIGHT elements, and their tensors are aligned.
+# A program that limits rows takes as many whole rows as fit into its chunk, each counted as long as the next of WIDTHS.
+# Of longer rows it takes one, and reads it twice. Rows of more than LONGEST elements are too much for one program;
+# rows.py limits them after the step. Rows are straight if their length is a multiple of STRAIGHT elements and their
+# tensors are aligned.
 WIDTHS, STRAIGHT, LONGEST = tuple(1 << n for n in range(4, 11)), 4, 1 << 16
-LONG, ODD = len(WIDTHS), len(WIDTHS) + 1  # bits: that of longer rows, after those of WIDTHS; and the first of odd rows
-# `judge` is one program, which adds the sums of all chunks: as many threads, and loads at a time, as a GPU lets it have
+LONG, ODD = len(WIDTHS), len(WIDTHS) + 1  # bits: after those of WIDTHS the one of longer rows; the first of odd rows
+# `judge` is one program that adds the sums of all chunks, with as many threads and loads at a time as a GPU allows
 JUDGE_BLOCK, JUDGE_THREADS = 4096, 1024
 
 
 class Verdict(NamedTuple):
-    """What a step finds of the gradients; all on the device."""
+    """What a step learns from the gradients; all on the device."""
 
-    numbers: Tensor  # of which the next three are parts
+    numbers: Tensor  # the next three fields are parts of it
     norm: Tensor  # N
     clips: list[Tensor]  # c for each limit
     factors: list[Tensor]  # c divided by the loss scale
@@ -53,27 +54,27 @@ class Verdict(NamedTuple):
 
 
 class Static(NamedTuple):
-    """What is on the device for lists of tensors for as long as none of them moves."""
+    """What the device keeps for lists of tensors until one of them moves."""
 
     key: Any  # what it was made from
     table: Tensor
     chunks: Tensor
     tail: bool  # some chunk is not full, or some tensor not aligned
     shape: Shape
-    of_rows: int = 0  # which sizes of rows there are
+    of_rows: int = 0  # the sizes of rows, as `sizes_of_rows` returns them
 
 
 class Codes(NamedTuple):
-    """What a launch must know of tensors that are kept in fewer bits; it is `Addresses.table`."""
+    """What a launch must know about tensors kept in fewer bits; `Addresses.table` holds it."""
 
     kind: Any  # the dtypes that m, v and μ are kept in, the low bits of parameters, whether these are rounded
-    columns: tuple[bytes, ...]  # addresses of the states' scales and of low bits; empty for what there is none of
-    widths: tuple[int, ...]  # elements of a row whose last block may be shorter; all, if none is
+    columns: tuple[bytes, ...]  # addresses of the states' scales and of low bits; empty if there are none
+    widths: tuple[int, ...]  # elements in a row if its last block is shorter, otherwise in the whole tensor
     words: bytes  # the key of each tensor's dithers, and how many blocks lie on ranks before this one
 
 
 class Part(NamedTuple):
-    """One of the lists of tensors that a launch takes, with what is its own."""
+    """One of the batches that a launch takes, with its numbers and addresses."""
 
     tensors: Batch
     numbers: Scalars
@@ -81,7 +82,7 @@ class Part(NamedTuple):
 
 
 class Tables:
-    """The tables that a device has. They are of one stream, and for steps whose tensors look alike: `Plan` knows."""
+    """The tables on a device, for one stream and for steps whose tensors look alike. The cache's plans keep them."""
 
     def __init__(self) -> None:
         self._static: dict[Any, Static] = {}  # by kinds of tensors
@@ -92,24 +93,24 @@ class Tables:
         self._spares: list[Tensor] = []
         self._room: Tensor | None = None
         self._sent = 0
-        self.masked = False  # whether no launch is without the masked body
+        self.masked = False  # whether every launch includes the masked body
 
     def may_be_captured(self, tensors: int, lists: int) -> None:
-        """Have ready what cannot be had during a capture: pinned memory for what goes to a graph, and its kernels.
+        """Prepare what a capture cannot obtain: pinned memory for the tables of a graph, and its kernels.
 
         Args:
             tensors, lists: how many there are, at most.
         """
-        self.masked = True  # a kernel that is first met then cannot be loaded
+        self.masked = True  # a kernel that is first used during a capture cannot be loaded
         size = 20 * tensors + 32 * lists  # twice the gradients, and the table; limits and numbers
         while len(self._spares) < _SPARES:
             pinned = torch.cuda.is_available()
             self._spares.append(torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned))
 
     def captured(self) -> Tables | None:
-        """Tables for a graph, which reads the same at every replay: they are to be kept for as long as it lives.
+        """Return tables for a graph, which reads the same ones at every replay: keep them for as long as it lives.
 
-        None where no step before it was one that `may_be_captured`, or too many captures have followed it.
+        Return None if `may_be_captured` was not called before, or too many captures have followed that call.
         """
         if not self._spares or not (self._static or self._squares):
             return None
@@ -119,12 +120,12 @@ class Tables:
         return tables
 
     def words(self, content: bytes, device: torch.device) -> Tensor:
-        """The content on the device, as integers of 64 bits."""
+        """Return the content on the device, as integers of 64 bits."""
         found = self._words.pop((device, content), None)
         if found is None:
             found = self._send(torch.frombuffer(bytearray(content or bytes(8)), dtype=torch.int64), device)
             if len(self._words) >= _KEPT:
-                del self._words[next(iter(self._words))]  # the one that was not used for longest
+                del self._words[next(iter(self._words))]  # the least recently used
         self._words[device, content] = found
         return found
 
@@ -138,7 +139,7 @@ class Tables:
         return torch.empty_like(words, device=device).copy_(room, non_blocking=True)
 
     def static(self, kind: Any, lists: Sequence[Part]) -> Static:
-        """The chunks of all tensors, and the table of them."""
+        """Return the chunks of all tensors and their table, made anew if the tensors have changed."""
         key = [
             (x.at[:6], x.numbers.beta1, x.numbers.bias_beta1, limited_widths(x.tensors, x.numbers), x.at.table)
             for x in lists
@@ -153,7 +154,7 @@ class Tables:
         codes = [x.at.table for x in lists if x.at.table is not None]
         shape = CODED if codes else SHAPES[max(tensors.exp_avgs[0].element_size(), 4)]
         sizes = [n for x in lists for n in _sizes(x.at.ends)]
-        widths, chunk = [width for *_, mine, _ in key for width in mine], shape.chunk
+        widths, chunk = [width for *_, of_list, _ in key for width in of_list], shape.chunk
         places = [b"".join(getattr(x.at, name) or b"" for x in lists) for name in _COLUMNS]
         more = [b"".join(columns) for columns in zip(*(x.columns for x in codes), strict=True)]
         numbers = [
@@ -187,7 +188,7 @@ class Tables:
         return Static(key, self._send(words, device), chunks, tail, shape, of_rows)
 
     def squares(self, grads: Sequence[Tensor]) -> tuple[Tensor, list[tuple[torch.dtype, list[int], Static]]]:
-        """Room for the sums of all chunks; and chunks and sizes for the gradients of each dtype, with their places."""
+        """Return room for the sums of all chunks; and for each dtype the places, chunks and sizes of its gradients."""
         if self._squares is None:
             if self._room is not None:
                 raise RuntimeError(_ANOTHER)
@@ -195,26 +196,26 @@ class Tables:
             for i, grad in enumerate(grads):
                 places.setdefault(grad.dtype, []).append(i)
             found, device = list[tuple[torch.dtype, list[int], Static]](), grads[0].device
-            for dtype, mine in places.items():
-                sizes, shape = [grads[i].numel() for i in mine], SHAPES[dtype.itemsize]
+            for dtype, of_dtype in places.items():
+                sizes, shape = [grads[i].numel() for i in of_dtype], SHAPES[dtype.itemsize]
                 words = torch.tensor(sizes, dtype=torch.int64, device="cpu")
                 counts = [-(-n // shape.chunk) for n in sizes]
                 table, chunks = (self._send(x, device) for x in (words, _chunks(counts)))
                 static = Static(None, table, chunks, any(n % shape.chunk for n in sizes), shape)
-                found.append((dtype, mine, static))
+                found.append((dtype, of_dtype, static))
             programs = sum(static.chunks.numel() for *_, static in found)
             self._squares = torch.empty(programs, dtype=torch.float64, device=device), found
         return self._squares
 
     def vectors(self, numbers: Sequence[Tensor], at: bytes) -> list[Tensor]:
-        """0-d float32 tensors, which lie there, as the fewest vectors that have them all."""
+        """Return 0-d float32 tensors, which lie at these addresses, as the fewest vectors that hold them all."""
         if at not in self._runs:
             self._runs[at] = list(_runs(at, [x.untyped_storage().data_ptr() for x in numbers]))
         runs = self._runs[at]
         return [numbers[i] if length == 1 else numbers[i].as_strided((length,), (1,)) for i, length in runs]
 
     def verdict(self, device: torch.device, lists: int) -> Verdict:
-        """Where a step leaves what it finds of the gradients: the same place at each, as the next kernel is told it."""
+        """Return where a step writes its verdict: always the same place, as the next kernel is given its address."""
         if (device, lists) not in self._verdicts:
             numbers = torch.empty(1 + 2 * lists, dtype=torch.float64, device=device)
             norm, *rest = numbers.unbind()
@@ -229,7 +230,7 @@ def _sizes(ends: bytes) -> list[int]:
 
 
 def _counts(sizes: Sequence[int], counted: Sequence[int], widths: Sequence[int], chunk: int) -> list[int]:
-    """How many chunks each tensor has: of so many elements as are counted, or of whole rows."""
+    """Return how many chunks each tensor has: of the elements that are counted, or of whole rows."""
     return [
         -(-n // chunk) if not width else -(-(size // width) // rows_of_a_chunk(width, chunk))
         for size, n, width in zip(sizes, counted, widths, strict=True)
@@ -237,12 +238,12 @@ def _counts(sizes: Sequence[int], counted: Sequence[int], widths: Sequence[int],
 
 
 def _padded(size: int, width: int) -> int:
-    """How many elements there would be if the last block of each row was full."""
+    """Return how many elements a tensor would have if the last block of each row were full."""
     return size // max(width, 1) * -(-width // BLOCK) * BLOCK
 
 
 def codes_of(batch: Batch, coded: Coded) -> Codes:
-    """What the kernel must know of tensors that are kept in fewer bits."""
+    """Return what the kernel must know about tensors kept in fewer bits."""
     odd = [x.dim() > 1 and width_of(x) % BLOCK > 0 for x in batch.params]
     firsts = coded.firsts or [0] * len(odd)
     words = [key_of(number) | first % 2**32 << 32 for number, first in zip(coded.numbers, firsts, strict=True)]
@@ -264,18 +265,18 @@ def rows_of_a_chunk(width: int, chunk: int) -> int:
 
 
 def sizes_of_rows(widths: Iterable[int], aligned: bool, straight: int = STRAIGHT) -> int:
-    """Return which sizes of rows there are, in bits: WIDTHS, longer ones, and the same of those that may be odd."""
+    """Return the sizes of rows that occur, as bits: those of WIDTHS, longer ones, and both again if they may be odd."""
     places = {bisect_left(WIDTHS, width) + ODD * (not aligned or width % straight > 0) for width in widths if width}
     return sum(1 << place for place in places)
 
 
 def and_odd(of_rows: int) -> int:
-    """Return the sizes of rows where any may be odd."""
+    """Return the sizes of rows, as bits, if any row may be odd."""
     return of_rows | (of_rows & ((1 << ODD) - 1)) << ODD
 
 
 def _chunks(counts: Sequence[int]) -> Tensor:
-    """A word for each chunk of each tensor: the tensor's place times 2⁴⁰, plus the chunk's number in it."""
+    """Return a word for each chunk of each tensor: the tensor's index times 2⁴⁰, plus the chunk's number in it."""
     of_each = torch.tensor(counts, dtype=torch.int64, device="cpu")
     tensors = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), of_each)
     starts = torch.repeat_interleave(of_each.cumsum(0) - of_each, of_each)
@@ -287,9 +288,9 @@ def misaligned(at: bytes) -> bool:
 
 
 def words_of(n: Scalars) -> bytes:
-    """The numbers of a list as the kernel wants them: the first four with the address that they are at, or 0."""
+    """Return the numbers of a list as the kernel reads them: each of the first four after its address, or 0."""
     first: list[Any] = []
-    for number in (n.lr, n.alpha, n.clip, n.max_row_change):  # to ask whether it is a Tensor takes longer
+    for number in (n.lr, n.alpha, n.clip, n.max_row_change):  # asking for a Tensor takes longer
         first += (0, number) if isinstance(number, (float, int)) else (number.data_ptr(), 0.0)
     log_beta2, micro = math.log(n.beta2) if n.beta2 else -math.inf, n.micro_step
     rest = (n.beta2, log_beta2, n.eps, n.weight_decay, n.lamb, n.amplify_after, -1.0 if n.maximize else 1.0)
@@ -297,11 +298,11 @@ def words_of(n: Scalars) -> bytes:
 
 
 def _runs(at: bytes, storages: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Float32 numbers, at these addresses, that lie one after the other: the place of the first, and how many."""
+    """Yield each run of float32 numbers at adjacent addresses: the index of the first, and how many they are."""
     addresses = struct.unpack(f"{len(at) // 8}Q", at)
     order = sorted(range(len(addresses)), key=addresses.__getitem__)
     pairs = zip(order, order[1:], strict=False)
-    # storages may adjoin, too
+    # two storages may be adjacent, too
     breaks = [addresses[b] != addresses[a] + 4 or storages[b] != storages[a] for a, b in pairs]
     starts = [0, *(i for i, is_break in enumerate(breaks, start=1) if is_break)]
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):

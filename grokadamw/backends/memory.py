@@ -1,8 +1,8 @@
-"""What tensors look like and where they lie, for backends that get addresses and must know what is there.
+"""The layout and addresses of tensors, for backends that read and write memory by address.
 
-Addresses are those of a moment: whoever keeps them compares before using them. Asking Python costs half a microsecond
-for each tensor, more than the step of a small one. Where the native kernel was built, and torch has DLPack's table of C
-functions (2.10 and newer), one call asks all of them.
+An address holds for a moment only: code that keeps one must compare it again before using it. Asking Python costs half
+a microsecond a tensor, more than the step of a small one. If the native kernel was built and torch has DLPack's table
+of C functions (2.10 and newer), one call asks all tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOOKS: tuple[Callable[[Tensor], Any], ...] = (attrgetter("dtype"), Tensor.size,
 
 
 class TensorSignature:
-    """The device, dtype, shape, strides and address of each tensor of a list; none of them may be of a subclass."""
+    """The device, dtype, shape, strides and address of each tensor of a list. Tensor subclasses are not allowed."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._look, self._count = native.look(), len(tensors)
@@ -45,22 +45,22 @@ class TensorSignature:
         self.addresses = room.raw
 
     def looks(self) -> list[Any]:
-        """Return a value for each tensor that is the same for all that look alike, wherever they lie."""
+        """Return a value for each tensor: the same for the same device, dtype, shape and strides, at any address."""
         if self._look is None:
             return list(zip(*self._read, strict=True))
         words, ends = bytes(self._words), list(accumulate(self._lengths))
         return [words[8 * start : 8 * end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def holds(self, tensors: list[Tensor]) -> bool:
-        """Return True if as many tensors look the same, and lie where those lay."""
-        if len(tensors) != self._count:  # which C does not ask
+        """Return True if these tensors look like the ones of this signature and lie at the same addresses."""
+        if len(tensors) != self._count:  # C does not check this
             return False
         if self._look is None:
             return self._look_same(tensors) and addresses(tensors) == self.addresses
         return bool(self._look(tensors, len(tensors), self._hints, self._words, self.addresses, True, True))
 
     def addresses_of(self, tensors: list[Tensor]) -> bytes | None:
-        """Return where as many tensors lie if they look the same, otherwise None."""
+        """Return the addresses of these tensors if they look like the ones of this signature, otherwise None."""
         if len(tensors) != self._count:
             return None
         if self._look is None:
@@ -70,12 +70,12 @@ class TensorSignature:
         return room.raw if same else None
 
     def _look_same(self, tensors: list[Tensor]) -> bool:
-        # no list is made of it: the garbage collector would come, and go through all there is
+        # make no list: that would start the garbage collector, which goes through all objects
         return all(all(map(eq, map(read, tensors), then)) for read, then in zip(_LOOKS, self._read, strict=True))
 
 
 def memory_is_all(compiling: bool) -> bool:
-    """Return True if nothing traces, transforms or fakes what is done with tensors, so that their memory says all."""
+    """Return True if nothing traces, transforms or fakes operations on tensors, so that only their memory counts."""
     return not (
         compiling
         or torch.compiler.is_compiling()
@@ -85,7 +85,7 @@ def memory_is_all(compiling: bool) -> bool:
 
 
 def why_not(row: Sequence[Tensor], step: Tensor, coded: bool = False) -> str | None:
-    """Return why no backend that gets addresses can take a parameter, as in `choose`; None where one can."""
+    """Return why no backend that gets addresses can take a parameter, or None if one can; arguments as in `choose`."""
     dtypes = [x.dtype for x in row]
     if coded:
         fits = {*dtypes[:2]} <= {*_FLOATS} and {*dtypes[2:]} <= {
@@ -111,7 +111,7 @@ def why_not(row: Sequence[Tensor], step: Tensor, coded: bool = False) -> str | N
 
 
 def where(batch: Batch) -> Addresses:
-    """Return the addresses of this moment."""
+    """Return the current addresses of a batch."""
     mu = batch.grok_emas
     return Addresses(
         addresses(batch.params),
@@ -125,7 +125,7 @@ def where(batch: Batch) -> Addresses:
 
 
 def lie_alike(row: Sequence[Tensor]) -> bool:
-    """Return True if the same place in memory is the same element of each, and every place up to the last is one."""
+    """Return True if all tensors have their elements in the same order in memory, without gaps."""
     if any(x.shape != row[0].shape or x.is_neg() for x in row):
         return False
     return all(x.is_contiguous() for x in row) or (
@@ -134,9 +134,9 @@ def lie_alike(row: Sequence[Tensor]) -> bool:
 
 
 def row_width(param: Tensor, longest: int) -> int:
-    """Return the elements of a row of a parameter that `why_not` has cleared; 0 if kernels cannot limit its rows.
+    """Return the elements in a row of a parameter that `why_not` has cleared; 0 if kernels cannot limit its rows.
 
-    They limit rows of at most `longest` elements, each of which lies in one piece, one row after the other.
+    They can if a row has at most `longest` elements and lies in one piece, and the rows follow one another in memory.
     """
     if param.dim() < 2 or not param.numel():
         return 0
@@ -146,46 +146,46 @@ def row_width(param: Tensor, longest: int) -> int:
 
 
 def share_memory(*batches: Batch) -> bool:
-    """Return True if memory that a step writes belongs to two of the tensors."""
+    """Return True if two of the tensors share memory that a step writes."""
     grads = [x for batch in batches for x in batch.grads]
     ranges = Ranges([x for batch in batches for column in written(batch) for x in column], grads)
     return ranges.overlap or ranges.meet(addresses(grads))
 
 
 class Ranges:
-    """The memory that a step writes, to see whether gradients lie in it, which it reads meanwhile."""
+    """The memory that a step writes, to check that no gradient lies in it."""
 
     def __init__(self, written: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        found = zip(map(Tensor.data_ptr, written), map(attrgetter("nbytes"), written), strict=True)
-        pairs = sorted([(start, start + size) for start, size in found if size])
+        spans = zip(map(Tensor.data_ptr, written), map(attrgetter("nbytes"), written), strict=True)
+        pairs = sorted([(start, start + size) for start, size in spans if size])
         starts, ends = [start for start, _ in pairs], [end for _, end in pairs]
         self.overlap = any(map(gt, ends, starts[1:]))
         self._count, self._sizes = len(pairs), packed(list(map(attrgetter("nbytes"), grads)))
         self._starts, self._ends = packed(starts), packed(ends)
 
     def meet(self, grads: bytes) -> bool:
-        """Return True if one of the gradients, which lie there, has memory in common with what is written."""
-        found, count = native.kernel(), len(grads) // 8
-        if not isinstance(found, str):
-            return bool(found.meet(self._count, self._starts, self._ends, count, grads, self._sizes))
+        """Return True if a gradient overlaps memory that is written. `grads` are the gradients' addresses."""
+        kernel, count = native.kernel(), len(grads) // 8
+        if not isinstance(kernel, str):
+            return bool(kernel.meet(self._count, self._starts, self._ends, count, grads, self._sizes))
         starts, ends = (struct.unpack(f"{self._count}Q", x) for x in (self._starts, self._ends))
         for at, size in zip(*(struct.unpack(f"{count}Q", x) for x in (grads, self._sizes)), strict=True):
-            before = bisect_left(starts, at + size)  # ranges that begin before it ends; they are sorted, and apart
+            before = bisect_left(starts, at + size)  # sorted, disjoint ranges that begin before the gradient ends
             if size and before and ends[before - 1] > at:
                 return True
         return False
 
 
 def addresses(tensors: Sequence[Tensor]) -> bytes:
-    """Return where the tensors lie, 8 bytes for each."""
+    """Return the tensors' addresses, 8 bytes each."""
     return packed(list(map(Tensor.data_ptr, tensors)))
 
 
 def packed(numbers: Collection[int]) -> bytes:
-    """Return 8 bytes for each number, as C wants them."""
+    """Return the numbers as an array for C, 8 bytes each."""
     return struct.pack(f"{len(numbers)}Q", *numbers)
 
 
 def ends_of(tensors: Sequence[Tensor]) -> bytes:
-    """Return how many elements all tensors up to and including each have."""
+    """Return, for each tensor, how many elements all tensors up to and including it have."""
     return struct.pack(f"{len(tensors)}q", *accumulate(map(Tensor.numel, tensors)))

@@ -15,7 +15,7 @@ _LIBRARY = Path(__file__).with_name("cpu_kernel.so")
 
 
 class Table(ctypes.Structure):
-    """`table` in cpu_kernel.c. Bytes are arrays."""
+    """`table` in cpu_kernel.c. Fields that hold bytes are arrays."""
 
     _fields_ = [
         ("count", ctypes.c_int64),
@@ -49,7 +49,7 @@ class Kernel(NamedTuple):
 
 @cache
 def kernel() -> Kernel | str:
-    """Return the kernel for this processor; or, in words, why there is none."""
+    """Return the kernel for this processor, or a sentence that says why there is none."""
     if not _LIBRARY.exists():
         return "the native kernel was not built, for want of a C compiler when grokadamw was installed"
     try:
@@ -63,7 +63,7 @@ def kernel() -> Kernel | str:
 
 
 def _instruction_sets() -> list[str]:
-    """Return those that this processor has, best first, as torch finds it (and ATEN_CPU_CAPABILITY limits it)."""
+    """Return this processor's instruction sets, best first, as torch detects (and ATEN_CPU_CAPABILITY limits) them."""
     names = {"AVX512": ["v4", "v3"], "AVX2": ["v3"]}
     return [*names.get(torch.backends.cpu.get_cpu_capability(), []), "baseline"]
 
@@ -84,13 +84,13 @@ def _kernel(library: ctypes.CDLL, name: str) -> Kernel | str:
 
 
 class _Python(ctypes.Structure):
-    """`python` in cpu_kernel.c: functions that it calls."""
+    """`python` in cpu_kernel.c: the functions that the kernel calls."""
 
     _fields_ = [("item", ctypes.c_void_p), ("look", ctypes.c_void_p)]
 
 
 def _look(name: str) -> Callable[..., int] | None:
-    """Return the kernel's `look`, and what it needs of torch: the fourth function in DLPack's table."""
+    """Return the kernel's `look` with the function that it needs from torch: the fourth in DLPack's table."""
     get = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
         ("PyCapsule_GetPointer", ctypes.pythonapi)
     )
@@ -102,7 +102,7 @@ def _look(name: str) -> Callable[..., int] | None:
     of_tensor = (ctypes.c_void_p * 6).from_address(table)[5]  # after the version, its predecessor, and three others
     if major != 1 or of_tensor is None:
         return None
-    look = getattr(ctypes.PyDLL(str(_LIBRARY)), f"look_{name}")  # PyDLL, as it looks at Python's objects
+    look = getattr(ctypes.PyDLL(str(_LIBRARY)), f"look_{name}")  # PyDLL, as `look` reads Python objects
     look.argtypes = (
         *(ctypes.POINTER(_Python), ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p),
         *(ctypes.c_char_p, ctypes.c_int, ctypes.c_int),
@@ -111,6 +111,6 @@ def _look(name: str) -> Callable[..., int] | None:
 
 
 def look() -> Callable[..., int] | None:
-    """`look` of cpu_kernel.c without its first argument; None where it cannot be had."""
+    """Return `look` of cpu_kernel.c without its first argument, or None if it is not available."""
     found = kernel()
     return None if isinstance(found, str) else found.look

@@ -1,4 +1,4 @@
-"""The stages norm, and slow_grad to update, one tensor at a time: the definition that others are tested against.
+"""The stages norm, and slow_grad to update, one tensor at a time: the definition for the other backends' tests.
 
 The stages are those of the table in CONTRIBUTING.md. Nothing here knows of groups, signals, names or hooks: a batch and
 scalars come in, and parameters, state and step counts are written in place.
@@ -29,13 +29,13 @@ def step(batch: Batch, n: Scalars) -> None:
         g = batch.grads[i].to(m.dtype)
         finite = n.finite if n.micro_step.of == 1 else None
         t = count.to(accumulator(count.device)) + 1
-        # a derivative may need θ as it was before it is written over
+        # autograd may need θ as it was before it is overwritten
         start = theta.to(m.dtype, copy=torch.is_grad_enabled())
         new = _new_values(start, g, m, v, mu, t, n.beta1[i], n.bias_beta1[i], n)
         pairs = list(zip((m, v, mu, theta, count), (*new, t), strict=True))
         for old, value in pairs if n.micro_step.moves else pairs[:3]:
             if old is not None and value is not None:
-                # a product with 0 or 1 would not do: NaN and infinity survive it
+                # not a product with 0 or 1, which NaN and infinity would survive
                 old.copy_(value if finite is None else torch.where(finite, value, old))
 
 
@@ -55,7 +55,7 @@ def _new_values(
     keep_mu, keep_m, keep_v = (n.alpha, beta1, n.beta2) if decays else (1, 1, 1)
     g = n.clip * (-g if n.maximize else g) / k
     if n.finite is not None and k > 1:
-        g = torch.where(n.finite, g, 0)  # after c, which is NaN where they are
+        g = torch.where(n.finite, g, 0)  # after c, which is NaN if a gradient is
     g_hat = g
     if mu is not None:
         mu = keep_mu * mu + (1 - n.alpha) * g  # slow_grad

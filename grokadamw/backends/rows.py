@@ -1,7 +1,7 @@
 """The stage limit_rows: how far a parameter's rows may move in a step, and how long they may be.
 
-In torch's operations, on every device. The kernels of `cpu` and `gpu` limit most rows as they update them; this is the
-definition that they are tested against, and limits the rest.
+This module uses torch's operations and runs on every device. The kernels of `cpu` and `gpu` limit most rows while they
+update them. This is the definition that they are tested against, and it limits the rows that they leave.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from torch import Tensor
 from .._numbers import accumulator, wide
 from .types import Batch, Scalars
 
-SHORT = 0.1  # a row that is shorter may move as one of this length, or none would ever leave 0
+SHORT = 0.1  # a shorter row may move as far as one of this norm, or a row of zeros could never move
 
 
 def before(batch: Batch, scalars: Scalars) -> list[Tensor]:
-    """Return what `limit` needs to know: the parameters that it will limit, as they are before the step."""
+    """Return copies, from before the step, of the parameters whose change `limit` will limit."""
     wanted = scalars.limits_change and scalars.micro_step.moves
     return [batch.params[i].clone() for i in batch.unlimited] if wanted else []
 
 
 def limit(batch: Batch, scalars: Scalars, before: Sequence[Tensor]) -> None:
-    """Limit the rows that the backend has left, after a step that moved parameters; `before` is what they were.
+    """Limit the rows that the backend has left, after a step. `before` is what this module's `before` returned.
 
     θ_r ← θ'_r + (θ_r − θ'_r) / max(1, ‖θ_r − θ'_r‖ / (change · ‖θ'_r‖)) for each row r, in place; then
-    θ_r ← θ_r / max(1, ‖θ_r‖ / norm). What is within its limits stays as it is, bit for bit, and so does what has no
-    norm. Elements that are not finite neither move nor count as having moved.
+    θ_r ← θ_r / max(1, ‖θ_r‖ / norm). A row within its limits stays as it is, bit for bit, and so does one whose norm
+    is not finite. Elements that are not finite stay as they are, and do not count as having moved.
     """
     params = [batch.params[i] for i in batch.unlimited] if scalars.micro_step.moves else []
     add_up = batch.shards.sum if batch.shards is not None and batch.shards.cut_rows else None
-    # if the last micro-batch is not finite, the others are a step all the same
+    # if the last micro-batch is not finite, the other ones still make a step
     finite = scalars.finite if scalars.micro_step.of == 1 else None
     if scalars.limits_change:
         for param, old in zip(params, before, strict=True):
@@ -52,13 +52,13 @@ def limit(batch: Batch, scalars: Scalars, before: Sequence[Tensor]) -> None:
 
 
 def _share(times: Tensor, finite: Tensor | None) -> Tensor:
-    """Return the factor for a row that is so many times too long: 1 if it is not, or nobody knows."""
+    """Return the factor for a row that is `times` times too long: 1 if it is not too long, or `times` is not finite."""
     is_long = (times > 1) & (times < torch.inf)
     return torch.where(is_long if finite is None else is_long & finite, 1 / times.clamp(min=1), 1.0)
 
 
 def _norms(values: Tensor, add_up: Callable[..., Tensor] | None) -> Tensor:
-    """Return the norm of each row, (rows, 1, …), in a dtype in which no square overflows."""
+    """Return the norm of each row, of shape (rows, 1, …), in a dtype in which no square overflows."""
     dtype = torch.promote_types(values.dtype, accumulator(values.device))
     norms = torch.linalg.vector_norm(values, dim=tuple(range(1, values.dim())), keepdim=True, dtype=dtype)
     return norms if add_up is None else add_up(norms.square(), rows=True).sqrt()

@@ -1,4 +1,4 @@
-"""The values that go to a backend: a batch of tensors, where they lie, and the scalars of a step."""
+"""The values that a backend is given: a batch of tensors, their addresses, and the scalars of a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._numbers import Number
 
 
 class Choice(NamedTuple):
-    """A backend, and why it is that one."""
+    """A backend, and why it was chosen."""
 
     module: ModuleType
     reason: str
@@ -22,20 +22,20 @@ NOBODY = Choice(ModuleType("none"), "")
 
 
 class Addresses(NamedTuple):
-    """Where the tensors of a batch lie, 8 bytes for each address; and how large they are."""
+    """The addresses of a batch's tensors, 8 bytes each, and the sizes of the tensors."""
 
     params: bytes
     exp_avgs: bytes
     exp_avg_sqs: bytes
     grok_emas: bytes | None
     steps: bytes
-    ends: bytes  # elements of all tensors up to and including each
+    ends: bytes  # for each tensor, the elements of all tensors up to and including it
     grads: bytes
     table: Any = None  # what the backend keeps for these tensors between steps
 
 
 class Coded(NamedTuple):
-    """What a batch has besides, if its state or its parameters are kept in fewer bits than a step computes with.
+    """What a batch holds in addition if its state or parameters are kept in fewer bits than a step computes with.
 
     Lists are parallel to the batch's. See `state/formats.py`.
     """
@@ -44,7 +44,7 @@ class Coded(NamedTuple):
     exp_avg_sq_scales: list[Tensor] | None
     grok_ema_scales: list[Tensor] | None
     lows: list[Tensor] | None  # the low bits of parameters
-    numbers: list[int]  # of the parameters in the optimizer, which random bits depend on
+    numbers: list[int]  # the parameters' numbers in the optimizer, which random bits depend on
     rounds: bool  # whether parameters without low bits are rounded by a dither
     firsts: Sequence[int] = ()  # blocks of each parameter that lie on ranks before this one; () for none
 
@@ -52,9 +52,9 @@ class Coded(NamedTuple):
 class Batch(NamedTuple):
     """The tensors that one call of a backend takes: parallel lists, one entry a parameter.
 
-    They are out of one parameter group, on one device, with one dtype for parameters, gradients and state each. All of
-    them are plain and real: complex tensors come as their real views, DTensors as the shard of this rank. Arithmetic
-    is done in the state's dtype, float32 if that is coded.
+    They belong to one parameter group and one device. All parameters have the same dtype; so do all gradients, and all
+    tensors of one state. All of them are plain and real: complex tensors come as their real views, DTensors as this
+    rank's shard. Arithmetic is done in the state's dtype, or in float32 if the state is coded.
     """
 
     params: list[Tensor]
@@ -63,25 +63,25 @@ class Batch(NamedTuple):
     exp_avg_sqs: list[Tensor]
     grok_emas: list[Tensor] | None  # None: no slow gradient is kept, and ĝ = c g
     steps: list[Tensor]  # 0-d, the steps taken before this one
-    addresses: Addresses | None = None  # None: the backend finds them out
-    row_widths: list[int] | None = None  # elements of a row, where the backend limits the rows; 0 where it does not
-    unlimited: Sequence[int] = ()  # places of the tensors whose rows the backend leaves to rows.py
+    addresses: Addresses | None = None  # None: the backend looks them up
+    row_widths: list[int] | None = None  # elements in a row; 0 if the backend does not limit the rows
+    unlimited: Sequence[int] = ()  # indices of the tensors whose rows the backend leaves to rows.py
     choice: Choice = NOBODY  # the backend
     group: int = 0  # index of the parameter group
     layers: tuple[int, ...] = ()
-    shards: Any = None  # a `distributed.Shards`, where the tensors are parts of DTensors
+    shards: Any = None  # a `distributed.Shards`, if the tensors are parts of DTensors
     begun: bool = False  # whether the averages have begun this cycle of micro-batches
-    windows: Any = None  # a list of `window.Window`, where μ is a window's mean
-    coded: Coded | None = None  # None: all tensors are numbers as they are
+    windows: Any = None  # a list of `window.Window`, if μ is a window's mean
+    coded: Coded | None = None  # None: no tensor is coded
 
 
 class MicroStep(NamedTuple):
     """One of several micro-batches of a step, which adds a k-th of its gradient to the averages."""
 
     of: int  # k
-    decays: bool  # it is the cycle's first for these tensors: averages decay
-    moves: bool  # it is the cycle's last: μ joins m, θ moves, and the step is counted
-    nth: int = 0  # of the cycle
+    decays: bool  # it is the first of its cycle for these tensors: averages decay
+    moves: bool  # it is the last of its cycle: μ is added to m, θ moves, and the step is counted
+    nth: int = 0  # its number in the cycle, from 0
 
 
 WHOLE = MicroStep(1, True, True)
@@ -90,8 +90,8 @@ WHOLE = MicroStep(1, True, True)
 class Scalars(NamedTuple):
     """What the stages slow_grad to limit_rows need besides the tensors; sequences are parallel to these."""
 
-    beta1: Sequence[float]  # β1_l, one a tensor
-    bias_beta1: Sequence[float]  # the β1 that the update corrects m with, one a tensor
+    beta1: Sequence[float]  # β1_l of each tensor
+    bias_beta1: Sequence[float]  # the β1 for m's bias correction, of each tensor
     beta2: float
     lr: Number
     eps: float
@@ -101,26 +101,26 @@ class Scalars(NamedTuple):
     lamb: float  # λ
     amplify_after: int  # λ acts on a tensor's steps after this many
     clip: Number  # c
-    raw_second_moment: bool  # v of (c g)² instead of ĝ²
+    raw_second_moment: bool  # v averages (c g)² instead of ĝ²
     maximize: bool
-    finite: Tensor | None  # 0-d bool: where it is False, nothing is written. None: everything is
-    micro_step: MicroStep = WHOLE  # of more than one: where `finite` is False, the gradient is 0
+    finite: Tensor | None  # 0-d bool: if it is False, nothing is written. None: everything is
+    micro_step: MicroStep = WHOLE  # if it is one of several and `finite` is False, the gradient counts as 0
     max_row_change: Number = 0.0
     max_row_norm: float = 0.0
 
     @property
     def limits_rows(self) -> bool:
-        """Whether parameters move in this step, and a limit on their rows is on."""
+        """True if parameters move in this step and a limit on their rows is on."""
         return self.micro_step.moves and (self.limits_change or self.max_row_norm > 0)
 
     @property
     def limits_change(self) -> bool:
-        """Whether max_row_change is on; on a device it is a tensor, and not read for that."""
+        """True if max_row_change is on. As a tensor it counts as on, because it is not read back from its device."""
         return isinstance(self.max_row_change, Tensor) or self.max_row_change > 0
 
 
 def written(batch: Batch, moves: bool = True) -> list[list[Tensor]]:
-    """Return the lists that a step writes to, without those that only the last of several micro-batches does."""
+    """Return the lists that a step writes to; without `moves`, those that every micro-batch of a step writes to."""
     columns = [batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas, *(batch.coded[:3] if batch.coded else ())]
     if moves:
         columns = [batch.params, *columns, batch.steps, batch.coded.lows if batch.coded else None]
@@ -128,5 +128,5 @@ def written(batch: Batch, moves: bool = True) -> list[list[Tensor]]:
 
 
 def limited_widths(batch: Batch, scalars: Scalars) -> list[int]:
-    """Return the elements of a row for each tensor; 0 for those whose rows this step does not limit."""
+    """Return the elements in a row of each tensor; 0 if this step does not limit the tensor's rows."""
     return list(batch.row_widths) if scalars.limits_rows and batch.row_widths else [0] * len(batch.params)
