@@ -341,7 +341,7 @@ def test_who_clips(limit: float, acts: str | None, tmp_path: Path) -> None:
     said = [warning for warning in caught if "clipped twice" in str(warning.message)]
     assert len(said) == (acts is not None)
     if acts:
-        assert f"What acts is {acts}," in str(said[0].message)
+        assert f"Only {acts} takes effect," in str(said[0].message)
         assert said[0].filename == __file__
 
 

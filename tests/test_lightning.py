@@ -395,7 +395,7 @@ def test_what_it_warns_of_and_refuses(tmp_path: Path, trainer: Callable[..., Any
     (said,) = fit(GrokAdamWCallback(train_loss="mse"), grokadamw)
     assert "train_loss='mse'" in said
     (said,) = fit(GrokAdamWCallback(), grokadamw, gradient_clip_val=0.5)
-    assert "What acts is gradient_clip_val," in said
+    assert "Only gradient_clip_val takes effect," in said
     with pytest.raises(TypeError, match="found AdamW, and no GrokAdamW"):
         fit(GrokAdamWCallback(), lambda model: torch.optim.AdamW(model.parameters()))
     with pytest.raises(TypeError, match="eval_loss=None"):
