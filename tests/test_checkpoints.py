@@ -289,7 +289,7 @@ def test_moments_without_a_step_count_are_refused() -> None:
 @pytest.mark.parametrize("value", [None, {}, {"state": {}}, {"state": {}, "param_groups": [1]}, {"optimizer": {}}])
 def test_what_is_no_state_dict_is_refused(value: Any) -> None:
     for convert in (to_grokadamw, to_adamw):
-        with pytest.raises(ValueError, match="no optimizer's state dict"):
+        with pytest.raises(ValueError, match="not an optimizer's state dict"):
             convert(value)
 
 
@@ -426,9 +426,9 @@ class Dangerous:
         (Dangerous(), "it holds builtins.getattr, pathlib."),  # whose name for the class differs with Python's version
         ({"model": {}}, "holds no optimizer state dict"),
         ({"state": {}, "param_groups": [{}]}, "holds no optimizer state dict"),
-        (b"not a file of torch's", "it is no file that torch.save wrote"),
-        (b"hello", "it is no file that torch.save wrote"),
-        (b"", "it is no file that torch.save wrote"),
+        (b"not a file of torch's", "torch.save did not write this file"),
+        (b"hello", "torch.save did not write this file"),
+        (b"", "torch.save did not write this file"),
         (None, "No such file"),
     ],
 )
