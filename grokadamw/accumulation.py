@@ -137,7 +137,7 @@ class Accumulate(Wrapper):
 
     @property
     def stepped(self) -> bool:
-        """True if the last ``step()`` or ``flush()`` stepped the inner optimizer: then step the scheduler, too."""
+        """True if the last ``step()`` or ``flush()`` stepped the inner optimizer: then step the scheduler."""
         return self._last["stepped"]
 
     def flush(self) -> None:
