@@ -305,9 +305,9 @@ def test_what_holds_for_the_whole_optimizer(tmp_path: Path) -> None:
     ("arguments", "error", "message"),
     [
         ({"lamb": -1.0}, ValueError, "lamb=-1.0"),
-        ({"gama": 0.1}, TypeError, "gama=0.1 is no argument"),
-        ({"layer": 3}, TypeError, "layer=3 is no argument"),
-        ({"params": []}, TypeError, r"params=\[\] is no argument"),
+        ({"gama": 0.1}, TypeError, "gama=0.1 is not an argument"),
+        ({"layer": 3}, TypeError, "layer=3 is not an argument"),
+        ({"params": []}, TypeError, r"params=\[\] is not an argument"),
         ({"window_size": 3}, ValueError, "window_size=3.*optimizer_cls_and_kwargs"),
         ({"lr": 0.1}, ValueError, "lr=0.1.*TrainingArguments"),
         ({"signals": 3}, TypeError, "^signals=3 is neither"),

@@ -404,7 +404,7 @@ def test_what_it_warns_of_and_refuses(tmp_path: Path, trainer: Callable[..., Any
         with pytest.raises(TypeError, match=f"{name}=0.5 is not a name"):
             GrokAdamWCallback(**{name: 0.5})  # type: ignore[arg-type]
     (said, other) = fit(GrokAdamWCallback(eval_acc="val_acc", train_acc="acc"), grokadamw)
-    assert "eval_acc='val_acc', and what is logged is val_loss: AccuracyGap and Monitor.grokked_at stay silent" in said
+    assert "eval_acc='val_acc', but what was logged is val_loss: AccuracyGap and Monitor.grokked_at stay silent" in said
     assert "train_acc='acc'" in other
     with pytest.raises(ValueError, match="eval_acc=.* is not an accuracy"):
         fit(GrokAdamWCallback(eval_acc="val_loss"), grokadamw)
