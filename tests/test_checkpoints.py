@@ -295,7 +295,7 @@ def test_what_is_no_state_dict_is_refused(value: Any) -> None:
 
 def test_a_whole_optimizer_that_was_pickled_by_the_published_release_is_refused() -> None:
     optimizer = GrokAdamW.__new__(GrokAdamW)
-    with pytest.raises(ValueError, match=r"whole optimizer of grokadamw 0\.1\.2.*state_dict\(\)"):
+    with pytest.raises(ValueError, match=r"pickled optimizer of grokadamw 0\.1\.2.*state_dict\(\)"):
         optimizer.__setstate__({"defaults": {"lr": 0.1}, "state": {}, "param_groups": []})
 
 
