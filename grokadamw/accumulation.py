@@ -103,7 +103,7 @@ class Accumulate(Wrapper):
     https://kexue.fm/archives/6794.
 
     Args:
-        optimizer: any optimizer but those that evaluate their closure several times a step, such as LBFGS.
+        optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does.
         steps: k ≥ 1, micro-batches per step.
         gradient_clipping: largest norm ≥ 0 of the mean gradient, by ``clip_grad_norm_``'s formula; 0 is off. A loop
             that clips gradients itself clips each micro-batch.

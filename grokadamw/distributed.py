@@ -46,7 +46,7 @@ class Shards(NamedTuple):
         return any(dim > 0 for _, dim in self.cuts())
 
     def sum(self, value: Tensor, rows: bool = False) -> Tensor:
-        """Return the sum over all ranks that have another shard: of one number, or of one number for each of `rows`."""
+        """Return the sum over all ranks that have another shard: of one number, or with `rows` of one for each row."""
         for i, dim in self.cuts():
             if dim > 0 or not rows:
                 value = value.clone()

@@ -123,7 +123,7 @@ class Grokfast(_Filter):
     optimizer, and count as 0 in μ. Not for GrokAdamW, which has the filter. Source: arXiv:2405.20233, section 2.3.
 
     Args:
-        optimizer: any optimizer but those that evaluate their closure several times a step, such as LBFGS.
+        optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does.
         alpha: α in [0, 1], the memory: an average over about 1 / (1 − α) steps.
         lamb: λ ≥ 0; 0 turns the filter off.
         amplify_after: gradients of a parameter before λ acts on it. μ is kept from the first on.
@@ -220,7 +220,7 @@ class GrokfastMA(_Filter):
     arXiv:2405.20233, section 2.2.
 
     Args:
-        optimizer: any optimizer but those that evaluate their closure several times a step, such as LBFGS.
+        optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does.
         window_size: w ≥ 1.
         lamb: λ ≥ 0; 0 turns the filter off.
         filter_type: ``"mean"``, or ``"sum"``.

@@ -88,7 +88,7 @@ def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping
 
 
 def make_one(groups: Sequence[dict[str, Any]], are_shards: bool) -> str | None:
-    """Make one layer of each flat tensor that replaced a group's parameters; return a warning of what is lost, if any.
+    """Make one layer of each flat tensor that replaced a group's parameters; return a warning if something is lost.
 
     Args:
         are_shards: whether other ranks may have other parts, whose gradients the optimizer's norm then leaves out.

@@ -132,7 +132,7 @@ class Rules(NamedTuple):
     layers_by_place: bool = False  # a layer is a place among the group's tensors that have a gradient
     signals_for_each_group: bool = False  # instead of once a step
     limits_alpha: bool = True  # a negative signal does not raise α
-    state_is_wide: bool = True  # float32 at least, whatever the parameter's dtype
+    state_is_wide: bool = True  # at least float32, whatever the parameter's dtype
     knows_nonfinite: bool = True  # `nonfinite` acts
 
 

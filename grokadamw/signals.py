@@ -206,7 +206,7 @@ class SlowGradient:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._calls, self._value = state["calls"], state["value"]
         device = next((p.device for group in self._groups() for p in group["params"]), torch.device("cpu"))
-        if not reads_are_free(device):  # where it came from, so that α is computed there as before
+        if not reads_are_free(device):  # back on its device, so that α is computed there as before
             self._value = torch.tensor(self._value, dtype=accumulator(device), device=device)
 
     def _groups(self) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ def tell(optimizer: Any) -> None:
 
 
 def take_places(optimizer: Any) -> None:
-    """Number the layers of the last group by its parameters' places in the whole group, of which it is a part."""
+    """Number the layers of the last group by its parameters' places in the whole group that it is a part of."""
     *earlier, group = optimizer.param_groups
     if (zero := optimizer._run.zero()) is None or group["layer"] is not None or "param_names" in group:
         return

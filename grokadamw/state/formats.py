@@ -114,7 +114,7 @@ def format_of(param: Tensor, name: str, options: Mapping[str, Any]) -> str:
     """Return the format of one of a parameter's states.
 
     Small parameters, complex ones, float64 ones and, for int8, those whose rows are shorter than `NARROW` or not in one
-    piece, keep float32, or the dtype that they have; so do DTensors of which a block may lie on two ranks.
+    piece, keep float32, or the dtype that they have; so do DTensors if a block may lie on two ranks.
     """
     asked = options["state_dtype"]
     kind: str = asked if isinstance(asked, str) else asked.get(name, "float32")
@@ -244,7 +244,7 @@ def low_bits(low: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dither(first: int, shape: Sequence[int], number: int, draw: Tensor, before: int = 0) -> Callable[[str], Tensor]:
-    """Return a function from the name of what is rounded to the dithers of rows from `first` on: 32 bits in an int64.
+    """Return a function that takes a name in `_TURNS` to the dithers of rows from `first` on: 32 bits, in an int64.
 
     Args:
         shape: of the rows.

@@ -153,7 +153,7 @@ class Signals:
         if lost:
             warn(
                 "pickles and shallow copies keep only loss_gap and memorisation: this optimizer is without "
-                f"{', '.join(lost)}. Call optimizer.set_signals with what it had",
+                f"{', '.join(lost)}. Call optimizer.set_signals to restore what it had",
                 UserWarning,
             )
         functions = None if kept is None else [function for function in kept if not isinstance(function, str)]

@@ -88,7 +88,7 @@ class Batches(NamedTuple):
     at: bytes | None = None  # the gradients' addresses, if they are known
     squares: Callable[[bytes], float] | None = None  # returns Σ g² of the gradients at these addresses
     can_be_judged: bool = False  # whether the GPU's backend can measure all gradients at once
-    dtensors: Sequence[Tensor] = ()  # those that are written through their shards
+    dtensors: Sequence[Tensor] = ()  # DTensors that are written through their shards
     made: Sequence[tuple[Tensor, list[str]]] = ()  # state that this step made
 
 

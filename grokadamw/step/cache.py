@@ -159,7 +159,7 @@ class Seen(NamedTuple):
     columns: Columns  # of this rank
     written: list[Tensor]  # all that a step writes, in the order of the columns
     has: list[bool]  # for each parameter whether it has μ, and then for each of `EXTRAS` likewise
-    dtensors: list[Tensor]  # those that are written through their shards
+    dtensors: list[Tensor]  # DTensors that are written through their shards
     present: tuple[bool, ...]  # for all parameters: whether they have a gradient
     facts: Facts
 

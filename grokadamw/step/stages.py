@@ -2,8 +2,8 @@
 
     settings checked → signals heard → α → batches → norm, clip, finite → scalars → written → rows limited
 
-`write` does the last two. Options set by hand, and the tensors of a first step, are checked before signals are heard.
-Signals are heard before tensors are collected: they are users' code, and a step takes the tensors that they leave.
+`write` does the last two. Options set by hand, and the tensors of a first step, are checked before signals are called.
+Signals are called before tensors are collected: they are users' code, and a step takes the tensors that they leave.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def check_layers(run: Run, given: Given, preset_gamma: float | None) -> None:
 
 
 def begin(run: Run, given: Given, preset_gamma: float | None) -> None:
-    """Check the layers once, and hear the signals, unless this cycle of micro-batches has heard them."""
+    """Check the layers once, and evaluate the signals, unless this cycle of micro-batches already has."""
     if not run.layers_checked:
         check_layers(run, given, preset_gamma)
     steps, groups = given.options["accumulation_steps"], given.groups
