@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "file that holds more than tensors and plain data, because reading it could run code.",
     )
     convert.add_argument("source", metavar="IN", type=Path, help="a file that torch.save wrote")
-    convert.add_argument("target", metavar="OUT", type=Path, help="may be IN; replaced only once it is written")
+    convert.add_argument("target", metavar="OUT", type=Path, help="may be IN; written beside OUT first, then renamed")
     convert.add_argument("--to", choices=["grokadamw", "adamw"], default="grokadamw", help="default: %(default)s")
     memory = commands.add_parser(
         "memory",
