@@ -1,4 +1,4 @@
-"""Commands: grokadamw env; memory --params N; convert IN OUT [--to adamw]. The same by python -m grokadamw."""
+"""The commands grokadamw env, memory --params N, and convert IN OUT [--to adamw]; also as python -m grokadamw."""
 
 from __future__ import annotations
 
@@ -22,84 +22,84 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 1 with a sentence on stderr where it could not be done."""
+    """Run a command and return the exit status: 1, with a sentence on stderr, if the command failed."""
     parser = argparse.ArgumentParser(prog="grokadamw")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, dest="command")
     commands.add_parser(
         "env",
-        help="what runs here, and how",
-        description="Print the versions that matter, and for each device the implementation that takes its parameters.",
+        help="which versions and implementations run here",
+        description="Print the versions that matter, and for each device the implementation that runs there.",
     )
     convert = commands.add_parser(
         "convert",
         help="rewrite the optimizer state in a checkpoint file",
-        description="Rewrite every optimizer state dict in a file that torch.save wrote, wherever it lies in it, and "
-        "leave the rest as it is. Reads state dicts of torch.optim.AdamW and Adam, and of grokadamw from 0.1.2 on. "
-        "A file that holds more than tensors and plain data is refused, as reading it could run code.",
+        description="Rewrite every optimizer state dict in a file that torch.save wrote, at any depth, and leave the "
+        "rest as it is. Reads state dicts of torch.optim.AdamW and Adam, and of grokadamw from 0.1.2 on. Refuses a "
+        "file that holds more than tensors and plain data, because reading it could run code.",
     )
     convert.add_argument("source", metavar="IN", type=Path, help="a file that torch.save wrote")
-    convert.add_argument("target", metavar="OUT", type=Path, help="may be IN; written beside it first, then renamed")
+    convert.add_argument("target", metavar="OUT", type=Path, help="may be IN; written beside OUT first, then renamed")
     convert.add_argument("--to", choices=["grokadamw", "adamw"], default="grokadamw", help="default: %(default)s")
     memory = commands.add_parser(
         "memory",
-        help="what training will take",
-        description="Print the bytes that weights, gradients and state of so many parameters take, beside those of "
-        "torch's AdamW, in bfloat16 and in mixed precision (float32 weights). Activations are not in it.",
+        help="how much memory training will take",
+        description="Print how much memory weights, gradients and optimizer state take for N parameters, beside "
+        "torch's AdamW in bfloat16 and in mixed precision (float32 weights). Activations are not included.",
     )
     memory.add_argument(
         "--params", type=_count, required=True, metavar="N", help="parameters of the model, such as 7e9"
     )
     memory.add_argument("--param-dtype", choices=list(_DTYPES), default="float32", help="default: %(default)s")
     memory.add_argument("--state", choices=FORMATS, default="float32", help="state_dtype; default: %(default)s")
-    memory.add_argument("--master-weight-bits", type=int, choices=[24, 32], help="default: those of the dtype alone")
+    memory.add_argument("--master-weight-bits", type=int, choices=[24, 32], help="default: the dtype's own bits")
     memory.add_argument("--no-filter", action="store_true", help="lamb=0, which keeps no slow gradient")
-    memory.add_argument("--ranks", type=_count, default=1, metavar="N", help="that share all of it, as with FSDP2")
-    given = parser.parse_args(arguments)
-    if given.command == "memory":
-        print(memory_table(given))
+    memory.add_argument("--ranks", type=_count, default=1, metavar="N", help="ranks that share all, as with FSDP2")
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "memory":
+        print(memory_table(parsed))
         return 0
-    if given.command == "env":
+    if parsed.command == "env":
         print(environment())
         return 0
     try:
-        count = convert_file(given.source, given.target, {"grokadamw": to_grokadamw, "adamw": to_adamw}[given.to])
+        count = convert_file(parsed.source, parsed.target, {"grokadamw": to_grokadamw, "adamw": to_adamw}[parsed.to])
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        print(f"{parser.prog}: {given.source}: {reason or error}", file=sys.stderr)
+        print(f"{parser.prog}: {parsed.source}: {reason or error}", file=sys.stderr)
         return 1
-    print(f"{given.target}: {count} optimizer state dict{'s' * (count > 1)} for {given.to}")
+    print(f"{parsed.target}: {count} optimizer state dict{'s' * (count > 1)} for {parsed.to}")
     return 0
 
 
 def _count(text: str) -> int:
     value = float(text)
     if not 1 <= value < 2**60 or value != int(value):
-        raise argparse.ArgumentTypeError(f"{text} is no count")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(value)
 
 
-def memory_table(given: argparse.Namespace) -> str:
-    """What the parameters of `grokadamw memory` take on a rank, by kind; one matrix stands for all of them."""
-    share = -(-given.params // given.ranks)
-    options = {"state_dtype": given.state, "master_weight_bits": given.master_weight_bits}
-    if given.no_filter:
+def memory_table(parsed: argparse.Namespace) -> str:
+    """Return the table of `grokadamw memory`: memory on each rank by kind. One tensor stands for all parameters."""
+    share = -(-parsed.params // parsed.ranks)
+    options = {"state_dtype": parsed.state, "master_weight_bits": parsed.master_weight_bits}
+    if parsed.no_filter:
         options["lamb"] = 0.0
 
     def outline(dtype: torch.dtype) -> list[torch.Tensor]:
         return [torch.nn.Parameter(torch.empty(share, dtype=dtype, device="meta"))]
 
-    ours = GrokAdamW(outline(_DTYPES[given.param_dtype]), **options).memory()
+    ours = GrokAdamW(outline(_DTYPES[parsed.param_dtype]), **options).memory()
     columns = {"GrokAdamW": ours}
     for name, dtype in (("AdamW, bfloat16", torch.bfloat16), ("AdamW, mixed", torch.float32)):
         count = share * dtype.itemsize
         same = dict.fromkeys(("parameters", "gradients", "exp_avg", "exp_avg_sq"), count)
         columns[name] = {**dict.fromkeys(KINDS, 0), **same, "total": 4 * count}
-    return table(columns, given.params, given.ranks)
+    return table(columns, parsed.params, parsed.ranks)
 
 
 def environment() -> str:
-    """Versions, and a line for each device, with the implementation that takes its parameters."""
+    """Return the versions, and a line for each device with the implementation that updates parameters there."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -110,7 +110,7 @@ def environment() -> str:
         "torch": torch.__version__,
         "triton": triton,
     }
-    # without the question torch 2.6 raises where there is none
+    # without is_available() torch 2.6 raises if there is none
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     count = torch.accelerator.device_count() if accelerator else 0
     for name in ("cpu", *(f"{accelerator}:{i}" for i in range(count))):
@@ -120,12 +120,12 @@ def environment() -> str:
 
 
 def convert_file(source: Path, target: Path, conversion: Callable[[StateDict], StateDict]) -> int:
-    """Apply a conversion to every state dict in a file. Returns how many there were.
+    """Apply a conversion to every optimizer state dict in a file, and return how many there were.
 
     Raises:
         OSError: the source cannot be read.
-        ValueError: it is no file of torch.save's, holds more than tensors and plain data, or no state dict that can be
-            converted; or the target cannot be written. It is as it was then.
+        ValueError: the source was not written by torch.save, holds more than tensors and plain data, or holds no state
+            dict that can be converted; or the target cannot be written. The target is then left as it was.
     """
     content = _read(source)
     converted, count = _converted(content, conversion)
@@ -138,7 +138,7 @@ def convert_file(source: Path, target: Path, conversion: Callable[[StateDict], S
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, target)
-    except (OSError, RuntimeError) as error:  # of torch's own writer the second
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise ValueError(f"{target} cannot be written: {reason}") from None
     finally:
@@ -148,22 +148,22 @@ def convert_file(source: Path, target: Path, conversion: Callable[[StateDict], S
 
 def _read(source: Path) -> Any:
     try:
-        return torch.load(source, map_location="cpu", weights_only=True)  # runs no code that a file may bring
+        return torch.load(source, map_location="cpu", weights_only=True)  # so that the file cannot run code
     except OSError:
         raise
-    except Exception as error:  # what is no file of torch's may raise anything
+    except Exception as error:  # a file that is not torch's may raise anything
         try:
             names = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source)))
         except Exception:
-            raise ValueError(f"it is no file that torch.save wrote ({type(error).__name__})") from None
+            raise ValueError(f"torch.save did not write this file ({type(error).__name__})") from None
         raise ValueError(
-            f"it holds {names or error}: only tensors and plain data are read, as all else could run code. If you "
+            f"it holds {names or error}: only tensors and plain data are read, as anything else could run code. If you "
             "trust it, load it yourself, and give its state dict to grokadamw.checkpoints.to_grokadamw"
         ) from None
 
 
 def _converted(value: Any, conversion: Callable[[StateDict], StateDict]) -> tuple[Any, int]:
-    """Return the value with the state dicts in it converted, and how many they are."""
+    """Return the value with all state dicts inside it converted, and their number."""
     if is_state_dict(value):
         return conversion(value), 1
     if isinstance(value, dict):

@@ -28,13 +28,13 @@ from .step.stages import Run
 
 
 class Base(Optimizer):
-    """An optimizer that steps through a `Run`, without the step."""
+    """GrokAdamW without `step`: its groups, checkpoints, pickles and copies."""
 
     _run: Run
-    _preset_gamma: float | None = None  # the γ that `for_grokking` chose, and that no warning is due about
+    _preset_gamma: float | None = None  # the γ that `for_grokking` chose, which needs no warning
 
     def __repr__(self) -> str:
-        """Show the options of each group, without what the groups keep for checkpoints."""
+        """Show the options of each group, but not what the group keeps for checkpoints."""
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
             shown = sorted(group.keys() - {"params", "param_names", "layers", *PROGRESS})
@@ -42,22 +42,22 @@ class Base(Optimizer):
         return "\n".join([*lines, ")"])
 
     def _say_whether_it_unscales(self) -> None:
-        """Tell GradScaler that this optimizer unscales; with micro-batches, too, to know of overflows."""
+        """Tell GradScaler that this optimizer unscales: if fused, or to learn of overflows in micro-batches."""
         if self.defaults["fused"] or self.defaults["accumulation_steps"] > 1:
             self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch does. It may set what the constructor lists; its layers follow those that are there.
+        """Add a group, as torch does. It may set the options that the constructor lists; its layers come last.
 
         Raises:
-            TypeError, ValueError: a value is not allowed, or holds for the whole optimizer. Nothing was added then.
+            TypeError, ValueError: a value is not allowed, or not in a group. Then nothing was added.
         """
         checked = {}
         if isinstance(param_group, dict):
             checked = check_group({**self.defaults, **param_group}, self.defaults)
             for sentence in misspelt(param_group, GROUP_KEYS):
                 warn(sentence, UserWarning)
-            # a copy, as the caller may use its own again, without what only AdamW's groups hold
+            # a copy, as the caller may reuse the dict; without keys that only AdamW's groups have
             param_group = {k: v for k, v in param_group.items() if k not in ("amsgrad", "decoupled_weight_decay")}
         super().add_param_group(param_group)
         *earlier, group = self.param_groups
@@ -67,10 +67,10 @@ class Base(Optimizer):
         self._run.layers_checked = False
 
     def _complete_groups(self) -> None:
-        """Fill in groups that did not come through `add_param_group`, as those that an outer optimizer appends.
+        """Fill in groups that did not come through `add_param_group`, such as those that an outer optimizer appends.
 
         Raises:
-            TypeError, ValueError: a value is not allowed. Nothing was filled in then.
+            TypeError, ValueError: a value is not allowed. Then its group was not filled in.
         """
         run, fits = self._run, True
         if run.before_loading:
@@ -85,21 +85,21 @@ class Base(Optimizer):
         if not fits:
             sentence = layers.make_one(self.param_groups, run.shard_group is None and ranks() > 1)
             if sentence is not None and not run.flattened:
-                run.flattened = True  # DeepSpeed shows one group after the other
+                run.flattened = True  # warn once: DeepSpeed steps one group after the other
                 warn(sentence, UserWarning)
 
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
-        """Make the state of a group's parameters that have a gradient, as torch's optimizers do, and list it.
+        """Make the state of a group's parameters with a gradient, and append it to lists, as torch's optimizers do.
 
-        The lists get parameters, gradients, m, v, μ or None, and step counts. True is returned if one is complex.
+        The lists get parameters, gradients, m, v, μ or None, and step counts. Returns True if a parameter is complex.
         """
         with_gradient = [param for param in group["params"] if param.grad is not None]
         for param in with_gradient:
             state = self.state[param]
             prepare(state, param, self.defaults, with_slow_gradient=float(group["lamb"]) > 0)
             row = (param, param.grad, *map(state.get, ("exp_avg", "exp_avg_sq", "grok_ema", "step")))
-            for each, value in zip(lists, row, strict=True):
-                each.append(value)
+            for column, value in zip(lists, row, strict=True):
+                column.append(value)
         return any(map(torch.is_complex, with_gradient))
 
     def _settle(self) -> None:
@@ -107,26 +107,26 @@ class Base(Optimizer):
         zero.tell(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain data alone, as torch does, for ``torch.load(weights_only=True)``.
+        """Return only tensors and plain data, as torch does, so that ``torch.load(weights_only=True)`` can read it.
 
-        Signal functions are left out; what those with a ``state_dict`` of their own remember is kept.
+        Signal functions are left out, but the state of those that have a ``state_dict`` is kept.
         """
         self._before_saving()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict, as torch does, but keep the precision of state whose parameter has less.
+        """Load a state dict, as torch does, but do not round the state to its parameter's dtype.
 
-        Parameters are found by name where both sides have the same names, else by order. Signals, the options of the
-        whole optimizer, ``foreach``, ``fused`` and ``capturable`` stay as they were constructed.
+        Parameters are matched by name if both sides have the same names, else by order. Signals, the options of the
+        whole optimizer, ``foreach``, ``fused`` and ``capturable`` stay as constructed.
 
         Args:
-            state_dict: of a GrokAdamW, release 0.1.2's too, or of a ``torch.optim.AdamW`` or ``Adam``. What that
-                does not know stays as it was, and μ starts at 0. See ``grokadamw.checkpoints``.
+            state_dict: from a GrokAdamW, also of release 0.1.2, or from ``torch.optim.AdamW`` or ``Adam``. Options that
+                those lack stay as they are, and μ starts at 0. See ``grokadamw.checkpoints``.
 
         Raises:
-            ValueError: groups, parameters or shapes are not those that were saved, or it cannot be gone on from.
-                Nothing was loaded then.
+            ValueError: groups, parameters or shapes differ from the saved ones, or the run cannot be continued.
+                Then nothing was loaded.
         """
         self._complete_groups()
         with keeping_precision(self):
@@ -158,13 +158,13 @@ class Base(Optimizer):
         signals, combine = state.pop("_signals", None), state.pop("_combine", "mean")
         if state.pop("_is_sharded", False):
             warn(
-                "a pickle keeps no process group: the optimizer from it takes its parameters for whole. Construct "
+                "a pickle keeps no process group: the unpickled optimizer takes its parameters to be whole. Construct "
                 "GrokAdamW(..., shard_group=...) and load a state_dict() instead",
                 UserWarning,
             )
         earlier = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
-        for name, value in group_defaults({}).items():  # that an older version did not know
+        for name, value in group_defaults({}).items():  # those that an older version lacked
             self.defaults.setdefault(name, value)
         self._say_whether_it_unscales()
         fill_in(self.param_groups, earlier, self.defaults)
@@ -174,7 +174,7 @@ class Base(Optimizer):
                 self._run.signals.load(group["signal_state"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
-        """Copy the optimizer with its signals. Pickle keeps this package's own functions alone."""
+        """Copy the optimizer with all its signals. (A pickle keeps only this package's own signal functions.)"""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         state = {**self.__getstate__(), "_signals": None, "_combine": "mean", "_is_sharded": False}

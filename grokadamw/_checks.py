@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-# A check gets an option's name and value. It raises an error that names both and the way out, or returns the value, as
-# Python's own number if it was NumPy's, which torch.load(weights_only=True) could not read back.
+# A check gets an option's name and value. It raises an error that names both and the way out, or returns the value. It
+# returns NumPy's numbers as Python's, because torch.load(weights_only=True) cannot read NumPy's.
 Check: TypeAlias = Callable[[str, Any], Any]
 
 
@@ -32,7 +32,7 @@ check_limit = partial(check_number, hint="; 0 switches it off")
 
 
 def check_scalar(name: str, value: Any, *, at_most: float | None = None) -> float | Tensor:
-    """Check a number, or that a tensor has one element: its value may be on a GPU, and is not read."""
+    """Check a number, or that a tensor has one element. A tensor's value, which may be on a GPU, is not read."""
     if not isinstance(value, Tensor):
         return check_number(name, value, at_most=at_most)
     if value.numel() != 1:
@@ -57,17 +57,17 @@ def check_count(name: str, value: Any, at_least: int = 0) -> int:
 
 
 def check_dtype(name: str, value: Any) -> Any:
-    """Check a dtype of real numbers that gradients can be kept in, or None."""
+    """Check that gradients can be kept in a dtype, or that it is None."""
     if value not in (None, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(
-            f"{name}={value!r} cannot keep gradients: give torch.bfloat16, float32, float64, or None for what "
+            f"{name}={value!r} cannot keep gradients: give torch.bfloat16, float32, float64, or None for a dtype that "
             "suits the parameter"
         )
     return value
 
 
 def one_of(*choices: Any) -> Check:
-    """Return a check that a value is one of these, and of their types: 1 is not True."""
+    """Return a check that a value is one of the choices, and of the same type: 1 is not True."""
     types = {*map(type, choices)}
 
     def check(name: str, value: Any) -> Any:
@@ -79,5 +79,5 @@ def one_of(*choices: Any) -> Check:
 
 
 def or_none(check: Check, **limits: Any) -> Check:
-    """Return a check that lets None pass, too."""
+    """Return a check that also allows None."""
     return lambda name, value: None if value is None else check(name, value, **limits)

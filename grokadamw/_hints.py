@@ -1,4 +1,4 @@
-"""What people mistype or mix up, and the sentence that tells them what to write instead."""
+"""Hints for arguments that people mistype or mix up: messages that say what to write instead."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# other packages' names for an option, and how people spell it
+# other packages' names for an option, and common misspellings
 _MEANT = {
     "alpha": "alpha_init",
     "lambda_": "lamb",
@@ -35,12 +35,12 @@ _MEANT = {
 
 
 def meant(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that an unknown one most likely stands for; None if there is none.
+    """Return the known name that an unknown name most likely means; None if there is none.
 
-    Names that go on where a known one ends, such as lr_scale or weight_decay_mult, are other people's.
+    Names that extend a known one, such as lr_scale or weight_decay_mult, are taken to be other packages' own.
     """
     known = list(known)
-    if any(name.startswith(f"{each}_") for each in known):
+    if any(name.startswith(f"{option}_") for option in known):
         return None
     if name in _MEANT:
         return _MEANT[name]
@@ -48,7 +48,7 @@ def meant(name: str, known: Iterable[str]) -> str | None:
 
 
 def with_hints(function: Callable[P, None]) -> Callable[P, None]:
-    """Let a constructor's TypeError for an unknown argument say which one is meant, where that can be said."""
+    """Make a constructor suggest the right name in its TypeError for an unknown argument, if one is likely."""
     known = inspect.signature(function).parameters
 
     @functools.wraps(function)
@@ -62,13 +62,13 @@ def with_hints(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def with_model(method: Callable[P, T]) -> Callable[P, T]:
-    """Let a class method that makes an optimizer of a model say so where it is called without one."""
+    """Make a class method that needs a model raise a helpful TypeError if it is called without one."""
 
     @functools.wraps(method)
     def checked(*args: P.args, **options: P.kwargs) -> T:
         if len(args) < 2 and "model" not in options:
             raise TypeError(
-                "for_grokking needs the model: GrokAdamW.for_grokking(model). Where the Trainer makes the optimizer, "
+                "for_grokking needs the model: GrokAdamW.for_grokking(model). If the Trainer makes the optimizer, "
                 "give optimizer_cls_and_kwargs=grokadamw.huggingface.for_grokking(arguments)"
             )
         return method(*args, **options)
@@ -77,9 +77,9 @@ def with_model(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def check_params(params: Any) -> Any:
-    """Return what an optimizer is given to optimize, with an iterator as a list.
+    """Return an optimizer's `params` argument, with an iterator turned into a list.
 
-    TypeError if it is a model; ValueError if there is nothing in it.
+    Raises TypeError if it is a model, and ValueError if it is empty.
     """
     if isinstance(params, nn.Module):
         raise TypeError(f"params is a {type(params).__name__}: give its parameters, model.named_parameters()")
@@ -87,13 +87,13 @@ def check_params(params: Any) -> Any:
         params = list(params)
     if isinstance(params, Sequence) and not params:
         raise ValueError(
-            "optimizer got an empty parameter list: the model has no parameters, or params is a generator that "
-            "something has used up before: call model.named_parameters() again"
+            "optimizer got an empty parameter list: the model has no parameters, or params is a generator that was "
+            "used up before: call model.named_parameters() again"
         )
     return params
 
 
 def misspelt(group: Mapping[str, Any], known: Sequence[str]) -> list[str]:
-    """Return a sentence for each key of a parameter group that nothing reads, and that looks like an option."""
+    """Return a warning for each unknown key of a parameter group that looks like an option."""
     pairs = [(key, meant(key, known)) for key in group if key not in known and key not in ("params", "param_names")]
     return [f"a parameter group has {key!r}, which nothing reads: did you mean {name}?" for key, name in pairs if name]

@@ -1,4 +1,4 @@
-"""What the callbacks for training frameworks have in common: finding the optimizer, and reading it."""
+"""Shared by the callbacks for training frameworks: finding the optimizer, and reading its metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOGGED = ("alpha", "boost", "signal", "grad_norm", "clip_coefficient", "skipped
 
 
 def grokadamw_in(optimizer: Any) -> GrokAdamW | None:
-    """Return the GrokAdamW behind what frameworks and this package wrap around one; None where there is another."""
+    """Return the GrokAdamW inside the wrappers of frameworks and this package; None if it is another optimizer."""
     while not isinstance(optimizer, GrokAdamW):
         optimizer = getattr(optimizer, "optimizer", None)
         if optimizer is None:
@@ -24,23 +24,23 @@ def grokadamw_in(optimizer: Any) -> GrokAdamW | None:
 
 
 def readings(optimizer: GrokAdamW) -> dict[str, float]:
-    """Return the metrics() that are worth a curve and known, under names of our own."""
+    """Return the metrics() that are worth plotting and known, under names that begin with grok_."""
     metrics = optimizer.metrics()
     return {f"grok_{name}": metrics[name] for name in _LOGGED if not math.isnan(metrics[name])}
 
 
 def smallest_with(optimizer: GrokAdamW, model: nn.Module) -> nn.Module:
-    """Return the smallest module of a model that has all parameters of the optimizer; the model, if none has."""
+    """Return the smallest module of a model that has all parameters of the optimizer; the model if none has."""
     wanted = {param for group in optimizer.param_groups for param in group["params"]}
-    found = model
-    for module in model.modules():  # what contains another comes before it
+    smallest = model
+    for module in model.modules():  # a module comes before those inside it
         if wanted <= set(module.parameters()):
-            found = module
-    return found
+            smallest = module
+    return smallest
 
 
 def name_layers(optimizer: GrokAdamW, model: nn.Module) -> None:
-    """Layers from the model; where it lacks parameters of the optimizer they stay as they are, with a warning."""
+    """Take layers from the model; if it lacks parameters of the optimizer, warn and leave the layers as they are."""
     try:
         optimizer.set_layers(model)
     except ValueError as error:
@@ -48,26 +48,26 @@ def name_layers(optimizer: GrokAdamW, model: nn.Module) -> None:
 
 
 def check_theirs(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for what the Trainer's own arguments say."""
+    """Raise ValueError for options that the Trainer's own arguments set."""
     for name in ("lr", "weight_decay"):
         if name in options:
             raise ValueError(f"{name}={options[name]!r} is the Trainer's: give it in TrainingArguments")
 
 
 def hears_losses(optimizer: GrokAdamW) -> bool:
-    """Return True if losses change what the optimizer does: a signal compares them, and something adapts to it."""
+    """Return True if losses change what the optimizer does: a signal compares them, and an option uses the signal."""
     adapts = any(group["lamb"] or group["signal_boost"] for group in optimizer.param_groups)
     return adapts and any(optimizer._run.signals.takes_losses)
 
 
 def say_who_clips(optimizer: GrokAdamW, limit: float, name: str) -> None:
-    """Warn where the framework clips to another limit before the optimizer does."""
+    """Warn if the framework clips gradients to another limit before the optimizer clips them."""
     own = [float(group["gradient_clipping"]) for group in optimizer.param_groups if group["gradient_clipping"]]
     if not own or not limit or limit == min(own):
         return
     acts = name if limit <= min(own) else "gradient_clipping"
     warn(
         f"gradients are clipped twice, to {name}={limit:g} and by the optimizer to gradient_clipping={min(own):g}. "
-        f"What acts is {acts}, and metrics()['grad_norm'] is the norm in between. Set one of them to 0",
+        f"Only {acts} takes effect, and metrics()['grad_norm'] is the norm in between. Set one of them to 0",
         UserWarning,
     )

@@ -13,7 +13,7 @@ _NOT_THE_USERS = ("grokadamw", "torch", "contextlib", "functools", *_FRAMEWORKS)
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """warnings.warn for the innermost frame that is neither this package's nor torch's, nor a framework's."""
+    """Warn at the innermost frame that does not belong to this package, torch or a framework."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""What all optimizers around another one have in common: its groups, its state, and the order of a step."""
+"""The base class of optimizers around another one: they share its groups and state, and the order of a step."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ _Kind = TypeVar("_Kind")
 
 
 class Part(NamedTuple):
-    """A parameter that has a gradient, with what belongs to it; as real tensors."""
+    """A parameter that has a gradient, with its gradient, state and group."""
 
-    param: Tensor  # itself, which may be complex
-    grad: Tensor  # without the loss scale
-    state: State  # to be read: what is to be written goes into the optimizer's `state`
+    param: Tensor  # may be complex
+    grad: Tensor  # real, and without the loss scale
+    state: State  # read only: write to the optimizer's `state`
     group: dict[str, Any]
 
 
 class Wrapper(Optimizer):
-    """An optimizer around another, which is `optimizer`: the groups and the state are that one's.
+    """An optimizer around another one, `optimizer`, whose groups and state it shares.
 
-    What a wrapper keeps of a parameter is in the state, too, under names of its own, so that it is in every checkpoint;
-    the inner optimizer does not see it while it steps. Numbers that may change are in the groups.
+    A wrapper's own tensors are in that state, too, under names of their own, so that every checkpoint has them. The
+    inner optimizer does not see them while it steps. Numbers that may change are in the groups.
     """
 
-    _inner: Optimizer  # by this name alone here: Lightning's optimizers are of our class, and have an `optimizer`
+    _inner: Optimizer  # use this name only: Lightning's optimizers subclass ours, and have another `optimizer`
     _group_defaults: dict[str, Any]
-    _state_names: tuple[str, ...]  # what is in the state, of each parameter
+    _state_names: tuple[str, ...]  # its entries in each parameter's state
     _settings: tuple[str, ...] = ()  # attributes that pickle and deepcopy keep
-    _runs: tuple[str, ...] = ()  # what in the groups is no setting, but how far a run is
-    _others: tuple[str, ...] = ()  # what others of its kind keep in the state
-    _mark: str  # what is in the groups of an optimizer that another of its kind was around
-    _rank: int  # it goes around optimizers of lower rank
+    _runs: tuple[str, ...] = ()  # its group keys that are no settings, but the progress of a run
+    _others: tuple[str, ...] = ()  # state entries of other wrappers of its kind
+    _mark: str  # a group key which shows that a wrapper of its kind was around the optimizer
+    _rank: int  # it may only wrap wrappers of lower rank
 
     def __init__(self, optimizer: Optimizer, group_defaults: dict[str, Any]) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
-                f"optimizer is of type {type(optimizer).__name__}, and not a torch.optim.Optimizer: make one of your "
+                f"optimizer is of type {type(optimizer).__name__}, and not a torch.optim.Optimizer: make one from your "
                 "parameters, and give it here"
             )
         inner = optimizer
@@ -64,15 +64,15 @@ class Wrapper(Optimizer):
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise TypeError(
-                f"{type(optimizer).__name__} evaluates its closure several times a step, and sees other gradients than "
-                f"those that {type(self).__name__} makes: give an optimizer that takes a step without a closure"
+                f"{type(optimizer).__name__} evaluates its closure several times a step, and so does not see the "
+                f"gradients that {type(self).__name__} makes: give an optimizer that takes a step without a closure"
             )
         self._inner, self._group_defaults = optimizer, group_defaults
         self._check({**group_defaults})
         for group in optimizer.param_groups:
             self._check({**group_defaults, **group})
         for group in optimizer.param_groups:
-            if self._mark in group:  # another like this was around it
+            if self._mark in group:  # another wrapper of this kind was around it
                 group.update(group_defaults)
                 for param in group["params"]:
                     for name in (*self._state_names, *self._others):
@@ -81,15 +81,15 @@ class Wrapper(Optimizer):
         self._begin()
 
     def _begin(self) -> None:
-        # GradScaler's word for leaving its scale to the optimizer, and calling it where it has found infinity
+        # makes GradScaler leave its scale to the optimizer, and call the optimizer even if it found infinity
         if self._always_unscales or getattr(self._inner, "_step_supports_amp_scaling", False):
             self._step_supports_amp_scaling = True
-        super().__setstate__({})  # the hooks that every optimizer has
+        super().__setstate__({})  # makes the hooks that every optimizer has
 
     _always_unscales = False
 
     def _fill_groups(self) -> None:
-        """Give each group what it lacks; and Python's numbers for NumPy's, which weights_only=True does not read."""
+        """Add missing keys to each group, and replace NumPy's numbers, which weights_only=True does not read."""
         for group in self._inner.param_groups:
             for name, value in self._group_defaults.items():
                 here = group.setdefault(name, value)
@@ -100,14 +100,14 @@ class Wrapper(Optimizer):
         """Raise TypeError or ValueError for a number that a group must not hold."""
 
     def __getattr__(self, name: str) -> Any:
-        """Look up what this class lacks, such as schedule-free's ``train`` and ``eval``, in the inner optimizer."""
-        if name.startswith("_") or "_inner" not in self.__dict__:  # which copying and pickling ask for first
+        """Look up attributes that this class lacks, such as schedule-free's ``train``, in the inner optimizer."""
+        if name.startswith("_") or "_inner" not in self.__dict__:  # copying and pickling ask before it is there
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self._inner, name)
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer that this one is around."""
+        """The inner optimizer."""
         return self._inner
 
     @property
@@ -137,10 +137,10 @@ class Wrapper(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Run the closure, if there is one, and take a step; ``p.grad`` is afterwards what it was after the closure.
+        """Run the closure, if there is one, and take a step. ``p.grad`` stays as the closure left it.
 
-        Under a GradScaler that leaves its scale to the optimizer, gradients are divided by it, and nothing is done
-        where it has found infinity, which is read back from a GPU.
+        If GradScaler leaves its scale to the optimizer, gradients are divided by the scale, and nothing is done if
+        GradScaler found infinity. That flag is read back from a GPU.
 
         Returns:
             What the closure returned.
@@ -151,20 +151,20 @@ class Wrapper(Optimizer):
                 loss = closure()
         with torch.no_grad():
             found_inf = getattr(self, "found_inf", None)
-            self._step(bool(found_inf))  # GradScaler's 0 is no tensor where there are no gradients
+            self._step(bool(found_inf))  # without gradients GradScaler gives a plain 0
         return loss
 
-    @_disable_dynamo  # Python's numbers decide what is done; what to compile is the inner optimizer's step
+    @_disable_dynamo  # Python's numbers decide what is done; compile the inner optimizer's step instead
     def _step(self, overflows: bool) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"a CUDA graph cannot capture a step of {type(self).__name__}, in which Python counts: capture that of "
-                "GrokAdamW, which has the filter, with capturable=True"
+                f"a CUDA graph cannot capture a step of {type(self).__name__}, which counts in Python: capture a step "
+                "of GrokAdamW, which has the filter, with capturable=True"
             )
         if overflows:
             self._skip()
             return
-        self._fill_groups()  # of which the inner optimizer may have got another
+        self._fill_groups()  # the inner optimizer may have got a new group
         for group in self.param_groups:
             self._check(group)
         self._check_kept()
@@ -176,21 +176,21 @@ class Wrapper(Optimizer):
             self._take(parts)
 
     def _check_kept(self) -> None:
-        """Raise RuntimeError if what is kept for a parameter no longer has its shape."""
+        """Raise RuntimeError if a parameter's state no longer has its shape."""
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
             state = self.state.get(param)
             if isinstance(state, dict):
                 check_shapes(state, self._state_names, param)
 
     def _skip(self) -> None:
-        """Do what is due at a step in which GradScaler has found infinity."""
+        """Handle a step in which GradScaler found infinity."""
 
     def _take(self, parts: list[Part]) -> None:
         """Take a step with these gradients."""
         raise NotImplementedError
 
     def _make_state(self, parts: list[Part]) -> None:
-        """Make the state that a checkpoint of these parameters is loaded into."""
+        """Make the state that these parameters lack, at zero."""
         raise NotImplementedError
 
     def _parts(self) -> list[Part]:
@@ -207,8 +207,8 @@ class Wrapper(Optimizer):
                     )
                 if scale is not None and param.grad.dtype == torch.float16:
                     raise ValueError(
-                        f"parameter {j} of group {i} has a float16 gradient, and GradScaler's scale to be divided by: "
-                        "under GradScaler keep parameters in float32, and compute in float16 by torch.autocast"
+                        f"parameter {j} of group {i} has a float16 gradient, which cannot be divided by GradScaler's "
+                        "scale: under GradScaler keep parameters in float32, and compute in float16 by torch.autocast"
                     )
                 grad = as_real(param.grad.resolve_conj())
                 if scale is not None:
@@ -217,25 +217,25 @@ class Wrapper(Optimizer):
         return parts
 
     def _is_for_state_alone(self, parts: list[Part]) -> bool:
-        """Return True if torch.distributed.checkpoint takes this step, to have the state made that it loads into.
+        """Return True if torch.distributed.checkpoint takes this step only to create the state that it loads into.
 
-        There is no state yet, the learning rate is 0, and so are the gradients.
+        There is no state yet then, and the learning rate and all gradients are 0.
         """
         if not parts or any(not isinstance(state, dict) or state for state in self.state.values()):
             return False
-        lrs = [group.get("lr") for group in self.param_groups]  # None is some optimizers' word for their own
+        lrs = [group.get("lr") for group in self.param_groups]  # with None some optimizers choose their own
         if any(lr is None or float(lr) != 0 for lr in lrs):
             return False
         return not any(part.grad.any() for part in parts)
 
     def _inner_step(self, parts: Sequence[Part], grads: Sequence[Tensor]) -> None:
-        """Let the inner optimizer step with other gradients, which are real; no parameter but these has one."""
+        """Let the inner optimizer step with these real gradients; other parameters have none meanwhile."""
         with self._hidden(), _replaced(parts, grads, chain.from_iterable(g["params"] for g in self.param_groups)):
             self._inner.step()
 
     @contextmanager
     def _hidden(self) -> Iterator[None]:
-        """Inside, the state is as if the inner optimizer were alone: many of them ask whether it is empty."""
+        """Hide the wrapper's state inside the context: many optimizers ask whether a parameter's state is empty."""
         states = {param: state for param, state in self.state.items() if isinstance(state, dict)}
         hidden: dict[Tensor, State] = {}
         for param, state in states.items():
@@ -247,7 +247,7 @@ class Wrapper(Optimizer):
         finally:
             for param, ours in hidden.items():
                 inner = self.state.get(param)
-                state = states[param]  # the same dict as before, which state dicts share
+                state = states[param]  # keep the same dict object, which state dicts share
                 if inner is not state:
                     state.update(inner or {})
                 state.update(ours)
@@ -258,15 +258,15 @@ class Wrapper(Optimizer):
         self._inner.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as the inner optimizer does; it may set this one's numbers, too."""
+        """Add a group, as the inner optimizer does. It may also set this wrapper's numbers."""
         self._check({**self._group_defaults, **param_group})
         self._inner.add_param_group(param_group)
         self._fill_groups()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the inner optimizer's state dict, of which this one's memory is a part.
+        """Return the inner optimizer's state dict, which includes the wrapper's state.
 
-        So each loads what the other has saved; an inner optimizer that has not stepped yet has nothing to be loaded.
+        So each can load what the other saved. An inner optimizer that has not stepped yet has nothing to load.
         """
         self._fill_groups()
         for before in self._optimizer_state_dict_pre_hooks.values():
@@ -278,17 +278,17 @@ class Wrapper(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict, as the inner optimizer does; what this one keeps comes back in its own dtype.
+        """Load a state dict, as the inner optimizer does; the wrapper's state keeps its own dtype.
 
-        A checkpoint of the inner optimizer alone is gone on from: what it does not know starts afresh.
+        A checkpoint of the inner optimizer alone can be loaded, too: the wrapper's state then starts afresh.
 
         Raises:
-            ValueError: that is no optimizer's state dict, or does not fit. Nothing was loaded then.
+            ValueError: this is not an optimizer's state dict, or it does not fit. Then nothing was loaded.
         """
         if not is_state_dict(state_dict):
             raise ValueError(
-                "state_dict is no optimizer's, which has 'state' and 'param_groups': give what state_dict() returned, "
-                "and of a checkpoint the part that holds it"
+                "state_dict is not an optimizer's, which has 'state' and 'param_groups': give what state_dict() "
+                "returned, or the part of a checkpoint that holds it"
             )
         self._fill_groups()
         state_dict = dict(state_dict)
@@ -312,11 +312,11 @@ class Wrapper(Optimizer):
         for param, state in ours.items():
             if state:
                 self._check_state(param, state)
-        known = []  # what the saved groups do not say of this one
+        current = []  # the wrapper's numbers, for saved groups that lack them
         for group in self.param_groups:
-            known.append({name: group[name] for name in self._group_defaults})
-            known[-1].update({name: self._group_defaults[name] for name in self._runs})
-        groups = [{**mine, **saved} for mine, saved in zip(known, state_dict["param_groups"], strict=True)]
+            current.append({name: group[name] for name in self._group_defaults})
+            current[-1].update({name: self._group_defaults[name] for name in self._runs})
+        groups = [{**own, **saved} for own, saved in zip(current, state_dict["param_groups"], strict=True)]
         self._inner.load_state_dict({**state_dict, "state": rest, "param_groups": groups})
         for param, state in ours.items():
             if state:
@@ -325,20 +325,20 @@ class Wrapper(Optimizer):
             hook(self)
 
     def _check_groups(self, groups: list[dict[str, Any]]) -> None:
-        """Raise ValueError where a run that was saved cannot be gone on from."""
+        """Raise ValueError if a saved run cannot be continued."""
 
     def _check_state(self, param: Tensor, state: State) -> None:
-        """Raise ValueError where what was saved of a parameter does not fit it."""
+        """Raise ValueError if a saved state does not fit its parameter."""
 
     def _placed(self, name: str, value: Any, param: Tensor) -> Any:
-        """Return a loaded value where a step wants it."""
+        """Return a loaded value on the device where a step needs it."""
         if not isinstance(value, Tensor):
             return value
-        # a count stays where the host reads it
+        # counts stay where the host reads them
         return value.detach().to(param.device if value.is_floating_point() else torch.device("cpu"), copy=True)
 
     def _described(self) -> str:
-        """Return the settings that are not in the groups."""
+        """Describe the settings that are not in the groups."""
         return ""
 
     def __repr__(self) -> str:
@@ -354,7 +354,7 @@ class Wrapper(Optimizer):
 
 
 def check_saved(name: str, value: Tensor, shape: Sequence[int]) -> None:
-    """Raise ValueError where what was saved under that name has another shape."""
+    """Raise ValueError if the tensor that was saved under a name has another shape."""
     if value.shape != torch.Size(shape):
         raise ValueError(
             f"state_dict: {name} of a parameter has shape {tuple(value.shape)}, and not {tuple(shape)}: construct the "
@@ -363,18 +363,18 @@ def check_saved(name: str, value: Tensor, shape: Sequence[int]) -> None:
 
 
 def by_kind(parts: Sequence[Part], kind: Callable[[Part], _Kind]) -> list[tuple[_Kind, list[Part]]]:
-    """Return the parts in lists of one kind, which one of torch's operations on lists can take."""
+    """Group the parts by kind, device, mesh and dtype into lists that one torch._foreach operation can take."""
     lists: dict[Any, tuple[_Kind, list[Part]]] = {}
     for part in parts:
-        its = kind(part)
-        key = (its, part.grad.device, mesh_of(part.grad), part.grad.dtype)
-        lists.setdefault(key, (its, []))[1].append(part)
+        part_kind = kind(part)
+        key = (part_kind, part.grad.device, mesh_of(part.grad), part.grad.dtype)
+        lists.setdefault(key, (part_kind, []))[1].append(part)
     return list(lists.values())
 
 
 @contextmanager
 def _replaced(parts: Sequence[Part], grads: Sequence[Tensor], params: Iterator[Tensor]) -> Iterator[None]:
-    """Inside, the gradients are others, in the dtype that they had, and those of all other parameters are away."""
+    """Replace the gradients inside the context, keeping their dtypes; other parameters have none meanwhile."""
     kept = {param: param.grad for param in params}
     new = {part.param: grad for part, grad in zip(parts, grads, strict=True)}
     try:

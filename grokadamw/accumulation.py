@@ -1,7 +1,7 @@
 """Gradient accumulation inside the optimizer (Su Jianlin, https://kexue.fm/archives/6794).
 
-`Accumulate` collects the gradients of several micro-batches in a buffer, for any optimizer: exactly the step of one
-batch that is so many times as large. `Cycle` is what GrokAdamW knows of a step whose micro-batches its moments collect.
+`Accumulate` collects the gradients of several micro-batches in a buffer, for any optimizer. The step is exactly that of
+one large batch. `Cycle` tracks a step of GrokAdamW whose micro-batches are collected in the moments.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ __all__ = ["Accumulate"]
 
 
 class Cycle:
-    """Where a GrokAdamW with ``accumulation_steps`` k is in one of its steps, as its groups and its state say."""
+    """Where a GrokAdamW with ``accumulation_steps`` k is within a step, as its groups and its state say."""
 
     def __init__(self, of: int, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> None:
         self.of, self._groups, self._state = of, groups, state
         self.nth = groups[0]["micro_step"]
         self.is_first, self.is_last = self.nth == 0, self.nth + 1 >= of
         params = [param for group in groups for param in group["params"]] if self.is_last else []
-        # parameters without a gradient that are to move, as they had one earlier in the cycle
+        # parameters without a gradient that must still move, because they had one earlier in the cycle
         self.missing = {p for p in params if p.grad is None and state.get(p, {}).get("micro_step")}
 
     def numbers(
         self, alphas: Sequence[Number], boosts: Sequence[Number], amplification: float
     ) -> tuple[list[dict[str, Any]], list[Number], list[Number], float]:
-        """Return what holds for the cycle, that of its first micro-batch: groups, α and boost of each, λ's factor."""
+        """Return this cycle's numbers, fixed at its first micro-batch: groups, their α and boost, and λ's factor."""
         if self.is_first:
             for group, alpha, boost in zip(self._groups, alphas, boosts, strict=True):
                 group["cycle"] = (alpha, amplification, *_numbers(group), boost)
-        held = self._groups if self.is_first else [_with_numbers(group) for group in self._groups]
+        groups = self._groups if self.is_first else [_with_numbers(group) for group in self._groups]
         cycles = [group["cycle"] for group in self._groups]
-        return held, [cycle[0] for cycle in cycles], [(*cycle, 1.0)[6] for cycle in cycles], float(cycles[0][1])
+        return groups, [cycle[0] for cycle in cycles], [(*cycle, 1.0)[6] for cycle in cycles], float(cycles[0][1])
 
     def end(self, params: Iterable[Tensor]) -> bool:
-        """Count this micro-batch, in which these parameters had a gradient, and return whether it was the last."""
+        """Count this micro-batch, in which `params` had gradients, and return True if it was the last."""
         for param in params:
             state = self._state[param]
             state["micro_step"] = 0 if self.is_last else state.get("micro_step", 0) + 1
@@ -59,16 +59,16 @@ class Cycle:
 
 
 def join(group: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
-    """Complete a group, whose options are all there: its layers, and what the groups before it have come to."""
+    """Complete a group that has all its options: set its layers, and the progress of the groups before it."""
     first = earlier[0] if earlier else {**CYCLE_AT_REST, "skipped_steps": group["skipped_steps"]}
-    group.update(CYCLE_AT_REST, skipped_steps=first["skipped_steps"])  # which may have been another optimizer's
-    if first["micro_step"] > 0:  # it takes part in the cycle, with its own numbers
+    group.update(CYCLE_AT_REST, skipped_steps=first["skipped_steps"])  # the group may be another optimizer's
+    if first["micro_step"] > 0:  # it joins the current cycle, with its own numbers
         group["cycle"] = (as_number(group["alpha_init"]), first["cycle"][1], *_numbers(group), 1.0)
         group["micro_step"] = first["micro_step"]
-    given = group.get("layers")
-    if given is None or len(given) != len(group["params"]) or group["layer"] is not None:
-        given = layers_of(group, earlier)
-    group["layers"] = list(given)
+    group_layers = group.get("layers")
+    if group_layers is None or len(group_layers) != len(group["params"]) or group["layer"] is not None:
+        group_layers = layers_of(group, earlier)
+    group["layers"] = list(group_layers)
 
 
 def _numbers(group: dict[str, Any]) -> list[float]:
@@ -81,9 +81,9 @@ def _with_numbers(group: dict[str, Any]) -> dict[str, Any]:
 
 
 class Accumulate(Wrapper):
-    """An optimizer that takes a micro-batch at every call of ``step()``, and changes parameters at every k-th.
+    """Gradient accumulation: each ``step()`` takes a micro-batch, and every k-th one changes the parameters.
 
-    What the inner optimizer gets at every k-th is the mean of the k gradients: it clips once, steps once, and evaluates
+    At every k-th call the inner optimizer gets the mean of the k gradients: it clips once, steps once, and evaluates
     its signals once, as for one batch k times as large.
 
     ```python
@@ -97,36 +97,36 @@ class Accumulate(Wrapper):
     optimizer.flush()
     ```
 
-    Gradients are to be zeroed after every micro-batch, and losses not to be divided. Groups and state are the inner
-    optimizer's, which is ``optimizer.optimizer``. A step that GradScaler has found infinity in is no micro-batch; its
-    scale is left to this optimizer, so that frameworks do not clip under it. Source: Su Jianlin,
+    Zero the gradients after every micro-batch, and do not divide the losses. Groups and state belong to the inner
+    optimizer, ``optimizer.optimizer``. A step in which GradScaler finds infinity does not count as a micro-batch.
+    GradScaler leaves its scale to this optimizer, so that frameworks do not clip micro-batches. Source: Su Jianlin,
     https://kexue.fm/archives/6794.
 
     Args:
-        optimizer: any that takes a step without evaluating its closure again, as LBFGS does.
-        steps: k ≥ 1, micro-batches of a step.
+        optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does.
+        steps: k ≥ 1, micro-batches per step.
         gradient_clipping: largest norm ≥ 0 of the mean gradient, by ``clip_grad_norm_``'s formula; 0 is off. A loop
-            that clips by itself clips micro-batches.
+            that clips gradients itself clips each micro-batch.
 
     The groups hold ``accumulated_steps``, the micro-batches of the cycle so far, and ``accumulation_cycle``, k.
-    ``state[p]`` gets ``accumulated``, the sum of its gradients (in the parameter's shape, and its dtype, but float32 at
-    least; of a complex parameter as two real numbers an element), and ``accumulated_grads``, how many those are.
+    ``state[p]`` gets ``accumulated``, the sum of its gradients (in the parameter's shape and dtype, but at least
+    float32; for a complex parameter, two real numbers per element), and ``accumulated_grads``, their number.
 
     Raises:
-        TypeError, ValueError: an argument is not what is written above. The message names it and its value.
+        TypeError, ValueError: an argument is not as described above. The message names it and its value.
     """
 
     _state_names = ("accumulated", "accumulated_grads")
     _settings = ("_steps", "_clipping", "_last")
     _runs = ("accumulated_steps",)
     _mark, _rank = "accumulation_cycle", 2
-    _always_unscales = True  # so that `stepped` hears of a step that is none; and a loop cannot clip what it collects
+    _always_unscales = True  # so that `stepped` becomes False on overflow, and a loop cannot clip micro-batches
 
     def __init__(self, optimizer: Optimizer, steps: int, gradient_clipping: float = 0.0) -> None:
         check_count("steps", steps, at_least=1)
         check_limit("gradient_clipping", gradient_clipping)
         self._steps, self._clipping = steps, gradient_clipping
-        self._last = {"stepped": False}  # in an object: what Lightning makes of this has attributes of its own
+        self._last = {"stepped": False}  # in a dict, because Lightning's copy of this object has its own attributes
         super().__init__(optimizer, {"accumulated_steps": 0, "accumulation_cycle": steps})
 
     def _described(self) -> str:
@@ -137,11 +137,11 @@ class Accumulate(Wrapper):
 
     @property
     def stepped(self) -> bool:
-        """Whether the last call of ``step()`` or ``flush()`` was one of the inner optimizer's: a scheduler's turn."""
+        """True if the last ``step()`` or ``flush()`` stepped the inner optimizer: then step the scheduler."""
         return self._last["stepped"]
 
     def flush(self) -> None:
-        """Step with the mean of what has come since the last step, if anything has: a last, incomplete cycle."""
+        """Step with the mean of the micro-batches since the last step, if there are any: a last, incomplete cycle."""
         self._fill_groups()
         self._check_kept()
         self._last["stepped"] = False
@@ -150,7 +150,7 @@ class Accumulate(Wrapper):
                 self._step_with([], count)
 
     def discard(self) -> None:
-        """Forget what has come since the last step, as where the inner optimizer refuses it."""
+        """Drop the micro-batches since the last step, for example if the inner optimizer refused them."""
         for state in self.state.values():
             if isinstance(state, dict) and state.get("accumulated_grads"):
                 state["accumulated"].zero_()
@@ -159,7 +159,7 @@ class Accumulate(Wrapper):
             group["accumulated_steps"] = 0
 
     def _count(self) -> int:
-        """Micro-batches of the cycle so far."""
+        """Return how many micro-batches of the cycle there were so far."""
         return max((int(group["accumulated_steps"]) for group in self.param_groups), default=0)
 
     def _make_state(self, parts: list[Part]) -> None:
@@ -175,15 +175,16 @@ class Accumulate(Wrapper):
             self._step_with(parts, count)
             return
         self._make_state(parts)
-        for _, mine in by_kind(parts, lambda part: None):
-            torch._foreach_add_([self.state[part.param]["accumulated"] for part in mine], [part.grad for part in mine])
+        for _, alike in by_kind(parts, lambda part: None):
+            totals = [self.state[part.param]["accumulated"] for part in alike]
+            torch._foreach_add_(totals, [part.grad for part in alike])
         for part in parts:
             self.state[part.param]["accumulated_grads"] += 1
         for group in self.param_groups:
             group["accumulated_steps"] = count
 
     def _step_with(self, parts: list[Part], count: int) -> None:
-        """Let the inner optimizer step with the mean of so many micro-batches, of which `parts` are the last."""
+        """Let the inner optimizer step with the mean of `count` micro-batches; `parts` is the last one."""
         last = {part.param: part.grad for part in parts}
         summed = []
         for group in self.param_groups:
@@ -195,7 +196,7 @@ class Accumulate(Wrapper):
                 elif grad is not None:
                     dtype = wide(grad.dtype) if count > 1 else grad.dtype
                     summed.append(Part(param, grad.to(dtype, copy=True), state, group))
-        lists = [[part.grad for part in mine] for _, mine in by_kind(summed, lambda part: None)]
+        lists = [[part.grad for part in alike] for _, alike in by_kind(summed, lambda part: None)]
         for grads in lists:
             torch._foreach_div_(grads, count)
         ways = divisions(self.param_groups)

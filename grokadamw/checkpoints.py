@@ -1,7 +1,7 @@
-"""State dicts of other optimizers and releases → GrokAdamW's, and back: pure functions of state dicts.
+"""Convert state dicts of other optimizers and releases to GrokAdamW's, and back.
 
 A state dict is what an optimizer's `state_dict()` returns: `{"state": {id: {name: tensor}}, "param_groups": [...]}`.
-Neither function writes into its argument; tensors are shared with it.
+The functions do not write into their argument; results share its tensors.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ __all__ = ["is_state_dict", "to_adamw", "to_float32", "to_grokadamw"]
 StateDict: TypeAlias = dict[str, Any]
 _Group: TypeAlias = dict[str, Any]
 
-# what a group of torch.optim.AdamW and Adam holds, and one of GrokAdamW does not, or not with that meaning
+# keys of torch.optim.AdamW's and Adam's groups that GrokAdamW's lack, or use with another meaning
 _ADAMW: _Group = {"amsgrad": False, "decoupled_weight_decay": True}
 _ADAMW |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
-# what one of GrokAdamW holds beside what both mean alike, and its state beside AdamW's
+# keys of GrokAdamW's groups that AdamW does not share, and state entries that AdamW lacks
 _OURS = {*GROUP_KEYS} - {"lr", "betas", "eps", "weight_decay", "maximize", *_ADAMW}
 _OUR_STATE = ("grok_ema", "grok_ring", "grok_ring_sum", "grok_ring_lap", "grok_ring_count", "micro_step", "param_low")
 _NEEDED = ("step", "exp_avg", "exp_avg_sq")
 _KINDS = (
-    "GrokAdamW goes on from torch.optim.AdamW, Adam, and GrokAdamW; from others, start with fresh moments, or give it "
-    "their form"
+    "GrokAdamW continues from torch.optim.AdamW, Adam and GrokAdamW; from others, start with fresh moments, or convert "
+    "the state dict to one of these forms"
 )
 
 
@@ -43,18 +43,18 @@ def is_state_dict(value: Any) -> bool:
 
 
 def to_grokadamw(state_dict: StateDict) -> StateDict:
-    """Return a state dict that `GrokAdamW.load_state_dict` goes on from.
+    """Convert a state dict to the form that `GrokAdamW.load_state_dict` continues from.
 
-    From `torch.optim.AdamW` or `Adam`: moments, step counts and the numbers that both have; the slow gradient μ, which
-    they lack, starts at 0. From grokadamw 0.1.2: everything. GrokAdamW's own comes back as it is.
+    From `torch.optim.AdamW` or `Adam` it takes moments, step counts and the options that both have; the slow gradient
+    μ, which they lack, starts at 0. From grokadamw 0.1.2 it takes everything. GrokAdamW's own is returned as it is.
 
     Raises:
-        ValueError: it cannot be continued without loss. The message says why, and what can be done.
+        ValueError: the run cannot be continued without loss. The message says why, and what to do.
     """
     if not is_state_dict(state_dict):
         raise ValueError(
-            "this is no optimizer's state dict, which has 'state' and 'param_groups': give what state_dict() returned, "
-            "and of a checkpoint the part that holds it"
+            "this is not an optimizer's state dict, which has 'state' and 'param_groups': give what state_dict() "
+            "returned, or the part of a checkpoint that holds it"
         )
     groups = state_dict["param_groups"]
     if any("state" in group for group in groups):
@@ -72,9 +72,10 @@ def to_grokadamw(state_dict: StateDict) -> StateDict:
 
 
 def to_float32(state_dict: StateDict) -> StateDict:
-    """Return a GrokAdamW's state dict whose m, v and μ are float32 at least, whatever `state_dtype` kept them in.
+    """Convert a GrokAdamW's state dict so that m, v and μ are at least float32, whatever `state_dtype` kept them in.
 
-    Low bits of parameters stay as they are: see `full_precision_state_dict`. GrokAdamW loads either, in any format.
+    Low bits of parameters stay as they are: see `full_precision_state_dict`. GrokAdamW loads a state dict before and
+    after the conversion, whatever its own `state_dtype`.
 
     Raises:
         ValueError: as `to_grokadamw`.
@@ -91,10 +92,10 @@ def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_adamw(state_dict: StateDict) -> StateDict:
-    """Return a state dict that `torch.optim.AdamW.load_state_dict` goes on from: moments, steps and AdamW's numbers.
+    """Convert a state dict to `torch.optim.AdamW`'s form: moments, steps and AdamW's options.
 
-    Everything else is left out: μ, signals, layers and what the groups say of them. AdamW has one β1 for all layers;
-    where γ is not 0, the first moments of deep layers come from a smaller one, and adapt within a few steps.
+    Everything else is left out: μ, signals, layers and their group keys. AdamW has one β1 for all layers; if γ is not
+    0, the first moments of deep layers were made with a smaller one, and adapt within a few steps.
 
     Raises:
         ValueError: as `to_grokadamw`.
@@ -111,14 +112,14 @@ def _from_adam(state_dict: StateDict) -> StateDict:
             "state_dict is of an Adam with amsgrad=True, which divides by the largest second moment so far: GrokAdamW "
             "has no such thing. To go on without, set 'amsgrad' to False in each of its groups"
         )
-    ours = {"grokking_signal_fns": None}  # by which it is known
+    ours = {"grokking_signal_fns": None}  # marks a group as GrokAdamW's
     groups = [_without(group, _ADAMW) | ours for group in state_dict["param_groups"]]
     for group, old in zip(groups, state_dict["param_groups"], strict=True):
         group["betas"] = tuple(map(float, group["betas"]))  # AdamW's may be tensors
         if old.get("decoupled_weight_decay") is False and old["weight_decay"] != 0:
             warnings.warn(
-                f"weight_decay={old['weight_decay']:g} was Adam's, a part of the gradient; GrokAdamW's is AdamW's, "
-                "apart from it, and usually larger: choose it anew",
+                f"weight_decay={old['weight_decay']:g} was Adam's, which is added to the gradient; GrokAdamW's is "
+                "decoupled from it, as AdamW's, and usually larger: choose it anew",
                 UserWarning,
                 stacklevel=3,
             )
@@ -130,9 +131,10 @@ def _from_adam(state_dict: StateDict) -> StateDict:
 
 
 def _from_0_1_2(state_dict: StateDict) -> StateDict:
-    """Release 0.1.2 kept its state in `group["state"]`, under Parameters, in the order of their first gradients.
+    """Convert a state dict of release 0.1.2.
 
-    On loading it did not find it again and began another one behind it, so that the last entries are those in use.
+    It kept the state in `group["state"]`, keyed by Parameter, in the order of their first gradients. After loading it
+    did not find this state and appended a new one, so that the last entries are those in use.
     """
     states: dict[Any, Any] = dict(state_dict["state"])
     groups = []
@@ -145,7 +147,7 @@ def _from_0_1_2(state_dict: StateDict) -> StateDict:
 
 
 def _in_use(entries: list[tuple[Tensor, dict[str, Any]]], count: int, i: int) -> list[dict[str, Any]]:
-    """Return the states of the group's parameters, in their order, where that is beyond doubt."""
+    """Return the states of the group's parameters in order; ValueError if the order is in doubt."""
     last = entries[-count:]
     shapes = [param.shape for param, _ in last]
     blocks = [entries[start : start + count] for start in range(0, len(entries), count)]
@@ -163,7 +165,7 @@ def _in_use(entries: list[tuple[Tensor, dict[str, Any]]], count: int, i: int) ->
 
 
 def _states(state_dict: StateDict) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Return the parameters' ids that have a state, with it; what hooks may have put beside them is left out."""
+    """Yield the id and state of each parameter that has a state, but not entries that hooks may have added."""
     for key in chain.from_iterable(group["params"] for group in state_dict["param_groups"]):
         if key in state_dict["state"]:
             yield key, state_dict["state"][key]

@@ -1,11 +1,11 @@
-"""Everything that knows of ranks, device meshes and DTensors.
+"""All code that knows about ranks, device meshes and DTensors.
 
-A step takes the shard of this rank out of each DTensor, and is plain from there on. What must be summed over ranks (the
-norm of all gradients, the norms of rows that are cut) is summed here, and so is the signal, so that every
-rank goes on with the same α and the same length of steps.
+A step takes this rank's shard out of each DTensor, and works on plain tensors from there on. This module sums over
+ranks the norm of all gradients, the norms of rows that are cut, and the signal, so that every rank uses the same α and
+the same step length.
 
-Plain tensors count as whole, unless the optimizer has a `shard_group`: then each rank has others, as with FSDP1,
-pipeline stages, and torch's ZeroRedundancyOptimizer, which is known by being around the optimizer.
+Plain tensors count as whole, unless the optimizer has a `shard_group`: then each rank has different ones, as with
+FSDP1, pipeline stages, and torch's ZeroRedundancyOptimizer, which is detected as the optimizer's caller.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
 def mesh_of(tensor: Tensor) -> Any:
-    """Return the mesh that a DTensor is on, None for a plain tensor: torch takes no list that mixes them."""
+    """Return a DTensor's mesh; None for a plain tensor. (torch's list operations refuse lists that mix them.)"""
     return getattr(tensor, "device_mesh", None)
 
 
@@ -35,7 +35,7 @@ def whole(value: Tensor) -> Tensor:
 
 
 class Shards(NamedTuple):
-    """How DTensors are divided. Hashable, and the same for all that are divided in the same way."""
+    """How DTensors are divided. Hashable, and equal for all DTensors that are divided in the same way."""
 
     mesh: Any
     placements: tuple[Any, ...]
@@ -46,7 +46,7 @@ class Shards(NamedTuple):
         return any(dim > 0 for _, dim in self.cuts())
 
     def sum(self, value: Tensor, rows: bool = False) -> Tensor:
-        """Return the sum over all ranks that have another shard: of one number, or of one for each of their `rows`."""
+        """Return the sum over all ranks that have another shard: of one number, or with `rows` of one for each row."""
         for i, dim in self.cuts():
             if dim > 0 or not rows:
                 value = value.clone()
@@ -54,50 +54,50 @@ class Shards(NamedTuple):
         return value
 
     def total(self, values: Iterable[Any], size: Sequence[int] = ()) -> Tensor:
-        """Return the sum, in float64, of this rank's tensors of that size and those of ranks that have another shard.
+        """Return the float64 sum of these tensors, all of one size, over this rank and ranks that have another shard.
 
-        All of them call it, one that has no such tensor, too.
+        All these ranks must call it, even one that has no such tensor.
         """
         return self.sum(_added(values, torch.device(self.mesh.device_type), size))
 
     def ranks_in(self, group: Any) -> int:
-        """Return how many ranks of a process group are on the mesh, this one among them."""
+        """Return how many ranks of a process group are on the mesh, including this one."""
         return len({*self.mesh.mesh.flatten().tolist()} & {*dist.get_process_group_ranks(group)})
 
     def cuts(self) -> Iterable[tuple[int, int]]:
-        """Yield the mesh dimensions that tensors are divided over, with the tensor's dimension."""
+        """Yield each mesh dimension that tensors are divided over, with the tensor dimension that it divides."""
         for i, placement in enumerate(self.placements):
             if not placement.is_replicate() and not placement.is_partial() and self.mesh.size(i) > 1:
                 yield i, placement.dim
 
 
 def shards_of(tensor: Tensor) -> Shards | None:
-    """Return how a DTensor is divided, None for a plain tensor."""
+    """Return how a DTensor is divided; None for a plain tensor."""
     mesh = mesh_of(tensor)
     return None if mesh is None else Shards(mesh, tuple(tensor.placements))  # type: ignore[attr-defined]
 
 
 def divisions(groups: Iterable[Mapping[str, Any]]) -> list[Shards]:
-    """Return the ways in which the groups' parameters are divided, in an order that is the same on all ranks."""
-    found = (shards_of(param) for group in groups for param in group["params"])
-    return list(dict.fromkeys(shards for shards in found if shards is not None))
+    """Return the ways in which the groups' parameters are divided, in the same order on all ranks."""
+    ways = (shards_of(param) for group in groups for param in group["params"])
+    return list(dict.fromkeys(shards for shards in ways if shards is not None))
 
 
 def local(tensor: Tensor, shards: Shards | None) -> Tensor:
-    """Return the part of this rank, once a DTensor is divided in that way; a plain tensor as it is."""
+    """Return this rank's part of a DTensor, redistributed to `shards` if needed; a plain tensor as it is."""
     return tensor if shards is None else part(placed(tensor, shards))
 
 
 def placed(tensor: Tensor, shards: Shards) -> Tensor:
-    """Return a DTensor that is divided in that way: itself if it is. If not, all ranks must call this."""
-    found: Any = tensor
-    if mesh_of(tensor) is None or tuple(found.placements) == shards.placements:
+    """Return the DTensor divided like `shards`. Unless it already is, this communicates: all ranks must call it."""
+    dtensor: Any = tensor
+    if mesh_of(tensor) is None or tuple(dtensor.placements) == shards.placements:
         return tensor
-    return found.redistribute(placements=shards.placements)  # type: ignore[no-any-return]
+    return dtensor.redistribute(placements=shards.placements)  # type: ignore[no-any-return]
 
 
 def part(tensor: Tensor) -> Tensor:
-    """Return the part of a DTensor that this rank has; a plain tensor as it is."""
+    """Return this rank's part of a DTensor; a plain tensor as it is."""
     if mesh_of(tensor) is None:
         return tensor
     inner: Any = tensor._local_tensor  # type: ignore[attr-defined]
@@ -105,32 +105,32 @@ def part(tensor: Tensor) -> Tensor:
 
 
 def parts(lists: Iterable[Sequence[Any]]) -> tuple[list[list[Any]], list[list[Any]]]:
-    """Return torch's descriptions of how the tensors of some lists are divided, and the parts of this rank.
+    """Return torch's specs of how the tensors in some lists are divided, and this rank's parts of the tensors.
 
-    A plain tensor, or None, stays as it is, and has None for a description. Descriptions are compared by `alike`.
+    A plain tensor, or None, stays as it is, and its spec is None. Compare specs with `alike`.
     """
-    specs, found = [], []
+    specs, all_parts = [], []
     for tensors in lists:
-        try:  # list comprehensions, as Python 3.11 and newer read slots in these in two thirds of attrgetter's time
+        try:  # list comprehensions: from Python 3.11 on they read slots in two thirds of attrgetter's time
             described, own = [x._spec for x in tensors], [x._local_tensor for x in tensors]
         except AttributeError:
             described = [getattr(x, "_spec", None) for x in tensors]
             own = [x if spec is None else x._local_tensor for x, spec in zip(tensors, described, strict=True)]
-        if not set(map(type, own)) <= {*_PLAIN, type(None)}:  # a result that is still under way
+        if not set(map(type, own)) <= {*_PLAIN, type(None)}:  # an asynchronous result
             own = [x if spec is None else part(x) for x, spec in zip(tensors, described, strict=True)]
         specs.append(described)
-        found.append(own)
-    return specs, found
+        all_parts.append(own)
+    return specs, all_parts
 
 
 def alike(specs: Sequence[Any]) -> bool:
-    """Return True if tensors that are described so are divided in the same way; or are plain, all of them."""
+    """Return True if tensors with these specs are all divided in the same way, or are all plain."""
     ways = [(spec.mesh, spec.placements) for spec in specs if spec is not None]
     return not ways or (len(ways) == len(specs) and all(way == ways[0] for way in ways))
 
 
 def like(value: Tensor, shape: Sequence[int], tensor: Tensor) -> Tensor:
-    """Return a DTensor of that shape, divided as `tensor`, out of this rank's part; the part itself if it is plain."""
+    """Return a DTensor of this shape, divided like `tensor`, from this rank's part; the part if `tensor` is plain."""
     shards = shards_of(tensor)
     if shards is None:
         return value
@@ -142,7 +142,7 @@ def like(value: Tensor, shape: Sequence[int], tensor: Tensor) -> Tensor:
 
 
 def cuts_blocks(tensor: Tensor, block: int) -> bool:
-    """Return True if a block of so many elements of a row (of a vector: of all elements) may lie on two ranks.
+    """Return True if a block of `block` elements of a row (of a vector: of all elements) may lie on two ranks.
 
     All ranks get the same answer, whatever their own part is.
     """
@@ -158,9 +158,9 @@ def cuts_blocks(tensor: Tensor, block: int) -> bool:
 
 
 def blocks_before(tensor: Tensor, block: int) -> int:
-    """Return how many blocks of a parameter's rows (of a vector: of all elements) ranks before this one have.
+    """Return how many blocks of a parameter's rows (of a vector: of all elements) lie on ranks before this one.
 
-    Parts of rows, and shards of torch's that lie in strides, have no numbers of their own, but other ones on each rank.
+    For parts of rows, and for torch's strided shards, the number is not exact, but it differs between ranks.
     """
     shards = shards_of(tensor)
     if shards is None or not tensor.dim() or not tensor.numel():
@@ -178,15 +178,15 @@ def blocks_before(tensor: Tensor, block: int) -> int:
 
 
 def local_parts(tensors: Iterable[Tensor], ways: Iterable[Shards] = ()) -> list[tuple[Shards | None, list[Tensor]]]:
-    """Return the parts of this rank in lists that are divided alike: one for each of the `ways`, and for any other."""
+    """Return this rank's parts in lists that are divided alike: one list for each of `ways`, and for any other way."""
     lists: dict[Shards | None, list[Tensor]] = {shards: [] for shards in ways}
     for tensor in tensors:
         shards = shards_of(tensor)
         if shards is not None and any(placement.is_partial() for placement in shards.placements):
             from torch.distributed.tensor import Replicate
 
-            whole_ones = tuple(Replicate() if each.is_partial() else each for each in shards.placements)
-            shards = Shards(shards.mesh, whole_ones)
+            summed = tuple(Replicate() if placement.is_partial() else placement for placement in shards.placements)
+            shards = Shards(shards.mesh, summed)
         lists.setdefault(shards, []).append(local(tensor, shards))
     return list(lists.items())
 
@@ -197,10 +197,10 @@ def ranks() -> int:
 
 
 def span_all_ranks(groups: Iterable[Mapping[str, Any]]) -> bool:
-    """Return True if parameters are on a mesh of several ranks, and of all there are: then each of them takes steps."""
+    """Return True if there are several ranks and parameters on a mesh of all of them: then every rank takes steps."""
     if ranks() == 1:
         return False
-    last = None  # so that each mesh is asked once, as all parameters may be on one that is smaller
+    last = None  # so that each mesh is asked once: all parameters may be on one smaller mesh
     for group in groups:
         for param in group["params"]:
             mesh = None if type(param) in _PLAIN else mesh_of(param)
@@ -212,10 +212,10 @@ def span_all_ranks(groups: Iterable[Mapping[str, Any]]) -> bool:
 
 
 def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
-    """Return the mean of a signal over the ranks that have one, and how many others they are.
+    """Return the mean of a signal over the ranks that have one, and how many other ranks have one.
 
-    All ranks call it; one that hears nothing, or has no parameters, too: else the others would wait for it. If none has
-    a signal the mean is None, or 0 on a GPU, which is not read back.
+    All ranks must call it, even one without a signal or parameters: the others would wait for it. If no rank has a
+    signal the mean is None, or 0 on a GPU, which is not read back.
     """
     if ranks() == 1:
         return signal, 0
@@ -231,8 +231,8 @@ def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]]) -> tuple[Any,
 
 
 def _meeting_place(groups: Sequence[Mapping[str, Any]], group: Any = None) -> torch.device:
-    """Return the device that this rank talks to others from: that of its parameters, if ranks talk there."""
-    device = next((param.device for each in groups for param in each["params"]), None)
+    """Return the device for collectives: that of this rank's parameters, if the process group's backend supports it."""
+    device = next((param.device for param_group in groups for param in param_group["params"]), None)
     config = dist.get_backend_config(group)  # as in "cpu:gloo,cuda:nccl"
     if device is not None and f"{device.type}:" in config:
         return device  # type: ignore[no-any-return]
@@ -241,7 +241,7 @@ def _meeting_place(groups: Sequence[Mapping[str, Any]], group: Any = None) -> to
 
 
 def sum_over_ranks(values: Iterable[Any], groups: Sequence[Mapping[str, Any]], shard_group: Any) -> Tensor:
-    """Return the sum of numbers over these ranks, in float64. All of them call it, one that has no number, too."""
+    """Return the float64 sum of numbers over these ranks. All of them must call it, even one that has no number."""
     total = _added(values, _meeting_place(groups, shard_group))
     if dist.get_world_size(shard_group) > 1:
         dist.all_reduce(total, group=shard_group)
@@ -256,7 +256,7 @@ def _added(values: Iterable[Any], device: torch.device, size: Sequence[int] = ()
 
 
 def check_shard_group(shard_group: Any, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse ranks that plain parameters cannot be divided over: no process group, or not with a group's options."""
+    """Raise TypeError if shard_group is no process group, or ValueError if a group's options do not work with it."""
     if shard_group is None:
         return
     if not dist.is_available() or not isinstance(shard_group, dist.ProcessGroup):
@@ -273,7 +273,7 @@ def check_shard_group(shard_group: Any, groups: Sequence[Mapping[str, Any]]) -> 
 
 
 def state_is_asked_for() -> bool:
-    """Return True if torch.distributed.checkpoint calls, which takes a step to have state made."""
+    """Return True if torch.distributed.checkpoint is among the callers: it takes a step to create state."""
     frame: FrameType | None = sys._getframe(1)
     while frame := frame and frame.f_back:
         if frame.f_code.co_name == "_init_optim_state" and frame.f_globals["__name__"].startswith("torch.distributed"):
@@ -282,9 +282,9 @@ def state_is_asked_for() -> bool:
 
 
 def why_not_early(params: set[Tensor]) -> str | None:
-    """Return what of these parameters' ranks still happens to a gradient once it is there; None if nothing does.
+    """Return why ranks still change the gradients of these parameters after backward has made them; None if they don't.
 
-    Parameters do not know of the wrapper that averages their gradients, so this looks through all objects.
+    Parameters do not know the wrapper that averages their gradients, so this looks through all objects.
     """
     if any(mesh_of(param) is not None for param in params):
         return "that are DTensors, as FSDP2 makes"

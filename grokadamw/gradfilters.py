@@ -1,7 +1,7 @@
 """Grokfast's two functions, with the names, arguments and use of the published ones (https://github.com/ironjr/grokfast).
 
-They are called between ``backward()`` and ``step()``, and write the filtered gradients in place. See `grokfast` for the
-optimizers that do the same.
+Call them between ``backward()`` and ``step()``; they write the filtered gradients in place. `grokfast` has optimizers
+that do the same.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["gradfilter_ema", "gradfilter_ma"]
 def gradfilter_ema(
     m: nn.Module, grads: dict[str, Tensor] | None = None, alpha: float = 0.98, lamb: float = 2.0
 ) -> dict[str, Tensor]:
-    """Amplify the slow part of a model's gradients, an exponential moving average; they are written in place.
+    """Amplify the slow part of a model's gradients, their exponential moving average, in place.
 
-    Under a GradScaler call ``unscale_`` first, and nothing where it has found infinity: that, and NaN, would stay in μ.
+    Under a GradScaler call ``unscale_`` first, and skip this call if it found infinity: infinity and NaN stay in μ.
 
     ```python
     grads = None
@@ -39,17 +39,17 @@ def gradfilter_ema(
     ```
 
     Args:
-        m: the model. Parameters that are frozen or have no gradient are left out; one whose first gradient comes later
-            starts then.
+        m: the model. Parameters that are frozen or have no gradient are left out; the filter of a parameter starts at
+            its first gradient.
         grads: what the last call returned; None at first. It is written in place.
         alpha: α in [0, 1].
         lamb: λ ≥ 0.
 
     Returns:
-        μ of each parameter by its name, in the gradient's shape, and its dtype, but float32 at least.
+        μ by parameter name, in the gradient's shape and dtype, but at least float32.
 
     Raises:
-        TypeError, ValueError: an argument is not what is written above, or `grads` is of other parameters.
+        TypeError, ValueError: an argument is not as described above, or `grads` is of other parameters.
         RuntimeError: a gradient is sparse. No gradient was changed in any case.
     """
     check_number("alpha", alpha, at_most=1)
@@ -79,29 +79,29 @@ def gradfilter_ma(
     warmup: bool = True,
     trigger: bool = False,
 ) -> dict[str, Any]:
-    """Amplify the slow part of a model's gradients, the mean of the last ones; they are written in place.
+    """Amplify the slow part of a model's gradients, the mean of the last w, in place.
 
-    A call costs the same for any window. Use it as `gradfilter_ema`; NaN and infinity stay for up to 2 w calls.
+    A call costs the same for any window. Use it like `gradfilter_ema`; NaN and infinity stay for up to 2 w calls.
 
     Args:
-        m: the model. Parameters that are frozen or have no gradient are left out; one whose first gradient comes later
-            starts then.
+        m: the model. Parameters that are frozen or have no gradient are left out; the filter of a parameter starts at
+            its first gradient.
         grads: what the last call returned; None at first. It is written in place.
-        window_size: w ≥ 1, how many gradients are kept.
+        window_size: w ≥ 1, how many gradients to keep.
         lamb: λ ≥ 0.
         filter_type: ``"mean"``, or ``"sum"``.
         warmup: wait until a parameter has had w gradients. Without it their mean or sum so far is added, and `trigger`
-            is not looked at.
-        trigger: keep gradients, and add nothing.
+            is ignored.
+        trigger: keep gradients, but add nothing.
 
     Returns:
-        For each parameter by its name ``ring`` (w, *shape), in the gradient's dtype, ``ring_sum`` and ``ring_lap``
-        (shape), float32 at least, and ``ring_count``, 0-d int64. Complex gradients are kept as two real numbers an
+        For each parameter name a dict with ``ring`` (w, *shape), in the gradient's dtype, ``ring_sum`` and ``ring_lap``
+        (shape), at least float32, and ``ring_count``, 0-d int64. Complex gradients are kept as two real numbers per
         element.
 
     Raises:
-        TypeError, ValueError: an argument is not what is written above, or `grads` is of other parameters, or of
-            another window.
+        TypeError, ValueError: an argument is not as described above, or `grads` is of other parameters or of another
+            window.
         RuntimeError: a gradient is sparse. No gradient was changed in any case.
     """
     check_window(window_size, filter_type)
@@ -127,22 +127,22 @@ def gradfilter_ma(
     for names in _alike(found):
         windows = [window.of(memory[name], "") for name in names]
         window.push(windows, [found[name] for name in names])
-        for name, its in zip(names, windows, strict=True):
-            there = min(int(its.seen), window_size)
-            if not warmup or (there == window_size and not trigger):
-                found[name].add_(its.total, alpha=lamb / there if filter_type == "mean" else lamb)
+        for name, filled in zip(names, windows, strict=True):
+            count = min(int(filled.seen), window_size)
+            if not warmup or (count == window_size and not trigger):
+                found[name].add_(filled.total, alpha=lamb / count if filter_type == "mean" else lamb)
     return memory
 
 
 def check_window(window_size: int, filter_type: str) -> None:
-    """Check the arguments that say which window a filter has."""
+    """Check the arguments that define a filter's window."""
     check_count("window_size", window_size, at_least=1)
     if filter_type not in ("mean", "sum"):
         raise ValueError(f"filter_type={filter_type!r} is unknown: give 'mean' or 'sum'")
 
 
 def _gradients(m: nn.Module) -> dict[str, Tensor]:
-    """Return the gradients of a model's parameters by their names."""
+    """Return the gradients of a model's parameters by name."""
     if not isinstance(m, nn.Module):
         raise TypeError(f"m is a {type(m).__name__}, and not a torch.nn.Module: give the model itself")
     found = {}
@@ -153,14 +153,14 @@ def _gradients(m: nn.Module) -> dict[str, Tensor]:
                     f"the gradient of {name} is sparse, which no filter supports: build its module with sparse=False "
                     "(torch.nn.Embedding)"
                 )
-            if param.grad.is_conj():  # a view, as autograd leaves complex ones, which cannot be written to as real
+            if param.grad.is_conj():  # autograd may leave a conjugate view, which cannot be written to as real numbers
                 param.grad = param.grad.resolve_conj()
             found[name] = param.grad.detach()
     return found
 
 
 def _alike(grads: Mapping[str, Tensor]) -> Iterable[list[str]]:
-    """Return the names in lists for one of torch's operations on lists."""
+    """Group the names of gradients that one torch._foreach operation can take."""
     lists: dict[Any, list[str]] = {}
     for name, grad in grads.items():
         lists.setdefault((grad.device, mesh_of(grad), grad.dtype), []).append(name)
@@ -168,7 +168,7 @@ def _alike(grads: Mapping[str, Tensor]) -> Iterable[list[str]]:
 
 
 def _memory(m: nn.Module, grads: Any) -> dict[str, Any]:
-    """Return what the last call returned, or an empty memory."""
+    """Check and return what the last call returned; an empty memory if it is None."""
     if grads is None:
         return {}
     if not isinstance(grads, dict):
@@ -177,7 +177,7 @@ def _memory(m: nn.Module, grads: Any) -> dict[str, Any]:
     if grads and not set(grads) & set(names):
         raise ValueError(
             f"grads is of other parameters ({next(iter(grads))}, …) than those of m ({next(iter(names), 'none')}, …): "
-            "give the same model, under no other wrapper, or None to start afresh"
+            "give the same model in the same wrapper, or None to start afresh"
         )
     return grads
 

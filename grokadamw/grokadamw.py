@@ -33,7 +33,7 @@ __all__ = ["GrokAdamW"]
 
 
 class GrokAdamW(Base):
-    r"""AdamW on gradients whose slow part is amplified, with a memory that adapts to how far generalisation lags.
+    r"""AdamW that amplifies the slow part of the gradients. Its filter adapts to how far generalisation lags.
 
     One step, for a parameter θ of layer l with gradient g at its step t:
 
@@ -56,90 +56,91 @@ class GrokAdamW(Base):
     Args: Parameters, and AdamW's numbers
         params: parameters, ``(name, parameter)`` pairs such as ``model.named_parameters()``, or dicts of either; of
             dtype float16, bfloat16, float32, float64 or complex. With names, the model's modules are the layers;
-            without, every tensor is a layer of its own. A dict may set ``lr`` to ``gradient_clipping``,
-            ``max_row_norm``, ``max_row_change``, ``amplify_after``, ``signal_boost``, ``foreach``, ``maximize``,
-            ``capturable``, and ``layer``, an integer ≥ 0: the layer of all its parameters.
+            without, every tensor is a layer of its own. A dict may set ``lr`` to ``gradient_clipping`` except the
+            signals, ``max_row_norm``, ``max_row_change``, ``amplify_after``, ``signal_boost``, ``foreach``, ``fused``,
+            ``maximize``, ``capturable``, and ``layer``, an integer ≥ 0: the layer of all its parameters.
         lr: learning rate η ≥ 0, a float or a tensor of one element.
         betas: (β1, β2), each in [0, 1): decay of the first and second moment.
         eps: ε ≥ 0.
-        weight_decay: decoupled decay wd ≥ 0, as AdamW's.
+        weight_decay: decoupled decay wd ≥ 0, as in AdamW.
 
     Args: The filter, and its signals
         alpha_init: α_init in [0, 1], the filter's memory while no signal shortens it: an average over about
             1 / (1 − α) steps. A float or a tensor of one element.
-        lamb: λ ≥ 0, how much of the slow gradient is added; 0 is no filter.
+        lamb: λ ≥ 0, how much of the slow gradient is added; 0 turns the filter off.
         gamma: γ in [0, 1), how much β1 falls from layer to layer.
-        grokking_signal_fns: a callable or a list of them, of no arguments or of ``(train_loss, eval_loss)``; see
-            ``grokadamw.signals``. None is ``loss_gap`` of the losses given to ``record``; an empty list is no signal.
+        grokking_signal_fns: a callable or a list of them, which take no arguments or ``(train_loss, eval_loss)``; see
+            ``grokadamw.signals``. None: ``loss_gap`` of the losses given to ``record``. An empty list: no signal.
             ``grokking_signal_fn`` is an alias.
         grokking_signal_decay_rate: κ ≥ 0, how strongly the signal shortens the memory.
         combine: how several signals become one: ``"mean"``, ``"max"``, ``"min"``, or a callable of the list of usable
             values. A callable reads values back from a GPU; the others do not.
-        second_moment: ``"filtered"``, v averages ĝ²; or ``"raw"``, (c g)².
+        second_moment: ``"filtered"``: v averages ĝ². ``"raw"``: v averages (c g)².
         amplify_after: steps of a parameter before λ acts on it. μ is kept from the first step on.
         signal_boost: b ≥ 0: lr and ``max_row_change`` of a step are multiplied by 1 + b · GS_t, with the combined
-            signal limited to [0, 1]; 0 is off, and without a usable signal the factor is 1.
-            ``metrics()["boost"]`` is the last. Schedulers and ``param_groups`` never see it.
+            signal limited to [0, 1]; 0 is off. Without a usable signal the factor is 1. ``metrics()["boost"]`` is the
+            last factor. Schedulers and ``param_groups`` never see it.
         amplify_by_signal: multiply λ by the combined signal, limited to [0, 1], so that the filter waits until a model
             overfits. Without a usable signal λ is 0. The signal still acts on α, unless
             ``grokking_signal_decay_rate=0``. A signal on a GPU is read back.
-        window_size: w ≥ 1: μ is the mean of a parameter's last w clipped gradients, or of all until there are w; α does
-            not act. A step costs the same for any w, and keeps w + 2 more tensors of the parameter's size. None is the
+        window_size: w ≥ 1: μ is the mean of a parameter's last w clipped gradients, or of all until there are w; α has
+            no effect. A step costs the same for any w, and keeps w + 2 more tensors of the parameter's size. None: the
             EMA. ``amplify_after=w - 1`` waits for a full window, as Grokfast does. Source: arXiv:2405.20233, 2.2.
-        window_dtype: dtype of those gradients. None is the parameter's, or float32 for float16.
+        window_dtype: dtype of those gradients. None: the parameter's, or float32 for float16.
 
     Args: Limits
         gradient_clipping: largest norm ≥ 0 of all gradients together; 0 is off.
         max_row_norm: largest norm ≥ 0 of a row, after a step; 0 is off. A row is a slice along the first dimension of a
-            parameter with two dimensions or more: a linear layer's weights of one output, an embedding's vector. What a
-            wrapper has flattened, as FSDP1 does, has no rows. Source: Srivastava et al. 2014, JMLR 15, section 5.1.
+            parameter with two dimensions or more: the weights of one output of a linear layer, or one embedding vector.
+            Flattened parameters, as in FSDP1, have no rows. Source: Srivastava et al. 2014, JMLR 15, section 5.1.
         max_row_change: largest distance ≥ 0 that a row moves in a step, by the update and by decay, as a share of its
-            norm before, or of 0.1 if that is more; 0 is off. It comes before ``max_row_norm``. Below 0.01, rounding
-            outweighs it in bfloat16. Source: LAMB's ratio to the weights' norm (arXiv:1904.00962), as a limit, and by
-            unit, as in arXiv:2102.06171, section 4.1.
+            norm before the step, or of 0.1 if that is more; 0 is off. It acts before ``max_row_norm``. Below 0.01,
+            rounding outweighs it in bfloat16. Source: LAMB's ratio to the weights' norm (arXiv:1904.00962), as a limit,
+            and by unit, as in arXiv:2102.06171, section 4.1.
         nonfinite: what happens to a step whose gradients hold NaN or infinity, or whose Σg² overflows float64.
             ``"skip"``: nothing is written, and ``metrics()["skipped_steps"]`` counts it. ``"raise"``: nothing is
             written, and an error is raised; this reads the norm back from a GPU. ``"propagate"``: the step is taken, as
             AdamW does. Without clipping the first two read the gradients once more.
 
     Args: How a step runs
-        accumulation_steps: k ≥ 1, micro-batches of a step, each a call of ``step``. No buffer is needed: m, v and μ
+        accumulation_steps: k ≥ 1, micro-batches per step, each one call of ``step``. No buffer is needed: m, v and μ
             collect a k-th of each gradient, and parameters change at every k-th call. m and μ are those of the joined
             batch; v is the mean of the micro-gradients' squares, so that steps are up to √k times shorter, and
             ``second_moment="raw"`` is required. Each micro-gradient is clipped on its own; with ``nonfinite="skip"``
             one that is not finite counts as 0. Signals, λ, γ and betas are taken at the first micro-batch.
-            ``Accumulate`` has a buffer, and is exact. Source: Su Jianlin, https://kexue.fm/archives/8634.
-        state_dtype: how m, v and μ are kept. ``"float32"``: 12 bytes a parameter. ``"bfloat16"``: 6. ``"int8"``: 3.2;
-            8-bit codes, and a scale for each 64 elements of a row. Or one for each of them, the others float32:
-            ``{"grok_ema": "int8", "exp_avg": "bfloat16"}``. A step computes in float32 in any case. Parameters with
+            ``Accumulate`` is exact, but needs a buffer. Source: Su Jianlin, https://kexue.fm/archives/8634.
+        state_dtype: how m, v and μ are kept. ``"float32"``: 12 bytes per parameter. ``"bfloat16"``: 6. ``"int8"``: 3.2,
+            in 8-bit codes with a scale per 64 elements of a row. A dict sets some of them, the others being float32:
+            ``{"grok_ema": "int8", "exp_avg": "bfloat16"}``. A step always computes in float32. Parameters with
             fewer than 4,096 elements, float64 and complex ones and, with int8, rows below 32 keep full precision.
-        master_weight_bits: how many bits of a bfloat16 or float16 parameter a step works with: 32, as if it was
-            float32; or 24, rounded stochastically. Those that its dtype does not hold are state, ``param_low``, of 2
-            bytes or 1. None: the dtype's own, with which a bfloat16 weight of 1 does not move by less than 0.004.
+        master_weight_bits: how many bits of a bfloat16 or float16 parameter a step works with: 32, as if it were
+            float32; or 24, rounded stochastically. The bits that its dtype does not hold are kept as state,
+            ``param_low``, of 2 bytes or 1. None: only its dtype's bits; a bfloat16 weight of 1 then moves by at least
+            0.004, or not at all.
         rounding: how such a parameter is rounded to its dtype without master_weight_bits: ``"nearest"``, or
             ``"stochastic"``, which keeps small changes on average.
-        shard_group: the process group whose ranks have each a part of all plain parameters, as with FSDP1, pipeline
-            stages and DeepSpeed's ZeRO: ``torch.distributed.group.WORLD``, say, which is None before
-            ``init_process_group``. N, and what is not finite, are then those of all ranks, which must all call
-            ``step``. DTensors (FSDP2) that lie on other meshes on other ranks count as other parts; those on one mesh
-            count once. None: plain parameters are whole on each rank, as with DDP. DTensors alone and
-            ``ZeroRedundancyOptimizer`` need none: what they divide is known. Checkpoints and pickles do not keep it.
+        shard_group: the process group whose ranks each have a part of all plain parameters, as with FSDP1, pipeline
+            stages and DeepSpeed's ZeRO; for example ``torch.distributed.group.WORLD``, which is None before
+            ``init_process_group``. N and the search for NaN and infinity then cover all ranks, which must all call
+            ``step``. DTensors (FSDP2) on different meshes on different ranks count as different parts; those on one
+            mesh count once. None: plain parameters are whole on each rank, as with DDP. DTensors alone and
+            ``ZeroRedundancyOptimizer`` need no group: their division is known. Checkpoints and pickles do not keep it.
         foreach: None for the fastest implementation that can take a tensor, see ``implementation``. True for torch's
             operations on lists of tensors. False for one tensor at a time, with the least scratch memory.
         maximize: climb instead of descend.
-        capturable: let CUDA graphs capture the step; all parameters are on a GPU then. See ``update_signals``.
+        capturable: let CUDA graphs capture the step; all parameters must be on a GPU. See ``update_signals``.
         differentiable: let autograd pass through the step.
-        fused: None as with ``foreach``; False for foreach. True is None, for parameters on the CPU and on CUDA or ROCm
-            GPUs, and lets GradScaler leave the loss scale to the optimizer.
+        fused: None: as with ``foreach``. False: foreach. True: as None, but only on the CPU and on CUDA or ROCm GPUs,
+            and GradScaler leaves the loss scale to the optimizer.
         compat: ``"0.1.2"`` repeats runs of that release, to rounding: bias correction by β1 instead of β1_l, ε added
             before v's correction, clipping tensor by tensor, layers counted over the tensors that have a gradient,
             signals evaluated for each group, no limit to α, state in the parameter's dtype, no rule for NaN.
 
     Raises:
-        TypeError, ValueError: an argument is not what is written above. The message names it and its value.
+        TypeError, ValueError: an argument is not as described above. The message names it and its value.
 
     ``optimizer.state[p]`` holds ``step`` (0-d float32), ``exp_avg`` m, ``exp_avg_sq`` v, and ``grok_ema`` μ once λ was
-    above 0: in the parameter's shape, and float32 at least, or as state_dtype says; int8 codes have scales,
+    above 0: in the parameter's shape, and at least float32, or as state_dtype says; int8 codes have scales,
     ``exp_avg_scale`` (rows, blocks). With a window also ``grok_ring`` (w, \*shape), ``grok_ring_sum``,
     ``grok_ring_lap`` (shape) and ``grok_ring_count`` (0-d int64); with accumulation_steps ``micro_step``.
     """
@@ -182,7 +183,7 @@ class GrokAdamW(Base):
         fused: bool | None = None,
         grokking_signal_fn: Signal | Iterable[Signal] | None = None,
     ) -> None:
-        arguments = locals()  # before anything else has a name
+        arguments = locals()  # before there are other local variables
         params = check_params(params)
         if grokking_signal_fns is None:
             grokking_signal_fns = grokking_signal_fn
@@ -209,32 +210,32 @@ class GrokAdamW(Base):
 
         They are lr 3e-3, weight decay 1.4, α 0.9, γ 0.6 and betas (0.9, 0.98), and no row of a weight moves by more
         than 0.035 of its length in a step (``max_row_change``). Steps are up to five times as long while a model has
-        memorised and evaluation lags (``signal_boost`` 4, of ``grokadamw.signals.memorisation``): call
-        ``record(train_loss=…, eval_loss=…)`` with both every few steps for that. In models without norm layers they
-        are lr 2e-3, weight decay 0.5 and ``signal_boost`` 5, and the filter, γ and the limit are off. Evidence:
+        memorised and evaluation lags (``signal_boost`` 4, of ``grokadamw.signals.memorisation``): for that, call
+        ``record(train_loss=…, eval_loss=…)`` with both every few steps. For models without norm layers they are lr
+        2e-3, weight decay 0.5 and ``signal_boost`` 5, and the filter, γ and the limit are off. Evidence:
         benchmarks/results/GROKKING_REPORT.md.
 
         Args:
             model: its parameters that require gradients are optimized, under their names and in its layers, in groups:
-                weights; what norm layers hold, with a third of the weight decay; other vectors, which do not decay;
-                and a group for each embedding. One whose rows are longer than 1 on average gets ``lr`` times that
-                length, and ``weight_decay`` divided by it, so that its rows turn as quickly as those of weights, and
-                shrink as slowly. torch's embeddings begin with a length of √width. Embeddings are those
-                of ``nn.Embedding`` and ``nn.EmbeddingBag``. Norm layers are torch's, and those of classes with the
-                word "Norm" in their name. In a model without norm layers vectors are weights. One that is mostly
-                frozen, as with PEFT, is warned of: the preset is for training from scratch.
-            lr, weight_decay, options: as the constructor's, and instead of the preset's. A scheduler that sets one lr
-                for all groups, as ``OneCycleLR`` does, slows the embeddings down: give it a list, one lr a group.
+                weights; parameters of norm layers, with a third of the weight decay; other vectors, which do not decay;
+                and a group for each embedding. An embedding whose rows are longer than 1 on average gets ``lr`` times
+                that length, and ``weight_decay`` divided by it, so that its rows turn as quickly as those of weights,
+                and shrink as slowly. torch's embeddings begin with a length of √width. Embeddings are
+                ``nn.Embedding`` and ``nn.EmbeddingBag``. Norm layers are torch's, and those of classes with the word
+                "Norm" in their name. In a model without norm layers vectors count as weights. A mostly frozen model,
+                as with PEFT, gets a warning: the preset is for training from scratch.
+            lr, weight_decay, options: as for the constructor; they replace the preset's. A scheduler that sets one lr
+                for all groups, as ``OneCycleLR`` does, slows the embeddings down: give it a list, one lr per group.
 
         Raises:
             TypeError, ValueError: model is no module, all of it is frozen, an embedding is on the meta device, or a
-                number is not what the constructor takes.
+                number is not allowed by the constructor.
         """
         groups, preset = grokking_groups(model, lr, weight_decay)
         if options.get("grokking_signal_fns") is None and options.get("grokking_signal_fn") is None:
             options["grokking_signal_fns"] = memorisation
         optimizer = cls(groups, **preset | options)
-        optimizer.set_layers(model)  # in the model's order, and not in that of the groups
+        optimizer.set_layers(model)  # in the model's order, not the groups'
         optimizer._preset_gamma = None if "gamma" in options else preset["gamma"]
         return optimizer
 
@@ -248,7 +249,7 @@ class GrokAdamW(Base):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step. A parameter without a gradient stays as it is, with its state; ``p.grad`` is never written to.
 
-        With ``step_in_backward`` this ends a pass, whose gradients were used, and freed, as they came.
+        With ``step_in_backward`` this ends a pass, whose gradients were used and freed as they came.
 
         Args:
             closure: re-evaluates the model and returns the loss. It runs first: gradients and losses are read after it.
@@ -258,7 +259,7 @@ class GrokAdamW(Base):
 
         Raises:
             RuntimeError: a gradient is sparse, or not finite with ``nonfinite="raise"``; a parameter overlaps itself.
-            TypeError, ValueError: what was set by hand in a group is not allowed. Nothing was written in any case.
+            TypeError, ValueError: a value set by hand in a group is not allowed. Nothing was written in any case.
         """
         loss = None
         if closure is not None:
@@ -270,7 +271,7 @@ class GrokAdamW(Base):
 
     @_disable_dynamo  # so that what changes from step to step comes as tensors, and no value becomes a guard
     def _prepared(self, compiling: bool) -> tuple[list[tuple[Batch, Scalars]], Tables | None]:
-        """Do the stages before slow_grad. Groups and state are read anew after signals, which may load others."""
+        """Do the stages before slow_grad. Groups and state are read again after signals, which may load others."""
         self._complete_groups()
         run, options = self._run, self.defaults
         run.stepped = False
@@ -296,16 +297,16 @@ class GrokAdamW(Base):
     def update_signals(self) -> None:
         """Evaluate the signals, and set the filter memory α and the boost of lr from them.
 
-        ``step`` does so itself. The replay of a CUDA graph does not: call this between replays, at the steps whose
-        signals are to be heard; both stay as they are in between. With several processes, call it on all of them.
+        ``step`` does so itself. The replay of a CUDA graph does not: call this between replays, whenever signals should
+        take effect; α and the boost stay as they are in between. With several processes, call it on all of them.
         """
         self._complete_groups()
         stages.hear_signals(self._run, self.param_groups, self.defaults)
 
     def free_slow_gradient(self) -> None:
-        """Drop the slow gradients μ, and the memory that they take. Where λ is not 0, the next step starts them at 0.
+        """Drop the slow gradients μ to free their memory. If λ is not 0, the next step starts them at 0.
 
-        With ``lamb`` set to 0 the filter is off, but μ is kept up to date so that it can be switched on again.
+        With ``lamb`` set to 0 the filter is off, but μ is kept up to date so that the filter can be turned on again.
         """
         for state in states_of(self.param_groups, self.state):
             for name in ("grok_ema", "grok_ema_scale", *WINDOW):
@@ -313,24 +314,24 @@ class GrokAdamW(Base):
 
     @property
     def stepped(self) -> bool:
-        """Whether the last ``step`` was the last micro-batch of ``accumulation_steps``: a scheduler's turn."""
+        """True if the last ``step`` was the last micro-batch of ``accumulation_steps``: then step the scheduler."""
         return self._run.stepped
 
     def record(
         self, *unnamed: Any, train_loss: Any = None, eval_loss: Any = None, train_acc: Any = None, eval_acc: Any = None
     ) -> None:
-        """Keep losses and accuracies for the signals, in every group under these names; a checkpoint holds them.
+        """Record losses and accuracies for the signals. Groups, and so checkpoints, hold them under these names.
 
-        The next step evaluates the signals. With several processes, call it on all of them. A ``Monitor`` takes each
+        The next step evaluates the signals. With several processes, call it on all of them. A ``Monitor`` counts each
         evaluation accuracy as one evaluation, and reads it.
 
         Args:
-            train_loss, eval_loss: a number, or a tensor of one element; one on a GPU stays there, not waited for. None
-                leaves the loss recorded before.
-            train_acc, eval_acc: the same for the share of right answers, in [0, 1]. One on a GPU is not checked.
+            train_loss, eval_loss: a number, or a tensor of one element. A tensor on a GPU stays there, and is not
+                waited for. None keeps the loss recorded before.
+            train_acc, eval_acc: the same for the share of right answers, in [0, 1]. On a GPU it is not checked.
 
         Raises:
-            TypeError, ValueError: a value is not one number, or an accuracy is not in [0, 1]. Nothing was kept then.
+            TypeError, ValueError: a value is not one number, or an accuracy is not in [0, 1]. Then nothing is recorded.
         """
         if unnamed:
             raise TypeError("record takes its values by name: record(train_loss=…, eval_loss=…)")
@@ -346,7 +347,7 @@ class GrokAdamW(Base):
                 listener()
 
     def set_signals(self, fns: Signal | Iterable[Signal] | None, combine: Combine | None = None) -> None:
-        """Replace the signals: as the constructor's ``grokking_signal_fns`` and ``combine``; None keeps ``combine``."""
+        """Replace the signals. Arguments are as the constructor's, but ``combine=None`` keeps the current one."""
         old = self._run.signals
         signals = Signals(fns, old.combine if combine is None else combine)
         signals.check_amplifies(self.defaults["amplify_by_signal"])
@@ -355,10 +356,10 @@ class GrokAdamW(Base):
         self._run.signals = signals
 
     def set_layers(self, model: nn.Module) -> None:
-        """Take layers from a model: its modules in their order, for all groups but those that were given ``layer``.
+        """Take the layers from a model's modules, in their order, for all groups except those with ``layer``.
 
         Raises:
-            TypeError, ValueError: that is no module, or it lacks a parameter of the optimizer.
+            TypeError, ValueError: model is not a module, or it lacks a parameter of the optimizer.
         """
         check_model(model)
         self._complete_groups()
@@ -370,10 +371,9 @@ class GrokAdamW(Base):
         """Return which implementation updates the parameters, and why: a line for each, ``"name: reason"``.
 
         ``gpu`` is one Triton launch for all tensors of a kind; ``cpu`` is the native kernel, one pass through memory;
-        ``blocks`` takes its place where it was not built; ``foreach`` are torch's operations on lists of tensors;
-        ``reference`` is one tensor at a time. A parameter without a gradient or state counts as if they were like
-        itself. Parameters that share memory, and everything under torch.compile or FakeTensorMode, go to foreach in any
-        case.
+        ``blocks`` replaces it if it was not built; ``foreach`` uses torch's operations on lists of tensors;
+        ``reference`` takes one tensor at a time. A missing gradient or state is taken to look like its parameter.
+        Parameters that share memory, and everything under torch.compile or FakeTensorMode, always go to foreach.
         """
         self._complete_groups()
         return self._run.cache.describe(Given(self.param_groups, self.state, self.defaults))
@@ -384,14 +384,14 @@ class GrokAdamW(Base):
         return layers.table(self.param_groups, self._run.names)
 
     def metrics(self) -> dict[str, float]:
-        """Return what the last step did, or ``update_signals`` since, as plain floats. This waits for the device.
+        """Return what the last step did, or a later ``update_signals``, as plain floats. This waits for the device.
 
         ``step`` (steps taken, the most of any parameter), ``signal`` (GS), ``signal/<name>`` (each function's last
-        usable value), ``alpha`` (α, which a window does without), ``boost`` (what the signal multiplies lr by),
+        usable value), ``alpha`` (α, which a window does not use), ``boost`` (what the signal multiplies lr by),
         ``grad_norm`` (N, before clipping), ``clip_coefficient`` (c), ``skipped_steps``, ``signal_failures``,
-        ``beta1_min`` and ``beta1_max`` (of β1_l). Where groups differ, ``alpha`` and ``clip_coefficient`` are the
-        smallest, and ``boost`` the largest. NaN stands for what is not known: before the first step, without a usable
-        signal, or a norm that nothing asked for.
+        ``beta1_min`` and ``beta1_max`` (of β1_l). If groups differ, ``alpha`` and ``clip_coefficient`` are the
+        smallest, and ``boost`` the largest. NaN means unknown: before the first step, without a usable signal, or for
+        a norm that nothing needed.
         """
         self._complete_groups()
         self._settle()
@@ -403,8 +403,8 @@ class GrokAdamW(Base):
 
         ``parameters``, ``gradients`` (a missing one counts as its parameter), ``exp_avg``, ``exp_avg_sq`` and
         ``grok_ema`` with their scales, ``param_low``, ``window`` and ``step``; ``total``, their sum; and beside it
-        ``adamw``, the total of ``torch.optim.AdamW`` on the same parameters. Activations, what a step allocates for
-        its own duration, and frozen parameters are not in it. ``python -m grokadamw memory`` asks for no model.
+        ``adamw``, the total of ``torch.optim.AdamW`` on the same parameters. Activations, temporary memory of a step,
+        and parameters outside the optimizer are not included. ``python -m grokadamw memory`` needs no model.
         """
         self._complete_groups()
         return sizes(self.param_groups, self.state, self.defaults)

@@ -1,11 +1,11 @@
 """The Grokfast filters on their own, for any optimizer (Lee et al. 2024, arXiv:2405.20233).
 
-Two optimizers around another one, which keep the filter's memory in checkpoints; and `gradfilters`'s two functions,
-which are called between ``backward()`` and ``step()``.
+There are two optimizers that wrap another one and keep the filter's memory in checkpoints; and the two functions of
+`gradfilters`, which you call between ``backward()`` and ``step()``.
 
 For a gradient g, `gradfilter_ema` and `Grokfast` are section 2.3 of the paper, `gradfilter_ma` and `GrokfastMA` 2.2:
 
-    EMA   μ ← α μ + (1 − α) g          g ← g + λ μ        μ is the first gradient at first
+    EMA   μ ← α μ + (1 − α) g          g ← g + λ μ        μ starts as the first gradient
     MA    μ ← mean of the last w g     g ← g + λ μ        once there are w of them
 """
 
@@ -33,7 +33,7 @@ from .step.alpha import Signals
 __all__ = ["Grokfast", "GrokfastMA", "gradfilter_ema", "gradfilter_ma"]
 
 
-# what the filters keep in the state
+# the filters' entries in the state
 _OF_EMA = ("grokfast_ema", "grokfast_step")
 _OF_MA = tuple(window.names("grokfast_"))
 
@@ -64,7 +64,7 @@ class _Filter(Wrapper):
         check_count("grokfast_amplify_after", group["grokfast_amplify_after"])
 
     def _gate(self) -> float:
-        """Return the factor of λ, in [0, 1]: the same on all ranks."""
+        """Return what λ is multiplied by, in [0, 1]: the same on all ranks."""
         if self._signals is None:
             return 1.0
         signal, _ = mean_over_ranks(self._signals.evaluate(None, None), self.param_groups)
@@ -91,53 +91,53 @@ class _Filter(Wrapper):
 
 
 def _usable(parts: list[Part]) -> list[Tensor]:
-    """Return the gradients as they are remembered: NaN, for which the inner optimizer may have a rule, would stay."""
+    """Return the gradients for μ, in which NaN and infinity would stay: they are 0. The inner optimizer gets them."""
     return [part.grad.nan_to_num(0.0, 0.0, 0.0) for part in parts]
 
 
 def _signal(function: Any) -> Signals | None:
-    """amplify_when, as signals are evaluated."""
+    """Return amplify_when as `Signals`; None for None."""
     if function is None:
         return None
-    way_out = "give a function of no arguments, as lambda: plateau(train_loss, eval_loss) is one"
+    way_out = "give a function of no arguments, such as lambda: plateau(train_loss, eval_loss)"
     if not callable(function):
-        raise TypeError(f"amplify_when={function!r} is no callable: {way_out}")
+        raise TypeError(f"amplify_when={function!r} is not callable: {way_out}")
     try:
         signals = Signals(function, counted=False)
     except TypeError:
         raise TypeError(f"amplify_when={function!r} requires arguments: {way_out}") from None
     if any(signals.takes_losses):
-        raise TypeError(f"amplify_when={function!r} takes losses, which nobody gives it here: {way_out}")
+        raise TypeError(f"amplify_when={function!r} takes losses, which are not passed to it here: {way_out}")
     return signals
 
 
 class Grokfast(_Filter):
-    r"""The EMA filter in front of any optimizer: it steps with :math:`g + λ μ` where it would have stepped with g.
+    r"""The EMA filter in front of any optimizer, which then steps with :math:`g + λ μ` instead of g.
 
     ```python
     optimizer = Grokfast(torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.005))
     ```
 
-    It is used as the inner optimizer was: schedulers, closures, GradScaler, checkpoints. Its groups and its state are
-    the inner one's, which is ``optimizer.optimizer``. ``p.grad`` is left as it was. NaN and infinity are the inner
-    optimizer's affair, and 0 in μ. Not for GrokAdamW, which has the filter. Source: arXiv:2405.20233, section 2.3.
+    Use it like the inner optimizer, with schedulers, closures, GradScaler and checkpoints. Groups and state belong to
+    the inner optimizer, ``optimizer.optimizer``. ``p.grad`` is left as it was. NaN and infinity are left to the inner
+    optimizer, and count as 0 in μ. Not for GrokAdamW, which has the filter. Source: arXiv:2405.20233, section 2.3.
 
     Args:
-        optimizer: any that takes a step without evaluating its closure again, as LBFGS does.
+        optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does.
         alpha: α in [0, 1], the memory: an average over about 1 / (1 − α) steps.
-        lamb: λ ≥ 0; 0 is no filter.
+        lamb: λ ≥ 0; 0 turns the filter off.
         amplify_after: gradients of a parameter before λ acts on it. μ is kept from the first on.
         amplify_when: a signal of no arguments (see ``grokadamw.signals``; one that returns a bool will do), called
-            at each step. λ is multiplied by what it says, limited to [0, 1]; while it says nothing, by 0. With several
-            processes it is the mean of theirs. Checkpoints hold what it remembers; pickle holds the function.
+            at each step. λ is multiplied by its value, limited to [0, 1], and by 0 while it has no value. With several
+            processes the mean of their values is used. Checkpoints hold its state; pickle holds the function.
 
-    The groups hold ``grokfast_alpha``, ``grokfast_lamb`` and ``grokfast_amplify_after``, which may differ, and change
-    at any time; and ``grokfast_signal_state``. ``state[p]`` gets ``grokfast_ema`` (μ, in the parameter's shape, and its
-    dtype, but float32 at least; of a complex parameter as two real numbers an element) and ``grokfast_step``, the
-    gradients that it has seen, once λ was above 0.
+    The groups hold ``grokfast_alpha``, ``grokfast_lamb`` and ``grokfast_amplify_after``, which may differ between
+    groups and change at any time; and ``grokfast_signal_state``. ``state[p]`` gets ``grokfast_ema`` (μ, in the
+    parameter's shape and dtype, but at least float32; for a complex parameter, two real numbers per element) and
+    ``grokfast_step``, the number of gradients it has seen, once λ was above 0.
 
     Raises:
-        TypeError, ValueError: an argument is not what is written above. The message names it and its value.
+        TypeError, ValueError: an argument is not as described above. The message names it and its value.
     """
 
     _state_names: tuple[str, ...] = _OF_EMA
@@ -174,7 +174,7 @@ class Grokfast(_Filter):
         gate = self._gate()
 
         def kind(part: Part) -> tuple[float, float, bool] | None:
-            """α, λ, and whether this is the first gradient; None where no μ is kept."""
+            """Return α, λ, and whether this is the first gradient; None if no μ is kept."""
             group, seen = part.group, self.state.get(part.param, {}).get("grokfast_step")
             if seen is None:
                 return None
@@ -183,25 +183,25 @@ class Grokfast(_Filter):
 
         lists = by_kind(parts, kind)
         filtered = []
-        for its, mine in lists:
-            grads = [part.grad for part in mine]
-            if its is None or its[1] == 0:
-                filtered += [grad.clone() for grad in grads]  # which hooks of the inner optimizer may write to
+        for numbers, alike in lists:
+            grads = [part.grad for part in alike]
+            if numbers is None or numbers[1] == 0:
+                filtered += [grad.clone() for grad in grads]  # hooks of the inner optimizer may write to them
             else:
-                alpha, lamb, is_first = its
-                # λ μ + g, by what μ will be
-                slow = grads if is_first else [self._ema(part) for part in mine]
+                alpha, lamb, is_first = numbers
+                # λ μ + g, with the μ of after this step
+                slow = grads if is_first else [self._ema(part) for part in alike]
                 amplified = torch._foreach_mul(slow, 1 + lamb if is_first else lamb * alpha)
                 if not is_first:
                     torch._foreach_add_(amplified, grads, alpha=1 + lamb * (1 - alpha))
                 filtered += amplified
-        self._inner_step([part for _, mine in lists for part in mine], filtered)
-        for its, mine in lists:
-            if its is not None:
-                emas = [self._ema(part) for part in mine]
-                grads = [grad.to(ema.dtype) for grad, ema in zip(_usable(mine), emas, strict=True)]
-                torch._foreach_lerp_(emas, grads, 1.0 if its[2] else 1 - its[0])
-                for part in mine:
+        self._inner_step([part for _, alike in lists for part in alike], filtered)
+        for numbers, alike in lists:
+            if numbers is not None:
+                emas = [self._ema(part) for part in alike]
+                grads = [grad.to(ema.dtype) for grad, ema in zip(_usable(alike), emas, strict=True)]
+                torch._foreach_lerp_(emas, grads, 1.0 if numbers[2] else 1 - numbers[0])
+                for part in alike:
                     self.state[part.param]["grokfast_step"] += 1
 
     def _ema(self, part: Part) -> Tensor:
@@ -214,27 +214,27 @@ class Grokfast(_Filter):
 
 
 class GrokfastMA(_Filter):
-    r"""The moving-average filter in front of any optimizer: it steps with :math:`g + λ μ`, μ the mean of the last g.
+    r"""The moving-average filter in front of any optimizer: it steps with :math:`g + λ μ`, μ the mean of the last w g.
 
-    Used as `Grokfast`. A step costs the same for any window; the memory is w + 2 times the parameters'. Source:
+    Use it like `Grokfast`. A step costs the same for any window; the memory is w + 2 times the parameters'. Source:
     arXiv:2405.20233, section 2.2.
 
     Args:
-        optimizer: any that takes a step without evaluating its closure again, as LBFGS does.
+        optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does.
         window_size: w ≥ 1.
-        lamb: λ ≥ 0; 0 is no filter.
+        lamb: λ ≥ 0; 0 turns the filter off.
         filter_type: ``"mean"``, or ``"sum"``.
         warmup: wait until a parameter has had w gradients. Without it μ is the mean, or the sum, of those so far.
-        window_dtype: that gradients are kept in; None for the parameter's, but float32 for float16, whose range is too
-            small. ``torch.bfloat16`` halves the memory that a float32 model needs; sums stay float32 at least.
-        amplify_after, amplify_when: as `Grokfast`'s.
+        window_dtype: dtype of the kept gradients; None for the parameter's, but float32 for float16, whose range is too
+            small. ``torch.bfloat16`` halves the memory that a float32 model needs; sums stay at least float32.
+        amplify_after, amplify_when: as for `Grokfast`.
 
     The groups hold ``grokfast_lamb``, ``grokfast_amplify_after`` and ``grokfast_signal_state``. ``state[p]`` gets
     ``grokfast_ring`` (w, \*shape), its sums ``grokfast_ring_sum`` and ``grokfast_ring_lap`` (shape), and
-    ``grokfast_ring_count``, a 0-d int64 tensor on the CPU; of a complex parameter as two real numbers an element.
+    ``grokfast_ring_count``, a 0-d int64 tensor on the CPU; for a complex parameter, two real numbers per element.
 
     Raises:
-        TypeError, ValueError: an argument is not what is written above. The message names it and its value.
+        TypeError, ValueError: an argument is not as described above. The message names it and its value.
     """
 
     _state_names = _OF_MA
@@ -264,39 +264,39 @@ class GrokfastMA(_Filter):
     def _make_state(self, parts: list[Part]) -> None:
         for part in parts:
             if "grokfast_ring" not in part.state and part.group["grokfast_lamb"] > 0:
-                its = window.new(part.param, self._size, self._dtype, torch.device("cpu"))
-                self.state[part.param].update(window.named(its, "grokfast_"))
+                empty = window.new(part.param, self._size, self._dtype, torch.device("cpu"))
+                self.state[part.param].update(window.named(empty, "grokfast_"))
 
     def _take(self, parts: list[Part]) -> None:
         self._make_state(parts)
         gate = self._gate()
 
         def kind(part: Part) -> float | None:
-            """Return the factor of the mean; None where no window is kept."""
+            """Return what the mean is multiplied by; None if no window is kept."""
             group, state = part.group, self.state.get(part.param, {})
             if "grokfast_ring" not in state:
                 return None
             seen = int(state["grokfast_ring_count"])
-            there = min(seen + 1, self._size)
-            if seen < group["grokfast_amplify_after"] or (self._warmup and there < self._size):
+            count = min(seen + 1, self._size)
+            if seen < group["grokfast_amplify_after"] or (self._warmup and count < self._size):
                 return 0.0
-            return float(group["grokfast_lamb"]) * gate * (there if self._filter_type == "sum" else 1)
+            return float(group["grokfast_lamb"]) * gate * (count if self._filter_type == "sum" else 1)
 
         lists = by_kind(parts, kind)
         filtered = []
-        for lamb, mine in lists:
-            grads = [part.grad for part in mine]
+        for lamb, alike in lists:
+            grads = [part.grad for part in alike]
             if lamb:
-                amplified = window.means(self._windows(mine), grads)
+                amplified = window.means(self._windows(alike), grads)
                 torch._foreach_mul_(amplified, lamb)
                 torch._foreach_add_(amplified, grads)
                 filtered += amplified
             else:
-                filtered += [grad.clone() for grad in grads]  # which hooks of the inner optimizer may write to
-        self._inner_step([part for _, mine in lists for part in mine], filtered)
-        for lamb, mine in lists:
+                filtered += [grad.clone() for grad in grads]  # hooks of the inner optimizer may write to them
+        self._inner_step([part for _, alike in lists for part in alike], filtered)
+        for lamb, alike in lists:
             if lamb is not None:
-                window.push(self._windows(mine), _usable(mine))
+                window.push(self._windows(alike), _usable(alike))
 
     def _windows(self, parts: list[Part]) -> list[window.Window]:
         return [window.of(self.state[part.param], "grokfast_") for part in parts]

@@ -21,7 +21,7 @@ Named: TypeAlias = list[tuple[str, nn.Parameter]]
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
-# what the preset has for models with norm layers, and for those without, whose rows' lengths matter
+# the preset for models with norm layers, and for those without, where the lengths of rows matter
 _WITH_NORMS = {"lr": 3e-3, "weight_decay": 1.4, "gamma": 0.6, "max_row_change": 0.035, "signal_boost": 4.0}
 _WITHOUT_NORMS = {"lr": 2e-3, "weight_decay": 0.5, "lamb": 0.0, "gamma": 0.0, "signal_boost": 5.0}
 
@@ -35,21 +35,21 @@ def decay_groups(
     optimizer = GrokAdamW(decay_groups(model, weight_decay=0.1), lr=3e-4)
     ```
 
-    Names are kept, and layers are those of the whole model in its order, which both groups cut across.
+    Names are kept. Layers are numbered over the whole model, in its order, and not by group.
 
     Args:
-        model: whose parameters that require gradients are taken, shared ones once.
-        weight_decay: of the first group, wd ≥ 0.
-        no_decay: which do not decay, told by name and parameter, as in ``lambda name, param: param.dim() < 2``. None:
-            what has less than two dimensions, and what belongs to torch's norms and embeddings. Where nothing has two,
-            as in a model that FSDP1 flattened, all decay.
+        model: its parameters that require gradients are taken, shared ones once.
+        weight_decay: wd ≥ 0 of the first group.
+        no_decay: a function of name and parameter that returns True for a parameter that does not decay, as in
+            ``lambda name, param: param.dim() < 2``. None: those with less than two dimensions, and those of torch's
+            norms and embeddings. If none has two dimensions, as in a model that FSDP1 flattened, all decay.
 
     Returns:
         ``[{"params": [(name, parameter), …], "layers": [l, …], "weight_decay": …}, …]``, for GrokAdamW, and for torch's
         optimizers. A group without parameters is left out.
 
     Raises:
-        TypeError, ValueError: an argument is not what is written above.
+        TypeError, ValueError: an argument is not as described above.
     """
     check_model(model)
     check_number("weight_decay", weight_decay)
@@ -82,10 +82,10 @@ def grokking_groups(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the parameter groups of `GrokAdamW.for_grokking`, and its other options.
 
-    The groups are: weights; what norm layers hold, which decays a third as fast; other vectors, which do not decay; and
-    a group for each embedding, with lr times and weight decay divided by the mean length of its rows, if that is more
-    than 1. Without norm layers vectors are weights. Which groups there are depends on the modules alone: a model whose
-    weights were loaded has the groups of the one that they come from.
+    The groups are: weights; the parameters of norm layers, which decay a third as fast; other vectors, which do not
+    decay; and a group for each embedding. If the mean length of an embedding's rows is above 1, its lr is multiplied by
+    that length and its weight decay divided by it. In a model without norm layers vectors count as weights. The modules
+    alone decide which groups there are: a model with loaded weights has the groups of their source.
     """
     check_model(model)
     _check_frozen(model)
@@ -99,7 +99,7 @@ def grokking_groups(
     preset |= {"lr": lr, "weight_decay": decay}
     embeddings = of_modules(model, lambda module: isinstance(module, _EMBEDDINGS))
     lengths = {param: max(_mean_row_length(param), 1.0) for param in embeddings if param.dim() > 1}
-    of_norms, alike = of_modules(model, is_norm), is_flat(model) or not normed
+    of_norms, all_are_weights = of_modules(model, is_norm), is_flat(model) or not normed
     weights, norms, vectors = list[Any](), list[Any](), list[Any]()
     groups: list[dict[str, Any]] = [
         {"params": weights, "lr": lr, "weight_decay": decay},
@@ -110,19 +110,19 @@ def grokking_groups(
         length = lengths.get(param)
         if length is not None:
             groups.append({"params": [(name, param)], "lr": lr * length, "weight_decay": decay / length})
-        elif param in of_norms and not alike:
+        elif param in of_norms and not all_are_weights:
             norms.append((name, param))
         else:
-            (weights if param.dim() > 1 or alike else vectors).append((name, param))
+            (weights if param.dim() > 1 or all_are_weights else vectors).append((name, param))
     groups = [group for group in groups if group["params"]]
     for group in groups if isinstance(lr, Tensor) else ():
-        group["lr"] = torch.clone(group["lr"])  # each group's scheduler writes into its own
+        group["lr"] = torch.clone(group["lr"])  # schedulers write into it, so each group needs its own
     return groups, preset
 
 
 @torch.no_grad()
 def _mean_row_length(weight: Tensor) -> float:
-    """Return the mean 2-norm of an embedding's rows; 0 where it has none."""
+    """Return the mean 2-norm of an embedding's rows; 0 if it has none."""
     if weight.numel() == 0:
         return 0.0
     if weight.is_meta:
@@ -133,7 +133,7 @@ def _mean_row_length(weight: Tensor) -> float:
 
 
 def _check_frozen(model: nn.Module) -> None:
-    """Warn where most of a model is frozen, as in fine-tuning; ValueError where all of it is."""
+    """Warn if most of a model is frozen, as in fine-tuning; raise ValueError if all of it is."""
     sizes = [(param.numel(), param.requires_grad) for param in model.parameters()]
     if sizes and not any(is_trained for _, is_trained in sizes):
         raise ValueError("all parameters of the model are frozen: set requires_grad on those that are to be trained")
@@ -154,14 +154,14 @@ def check_model(model: Any) -> None:
 
 
 def has_norms(model: nn.Module) -> bool:
-    """Return True if one of its layers normalises."""
+    """Return True if the model has a norm layer."""
     return any(map(is_norm, model.modules()))
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return True for torch's norm layers, and for those of a class that is called a Norm, as LlamaRMSNorm.
+    """Return True for torch's norm layers, and for modules with the word Norm in their class name, as LlamaRMSNorm.
 
-    A module with parts, such as a PreNormBlock, is none: what normalises is among its parts.
+    A module with submodules, such as a PreNormBlock, is not a norm layer: one of its submodules is.
     """
     if isinstance(module, _NORMS):
         return True
@@ -169,7 +169,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_flat(model: nn.Module) -> bool:
-    """Return True if nothing has two dimensions, so that they tell nothing."""
+    """Return True if no parameter has two dimensions, so that dimensions tell nothing."""
     return all(param.dim() < 2 for param in model.parameters())
 
 
@@ -179,5 +179,5 @@ def trained(model: nn.Module) -> Named:
 
 
 def of_modules(model: nn.Module, of_kind: Callable[[nn.Module], bool]) -> set[Tensor]:
-    """Return the parameters that modules of a kind hold themselves."""
+    """Return the parameters that belong directly to modules of a kind."""
     return {param for module in model.modules() if of_kind(module) for param in module.parameters(recurse=False)}

@@ -1,10 +1,10 @@
-"""For Hugging Face's Trainer: losses and accuracies for the signals, layers from the model, and readings in the logs.
+"""For Hugging Face's Trainer: losses and accuracies for the signals, layers from the model, and metrics in the logs.
 
 ```python
 Trainer(model, TrainingArguments(optim="grokadamw", ...), callbacks=[GrokAdamWCallback()], ...)
 ```
 
-`for_grokking` makes the preset for it, with the Trainer's own learning rate and weight decay.
+`for_grokking` has the Trainer use the preset, with the Trainer's own learning rate and weight decay.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ except ImportError as error:
 
 __all__ = ["GrokAdamWCallback", "for_grokking"]
 
-# what the Trainer takes from optim_args for this optimizer; all others it drops without a word
+# what the Trainer takes from optim_args for this optimizer; it silently drops all other names
 _IN_OPTIM_ARGS = ("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping")
 
 
 def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Return the preset ``GrokAdamW.for_grokking``, for the Trainer to make of the model that it trains.
+    """Return the preset ``GrokAdamW.for_grokking`` as the Trainer's ``optimizer_cls_and_kwargs``.
 
     ```python
     arguments = TrainingArguments(learning_rate=3e-3, weight_decay=1.4, lr_scheduler_type="constant", ...)
@@ -50,7 +50,7 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
     Args:
         arguments: the Trainer's. Their learning rate and weight decay go to ``GrokAdamW.for_grokking``. Their schedule
             multiplies the learning rate of every group.
-        options: what else ``GrokAdamW.for_grokking`` is to get.
+        options: further arguments of ``GrokAdamW.for_grokking``.
 
     Raises:
         ValueError: learning rate or weight decay are the Trainer's defaults, which are for fine-tuning; or they are
@@ -68,23 +68,23 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
 
 
 def _is_given(arguments: TrainingArguments, name: str) -> bool:
-    """Return True if an argument is not the default one."""
+    """Return True if an argument differs from its default."""
     defaults = {field.name: field.default for field in dataclasses.fields(arguments)}
     return bool(getattr(arguments, name) != defaults[name])
 
 
 def _lost(optim_args: str | None, optimizer: GrokAdamW) -> Iterator[str]:
-    """Yield a sentence for each entry of ``optim_args`` that did not reach the optimizer."""
+    """Yield a warning for each entry of ``optim_args`` that did not reach the optimizer."""
     for entry in (optim_args or "").replace(" ", "").split(","):
         name, _, value = entry.partition("=")
         if name in _IN_OPTIM_ARGS:
             used = f"{float(optimizer.defaults[name]):g}"
-            with contextlib.suppress(ValueError):  # where nobody read it, it need not be a number
+            with contextlib.suppress(ValueError):  # an entry that nothing read need not be a number
                 value = f"{float(value):g}"
             if value != used:
                 yield (
-                    f"optim_args has {entry}, and the optimizer has {used}: the Trainer reads optim_args only where "
-                    'optim="grokadamw" makes the optimizer. Give it where yours is made'
+                    f"optim_args has {entry}, and the optimizer has {used}: the Trainer reads optim_args only if "
+                    'optim="grokadamw" makes the optimizer. Give it where you make yours'
                 )
         elif name:
             instead = meant(name, _IN_OPTIM_ARGS)
@@ -94,7 +94,7 @@ def _lost(optim_args: str | None, optimizer: GrokAdamW) -> Iterator[str]:
 
 
 def _unused(arguments: TrainingArguments, optimizer: GrokAdamW) -> Iterator[str]:
-    """Yield a sentence for each number of the arguments that the optimizer does not have."""
+    """Yield a warning for each number of the arguments that did not reach the optimizer."""
     callback, maker = "give {} to GrokAdamWCallback", "give {} where the optimizer is made, or for_grokking(arguments)"
     betas, eps = optimizer.param_groups[0]["betas"], optimizer.param_groups[0]["eps"]
     decays = [optimizer.defaults["weight_decay"], *(group["weight_decay"] for group in optimizer.param_groups)]
@@ -111,7 +111,7 @@ def _unused(arguments: TrainingArguments, optimizer: GrokAdamW) -> Iterator[str]
 
 
 def _preset(*groups: Any, **options: Any) -> Callable[..., GrokAdamW]:
-    """Return what makes the preset of a model: the Trainer calls what is no optimizer's class without arguments."""
+    """Return the function that makes the preset: the Trainer calls a factory, unlike a class, without arguments."""
     if groups:
         raise TypeError(
             "this release of transformers makes optimizers without the model: give "
@@ -121,36 +121,35 @@ def _preset(*groups: Any, **options: Any) -> Callable[..., GrokAdamW]:
 
 
 class GrokAdamWCallback(TrainerCallback):
-    """Makes the Trainer and a GrokAdamW work together, whatever the Trainer has wrapped around it.
+    """Makes the Trainer and a GrokAdamW work together, whatever the Trainer has wrapped around the optimizer.
 
-    - Layers are the model's modules, over decay and no-decay groups.
-    - The loss of every evaluation during training, and the training loss of the last log before it, go to the signals:
-      α, and with the preset the length of steps, adapt.
-    - Accuracies go there, too, where their keys are given: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
-    - Every log of the training loss has ``grok_alpha``, ``grok_boost``, ``grok_signal``, ``grok_grad_norm``,
-      ``grok_clip_coefficient`` and ``grok_skipped_steps`` beside it, as far as they are known: for the console, the
-      history and what is reported to.
+    - Layers are the model's modules, across decay and no-decay groups.
+    - The loss of every evaluation during training, and the last training loss logged before it, go to the signals. They
+      adapt α and, with the preset, the length of steps.
+    - Accuracies go to the signals, too, if you give their keys: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
+    - Every log of the training loss also has ``grok_alpha``, ``grok_boost``, ``grok_signal``, ``grok_grad_norm``,
+      ``grok_clip_coefficient`` and ``grok_skipped_steps``, as far as they are known: on the console, in the history and
+      wherever the Trainer reports to.
 
-    It warns, once, where the Trainer clips gradients to another norm; where the arguments hold what the optimizer did
-    not get, such as unknown names in ``optim_args``, or ``adam_beta1``; where nothing is evaluated; where a checkpoint
-    is saved at a step that is not logged (the Trainer forgets the losses since the last log, and a resumed run then
-    hears of another mean); and where a metric that it waits for does not come. Signals that remember something begin
-    each run with what they knew when the first began; a resumed one goes on with the checkpoint's.
+    It warns once if the Trainer clips gradients to another norm; if the arguments hold something that the optimizer did
+    not get, such as unknown names in ``optim_args``, or ``adam_beta1``; if nothing is evaluated; if a checkpoint is
+    saved at a step that is not logged (the Trainer forgets the losses since the last log, so a resumed run records
+    another mean); and if a metric that it waits for does not come. Signals that remember something begin each run in
+    the state that they had when the first run began; a resumed run takes the checkpoint's.
 
     Args:
-        eval_loss: which of the evaluation's metrics is the loss, ``"eval_<name>_loss"`` for one of several sets.
-        eval_acc: which of them is the accuracy, a share in [0, 1]: ``"eval_accuracy"``, if ``compute_metrics`` returns
-            an ``"accuracy"``. None is none.
+        eval_loss: the name of the loss in the evaluation's metrics, ``"eval_<name>_loss"`` for one of several sets.
+        eval_acc: the name of the accuracy there, a share in [0, 1]: ``"eval_accuracy"``, if ``compute_metrics`` returns
+            an ``"accuracy"``. None: no accuracy.
         train_acc: the key of the training accuracy, a share in [0, 1], in anything that the Trainer logs: by
-            ``trainer.log``, or by an evaluation of training data, as ``"eval_<name>_accuracy"``. None is none.
-        signals, combine: as ``GrokAdamW.set_signals``'s; None leaves the optimizer those that it has.
-        options: what else the optimizer's groups are to hold, such as ``betas``, which ``optim_args`` cannot carry:
-            any argument of ``GrokAdamW`` that a group may set, but lr and weight decay. What holds for
-            the whole optimizer, as a window does, is given with
-            ``Trainer(optimizer_cls_and_kwargs=(GrokAdamW, {...}))``.
+            ``trainer.log``, or by an evaluation of training data, as ``"eval_<name>_accuracy"``. None: no accuracy.
+        signals, combine: as for ``GrokAdamW.set_signals``; None leaves the optimizer's own.
+        options: further settings of the optimizer's groups, such as ``betas``, which ``optim_args`` cannot carry: any
+            argument of ``GrokAdamW`` that a group may set, except lr and weight decay. Give settings of the whole
+            optimizer, such as a window, with ``Trainer(optimizer_cls_and_kwargs=(GrokAdamW, {...}))``.
 
     Raises:
-        TypeError, ValueError: an option is not allowed; or, when training begins, the optimizer is no GrokAdamW; or,
+        TypeError, ValueError: an option is not allowed; or, when training begins, the optimizer is not a GrokAdamW; or,
             later, an accuracy is not in [0, 1].
     """
 
@@ -173,16 +172,16 @@ class GrokAdamWCallback(TrainerCallback):
                 )
         trainers.check_theirs(options)
         for name, value in options.items():
-            if name not in OPTIONS or name == "layer":  # which is for one group of several
-                raise TypeError(f"{name}={value!r} is no argument of GrokAdamW's that its parameter groups may set")
+            if name not in OPTIONS or name == "layer":  # layer is for one group of several
+                raise TypeError(f"{name}={value!r} is not an argument of GrokAdamW that its parameter groups may set")
             if OPTIONS[name].on_load != TAKE:  # a checkpoint is loaded before training begins
                 raise ValueError(
-                    f"{name}={value!r} cannot be set once there is an optimizer: give signals as signals=, and what "
-                    "else holds for the whole optimizer by Trainer(optimizer_cls_and_kwargs=(GrokAdamW, {...}))"
+                    f"{name}={value!r} cannot be set once there is an optimizer: give signals as signals=, and other "
+                    "settings of the whole optimizer by Trainer(optimizer_cls_and_kwargs=(GrokAdamW, {...}))"
                 )
         checked = GrokAdamW([torch.zeros(1)], **options).defaults
         if signals is None and combine is not None:
-            raise ValueError(f"combine={combine!r} without signals: give those that it is to combine")
+            raise ValueError(f"combine={combine!r} without signals: give the signals that it combines")
         if signals is not None:
             try:
                 signals = Signals(signals, "mean" if combine is None else combine).functions
@@ -195,10 +194,10 @@ class GrokAdamWCallback(TrainerCallback):
         self._train_acc = train_acc
         self._optimizer: GrokAdamW | None = None  # while it trains
         self._trained: weakref.ref[GrokAdamW] | None = None  # the optimizer of the last run
-        self._at_first: list[Any] = []  # what the signals remembered when the first run began
-        self._goes_on = True  # steps have been taken, or there is no checkpoint that they go on from
+        self._at_first: list[Any] = []  # the signals' states when the first run began
+        self._goes_on = True  # False in a resumed run, until its first step begins
         self._logged_at = 0
-        self._metrics: set[str] = set()  # what evaluations had
+        self._metrics: set[str] = set()  # names of metrics that evaluations had
         self._said: set[str] = set()
 
     def on_train_begin(
@@ -224,7 +223,7 @@ class GrokAdamWCallback(TrainerCallback):
         self._go_first()
         is_evaluated = args.eval_strategy != "no" or args.eval_on_start
         if not is_evaluated:
-            found._run.signals.say_no_more()  # as what follows says why
+            found._run.signals.say_no_more()  # the warning below says why
         if "arguments" not in self._said:
             self._said.add("arguments")
             trainers.say_who_clips(found, args.max_grad_norm, "max_grad_norm")
@@ -239,19 +238,19 @@ class GrokAdamWCallback(TrainerCallback):
                 )
 
     def _begin_signals(self, optimizer: GrokAdamW) -> None:
-        """Register them. For another optimizer than the last run's they are to be as they were at first."""
-        remember = [signal for signal in self._signals or () if hasattr(signal, "state_dict")]
+        """Register the signals. For another optimizer than the last run's, reset them to their first state."""
+        stateful = [signal for signal in self._signals or () if hasattr(signal, "state_dict")]
         if self._trained is None:
-            self._at_first = [copy.deepcopy(signal.state_dict()) for signal in remember]
+            self._at_first = [copy.deepcopy(signal.state_dict()) for signal in stateful]
         elif self._trained() is not optimizer:
-            for signal, state in zip(remember, self._at_first, strict=True):
+            for signal, state in zip(stateful, self._at_first, strict=True):
                 signal.load_state_dict(copy.deepcopy(state))
         optimizer.set_signals(self._signals, self._combine)
 
     def _go_first(self) -> None:
-        """Move before the callbacks that report, as these read a log when it is their turn.
+        """Move in front of the callbacks that report, which read a log when it is their turn.
 
-        A callback is not told who calls it; so it looks for its caller.
+        A callback does not know its handler, so this looks for it among the callers.
         """
         frame: FrameType | None = sys._getframe(1)
         while frame := frame and frame.f_back:
@@ -277,12 +276,12 @@ class GrokAdamWCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         metrics: dict[str, float] = kwargs["metrics"]
-        if self._optimizer is None or not self._goes_on:  # by eval_on_start: the checkpoint knows the last one
+        if self._optimizer is None or not self._goes_on:  # eval_on_start: the checkpoint has the losses
             return
         found: dict[str, float | None] = {name: metrics[key] for name, key in self._evaluated.items() if key in metrics}
         self._said.update(found)
         self._metrics.update(metrics)
-        if "eval_loss" in found:  # a training loss that falls until the next evaluation is not to be compared with it
+        if "eval_loss" in found:  # only here: later, lower training losses must not be compared with this one
             found["train_loss"] = next((log["loss"] for log in reversed(state.log_history) if "loss" in log), None)
         self._optimizer.record(**found)
 
@@ -290,14 +289,14 @@ class GrokAdamWCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._goes_on = True
-        for name, key in self._evaluated.items():  # all sets of an evaluation have been
+        for name, key in self._evaluated.items():  # by now all sets were evaluated
             if name in self._said:
                 continue
             prefix = key.partition("_")[0]
-            metrics = sorted(each for each in self._metrics if each.startswith(f"{prefix}_"))
+            metrics = sorted(metric for metric in self._metrics if metric.startswith(f"{prefix}_"))
             if metrics:
                 if name == "eval_loss":
-                    metrics = [each for each in metrics if each.endswith("loss")]
+                    metrics = [metric for metric in metrics if metric.endswith("loss")]
                 self._warn(name, key, f"and the evaluation has {', '.join(metrics) or 'no loss'}")
 
     def _warn(self, name: str, key: str, what: str) -> None:
@@ -315,7 +314,7 @@ class GrokAdamWCallback(TrainerCallback):
         self._said.add("saves")
         warn(
             f"a checkpoint is saved at step {state.global_step}, and the training loss was last logged at step "
-            f"{self._logged_at}: a run resumed from it hears of another mean of the losses, and its α and boost "
+            f"{self._logged_at}: a run resumed from it records another mean of the losses, and its α and boost "
             "differ. Choose save_steps as a multiple of logging_steps",
             UserWarning,
         )

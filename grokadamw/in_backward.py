@@ -1,4 +1,4 @@
-"""Gradient release: each parameter is updated in the backward pass, when its gradient is there, which is then freed."""
+"""Gradient release: the backward pass updates each parameter once its gradient is there, and frees the gradient."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["StepInBackward", "step_in_backward"]
 
 _Calls = Sequence[tuple[Batch, Scalars]]
 _SCALED = (
-    "GradScaler with step_in_backward: this pass has used gradients before their scale could be taken out. Compute in "
+    "GradScaler with step_in_backward: this pass has used gradients before they could be unscaled. Compute in "
     "bfloat16, which needs no GradScaler, and start from the last checkpoint; or call the handle's remove()"
 )
 _TWICE = (
@@ -43,8 +43,8 @@ _TWICE = (
 def step_in_backward(optimizer: GrokAdamW, *, clip_by: str | None = None) -> StepInBackward:
     """Update each parameter in the backward pass, as soon as its gradient is there, and free that gradient.
 
-    So backward and step never hold the gradients of a whole model. What is computed is what ``step()`` computes
-    without clipping, to the bit.
+    So the gradients of the whole model are never in memory at once. Without clipping, the result is that of ``step()``,
+    bit for bit.
 
     ```python
     handle = step_in_backward(optimizer)
@@ -55,34 +55,34 @@ def step_in_backward(optimizer: GrokAdamW, *, clip_by: str | None = None) -> Ste
     handle.remove()
     ```
 
-    Call ``step()`` after each backward pass, as without this: schedulers and frameworks do so anyway. It updates what
-    has a gradient but was not updated, counts the step or micro-batch, and calls the hooks of steps. ``step(closure)``
-    runs the closure first, whose backward pass updates parameters. ``zero_grad()`` does no harm.
+    Call ``step()`` after each backward pass, as usual; schedulers and frameworks rely on it. It updates parameters that
+    have a gradient but were not updated, counts the step or micro-batch, and calls step hooks. ``step(closure)`` runs
+    the closure first, whose backward pass updates parameters. ``zero_grad()`` does no harm.
 
-    Signals are heard once a pass, before its first update: call ``record`` before ``backward``. With
+    Signals are evaluated once a pass, before its first update: call ``record`` before ``backward``. With
     ``accumulation_steps`` each backward pass is a micro-batch. ``nonfinite`` acts on each parameter alone: ``"skip"``
     leaves out that parameter, and ``metrics()["skipped_steps"]`` counts how often that happened; ``"raise"`` stops
-    when earlier parameters of the pass are written.
+    after earlier parameters of the pass were written.
 
     Args:
         optimizer: a GrokAdamW; its parameters must not be DTensors, nor be in a DDP or FSDP model.
-        clip_by: required where ``gradient_clipping`` is above 0, as the norm N of all gradients is known when the pass
-            is over. ``"last"``: N is that of the last pass, or that of this pass's gradients so far if it is larger,
-            as it is in the first pass. Checkpoints keep it. A group's ``gradient_clipping`` is its limit as ever.
+        clip_by: required if ``gradient_clipping`` is above 0, as the norm N of all gradients is only known at the end
+            of the pass. ``"last"``: N is that of the last pass, or of this pass's gradients so far if that is larger,
+            as in the first pass. Checkpoints keep N. A group's ``gradient_clipping`` is still its limit.
 
     Returns:
-        A handle, and a context manager: its ``remove()``, or leaving the context, ends a pass that is not over and
-        puts things back. The optimizer keeps the handle, so you need not.
+        A handle that is also a context manager. Its ``remove()``, or leaving the context, ends an open pass and
+        restores the usual ``step()``. The optimizer keeps the handle, so you need not.
 
     Raises:
-        TypeError, ValueError: the optimizer, or one of its options, does not go together with this.
+        TypeError, ValueError: the optimizer, or one of its options, does not work with this.
         RuntimeError: it is on already. Or, in ``backward``, a parameter gets a second gradient before ``step()``.
     """
     return StepInBackward(optimizer, clip_by)
 
 
 class StepInBackward:
-    """What ``step_in_backward`` returns: its ``remove()`` puts things back."""
+    """The handle that ``step_in_backward`` returns. Its ``remove()`` restores the usual ``step()``."""
 
     def __init__(self, optimizer: GrokAdamW, clip_by: str | None = None) -> None:
         if not isinstance(optimizer, GrokAdamW):
@@ -94,20 +94,20 @@ class StepInBackward:
         self._clip_by = clip_by
         optimizer._complete_groups()
         self._check(optimizer, and_wrappers=True)
-        self._optimizer = weakref.ref(optimizer)  # which keeps this object
-        self._one = stages.Run(Signals([]))  # what the step of one parameter reads and leaves
+        self._optimizer = weakref.ref(optimizer)  # weak, as the optimizer keeps this object
+        self._one = stages.Run(Signals([]))  # the run of one parameter's step
         self._caches, self._hooks = dict[Tensor, Cache](), dict[Tensor, RemovableHandle]()
         self._lock = threading.RLock()  # autograd has a thread for each device
-        self._has_begun = self.is_open = False  # the first pass; the one that is not over
+        self._has_begun = self.is_open = False  # whether the first pass has begun, and whether a pass is open
         self._places: dict[Tensor, tuple[int, int, int]] = {}  # group, place in it, and number of each parameter
         self._updated, self._norm = set[Tensor](), NormSoFar(0.0)  # in this pass
-        self._skipped = list[str]()  # the names of those among them whose gradients were not finite
+        self._skipped = list[str]()  # names of updated parameters whose gradients were not finite
         self._watch(optimizer)
         optimizer._run.in_backward = self
         optimizer._step_supports_amp_scaling = True  # so that `end` sees a GradScaler
 
     def remove(self) -> None:
-        """Put things back: ``step()`` updates all parameters from now on. A pass that is not over is ended first."""
+        """Restore the usual ``step()``, which updates all parameters. An open pass is ended first."""
         optimizer = self._optimizer()
         if optimizer is not None and optimizer._run.in_backward is self:
             if self.is_open:
@@ -125,11 +125,11 @@ class StepInBackward:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         optimizer = self._optimizer()
         if error is not None and optimizer is not None:
-            optimizer.zero_grad()  # what a failed pass has left, so that ending it cannot fail
+            optimizer.zero_grad()  # drop what a failed pass left, so that ending it cannot fail
         self.remove()
 
     def end(self, optimizer: GrokAdamW, given: Given) -> tuple[_Calls, Tables | None]:
-        """End a pass, for ``step()``: return the updates that are left, and count it."""
+        """End the pass for ``step()``: return the updates that are left, and count the pass."""
         if given.scale is not None or given.found_inf is not None:
             raise RuntimeError(_SCALED)
         with self._lock:
@@ -139,7 +139,7 @@ class StepInBackward:
             if not self.is_open:
                 self._begin(optimizer)
             groups, was_idle = optimizer.param_groups, run.idle
-            run.idle |= bool(self._updated)  # which had gradients: there is nothing to warn of
+            run.idle |= bool(self._updated)  # these had gradients: do not warn that there were none
             left, tables = stages.prepare(run, given._replace(groups=groups, state=optimizer.state))
             calls = self._clipped(left, run.last, groups)
             if self._updated:
@@ -150,7 +150,7 @@ class StepInBackward:
             run.last = run.last._replace(norms=[self._norm.value], clips=clips)
             if self._skipped and groups[0]["skipped_steps"] == 0:
                 names = ", ".join(self._skipped)
-                warn(f"NaN or infinity in gradients: not updated, but counted as skipped, are {names}", RuntimeWarning)
+                warn(f"gradients hold NaN or infinity; not updated, but counted as skipped: {names}", RuntimeWarning)
             for group in groups:
                 group["skipped_steps"] += len(self._skipped)
                 if self._clip_by is not None and self._norm.value is not None:
@@ -162,7 +162,7 @@ class StepInBackward:
             return calls, tables
 
     def _begin(self, optimizer: GrokAdamW) -> None:
-        """Begin a pass: all that `GrokAdamW._prepared` does before batches are collected."""
+        """Begin a pass: do all that `GrokAdamW._prepared` does before batches are collected."""
         optimizer._complete_groups()
         groups, run = optimizer.param_groups, optimizer._run
         check_changed(groups, optimizer.defaults, run.checked)
@@ -179,7 +179,7 @@ class StepInBackward:
         self._has_begun = self.is_open = True
 
     def _update(self, param: Tensor) -> None:
-        """Update one parameter, whose gradient is there, and free that."""
+        """Update one parameter whose gradient is there, and free the gradient."""
         optimizer = self._optimizer()
         if optimizer is None or param.grad is None:
             return
@@ -189,11 +189,11 @@ class StepInBackward:
             if param not in self._places:
                 return
             if param in self._updated:
-                param.grad = None  # else `end` would take it for one that is left
+                param.grad = None  # else `end` would use this gradient
                 raise RuntimeError(_TWICE.format(name_of(param, optimizer.param_groups, optimizer._run.names)))
             run, one, (i, place, number) = optimizer._run, self._one, self._places[param]
             group = optimizer.param_groups[i]
-            alone = {**group, "skipped_steps": 1}  # above 0, as `end` warns
+            alone = {**group, "skipped_steps": 1}  # above 0, so that only `end` warns
             alone |= {name: [group[name][place]] for name in ("params", "layers", "param_names") if name in group}
             one.cache = self._caches.setdefault(param, Cache())
             one.last = LastStep(run.last.signal, run.last.alphas[i : i + 1], boosts=run.last.boosts[i : i + 1])
@@ -214,7 +214,7 @@ class StepInBackward:
             param.grad = None
 
     def _clipped(self, calls: _Calls, last: LastStep, groups: Sequence[dict[str, Any]]) -> _Calls:
-        """Return the calls with c of this pass so far, once their norm is in it."""
+        """Add the norm of these gradients to the pass, and return the calls with the pass's c so far."""
         self._norm.add(next((norm for norm in last.norms if norm is not None), None))
         if self._clip_by is None:
             return calls
@@ -223,8 +223,8 @@ class StepInBackward:
         return [(b, n._replace(clip=self._norm.clip(limit, b.params[0].device))) for (b, n), limit in pairs]
 
     def _watch(self, optimizer: GrokAdamW) -> None:
-        """Put hooks on the parameters that have none; those that were frozen, or were added, too."""
-        handle = weakref.ref(self)  # parameters do not keep the optimizer alive
+        """Put hooks on the parameters that have none, among them new ones and those that were frozen before."""
+        handle = weakref.ref(self)  # weak, so that parameters do not keep the optimizer alive
 
         def hook(param: Tensor) -> None:
             if (alive := handle()) is not None:
@@ -236,7 +236,7 @@ class StepInBackward:
                     self._hooks[param] = param.register_post_accumulate_grad_hook(hook)
 
     def _check(self, optimizer: GrokAdamW, and_wrappers: bool) -> None:
-        """Refuse what does not go together with updates in the backward pass."""
+        """Raise ValueError for anything that does not work with updates in the backward pass."""
         for group in optimizer.param_groups:
             for name in ("compat", "differentiable", "capturable"):
                 if group[name]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-# what wrappers put into parameter names: DDP and DataParallel, torch.compile, FSDP1, activation checkpointing
+# what wrappers add to parameter names: DDP and DataParallel, torch.compile, FSDP1, activation checkpointing
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
@@ -21,20 +21,20 @@ class Layer(NamedTuple):
     """One row of `GrokAdamW.layer_table()`."""
 
     layer: int  # l
-    names: list[str]  # of its parameters; "parameter 3 of group 0" where they have none
-    beta1: float  # β1_l; the smallest, where groups of different β1 or γ share the layer
+    names: list[str]  # of its parameters; "parameter 3 of group 0" if they have no names
+    beta1: float  # β1_l; the smallest, if groups of different β1 or γ share the layer
 
 
 def unwrapped(name: str) -> str:
-    """Return a parameter's name without what wrappers put into it: "module.layers.3.weight" → "layers.3.weight"."""
+    """Return a parameter's name without the parts that wrappers add: "module.layers.3.weight" → "layers.3.weight"."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def layer_path(name: str) -> str:
     """Return the module path that names a parameter's layer.
 
-    Up to and including the first all-digit component ("layers.3.attn.q.weight" → "layers.3"), else the whole module
-    path ("head.weight" → "head"; "scale" → "").
+    It goes up to and including the first all-digit component ("layers.3.attn.q.weight" → "layers.3"), else it is the
+    whole module path ("head.weight" → "head"; "scale" → "").
     """
     *path, _ = unwrapped(name).split(".")
     for i, part in enumerate(path):
@@ -44,7 +44,7 @@ def layer_path(name: str) -> str:
 
 
 def layers_of(group: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> list[int]:
-    """Return the layer of each of the group's parameters, the earlier groups having theirs."""
+    """Return the layer of each of the group's parameters, continuing the layers of the earlier groups."""
     count = len(group["params"])
     if group["layer"] is not None:
         return [group["layer"]] * count
@@ -63,35 +63,35 @@ def layers_of(group: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> list[
 
 
 def layers_in(named: Mapping[Tensor, str]) -> dict[Tensor, int]:
-    """Return the layer of each of a model's parameters, numbered in the order that they come in."""
+    """Return the layer of each of a model's parameters, numbered in order of appearance."""
     numbers: dict[str, int] = {}
     return {param: numbers.setdefault(layer_path(name), len(numbers)) for param, name in named.items()}
 
 
 def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> dict[Tensor, str]:
-    """Take the layers of all groups that were not given `layer` from a model, and return its parameters' names."""
-    told = {param for group in groups if group["layer"] is not None for param in group["params"]}
-    named: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p not in told}
-    found = layers_in(named)
+    """Set the layers of all groups without `layer` from a model, and return the names of their parameters."""
+    fixed = {param for group in groups if group["layer"] is not None for param in group["params"]}
+    named: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p not in fixed}
+    numbers = layers_in(named)
     params = [param for group in groups for param in group["params"]]
     for param in params:
-        if param not in found and param not in told:
+        if param not in numbers and param not in fixed:
             raise ValueError(
                 f"model: this {type(model).__name__} has no {name_of(param, groups, known)}, of shape "
-                f"{tuple(param.shape)}: give the model that is optimized; parameters beside it go in a group that says "
+                f"{tuple(param.shape)}: give the model that is optimized; parameters outside it go in a group with "
                 "layer="
             )
     for group in groups:
         if group["layer"] is None:
-            group["layers"] = [found[param] for param in group["params"]]
+            group["layers"] = [numbers[param] for param in group["params"]]
     return {param: unwrapped(named[param]) for param in params if param in named}
 
 
 def make_one(groups: Sequence[dict[str, Any]], are_shards: bool) -> str | None:
-    """Take each flat tensor that has replaced a group's parameters for one layer; return what to say of what is lost.
+    """Make one layer of each flat tensor that replaced a group's parameters; return a warning if something is lost.
 
     Args:
-        are_shards: whether ranks may have other parts, whose gradients the optimizer's norm then leaves out.
+        are_shards: whether other ranks may have other parts, whose gradients the optimizer's norm then leaves out.
     """
     lost: dict[str, str] = {}
     for group in groups:
@@ -102,7 +102,7 @@ def make_one(groups: Sequence[dict[str, Any]], are_shards: bool) -> str | None:
         group["layers"] = [0] if several else group["layers"][:1]
         group.pop("param_names", None)
         if several and group["gamma"]:
-            lost["gamma=0"] = f"gamma={group['gamma']:g} finds no layers in it, and takes all of it for layer 0"
+            lost["gamma=0"] = f"gamma={group['gamma']:g} finds no layers in it, and treats all of it as layer 0"
         for name in ("max_row_norm", "max_row_change"):
             if group[name]:
                 lost[f"{name}=0"] = f"{name}={group[name]:g} finds no rows in it"
@@ -129,13 +129,13 @@ def beta1s(group: dict[str, Any]) -> tuple[float, ...]:
 
 
 def names(group: dict[str, Any], i: int, known: Mapping[Tensor, str]) -> list[str]:
-    """Return the names of the i-th group's parameters: as they are known from a model, or their own."""
+    """Return the names of the i-th group's parameters: those known from a model, else the group's own."""
     own = group.get("param_names") or [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
     return [known.get(param, name) for param, name in zip(group["params"], own, strict=True)]
 
 
 def name_of(param: Tensor, groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> str:
-    """Return what `names` calls a parameter of the groups."""
+    """Return the name that `names` gives a parameter of the groups."""
     places = ((i, j) for i, group in enumerate(groups) for j, p in enumerate(group["params"]) if p is param)
     for i, j in places:
         return names(groups[i], i, known)[j]
@@ -156,10 +156,10 @@ def table(groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> list
 def warnings_for(
     groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str], preset_gamma: float | None = None
 ) -> Iterator[str]:
-    """Yield a warning if two layers may have been taken for one, and one if γ lowers some β1_l below half of β1.
+    """Yield a warning if two layers may count as one by mistake, and one if γ lowers some β1_l below half of β1.
 
-    A step asks for them when it is the first, or the first since a group was added or layers or a state dict were
-    loaded. There is none about `preset_gamma`, the γ that `GrokAdamW.for_grokking` chose for its model.
+    The first step asks for them, and the first after a group was added, or layers or a state dict were loaded. There is
+    no warning about `preset_gamma`, the γ that `GrokAdamW.for_grokking` chose for its model.
     """
     of_names = [names(g, i, known) for i, g in enumerate(groups) if g["layer"] is None and "param_names" in g]
     twice = [name for name, count in Counter(chain.from_iterable(of_names)).items() if count > 1]
@@ -176,7 +176,7 @@ def warnings_for(
             ways_out = f"choose a gamma of at most {largest:g}"
             if "param_names" not in group and not all(param in known for param in group["params"]):
                 ways_out = (
-                    "pass model.named_parameters() or call optimizer.set_layers(model), so that a layer is one of its "
+                    "pass model.named_parameters() or call optimizer.set_layers(model), so that the layers are its "
                     f"modules; or {ways_out}"
                 )
             yield (

@@ -1,4 +1,4 @@
-"""For Lightning: losses and accuracies for the signals, layers from the model, and what the optimizer does in the logs.
+"""For Lightning: losses and accuracies for the signals, layers from the model, and metrics in the logs.
 
 ```python
 Trainer(callbacks=[GrokAdamWCallback()], ...).fit(module)
@@ -30,26 +30,27 @@ __all__ = ["GrokAdamWCallback"]
 class GrokAdamWCallback(Callback):
     """Makes Lightning's Trainer and GrokAdamW work together, with automatic and with manual optimization.
 
-    - Layers are the module's; of several optimizers, each has those of the smallest module with all that it optimizes.
-    - The loss of every validation, and of the training batch before it, go to the signals: α, and with the preset the
-      length of steps, adapt.
-    - Accuracies go there, too, where their names are given: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
+    - Layers are the module's. With several optimizers, each has the layers of the smallest module that contains all of
+      its parameters.
+    - The loss of every validation, and of the training batch before it, go to the signals. They adapt α and, with the
+      preset, the length of steps.
+    - Accuracies go to the signals, too, if you give their names: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
     - ``grok_alpha``, ``grok_boost``, ``grok_signal``, ``grok_grad_norm``, ``grok_clip_coefficient`` and
       ``grok_skipped_steps`` are logged every ``log_every_n_steps``, as far as they are known; those of a second
       optimizer as ``grok_alpha_1``, ….
 
-    It warns, once, where Lightning clips gradients, too, and where what it waits for does not come.
+    It warns once if Lightning clips gradients to another norm, and if a value that it waits for is not logged.
 
-    Signals are given where the optimizer is made, in ``configure_optimizers``.
+    Give signals where you make the optimizer, in ``configure_optimizers``.
 
     Args:
         eval_loss: the name under which ``validation_step`` logs the loss.
-        train_loss: the name under which ``training_step`` logs the loss; None for the one that it returns.
-        eval_acc, train_acc: the names under which these two log accuracies, shares in [0, 1]. None is none.
+        train_loss: the name under which ``training_step`` logs the loss; None for the loss that it returns.
+        eval_acc, train_acc: the names under which the two log accuracies, shares in [0, 1]. None: no accuracy.
 
     Raises:
-        TypeError, ValueError: an argument is no name; or, when training begins, no optimizer is a GrokAdamW; or, later,
-            an accuracy is not in [0, 1].
+        TypeError, ValueError: an argument is not a name; or, when training begins, no optimizer is a GrokAdamW; or,
+            later, an accuracy is not in [0, 1].
     """
 
     def __init__(
@@ -65,14 +66,14 @@ class GrokAdamWCallback(Callback):
             raise TypeError(f"eval_loss={eval_loss!r} is not the name of a loss, as in eval_loss='loss'")
         for name, value in (("train_loss", train_loss), ("eval_acc", eval_acc), ("train_acc", train_acc)):
             if not isinstance(value, str | None):
-                raise TypeError(f"{name}={value!r} is not a name: give that under which it is logged, or leave it out")
+                raise TypeError(f"{name}={value!r} is not a name: give the name that you log it under, or leave it out")
         self._train_loss, self._train_acc = train_loss, train_acc
         evaluated = {"eval_loss": eval_loss, "eval_acc": eval_acc}
         self._evaluated = {name: key for name, key in evaluated.items() if key is not None}
         self._optimizers: list[GrokAdamW] = []
         self._logged_at = 0
         self._last_train_loss: torch.Tensor | None = None
-        self._heard: set[str] = set()  # of train_loss and train_acc
+        self._heard: set[str] = set()  # which of train_loss and train_acc were there
         self._said: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,13 +103,13 @@ class GrokAdamWCallback(Callback):
         else:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if loss is not None and pl_module.automatic_optimization:
-                loss = loss * trainer.accumulate_grad_batches  # by which Lightning has divided it
+                loss = loss * trainer.accumulate_grad_batches  # Lightning has divided the loss by it
         if loss is not None:
             self._heard.add("train_loss")
             self._last_train_loss = torch.as_tensor(loss).detach()
         self._record_training_accuracy(trainer)
         step = trainer.global_step
-        # as Lightning's own callbacks ask; it counts batches, and global_step the steps of all optimizers
+        # Lightning's own callbacks ask the connector, too: it counts batches, global_step the steps of all optimizers
         if trainer._logger_connector.should_update_logs and step != self._logged_at:
             self._logged_at = step
             for i, optimizer in enumerate(self._optimizers):
@@ -116,14 +117,14 @@ class GrokAdamWCallback(Callback):
                 pl_module.log_dict({f"{name}{which}": x for name, x in trainers.readings(optimizer).items()})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._record_training_accuracy(trainer)  # what is logged for the epoch alone is not there before
+        self._record_training_accuracy(trainer)  # values logged only for the epoch are not there before
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._optimizers or trainer.sanity_checking:
             return
         metrics = trainer.callback_metrics
         found: dict[str, Any] = {name: metrics[key] for name, key in self._evaluated.items() if key in metrics}
-        if "eval_loss" in found:  # a training loss that falls until the next validation is not to be compared with it
+        if "eval_loss" in found:  # only here: later, lower training losses must not be compared with this one
             found["train_loss"] = self._last_train_loss
         self._record(**found)
         for name, key in self._evaluated.items():
@@ -151,13 +152,13 @@ class GrokAdamWCallback(Callback):
         returned = ", and training_step returned none" if which == "train_loss" else ""
         silent = "signals of losses" if which.endswith("loss") else "AccuracyGap and Monitor.grokked_at"
         warn(
-            f"GrokAdamWCallback waited for {which}={name!r}, and what is logged is {logged}{returned}: {silent} stay "
+            f"GrokAdamWCallback waited for {which}={name!r}, but what was logged is {logged}{returned}: {silent} stay "
             "silent; log it under this name, or give another",
             UserWarning,
         )
 
     def _says(self, what: str) -> bool:
-        """Return True the first time."""
+        """Return True the first time that this is asked of `what`."""
         is_first = what not in self._said
         self._said.add(what)
         return is_first

@@ -1,4 +1,4 @@
-"""A record of what the optimizer did, to look at: as a picture, in TensorBoard, as a table."""
+"""A record of what the optimizer did, as a picture, in TensorBoard, or as a table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ROUNDING = 1e-6  # 0.95 in float32 is a little less than 0.95
 
 
 class Monitor:
-    """Keeps what was recorded last, lr and ``GrokAdamW.metrics`` of every so many steps, until ``close``.
+    """Keeps losses, accuracies, lr and ``GrokAdamW.metrics`` of every so many steps, until ``close``.
 
     ```python
     monitor = Monitor(optimizer, every=10)
@@ -40,17 +40,17 @@ class Monitor:
     ```
 
     Reading them waits for the device, so on a GPU ``every`` should not be 1. Each ``optimizer.record(eval_acc=…)`` is
-    read, too, for ``grokked_at``. While a CUDA graph is captured nothing is kept, and its replays are not heard of.
+    read, too, for ``grokked_at``. Nothing is kept while a CUDA graph is captured, or when it is replayed.
 
     Args:
-        optimizer: a GrokAdamW, or what a framework or this package has wrapped around one.
+        optimizer: a GrokAdamW, or one that a framework or this package has wrapped.
         every: steps from one record to the next, ≥ 1.
-        capacity: records at most, ≥ 2. Before there are more, every second one is dropped, and from then on every
-            second one that was due is kept: so any number of steps fits.
+        capacity: the most records to keep, ≥ 2. Before there are more, every second one is dropped and ``every``
+            doubles, so that any number of steps fits.
         solved: the evaluation accuracy, in [0, 1], from which on a model counts as good, for ``grokked_at``.
 
     Raises:
-        TypeError, ValueError: an argument is not what is written above.
+        TypeError, ValueError: an argument is not as described above.
     """
 
     def __init__(self, optimizer: Optimizer, every: int = 10, capacity: int = 4096, solved: float = 0.95) -> None:
@@ -63,9 +63,9 @@ class Monitor:
         self._optimizer, self._every, self._capacity = found, every, capacity
         self._solved = float(solved)
         self._steps = 0
-        self._written = -math.inf  # the step up to which TensorBoard has it all
+        self._written = -math.inf  # the step up to which TensorBoard has all records
         self._rows: list[dict[str, float]] = []
-        self._evaluations: list[tuple[int, bool]] = []  # the step, and whether it was good; six good ones are the last
+        self._evaluations: list[tuple[int, bool]] = []  # (step, is good); none is added after six good ones
         self._hooks = [
             found.register_step_post_hook(self._after_step),
             found.register_load_state_dict_post_hook(self._after_loading),
@@ -86,13 +86,13 @@ class Monitor:
 
     @_disable_dynamo
     def _after_evaluation(self) -> None:
-        """Judge it now: what is evaluated between two steps is the model that the first of them left."""
+        """Judge an evaluation at once, while the step count is that of the evaluated model."""
         if is_capturing(self._optimizer):
             return
         accuracy = recorded(self._optimizer.param_groups, "eval_acc")
         assert accuracy is not None
         step = self._steps_taken()
-        self._forget_evaluations_after(step - 1)  # one model is evaluated once
+        self._forget_evaluations_after(step - 1)  # the last evaluation of a model counts
         if self.grokked_at is None:
             self._evaluations.append((step, as_float(accuracy) >= self._solved - _ROUNDING))
             del self._evaluations[: -max(self._capacity, _IN_A_ROW)]
@@ -109,7 +109,7 @@ class Monitor:
             self._evaluations.pop()
 
     def _keep(self, row: dict[str, float]) -> None:
-        while self._rows and self._rows[-1]["step"] >= row["step"]:  # of a checkpoint that was gone back to
+        while self._rows and self._rows[-1]["step"] >= row["step"]:  # after going back to a checkpoint
             self._rows.pop()
         self._written = min(self._written, self._rows[-1]["step"] if self._rows else -math.inf)
         self._rows.append(row)
@@ -118,8 +118,8 @@ class Monitor:
     def rows(self) -> list[dict[str, float]]:
         """The records, in order.
 
-        Each has ``step``; ``train_loss``, ``eval_loss``, ``train_acc`` and ``eval_acc`` as they were recorded last;
-        ``lr`` of the first group; and metrics(). NaN stands for what was not known then.
+        Each has ``step``; the last recorded ``train_loss``, ``eval_loss``, ``train_acc`` and ``eval_acc``; ``lr`` of
+        the first group; and metrics(). NaN stands for values that were not known then.
         """
         return [dict(row) for row in self._rows]
 
@@ -128,12 +128,12 @@ class Monitor:
         """The steps taken at the first of six evaluations in a row whose accuracy was at least ``solved``; else None.
 
         An evaluation is a call of ``optimizer.record(eval_acc=…)`` since the monitor was made, whatever ``every`` is. A
-        second one without a step in between replaces the first. Loading a checkpoint of an earlier step takes away the
+        second one without a step in between replaces the first. Loading a checkpoint of an earlier step drops the
         evaluations after it.
 
-        It is None before the sixth good one, and where only losses are recorded: an evaluation loss can halve long
-        before the answers are right. It does not look at the training accuracy. Where evaluation came along with
-        training nothing was grokked, and it is the step all the same; ``train_acc`` in ``rows`` tells the two apart.
+        It is None before the sixth good one, and if only losses are recorded: an evaluation loss can halve long before
+        the answers are right. The training accuracy does not count. If evaluation improved along with training, nothing
+        was grokked, but a step is returned all the same; ``train_acc`` in ``rows`` tells the two cases apart.
         """
         last = self._evaluations[-_IN_A_ROW:]
         return last[0][0] if len(last) == _IN_A_ROW and all(good for _, good in last) else None
@@ -141,10 +141,10 @@ class Monitor:
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw losses, signal and α, gradient norm and clip coefficient over the steps, and β1 of each layer.
 
-        Accuracies, where they were recorded, are dashed, on an axis of their own beside the losses.
+        Accuracies, if recorded, are dashed, on an axis of their own beside the losses.
 
         Args:
-            path: where to save it, too; matplotlib tells the format by the name.
+            path: where to save the figure, too; its ending tells matplotlib the format.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -201,7 +201,7 @@ class Monitor:
         return figure
 
     def to_tensorboard(self, writer: SummaryWriter, prefix: str = "grokadamw/") -> None:
-        """Write what was not written yet, as scalars of these names, to a ``torch.utils.tensorboard.SummaryWriter``."""
+        """Write the records that were not written yet, as scalars, to a ``torch.utils.tensorboard.SummaryWriter``."""
         for row in self._rows:
             if row["step"] > self._written:
                 for name, value in row.items():
@@ -210,7 +210,7 @@ class Monitor:
                 self._written = row["step"]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write a line a record; what was not known is left empty."""
+        """Write one line per record; unknown values are left empty."""
         names = dict.fromkeys(name for row in self._rows or [_row(self._optimizer)] for name in row)
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names, restval="")
@@ -218,7 +218,7 @@ class Monitor:
             writer.writerows({name: "" if math.isnan(x) else x for name, x in row.items()} for row in self._rows)
 
     def to_pandas(self) -> DataFrame:
-        """Return a row a record, indexed by step.
+        """Return a DataFrame with one row per record, indexed by step.
 
         Raises:
             ImportError: pandas is not installed.
@@ -231,7 +231,7 @@ class Monitor:
         return table.astype({"step": int}).set_index("step")
 
     def close(self) -> None:
-        """Keep no more. What was kept stays."""
+        """Stop recording. What was recorded stays."""
         for hook in self._hooks:
             hook.remove()
         listeners = self._optimizer._run.evaluation_listeners

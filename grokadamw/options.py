@@ -30,11 +30,11 @@ from ._checks import (
 from ._numbers import as_float, as_number
 
 STATES = ("exp_avg", "exp_avg_sq", "grok_ema")  # m, v and μ
-FORMATS = ("float32", "bfloat16", "int8")  # that they can be kept in
+FORMATS = ("float32", "bfloat16", "int8")  # in which states can be kept
 
 
 def check_formats(name: str, value: Any) -> Any:
-    """Check a format for all states, or a mapping with one for some of them."""
+    """Check a format for all states, or a mapping from some states to formats."""
     if isinstance(value, Mapping):
         if unknown := [key for key in value if key not in STATES]:
             raise ValueError(f"{name}={value!r} names {unknown[0]!r}: the states are {', '.join(map(repr, STATES))}")
@@ -42,14 +42,14 @@ def check_formats(name: str, value: Any) -> Any:
     given = str(value).removeprefix("torch.")
     if not isinstance(value, (str, torch.dtype)) or given not in FORMATS:
         raise ValueError(
-            f"{name}={value!r} is no format: give one of {', '.join(map(repr, FORMATS))}, or a dict with one for each "
-            f"of {', '.join(map(repr, STATES))}"
+            f"{name}={value!r} is no format: give one of {', '.join(map(repr, FORMATS))}, or a dict of them for any of "
+            f"{', '.join(map(repr, STATES))}"
         )
     return given
 
 
 def not_in_a_group(name: str, value: Any) -> None:
-    """Refuse signals and ranks in a parameter group; `Signals` and `check_shard_group` check the constructor's."""
+    """Refuse signals and ranks in a parameter group. (`Signals` and `check_shard_group` check the constructor's.)"""
     what, way_out = "it holds", "it to GrokAdamW(...)"
     if name != "shard_group":
         what, way_out = "signals hold", "them to GrokAdamW(...) or set_signals(...)"
@@ -59,13 +59,13 @@ def not_in_a_group(name: str, value: Any) -> None:
 
 # The scope of an option:
 GROUP = "group"  # each parameter group has its own value
-OPTIMIZER = "optimizer"  # all groups have the constructor's value; one that says otherwise is refused
-RUNNING = "running"  # the running optimizer has it: it is no plain data, and in no group, and not in `defaults`
+OPTIMIZER = "optimizer"  # all groups have the constructor's value; a group with another value is refused
+RUNNING = "running"  # only the running optimizer has it: it is not plain data, so neither groups nor `defaults` do
 
 # What loading a checkpoint does:
 TAKE = "take"  # take the checkpoint's value
 KEEP = "keep"  # keep the value as constructed
-WARN = "warn"  # keep it, and warn if the checkpoint has another, with which that run computed something else
+WARN = "warn"  # keep the value as constructed, and warn if the checkpoint's differs: its run computed something else
 
 
 class Option(NamedTuple):
@@ -118,7 +118,7 @@ OPTIONS: dict[str, Option] = {
 # fmt: on
 OF_NO_GROUP = [name for name, option in OPTIONS.items() if option.scope == RUNNING]
 NEWER = {name for name, option in OPTIONS.items() if option.since != "0.1.2"}  # than the published release
-# Signals are in no group, but release 0.1.2 had their key there, and its users read it: it is None.
+# Groups hold no signals, but release 0.1.2 had their key there, and its users read it: the key stays, with None.
 _IN_GROUPS = [name for name, option in OPTIONS.items() if option.scope != RUNNING or name not in NEWER]
 KEPT = [name for name in _IN_GROUPS if OPTIONS[name].on_load != TAKE]  # as constructed, whatever is loaded
 
@@ -132,7 +132,7 @@ class Rules(NamedTuple):
     layers_by_place: bool = False  # a layer is a place among the group's tensors that have a gradient
     signals_for_each_group: bool = False  # instead of once a step
     limits_alpha: bool = True  # a negative signal does not raise α
-    state_is_wide: bool = True  # float32 at least, whatever the parameter's dtype
+    state_is_wide: bool = True  # at least float32, whatever the parameter's dtype
     knows_nonfinite: bool = True  # `nonfinite` acts
 
 
@@ -153,13 +153,13 @@ def may_be_coded(defaults: Mapping[str, Any]) -> bool:
 RECORDED = ("train_loss", "eval_loss", "train_acc", "eval_acc")  # by `GrokAdamW.record`
 # the micro-batches of a cycle so far; and α, the factor of λ, λ, β1, β2, γ and the boost, as at the first of them
 CYCLE_AT_REST = {"micro_step": 0, "cycle": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)}
-# How far the run is, which a group holds beside its options; "last_norm" is that of `step_in_backward`'s last pass.
+# The progress of a run, which groups hold beside their options; "last_norm" is N of `step_in_backward`'s last pass.
 PROGRESS = {**dict.fromkeys(RECORDED), "signal_state": None, "skipped_steps": 0, **CYCLE_AT_REST, "last_norm": 0.0}
 GROUP_KEYS = (*_IN_GROUPS, *PROGRESS, "layers")
 
 
 def recorded(groups: Sequence[dict[str, Any]], name: str) -> Any:
-    """Return what `GrokAdamW.record` was given last under that name: the first group's that has one counts."""
+    """Return what `GrokAdamW.record` was last given under a name: the value of the first group that has one."""
     for group in groups:
         if group.get(name) is not None:
             return group[name]
@@ -167,21 +167,21 @@ def recorded(groups: Sequence[dict[str, Any]], name: str) -> Any:
 
 
 def check_pickled(state: Mapping[str, Any]) -> None:
-    """Refuse a whole optimizer of release 0.1.2, which cannot be read."""
+    """Raise ValueError for a pickled optimizer of release 0.1.2, which cannot be read."""
     if NEWER.isdisjoint(state.get("defaults", OPTIONS)):
         raise ValueError(
-            "this is a whole optimizer of grokadamw 0.1.2, pickled, and cannot be read: under that release, save "
-            "its state_dict(), which load_state_dict goes on from"
+            "this is a pickled optimizer of grokadamw 0.1.2, and cannot be read: under that release, save its "
+            "state_dict(), which load_state_dict can load"
         )
 
 
 def group_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a group holds from the start, as plain data, given the constructor's arguments.
+    """Return what a group holds from the start, as plain data, from the constructor's arguments.
 
-    All of it is there from the start because sharded checkpoints want the same keys on both sides.
+    All keys are there from the start because sharded checkpoints need the same keys on both sides.
     """
-    given = {name: arguments.get(name, OPTIONS[name].default) for name in _IN_GROUPS}
-    return {**given, "grokking_signal_fns": None, **PROGRESS}
+    options = {name: arguments.get(name, OPTIONS[name].default) for name in _IN_GROUPS}
+    return {**options, "grokking_signal_fns": None, **PROGRESS}
 
 
 def check_group(
@@ -192,8 +192,8 @@ def check_group(
 ) -> dict[str, Any]:
     """Check options of a group whose defaults are filled in, and return them with Python's own numbers.
 
-    Without `read_tensors` the value of a tensor, which may be on a GPU, is not looked at. TypeError, ValueError or
-    RuntimeError if an option must not have this value, or not in a group, or not with another.
+    Without `read_tensors` the value of a tensor, which may be on a GPU, is not read. Raises TypeError, ValueError or
+    RuntimeError if an option's value is not allowed, or not in a group, or not together with another option.
     """
     if group.get("amsgrad"):
         raise ValueError(
@@ -224,7 +224,7 @@ def check_group(
     return checked
 
 
-# Options of which only one may differ from its default.
+# Two lists of options: one of the first and one of the second must not both differ from their defaults; and why.
 _CONFLICTS = (
     (("max_row_norm", "max_row_change", "signal_boost"), ("compat",), ", which has no such thing:"),
     (("accumulation_steps", "window_size"), ("compat", "differentiable"), ":"),
@@ -235,14 +235,14 @@ _CONFLICTS = (
 )
 
 
-# all that `_check_together` looks at
+# all options that `_check_together` reads
 _TOGETHER = {"fused", "foreach", "nonfinite", "window_size", "window_dtype", "second_moment"}.union(
     *(names + others for names, others, _ in _CONFLICTS)
 )
 
 
 def _check_together(options: Mapping[str, Any]) -> None:
-    """Refuse options that do not go together, in the words of torch's optimizers where they refuse it too."""
+    """Raise an error for options that do not work together, in torch's words if its optimizers refuse them, too."""
     fused, foreach, differentiable = options["fused"], options["foreach"], options["differentiable"]
     if fused and differentiable:
         raise RuntimeError("`fused` does not support `differentiable`: leave one of them out")
@@ -263,13 +263,13 @@ def _check_together(options: Mapping[str, Any]) -> None:
     if steps > 1 and options["second_moment"] != "raw":
         raise ValueError(
             f"accumulation_steps={steps} with second_moment={options['second_moment']!r}: the square of the amplified "
-            "gradient cannot be collected from micro-batches, as the slow gradient joins at the last; give "
+            "gradient cannot be collected from micro-batches, as the slow gradient is only added at the last; give "
             "second_moment='raw', or take Accumulate(GrokAdamW(...), steps), which needs a buffer"
         )
     if steps > 1 and size is not None:
         raise ValueError(
-            f"accumulation_steps={steps} with window_size={size}: a window keeps each step's gradient, which is "
-            "nowhere in one piece; leave one out, or take Accumulate(GrokAdamW(...), steps), which needs a buffer"
+            f"accumulation_steps={steps} with window_size={size}: a window keeps each step's gradient, which never "
+            "exists in one piece; leave one out, or take Accumulate(GrokAdamW(...), steps), which needs a buffer"
         )
     for names, others, why in _CONFLICTS:
         for a, b in product(names, others):
@@ -280,7 +280,7 @@ def _check_together(options: Mapping[str, Any]) -> None:
 def check_settings(
     group: Mapping[str, Any], defaults: Mapping[str, Any], names: Collection[str] = OPTIONS.keys()
 ) -> None:
-    """Check the options of these names, which were set by hand in a group."""
+    """Check the options of these names in a group, which were set by hand."""
     if isinstance(group["lr"], Real) and -1e-12 < float(group["lr"]) < 0:
         group = {**group, "lr": 0.0}  # a scheduler's 0, to rounding
     check_group(group, defaults, read_tensors=False, names=names)
@@ -289,7 +289,7 @@ def check_settings(
 def check_changed(
     groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], checked: list[tuple[Any, ...]]
 ) -> None:
-    """Check the options that were set by hand since the last step, when they were found to be `checked`."""
+    """Check the options that were set by hand since the last step, whose values are in `checked`; update `checked`."""
     now = [tuple(map(group.get, OPTIONS)) for group in groups]
     if len(now) == len(checked) and all(map(is_, chain.from_iterable(now), chain.from_iterable(checked))):
         return
@@ -300,16 +300,16 @@ def check_changed(
             different = list(compress(OPTIONS, map(is_not, new, kept[i])))
         if different:
             check_settings(group, defaults, different)
-        if list in map(type, new):  # a list may be changed in place: it is never what it was
+        if list in map(type, new):  # a list may be changed in place: check it at every step
             now[i] = tuple([... if type(value) is list else value for value in new])
     checked[:] = now
 
 
 def make_savable(groups: Sequence[dict[str, Any]]) -> None:
-    """Put Python's numbers in place of NumPy's, and detach what was recorded from the graph that it came from."""
+    """Replace NumPy's numbers by Python's, and detach recorded values from their autograd graph."""
     for group in groups:
         for name, value in group.items():
-            if isinstance(value, Real) and type(value).__module__ != "builtins":  # NumPy's, by a scheduler
+            if isinstance(value, Real) and type(value).__module__ != "builtins":  # NumPy's, from a scheduler
                 group[name] = int(value) if isinstance(value, Integral) else float(value)
         for name in RECORDED:
             if group[name] is not None:  # set by hand, it may have a graph, which cannot be copied
@@ -319,7 +319,7 @@ def make_savable(groups: Sequence[dict[str, Any]]) -> None:
 
 
 def place_recorded(groups: Sequence[dict[str, Any]]) -> None:
-    """Put what was recorded where `record` had it, once it is loaded, so that α is computed there."""
+    """Move loaded losses and accuracies to the device where `record` keeps them, so that α is computed there."""
     for group in groups:
         for name in RECORDED:
             if isinstance(group[name], Tensor) and group["params"]:
@@ -327,9 +327,9 @@ def place_recorded(groups: Sequence[dict[str, Any]]) -> None:
 
 
 def fill_in(groups: list[dict[str, Any]], earlier: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-    """Complete groups that were loaded or unpickled: what they lack, and options that loading keeps, are as before.
+    """Complete loaded or unpickled groups: keys that they lack, and options that loading keeps, are as before.
 
-    They may be another optimizer's, or an older version's, and take the place of `earlier` ones, if there were any.
+    They may be another optimizer's, or an older version's, and replace the `earlier` groups, if there are any.
     """
     for i, group in enumerate(groups):
         before = defaults | (earlier[i] if i < len(earlier) else {})

@@ -18,13 +18,13 @@ __all__ = ["full_precision_state_dict", "load_full_precision_state_dict"]
 
 
 def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Return the model's state dict with float32 weights, wherever the optimizer keeps their low bits.
+    """Return the model's state dict, with float32 weights for parameters whose low bits the optimizer keeps.
 
-    With ``master_weight_bits=32`` those are the weights that training knows, bit for bit; with 24, to 16 bits of the
-    mantissa. The other entries are the model's own, and share its memory.
+    With ``master_weight_bits=32`` those are the weights that training works with, bit for bit; with 24, to 16 bits of
+    the mantissa. The other entries are the model's own, and share its memory.
 
     Args:
-        model: of the parameters that `optimizer` updates, or of more.
+        model: it has the parameters that `optimizer` updates, and may have more.
         optimizer: a GrokAdamW with ``master_weight_bits``. Before its first step all low bits are 0.
     """
     check_model(model)
@@ -37,12 +37,12 @@ def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[st
 
 
 def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Load float32 weights into a model of bfloat16 or float16, and their low bits into its optimizer.
+    """Load float32 weights into a bfloat16 or float16 model, and their low bits into its optimizer.
 
-    What the optimizer keeps besides stays: load its own state dict first.
+    The rest of the optimizer's state stays: load its own state dict first.
 
     Raises:
-        RuntimeError: names or shapes are not the model's, as ``model.load_state_dict`` says.
+        RuntimeError: names or shapes are not the model's, as in ``model.load_state_dict``.
     """
     check_model(model)
     model.load_state_dict(state_dict)

@@ -1,26 +1,26 @@
 """Grokking signals: how far generalisation lags behind memorisation, and the filter memory α that follows.
 
-A signal is a callable of no arguments, or of `(train_loss, eval_loss)`, that returns a number: 0 or less where nothing
-lags, larger where more does. α_t = α_init · exp(−κ · max(signal, 0)): the larger the signal, the shorter the filter's
-memory. Which of the two it is goes by its arguments: ones named `train_loss` and `eval_loss`, in whatever order, or two
-that it requires. A signal of losses waits until both are there.
+A signal is a callable of no arguments, or of `(train_loss, eval_loss)`, that returns a number: 0 or less if
+generalisation does not lag, and the larger the more it lags. α_t = α_init · exp(−κ · max(signal, 0)): the larger the
+signal, the shorter the filter's memory. A signal gets the losses if it has arguments named `train_loss` and
+`eval_loss`, in any order, or if it requires two arguments. It is not called before both losses are there.
 
-Ready-made, and when to use which:
+Ready-made signals, and when to use them:
 
 - `loss_gap`, the default: both losses are recorded, and mean the same thing on both sets.
-- `memorisation`, the preset's: as `loss_gap`, but near 0 until the training data is known by heart, and again once the
-  evaluation loss has come down. For losses in nats, as cross entropy's are.
+- `memorisation`, the preset's: like `loss_gap`, but near 0 until the training data is known by heart, and again once
+  the evaluation loss has come down. For losses in nats, such as cross entropy.
 - `AccuracyGap`: accuracies are recorded, and the share of right answers is what matters, as on algorithmic tasks, whose
-  losses move on after it.
-- `Plateau`: the filter is to be left alone until training is as good as done.
-- `SlowGradient`: there is no evaluation data, or evaluating is dear.
+  losses still change when the answers are right.
+- `Plateau`: the signal should not act on the filter until training is nearly done.
+- `SlowGradient`: there is no evaluation data, or evaluation is expensive.
 
 A signal that is an object may also have
 
-- `ready`, which is False while it has nothing to say: it is not called then;
-- `bind(optimizer)`, called when it is registered;
-- `state_dict()` and `load_state_dict(state)`, of numbers, strings, lists, and dicts of them with strings for keys, kept
-  in the optimizer's checkpoints under the signal's name, so that a resumed run goes on where it stopped.
+- `ready`: while it is False, the signal is not called;
+- `bind(optimizer)`, called when the signal is registered;
+- `state_dict()` and `load_state_dict(state)`, of numbers, strings, lists, and dicts of them with strings as keys. The
+  optimizer's checkpoints keep them under the signal's name, so that a resumed run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ __all__ = ["AccuracyGap", "Plateau", "SlowGradient", "loss_gap", "memorisation"]
 
 
 def loss_gap(train_loss: Number, eval_loss: Number) -> Number:
-    """max(0, eval − train) / max(eval, train), in [0, 1] for losses ≥ 0; 0 where neither loss is positive."""
+    """Return max(0, eval − train) / max(eval, train), in [0, 1] for losses ≥ 0; 0 if neither loss is positive."""
     gap = eval_loss - train_loss
     if isinstance(gap, Tensor):
         positive = gap.clamp(min=0)
         larger = train_loss + positive
         return torch.where(larger > 0, positive / larger, 0) + 0 * gap  # NaN, as below
     if not math.isfinite(gap):
-        return math.nan  # a loss that is not finite is no signal, which is not the same as no gap
+        return math.nan  # not 0: a loss that is not finite means no signal, and not "no gap"
     largest = max(float(eval_loss), float(train_loss))
     return max(0.0, gap) / largest if largest > 0 else 0.0
 
 
 def memorisation(train_loss: Number, eval_loss: Number) -> Number:
-    """(loss_gap · min(1, eval − train))², in [0, 1]: near 1 while a model knows its training data alone.
+    """Return (loss_gap · min(1, eval − train))², in [0, 1]: near 1 while a model only knows its training data.
 
-    The first factor keeps it small while both losses are high; the other, once both are low. Losses are in nats, ≥ 0,
-    and of one time: a training loss that has fallen since the evaluation looks like memorising.
+    The first factor keeps it small while both losses are high; the other, once both are low. Losses must be in nats,
+    ≥ 0, and from the same time: a training loss that has fallen since the evaluation looks like memorisation.
     """
     share, gap = loss_gap(train_loss, eval_loss), eval_loss - train_loss
     product = share * (gap.clamp(max=1) if isinstance(gap, Tensor) else min(gap, 1.0))
@@ -65,15 +65,15 @@ def memorisation(train_loss: Number, eval_loss: Number) -> Number:
 
 
 class AccuracyGap:
-    """max(0, training accuracy − evaluation accuracy), from the two accuracies recorded last. No signal before that.
+    """max(0, training accuracy − evaluation accuracy), of the last recorded ones. No signal until both are recorded.
 
     ```python
     optimizer = GrokAdamW(model.named_parameters(), grokking_signal_fns=AccuracyGap())
     optimizer.record(train_acc=0.99, eval_acc=0.31)  # whenever they are known
     ```
 
-    It reads them from the optimizer that it was registered with last. An accuracy that was given to its own ``record``
-    counts instead of the optimizer's.
+    It reads them from the optimizer that it was last registered with. An accuracy given to its own ``record`` takes
+    precedence over the optimizer's.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class AccuracyGap:
         self._optimizer = optimizer
 
     def record(self, *, train: Any = None, eval: Any = None) -> None:
-        """Keep accuracies here, for optimizers without a ``record`` such as ``Grokfast``; None leaves the one before.
+        """Record accuracies here, for optimizers without ``record``, such as ``Grokfast``. None keeps the last one.
 
         A tensor on a GPU is read back.
 
@@ -155,10 +155,10 @@ class SlowGradient:
 
     μ is the last step's, g this step's. Near 0 the slow part is lost in noise, and the filter keeps its full memory;
     near 1 the gradient points where it has long been pointing, and a shorter memory, quicker to follow a turn, loses
-    nothing. 0 until there is a μ. It serves one optimizer, the last that it was registered with.
+    nothing. 0 until there is a μ. It serves one optimizer, the one that it was last registered with.
 
     Args:
-        every: steps from one evaluation to the next, ≥ 1. Each reads μ and g once; its value stands in between.
+        every: steps from one evaluation to the next, ≥ 1. Each reads μ and g once; in between its value stays.
     """
 
     def __init__(self, every: int = 10) -> None:
@@ -180,7 +180,7 @@ class SlowGradient:
 
     @torch.no_grad()
     def _cosine(self) -> Number:
-        # of each division over ranks, [[μ·μ, μ·g], [g·μ, g·g]] of its tensors
+        # for each division over ranks, [[μ·μ, μ·g], [g·μ, g·g]] of its tensors
         products: dict[Shards | None, list[Tensor]] = {shards: [] for shards in divisions(self._groups())}
         for group in self._groups():
             for param in group["params"]:
@@ -193,7 +193,7 @@ class SlowGradient:
                     both = torch.stack([x.to(accumulator(x.device)) for x in pair])
                     products.setdefault(shards, []).append(both @ both.T)
         sums = products.pop(None, [])
-        sums += [shards.total(mine, (2, 2)) for shards, mine in products.items() if shards is not None]
+        sums += [shards.total(matrices, (2, 2)) for shards, matrices in products.items() if shards is not None]
         if not sums:
             return 0.0
         (mm, mg), (_, gg) = torch.stack([x.to(sums[0].device) for x in sums]).sum(0)
@@ -206,7 +206,7 @@ class SlowGradient:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._calls, self._value = state["calls"], state["value"]
         device = next((p.device for group in self._groups() for p in group["params"]), torch.device("cpu"))
-        if not reads_are_free(device):  # where it came from, so that α is computed there as before
+        if not reads_are_free(device):  # back on its device, so that α is computed there as before
             self._value = torch.tensor(self._value, dtype=accumulator(device), device=device)
 
     def _groups(self) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
-"""Inside torch's ZeroRedundancyOptimizer, which gives each rank's optimizer a part of every group.
+"""Run inside torch's ZeroRedundancyOptimizer, which gives each rank's optimizer a part of every group.
 
-It copies its groups, but for the parameters, over those of the rank's optimizer before each step and when it loads a
-checkpoint, and back after a step. So what is written between steps has to be written to its groups, too.
+Before each step, and when it loads a checkpoint, ZeroRedundancyOptimizer copies its groups, except for the parameters,
+over those of the rank's optimizer; after a step it copies them back. So values written between steps must be written to
+its groups, too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .options import KEPT, OF_NO_GROUP, PROGRESS, fill_in, place_recorded, rules
 def caller() -> Any:
     """Return the ZeroRedundancyOptimizer that is making its rank's optimizer; None if there is none.
 
-    It does not say who it is: so this looks among the callers.
+    It does not pass itself on, so this looks for it among the callers.
     """
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     frame: FrameType | None = sys._getframe(1) if module is not None else None
@@ -31,14 +32,14 @@ def caller() -> Any:
 
 
 def follow(zero: Any, optimizer: Any, params: Any, arguments: dict[str, Any]) -> list[Any]:
-    """Make it known to a rank's optimizer; return that one's parameters, without what is no option of a group.
+    """Connect a rank's optimizer to its ZeroRedundancyOptimizer; return params without options that no group may hold.
 
-    It puts all arguments into groups, which process groups and signals do not belong in.
+    ZeroRedundancyOptimizer puts all arguments into groups, also process groups and signals, which do not belong there.
     """
-    given = {name: arguments[name] for name in OF_NO_GROUP if name in arguments}
-    zero.defaults = _without(given, zero.defaults)
+    of_no_group = {name: arguments[name] for name in OF_NO_GROUP if name in arguments}
+    zero.defaults = _without(of_no_group, zero.defaults)
     for group in zero.param_groups:
-        kept = _without(given, group)
+        kept = _without(of_no_group, group)
         group.clear()
         group.update(kept)
     if zero.world_size > 1 and not rules_of(arguments).clips_each_tensor:
@@ -46,37 +47,37 @@ def follow(zero: Any, optimizer: Any, params: Any, arguments: dict[str, Any]) ->
         optimizer._run.shard_group = zero.process_group
     optimizer._run.zero, this = weakref.ref(zero), weakref.ref(optimizer)
 
-    def keep_own(_: Any) -> None:  # before those that were loaded are copied over them; if twice, before the first time
+    def keep_own(_: Any) -> None:  # before loaded groups are copied over them; if it loads twice, before the first time
         if (optimizer := this()) is not None and not optimizer._run.before_loading:
             optimizer._run.before_loading = [dict(group) for group in optimizer.param_groups]
 
     zero.register_load_state_dict_post_hook(keep_own)
-    return [_without(given, group) if isinstance(group, dict) else group for group in params]
+    return [_without(of_no_group, group) if isinstance(group, dict) else group for group in params]
 
 
-def _without(given: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in given or value is not given[name]}
+def _without(dropped: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in dropped or value is not dropped[name]}
 
 
 def tell(optimizer: Any) -> None:
-    """Let it have what its groups would else overwrite at the next step."""
+    """Copy to ZeroRedundancyOptimizer's groups what they would otherwise overwrite at the next step."""
     if (zero := optimizer._run.zero()) is not None:
         for group, outer in zip(optimizer.param_groups, zero.param_groups, strict=False):
             outer.update({name: group[name] for name in ("layers", *PROGRESS)})
 
 
 def take_places(optimizer: Any) -> None:
-    """Number the layers of the group that was added last by the places in the whole group, of which it is a part."""
+    """Number the layers of the last group by its parameters' places in the whole group that it is a part of."""
     *earlier, group = optimizer.param_groups
     if (zero := optimizer._run.zero()) is None or group["layer"] is not None or "param_names" in group:
         return
-    whole = [each["params"] for each in zero.param_groups[len(earlier) : len(earlier) + 1]]
+    whole = [outer["params"] for outer in zero.param_groups[len(earlier) : len(earlier) + 1]]
     places = {param: place for params in whole for place, param in enumerate(params)}
     group["layers"] = [places.get(param, own) for param, own in zip(group["params"], group["layers"], strict=True)]
 
 
 def go_on_after_loading(optimizer: Any) -> None:
-    """Do what `load_state_dict` does, where it has loaded a checkpoint without that."""
+    """Do the rest of `load_state_dict` if ZeroRedundancyOptimizer has loaded a checkpoint without calling it."""
     run = optimizer._run
     if not run.before_loading:
         return

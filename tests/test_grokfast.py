@@ -202,7 +202,7 @@ def test_a_filter_of_another_kind_begins_anew_and_says_so() -> None:
 def test_what_is_no_state_dict_is_refused() -> None:
     optimizer = Grokfast(SGD([nn.Parameter(torch.ones(2))]))
     for value in ({}, None, {"model": {}, "optimizer": optimizer.state_dict()}):
-        with pytest.raises(ValueError, match="no optimizer's"):
+        with pytest.raises(ValueError, match="not an optimizer's"):
             optimizer.load_state_dict(value)
 
 

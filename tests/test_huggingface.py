@@ -305,9 +305,9 @@ def test_what_holds_for_the_whole_optimizer(tmp_path: Path) -> None:
     ("arguments", "error", "message"),
     [
         ({"lamb": -1.0}, ValueError, "lamb=-1.0"),
-        ({"gama": 0.1}, TypeError, "gama=0.1 is no argument"),
-        ({"layer": 3}, TypeError, "layer=3 is no argument"),
-        ({"params": []}, TypeError, r"params=\[\] is no argument"),
+        ({"gama": 0.1}, TypeError, "gama=0.1 is not an argument"),
+        ({"layer": 3}, TypeError, "layer=3 is not an argument"),
+        ({"params": []}, TypeError, r"params=\[\] is not an argument"),
         ({"window_size": 3}, ValueError, "window_size=3.*optimizer_cls_and_kwargs"),
         ({"lr": 0.1}, ValueError, "lr=0.1.*TrainingArguments"),
         ({"signals": 3}, TypeError, "^signals=3 is neither"),
@@ -341,7 +341,7 @@ def test_who_clips(limit: float, acts: str | None, tmp_path: Path) -> None:
     said = [warning for warning in caught if "clipped twice" in str(warning.message)]
     assert len(said) == (acts is not None)
     if acts:
-        assert f"What acts is {acts}," in str(said[0].message)
+        assert f"Only {acts} takes effect," in str(said[0].message)
         assert said[0].filename == __file__
 
 

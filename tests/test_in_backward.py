@@ -355,7 +355,7 @@ def test_nonfinite_is_each_parameters(nonfinite: str) -> None:
     else:
         poisoned(model, 0).backward()
         if nonfinite == "skip":
-            with pytest.warns(RuntimeWarning, match=r"counted as skipped, are 0\.\w+, 0\.\w+$"):
+            with pytest.warns(RuntimeWarning, match=r"counted as skipped: 0\.\w+, 0\.\w+$"):
                 optimizer.step()
         else:
             optimizer.step()

@@ -160,4 +160,4 @@ def test_deepspeed_trains_its_flat_parts(tmp_path: Path) -> None:
     for ranks in in_processes(functools.partial(_with_deepspeed, tmp_path), tmp_path):
         assert max(difference for difference, _ in ranks) < 1e-6
         assert [len(said) for _, said in ranks] == [0, 0, 1]
-        assert "gamma=0.2 finds no layers in it, and takes all of it for layer 0. Give gamma=0" in ranks[-1][1][0]
+        assert "gamma=0.2 finds no layers in it, and treats all of it as layer 0. Give gamma=0" in ranks[-1][1][0]

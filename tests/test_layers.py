@@ -304,8 +304,8 @@ def _flattened(**options: Any) -> GrokAdamW:
 def test_a_flat_tensor_is_one_layer_and_says_so_once() -> None:
     optimizer = _flattened(max_row_norm=1.0)
     said = (
-        "one flat tensor instead of its parameters, as DeepSpeed makes it: gamma=0.1 finds no layers in it, and takes "
-        "all of it for layer 0; max_row_norm=1 finds no rows in it. Give gamma=0; max_row_norm=0"
+        "one flat tensor instead of its parameters, as DeepSpeed makes it: gamma=0.1 finds no layers in it, and treats "
+        "all of it as layer 0; max_row_norm=1 finds no rows in it. Give gamma=0; max_row_norm=0"
     )
     with pytest.warns(UserWarning, match=re.escape(said)):
         optimizer.step()

@@ -395,7 +395,7 @@ def test_what_it_warns_of_and_refuses(tmp_path: Path, trainer: Callable[..., Any
     (said,) = fit(GrokAdamWCallback(train_loss="mse"), grokadamw)
     assert "train_loss='mse'" in said
     (said,) = fit(GrokAdamWCallback(), grokadamw, gradient_clip_val=0.5)
-    assert "What acts is gradient_clip_val," in said
+    assert "Only gradient_clip_val takes effect," in said
     with pytest.raises(TypeError, match="found AdamW, and no GrokAdamW"):
         fit(GrokAdamWCallback(), lambda model: torch.optim.AdamW(model.parameters()))
     with pytest.raises(TypeError, match="eval_loss=None"):
@@ -404,7 +404,7 @@ def test_what_it_warns_of_and_refuses(tmp_path: Path, trainer: Callable[..., Any
         with pytest.raises(TypeError, match=f"{name}=0.5 is not a name"):
             GrokAdamWCallback(**{name: 0.5})  # type: ignore[arg-type]
     (said, other) = fit(GrokAdamWCallback(eval_acc="val_acc", train_acc="acc"), grokadamw)
-    assert "eval_acc='val_acc', and what is logged is val_loss: AccuracyGap and Monitor.grokked_at stay silent" in said
+    assert "eval_acc='val_acc', but what was logged is val_loss: AccuracyGap and Monitor.grokked_at stay silent" in said
     assert "train_acc='acc'" in other
     with pytest.raises(ValueError, match="eval_acc=.* is not an accuracy"):
         fit(GrokAdamWCallback(eval_acc="val_loss"), grokadamw)

@@ -224,7 +224,7 @@ def test_a_signal_that_cannot_go_on_starts_afresh() -> None:
     Renamed.__name__ = "SlowGradient"
     _, optimizer = trained(grokking_signal_fns=SlowGradient())
     _, other = trained(grokking_signal_fns=Renamed())
-    with pytest.warns(RuntimeWarning, match="SlowGradient cannot go on"):
+    with pytest.warns(RuntimeWarning, match="SlowGradient cannot load its state"):
         other.load_state_dict(optimizer.state_dict())
     other.step()
 
@@ -350,7 +350,7 @@ def test_a_corrupt_memory_of_signals_starts_afresh() -> None:
     optimizer = GrokAdamW(parameters(), grokking_signal_fns=AccuracyGap())
     saved = optimizer.state_dict()
     saved["param_groups"][0]["signal_state"] = "{"
-    with pytest.warns(RuntimeWarning, match="no JSON.*start afresh"):
+    with pytest.warns(RuntimeWarning, match="not JSON.*start afresh"):
         optimizer.load_state_dict(saved)
 
 

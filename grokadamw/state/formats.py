@@ -1,4 +1,4 @@
-"""How state and parameters are kept in fewer bits than a step computes with: the definition, which kernels repeat.
+"""How state and parameters are kept in fewer bits than a step computes with: the definition that kernels reproduce.
 
 A step decodes, computes in float32, and encodes. Two formats of states have fewer bits than float32:
 
@@ -8,8 +8,9 @@ A step decodes, computes in float32, and encodes. Two formats of states have few
   A row is a slice along the first dimension, so a shard along that dimension holds whole blocks.
 - **bfloat16**: the upper half of a float32.
 
-A parameter of 16 bits may have more bits beside it, in `param_low`: what its own number, the nearest, lacks of the full
-weight. So they begin at 0, and a parameter that is set to something else stays what it was set to, but for a rounding.
+A 16-bit parameter may have more bits beside it, in `param_low`: the difference between the full weight and the
+parameter, which is the nearest 16-bit number. So they begin at 0, and a parameter that is set to another value keeps
+that value, up to rounding.
 
 - **32 bits**: 16 more. bfloat16 then holds every float32, bit for bit. float16 does down to 2^-17; smaller weights are
   rounded towards 0, to whole multiples of 2^-40.
@@ -17,13 +18,13 @@ weight. So they begin at 0, and a parameter that is set to something else stays 
   2^-32.
 - **none**: the nearest number, or rounding by a dither.
 
-**Dither.** A slow average moves by less than one code at most steps, and rounding to nearest would never store such a
-move. So a number in [0, 1) codes, the dither, is added before a code is rounded down: the mean of what is stored is
+**Dither.** In most steps a slow average moves by less than one code, and rounding to nearest would never store such a
+move. So a number in [0, 1) codes, the dither, is added before a code is rounded down: on average the stored number is
 the value, to 2^-16 of a code. A block's dithers begin at a hash of the parameter's and the block's number, and differ
-from element to element by 1 / 1.3247…, the plastic number. From step to step they go on by the golden ratio: a move of
-a tenth of a code is stored at one step in ten, more regularly than by chance, and a slow average collects half of the
-noise of random numbers. All of this follows from parameter, element and step, so a resumed run needs no generator's
-state. There is no seed: another one would not make a run better or worse.
+from element to element by 1 / 1.3247…, the plastic number. From step to step they advance by the golden ratio: a move
+of a tenth of a code is stored at one step in ten, more regularly than by chance, and a slow average collects half the
+noise that random numbers would add. Dithers depend only on parameter, element and step, so a resumed run needs no
+generator state. There is no seed: another one would not make a run better or worse.
 
 **Bounds**, for x that is kept as y. A is the block's largest |m|, B its largest v, and all v are 0 or more:
 
@@ -39,10 +40,10 @@ An outlier in a block cannot make the other steps explode. With m' and v' as the
 
 and A / √B is at most the |m| / √v of the element with that A, which AdamW bounds: by 7.3 for β = (0.9, 0.999). But an
 outlier shortens other steps, as a smaller √v is rounded up to √B / 255, and one whose √B is k times the others' leaves
-them 255 / k codes. Blocks are short so that few elements share that fate.
+them 255 / k codes. Blocks are short so that few elements are affected.
 
 v beyond 2^128, which is infinite in float32 already, stops its whole block. m and μ must be below 2^100. Infinity and
-NaN, which only `nonfinite="propagate"` lets into m and μ, are kept as any number.
+NaN, which only `nonfinite="propagate"` lets into m and μ, are kept as arbitrary numbers.
 
 **Why these.** `python -m benchmarks.formats` compares formats by the error of their updates: the norm of the difference
 to float32's over the norm of float32's. With β2 = 0.999 and α = 0.98, after 200 steps, in blocks of 64:
@@ -59,12 +60,12 @@ to float32's over the norm of float32's. With β2 = 0.999 and α = 0.98, after 2
     e3m4, e4m4          dither     0.054           0.088           0.505
     e4m3, e4m4          dither     0.091           0.151           0.396
 
-int8 is linear, √linear. Where the elements of a block are alike, as in real gradients, linear codes are as close as any
-that need no division, and their arithmetic is half of small floats' (e3m4: 3 bits of exponent, 4 of mantissa). Where
-they differ by orders of magnitude small floats are better, and no format of 8 bits is good:
-the small m drown in the dither. bfloat16 is good there.
+int8 is linear, √linear. If the elements of a block are alike, as in real gradients, linear codes are as close as any
+that need no division, with half the arithmetic of small floats (e3m4: 3 bits of exponent, 4 of mantissa). If they
+differ by orders of magnitude, small floats are better, but no 8-bit format is good: the small m drown in the dither.
+bfloat16 is good there.
 
-Scales of blocks are an idea of the OCP Microscaling formats; √v, and weights in two parts, of databricks/flashoptim.
+Block scales come from the OCP Microscaling formats; √v, and weights in two parts, from databricks/flashoptim.
 """
 
 from __future__ import annotations
@@ -81,26 +82,26 @@ from .._numbers import accumulator
 from ..distributed import blocks_before, cuts_blocks, like, part
 from ..options import STATES, may_be_coded
 
-EXTRAS = (*(f"{name}_scale" for name in STATES), "param_low")  # what a state may hold beside them
-SMALL = 4096  # elements of a parameter whose state is not worth coding
-BLOCK = 64  # elements of a row that have one scale
-NARROW = 32  # elements of a row that is too short for codes
+EXTRAS = (*(f"{name}_scale" for name in STATES), "param_low")  # entries that a state may hold beside STATES
+SMALL = 4096  # the state of a parameter with fewer elements is not worth coding
+BLOCK = 64  # elements of a row that share one scale
+NARROW = 32  # a row with fewer elements is too short for codes
 _LOW = {24: torch.int8, 32: torch.int16}
 _HALVES = (torch.bfloat16, torch.float16)
-_GOLDEN, _LANE, _WORD = 0x9E3779B9, 0xC13FA9A9, (1 << 32) - 1  # by which dithers go on: from step to step, in a block
-_TURNS = {"exp_avg": 0, "grok_ema": 11, "exp_avg_sq": 22, "param": 5}  # where each begins in the bits of a hash
-_PARTS = 65536.0  # of a code, in which a value is compared with its dither
-# scale and largest value of a block: a little more than 1 / 127 and 1 / 255, so that rounding up makes no greater code
+_GOLDEN, _LANE, _WORD = 0x9E3779B9, 0xC13FA9A9, (1 << 32) - 1  # increments of dithers: from step to step, in a block
+_TURNS = {"exp_avg": 0, "grok_ema": 11, "exp_avg_sq": 22, "param": 5}  # how far each rotates the bits of a hash
+_PARTS = 65536.0  # parts of a code, in which a value is compared with its dither
+# scale per largest value of a block: a little more than 1 / 127 and 1 / 255, so that rounding up makes no larger code
 _UNIT, _V_UNIT = _PARTS / (127 * _PARTS - 64), _PARTS / (255 * _PARTS - 128)
-_SMALLEST, _LARGEST = 2.0**-100, 0x71800000  # scales; and bits of 2^100, the largest value that they are made of
-_TINY = 0x387FE000  # bits of the least number that float16 rounds to one of its normal numbers
+_SMALLEST, _LARGEST = 2.0**-100, 0x71800000  # the smallest scale; and the bits of 2^100, the largest value for scales
+_TINY = 0x387FE000  # bits of the smallest number that float16 rounds to a normal number
 
 
 def is_coded(row: Sequence[Tensor], extras: Sequence[Any], options: Mapping[str, Any]) -> bool:
-    """Return True if a parameter, or its state, is not kept as the numbers that a step computes with.
+    """Return True if a step must decode or encode a parameter or its state.
 
     Args:
-        row: the parameter, its gradient, m, v and, where there is one, μ.
+        row: the parameter, its gradient, m, v and, if there is one, μ.
         extras: what its state holds of `EXTRAS`.
     """
     if not may_be_coded(options):
@@ -112,8 +113,8 @@ def is_coded(row: Sequence[Tensor], extras: Sequence[Any], options: Mapping[str,
 def format_of(param: Tensor, name: str, options: Mapping[str, Any]) -> str:
     """Return the format of one of a parameter's states.
 
-    Small parameters, complex ones, those of float64 and, for int8, those whose rows are shorter than a block or do not
-    lie in one piece, keep float32, or what they have; so do DTensors where a block may lie on two ranks.
+    Small parameters, complex ones, float64 ones and, for int8, those whose rows are shorter than `NARROW` or not in one
+    piece, keep float32, or the dtype that they have; so do DTensors if a block may lie on two ranks.
     """
     asked = options["state_dtype"]
     kind: str = asked if isinstance(asked, str) else asked.get(name, "float32")
@@ -127,7 +128,7 @@ def _has_blocks(param: Tensor) -> bool:
 
 
 def width_of(x: Tensor) -> int:
-    """Return the elements of a row: a slice along the first dimension; of a vector a block, or all."""
+    """Return the number of elements in a row: a slice along the first dimension; of a vector a block, or all."""
     if x.dim() > 1:
         return math.prod(x.shape[1:])
     return BLOCK if x.numel() % BLOCK == 0 else x.numel()
@@ -139,7 +140,7 @@ def low_dtype(param: Tensor, options: Mapping[str, Any]) -> torch.dtype | None:
 
 
 def has_no_gaps(x: Tensor) -> bool:
-    """Return True if every place in memory up to the last is one element, in whatever order."""
+    """Return True if the elements fill their memory without gaps or overlap, in any order."""
     if x.is_contiguous():
         return True
     expected = 1
@@ -151,19 +152,19 @@ def has_no_gaps(x: Tensor) -> bool:
 
 
 def has_rows(x: Tensor) -> bool:
-    """Return True if each row lies in one piece, one after the other."""
+    """Return True if each row lies in one piece in memory, and the rows follow one another."""
     return has_no_gaps(x) and (x.dim() < 2 or x.shape[0] <= 1 or x.stride(0) == width_of(x))
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """Return a view (rows, width) of a tensor that `has_rows`, its elements in the order that they lie in."""
+    """Return a (rows, width) view of a tensor that `has_rows`, with the elements in the order of memory."""
     width = width_of(x)
     rows = x.shape[0] if x.dim() > 1 else x.numel() // max(1, width)
     return x.as_strided((rows, width), (width, 1))
 
 
 def new(param: Tensor, name: str, options: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return one of a parameter's states at zero, as its entries; `dtype` is that of float32's format."""
+    """Return the entries of one of a parameter's states, at zero; `dtype` is used for the format float32."""
     kind = format_of(param, name, options)
     codes = torch.uint8 if name == "exp_avg_sq" else torch.int8
     kept = {"float32": dtype, "bfloat16": torch.bfloat16, "int8": codes}[kind]
@@ -174,7 +175,7 @@ def new(param: Tensor, name: str, options: Mapping[str, Any], dtype: torch.dtype
 
 
 def zero_scales(param: Tensor) -> Tensor:
-    """Return the scales of states at zero."""
+    """Return the scales of a state at zero."""
     scales = part(param).new_zeros(shape_of_scales(part(param)), dtype=torch.float32)
     return like(scales, shape_of_scales(param), param)
 
@@ -187,7 +188,7 @@ def shape_of_scales(param: Tensor) -> torch.Size:
 
 
 def unpacked(state: Mapping[str, Any], name: str) -> Tensor:
-    """Return a state as the numbers that it stands for, of float32 at least."""
+    """Return a state as the numbers that it stands for, in at least float32."""
     kept: Tensor = state[name]
     scales = state.get(f"{name}_scale")
     if scales is None:
@@ -199,16 +200,16 @@ def unpacked(state: Mapping[str, Any], name: str) -> Tensor:
 
 
 def of_rows(scales: Tensor, rows: Tensor) -> Tensor:
-    """Return scales as (rows, blocks of a row), which the scales of a vector are not."""
+    """Return scales as (rows, blocks of a row); the scales of a vector come without rows."""
     return scales.reshape(len(rows), -(-rows.shape[1] // BLOCK))
 
 
 def packed(
     state: Mapping[str, Any], name: str, param: Tensor, options: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return one of a parameter's states, of any format and shape, as its entries under these options.
+    """Return the entries of one of a parameter's states under these options, converted from any format and layout.
 
-    What is in that format stays bit for bit.
+    A state that already is in the right format stays bit for bit.
     """
     entries = new(param, name, options, dtype)
     parts, scale, old = {entry: part(x) for entry, x in entries.items()}, f"{name}_scale", state[name]
@@ -231,7 +232,7 @@ def packed(
 
 
 def low_bits(low: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a parameter's low bits in the other number of them: 8 are the nearest to 16."""
+    """Convert a parameter's low bits between 8 and 16 bits; 16 are rounded to the nearest 8."""
     if low.dtype == dtype:
         return low
     if dtype == torch.int8:
@@ -243,12 +244,12 @@ def low_bits(low: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dither(first: int, shape: Sequence[int], number: int, draw: Tensor, before: int = 0) -> Callable[[str], Tensor]:
-    """Return the dithers of rows from the `first` on, as a function of what is rounded: 32 bits, in an int64, for each.
+    """Return a function that takes a name in `_TURNS` to the dithers of rows from `first` on: 32 bits, in an int64.
 
     Args:
         shape: of the rows.
-        number: the parameter's in the optimizer.
-        draw: how often it was rounded before.
+        number: of the parameter in the optimizer.
+        draw: how often the parameter was rounded before.
         before: blocks that other ranks have before the first row.
     """
     width, device = math.prod(shape[1:]), draw.device
@@ -267,12 +268,12 @@ def dither(first: int, shape: Sequence[int], number: int, draw: Tensor, before: 
 
 
 def key_of(number: int) -> int:
-    """Return what the dithers of the parameter with that number in the optimizer start from."""
+    """Return the hash from which the dithers of the parameter with this number start."""
     return _mixed(number + 1)  # type: ignore[no-any-return]
 
 
 def _mixed(word: Any) -> Any:
-    """Return MurmurHash3's finalizer of 32 bits."""
+    """Return MurmurHash3's 32-bit finalizer of a word."""
     word = (word ^ word >> 16) * 0x85EBCA6B & _WORD
     word = (word ^ word >> 13) * 0xC2B2AE35 & _WORD
     return word ^ word >> 16
@@ -282,7 +283,7 @@ def _mixed(word: Any) -> Any:
 
 
 def encode(values: Tensor, kept: torch.dtype, name: str, word: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return float32 values of a state, (rows, width), as it is kept: bfloat16, or codes and their scales."""
+    """Encode float32 values of a state, (rows, width), as bfloat16, or as codes and their scales."""
     is_v = name == "exp_avg_sq"
     if kept == torch.bfloat16:
         bits = values.view(torch.int32)
@@ -304,7 +305,7 @@ def encode(values: Tensor, kept: torch.dtype, name: str, word: Tensor) -> tuple[
 
 
 def decode(codes: Tensor, scales: Tensor | None, name: str) -> Tensor:
-    """Return the float32 values of a state, (rows, width)."""
+    """Decode a state, (rows, width), to float32 values."""
     if scales is None:
         return codes.float()
     values = codes.float() * _of_elements(scales, codes.shape[1])
@@ -312,7 +313,7 @@ def decode(codes: Tensor, scales: Tensor | None, name: str) -> Tensor:
 
 
 def _of_elements(blocks: Tensor, width: int) -> Tensor:
-    """Return each block's number for each of its elements."""
+    """Repeat each block's number for each of its elements."""
     return blocks.repeat_interleave(BLOCK, dim=1)[:, :width]
 
 
@@ -320,7 +321,7 @@ def _of_elements(blocks: Tensor, width: int) -> Tensor:
 
 
 def full(param: Tensor, low: Tensor | None) -> Tensor:
-    """Return a parameter of 16 bits as float32, with its low bits."""
+    """Return a 16-bit parameter with its low bits as float32."""
     whole = param.to(torch.float32, copy=True)
     if low is None:
         return whole
@@ -336,11 +337,11 @@ def full(param: Tensor, low: Tensor | None) -> Tensor:
 def split(
     whole: Tensor, dtype: torch.dtype, low: torch.dtype | None, word: Tensor, rounds: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return a float32 parameter in a dtype of 16 bits, and its low bits.
+    """Split a float32 parameter into a 16-bit dtype and its low bits.
 
     Args:
-        low: the dtype of the low bits; None for none. What 8 of them do not hold is rounded by the dither.
-        word: of `dither`.
+        low: the dtype of the low bits; None for none. The bits that do not fit in 8 are rounded by the dither.
+        word: from `dither`.
         rounds: whether a parameter without low bits is rounded by the dither, too.
     """
     words = whole.view(torch.int32)
@@ -354,7 +355,7 @@ def split(
         words = torch.where(is_tiny, (whole.abs() * 2.0**40).to(torch.int32), words)
     if low == torch.int8:
         words = (words + (word >> 24).to(torch.int32)) & -(1 << 8)
-    if dtype == torch.bfloat16:  # to nearest, and up where two are as near: the low bits are in [-2¹⁵, 2¹⁵)
+    if dtype == torch.bfloat16:  # to nearest, ties up: the low bits are in [-2¹⁵, 2¹⁵)
         rounded = (words + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16)
     else:
         words = torch.where(is_tiny, words.clamp(max=0x3FF7FFF), words)

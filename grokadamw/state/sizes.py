@@ -1,4 +1,4 @@
-"""How many bytes an optimizer takes: measured where its state is there, else what its first step would make."""
+"""How many bytes an optimizer takes: of the state that it has, or that its next step would make."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sizes(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State], optio
             found["gradients"] += grad.nbytes
             for name, x in _whole_state(param, state.get(param, {}), options, float(group["lamb"]) > 0):
                 found[name] += part(x).nbytes
-    # its moments have the dtype of their parameter
+    # AdamW's moments have the dtype of their parameter
     adamw = 3 * found["parameters"] + found["gradients"] + found["step"]
     return {**found, "total": sum(found.values()), "adamw": adamw}
 
@@ -33,7 +33,7 @@ def sizes(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State], optio
 def _whole_state(
     param: Tensor, state: State, options: dict[str, Any], with_slow_gradient: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a parameter's state by kind, with those that its next step would make: without memory."""
+    """Yield the tensors of a parameter's state by kind, and those that its next step would make, without memory."""
     whole = dict(state)
     outline = like(torch.empty_like(part(param), device="meta"), param.shape, param)
     prepare(whole, outline, options, with_slow_gradient)
@@ -44,7 +44,7 @@ def _whole_state(
 
 
 def table(columns: Mapping[str, Mapping[str, int]], parameters: float, ranks: int) -> str:
-    """Return the sizes of several optimizers side by side, in GB on each rank, without what none of them has."""
+    """Return the sizes of several optimizers side by side, in GB on each rank, without kinds that none of them has."""
     rows = [kind for kind in KINDS if kind != "step" and any(column[kind] for column in columns.values())]
     lines = [
         f"{parameters:,.0f} parameters, GB on each of {ranks} ranks"
@@ -55,7 +55,7 @@ def table(columns: Mapping[str, Mapping[str, int]], parameters: float, ranks: in
     lines.append(" " * 20 + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for kind in (*rows, "total"):
         lines.append(f"{kind:20}" + "".join(f"{columns[name][kind] / 1e9:>{w}.2f}" for name, w in widths.items()))
-    each = {name: column["total"] * ranks / parameters for name, column in columns.items()}
-    lines.append(f"{'bytes a parameter':20}" + "".join(f"{each[name]:>{w}.2f}" for name, w in widths.items()))
+    shares = {name: column["total"] * ranks / parameters for name, column in columns.items()}
+    lines.append(f"{'bytes a parameter':20}" + "".join(f"{shares[name]:>{w}.2f}" for name, w in widths.items()))
     notes = "AdamW, mixed: weights, gradients and moments in float32; autocast adds copies."
     return "\n".join([*lines, "", notes])

@@ -1,7 +1,7 @@
-"""A parameter's state, `optimizer.state[p]`: made at zero, and brought back from a checkpoint.
+"""A parameter's state, `optimizer.state[p]`: making it at zero, and restoring it from a checkpoint.
 
 `step` is a 0-d float32 tensor, on the CPU or on the accelerator that the parameter is on. `exp_avg` (m),
-`exp_avg_sq` (v) and `grok_ema` (μ) have the parameter's shape, and its dtype, but float32 at least.
+`exp_avg_sq` (v) and `grok_ema` (μ) have the parameter's shape and dtype, but at least float32.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ WINDOW = tuple(window.names("grok_"))
 
 
 def check(state: State, param: Tensor) -> None:
-    """Raise RuntimeError for what a step cannot go on with: before it has written anything."""
+    """Raise RuntimeError, before a step has written anything, for a state or parameter that it cannot use."""
     check_shapes(state, (*MOMENTS, *WINDOW, *formats.EXTRAS), param)
     if "step" in state:
         return
     if param.numel() and any(stride == 0 and n > 1 for stride, n in zip(param.stride(), param.shape, strict=True)):
         raise RuntimeError(
-            f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} keeps several of its elements "
-            "in one place, where they cannot be updated apart: make it of a clone()"
+            f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} keeps several elements in one "
+            "place, where they cannot be updated separately: make it from a clone()"
         )
     if not param.is_complex() and (not param.is_floating_point() or param.itemsize < 2):
         raise RuntimeError(
@@ -47,15 +47,15 @@ def check(state: State, param: Tensor) -> None:
 
 
 def states_of(groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> Iterator[State]:
-    """Yield the state of every parameter that has one; there may be more, which hooks have put there."""
+    """Yield the state of every parameter that has one, but not entries that hooks may have added."""
     for group in groups:
         yield from (state[param] for param in group["params"] if param in state)
 
 
 def check_shapes(state: State, names: Iterable[str], param: Tensor) -> None:
-    """Raise RuntimeError if a tensor that is kept under these names no longer has its parameter's shape.
+    """Raise RuntimeError if a tensor under one of these names in the state does not fit its parameter's shape.
 
-    A name that ends in "_ring" is a window's, with its length in front; one that ends in "_count" has no shape.
+    A name that ends in "_ring" is a window's, with its length as first dimension; "_count" stands for a 0-d tensor.
     """
     shape = as_real(param).shape
     for name in names:
@@ -77,7 +77,7 @@ def check_shapes(state: State, names: Iterable[str], param: Tensor) -> None:
 def prepare(
     state: State, param: Tensor, options: dict[str, Any], with_slow_gradient: bool, count: Tensor | None = None
 ) -> list[str]:
-    """Fill in what a step needs under the optimizer's options, at zero, and return the names of that."""
+    """Make missing state that a step needs under the optimizer's options, at zero, and return its names."""
     names = ["exp_avg", "exp_avg_sq"] + ["grok_ema"] * with_slow_gradient
     new: State = {}
     for name in names:
@@ -91,24 +91,24 @@ def prepare(
         new = {"step": count, **new}
     has_mu = with_slow_gradient or "grok_ema" in state
     if has_mu and options["window_size"] is not None and WINDOW[0] not in state:
-        its = window.new(param, options["window_size"], options["window_dtype"], step_device(param))
-        new.update(window.named(its, "grok_"))
+        empty = window.new(param, options["window_size"], options["window_dtype"], step_device(param))
+        new.update(window.named(empty, "grok_"))
     if options["accumulation_steps"] > 1:
         new.setdefault("micro_step", state.get("micro_step", 0))
-    state.update(new)  # all of it or, where memory has run out, none
+    state.update(new)  # at the end: all of it or, if memory runs out, none
     return list(new)
 
 
 def new_counts(states: Mapping[Tensor, State], params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-    """Return the step counts missing on accelerators: parts of one tensor on each, which one launch advances."""
+    """Return missing step counts for accelerators: parts of one tensor per device, which one launch advances."""
     counts: dict[Tensor, Tensor] = {}
-    for device, mine in _by_device(param for param in params if "step" not in states.get(param, {})).items():
-        counts.update(zip(mine, torch.zeros(len(mine), dtype=torch.float32, device=device).unbind(), strict=True))
+    for device, missing in _by_device(param for param in params if "step" not in states.get(param, {})).items():
+        counts.update(zip(missing, torch.zeros(len(missing), dtype=torch.float32, device=device).unbind(), strict=True))
     return counts
 
 
 def _by_device(params: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
-    """Return the parameters whose step counts are on an accelerator."""
+    """Return the parameters whose step counts are on an accelerator, by device."""
     lists: dict[torch.device, list[Tensor]] = {}
     for param in params:
         if not reads_are_free(param.device):
@@ -118,13 +118,13 @@ def _by_device(params: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
 
 @contextmanager
 def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
-    """Inside, optimizer.load_state_dict keeps the state as it was saved: torch would cast it to its parameter's dtype.
+    """Make optimizer.load_state_dict keep the state as it was saved: torch would cast it to its parameter's dtype.
 
-    It takes the state dicts that `to_grokadamw` takes, and finds parameters by name where both sides have names. It
-    warns if the run will not go on as it was.
+    Inside, it takes the state dicts that `to_grokadamw` takes, and matches parameters by name if both sides have names.
+    It warns if the run will not continue as it was.
 
     Raises:
-        ValueError: a state has another shape than its parameter, or cannot be gone on from. Nothing was loaded then.
+        ValueError: a state has another shape than its parameter, or cannot be continued. Then nothing was loaded.
     """
     loaded: list[tuple[Tensor, State]] = []
     doubts: list[str] = []
@@ -135,7 +135,7 @@ def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
         _check_codes(state_dict)
         loaded.extend(_states(state_dict, optimizer.param_groups, optimizer.defaults))
         doubts.extend(_doubts(state_dict, optimizer.defaults))
-        # torch would make copies of it in the parameters' dtype, which may be four times as large
+        # hide our state from torch, which would copy it to the parameters' dtype: that may be four times as large
         ours = set(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         others = {key: value for key, value in state_dict["state"].items() if key not in ours}
         return {**state_dict, "state": others}
@@ -143,8 +143,8 @@ def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
     def restore(_: Optimizer) -> None:
         for param, state in loaded:
             optimizer.state[param] = _placed(param, state, optimizer.defaults)
-        for mine in _by_device(param for param, state in loaded if "step" in state).values():
-            states = [optimizer.state[param] for param in mine]
+        for params in _by_device(param for param, state in loaded if "step" in state).values():
+            states = [optimizer.state[param] for param in params]
             for state, count in zip(states, torch.stack([state["step"] for state in states]).unbind(), strict=True):
                 state["step"] = count
 
@@ -161,9 +161,9 @@ def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
 
 
 def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the saved groups and parameters in the order of ours, found by name where both sides have the same names.
+    """Return the state dict in the order of `groups`, matched by name if both sides have the same names.
 
-    Other names mean what their places mean, as in torch, unless a name that both sides have is in another place.
+    Else parameters are matched by place, as in torch; but ValueError if a name that both sides have is at other places.
     """
     saved = state_dict["param_groups"]
     if len(saved) != len(groups):
@@ -173,36 +173,36 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
         )
     saved = [_as_listed(group) for group in saved]
     state_dict = {**state_dict, "param_groups": saved}
-    theirs, ours = _named(saved), _named(groups)
-    if theirs is None or ours is None:
+    saved_names, own_names = _named(saved), _named(groups)
+    if saved_names is None or own_names is None:
         return state_dict
-    flat_theirs, flat_ours = list(chain.from_iterable(theirs)), list(chain.from_iterable(ours))
-    twice = len(flat_theirs) > len(set(flat_theirs)) or len(flat_ours) > len(set(flat_ours))
-    if theirs == ours or twice:
+    flat_saved, flat_own = list(chain.from_iterable(saved_names)), list(chain.from_iterable(own_names))
+    twice = len(flat_saved) > len(set(flat_saved)) or len(flat_own) > len(set(flat_own))
+    if saved_names == own_names or twice:
         return state_dict
-    by_names = {frozenset(names): group for names, group in zip(theirs, saved, strict=True)}
-    if all(frozenset(names) in by_names for names in ours):
-        found = [by_names[frozenset(names)] for names in ours]
+    by_names = {frozenset(names): group for names, group in zip(saved_names, saved, strict=True)}
+    if all(frozenset(names) in by_names for names in own_names):
+        found = [by_names[frozenset(names)] for names in own_names]
         ordered = [_reordered(old, group) for old, group in zip(found, groups, strict=True)]
         for group, first in zip(ordered, saved, strict=True):
-            for name in ("signal_state", "grokfast_signal_state"):  # what is kept in the first group alone
+            for name in ("signal_state", "grokfast_signal_state"):  # only the first group keeps these
                 if name in first:
                     group[name] = first[name]
         return {**state_dict, "param_groups": ordered}
-    shared = set(flat_theirs) & set(flat_ours)
-    moved = [a for a, b in zip_longest(flat_theirs, flat_ours) if a != b and a in shared]
+    shared = set(flat_saved) & set(flat_own)
+    moved = [a for a, b in zip_longest(flat_saved, flat_own) if a != b and a in shared]
     if moved:
         raise ValueError(
             f"state_dict and the optimizer both name {moved[0]!r}, in different places, but do not name the same "
             "parameters in each group: nothing says which state is whose. Give the optimizer the groups and names that "
-            f"were saved; only one side has {sorted(set(flat_theirs) ^ set(flat_ours)) or 'these groups'}"
+            f"were saved; only one side has {sorted(set(flat_saved) ^ set(flat_own)) or 'these groups'}"
         )
     pairs = zip(saved, groups, strict=True)
     return {**state_dict, "param_groups": [{**old, "param_names": group["param_names"]} for old, group in pairs]}
 
 
 def _as_listed(old: dict[str, Any]) -> dict[str, Any]:
-    """Return a group in our order. torch.distributed.checkpoint gives names for parameters, and the rest in another."""
+    """Put a group in one order: torch.distributed.checkpoint lists names as params, and the rest in another order."""
     keys, names = old["params"], [unwrapped(name) for name in old.get("param_names", ())]
     if keys == names or len(set(names)) != len(keys) or set(keys) != set(names):
         return old
@@ -222,7 +222,7 @@ def _reordered(old: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _named(groups: list[dict[str, Any]]) -> list[list[str]] | None:
-    """Return the names of each group's parameters, without what wrappers put in; None where there are none."""
+    """Return the names of each group's parameters, without the parts that wrappers add; None if a group has none."""
     if not all(len(group.get("param_names", ())) == len(group["params"]) > 0 for group in groups):
         return None
     return [[unwrapped(name) for name in group["param_names"]] for group in groups]
@@ -231,10 +231,10 @@ def _named(groups: list[dict[str, Any]]) -> list[list[str]] | None:
 def _states(
     state_dict: dict[str, Any], groups: list[dict[str, Any]], options: dict[str, Any]
 ) -> Iterator[tuple[Tensor, State]]:
-    """Return the parameters that have a state in a state dict, with what an optimizer of these options has of it."""
+    """Yield the parameters that have a state in a state dict, with the part that an optimizer of these options uses."""
     keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in groups)
-    for key, param in zip(keys, params, strict=False):  # torch refuses other numbers of parameters
+    for key, param in zip(keys, params, strict=False):  # torch refuses a different number of parameters
         state = state_dict["state"].get(key)
         if state is None:
             continue
@@ -270,7 +270,7 @@ def _check_cycle(state_dict: dict[str, Any], steps: int) -> None:
 
 
 def _check_codes(state_dict: dict[str, Any]) -> None:
-    """Refuse codes without scales: torch.distributed.checkpoint copies them into float32 tensors like numbers."""
+    """Raise ValueError for codes without scales: torch.distributed.checkpoint copies them to float32 like numbers."""
     for group in state_dict["param_groups"]:
         asked = group.get("state_dtype", "float32")
         for key in group["params"]:
@@ -280,8 +280,8 @@ def _check_codes(state_dict: dict[str, Any]) -> None:
                 if not state[name].is_floating_point() or (was_coded and _are_codes(distributed.part(state[name]))):
                     raise ValueError(
                         f"state_dict: {name} of parameter {key} holds codes without their scales. "
-                        "torch.distributed.checkpoint copies them into whatever the optimizer has: load with another "
-                        f"one of state_dtype={asked!r}, and then its state_dict() into a new one of this kind"
+                        "torch.distributed.checkpoint copies them into whatever the optimizer has: load into an "
+                        f"optimizer with state_dtype={asked!r}, and then its state_dict() into a new one of this kind"
                     )
 
 
@@ -314,7 +314,7 @@ def _doubts(state_dict: dict[str, Any], defaults: dict[str, Any]) -> Iterator[st
 
 
 def _placed(param: Tensor, state: State, options: dict[str, Any]) -> State:
-    """Return a copy of a loaded state, where and as a step wants it."""
+    """Return a copy of a loaded state, on the devices and in the formats that a step needs."""
     shards, ours = shards_of(param), (*MOMENTS, *formats.EXTRAS)
     state = {name: _moved(x, param.device, shards) if name in ours else x for name, x in state.items()}
     placed: State = {}
@@ -325,7 +325,7 @@ def _placed(param: Tensor, state: State, options: dict[str, Any]) -> State:
             if low := formats.low_dtype(param, options):
                 placed[name] = formats.low_bits(value, low).clone()
         elif name in formats.EXTRAS:
-            pass  # a scale, which comes with its codes
+            pass  # scales come with their codes
         elif name == "step":
             placed[name] = torch.as_tensor(value, dtype=torch.float32, device=step_device(param)).reshape(()).clone()
         elif name == WINDOW[-1]:
@@ -346,10 +346,10 @@ def _moved(x: Tensor, device: torch.device, shards: Shards | None) -> Tensor:
 
 
 def _dtype(param: Tensor, options: dict[str, Any]) -> torch.dtype:
-    """Return the dtype of the moments: one that small updates do not vanish in; in release 0.1.2 the parameter's."""
+    """Return the dtype of the moments, wide enough for small updates; with compat="0.1.2" the parameter's."""
     return wide(param.dtype) if rules_of(options).state_is_wide else param.dtype
 
 
 def step_device(param: Tensor) -> torch.device:
-    """Return the device on which nobody waits for a step count."""
+    """Return the device for a parameter's step count, chosen so that nothing waits for it."""
     return torch.device("cpu") if reads_are_free(param.device) else param.device

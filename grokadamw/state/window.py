@@ -1,8 +1,8 @@
-"""The mean of a parameter's last gradients: a ring of them, and its sum, which cost the same for any length.
+"""The mean of a parameter's last gradients, from a ring of them and its sum. A step costs the same for any length.
 
-The sum is float32 at least. Each step takes the oldest gradient out of it and puts the newest in, whose rounding would
-add up over a run. So a second sum collects what the ring's current lap brings, and takes the first one's place when the
-lap is over: it is the sum of the whole ring then, and nothing was ever taken out of it.
+The sum is at least float32. Each step subtracts the oldest gradient from it and adds the newest, and rounding errors
+would add up over a run. So a second sum collects the gradients of the ring's current lap, and replaces the first one
+when the lap is over: it is then the sum of the whole ring, and nothing was ever subtracted from it.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from ..distributed import mesh_of
 
 
 class Window(NamedTuple):
-    """Of one parameter, as real numbers."""
+    """The window of one parameter, as real numbers."""
 
-    ring: Tensor  # (size, *shape): the gradients, the n-th at n mod size; what has not come yet is 0
+    ring: Tensor  # (size, *shape): the gradients, the n-th at n mod size; 0 in places that are still empty
     total: Tensor  # shape: the sum of the ring
     lap: Tensor  # shape: the sum of ring[0] up to the newest
-    seen: Tensor  # 0-d int64: the gradients that have come so far
+    seen: Tensor  # 0-d int64: the number of gradients so far
 
 
 def new(param: Tensor, size: int, dtype: torch.dtype | None, device: torch.device) -> Window:
-    """Return an empty window for so many gradients, its ring in the dtype of `dtype_of` and its count on the device."""
+    """Return an empty window of `size` gradients, its ring in the dtype of `dtype_of` and its count on `device`."""
     dtype = dtype_of(param, dtype)
     like = as_real(param.detach())
     sums = [torch.zeros_like(like, dtype=wide(like.dtype)) for _ in range(2)]
     if mesh_of(like) is None:
-        # memory that is 0 from the start takes no room before it is written to
+        # memory that starts as zeros takes no room before it is written to
         ring = like.new_zeros((size, *like.shape), dtype=dtype)
     else:
         ring = torch.stack([torch.zeros_like(like, dtype=dtype)] * size)
@@ -41,7 +41,7 @@ def new(param: Tensor, size: int, dtype: torch.dtype | None, device: torch.devic
 
 
 def dtype_of(param: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of a ring: the one asked for, or the parameter's; float16 has too small a range."""
+    """Return the dtype of a ring: `dtype`, or the parameter's; but float32 for float16, whose range is too small."""
     own = as_real(param.detach()).dtype
     return dtype or (torch.float32 if own == torch.float16 else own)
 
@@ -52,7 +52,7 @@ def named(window: Window, prefix: str) -> dict[str, Any]:
 
 
 def names(prefix: str) -> list[str]:
-    """Return the entries of a state that are a window."""
+    """Return the names of a window's entries in a state."""
     return [f"{prefix}ring", f"{prefix}ring_sum", f"{prefix}ring_lap", f"{prefix}ring_count"]
 
 
@@ -64,7 +64,7 @@ def of(state: Mapping[str, Any], prefix: str) -> Window:
 def average(
     windows: Sequence[Window], grads: Sequence[Tensor], averages: Sequence[Tensor], finite: Tensor | None
 ) -> None:
-    """Put a real gradient into each window, and the means into `averages`; nothing where `finite` is a False tensor."""
+    """Put a real gradient into each window, and the means into `averages`; not if `finite` is a False tensor."""
     for mu, mean in zip(averages, means(windows, grads), strict=True):
         mu.copy_(mean if finite is None else torch.where(finite, mean, mu))
     push(windows, grads, finite)
@@ -85,7 +85,7 @@ def means(windows: Sequence[Window], grads: Sequence[Tensor]) -> list[Tensor]:
 
 
 def push(windows: Sequence[Window], grads: Sequence[Tensor], finite: Tensor | None = None) -> None:
-    """Put a real gradient into each window, in place of its oldest; nothing where `finite` is a False tensor."""
+    """Put a real gradient into each window, in place of its oldest; not if `finite` is a False tensor."""
     values = _stored(windows, grads)
     if finite is not None or not _is_known(windows):
         for w, x in zip(windows, values, strict=True):
@@ -104,7 +104,7 @@ def push(windows: Sequence[Window], grads: Sequence[Tensor], finite: Tensor | No
 
 
 def _push_unread(w: Window, x: Tensor, finite: Tensor) -> None:
-    """Push a gradient where the count must not be read back."""
+    """Push a gradient without reading back the count."""
     place, is_end = (w.seen % len(w.ring)).reshape(1), w.seen % len(w.ring) == len(w.ring) - 1
     total = _total(w, x)
     row = torch.where(finite, x, w.ring.index_select(0, place).squeeze(0))
@@ -115,14 +115,14 @@ def _push_unread(w: Window, x: Tensor, finite: Tensor) -> None:
 
 
 def _total(w: Window, x: Tensor) -> Tensor:
-    """Return the sum of the ring once x is in it, where the count must not be read back."""
+    """Return the sum of the ring once x is in it, without reading back the count."""
     place = w.seen % len(w.ring)
     oldest = w.ring.index_select(0, place.reshape(1)).squeeze(0)
     return torch.where(place == len(w.ring) - 1, w.lap + x, w.total - oldest + x)
 
 
 def _stored(windows: Sequence[Window], grads: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradients as the rings keep them: what leaves a sum must be what came into it."""
+    """Return the gradients as the rings keep them: the number subtracted from a sum must be the one added to it."""
     return [grad.to(w.ring.dtype) for w, grad in zip(windows, grads, strict=True)]
 
 
@@ -136,5 +136,5 @@ def _ends_lap(w: Window) -> bool:
 
 
 def _is_known(windows: Sequence[Window]) -> bool:
-    """Return True if the counts are numbers that the host has."""
+    """Return True if the host can read the counts without waiting."""
     return not torch.compiler.is_compiling() and reads_are_free(windows[0].seen.device)

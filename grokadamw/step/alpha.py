@@ -1,6 +1,6 @@
-"""From grokking signals to α and the boost: registering them, combining what they say, agreeing between ranks.
+"""From grokking signals to α and the boost: register signals, combine their values, agree between ranks.
 
-The stages signal and alpha of a step.
+These are the stages signal and alpha of a step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Combine: TypeAlias = str | Callable[[list[Any]], Any]
 
 
 def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, clamp: bool = True) -> Number:
-    """Return α_t from GS_t; α_init without one. Without clamp a negative signal raises α, as in release 0.1.2."""
+    """Return α_t from GS_t; α_init if it is None. Without clamp a negative signal raises α, as in release 0.1.2."""
     if signal is None or decay_rate == 0:
         return alpha_init
     if isinstance(signal, Tensor):
@@ -51,8 +51,8 @@ def hear(signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules) -> li
     signal = signals.evaluate(train_loss, eval_loss)
     elsewhere: Number = 0
     if signals.functions and ranks() > 1:
-        # whatever this rank has recorded, as others may have more; but nothing for who neither chose signals nor
-        # records, unless all ranks are known to take this step
+        # ask the other ranks, whatever this one recorded, as they may have recorded more. But not if the user neither
+        # chose signals nor records losses, unless all ranks are known to take this step
         is_asked_for = signals.are_given or any(map(itemgetter("signal_boost"), groups))
         if is_asked_for or (train_loss, eval_loss) != (None, None) or span_all_ranks(groups):
             signal, elsewhere = mean_over_ranks(signal, groups)
@@ -69,13 +69,13 @@ def alpha_of(group: dict[str, Any], signal: Number | None, rules: Rules) -> Numb
 
 
 def boost_of(group: dict[str, Any], signal: Number | None) -> Number:
-    """Return what the signal multiplies lr and max_row_change of a group by; 1 without a usable one."""
+    """Return what the signal multiplies lr and max_row_change of a group by; 1 without a usable signal."""
     strength = group["signal_boost"]
     return 1.0 + strength * _share(signal) if strength and signal is not None else 1.0
 
 
 def amplification(signal: Number | None) -> float:
-    """Return what `amplify_by_signal` multiplies λ by: the signal, limited to [0, 1]; 0 without a usable one."""
+    """Return what `amplify_by_signal` multiplies λ by: the signal, limited to [0, 1]; 0 without a usable signal."""
     return 0.0 if signal is None else as_float(_share(signal))
 
 
@@ -87,7 +87,7 @@ def _share(signal: Number) -> Number:
 
 
 class Signals:
-    """The functions that are registered, how they combine, and what they said last.
+    """The registered signals, how they are combined, and their last values.
 
     Args:
         functions: one callable, several, or None for `loss_gap`; an empty list for none at all.
@@ -125,7 +125,7 @@ class Signals:
         self._train_losses_alone = 0  # recorded since the last evaluation loss
 
     def check_amplifies(self, amplify_by_signal: bool) -> None:
-        """Raise ValueError where λ is to be multiplied by what nothing says."""
+        """Raise ValueError if λ is to be multiplied by a signal and there is none."""
         if amplify_by_signal and not self.functions:
             raise ValueError(
                 "amplify_by_signal=True without a signal: give grokking_signal_fns, or leave it None, for the gap of "
@@ -138,7 +138,7 @@ class Signals:
                 function.bind(optimizer)
 
     def for_pickle(self) -> list[Any] | None:
-        """Return the functions, and of those that may not be pickled the name; None if none were given."""
+        """Return loss_gap and memorisation themselves, and the names of other functions; None if none were given."""
         if not self.are_given:
             return None
         named = zip(self.functions, self.names, strict=True)
@@ -146,23 +146,24 @@ class Signals:
 
     @classmethod
     def from_pickle(cls, kept: list[Any] | None, combine: Combine | None = "mean") -> Signals:
-        """Return the signals of a pickle, without those of which it has the name alone. It warns of them."""
-        lost = [each for each in kept or () if isinstance(each, str)]
+        """Return the signals of a pickle. Leave out those of which it has only the name, and warn about them."""
+        lost = [name for name in kept or () if isinstance(name, str)]
         if combine is None:
             lost.append("combine")
         if lost:
             warn(
-                "pickles and shallow copies keep loss_gap and memorisation alone: this optimizer is without "
-                f"{', '.join(lost)}. Call optimizer.set_signals with what it had",
+                "pickles and shallow copies keep only loss_gap and memorisation: this optimizer is without "
+                f"{', '.join(lost)}. Call optimizer.set_signals to restore what it had",
                 UserWarning,
             )
-        return cls(kept if kept is None else [each for each in kept if not isinstance(each, str)], combine or "mean")
+        functions = None if kept is None else [function for function in kept if not isinstance(function, str)]
+        return cls(functions, combine or "mean")
 
     def listen(self, train_loss: Number | None, eval_loss: Number | None, elsewhere: Number = 0) -> None:
-        """Warn once where functions that need both losses do not get them: nothing adapts meanwhile.
+        """Warn once if functions that need both losses do not get them, as nothing adapts meanwhile.
 
-        That is after 100 steps without any, where functions were given, and after 1,000 with one of the two; and not
-        where a signal was heard `elsewhere`, on so many other ranks.
+        That is after 100 steps without any loss, if functions were given, and after 1,000 with one of the two. There is
+        no warning if other ranks had a signal: `elsewhere` is their number.
         """
         missing = [n for n, x in (("train_loss", train_loss), ("eval_loss", eval_loss)) if x is None]
         if not missing or not any(self.takes_losses) or (len(missing) == 2 and not self.are_given):
@@ -180,7 +181,7 @@ class Signals:
             )
 
     def check_age(self, given: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
-        """Warn once where 100 training losses followed an evaluation loss: what was learnt since looks memorised."""
+        """Warn once if 100 training losses followed an evaluation loss: what was learnt since looks memorised."""
         if "eval_loss" in given:
             self._train_losses_alone = 0
         elif "train_loss" in given:
@@ -196,13 +197,13 @@ class Signals:
             )
 
     def say_no_more(self) -> None:
-        """Leave out the warning of `listen`: somebody who knows why has said it."""
+        """Suppress the warning of `listen`, as the caller gives a better one."""
         self._steps_without_losses = 1000
 
     def evaluate(
         self, train_loss: Number | None, eval_loss: Number | None, keep_nonfinite: bool = False
     ) -> Number | None:
-        """Call every function once, and return the usable values combined, GS_t; None if there is none."""
+        """Call every function once, and return the usable values combined, GS_t; None if no value is usable."""
         values: list[Number] = []
         for name, function, takes_losses in zip(self.names, self.functions, self.takes_losses, strict=True):
             if takes_losses and (train_loss is None or eval_loss is None):
@@ -253,7 +254,7 @@ class Signals:
             warn(f"{who} {what}: it is left out of this step, and of any other where it fails{where}", RuntimeWarning)
 
     def settle(self) -> None:
-        """Count, and warn of, values on a device that turned out not to be finite: reads them back."""
+        """Read back which values on a device were not finite, count them, and warn."""
         failures, self._failures_on_device = self._failures_on_device, {}
         for name, count in failures.items():
             if (times := int(count)) > 0:
@@ -261,7 +262,7 @@ class Signals:
                 self.failures += times - 1
 
     def state(self) -> str | None:
-        """Return what the functions remember, by name, as JSON: all ways of saving keep that in one piece."""
+        """Return the functions' states by name, as JSON, which all ways of saving keep in one piece."""
         states = dict(self.unclaimed)
         for name, function in zip(self.names, self.functions, strict=True):
             if _remembers(function):
@@ -276,18 +277,16 @@ class Signals:
         return json.dumps(states, default=_plain) if states else None
 
     def load(self, state: str | None) -> None:
-        """Give the functions their memory back; what is nobody's waits until its function is registered."""
+        """Restore the functions' states by name; a state without a function waits until one is registered."""
         try:
             states = {} if state is None else json.loads(state)
         except ValueError as error:
-            warn(
-                f"what the checkpoint says of grokking signals is no JSON ({error}): they start afresh", RuntimeWarning
-            )
+            warn(f"the checkpoint's state of grokking signals is not JSON ({error}): they start afresh", RuntimeWarning)
             states = {}
         self.claim(states)
 
     def claim(self, states: dict[str, Any]) -> None:
-        """Hand out states by name."""
+        """Give each function the state that was saved under its name."""
         self.unclaimed = dict(states)
         for name, function in zip(self.names, self.functions, strict=True):
             if name in self.unclaimed and _remembers(function):
@@ -295,13 +294,13 @@ class Signals:
                     function.load_state_dict(self.unclaimed.pop(name))
                 except Exception as error:
                     warn(
-                        f"the grokking signal {name} cannot go on from what the checkpoint says of it ({error!r}): it "
-                        "starts afresh",
+                        f"the grokking signal {name} cannot load its state from the checkpoint ({error!r}): it starts "
+                        "afresh",
                         RuntimeWarning,
                     )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Signals:
-        """Functions are shared, as closures may hold anything; objects that keep a state or a binding are copied."""
+        """Copy the signals. Functions, which may hold anything, are shared; objects with state or `bind` are copied."""
         copied = Signals(
             [copy.deepcopy(f, memo) if hasattr(f, "bind") or _remembers(f) else f for f in self.functions],
             self.combine,
@@ -322,7 +321,7 @@ _COMBINED: dict[str, Callable[[Sequence[Any]], Any]] = {
 
 
 def _combined_on_device(combine: str, values: list[Number], like: Tensor) -> Tensor:
-    """Combine values without reading them back. Those that are not finite are left out; 0 if all of them are."""
+    """Combine values without reading them back. Values that are not finite are left out; 0 if none is finite."""
     stacked = torch.stack(
         [value.to(like) if isinstance(value, Tensor) else torch.full_like(like, value) for value in values]
     )
@@ -335,12 +334,12 @@ def _combined_on_device(combine: str, values: list[Number], like: Tensor) -> Ten
 
 
 def _remembers(function: Any) -> bool:
-    """Return True if a signal has a memory of its own; a module's weights are its owner's to save."""
+    """Return True if a signal has state to save. A module's weights are not: their owner saves them."""
     return hasattr(function, "state_dict") and not isinstance(function, torch.nn.Module)
 
 
 def _takes_losses(function: Any) -> str:
-    """Return how a signal wants (train_loss, eval_loss): "by name", "in order", or "", not at all."""
+    """Return how a signal takes (train_loss, eval_loss): "by name", "in order", or "" for not at all."""
     if not callable(function) or isinstance(function, type):
         raise TypeError(f"grokking_signal_fns holds {function!r}: give a function, or an object that can be called")
     try:
@@ -348,19 +347,19 @@ def _takes_losses(function: Any) -> str:
         parameters = inspect.signature(called).parameters
     except (TypeError, ValueError):
         return ""  # some built-in callables have no signature to read
-    given = getattr(function, "keywords", {})  # by functools.partial
+    bound = getattr(function, "keywords", {})  # by functools.partial
     kinds = {name: parameter.kind for name, parameter in parameters.items()}
     positional = [name for name in kinds if kinds[name] in _POSITIONAL]
-    by_name = {name for name in kinds if kinds[name] in _BY_NAME and name not in given}
+    by_name = {name for name in kinds if kinds[name] in _BY_NAME and name not in bound}
     required = [name for name in positional if parameters[name].default is inspect.Parameter.empty]
     required += [n for n in kinds if kinds[n] is _KEYWORD_ONLY and parameters[n].default is inspect.Parameter.empty]
     losses = ["train_loss", "eval_loss"]
     if set(required) <= set(losses):
-        if positional[:2] == losses and not given:
+        if positional[:2] == losses and not bound:
             return "in order"
         if set(losses) <= by_name:
             return "by name"
-    # other names go in order, but a loss must not arrive under the name of the other
+    # losses go in order to arguments of other names, but not to one with the other loss's name
     swapped = required[:1] == ["eval_loss"] or required[1:] == ["train_loss"]
     if len(required) == 2 and required == positional[:2] and not swapped:
         return "in order"
@@ -388,5 +387,5 @@ def _names(functions: Sequence[Any]) -> list[str]:
 
 
 def _plain(value: Any) -> int | float:
-    """Return a plain number for one of NumPy's, or a tensor of one element."""
+    """Convert a NumPy number, or a tensor of one element, to a Python number."""
     return int(value) if isinstance(value, Integral) else as_float(as_number(value))

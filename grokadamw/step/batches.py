@@ -1,4 +1,4 @@
-"""The batches of a step: the parameters that have a gradient, with their state, in lists that one call can take."""
+"""Group the parameters that have a gradient, with their state, into batches, one per backend call."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _FOREACH = Choice(foreach, "")
 
 
 class Given(NamedTuple):
-    """What a step is given."""
+    """The inputs of a step."""
 
     groups: list[dict[str, Any]]
     state: MutableMapping[Tensor, State]
     options: dict[str, Any]  # of the whole optimizer
-    scale: Any = None  # GradScaler's loss scale and flag, where it has left them to the optimizer
+    scale: Any = None  # GradScaler's loss scale and flag, if it leaves them to the optimizer
     found_inf: Any = None
     capturing: bool = False  # whether a CUDA graph is being captured
     compiling: bool = False  # whether torch.compile will see what is written
-    first: int = 0  # the number of the groups' first parameter among all of the optimizer's
+    first: int = 0  # the number that the groups' first parameter has in the optimizer
     shard_group: Any = None  # the ranks that plain parameters are divided over
 
     def sum_over_ranks(self, values: Iterable[Number]) -> Tensor:
@@ -44,12 +44,12 @@ class Given(NamedTuple):
         return sum_over_ranks(values, self.groups, self.shard_group)
 
     def share(self, total: Any, shards: Shards | None) -> Any:
-        """Return what `sum_over_ranks` wants of this rank: all of a plain total; of a mesh's total, each has a part."""
+        """Return this rank's summand for `sum_over_ranks`: a plain total, or its share of a total that a mesh has."""
         return total if shards is None else total / shards.ranks_in(self.shard_group)
 
 
 class Entry(NamedTuple):
-    """A parameter that has a gradient, with what belongs to it."""
+    """A parameter that has a gradient, with its group, layer and number."""
 
     group: int
     param: Tensor
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """What a parameter belongs to."""
+    """The group and layer that a parameter belongs to, and its number."""
 
     group: int
     layer: int
@@ -73,29 +73,29 @@ class Kind(NamedTuple):
     choice: Choice
     device: torch.device
     shards: Shards | None
-    dtypes: tuple[torch.dtype, ...]  # of the parameter, its gradient, m, v and, where there is one, μ
-    coded: tuple[bool, ...] | None  # which of `EXTRAS` there are; None: all tensors are numbers as they are
+    dtypes: tuple[torch.dtype, ...]  # of the parameter, its gradient, m, v and, if there is one, μ
+    coded: tuple[bool, ...] | None  # which of `EXTRAS` there are; None if no tensor is coded
 
 
 class Batches(NamedTuple):
-    """The batches of one step, and what is known of all of its gradients together."""
+    """The batches of one step, and what is known about all its gradients together."""
 
     params: list[Tensor]  # all that have a gradient, as they are in the groups
     batches: list[Batch]
     grads: list[tuple[Shards | None, list[Tensor]]]  # real, in the groups' order; a list for each division over ranks
     devices: list[torch.device]  # of the gradients
     tables: Tables | None = None  # what the GPU's backend keeps for these batches
-    at: bytes | None = None  # where the gradients lie, if that is known
-    squares: Callable[[bytes], float] | None = None  # returns Σ g² of gradients that lie there
+    at: bytes | None = None  # the gradients' addresses, if they are known
+    squares: Callable[[bytes], float] | None = None  # returns Σ g² of the gradients at these addresses
     can_be_judged: bool = False  # whether the GPU's backend can measure all gradients at once
-    dtensors: Sequence[Tensor] = ()  # those that are written through their shards
-    made: Sequence[tuple[Tensor, list[str]]] = ()  # state that was not there
+    dtensors: Sequence[Tensor] = ()  # DTensors that are written through their shards
+    made: Sequence[tuple[Tensor, list[str]]] = ()  # state that this step made
 
 
 def collect(given: Given, names: Mapping[Tensor, str], missing: Collection[Tensor] = ()) -> list[Entry]:
-    """Return the parameters that have a gradient, in the order of the groups; those `missing` one get one of 0.
+    """Return the parameters that have a gradient, in the order of the groups; those in `missing` get a gradient of 0.
 
-    RuntimeError if there is a gradient, a parameter or state that a step cannot go on with. `names` are `set_layers`'s.
+    Raises RuntimeError for a gradient, a parameter or state that a step cannot use. `names` are those of `set_layers`.
     """
     entries, numbers = [], count(given.first)
     for i, group in enumerate(given.groups):
@@ -127,7 +127,7 @@ def collect(given: Given, names: Mapping[Tensor, str], missing: Collection[Tenso
 
 
 def make_state(entries: Iterable[Entry], given: Given) -> list[tuple[Tensor, list[str]]]:
-    """Make the state that is not there, at zero, and return the names of it for each parameter."""
+    """Make missing state, at zero, and return its names for each parameter."""
     counts = {} if given.compiling else new_counts(given.state, [entry.param for entry in entries])
     made = []
     for entry in entries:
@@ -137,7 +137,7 @@ def make_state(entries: Iterable[Entry], given: Given) -> list[tuple[Tensor, lis
 
 
 def forget_state(made: Iterable[tuple[Tensor, list[str]]], state: MutableMapping[Tensor, State]) -> None:
-    """Take away the state that was made for a step that is skipped: it was none."""
+    """Remove the state that was made for a step that was then skipped, which does not count."""
     for param, names in made:
         for name in names:
             del state[param][name]
@@ -152,9 +152,9 @@ class Columns(NamedTuple):
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
-    grok_emas: list[Any]  # None where no slow gradient is kept
+    grok_emas: list[Any]  # None for a parameter without a slow gradient
     steps: list[Tensor]
-    extras: Sequence[list[Any]] = ()  # of each of `EXTRAS`, None where a parameter has none; empty if none has any
+    extras: Sequence[list[Any]] = ()  # a list for each of `EXTRAS`, with None for a parameter without it; or nothing
 
 
 def kind_of(
@@ -166,7 +166,7 @@ def kind_of(
     low = [extras[-1]] if coded and extras[-1] is not None else []
     choice = update.choose([*tensors, *low], step, group, coded)
     cuts_rows = is_matrix and shards is not None and shards.cut_rows
-    if cuts_rows and coded and row[0].itemsize == 2:  # rows.py does not know of low bits
+    if cuts_rows and coded and row[0].itemsize == 2:  # rows.py cannot handle low bits
         choice = Choice(decoded, "float32 copies, as ranks have parts of rows")
     has_rows = is_matrix and not (cuts_rows and choice.module is not decoded)
     there = tuple(x is not None for x in extras) if coded else None
@@ -175,7 +175,7 @@ def kind_of(
 
 
 def coded_of(columns: Columns, places: Sequence[int], owners: Sequence[Owner], options: dict[str, Any]) -> Coded:
-    """Return what the tensors at these places have besides."""
+    """Return the scales, low bits and dithers' numbers of the tensors at these places."""
     extras = [[column[i] for i in places] for column in columns.extras]
     m, v, mu, lows = (None if not column or column[0] is None else column for column in extras)
     own = [owners[i] for i in places]
@@ -193,8 +193,8 @@ def assemble(
 ) -> tuple[list[tuple[Batch, list[int]]], Ranges | None]:
     """Return the batches, each with the places of its tensors, and the memory that is written by address.
 
-    For each parameter there are its tensors, what it belongs to, its kind and the width of its rows, whether it has
-    begun its cycle of micro-batches (if there are any), and whether it has rows.
+    The arguments say for each parameter: its tensors; its owner; its kind and the width of its rows; whether it has
+    begun its cycle of micro-batches (empty if there are none); and whether it has rows.
     """
     rules = rules_of(options)
     lists: dict[Any, list[int]] = {}
@@ -226,7 +226,7 @@ def assemble(
         return made, ranges
     elsewhere = Choice(foreach, "parameters, gradients or state share memory")
     shared = [batch.choice.module in BY_ADDRESS and memory.share_memory(batch) for batch, _ in made]
-    # those of a GPU share launches
+    # a GPU's batches share launches, so they must not share memory with each other either
     on_gpu = [batch for (batch, _), is_shared in zip(made, shared, strict=True) if batch.choice.module is gpu]
     if len(on_gpu) > 1 and memory.share_memory(*on_gpu):
         shared = [is_shared or batch.choice.module is gpu for (batch, _), is_shared in zip(made, shared, strict=True)]
@@ -241,7 +241,7 @@ def _ranges(made: Iterable[tuple[Batch, Any]], grads: list[Tensor]) -> Ranges | 
 
 
 def by_lists(batch: Batch, instead: bool, choice: Choice = _FOREACH) -> Batch:
-    """Return the batch for `foreach` instead of its own backend, if that is to be."""
+    """Return the batch; if `instead`, then for `foreach` instead of its own backend."""
     if not instead or batch.choice.module in (reference, decoded):
         return batch
     if batch.coded is not None:
@@ -251,14 +251,14 @@ def by_lists(batch: Batch, instead: bool, choice: Choice = _FOREACH) -> Batch:
 
 
 def with_windows(batch: Batch, states: Sequence[State]) -> Batch:
-    """Return the batch with the windows that its slow gradients are means of."""
+    """Return the batch with the windows whose means are its slow gradients."""
     if batch.grok_emas is None:
         return batch
     return batch._replace(windows=[window.Window(*map(part, window.of(s, "grok_"))) for s in states])
 
 
 def found_anew(entries: Sequence[Entry], given: Given) -> Batches:
-    """Return batches of tensors that no signature describes: DTensors, complex ones, subclasses, traced ones."""
+    """Return batches of tensors that no signature describes: complex ones, subclasses, traced ones, some DTensors."""
     groups, state, options = given[:3]
     rows, kinds, dtensors, extras, owners = [], [], [], [], []
     grads: dict[Shards | None, list[Tensor]] = {shards: [] for shards in divisions(groups)}

@@ -1,7 +1,7 @@
-"""The cache of batches: what earlier steps found, as far as that holds.
+"""The cache of batches: reuse what earlier steps found, as long as it still holds.
 
-Finding batches takes longer than small steps do. So `Cache` keeps what it found for each of the last sets of gradients,
-and looks at every step whether all of it still holds. Nobody else knows whether batches were found anew.
+Finding batches takes longer than a small step. So `Cache` keeps a plan for each of the last sets of gradients, and
+checks at every step whether all of it still holds. No other module knows whether batches were found anew.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from ..state.slots import MOMENTS, WINDOW, State, step_device
 from . import batches
 from .batches import Batches, Columns, Given, Kind, Owner
 
-SETS = 8  # of parameters with a gradient, whose batches are kept
-_LOOKS = 1 << 12  # of parameters, whose kinds are kept
+SETS = 8  # how many sets of parameters with a gradient have a plan
+_LOOKS = 1 << 12  # how many looks of parameters have their kind kept
 _EXP_AVG, _EXP_AVG_SQ, _STEP = itemgetter("exp_avg"), itemgetter("exp_avg_sq"), itemgetter("step")
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 class Cache:
-    """Returns the batches of a step, from what it remembers of earlier ones as far as that holds.
+    """Returns the batches of a step, by the plan of an earlier step if it still holds.
 
-    It keeps no tensors, whose memory is others': each step has its own, and is asked what they look like.
+    It keeps no tensors, whose memory is not its own: each step brings its tensors, whose looks are compared.
     """
 
     def __init__(self) -> None:
-        # by which parameters have a gradient, and which of them have begun a cycle; the oldest comes first
+        # keyed by which parameters have a gradient, and which of them have begun a cycle; the oldest comes first
         self.plans: dict[tuple[tuple[bool, ...], ...], _Plan] = {}
-        self._kinds: dict[Any, tuple[Kind, int]] = {}  # by how a parameter and its state look; with the width of rows
+        self._kinds: dict[Any, tuple[Kind, int]] = {}  # kind and width of rows by look
 
     def batches(self, given: Given, names: Mapping[Tensor, str], missing: Collection[Tensor] = ()) -> Batches:
-        """Return the batches of this step; see `collect`. State that is not there is made."""
+        """Return the batches of this step; see `collect`. Missing state is made."""
         known, made = None if missing else self._recall(given), list[tuple[Tensor, list[str]]]()
         if known is None:
             entries = batches.collect(given, names, missing)
@@ -65,7 +65,7 @@ class Cache:
         return found
 
     def describe(self, given: Given) -> str:
-        """Return how many parameters go to which backend, and why, as far as that is known before they have a state."""
+        """Return how many parameters go to which backend, and why, as far as is known before they have a state."""
         (groups, state), found = given[:2], self._recall(given)
         counts: Counter[Choice] = Counter()
         for batch in found[0].batches if found else ():
@@ -83,7 +83,7 @@ class Cache:
         return "\n".join(f"{c.module.__name__.rpartition('.')[2]}{of[c]}: {c.reason}" for c in counts)
 
     def _recall(self, given: Given, checked: bool = False) -> tuple[Batches, _Plan] | None:
-        """Return the batches of this step and the plan that they follow; None if `collect` has something to check."""
+        """Return the batches of this step and their plan; None if `collect` has something to check first."""
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return None
         windows = given.options["window_size"] is not None
@@ -91,10 +91,10 @@ class Cache:
             seen = _seen(given)
             plan = self.plans.get(seen.key)
             found = plan.now(seen) if plan is not None and plan.facts == seen.facts else None
-            if found is None and (checked or not windows):  # whose shapes are in no signature
+            if found is None and (checked or not windows):  # no signature has the shapes of windows
                 plan = self._new_plan(seen, given, checked)
                 found = None if plan is None else plan.now(seen)
-        except (KeyError, TypeError, RuntimeError):  # a state that lacks something, a tensor that has no memory
+        except (KeyError, TypeError, RuntimeError):  # an incomplete state, a tensor without memory
             return None
         if found is None or plan is None:
             return None
@@ -104,7 +104,7 @@ class Cache:
         return found, plan
 
     def _new_plan(self, seen: Seen, given: Given, checked: bool) -> _Plan | None:
-        """Make and keep a plan. Return None if a parameter looks as none did before, and nobody has checked it."""
+        """Make and keep a plan. Return None if a parameter has a new look, and was not `checked`."""
         groups, options, columns, facts = given.groups, given.options, seen.columns, seen.facts
         if not _are_plain(columns, seen.written) or any(len(g["layers"]) != len(g["params"]) for g in groups):
             return None
@@ -145,22 +145,22 @@ class Cache:
 
 
 class Facts(NamedTuple):
-    """What a plan holds for, besides how the tensors look."""
+    """The conditions under which a plan holds, besides how the tensors look."""
 
-    groups: list[tuple[Any, ...]]  # of each how many parameters it has, whether λ acts, foreach, fused, and layers
-    begun: list[bool]  # of each parameter whether it has begun its cycle of micro-batches; empty where there is none
-    specs: list[list[Any]]  # how torch describes the division of DTensors; empty where there are none
+    groups: list[tuple[Any, ...]]  # for each: its number of parameters, whether λ acts, foreach, fused, and layers
+    begun: list[bool]  # for each parameter: whether it has begun its cycle of micro-batches; empty without cycles
+    specs: list[list[Any]]  # torch's specs of how DTensors are divided; empty without DTensors
 
 
 class Seen(NamedTuple):
-    """What there is at a step: the parameters that have a gradient, with their state."""
+    """What a step finds: the parameters that have a gradient, with their state."""
 
     params: list[Tensor]  # as they are in the groups
     columns: Columns  # of this rank
     written: list[Tensor]  # all that a step writes, in the order of the columns
-    has: list[bool]  # of each parameter whether it has μ, and then whether it has each of `EXTRAS`
-    dtensors: list[Tensor]  # those that are written through their shards
-    present: tuple[bool, ...]  # of all parameters whether they have a gradient
+    has: list[bool]  # for each parameter whether it has μ, and then for each of `EXTRAS` likewise
+    dtensors: list[Tensor]  # DTensors that are written through their shards
+    present: tuple[bool, ...]  # for all parameters: whether they have a gradient
     facts: Facts
 
     @property
@@ -170,7 +170,7 @@ class Seen(NamedTuple):
 
 
 def _seen(given: Given) -> Seen:
-    """Look at the parameters and their state; KeyError or TypeError if there is not all that a plan needs."""
+    """Look at the parameters and their state; raise KeyError or TypeError if anything that a plan needs is missing."""
     groups, state, options = given[:3]
     params = [param for group in groups for param in group["params"]]
     are_plain = set(map(type, params)) <= _PLAIN
@@ -178,7 +178,7 @@ def _seen(given: Given) -> Seen:
     present = tuple([grad is not None for grad in grads])
     if not all(present):
         params, grads = list(compress(params, present)), list(compress(grads, present))
-    # a parameter's hash is Python's to compute: where the state is theirs and in their order, none is needed
+    # looking up a parameter takes a hash in Python: avoid it if the state is theirs alone, and in their order
     in_order = len(state) == len(params) and all(map(is_, state, params))
     states: list[State] = list(state.values() if in_order else map(state.get, params))  # type: ignore[arg-type]
     if options["window_size"] is not None and not (
@@ -194,7 +194,7 @@ def _seen(given: Given) -> Seen:
     if not are_plain:
         lists = [params, m, v, mus, *extras]
         specs, (p, m, v, mus, *extras, grads) = parts([*lists, grads])
-        # without gradients
+        # strict=False leaves out the gradients
         of_lists = zip(chain.from_iterable(lists), chain.from_iterable(specs), strict=False)
         dtensors = [x for x, spec in of_lists if spec is not None]
     has = [mu is not None for mu in mus]
@@ -210,7 +210,7 @@ def _seen(given: Given) -> Seen:
 
 
 def _are_plain(columns: Columns, written: list[Tensor]) -> bool:
-    """Return True if a signature says all that there is to know of these tensors."""
+    """Return True if a signature describes these tensors completely."""
     if not set(map(type, written)) <= _PLAIN or not set(map(type, columns.grads)) <= {Tensor}:
         return False
     return not any(map(torch.is_complex, columns.params)) and not any(map(Tensor.is_neg, [*written, *columns.grads]))
@@ -222,7 +222,7 @@ def _looks(
     shards: Sequence[Shards | None],
     groups: Sequence[dict[str, Any]],
 ) -> list[Any]:
-    """Return for each parameter what its kind follows from."""
+    """Return for each parameter everything that decides its kind."""
     written, count = iter(signatures[0].looks()), len(columns.params)
     p, m, v = (list(islice(written, count)) for _ in range(3))
     mus = [None if mu is None else next(written) for mu in columns.grok_emas]
@@ -233,7 +233,7 @@ def _looks(
 
 
 class _Plan:
-    """The batches of a set of gradients without their tensors, and what these must look like."""
+    """The batches of a set of gradients without their tensors, and what the tensors must look like."""
 
     def __init__(
         self,
@@ -246,7 +246,7 @@ class _Plan:
         divided: Mapping[Shards | None, list[int]],
     ) -> None:
         self._ranges, (self._written, self._grads), self._has = ranges, signatures, seen.has
-        # layers are a list of the group's, which may be changed in place
+        # copy the layers: the group's list may be changed in place
         self.facts = seen.facts._replace(groups=[(*fact[:-1], list(fact[-1])) for fact in seen.facts.groups])
         self._places, self._owners, self._options = [places for _, places in made], owners, options
         order = [place for _, places in made for place in places]
@@ -259,7 +259,7 @@ class _Plan:
             self._batches.append((batch.grok_emas is not None, kept.addresses, kept._replace(coded=None)[7:]))
         self._coded = [batch.coded is not None for batch, _ in made]
         grads, gpus = seen.columns.grads, [batch.params[0].device for batch, _ in made if batch.choice.module is gpu]
-        # a real tensor whose sign is yet to be turned is another's imaginary part: it has gaps, or is one number
+        # a real tensor with a pending negation is the imaginary part of another: it has gaps, or one element
         self._of_one = [i for i, grad in enumerate(grads) if grad.numel() == 1]
         self.gpus, self._tables = list(dict.fromkeys(gpus)), dict[Any, Tables]()
         self._devices = list(dict.fromkeys(grad.device for grad in grads))
@@ -272,7 +272,7 @@ class _Plan:
         self._at, self._squares = self._grads.addresses, cpu.flat(grads) if is_fastest else None
 
     def now(self, seen: Seen) -> Batches | None:
-        """Return the batches with the tensors of this step; None where something has changed."""
+        """Return the batches with the tensors of this step; None if something has changed."""
         columns, written, grads = seen.columns, seen.written, seen.columns.grads
         if seen.has != self._has or not set(map(type, written)) <= _PLAIN or not set(map(type, grads)) <= {Tensor}:
             return None
@@ -305,7 +305,7 @@ class _Plan:
         return Batches(seen.params, made, *known, seen.dtensors)
 
     def tables(self, capturing: bool, capturable: bool) -> Tables | None:
-        """Return what is kept on the GPU for the current stream; for a capture what is the graph's own."""
+        """Return the tables on the GPU for the current stream; for a capture the graph's own."""
         if capturing:
             return next((own for tables in self._tables.values() if (own := tables.captured())), None)
         tables = self._tables.setdefault(gpu.streams(self.gpus), Tables())

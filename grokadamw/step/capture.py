@@ -1,6 +1,6 @@
-"""Steps that run again without Python: replays of a CUDA graph, and what torch.compile makes of a step.
+"""Steps that run again without Python: replays of a CUDA graph, and compiled steps.
 
-Nothing is read back in them, and what changes from one to the next stays in its place.
+They read nothing back, and values that change from step to step stay in the same memory.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def is_capturing(optimizer: Optimizer) -> bool:
-    """Return True if a CUDA graph is being captured; RuntimeError if the optimizer was not made for that."""
+    """Return True if a CUDA graph is being captured; raise RuntimeError if the optimizer was not made for that."""
     newer = getattr(optimizer, "_accelerator_graph_capture_health_check", None)  # torch 2.6 has an older name for it
     (newer or optimizer._cuda_graph_capture_health_check)()
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def check_devices(groups: Sequence[dict[str, Any]]) -> None:
-    """Raise RuntimeError if a group is to be captured and cannot be, in the words of torch's optimizers."""
+    """Raise RuntimeError, in the words of torch's optimizers, if a capturable group is on an unsupported device."""
     supported = _get_capturable_supported_devices()
     for i, group in enumerate(groups):
         with_gradient = (param for param in group["params"] if param.grad is not None)
@@ -40,11 +40,11 @@ def check_devices(groups: Sequence[dict[str, Any]]) -> None:
 
 
 def check_state(entries: Iterable[Entry], given: Given, has_alphas: bool) -> None:
-    """Raise RuntimeError if a capture would read something back, or make state that every replay makes anew."""
+    """Raise RuntimeError if a capture would read something back, or make state, which every replay would make anew."""
     if given.options["nonfinite"] == "raise":
         raise RuntimeError(
-            'nonfinite="raise" reads the gradients back, which a CUDA graph of step() cannot: construct the optimizer '
-            'with nonfinite="skip", which counts such steps'
+            'nonfinite="raise" reads the gradients back, which a CUDA graph of step() cannot do: construct the '
+            'optimizer with nonfinite="skip", which counts such steps'
         )
     for entry in entries:
         group, needed = given.groups[entry.group], {"step"}
@@ -53,13 +53,13 @@ def check_state(entries: Iterable[Entry], given: Given, has_alphas: bool) -> Non
         if not has_alphas or needed - given.state.get(entry.param, {}).keys():
             raise RuntimeError(
                 "a CUDA graph of step() needs its state to be there: before capturing, take a few steps on a side "
-                "stream, as torch.cuda.graph asks for anyway; so too after loading a checkpoint, free_slow_gradient(), "
+                "stream, as torch.cuda.graph requires anyway; also after loading a checkpoint, free_slow_gradient(), "
                 "and switching lamb on"
             )
 
 
 def in_place(places: dict[int, Tensor], i: int, group: dict[str, Any], value: Number) -> Number:
-    """Return a number of the i-th group, in the place where a graph of that group reads it."""
+    """Return a number of the i-th group, for a capturable group in the tensor from which its graph reads it."""
     if not group["capturable"] or not group["params"]:
         return value
     if i not in places:
@@ -69,19 +69,19 @@ def in_place(places: dict[int, Tensor], i: int, group: dict[str, Any], value: Nu
 
 
 def counter(groups: Sequence[dict[str, Any]]) -> Tensor | None:
-    """Return a count that a graph of the groups can go on with; None where none is to be captured."""
+    """Return a count, at 0, that a graph of the groups can increment; None if no group is capturable."""
     devices = (group["params"][0].device for group in groups if group["capturable"] and group["params"])
     return next((torch.zeros((), dtype=torch.int64, device=device) for device in devices), None)
 
 
 def for_compiler(batch: Batch, scalars: Scalars) -> Scalars:
-    """Return the scalars with those that change from step to step as tensors, whose values are no guards.
+    """Return the scalars, with those that change from step to step as tensors, so that their values are no guards.
 
-    Marks parameters and state as what stays in its place, as torch does for its own optimizers: a CUDA graph that the
-    compiler makes then needs no copies of them.
+    Also marks the addresses of parameters and state as static, as torch does for its own optimizers, so that a CUDA
+    graph that the compiler makes needs no copies of them.
     """
-    for stays in (batch.params, batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas or [], batch.steps):
-        for tensor in stays:
+    for static in (batch.params, batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas or [], batch.steps):
+        for tensor in static:
             torch._dynamo.mark_static_address(tensor, guard=False)
     device = batch.params[0].device
 

@@ -19,9 +19,9 @@ class LastStep(NamedTuple):
 
     signal: Number | None = None  # GS_t
     alphas: Sequence[Number] = ()  # α_t of each group
-    norms: Sequence[Number | None] = ()  # N: the same for all, or in compat that of each tensor
+    norms: Sequence[Number | None] = ()  # N: the same for all batches; with compat, of each tensor
     clips: Sequence[Number] = ()  # c
-    boosts: Sequence[Number] = ()  # of lr and max_row_change, by the signal; of each group
+    boosts: Sequence[Number] = ()  # of each group: what the signal multiplied lr and max_row_change by
 
 
 def as_floats(
@@ -50,7 +50,7 @@ def as_floats(
 
 
 def most(steps: Iterable[torch.Tensor]) -> float:
-    """Return the largest of 0-d tensors, with one read a device."""
+    """Return the largest of some 0-d tensors, with one read per device; 0 if there are none."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for step in steps:
         by_device.setdefault(step.device, []).append(step)

@@ -1,4 +1,4 @@
-"""The stages norm and clip: the norm of all gradients, the clip coefficients, and whether all is finite."""
+"""The stages norm and clip: the norm of all gradients, the clip coefficients, and whether all gradients are finite."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SumOfSquares = Callable[[Sequence[Tensor]], Tensor]
 
 
 class GradStats(NamedTuple):
-    """What was found of the gradients. The lists have an entry for each batch."""
+    """Measurements of the gradients. The lists have an entry for each batch."""
 
-    norms: list[Number | None]  # N, where anything asked for it: of all gradients, in compat of the tensor's
+    norms: list[Number | None]  # N, if anything needs it: of all gradients, with compat of the tensor's
     clips: list[Number]  # c
     factors: list[Number]  # c divided by the loss scale
-    finite: bool | Tensor  # whether the step may be written; a tensor where reading it would make the host wait
-    skipped: Tensor | None = None  # on such a device: whether it may not, and GradScaler does not count that itself
+    finite: bool | Tensor  # whether the step may be written; a tensor if reading it would make the host wait
+    skipped: Tensor | None = None  # on such a device: whether it may not, unless GradScaler counts that itself
 
 
 def measure(
@@ -37,12 +37,12 @@ def measure(
     apart: bool = False,
     home: torch.device | None = None,
 ) -> GradStats:
-    """Measure the gradients with a sum of squares, on any devices; without one, by what the batches know.
+    """Measure the gradients with `sum_of_squares`, on any devices; without it, by the batches' own `squares`.
 
     Args:
         limits: `gradient_clipping` for each batch.
         apart: whether each batch has a norm of its own.
-        home: where numbers are kept that the host cannot read without waiting; None for Python's numbers.
+        home: the device for numbers that the host cannot read without waiting; None for Python's numbers.
     """
     scale, found_inf = given.scale, given.found_inf
     norms: list[Number | None]
@@ -81,9 +81,9 @@ def measure(
 def judge(
     found: Batches, limits: Sequence[float], given: Given, nonfinite: str, counter: Callable[[torch.device], Tensor]
 ) -> GradStats | None:
-    """`measure` by two launches on the one GPU that has all gradients; None where it cannot be done so.
+    """Do `measure` in two launches on the one GPU that has all gradients; return None if that is impossible.
 
-    `counter` returns the count of skipped steps on a device, which is counted up here.
+    `counter` returns the count of skipped steps on a device, which is increased here.
     """
     scale, found_inf = given.scale, given.found_inf
     if len(found.grads) != 1 or found.grads[0][0] is not None:
@@ -107,7 +107,7 @@ def judge(
 
 
 def norm_is_wanted(limits: Sequence[float], nonfinite: str) -> bool:
-    """Return True if anything asks for N."""
+    """Return True if anything needs N."""
     return nonfinite != "propagate" or any(limit > 0 for limit in limits)
 
 
@@ -120,8 +120,8 @@ def global_norm(
 ) -> Number:
     """Return N = √Σg² over all elements of all tensors, on any devices: a float, or with home a 0-d tensor there.
 
-    DTensors are summed over the ranks that share them; `ways` are those of all parameters, as this rank may lack what
-    another one has. All is summed over the shard_group of `given`, if there is one.
+    DTensors are summed over the ranks that share them; `ways` are the divisions of all parameters, as this rank may
+    lack gradients that another one has. The sum goes over the shard_group of `given`, too, if there is one.
     """
     lists = [(shards, list(map(as_real, parts))) for shards, parts in local_parts(tensors, ways)]
     return _norm(lists, sum_of_squares, home, given)
@@ -144,7 +144,7 @@ def _norm(
         if shards is not None:
             here = [shards.total(here)]
         sums += here if given is None else [given.share(total, shards) for total in here]
-    if given is not None:  # at the end, and where this rank has none, too: all ranks must meet
+    if given is not None:  # last, and even if this rank has no gradients: all ranks must take part
         sums = [given.sum_over_ranks(sums)]
     if home is None:
         return math.sqrt(sum(total.item() for total in sums))
@@ -161,13 +161,13 @@ def clip_coefficient(norm: Number | None, max_norm: float) -> Number:
     coefficient = max_norm / (norm + 1e-6)
     if isinstance(coefficient, Tensor):
         return coefficient.clamp(max=1.0)
-    return 1.0 if coefficient > 1.0 else coefficient  # NaN stays NaN, as it does there
+    return 1.0 if coefficient > 1.0 else coefficient  # NaN stays NaN, as in torch
 
 
 class NormSoFar:
-    """N of gradients that come one after the other, for those that are clipped before all of them are there.
+    """N for gradients that come one after the other and are clipped before all of them are there.
 
-    It is the larger of the norm of what has come so far, and of what came `last` time.
+    It is the larger of two norms: that of the gradients so far, and `last`, that of the previous time.
     """
 
     def __init__(self, last: Number) -> None:
@@ -175,7 +175,7 @@ class NormSoFar:
         self._squares: Number | None = None
 
     def add(self, norm: Number | None) -> None:
-        """Add the norm of further gradients; one that is not finite belongs to a parameter that is skipped, or lost."""
+        """Add the norm of further gradients, unless it is not finite: then the parameter is skipped, or lost."""
         if norm is None:
             return
         before = 0.0 if self._squares is None else self._squares
@@ -187,7 +187,7 @@ class NormSoFar:
 
     @property
     def value(self) -> Number | None:
-        """The norm of what has come so far; None if nobody has measured it."""
+        """The norm of the gradients so far; None if none was measured."""
         return None if self._squares is None else self._squares**0.5
 
     def clip(self, limit: float, device: torch.device | None = None) -> Number:

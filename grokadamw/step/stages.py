@@ -2,8 +2,8 @@
 
     settings checked → signals heard → α → batches → norm, clip, finite → scalars → written → rows limited
 
-`write` does the last two. What is set by hand is checked before a signal is heard, and so is what a first step
-is given. Signals are heard before tensors are collected: they are others' code, and a step takes what they leave.
+`write` does the last two. Options set by hand, and the tensors of a first step, are checked before signals are called.
+Signals are called before tensors are collected: they are users' code, and a step takes the tensors that they leave.
 """
 
 from __future__ import annotations
@@ -41,48 +41,48 @@ _beta1s = lru_cache(maxsize=1024)(layers.decayed)
 class Run:
     """What a running optimizer keeps beside defaults, state and groups.
 
-    One object, as wrappers copy attributes (Lightning's does): what changes later must be inside, not replaced.
+    One object, because wrappers, such as Lightning's, copy attributes: change values inside it, do not replace it.
     """
 
     signals: Signals
     last: metrics.LastStep = metrics.LastStep()
     captured: dict[int, Tensor] = field(default_factory=dict)  # the α that a CUDA graph reads, by group
-    captured_boosts: dict[int, Tensor] = field(default_factory=dict)  # and what it multiplies lr by
+    captured_boosts: dict[int, Tensor] = field(default_factory=dict)  # and the boosts that it reads
     layers_checked: bool = False
-    checked: list[tuple[Any, ...]] = field(default_factory=list)  # each group's options when they were found right
-    skipped: Tensor | None = None  # counts the steps skipped on a device that were not yet read back
+    checked: list[tuple[Any, ...]] = field(default_factory=list)  # each group's options when they were last checked
+    skipped: Tensor | None = None  # counts steps that were skipped on a device and not read back yet
     names: dict[Tensor, str] = field(default_factory=dict)  # of parameters, as set_layers found them
-    idle: bool = False  # whether a step had no gradient at all, which is warned of once
+    idle: bool = False  # whether a step had no gradient at all: that is warned of once
     stepped: bool = False  # whether the last step was a whole one, or the last of its micro-batches
     cache: Cache = field(default_factory=Cache)  # the batches of earlier steps
     evaluation_listeners: list[Callable[[], None]] = field(default_factory=list)  # called after record(eval_acc=…)
     in_backward: Any = None  # `step_in_backward`'s handle, while parameters are updated in the backward pass
     shard_group: Any = None  # the ranks that plain parameters are divided over
-    flattened: bool = False  # whether it was said what a flat tensor instead of parameters loses
-    zero: Callable[[], Any] = lambda: None  # the ZeroRedundancyOptimizer around this one, if there is
-    before_loading: list[dict[str, Any]] = field(default_factory=list)  # groups, before that loaded another rank's
+    flattened: bool = False  # whether a flat tensor instead of parameters was warned of
+    zero: Callable[[], Any] = lambda: None  # the ZeroRedundancyOptimizer around this one, if any
+    before_loading: list[dict[str, Any]] = field(default_factory=list)  # groups before `zero` loaded another rank's
     graphs: list[Any] = field(default_factory=list)  # what CUDA graphs of the step read, besides tensors that users see
 
     def settle(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Read back what was counted on a device."""
+        """Read back the counts that are on a device."""
         if self.skipped is not None and (steps := int(self.skipped)) > 0:
             self.skipped.zero_()
             count_skipped(groups, steps)
         self.signals.settle()
 
     def restart(self, signal_state: str | None) -> None:
-        """Forget the last step, as a checkpoint was loaded. What a CUDA graph reads and writes stays in its place."""
+        """Forget the last step after a checkpoint was loaded. Tensors that a CUDA graph uses stay in their place."""
         if self.skipped is not None:
             self.skipped.zero_()
-        self.graphs.clear()  # which no longer hold
+        self.graphs.clear()  # they are no longer valid
         self.layers_checked, self.last = False, metrics.LastStep()
         if self.in_backward is not None:
-            self.in_backward.is_open = False  # a pass that was not over
+            self.in_backward.is_open = False  # drop an open pass
         self.signals.values.clear()
         self.signals.load(signal_state)
 
     def follow(self, other: Run, memo: dict[int, Any]) -> None:
-        """Become what a copy of the other run's optimizer has; what a CUDA graph of it will use is its own."""
+        """Become the run of a copy of the other run's optimizer, with its own tensors for CUDA graphs."""
         self.signals, self.names, self.captured, self.captured_boosts, self.skipped, last = copy.deepcopy(
             (other.signals, other.names, other.captured, other.captured_boosts, other.skipped, other.last), memo
         )
@@ -91,20 +91,20 @@ class Run:
             boosts=[self.captured_boosts.get(i, boost) for i, boost in enumerate(last.boosts)],
         )
         self.layers_checked, self.stepped = other.layers_checked, other.stepped
-        self.shard_group = other.shard_group  # the same, of which there is no copy
+        self.shard_group = other.shard_group  # process groups cannot be copied
 
 
 def is_overflow(given: Given) -> bool | None:
-    """Return True if GradScaler has found infinity, so that there is no step; None where the host cannot read that."""
+    """Return True if GradScaler found infinity, so that there is no step; None if the host cannot read that."""
     found_inf, options = given.found_inf, given.options
-    if not isinstance(found_inf, Tensor):  # 0 where there are no gradients
+    if not isinstance(found_inf, Tensor):  # 0 if there are no gradients
         return False
     readable = _on_host(found_inf.device, options) or options["nonfinite"] == "raise"
     return bool(found_inf.item()) if readable or options["accumulation_steps"] > 1 else None
 
 
 def check_given(run: Run, given: Given) -> bool:
-    """Check what a step is given, and return whether to take one: torch.distributed.checkpoint may want state alone."""
+    """Check a step's inputs, and return True to take it; False if torch.distributed.checkpoint only wants its state."""
     groups, state, options = given[:3]
     check_changed(groups, options, run.checked)
     if any(map(itemgetter("capturable"), groups)):
@@ -112,7 +112,7 @@ def check_given(run: Run, given: Given) -> bool:
         capture.check_devices(groups)
     ways = [] if state else divisions(groups)
     if (given.shard_group is not None or ways) and not state and state_is_asked_for():
-        make_state(collect(given, run.names), given)  # without the other ranks, which may have theirs
+        make_state(collect(given, run.names), given)  # without the other ranks, which may have state
         return False
     if options["nonfinite"] == "raise" and not given.capturing:
         check_finite(run, given)
@@ -121,8 +121,8 @@ def check_given(run: Run, given: Given) -> bool:
     entries = collect(given, run.names)
     if given.capturing:
         capture.check_state(entries, given, bool(run.last.alphas))
-    # It asks for state by a step that has none yet, with lr 0 and gradients of 0. A warm-up's first step has gradients.
-    # Where others may have gradients that are not 0, this rank goes on with them.
+    # torch.distributed.checkpoint has state made by a first step with lr 0 and gradients of 0. (A warm-up's first step
+    # has other gradients.) If other ranks may have gradients that are not 0, this rank takes the step with them.
     if state or not entries or given.shard_group is not None or ways:
         return True
     if any(as_float(group["lr"]) != 0 for group in groups):
@@ -146,7 +146,7 @@ def _norm_now(grads: list[Tensor], given: Given) -> float:
 
 
 def check_layers(run: Run, given: Given, preset_gamma: float | None) -> None:
-    """Warn of doubtful layers: at the first step, when set_layers has had its chance."""
+    """Warn of doubtful layers: at the first step, as set_layers may be called before."""
     if not rules_of(given.options).layers_by_place:
         for sentence in layers.warnings_for(given.groups, run.names, preset_gamma):
             warn(sentence, UserWarning)
@@ -154,7 +154,7 @@ def check_layers(run: Run, given: Given, preset_gamma: float | None) -> None:
 
 
 def begin(run: Run, given: Given, preset_gamma: float | None) -> None:
-    """Check the layers once, and hear the signals, unless this cycle of micro-batches has heard them."""
+    """Check the layers once, and evaluate the signals, unless this cycle of micro-batches already has."""
     if not run.layers_checked:
         check_layers(run, given, preset_gamma)
     steps, groups = given.options["accumulation_steps"], given.groups
@@ -175,7 +175,7 @@ def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, 
         alphas = [capture.in_place(run.captured, i, group, alphas[i]) for i, group in enumerate(groups)]
         boosts = [
             capture.in_place(run.captured_boosts, i, group, boosts[i])
-            if group["signal_boost"] or i in run.captured_boosts  # which a graph reads, though it was switched off
+            if group["signal_boost"] or i in run.captured_boosts  # a graph reads it, even if it was switched off
             else 1.0
             for i, group in enumerate(groups)
         ]
@@ -183,17 +183,17 @@ def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, 
 
 
 def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables | None]:
-    """Do the stages from the batches to the scalars, and return what is left to `write`; state is all there then."""
+    """Do the stages from the batches to the scalars, make missing state, and return what is left to `write`."""
     groups, state, options = given[:3]
     rules = rules_of(options)
     factor_of_lamb = amplification(run.last.signal) if options["amplify_by_signal"] else 1.0
-    alphas, boosts, cycle, held = run.last.alphas, run.last.boosts, None, groups
+    alphas, boosts, cycle, cycle_groups = run.last.alphas, run.last.boosts, None, groups
     if options["accumulation_steps"] > 1:
         cycle = Cycle(options["accumulation_steps"], groups, state)
-        held, alphas, boosts, factor_of_lamb = cycle.numbers(alphas, boosts, factor_of_lamb)
+        cycle_groups, alphas, boosts, factor_of_lamb = cycle.numbers(alphas, boosts, factor_of_lamb)
 
     missing = () if cycle is None else cycle.missing
-    found = run.cache.batches(given if cycle is None else given._replace(groups=held), run.names, missing)
+    found = run.cache.batches(given if cycle is None else given._replace(groups=cycle_groups), run.names, missing)
     if given.capturing and found.tables is not None:
         run.graphs.append(found.tables)
     is_idle = not found.params and given.shard_group is None and any(group["params"] for group in groups)
@@ -201,11 +201,11 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
         run.idle = True
         warn("a step found no gradient, and changed nothing: call loss.backward() before optimizer.step()", UserWarning)
 
-    limits = [float(held[batch.group]["gradient_clipping"]) for batch in found.batches]
+    limits = [float(cycle_groups[batch.group]["gradient_clipping"]) for batch in found.batches]
     are_divided = given.shard_group is not None or any(map(itemgetter(0), found.grads))
     if are_divided and not rules.clips_each_tensor:
-        # ranks must ask for the norm alike, whichever gradients they have
-        limits.append(min((x for group in held if (x := float(group["gradient_clipping"])) > 0), default=0.0))
+        # all ranks must need the norm, or none, whichever gradients they have
+        limits.append(min((x for group in cycle_groups if (x := float(group["gradient_clipping"])) > 0), default=0.0))
     stats = _measured(run, given, found, limits, rules)
     norms, clips = stats.norms, stats.clips
     if options["differentiable"]:
@@ -220,7 +220,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     calls: list[tuple[Batch, Scalars]] = []
     finite = None if stats.finite is True else torch.as_tensor(stats.finite)
     for batch, factor in zip(found.batches, stats.factors[: len(found.batches)], strict=True):
-        group, device = held[batch.group], batch.params[0].device
+        group, device = cycle_groups[batch.group], batch.params[0].device
         beta1s = _beta1s(group["betas"][0], group["gamma"], batch.layers)
         lr, alpha, clip = group["lr"], 1.0 if batch.windows is not None else alphas[batch.group], factor
         lr = lr if type(lr) is float else _number(lr, device, options)
@@ -256,9 +256,9 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
 
 
 def write(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None) -> None:
-    """Do the stages slow_grad to limit_rows: let each backend update its batches, then limit the rows that are left.
+    """Do the stages slow_grad to limit_rows: let each backend update its batches, then limit the remaining rows.
 
-    The batches of a GPU go together, as they share launches. This is all of a step that torch.compile sees.
+    A GPU's batches go together, as they share launches. This is all of a step that torch.compile sees.
     """
     before = [rows.before(batch, scalars) if batch.unlimited else [] for batch, scalars in calls]
     on_gpu = []
@@ -277,7 +277,7 @@ def write(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None) -> None
 
 
 def _measured(run: Run, given: Given, found: Batches, limits: list[float], rules: Rules) -> norm.GradStats:
-    """Do the stages norm and clip in the quickest way there is, and count a step that is skipped on a device."""
+    """Do the stages norm and clip in the fastest possible way, and count a step that is skipped on a device."""
     groups, _, options = given[:3]
     nonfinite = options["nonfinite"] if rules.knows_nonfinite else "propagate"
     is_scaled = given.scale is not None or given.found_inf is not None
@@ -290,7 +290,7 @@ def _measured(run: Run, given: Given, found: Batches, limits: list[float], rules
     home = next((device for device in found.devices if not _on_host(device, options)), None)
     on_one_gpu = home is not None and len(found.devices) == 1 and not rules.clips_each_tensor
     if sum_of_squares is update.fastest_sum_of_squares:
-        # what a graph reads must not come and go
+        # memory that a graph reads must stay
         judges = on_one_gpu and nonfinite != "raise" and given.shard_group is None
         if judges and (found.tables or not given.capturing):
             judged = norm.judge(found, limits, given, nonfinite, counter)
@@ -299,7 +299,7 @@ def _measured(run: Run, given: Given, found: Batches, limits: list[float], rules
         if given.capturing:
             sum_of_squares = foreach.sum_of_squares
     stats = norm.measure(found, limits, given, nonfinite, sum_of_squares, apart=rules.clips_each_tensor, home=home)
-    if nonfinite == "raise" and not stats.finite:  # a signal has made them so
+    if nonfinite == "raise" and not stats.finite:  # a signal changed them after check_given
         raise _not_finite(run, given, found.params)
     if stats.skipped is not None:
         total = counter(stats.skipped.device)
@@ -319,7 +319,7 @@ def _not_finite(run: Run, given: Given, params: Sequence[Tensor]) -> RuntimeErro
 
 
 def _number(value: Number, device: torch.device, options: dict[str, Any]) -> Number:
-    """Return a number for parameters on this device: a tensor is moved there, or read where that is free."""
+    """Return a number for parameters on this device: a tensor is moved there, or read if that is free."""
     if not isinstance(value, Tensor):
         return float(value)
     if _on_host(value.device, options) or _on_host(device, options):
@@ -336,7 +336,7 @@ def _on_host(device: torch.device, options: dict[str, Any]) -> bool:
 
 
 def skip_counter(run: Run, device: torch.device, movable: bool) -> Tensor:
-    """Return the count of the steps that are skipped on a device; a CUDA graph goes on with it in its place."""
+    """Return the count of the steps that were skipped on a device; a CUDA graph continues with the same tensor."""
     if run.skipped is None:
         run.skipped = torch.zeros((), dtype=torch.int64, device=device)
     elif run.skipped.device != device and movable:
@@ -345,7 +345,7 @@ def skip_counter(run: Run, device: torch.device, movable: bool) -> Tensor:
 
 
 def count_skipped(groups: Sequence[dict[str, Any]], steps: int) -> None:
-    """Add to the skipped steps that the groups count, and warn of the first."""
+    """Add to the groups' count of skipped steps, and warn of the first."""
     total = groups[0]["skipped_steps"] + steps
     for group in groups:
         group["skipped_steps"] = total
