@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grokadamw import GrokAdamW
-from grokadamw.signals import AccuracyGap, SlowGradient
+from grokadamw.signals import AccuracyGap, SlowGradient, loss_gap
 
 from .test_huggingface import GrokAdamWCallback, grokadamw_of, model, trainer, transformers
 
@@ -105,11 +105,12 @@ def test_what_the_trainer_hands_on_is_not_spoken_of(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_that_was_made_elsewhere_has_other_numbers(tmp_path: Path) -> None:
-    it = trainer(tmp_path, GrokAdamWCallback(), optim_args="lamb=1.5,gamma=x", **BRIEF)
+    it = trainer(tmp_path, GrokAdamWCallback(), optim_args="lamb=1.5,gamma=x", adam_epsilon=1e-6, **BRIEF)
     it.optimizer = GrokAdamW.for_grokking(it.model)
-    lamb, gamma, lr, decay = said_by(it.train)
+    lamb, gamma, eps, lr, decay = said_by(it.train)
     assert lamb.startswith("optim_args has lamb=1.5, and the optimizer has 2: the Trainer reads optim_args only if")
     assert gamma.startswith("optim_args has gamma=x, and the optimizer has 0.6")
+    assert eps == "adam_epsilon=1e-06 does not reach the optimizer, which has 1e-08: give eps to GrokAdamWCallback"
     assert lr.startswith("learning_rate=0.01 does not reach the optimizer, which has 0.003: give lr where")
     assert decay.startswith("weight_decay=0.1 does not reach the optimizer, which has 1.4: give it where")
 
@@ -124,12 +125,13 @@ def test_numbers_that_nobody_chose_are_not_missed(tmp_path: Path) -> None:
     ("options", "says"),
     [
         ({}, True),
+        ({"signals": loss_gap}, True),
         ({"eval_acc": "eval_accuracy", "signals": AccuracyGap()}, True),
         ({"signals": []}, False),
         ({"signals": SlowGradient(every=2)}, False),
         ({"lamb": 0.0}, False),
     ],
-    ids=["losses", "accuracies", "none", "no losses", "no filter"],
+    ids=["losses", "a signal of losses", "accuracies", "none", "no losses", "no filter"],
 )
 def test_without_an_evaluation_it_says_so_once(options: dict[str, Any], says: bool, tmp_path: Path) -> None:
     callback = GrokAdamWCallback(**options)
