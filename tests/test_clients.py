@@ -39,13 +39,14 @@ def test_trl(adapted: bool, tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     from grokadamw.huggingface import GrokAdamWCallback, for_grokking
 
+    datasets.disable_progress_bars()
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "b": 3}, "<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
     data = datasets.Dataset.from_dict({"text": ["a b a b"] * 8})
     arguments = trl.SFTConfig(
         str(tmp_path), optim="grokadamw", learning_rate=0.01, weight_decay=0.1, max_steps=2, use_cpu=True, bf16=False,
-        eval_strategy="steps", eval_steps=1, logging_steps=1, save_strategy="no", report_to="none",
+        eval_strategy="steps", eval_steps=1, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     it = trl.SFTTrainer(
         llama(),
