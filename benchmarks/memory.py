@@ -162,6 +162,17 @@ def table(results: dict[str, Any]) -> Table:
     return shown
 
 
+def times_table(results: dict[str, Any]) -> str:
+    """Return the table of docs/memory.md: times of steps without clipping, as multiples of fused AdamW's."""
+    models = results["models"]
+    lines = [f"| | {' | '.join(models)} |", f"| --- |{' ---: |' * len(models)}"]
+    for name in [f"GrokAdamW, {form}" for form in FORMATS] + ["bitsandbytes AdamW8bit", "torchao AdamW8bit"]:
+        ratios = [f"{of_model[name]['ratio'][1]:.2f}" for of_model in models.values() if "ratio" in of_model[name]]
+        if ratios:
+            lines.append(f"| {name} | {' | '.join(ratios)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     description, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(

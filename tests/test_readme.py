@@ -16,7 +16,7 @@ from grokadamw import GrokAdamW
 pytest.importorskip("rich", reason="the benchmarks print with rich, and draw with matplotlib")
 pytest.importorskip("matplotlib", reason="the benchmarks print with rich, and draw with matplotlib")
 
-from benchmarks import accumulation, filter_time, scaling, step_in_backward, step_time  # noqa: E402
+from benchmarks import accumulation, filter_time, memory, scaling, step_in_backward, step_time  # noqa: E402
 from benchmarks.grokking import report, runs  # noqa: E402
 
 from .pages import ROOT, code_blocks  # noqa: E402
@@ -62,6 +62,7 @@ def test_the_figures_on_grokking_are_those_of_the_runs(page: Path) -> None:
         ("filter time", "docs/grokfast.md"),
         ("accumulation", "docs/accumulation.md"),
         ("gradient release", "docs/gradient_release.md"),
+        ("time of formats", "docs/memory.md"),
         ("memory on many GPUs", "docs/scaling.md"),
         ("time on many GPUs", "docs/scaling.md"),
         ("latency", "docs/scaling.md"),
@@ -90,6 +91,10 @@ def gradient_release_table() -> str:
     return step_in_backward.table(json.loads((RESULTS / "step_in_backward.json").read_text()))
 
 
+def formats_table() -> str:
+    return memory.times_table(json.loads((RESULTS / "memory.json").read_text()))
+
+
 def scaling_table(name: str) -> str:
     return scaling.tables(json.loads((RESULTS / "scaling.json").read_text()))[name]
 
@@ -99,6 +104,7 @@ TABLES = {
     "filter time": filter_time_table,
     "accumulation": accumulation_table,
     "gradient release": gradient_release_table,
+    "time of formats": formats_table,
     **{
         name: partial(scaling_table, name)
         for name in ("memory on many GPUs", "time on many GPUs", "latency", "memory by ranks")

@@ -441,15 +441,20 @@ INLINE void store_floats(char *state, int64_t i, floats x, int format, words dit
     } else _mm512_storeu_ps((float *)state + i, x);
 }
 
-INLINE void store_codes(char *codes, float *scale, const floats *x, words dithers, int is_v) /* of a block */
+INLINE float scale_of(const floats *x, int is_v) /* of a block */
 {
     words tops = all(0);
     for (int part = 0; part < BLOCK / 16; part++) tops = _mm512_max_epi32(tops, _mm512_and_si512(bits(x[part]), all(0x7fffffff)));
     const float top = float_of(smaller(_mm512_reduce_max_epi32(tops), 0x71800000)), unit = top * (is_v ? V_UNIT : UNIT);
-    const float parts = PARTS / (*scale = unit < 0x1p-100f ? 0x1p-100f : unit);
+    return unit < 0x1p-100f ? 0x1p-100f : unit;
+}
+
+INLINE void store_codes(char *codes, float scale, const floats *x, words dithers, int is_v)
+{
+    const floats parts = _mm512_set1_ps(PARTS / scale);
     for (int part = 0; part < BLOCK / 16; part++) {
         const words shares = _mm512_srli_epi32(plus(dithers, all(part * 16 * LANE)), 16);
-        words code = _mm512_srai_epi32(plus(_mm512_cvttps_epi32(times(parts, x[part])), shares), 16);
+        words code = _mm512_srai_epi32(plus(_mm512_cvttps_epi32(_mm512_mul_ps(parts, x[part])), shares), 16);
         if (is_v)
             code = _mm512_max_epi32(code, _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(x[part], _mm512_setzero_ps(), _CMP_GT_OQ), 1));
         _mm_storeu_si128((void *)(codes + 16 * part), _mm512_cvtepi32_epi8(code));
@@ -472,7 +477,7 @@ INLINE void store_param_at(char *param, char *low, int64_t i, floats x, int dtyp
         _mm512_storeu_ps((float *)param + i, x);
         return;
     }
-    if (dropped) word = _mm512_and_si512(plus(word, _mm512_srli_epi32(dithers, 32 - dropped)), all(-(1u << dropped)));
+    if (dropped) word = plus(word, _mm512_srli_epi32(dithers, 32 - dropped)); /* what is dropped is below what is stored */
     const words half = _mm512_srli_epi32(low_bits ? plus(word, all(0x8000)) : word, 16);
     _mm256_storeu_si256((void *)(param + 2 * i), _mm512_cvtepi32_epi16(half));
     if (low_bits == 16) _mm256_storeu_si256((void *)(low + 2 * i), _mm512_cvtepi32_epi16(word));
@@ -523,9 +528,11 @@ INLINE void step_full(const table *t, const numbers *k, int64_t tensor, int64_t 
             if (mu) store_floats(mu, j, mus[part], format, plus(mu_dithers, turn), 0);
         }
         if (format != INT8) continue;
-        store_codes(m + i, scale[0], ms, m_dithers, 0);
-        store_codes(v + i, scale[1], roots, v_dithers, 1);
-        if (mu) store_codes(mu + i, scale[2], mus, mu_dithers, 0);
+        *scale[0] = scale_of(ms, 0), *scale[1] = scale_of(roots, 1);
+        if (mu) *scale[2] = scale_of(mus, 0);
+        store_codes(m + i, *scale[0], ms, m_dithers, 0);
+        store_codes(v + i, *scale[1], roots, v_dithers, 1);
+        if (mu) store_codes(mu + i, *scale[2], mus, mu_dithers, 0);
     }
 }
 
