@@ -15,7 +15,7 @@ from ..state.formats import BLOCK, key_of, width_of
 from . import memory
 from .types import Addresses, Batch, Coded, Scalars, limited_widths
 
-_ANOTHER = "the captured step differs from the one before it: take a step with the same gradients before capturing"
+_ANOTHER = "the captured step differs from the one before it: take a step before capturing"
 _KEPT = 64  # tables of which the device keeps a copy
 _COLUMNS = ("params", "exp_avgs", "exp_avg_sqs", "grok_emas", "steps")
 _NUMBERS = struct.Struct("QdQdQdQd11d")  # the numbers of a list, as `words_of` packs them
