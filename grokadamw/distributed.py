@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -282,15 +283,41 @@ def state_is_asked_for() -> bool:
 
 
 def why_not_early(params: set[Tensor]) -> str | None:
-    """Return why ranks still change the gradients of these parameters after backward has made them; None if they don't.
-
-    Parameters do not know the wrapper that averages their gradients, so this looks through all objects.
-    """
+    """Return why ranks change the gradients of these parameters after backward has made them; None if they don't."""
     if any(mesh_of(param) is not None for param in params):
         return "that are DTensors, as FSDP2 makes"
-    if dist.is_available() and dist.is_initialized():
-        for thing in gc.get_objects():
-            name = type(thing).__name__
-            if name in _WRAPPERS and isinstance(thing, nn.Module) and not params.isdisjoint(thing.parameters()):
-                return f"in {name}, which averages their gradients later"
-    return None
+    wrapper = _wrapper_of(params)
+    return None if wrapper is None else f"in {type(wrapper).__name__}, which averages their gradients later"
+
+
+def _wrapper_of(params: set[Tensor]) -> Any:
+    """Return the DDP or FSDP1 module that averages the gradients of these parameters; None if there is none.
+
+    Parameters do not know it, so this looks through all objects.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    wrappers = (x for x in gc.get_objects() if type(x).__name__ in _WRAPPERS and isinstance(x, nn.Module))
+    return next((wrapper for wrapper in wrappers if not params.isdisjoint(wrapper.parameters())), None)
+
+
+class AllRanks:
+    """Tells whether all ranks take an optimizer's steps, as FSDP2, DDP and FSDP1 need it."""
+
+    def __init__(self) -> None:
+        self._wrapper: Callable[[], Any] | None = None  # a weak reference to DDP or FSDP1; None until it is looked for
+
+    def take_steps(self, groups: Sequence[Mapping[str, Any]], shard_group: Any) -> bool:
+        """Return True if parameters are on all ranks, and so all ranks take each step; False if that is not known."""
+        if shard_group is not None:  # a rank may have none of its parameters
+            return dist.get_world_size(shard_group) == ranks()
+        if span_all_ranks(groups):
+            return True
+        if self._wrapper is None:
+            found = _wrapper_of({param for group in groups for param in group["params"]})
+            self._wrapper = (lambda: None) if found is None else weakref.ref(found)
+        wrapper = self._wrapper()
+        if wrapper is None or dist.get_world_size(wrapper.process_group) < ranks():
+            return False
+        # in DDP's join(), ranks that have no more data take no more steps
+        return not getattr(getattr(wrapper, "_join_config", None), "enable", False)

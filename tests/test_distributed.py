@@ -144,6 +144,50 @@ def test_no_rank_waits_for_another_that_hears_less(tmp_path: Path) -> None:
     assert {boost for _, boost in first} == {1.0, 1.5}
 
 
+def _default_signal(rank: int) -> list[float]:
+    """α after each step. The first rank alone records losses, and not from the start."""
+    alphas = []
+    for way in ("DDP", "FSDP1", "ZeRO"):
+        model = torch.nn.Linear(5, 3, bias=False)
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu")) if way == "FSDP1" else _in_ddp(model)
+        make = functools.partial(ZeroRedundancyOptimizer, optimizer_class=GrokAdamW) if way == "ZeRO" else GrokAdamW
+        optimizer = make(wrapped.parameters(), gradient_clipping=0.0, nonfinite="propagate")
+        grok = optimizer.optim if way == "ZeRO" else optimizer
+        assert (way == "ZeRO" and rank == 1) == (not any(group["params"] for group in grok.param_groups))
+        for step in range(3):
+            if rank == 0 and step > 0:
+                grok.record(train_loss=0.5, eval_loss=1.0)
+            train(wrapped, range(step, step + 1), lambda _, loss, take=optimizer.step: take())
+            alphas.append(grok.metrics()["alpha"])
+    return alphas
+
+
+def _in_ddp(model: torch.nn.Module, group: Any = None) -> torch.nn.Module:
+    return torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+
+
+def _fewer_steps(rank: int) -> None:
+    """The first rank takes more steps than the second: in DDP's join(), and where each rank has a group of its own."""
+    alone = [dist.new_group([each]) for each in range(RANKS)][rank]
+    for group in (None, alone):
+        model = _in_ddp(network(), group)
+        optimizer = GrokAdamW(model.parameters())
+        with model.join(enable=group is None):  # type: ignore[operator]
+            train(model, range(1 if rank else 4), lambda _, loss, take=optimizer.step: take())
+        dist.barrier()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_of_a_wrapper_agree_on_the_default_signal(tmp_path: Path) -> None:
+    first, second = in_processes(_default_signal, tmp_path)
+    assert first == second == pytest.approx([0.98, *[0.98 * math.exp(-0.05)] * 2] * 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_that_take_fewer_steps_are_not_waited_for(tmp_path: Path) -> None:
+    in_processes(_fewer_steps, tmp_path)
+
+
 DEVICE = "numbers on the device"
 
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from .._numbers import Number, as_float, as_number
 from .._warn import warn
-from ..distributed import mean_over_ranks, ranks, span_all_ranks
+from ..distributed import mean_over_ranks, ranks
 from ..options import Rules, recorded
 from ..signals import loss_gap, memorisation
 
@@ -42,8 +42,10 @@ def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, 
     return alpha_init * math.exp(-decay_rate * (max(signal, 0.0) if clamp else signal))
 
 
-def hear(signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules) -> list[Number | None]:
-    """Evaluate the signals, and return GS_t for every group."""
+def hear(
+    signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules, all_ranks_step: Callable[[], bool]
+) -> list[Number | None]:
+    """Evaluate the signals, and return GS_t for every group. `all_ranks_step` tells whether they are known to."""
     if rules.signals_for_each_group:
         losses = [[x if x == x else None for x in (group["train_loss"], group["eval_loss"])] for group in groups]
         return [signals.evaluate(train, evaluation, keep_nonfinite=True) for train, evaluation in losses]
@@ -54,7 +56,7 @@ def hear(signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules) -> li
         # ask the other ranks, whatever this one recorded, as they may have recorded more. But not if the user neither
         # chose signals nor records losses, unless all ranks are known to take this step
         is_asked_for = signals.are_given or any(map(itemgetter("signal_boost"), groups))
-        if is_asked_for or (train_loss, eval_loss) != (None, None) or span_all_ranks(groups):
+        if is_asked_for or (train_loss, eval_loss) != (None, None) or all_ranks_step():
             signal, elsewhere = mean_over_ranks(signal, groups)
             signal = as_number(signal) if isinstance(signal, Tensor) else signal
     signals.listen(train_loss, eval_loss, elsewhere)

@@ -27,7 +27,7 @@ from ..accumulation import Cycle
 from ..backends import foreach, gpu, rows
 from ..backends.gpu_tables import Tables
 from ..backends.types import WHOLE, Batch, MicroStep, Scalars
-from ..distributed import check_shard_group, divisions, part, state_is_asked_for
+from ..distributed import AllRanks, check_shard_group, divisions, part, state_is_asked_for
 from ..options import Rules, check_changed, rules_of
 from . import capture, metrics, norm
 from .alpha import Signals, alpha_of, amplification, boost_of, hear
@@ -57,6 +57,7 @@ class Run:
     cache: Cache = field(default_factory=Cache)  # the batches of earlier steps
     evaluation_listeners: list[Callable[[], None]] = field(default_factory=list)  # called after record(eval_acc=…)
     in_backward: Any = None  # `step_in_backward`'s handle, while parameters are updated in the backward pass
+    all_ranks: AllRanks = field(default_factory=AllRanks)
     shard_group: Any = None  # the ranks that plain parameters are divided over
     flattened: bool = False  # whether a flat tensor instead of parameters was warned of
     zero: Callable[[], Any] = lambda: None  # the ZeroRedundancyOptimizer around this one, if any
@@ -165,7 +166,8 @@ def begin(run: Run, given: Given, preset_gamma: float | None) -> None:
 def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> None:
     """Evaluate the signals, and set α and the boost of every group from them."""
     rules = rules_of(options)
-    said, alphas, boosts = hear(run.signals, groups, rules), list[Number](), list[Number]()
+    all_ranks_step = partial(run.all_ranks.take_steps, groups, run.shard_group)
+    said, alphas, boosts = hear(run.signals, groups, rules, all_ranks_step), list[Number](), list[Number]()
     for group, signal in zip(groups, said, strict=True):
         alphas.append(alpha_of(group, signal, rules))
         boosts.append(boost_of(group, signal))
