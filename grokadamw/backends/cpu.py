@@ -65,9 +65,10 @@ def flat(tensors: Sequence[Tensor]) -> Callable[[bytes], float] | None:
     ends, dtype, count = ends_of(tensors), DTYPES.index(tensors[0].dtype), len(tensors)
     (elements,) = struct.unpack("q", ends[-8:])
     sums = (ctypes.c_double * -(-elements // kernel.piece))()
+    table = native.Table(count=count, ends=ends, grad=dtype)
 
     def squares(at: bytes) -> float:
-        table = native.Table(count=count, ends=ends, grads=at, grad=dtype)
+        table.grads = at
         return kernel.sum_of_squares(table, sums, *_threads(elements))
 
     return squares

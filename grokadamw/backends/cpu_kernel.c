@@ -896,14 +896,17 @@ typedef struct {
 
 typedef struct {
     void *(*item)(void *list, intptr_t i);      /* PyList_GetItem */
+    void *(*type)(void *object);                /* PyObject_Type */
+    void (*release)(void *object);              /* Py_DecRef */
     int (*look)(void *object, dl_tensor *);     /* torch's `dltensor_from_py_object_no_sync` */
 } python;
 
-/* Of a list of so many torch.Tensors. Writes two words for each and two for each of its dimensions, and its address; or, where
- * they are not to be written but compared, returns 0 at the first that is another. Between steps all of this has left
- * the caches: hints say where to look soon, and are where the last call found the shapes. -1: a Python exception is set. */
-int NAME(look)(const python *python, void *list, int64_t count, const char **hints, int64_t *words, char **addresses,
-               int compare_words, int compare_addresses)
+/* Of a list of so many torch.Tensors. Writes three words for each and two for each of its dimensions, and its address. With
+ * `compare` the words, and the addresses of the first `fixed` tensors, are not written but compared: it returns 0 at the
+ * first that is another, before it looks into an object of another type. Between steps all of this has left the caches:
+ * hints say where to look soon, and are where the last call found the shapes. -1: a Python exception is set. */
+int NAME(look)(const python *python, void *list, int64_t count, int64_t fixed, const char **hints, int64_t *words,
+               char **addresses, int compare)
 {
     for (int64_t i = 0; i < count; i++) {
         dl_tensor x;
@@ -911,19 +914,22 @@ int NAME(look)(const python *python, void *list, int64_t count, const char **hin
             __builtin_prefetch(python->item(list, i + AHEAD));
             for (int line = -2; line < 2; line++) __builtin_prefetch(hints[i + AHEAD] + 64 * line);
         }
-        if (python->look(python->item(list, i), &x)) return -1;
+        void *const object = python->item(list, i), *const type = python->type(object);
+        python->release(type); /* its objects keep it */
+        if (compare && *words != (int64_t)(intptr_t)type) return 0;
+        if (python->look(object, &x)) return -1;
         hints[i] = (const char *)x.shape;
-        const int64_t kind[] = {(int64_t)x.device_type << 32 | (uint32_t)x.device,
+        const int64_t kind[] = {(intptr_t)type, (int64_t)x.device_type << 32 | (uint32_t)x.device,
                                 (int64_t)x.code << 56 | (int64_t)x.bits << 48 | (int64_t)x.lanes << 32 | x.dimensions};
         const int64_t *parts[] = {kind, x.shape, x.strides};
         for (int part = 0; part < 3; part++) {
-            const int64_t length = part ? x.dimensions : 2;
+            const int64_t length = part ? x.dimensions : 3;
             for (int64_t j = 0; j < length; j++, words++)
-                if (!compare_words) *words = parts[part][j];
+                if (!compare) *words = parts[part][j];
                 else if (*words != parts[part][j]) return 0;
         }
         char *const address = x.data + x.offset;
-        if (!compare_addresses) addresses[i] = address;
+        if (!compare || i >= fixed) addresses[i] = address;
         else if (addresses[i] != address) return 0;
     }
     return 1;

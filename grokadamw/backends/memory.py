@@ -24,54 +24,45 @@ from .types import Addresses, Batch, written
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the native kernel's order
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_LOOKS: tuple[Callable[[Tensor], Any], ...] = (attrgetter("dtype"), Tensor.size, Tensor.stride, Tensor.get_device)
+_LOOKS: tuple[Callable[[Tensor], Any], ...] = (type, attrgetter("dtype"), Tensor.size, Tensor.stride, Tensor.get_device)
 
 
 class TensorSignature:
-    """The device, dtype, shape, strides and address of each tensor of a list. Tensor subclasses are not allowed."""
+    """The type, device, dtype, shape and strides of each tensor of a list; of the first `fixed`, the address, too.
 
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._look, self._count = native.look(), len(tensors)
-        self._room = ctypes.c_char * (8 * len(tensors))
+    Tensors have to be of type Tensor or Parameter.
+    """
+
+    def __init__(self, tensors: list[Tensor], fixed: int) -> None:
+        self._look, self._count, self._fixed = native.look(), len(tensors), fixed
         if self._look is None:
             self._read = [list(map(read, tensors)) for read in _LOOKS]
-            self.addresses = addresses(tensors)
+            self._addresses = addresses(tensors[:fixed])
             return
-        self._lengths = [2 + 2 * x.dim() for x in tensors]
+        self._lengths = [3 + 2 * x.dim() for x in tensors]
         self._words = (ctypes.c_int64 * sum(self._lengths))()
         self._hints = (ctypes.c_void_p * len(tensors))(*map(id, tensors))
-        room = self._room()
-        self._look(tensors, len(tensors), self._hints, self._words, room, False, False)
-        self.addresses = room.raw
+        self._at = (ctypes.c_char * (8 * len(tensors)))()
+        self._look(tensors, len(tensors), fixed, self._hints, self._words, self._at, False)
 
     def looks(self) -> list[Any]:
-        """Return a value for each tensor: the same for the same device, dtype, shape and strides, at any address."""
+        """Return a value for each tensor: the same for the same type, device, dtype, shape and strides."""
         if self._look is None:
             return list(zip(*self._read, strict=True))
         words, ends = bytes(self._words), list(accumulate(self._lengths))
         return [words[8 * start : 8 * end] for start, end in zip([0, *ends], ends, strict=False)]
 
-    def holds(self, tensors: list[Tensor]) -> bool:
-        """Return True if these tensors look like the ones of this signature and lie at the same addresses."""
+    def other_addresses(self, tensors: list[Tensor]) -> bytes | None:
+        """Return the addresses of these tensors but the first `fixed`; None if any has another signature."""
         if len(tensors) != self._count:  # C does not check this
-            return False
-        if self._look is None:
-            return self._look_same(tensors) and addresses(tensors) == self.addresses
-        return bool(self._look(tensors, len(tensors), self._hints, self._words, self.addresses, True, True))
-
-    def addresses_of(self, tensors: list[Tensor]) -> bytes | None:
-        """Return the addresses of these tensors if they look like the ones of this signature, otherwise None."""
-        if len(tensors) != self._count:
             return None
-        if self._look is None:
-            return addresses(tensors) if self._look_same(tensors) else None
-        room = self._room()
-        same = self._look(tensors, len(tensors), self._hints, self._words, room, True, False)
-        return room.raw if same else None
-
-    def _look_same(self, tensors: list[Tensor]) -> bool:
+        if self._look is not None:
+            same = self._look(tensors, len(tensors), self._fixed, self._hints, self._words, self._at, True)
+            return self._at.raw[8 * self._fixed :] if same else None
         # make no list: that would start the garbage collector, which goes through all objects
-        return all(all(map(eq, map(read, tensors), then)) for read, then in zip(_LOOKS, self._read, strict=True))
+        same = all(all(map(eq, map(read, tensors), then)) for read, then in zip(_LOOKS, self._read, strict=True))
+        same = same and addresses(tensors[: self._fixed]) == self._addresses
+        return addresses(tensors[self._fixed :]) if same else None
 
 
 def memory_is_all(compiling: bool) -> bool:

@@ -86,7 +86,7 @@ def _kernel(library: ctypes.CDLL, name: str) -> Kernel | str:
 class _Python(ctypes.Structure):
     """`python` in cpu_kernel.c: the functions that the kernel calls."""
 
-    _fields_ = [("item", ctypes.c_void_p), ("look", ctypes.c_void_p)]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("item", "type", "release", "look")]
 
 
 def _look(name: str) -> Callable[..., int] | None:
@@ -104,10 +104,11 @@ def _look(name: str) -> Callable[..., int] | None:
         return None
     look = getattr(ctypes.PyDLL(str(_LIBRARY)), f"look_{name}")  # PyDLL, as `look` reads Python objects
     look.argtypes = (
-        *(ctypes.POINTER(_Python), ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p),
-        *(ctypes.c_char_p, ctypes.c_int, ctypes.c_int),
+        *(ctypes.POINTER(_Python), ctypes.py_object, ctypes.c_int64, ctypes.c_int64),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
     )
-    return partial(look, _Python(ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p), of_tensor))
+    of_python = (getattr(ctypes.pythonapi, name) for name in ("PyList_GetItem", "PyObject_Type", "Py_DecRef"))
+    return partial(look, _Python(*(ctypes.cast(function, ctypes.c_void_p) for function in of_python), of_tensor))
 
 
 def look() -> Callable[..., int] | None:

@@ -121,8 +121,8 @@ class Cache:
             owners = [owner._replace(first=first) for owner, first in zip(owners, firsts, strict=True)]
         if any(mu is None and groups[o.group]["lamb"] > 0 for o, mu in zip(owners, columns.grok_emas, strict=True)):
             return None
-        signatures = TensorSignature(seen.written), TensorSignature(columns.grads)
-        looks = _looks(columns, signatures, shards, [groups[owner.group] for owner in owners])
+        signature = TensorSignature([*seen.written, *columns.grads], len(seen.written))
+        looks = _looks(columns, signature, shards, [groups[owner.group] for owner in owners])
         if checked:
             if len(self._kinds) > _LOOKS:
                 self._kinds.clear()
@@ -140,7 +140,7 @@ class Cache:
         self.plans.pop(seen.key, None)
         if len(self.plans) >= SETS:
             del self.plans[next(iter(self.plans))]
-        self.plans[seen.key] = plan = _Plan(seen, owners, made, ranges, signatures, options, places)
+        self.plans[seen.key] = plan = _Plan(seen, owners, made, ranges, signature, options, places)
         return plan
 
 
@@ -218,18 +218,18 @@ def _are_plain(columns: Columns, written: list[Tensor]) -> bool:
 
 def _looks(
     columns: Columns,
-    signatures: tuple[TensorSignature, TensorSignature],
+    signature: TensorSignature,
     shards: Sequence[Shards | None],
     groups: Sequence[dict[str, Any]],
 ) -> list[Any]:
     """Return for each parameter everything that decides its kind."""
-    written, count = iter(signatures[0].looks()), len(columns.params)
-    p, m, v = (list(islice(written, count)) for _ in range(3))
-    mus = [None if mu is None else next(written) for mu in columns.grok_emas]
+    looks, count = iter(signature.looks()), len(columns.params)
+    p, m, v = (list(islice(looks, count)) for _ in range(3))
+    mus = [None if mu is None else next(looks) for mu in columns.grok_emas]
     asked = [(group["foreach"], group["fused"]) for group in groups]
-    steps = list(islice(written, count))
-    extras = [[None if x is None else next(written) for x in column] for column in columns.extras]
-    return list(zip(asked, shards, p, m, v, mus, steps, signatures[1].looks(), *extras, strict=True))
+    steps = list(islice(looks, count))
+    extras = [[None if x is None else next(looks) for x in column] for column in columns.extras]
+    return list(zip(asked, shards, p, m, v, mus, steps, looks, *extras, strict=True))
 
 
 class _Plan:
@@ -241,11 +241,11 @@ class _Plan:
         owners: Sequence[Owner],
         made: Sequence[tuple[Batch, list[int]]],
         ranges: Ranges | None,
-        signatures: tuple[TensorSignature, TensorSignature],
+        signature: TensorSignature,
         options: dict[str, Any],
         divided: Mapping[Shards | None, list[int]],
     ) -> None:
-        self._ranges, (self._written, self._grads), self._has = ranges, signatures, seen.has
+        self._ranges, self._signature, self._has = ranges, signature, seen.has
         # copy the layers: the group's list may be changed in place
         self.facts = seen.facts._replace(groups=[(*fact[:-1], list(fact[-1])) for fact in seen.facts.groups])
         self._places, self._owners, self._options = [places for _, places in made], owners, options
@@ -269,17 +269,15 @@ class _Plan:
         # the places of gradients that are divided alike
         self._divided = list(divided.items()) or [(None, list[int]())]
         is_fastest &= len(self._divided) == 1
-        self._at, self._squares = self._grads.addresses, cpu.flat(grads) if is_fastest else None
+        self._at, self._squares = memory.addresses(grads), cpu.flat(grads) if is_fastest else None
 
     def now(self, seen: Seen) -> Batches | None:
         """Return the batches with the tensors of this step; None if something has changed."""
-        columns, written, grads = seen.columns, seen.written, seen.columns.grads
-        if seen.has != self._has or not set(map(type, written)) <= _PLAIN or not set(map(type, grads)) <= {Tensor}:
+        columns, grads = seen.columns, seen.columns.grads
+        at = self._signature.other_addresses([*seen.written, *grads]) if seen.has == self._has else None
+        if at is None or any(map(Tensor.is_neg, [grads[i] for i in self._of_one])):
             return None
-        if not self._written.holds(written) or any(map(Tensor.is_neg, [grads[i] for i in self._of_one])):
-            return None
-        at = self._grads.addresses_of(grads)
-        if at is None or (at != self._at and self._ranges is not None and self._ranges.meet(at)):
+        if at != self._at and self._ranges is not None and self._ranges.meet(at):
             return None
         self._at, order = at, self._order
         lists = columns[:6]
