@@ -313,6 +313,8 @@ class AllRanks:
             return dist.get_world_size(shard_group) == ranks()
         if span_all_ranks(groups):
             return True
+        if torch._C._current_graph_task_id() != -1:  # an optimizer for each parameter, which steps in the backward pass
+            return False
         if self._wrapper is None:
             found = _wrapper_of({param for group in groups for param in group["params"]})
             self._wrapper = (lambda: None) if found is None else weakref.ref(found)

@@ -167,7 +167,7 @@ def _in_ddp(model: torch.nn.Module, group: Any = None) -> torch.nn.Module:
 
 
 def _fewer_steps(rank: int) -> None:
-    """The first rank takes more steps than the second: in DDP's join(), and where each rank has a group of its own."""
+    """The first rank takes more steps: in DDP's join(), where each rank has a group of its own, and in backward."""
     alone = [dist.new_group([each]) for each in range(RANKS)][rank]
     for group in (None, alone):
         model = _in_ddp(network(), group)
@@ -175,6 +175,13 @@ def _fewer_steps(rank: int) -> None:
         with model.join(enable=group is None):  # type: ignore[operator]
             train(model, range(1 if rank else 4), lambda _, loss, take=optimizer.step: take())
         dist.barrier()
+    model = _in_ddp(network())
+    optimizer = GrokAdamW(model.parameters())
+    if rank == 0:  # as by torch's _apply_optimizer_in_backward
+        x = torch.ones(1, requires_grad=True)
+        x.register_hook(lambda _: optimizer.step())
+        x.sum().backward()
+    dist.barrier()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -45,17 +45,17 @@ def main(path: str) -> None:
             multiprocessors=device.multi_processor_count,
             memory={"free": free, "total": total},
         )
-    if native.look() is None:
+    if native.signature() is None:
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         record.write(build={"code": built.returncode, "output": (built.stdout + built.stderr)[-2000:]})
         native.kernel.cache_clear()
     kernel = native.kernel()
-    has_look = native.look() is not None
-    record.write(native=kernel if isinstance(kernel, str) else kernel.instruction_set, look=has_look)
+    has_signature = native.signature() is not None
+    record.write(native=kernel if isinstance(kernel, str) else kernel.instruction_set, signature=has_signature)
     record.write(environment=environment())
     print(record.results["environment"])
-    if not has_look:
+    if not has_signature:
         sys.exit(f"the native library is not there: {record.results['native']}; {record.results.get('build')}")
     record.write(summary=f"{record.results['device']}; torch {torch.__version__}, triton {version('triton')}")
 

@@ -905,8 +905,8 @@ typedef struct {
  * `compare` the words, and the addresses of the first `fixed` tensors, are not written but compared: it returns 0 at the
  * first that is another, before it looks into an object of another type. Between steps all of this has left the caches:
  * hints say where to look soon, and are where the last call found the shapes. -1: a Python exception is set. */
-int NAME(look)(const python *python, void *list, int64_t count, int64_t fixed, const char **hints, int64_t *words,
-               char **addresses, int compare)
+int NAME(signature)(const python *python, void *list, int64_t count, int64_t fixed, const char **hints, int64_t *words,
+                    char **addresses, int compare)
 {
     for (int64_t i = 0; i < count; i++) {
         dl_tensor x;

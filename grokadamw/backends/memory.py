@@ -34,8 +34,8 @@ class TensorSignature:
     """
 
     def __init__(self, tensors: list[Tensor], fixed: int) -> None:
-        self._look, self._count, self._fixed = native.look(), len(tensors), fixed
-        if self._look is None:
+        self._native, self._count, self._fixed = native.signature(), len(tensors), fixed
+        if self._native is None:
             self._read = [list(map(read, tensors)) for read in _LOOKS]
             self._addresses = addresses(tensors[:fixed])
             return
@@ -43,11 +43,11 @@ class TensorSignature:
         self._words = (ctypes.c_int64 * sum(self._lengths))()
         self._hints = (ctypes.c_void_p * len(tensors))(*map(id, tensors))
         self._at = (ctypes.c_char * (8 * len(tensors)))()
-        self._look(tensors, len(tensors), fixed, self._hints, self._words, self._at, False)
+        self._native(tensors, len(tensors), fixed, self._hints, self._words, self._at, False)
 
     def looks(self) -> list[Any]:
         """Return a value for each tensor: the same for the same type, device, dtype, shape and strides."""
-        if self._look is None:
+        if self._native is None:
             return list(zip(*self._read, strict=True))
         words, ends = bytes(self._words), list(accumulate(self._lengths))
         return [words[8 * start : 8 * end] for start, end in zip([0, *ends], ends, strict=False)]
@@ -56,8 +56,8 @@ class TensorSignature:
         """Return the addresses of these tensors but the first `fixed`; None if any has another signature."""
         if len(tensors) != self._count:  # C does not check this
             return None
-        if self._look is not None:
-            same = self._look(tensors, len(tensors), self._fixed, self._hints, self._words, self._at, True)
+        if self._native is not None:
+            same = self._native(tensors, len(tensors), self._fixed, self._hints, self._words, self._at, True)
             return self._at.raw[8 * self._fixed :] if same else None
         # make no list: that would start the garbage collector, which goes through all objects
         same = all(all(map(eq, map(read, tensors), then)) for read, then in zip(_LOOKS, self._read, strict=True))

@@ -44,7 +44,7 @@ class Kernel(NamedTuple):
     step: Callable[..., None]
     sum_of_squares: Callable[..., float]
     meet: Callable[..., int]
-    look: Callable[..., int] | None  # None where torch has no table of DLPack's functions
+    signature: Callable[..., int] | None  # None where torch has no table of DLPack's functions
 
 
 @cache
@@ -55,7 +55,7 @@ def kernel() -> Kernel | str:
     try:
         library = ctypes.CDLL(str(_LIBRARY))
         for name in _instruction_sets():
-            if hasattr(library, f"row_bytes_{name}"):
+            if hasattr(library, f"signature_{name}"):  # its newest function
                 return _kernel(library, name)
     except OSError as error:
         return f"the native kernel cannot be loaded: {error}"
@@ -80,7 +80,7 @@ def _kernel(library: ctypes.CDLL, name: str) -> Kernel | str:
     squares.argtypes = (ctypes.POINTER(Table), ctypes.POINTER(ctypes.c_double), ctypes.c_int64, ctypes.c_void_p)
     meet.argtypes = (ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p) * 2
     instruction_set = {"v3": "x86-64-v3", "v4": "x86-64-v4"}.get(name, name)
-    return Kernel(instruction_set, piece(), row_bytes(), step, squares, meet, _look(name))
+    return Kernel(instruction_set, piece(), row_bytes(), step, squares, meet, _signature(name))
 
 
 class _Python(ctypes.Structure):
@@ -89,8 +89,8 @@ class _Python(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("item", "type", "release", "look")]
 
 
-def _look(name: str) -> Callable[..., int] | None:
-    """Return the kernel's `look` with the function that it needs from torch: the fourth in DLPack's table."""
+def _signature(name: str) -> Callable[..., int] | None:
+    """Return the kernel's `signature` with the function that it needs from torch: the fourth in DLPack's table."""
     get = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
         ("PyCapsule_GetPointer", ctypes.pythonapi)
     )
@@ -102,16 +102,16 @@ def _look(name: str) -> Callable[..., int] | None:
     of_tensor = (ctypes.c_void_p * 6).from_address(table)[5]  # after the version, its predecessor, and three others
     if major != 1 or of_tensor is None:
         return None
-    look = getattr(ctypes.PyDLL(str(_LIBRARY)), f"look_{name}")  # PyDLL, as `look` reads Python objects
-    look.argtypes = (
+    function = getattr(ctypes.PyDLL(str(_LIBRARY)), f"signature_{name}")  # PyDLL, as it reads Python objects
+    function.argtypes = (
         *(ctypes.POINTER(_Python), ctypes.py_object, ctypes.c_int64, ctypes.c_int64),
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
     )
     of_python = (getattr(ctypes.pythonapi, name) for name in ("PyList_GetItem", "PyObject_Type", "Py_DecRef"))
-    return partial(look, _Python(*(ctypes.cast(function, ctypes.c_void_p) for function in of_python), of_tensor))
+    return partial(function, _Python(*(ctypes.cast(x, ctypes.c_void_p) for x in of_python), of_tensor))
 
 
-def look() -> Callable[..., int] | None:
-    """Return `look` of cpu_kernel.c without its first argument, or None if it is not available."""
+def signature() -> Callable[..., int] | None:
+    """Return `signature` of cpu_kernel.c without its first argument, or None if it is not available."""
     found = kernel()
-    return None if isinstance(found, str) else found.look
+    return None if isinstance(found, str) else found.signature

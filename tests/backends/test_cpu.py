@@ -33,7 +33,7 @@ def test_it_was_built_and_looks_through_dlpack() -> None:
     found = native.kernel()
     assert not isinstance(found, str), found
     assert found.instruction_set in ("baseline", "x86-64-v3", "x86-64-v4")
-    assert (found.look is not None) == hasattr(Tensor, "__dlpack_c_exchange_api__")
+    assert (found.signature is not None) == hasattr(Tensor, "__dlpack_c_exchange_api__")
 
 
 @contextmanager
@@ -174,7 +174,7 @@ def test_every_half_number_is_read_and_rounded_as_torch_does(dtype: torch.dtype,
 
 def test_a_table_of_dlpack_that_is_another_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "__dlpack_c_exchange_api__", 123, raising=False)
-    assert native._look("baseline") is None
+    assert native._signature("baseline") is None
 
 
 def test_denormal_numbers_are_flushed_by_every_thread_or_none(monkeypatch: pytest.MonkeyPatch) -> None:

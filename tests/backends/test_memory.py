@@ -173,7 +173,7 @@ def _looks(request: pytest.FixtureRequest, implementation: str, monkeypatch: pyt
     if not request.param:  # as with a torch older than 2.10
         if implementation == "gpu":
             pytest.skip("who looks at tensors does not know of implementations, and interpreted kernels are slow")
-        monkeypatch.setattr(native, "look", lambda: None)
+        monkeypatch.setattr(native, "signature", lambda: None)
 
 
 @pytest.mark.usefixtures("_looks")

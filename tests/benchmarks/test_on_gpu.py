@@ -42,7 +42,7 @@ def test_the_script_runs_from_the_root(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @needs_triton
-@pytest.mark.skipif(native.look() is None, reason="the native library is not built, and must not be while others test")
+@pytest.mark.skipif(native.signature() is None, reason="no native library, and none may be built while others test")
 def test_the_first_stages_are_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,7 +59,7 @@ def test_the_first_stages_are_whole(
     assert gpu.main() == 0, capsys.readouterr().out
     assert [path.name for path in sorted(out.iterdir())] == [stage.file for stage in patient[:3]]
     machine, smoked, timed = (json.loads(path.read_text()) for path in sorted(out.iterdir()))
-    assert machine["look"]
+    assert machine["signature"]
     assert {name: x["outcome"] for name, x in smoked["checks"].items()} == dict.fromkeys(checks.CHECKS, "passed")
     assert len(timed["steps"]) == len(times.MODELS) * (len(times.ARMS) + 1) + 3 * len(times.ROWS)
     assert len(timed["kernels"]) == 3 * len(times.MODELS)
