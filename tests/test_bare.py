@@ -20,8 +20,9 @@ MISSING = ["accelerate", "expecttest", "lightning", "matplotlib", "rich", "trans
 
 
 def test_what_is_not_installed_stops_no_collection_and_no_process() -> None:
-    """A file that cannot be imported would end the whole run. And a server that processes are forked from ends where what
-    it is to import raises anything but ImportError.
+    """A file that cannot be imported would end the whole run.
+
+    A server that processes are forked from ends where what it is to import raises anything but ImportError.
     """
     files = [str(path) for path in (ROOT / "tests").rglob("test_*.py")]
     code = f"""

@@ -291,7 +291,7 @@ print("done")
 
 
 def test_a_step_needs_no_memory() -> None:
-    """Beyond parameters, gradients and state, with and without limits; of the process's own peak, as Linux counts it."""
+    """Beyond parameters, gradients and state, limited or not; of the process's own peak, as Linux counts it."""
     code = """
 import torch
 from grokadamw import GrokAdamW
