@@ -73,7 +73,7 @@ def test_bit_for_bit_the_run_without_those_steps(
 ) -> None:
     if implementation == "gpu":  # interpreted, it is slow
         overflows = overflows[:2]
-    with running(implementation) as how:
+    with running(implementation, chunk=64) as how:
         same(run(overflows, amp, poison=poison, **how, **options), run(overflows, None, **how, **options))
 
 
