@@ -1,5 +1,6 @@
 """Settings for all tests."""
 
+import gc
 import multiprocessing
 import os
 
@@ -32,3 +33,8 @@ def nothing_is_free_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in that_read():
         monkeypatch.setattr(module, "reads_are_free", lambda device: False)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported is no garbage, and looking for some among it takes a tenth of a second each time."""
+    gc.freeze()

@@ -19,21 +19,23 @@ ROOT = Path(__file__).parent.parent
 MISSING = ["accelerate", "expecttest", "lightning", "matplotlib", "rich", "transformers"]
 
 
-def test_what_is_not_installed_stops_no_collection() -> None:
-    """A file that cannot be imported would end the whole run."""
+def test_what_is_not_installed_stops_no_collection_and_no_process() -> None:
+    """A file that cannot be imported would end the whole run.
+
+    A server that processes are forked from ends where what it is to import raises anything but ImportError.
+    """
     files = [str(path) for path in (ROOT / "tests").rglob("test_*.py")]
-    code = f"import sys, pytest; sys.modules |= dict.fromkeys({MISSING}); sys.exit(pytest.main(sys.argv[1:]))"
+    code = f"""
+import sys, pytest
+sys.modules |= dict.fromkeys({MISSING})
+code = pytest.main(sys.argv[1:])
+import {", ".join(PRELOADED)}
+sys.exit(code)
+"""
     command = [sys.executable, "-c", code, "--collect-only", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert "torch.testing._internal needs expecttest" in done.stdout
-
-
-def test_what_is_not_installed_stops_no_process() -> None:
-    """A server that processes are forked from ends where what it is to import raises anything but ImportError."""
-    modules = ", ".join(PRELOADED)
-    code = f"import sys; sys.modules |= dict.fromkeys({MISSING}); import {modules}"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")

@@ -43,6 +43,7 @@ def in_processes(function: Any, folder: Path, ranks: int = RANKS) -> list[Any]:
 
 
 def _process(rank: int, function: Any, folder: Path, ranks: int) -> None:
+    gc.freeze()  # what is imported is no garbage, and looking for some among it would take longer than a test
     torch.set_num_threads(1)
     meeting, wait = f"file://{folder}/rendezvous", timedelta(seconds=30)  # then a rank that waits fails
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=wait)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -104,9 +104,10 @@ def run(folder: Path, *, killed: bool) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a process")
 def test_a_killed_run_resumes_as_if_nothing_had_been(tmp_path: Path) -> None:
-    code = f"from tests.test_huggingface import run; run(__import__('pathlib').Path({str(tmp_path)!r}), killed=True)"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    process = multiprocessing.get_context("forkserver").Process(target=run, args=(tmp_path,), kwargs={"killed": True})
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     whole = trainer(tmp_path / "whole", GrokAdamWCallback(signals=signals(), betas=(0.8, 0.98)))
     whole.train()
     resumed = trainer(tmp_path, GrokAdamWCallback(signals=signals(), betas=(0.8, 0.98)))

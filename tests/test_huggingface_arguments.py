@@ -144,5 +144,8 @@ def test_without_an_evaluation_it_says_so_once(options: dict[str, Any], says: bo
     assert len(said) == says
     if says:
         assert 'eval_strategy="no": no evaluation is planned' in said[0]
+
+
+def test_one_evaluation_at_the_start_is_enough(tmp_path: Path) -> None:
     it = trainer(tmp_path, GrokAdamWCallback(), eval_strategy="no", eval_on_start=True, **BRIEF)
     assert said_by(it.train) == []

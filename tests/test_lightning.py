@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -179,9 +179,10 @@ def run(folder: Path, *, killed: bool = False, resume: bool = False) -> tuple[Me
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a process")
 def test_a_killed_run_resumes_as_if_nothing_had_been(tmp_path: Path) -> None:
-    code = f"from tests.test_lightning import run; run(__import__('pathlib').Path({str(tmp_path)!r}), killed=True)"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    process = multiprocessing.get_context("forkserver").Process(target=run, args=(tmp_path,), kwargs={"killed": True})
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     whole, other = run(tmp_path / "whole")
     resumed, optimizer = run(tmp_path, resume=True)
     for (name, a), b in zip(resumed.named_parameters(), whole.parameters(), strict=True):

@@ -170,7 +170,7 @@ def test_copies_keep_it(name: str) -> None:
 
 # a new option
 
-ROW = """    "sharpness": Option(0.5, partial(check_number, below=3), {scope}, {on_load}, "0.3.0"),
+ROW = """    "{name}": Option(0.5, partial(check_number, below=3), {scope}, {on_load}, "0.3.0"),
 """
 USE = """
 import copy, pickle, warnings
@@ -180,63 +180,64 @@ from grokadamw.checkpoints import to_adamw
 
 warnings.simplefilter("error")
 a, b = torch.zeros(2), torch.zeros(2)
-default, given = GrokAdamW([a, b]), GrokAdamW([a, b], sharpness=2)
-assert default.param_groups[0]["sharpness"] == 0.5 and given.param_groups[0]["sharpness"] == 2
-saved = given.state_dict()
-assert "sharpness" not in to_adamw(saved)["param_groups"][0]
-try:
-    GrokAdamW([a], sharpness=3)
-except ValueError as error:
-    print(error)
-try:
-    group = GrokAdamW([{"params": [a], "sharpness": 1}]).param_groups[0]
-except ValueError as error:
-    print(error)
-try:
-    default.load_state_dict(saved)
-except UserWarning as warning:
-    print(warning)
-print(default.param_groups[0]["sharpness"])
-older = copy.deepcopy(saved)
-del older["param_groups"][0]["sharpness"]
-given.load_state_dict(older)
-assert given.param_groups[0]["sharpness"] == 2
-state = given.__getstate__()
-for where in (state["defaults"], *state["param_groups"]):
-    del where["sharpness"]
-older = GrokAdamW.__new__(GrokAdamW)
-older.__setstate__(state)
-assert older.param_groups[0]["sharpness"] == 0.5
+for name in ("sharpness", "roughness"):
+    default, given = GrokAdamW([a, b]), GrokAdamW([a, b], **{name: 2})
+    assert default.param_groups[0][name] == 0.5 and given.param_groups[0][name] == 2
+    saved = given.state_dict()
+    assert name not in to_adamw(saved)["param_groups"][0]
+    try:
+        GrokAdamW([a], **{name: 3})
+    except ValueError as error:
+        print(error)
+    try:
+        group = GrokAdamW([{"params": [a], name: 1}]).param_groups[0]
+    except ValueError as error:
+        print(error)
+    try:
+        default.load_state_dict(saved)
+    except UserWarning as warning:
+        print(warning)
+    print(default.param_groups[0][name])
+    older = copy.deepcopy(saved)
+    del older["param_groups"][0][name]
+    given.load_state_dict(older)
+    assert given.param_groups[0][name] == 2
+    state = given.__getstate__()
+    for where in (state["defaults"], *state["param_groups"]):
+        del where[name]
+    older = GrokAdamW.__new__(GrokAdamW)
+    older.__setstate__(state)
+    assert older.param_groups[0][name] == 0.5
 """
 
 
-@pytest.mark.parametrize(
-    ("scope", "on_load", "said"),
-    [
-        ("GROUP", "TAKE", ["2.0"]),
-        (
-            "OPTIMIZER",
-            "WARN",
-            [
-                "sharpness=1 in a parameter group: it holds for the whole optimizer, where it is 0.5; pass it to "
-                "GrokAdamW(...)",
-                "state_dict is of a run with sharpness=2.0, and this optimizer goes on with sharpness=0.5, as it was "
-                "constructed",
-                "0.5",
-            ],
-        ),
-    ],
-)
-def test_a_new_option_is_a_row_and_an_argument(scope: str, on_load: str, said: list[str], tmp_path: Path) -> None:
-    """In a copy of the package, to which they are added."""
+def test_a_new_option_is_a_row_and_an_argument(tmp_path: Path) -> None:
+    """In a copy of the package, to which one of groups and one of the whole optimizer are added."""
     package = shutil.copytree(Path(grokadamw.__file__).parent, tmp_path / "grokadamw")
+    rows = [("sharpness", "GROUP", "TAKE"), ("roughness", "OPTIMIZER", "WARN")]
     for file, before, new in (
-        ("options.py", '    "foreach": ', ROW.format(scope=scope, on_load=on_load)),
-        ("grokadamw.py", "        foreach: bool | None = None,\n", "        sharpness: float = 0.5,\n"),
+        (
+            "options.py",
+            '    "foreach": ',
+            [ROW.format(name=name, scope=scope, on_load=how) for name, scope, how in rows],
+        ),
+        (
+            "grokadamw.py",
+            "        foreach: bool | None = None,\n",
+            [f"        {name}: float = 0.5,\n" for name, *_ in rows],
+        ),
     ):
         source = (package / file).read_text()
         assert source.count(before) == 1
-        (package / file).write_text(source.replace(before, new + before))
+        (package / file).write_text(source.replace(before, "".join(new) + before))
     done = subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, check=True, capture_output=True, text=True)
-    refused = "sharpness=3 is out of range: give a number in [0, 3)"
-    assert done.stdout.splitlines() == [refused, *said]
+    assert done.stdout.splitlines() == [
+        "sharpness=3 is out of range: give a number in [0, 3)",
+        "2.0",
+        "roughness=3 is out of range: give a number in [0, 3)",
+        "roughness=1 in a parameter group: it holds for the whole optimizer, where it is 0.5; pass it to "
+        "GrokAdamW(...)",
+        "state_dict is of a run with roughness=2.0, and this optimizer goes on with roughness=0.5, as it was "
+        "constructed",
+        "0.5",
+    ]

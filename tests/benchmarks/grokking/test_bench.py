@@ -477,11 +477,11 @@ def test_quartiles() -> None:
 
 def test_the_command_trains_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--method", "adamw", "grokadamw", "--seeds", "1", "--steps", "20", "--out", str(tmp_path)]
-    __main__.main(["run", "--task", "mul97", *arguments, "--set", "eps=1e-6", "--lr", "2e-3"])
+    __main__.main(["run", "--task", "parity", *arguments, "--set", "eps=1e-6", "--lr", "2e-3"])
     printed = capsys.readouterr().out
     assert "grokadamw" in printed
-    assert "mul97.png" in printed
-    assert (tmp_path / "mul97.png").read_bytes().startswith(b"\x89PNG")
+    assert "parity.png" in printed
+    assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
     rows = runs.read(tmp_path / "grokking.csv")
     assert {(row.method, row.lr, row.options, row.steps) for row in rows} == {
         (method, 2e-3, '{"eps": 1e-06}', 20) for method in ("adamw", "grokadamw")
