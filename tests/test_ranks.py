@@ -33,7 +33,7 @@ from grokadamw.signals import SlowGradient, loss_gap, memorisation
 from .models import IMPLEMENTATIONS, network, running
 from .test_distributed import in_processes, whole
 
-STEPS, BATCH, LENGTH, WORDS, CLASSES = 30, 8, 5, 11, 3
+STEPS, BATCH, LENGTH, WORDS, CLASSES = 50, 8, 5, 11, 3
 OPTIONS: dict[str, Any] = {
     "lr": 0.02,
     "weight_decay": 0.1,
