@@ -57,6 +57,16 @@ def grokadamw(**options: Any) -> Make:
     return lambda params: GrokAdamW(params, gamma=1e-3, **options).step
 
 
+def preset(params: list[nn.Parameter], **options: Any) -> Step:
+    """`for_grokking` on a model that has these: the first is an embedding, and it has a norm layer."""
+    model = nn.Module()
+    model.embedding = nn.Embedding(1, 1)
+    model.embedding.weight = params[0]
+    model.norm = nn.LayerNorm(1, elementwise_affine=False)
+    model.rest = nn.ParameterList(params[1:])
+    return GrokAdamW.for_grokking(model, **options).step
+
+
 def without_compiler(params: list[nn.Parameter]) -> Step:
     """GrokAdamW without its native kernel, as on a machine where it was not built."""
     with no_kernel():
@@ -152,6 +162,7 @@ ARMS = [
     Arm("GrokAdamW, no clipping, propagate", grokadamw(**PROPAGATE), kept=12, traffic=36, ours=True),
     Arm("GrokAdamW, no clipping", grokadamw(gradient_clipping=0.0), kept=12, traffic=40, ours=True),
     Arm("GrokAdamW, clip 1", grokadamw(), kept=12, traffic=40, clips=True, ours=True),
+    Arm("GrokAdamW, the preset", preset, kept=12, clips=True, ours=True),
     Arm("GrokAdamW, without a compiler", without_compiler, kept=12, traffic=36, ours=True, devices=("cpu",)),
     Arm("GrokAdamW, foreach=True", grokadamw(foreach=True, **PROPAGATE), kept=12, ours=True),
     Arm("GrokAdamW, foreach=False", grokadamw(foreach=False, **PROPAGATE), kept=12, ours=True),

@@ -50,17 +50,7 @@ OF_FORMATS: dict[str, Callable[[], Shapes]] = {
 }
 
 
-def preset(params: list[nn.Parameter], **options: Any) -> Step:
-    """`for_grokking` on a model that has these: the first is an embedding, and it has a norm layer."""
-    model = nn.Module()
-    model.embedding = nn.Embedding(1, 1)
-    model.embedding.weight = params[0]
-    model.norm = nn.LayerNorm(1, elementwise_affine=False)
-    model.rest = nn.ParameterList(params[1:])
-    return GrokAdamW.for_grokking(model, **options).step
-
-
-def in_formats(dtype: torch.dtype, make: Callable[..., Step] = preset, **options: Any) -> Callable[..., Step]:
+def in_formats(dtype: torch.dtype, make: Callable[..., Step] = peers.preset, **options: Any) -> Callable[..., Step]:
     """What makes a step of parameters and gradients in a dtype, and of state in fewer bits."""
 
     def made(params: list[nn.Parameter]) -> Step:
@@ -82,7 +72,7 @@ ARMS = [
     CLIPPED,
     Arm("GrokAdamW, no clipping", peers.grokadamw(**PROPAGATE), kept=12, traffic=36, ours=True),
     Arm("GrokAdamW, clip 1", peers.grokadamw(), kept=12, traffic=40, clips=True, ours=True),
-    Arm("GrokAdamW, the preset", preset, kept=12, clips=True, ours=True),
+    Arm("GrokAdamW, the preset", peers.preset, kept=12, clips=True, ours=True),
 ]
 INT8: dict[str, Any] = {"state_dtype": "int8"}
 BITS_24: dict[str, Any] = INT8 | {"master_weight_bits": 24}
