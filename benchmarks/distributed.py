@@ -76,16 +76,17 @@ def compared(width: int, options: dict[str, Any]) -> dict[str, float]:
     plain = GrokAdamW(copies, grokking_signal_fns=[], **options)
     times: dict[str, list[float]] = {"shards": [], "plain": [], "all_reduce": []}
     for step in range(WARM + STEPS):
-        dist.barrier()
         timed = Timed()
-        began = time.perf_counter()
         with patch.object(dist, "all_reduce", timed):
-            sharded.step()
-        between = time.perf_counter()
-        plain.step()
+            seconds = {}
+            for name in ("shards", "plain") if step % 2 else ("plain", "shards"):  # what comes first waits for memory
+                dist.barrier()
+                began = time.perf_counter()
+                (sharded if name == "shards" else plain).step()
+                seconds[name] = time.perf_counter() - began
         if step >= WARM:
-            times["shards"].append(between - began - timed.seconds)
-            times["plain"].append(time.perf_counter() - between)
+            times["shards"].append(seconds["shards"] - timed.seconds)
+            times["plain"].append(seconds["plain"])
             times["all_reduce"].append(timed.seconds)
     found = {name: 1000 * statistics.quantiles(each, n=4)[0] for name, each in times.items()}
     return {**found, "ratio": found["shards"] / found["plain"], "collectives": collectives(sharded.step)}
