@@ -227,6 +227,11 @@ def pair_untuned(pair: str, method: str) -> list[Run]:
     return [Run.of(pair, method, seed, *own) for seed in PAIR_SEEDS]
 
 
+def pair_recipe(pair: str, cell: Cell) -> list[Run]:
+    """Return runs of AdamW with the learning rate and weight decay of a public recipe."""
+    return [Run.of(pair, "adamw", seed, *cell, budget=GRID_BUDGET) for seed in PAIR_SEEDS]
+
+
 def data_grid(task: str, method: str) -> list[Run]:
     lrs, decays, seeds, _ = DATA[task]
     return [Run.of(task, method, seed, lr, wd) for seed, lr, wd in product(seeds, lrs, decays)]
@@ -333,7 +338,7 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
     for task, method in product(OTHER_TASKS, COMPARED):
         yield other_finals(task, method, rows)
     for cell in RECIPES:
-        yield [Run.of(pair, "adamw", seed, *cell, budget=GRID_BUDGET) for pair in PAIRS for seed in PAIR_SEEDS]
+        yield [run for pair in PAIRS for run in pair_recipe(pair, cell)]
     yield untuned(PRESET)
     for method in MOD97_METHODS:
         yield finals(method, rows)

@@ -151,6 +151,18 @@ def pairs(rows: list[Row]) -> str:
     return markdown(["task/architecture", "AdamW: lr, wd", "AdamW, tuned", "preset, untuned", "ratio"], lines)
 
 
+def recipes(rows: list[Row]) -> str:
+    """Return the table of AdamW with the recipes of public code, for each architecture × task whose runs are done."""
+    lines = []
+    for pair, (adamw, preset) in both_of_pairs(rows).items():
+        found = [select(rows, evidence.pair_recipe(pair, cell)) for cell in evidence.RECIPES]
+        if any(len(each) == len(evidence.PAIR_SEEDS) for each in found):
+            done = (quartiles(each) if len(each) == len(evidence.PAIR_SEEDS) else "" for each in found)
+            lines.append([pair, *done, quartiles(adamw), quartiles(preset)])
+    heads = [f"AdamW, {lr:g}, {decay:g}" for lr, decay in evidence.RECIPES]
+    return markdown(["task/architecture", *heads, "AdamW, tuned", "preset, untuned"], lines)
+
+
 Both = tuple[list[Row], list[Row]]  # AdamW's, and the preset's, on the same task
 
 
@@ -312,6 +324,7 @@ TABLES: dict[str, Table] = {
     "mod97": partial(mod97, MOD97_METHODS),
     "untuned": untuned,
     "pairs": pairs,
+    "recipes": recipes,
     "summary": summary,
     "afterwards": partial(afterwards, MOD97_METHODS),
     "reach": partial(reach, MOD97_METHODS),

@@ -391,6 +391,15 @@ def test_the_summary_has_what_is_done_alone() -> None:
     assert "| other transformers, add97: 5 of 6 | 0.51" in report.summary(rows[1:])
 
 
+def test_recipes_are_shown_where_all_seeds_are_done() -> None:
+    pair, (first, second) = evidence.PAIRS[0], evidence.RECIPES
+    rows = [replace(ROW, **asdict(run), sustained=700) for run in evidence.pair_recipe(pair, first)]
+    assert pair not in report.recipes(rows[1:])
+    assert f"| {pair} | 700 (700 to 700) |  |  |  |" in report.recipes(rows)
+    rows += [replace(ROW, **asdict(run), sustained=None) for run in evidence.pair_recipe(pair, second)]
+    assert f"| {pair} | 700 (700 to 700) | not reached (0 of 5) |  |  |" in report.recipes(rows)
+
+
 def test_architectures_are_tuned_by_a_race() -> None:
     """The first cell says when the others stop; the best three go on to another seed, and the best of them is kept."""
     steps = {(3e-3, 1.0): 600, (1e-3, 3.0): 800, (3e-3, 0.3): 500, (1e-2, 0.3): 550}
