@@ -85,7 +85,7 @@ SANITIZE := -fsanitize=address,undefined
 asan: $(VENV)/ready
 	rm -rf build/asan
 	CFLAGS="$(SANITIZE) -g" LDFLAGS="$(SANITIZE)" $(INSTALL) --no-deps --target build/asan .
-	cp -r tests build/asan
+	cp -r tests benchmarks build/asan
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/pytest build/asan/tests/backends -k "not needs_no_memory and not gpu"
 
