@@ -302,7 +302,7 @@ def _wrapper_of(params: set[Tensor]) -> Any:
 
 
 class AllRanks:
-    """Tells whether all ranks take an optimizer's steps, as FSDP2, DDP and FSDP1 need it."""
+    """Knows whether every rank takes an optimizer's steps, as with FSDP2, DDP and FSDP1."""
 
     def __init__(self) -> None:
         self._wrapper: Callable[[], Any] | None = None  # a weak reference to DDP or FSDP1; None until it is looked for

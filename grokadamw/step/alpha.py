@@ -45,7 +45,10 @@ def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, 
 def hear(
     signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules, all_ranks_step: Callable[[], bool]
 ) -> list[Number | None]:
-    """Evaluate the signals, and return GS_t for every group. `all_ranks_step` tells whether they are known to."""
+    """Evaluate the signals, and return GS_t for every group.
+
+    `all_ranks_step` returns True if every rank is known to take this step.
+    """
     if rules.signals_for_each_group:
         losses = [[x if x == x else None for x in (group["train_loss"], group["eval_loss"])] for group in groups]
         return [signals.evaluate(train, evaluation, keep_nonfinite=True) for train, evaluation in losses]

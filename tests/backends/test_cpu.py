@@ -286,7 +286,7 @@ assert torch.equal(p, q)
 print("done")
 """
     if os.getuid() != 0:
-        pytest.skip("needs root, to become somebody who may start none")
+        pytest.skip("needs root, to become a user who may not start threads")
     assert run(code) == "done"
 
 

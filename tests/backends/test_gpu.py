@@ -502,7 +502,7 @@ def test_where_triton_cannot_launch_foreach_runs() -> None:
     assert (p < 1).all()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of a GPU that is not there")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a GPU")
 def test_fakes_of_a_gpus_tensors_need_none() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

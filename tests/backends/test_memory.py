@@ -172,7 +172,7 @@ EVENTS: list[Callable[[nn.Module, GrokAdamW], None]] = [
 def _looks(request: pytest.FixtureRequest, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.param:  # as with a torch older than 2.10
         if implementation == "gpu":
-            pytest.skip("who looks at tensors does not know of implementations, and interpreted kernels are slow")
+            pytest.skip("signatures do not depend on the implementation, and interpreted kernels are slow")
         monkeypatch.setattr(native, "signature", lambda: None)
 
 
@@ -187,7 +187,7 @@ def test_whatever_moves_is_followed(
 ) -> None:
     """Between two steps, or by a signal within one; and what was left behind is written no more."""
     if from_a_signal and event is replace_the_parameters:
-        pytest.skip("a step's parameters are those that it begins with")
+        pytest.skip("a signal cannot replace the parameters of the step that calls it")
     steps_of_kernel = []
     module, name = (cpu, "step") if implementation == "cpu" else (gpu, "_update")
     step = getattr(module, name)

@@ -111,7 +111,7 @@ def test_agrees_with_the_reference(
     row = [column[0] for column in start[:5] if column is not None]
     monkeypatch.setattr(blocks, "_SMALL", 0)
     if implementation is blocks and blocks.why_not(row, "raw_second_moment" in changes, case == "published"):
-        pytest.skip("goes to foreach")
+        pytest.skip("blocks leaves this to foreach")
     # the reference in float64, its inputs rounded to the dtypes that are tested
     wide = Batch(*(None if part is None else [x.to(torch.float64, copy=True) for x in part] for part in start[:6]))
     reference.step(wide, numbers(**changes))
@@ -167,7 +167,7 @@ def test_a_micro_batch_that_is_not_finite_counts_as_0(
     implementation: Any, decays: bool, moves: bool, with_mu: bool
 ) -> None:
     if implementation is blocks:
-        pytest.skip("goes to foreach")
+        pytest.skip("blocks leaves this to foreach")
     ours, theirs = tensors(torch.float32, with_mu), tensors(torch.float32, with_mu)
     for g, zero in zip(ours.grads, theirs.grads, strict=True):
         g.fill_(torch.nan)
