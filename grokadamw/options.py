@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import chain, compress, product
 from numbers import Integral, Real
-from operator import is_, is_not
+from operator import is_, is_not, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -116,10 +116,12 @@ OPTIONS: dict[str, Option] = {
     "layer":                      Option(None,         or_none(check_count),                 GROUP,     TAKE, "0.2.0"),
 }
 # fmt: on
+GROUP_OPTIONS = [name for name, option in OPTIONS.items() if option.scope == GROUP]
 OF_NO_GROUP = [name for name, option in OPTIONS.items() if option.scope == RUNNING]
 NEWER = {name for name, option in OPTIONS.items() if option.since != "0.1.2"}  # than the published release
 # Groups hold no signals, but release 0.1.2 had their key there, and its users read it: the key stays, with None.
 _IN_GROUPS = [name for name, option in OPTIONS.items() if option.scope != RUNNING or name not in NEWER]
+_OPTIONS_IN = itemgetter(*_IN_GROUPS)
 KEPT = [name for name in _IN_GROUPS if OPTIONS[name].on_load != TAKE]  # as constructed, whatever is loaded
 
 
@@ -290,14 +292,15 @@ def check_changed(
     groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], checked: list[tuple[Any, ...]]
 ) -> None:
     """Check the options that were set by hand since the last step, whose values are in `checked`; update `checked`."""
-    now = [tuple(map(group.get, OPTIONS)) for group in groups]
+    # with the number of keys: a group that got another one may have an option that is not allowed in groups
+    now = [(len(group), *_OPTIONS_IN(group)) for group in groups]
     if len(now) == len(checked) and all(map(is_, chain.from_iterable(now), chain.from_iterable(checked))):
         return
     kept = checked[: len(now)]
     for i, (group, new) in enumerate(zip(groups, now, strict=True)):
         different: Collection[str] = OPTIONS
-        if i < len(kept):
-            different = list(compress(OPTIONS, map(is_not, new, kept[i])))
+        if i < len(kept) and new[0] == kept[i][0]:
+            different = list(compress(_IN_GROUPS, map(is_not, new[1:], kept[i][1:])))
         if different:
             check_settings(group, defaults, different)
         if list in map(type, new):  # a list may be changed in place: check it at every step

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from grokadamw import GrokAdamW
@@ -66,7 +68,65 @@ def test_groups_may_be_run_in_different_ways(monkeypatch: pytest.MonkeyPatch) ->
     optimizer.param_groups[0]["foreach"] = None
     optimizer.param_groups[1]["foreach"] = True
     optimizer.step()
-    assert seen[8:] == ["cpu", "foreach", "foreach", "foreach"]
+    assert seen[8:] == ["cpu", "foreach", "foreach"]  # the second and the fourth have the same options now
+
+
+def test_groups_with_the_same_options_share_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with libraries that make a group of each parameter."""
+    params = parameters(5)
+    optimizer = GrokAdamW([{"params": [p], "lr": lr} for p, lr in zip(params, (0.1, 0.2, 0.1, 0.2, 0.1), strict=True)])
+    set_gradients(params)
+    seen, step = [], update.cpu.step
+    monkeypatch.setattr(
+        update.cpu, "step", lambda batch, numbers: (seen.append(len(batch.params)), step(batch, numbers))
+    )
+    optimizer.step()
+    optimizer.step()
+    assert seen == [3, 2, 3, 2]
+    optimizer.param_groups[3]["lr"] = 0.1
+    optimizer.step()
+    optimizer.param_groups[0]["betas"] = [0.9, 0.9]
+    optimizer.step()
+    assert seen[4:] == [4, 1, 1, 1, 3]
+
+
+OF_GROUPS = st.fixed_dictionaries(
+    {
+        "lr": st.sampled_from([0.1, 0.01]),
+        "betas": st.sampled_from([(0.9, 0.99), [0.9, 0.99], (0.5, 0.99)]),
+        "weight_decay": st.sampled_from([0.0, 0, 1.0]),
+        "alpha_init": st.sampled_from([0.98, 0.5]),
+        "lamb": st.sampled_from([0.0, 2.0]),
+        "signal_boost": st.sampled_from([0.0, 1.0]),
+        "max_row_change": st.sampled_from([0.0, 0.05]),
+        "foreach": st.sampled_from([None, True]),
+        "maximize": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=20)
+@given(st.lists(st.lists(OF_GROUPS, min_size=4, max_size=4), min_size=3, max_size=3), st.sampled_from([1, 2]))
+def test_groups_step_as_optimizers_of_their_own(steps: list[list[dict[str, Any]]], accumulation_steps: int) -> None:
+    """Whichever groups have the same options, and whatever they had at the step before."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(3, 2)) for _ in range(4)]
+    alone = copy.deepcopy(params)
+    raw = {"second_moment": "raw", "accumulation_steps": accumulation_steps, "gradient_clipping": 0.0}
+    together = GrokAdamW([{"params": [p], "layer": i} for i, p in enumerate(params)], **raw)
+    apart = [GrokAdamW([{"params": [p], "layer": i}], **raw) for i, p in enumerate(alone)]
+    for number, options in enumerate(steps):
+        for optimizer in (together, *apart):
+            optimizer.record(train_loss=1.0, eval_loss=1.0 + 0.5 * number)
+        groups = [optimizer.param_groups[0] for optimizer in apart]
+        for p, q, a, b, new in zip(params, alone, together.param_groups, groups, options, strict=True):
+            a.update(new)
+            b.update(new)
+            p.grad, q.grad = (torch.full((3, 2), 0.1 * (number + 1)) for _ in range(2))
+        for optimizer in (together, *apart):
+            optimizer.step()
+        for p, q in zip(params, alone, strict=True):
+            assert torch.equal(p, q)
 
 
 def test_propagate_without_clipping_reads_no_norm() -> None:

@@ -52,9 +52,9 @@ class Coded(NamedTuple):
 class Batch(NamedTuple):
     """The tensors that one call of a backend takes: parallel lists, one entry a parameter.
 
-    They belong to one parameter group and one device. All parameters have the same dtype; so do all gradients, and all
-    tensors of one state. All of them are plain and real: complex tensors come as their real views, DTensors as this
-    rank's shard. Arithmetic is done in the state's dtype, or in float32 if the state is coded.
+    They are on one device, and their parameter groups have the same options. All parameters have the same dtype; so do
+    all gradients, and all tensors of one state. All of them are plain and real: complex tensors come as their real
+    views, DTensors as this rank's shard. Arithmetic is done in the state's dtype, or in float32 if the state is coded.
     """
 
     params: list[Tensor]
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
     row_widths: list[int] | None = None  # elements in a row; 0 if the backend does not limit the rows
     unlimited: Sequence[int] = ()  # indices of the tensors whose rows the backend leaves to rows.py
     choice: Choice = NOBODY  # the backend
-    group: int = 0  # index of the parameter group
+    group: int = 0  # index of the first parameter group with these options
     layers: tuple[int, ...] = ()
     shards: Any = None  # a `distributed.Shards`, if the tensors are parts of DTensors
     begun: bool = False  # whether the averages have begun this cycle of micro-batches

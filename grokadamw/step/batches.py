@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """The group and layer that a parameter belongs to, and its number."""
+    """The group whose options a parameter has, its layer, and its number."""
 
     group: int
     layer: int
@@ -68,7 +68,7 @@ class Owner(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What parameters of one group must have in common to be in one batch."""
+    """What parameters with the same options must have in common to be in one batch."""
 
     choice: Choice
     device: torch.device

@@ -22,7 +22,7 @@ from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges, TensorSignature
 from ..backends.types import Addresses
 from ..distributed import Shards, alike, blocks_before, divisions, local, parts, shards_of
-from ..options import may_be_coded, rules_of
+from ..options import GROUP_OPTIONS, may_be_coded, rules_of
 from ..state.formats import BLOCK, EXTRAS, is_coded
 from ..state.slots import MOMENTS, WINDOW, State, step_device
 from . import batches
@@ -31,6 +31,7 @@ from .batches import Batches, Columns, Given, Kind, Owner
 SETS = 8  # how many sets of parameters with a gradient have a plan
 _LOOKS = 1 << 12  # how many looks of parameters have their kind kept
 _EXP_AVG, _EXP_AVG_SQ, _STEP = itemgetter("exp_avg"), itemgetter("exp_avg_sq"), itemgetter("step")
+_OPTIONS = itemgetter(*[name for name in GROUP_OPTIONS if name not in ("betas", "layer")])
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
 
@@ -108,7 +109,7 @@ class Cache:
         groups, options, columns, facts = given.groups, given.options, seen.columns, seen.facts
         if not _are_plain(columns, seen.written) or any(len(g["layers"]) != len(g["params"]) for g in groups):
             return None
-        every = [(i, layer) for i, group in enumerate(groups) for layer in group["layers"]]
+        every = [(first, layer) for (_, first, *_, layers) in facts.groups for layer in layers]
         owners = [Owner(*owner, number) for number, owner in compress(enumerate(every, given.first), seen.present)]
         p, g, m, v, mus, _, coded = columns
         belonging, divided = zip(p, m, v, mus, *coded, g, strict=True), zip(*facts.specs, strict=True)
@@ -147,7 +148,8 @@ class Cache:
 class Facts(NamedTuple):
     """The conditions under which a plan holds, besides how the tensors look."""
 
-    groups: list[tuple[Any, ...]]  # for each: its number of parameters, whether λ acts, foreach, fused, and layers
+    # for each: its number of parameters, the first with the same options, whether λ acts, foreach, fused, and layers
+    groups: list[tuple[Any, ...]]
     begun: list[bool]  # for each parameter: whether it has begun its cycle of micro-batches; empty without cycles
     specs: list[list[Any]]  # torch's specs of how DTensors are divided; empty without DTensors
 
@@ -204,9 +206,23 @@ def _seen(given: Given) -> Seen:
         written += compress(chain.from_iterable(extras), has_extras)
         has += has_extras
     begun = [bool(s.get("micro_step")) for s in states] if options["accumulation_steps"] > 1 else []
-    of_groups = [(len(g["params"]), g["lamb"] > 0, g["foreach"], g["fused"], g["layers"]) for g in groups]
+    firsts = _first_alike(groups, options)
+    of_groups = [
+        (len(g["params"]), first, g["lamb"] > 0, g["foreach"], g["fused"], g["layers"])
+        for first, g in zip(firsts, groups, strict=True)
+    ]
     columns = Columns(p, grads, m, v, mus, steps, extras)
     return Seen(params, columns, written, has, dtensors, present, Facts(of_groups, begun, specs))
+
+
+def _first_alike(groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> Sequence[int]:
+    """Return for each group the first one with the same options: their parameters share batches."""
+    if len(groups) == 1 or options["accumulation_steps"] > 1 or rules_of(options).signals_for_each_group:
+        return range(len(groups))  # a cycle's numbers, and signals, are each group's own
+    # a CUDA graph reads each group's own α and boost
+    keys = [(*_OPTIONS(g), *g["betas"], g["capturable"] and i) for i, g in enumerate(groups)]
+    firsts: dict[Any, int] = {}
+    return [firsts.setdefault(key, i) for i, key in enumerate(keys)]
 
 
 def _are_plain(columns: Columns, written: list[Tensor]) -> bool:
