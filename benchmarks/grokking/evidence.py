@@ -5,7 +5,7 @@ Every method gets the same trials:
 - tasks mod 97: a grid of lr × wd on two tasks, two seeds a cell; then the best cell on all five, with ten other seeds;
 - every other task: four cells, one seed; then the best cell with three other seeds, or with ten where a run is quick;
 - architectures: on each of four tasks the grid on one seed, as a race; then its three best cells on another seed, and
-  the best of these on five more;
+  the best of these on five more. If AdamW's best cell is on the grid's edge, the cells beyond it are tried, too;
 - tasks on real data: a grid for each, then five seeds.
 """
 
@@ -83,6 +83,7 @@ PAIRS = [f"{problem}/{name}" for problem in PROBLEMS for name in architectures.l
 PAIR_METHODS = ["adamw", PRESET, "grokadamw"]
 PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # else the grid's
 PAIR_SEEDS = range(100, 105)
+WIDE_LRS, WIDE_DECAYS = (3e-4, *LRS, 3e-2), (0.1, *DECAYS, 10.0)  # the grid, and one cell more on each side
 FIRST, BEHIND, FINALISTS = (3e-3, 1.0), 1.5, 3  # the race: a cell stops at 1.5 times the first cell's steps
 WITHOUT_NORMS: tuple[float, float] = (2e-3, 0.5)  # the preset's lr and wd for a model without norm layers
 RECIPES = ((1e-3, 1.0), (1e-3, 0.01))  # lr and wd of AdamW in public code
@@ -206,8 +207,8 @@ def pair_semifinals(pair: str, method: str, rows: list[Row]) -> list[Run]:
     return [Run.of(pair, method, GRID_SEEDS[1], *cell, budget=budget) for cell in cells]
 
 
-def pair_finals(pair: str, method: str, rows: list[Row]) -> list[Run]:
-    """Return runs with the best of those cells, over both seeds."""
+def pair_best(pair: str, method: str, rows: list[Row]) -> list[Row]:
+    """Return the rows of the grid's best cell, over both seeds; nothing if the semifinals are not done."""
     asked = pair_semifinals(pair, method, rows)
     second = select(rows, asked)
     if not asked or len(second) < len(asked):
@@ -215,10 +216,41 @@ def pair_finals(pair: str, method: str, rows: list[Row]) -> list[Run]:
     cells = {(row.lr, row.weight_decay) for row in second}
     first = [r for r in select(rows, pair_grid(pair, method, rows)) if (r.lr, r.weight_decay) in cells]
     cell = best([*first, *second])
+    return [row for row in (*first, *second) if (row.lr, row.weight_decay) == cell]
+
+
+def pair_beyond(pair: str, method: str, rows: list[Row]) -> list[Run]:
+    """Return runs of AdamW beyond its grid, if the best cell is on the grid's edge: all cells next to it, as a race.
+
+    They run on the first seed; the quickest of them then runs on the second seed, too.
+    """
+    inside = {row.seed: row for row in pair_best(pair, method, rows)}
+    if method != "adamw" or not inside:
+        return []
+    lr, wd = inside[GRID_SEEDS[0]].lr, inside[GRID_SEEDS[0]].weight_decay
+    near = [scale[i - 1 : i + 2] for scale, i in ((WIDE_LRS, WIDE_LRS.index(lr)), (WIDE_DECAYS, WIDE_DECAYS.index(wd)))]
+    cells = [cell for cell in product(*near) if cell[0] not in LRS or cell[1] not in DECAYS]
+    longest = PAIR_BUDGETS.get(pair.partition("/")[0], GRID_BUDGET)
+    limits = {seed: min(longest, math.ceil(BEHIND * (row.sustained or longest))) for seed, row in inside.items()}
+    asked = [[Run.of(pair, method, seed, *cell, budget=limits[seed]) for cell in cells] for seed in GRID_SEEDS]
+    found = select(rows, asked[0])
+    quickest = best(row for row in found if row.sustained) if len(found) == len(cells) else None
+    return [*asked[0], *(run for run in asked[1] if (run.lr, run.weight_decay) == quickest)]
+
+
+def pair_finals(pair: str, method: str, rows: list[Row]) -> list[Run]:
+    """Return runs with the best cell: of the grid, or beyond it, over both seeds."""
+    asked = pair_beyond(pair, method, rows)
+    beyond = select(rows, asked)
+    if len(beyond) < len(asked):
+        beyond = []  # until they are done, the grid's best cell counts
+    seconds = {(row.lr, row.weight_decay) for row in beyond if row.seed == GRID_SEEDS[1]}
+    cell = best([*pair_best(pair, method, rows), *(row for row in beyond if (row.lr, row.weight_decay) in seconds)])
     return [] if cell is None else [Run.of(pair, method, seed, *cell) for seed in PAIR_SEEDS]
 
 
-PAIR_PARTS = [pair_grid, pair_grid, pair_semifinals, pair_finals]  # the first cell, then the other cells
+# the grid's first cell, then the others; the cells beyond it on the first seed, then the quickest on the second
+PAIR_PARTS = [pair_grid, pair_grid, pair_semifinals, pair_beyond, pair_beyond, pair_finals]
 
 
 def pair_untuned(pair: str, method: str) -> list[Run]:

@@ -427,6 +427,20 @@ def test_architectures_are_tuned_by_a_race() -> None:
     finals = evidence.pair_finals(pair, "adamw", rows + done(semifinals))
     assert {(run.lr, run.weight_decay) for run in finals} == {(3e-3, 0.3)}
     assert [run.seed for run in finals] == [100, 101, 102, 103, 104]
+    rows += done(semifinals)
+    beyond = evidence.pair_beyond(pair, "adamw", rows)  # the best cell has the grid's lowest weight decay
+    assert [(run.lr, run.weight_decay) for run in beyond] == [(1e-3, 0.1), (3e-3, 0.1), (1e-2, 0.1)]
+    assert {(run.seed, run.budget) for run in beyond} == {(0, 750)}
+    assert evidence.pair_beyond(pair, "grokadamw", rows) == []
+    steps[1e-2, 0.1] = 450  # 850 on the second seed
+    last = evidence.pair_beyond(pair, "adamw", rows + done(beyond))[3:]
+    assert [(run.lr, run.weight_decay, run.seed, run.budget) for run in last] == [(1e-2, 0.1, 1, 750)]
+    assert evidence.pair_finals(pair, "adamw", rows + done(beyond)) == finals
+    assert evidence.pair_finals(pair, "adamw", rows + done(beyond) + done(last)) == finals
+    steps[3e-3, 0.1] = 440
+    beyond = evidence.pair_beyond(pair, "adamw", rows + done(beyond))
+    better = evidence.pair_finals(pair, "adamw", rows + done(beyond))
+    assert {(run.lr, run.weight_decay) for run in better} == {(3e-3, 0.1)}
     assert evidence.pair_grid(pair, "adamw", [replace(rows[0], sustained=None)])[0].budget == 3000
 
 
