@@ -174,7 +174,7 @@ class Base(Optimizer):
                 self._run.signals.load(group["signal_state"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
-        """Copy the optimizer with all its signals. (A pickle keeps only this package's own signal functions.)"""
+        """Copy the optimizer with all its signals. (A pickle keeps only `loss_gap` and `memorisation`.)"""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         state = {**self.__getstate__(), "_signals": None, "_combine": "mean", "_is_sharded": False}

@@ -46,7 +46,7 @@ class Cycle:
                 group["cycle"] = (alpha, amplification, *_numbers(group), boost)
         groups = self._groups if self.is_first else [_with_numbers(group) for group in self._groups]
         cycles = [group["cycle"] for group in self._groups]
-        return groups, [cycle[0] for cycle in cycles], [(*cycle, 1.0)[6] for cycle in cycles], float(cycles[0][1])
+        return groups, [cycle[0] for cycle in cycles], [cycle[6] for cycle in cycles], float(cycles[0][1])
 
     def end(self, params: Iterable[Tensor]) -> bool:
         """Count this micro-batch, in which `params` had gradients, and return True if it was the last."""

@@ -275,13 +275,11 @@ class GrokAdamW(Base):
         self._complete_groups()
         run, options = self._run, self.defaults
         run.stepped = False
-        capturable = torch.cuda._initialized or any(map(itemgetter("capturable"), self.param_groups))
-        capturing = capturable and capture.is_capturing(self)
+        may_capture = torch.cuda._initialized or any(map(itemgetter("capturable"), self.param_groups))
+        capturing = may_capture and capture.is_capturing(self)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        given = Given(
-            *(self.param_groups, self.state, options, scale, found_inf, capturing, compiling),
-            shard_group=run.shard_group,
-        )
+        groups, state, ranks = self.param_groups, self.state, run.shard_group
+        given = Given(groups, state, options, scale, found_inf, capturing, compiling, shard_group=ranks)
         if run.shard_group is not None and found_inf is not None:
             given = given._replace(found_inf=given.sum_over_ranks([found_inf]))
         if run.in_backward is not None:
@@ -341,7 +339,7 @@ class GrokAdamW(Base):
         for group in self.param_groups:
             group.update(given)
         zero.tell(self)
-        self._run.signals.check_age(given, self.param_groups)
+        self._run.signals.warn_of_old_eval_loss(given, self.param_groups)
         if eval_acc is not None:
             for listener in self._run.evaluation_listeners:
                 listener()
@@ -352,7 +350,7 @@ class GrokAdamW(Base):
         signals = Signals(fns, old.combine if combine is None else combine)
         signals.check_amplifies(self.defaults["amplify_by_signal"])
         signals.bind(self)
-        signals.claim(old.unclaimed)
+        signals.restore(old.waiting)
         self._run.signals = signals
 
     def set_layers(self, model: nn.Module) -> None:

@@ -223,7 +223,7 @@ class GrokAdamWCallback(TrainerCallback):
         self._go_first()
         is_evaluated = args.eval_strategy != "no" or args.eval_on_start
         if not is_evaluated:
-            found._run.signals.say_no_more()  # the warning below says why
+            found._run.signals.silence_missing_losses()  # the warning below says why
         if "arguments" not in self._said:
             self._said.add("arguments")
             trainers.say_who_clips(found, args.max_grad_norm, "max_grad_norm")

@@ -113,8 +113,8 @@ def test_the_docs_show_what_it_prints(capsys: pytest.CaptureFixture[str]) -> Non
     assert shown.partition("```")[0] == capsys.readouterr().out.removeprefix("7,")
 
 
-@pytest.mark.parametrize("wrong", ["0", "1.5", "-7e9", "many", "1e40", "nan"])
+@pytest.mark.parametrize("wrong", ["0", "1.5", "-7e9", "many", "7B", "1e40", "nan"])
 def test_no_count_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["memory", f"--params={wrong}"])
-    assert "--params" in capsys.readouterr().err
+    assert f"--params: {wrong} is not a whole number of at least 1, such as 7e9" in capsys.readouterr().err

@@ -43,6 +43,7 @@ def test_every_argument_is_in_the_table_with_its_default() -> None:
         if name == "params":
             assert name in rows
         elif name != "grokking_signal_fn":
+            assert name in rows, f"README's table of arguments has no row for {name}"
             assert eval(rows.pop(name)) == parameter.default, name
 
 

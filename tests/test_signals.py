@@ -225,6 +225,16 @@ def test_losses_that_would_arrive_in_the_wrong_place_are_refused(function: Any) 
         Signals(function)
 
 
+@pytest.mark.parametrize(
+    "function", [lambda train_acc, eval_acc: 0.5, lambda val_accuracy, train: 0.5, lambda *, train_acc, eval_acc: 0.5]
+)
+def test_a_signal_of_accuracies_would_get_losses_and_is_refused(function: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"accuracies are not passed to signals; give grokadamw.signals.AccuracyGap\(\)"
+    ):
+        Signals(function)
+
+
 def test_functions_of_the_same_name_are_numbered_apart() -> None:
     def gap() -> float:
         return 0.5

@@ -20,7 +20,7 @@
 
 enum { PIECE = 1 << 16, /* elements that a thread takes at a time, and of which each sum of squares is */
        CHUNK = 512,     /* elements that are converted at a time: they stay in the L1 cache */
-       STRIP = 128,     /* elements of rows that are limited which are updated at a time, before their squares are summed */
+       STRIP = 128,     /* limited rows are updated this many elements at a time; then their squares are summed */
        ROW_BYTES = 1 << 18, /* of the longest row that can be limited; a copy of it is on the stack */
        ROW = ROW_BYTES / 4, /* elements of the longest row of a coded tensor that can be limited */
        BLOCK = 64,      /* elements of a row that share a scale */
@@ -127,7 +127,7 @@ static inline void store(const float *restrict room, char *at, int64_t i, int64_
 
 typedef struct {
     double clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step;
-    double t, bias_beta1; /* that root and step are of */
+    double t, bias_beta1; /* for which root and step were computed */
 } numbers;
 
 #define ROWS(real, square_root)                                                                                       \
@@ -557,8 +557,8 @@ static int64_t step_full_blocks(const table *t, const numbers *k, int64_t tensor
 #define step_full_blocks(t, k, tensor, from, to, x, y) (from)
 #endif
 
-/* Of one tensor, from the start of a block on. Where x is not NULL the new parameter is left there instead of stored, and
- * what it was in y. */
+/* Step one tensor, from the start of a block. If x is not NULL, leave the new parameter in x and the old one in y, and store
+ * neither. */
 static void step_coded(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to, float *x, float *y)
 {
     char *m = t->exp_avgs[tensor], *v = t->exp_avg_sqs[tensor], *mu = t->grok_emas ? t->grok_emas[tensor] : NULL;

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_ANOTHER = "the native kernel is of another version of grokadamw: install it again"
 _LIBRARY = Path(__file__).with_name("cpu_kernel.so")
 
 
@@ -51,7 +52,7 @@ class Kernel(NamedTuple):
 def kernel() -> Kernel | str:
     """Return the kernel for this processor, or a sentence that says why there is none."""
     if not _LIBRARY.exists():
-        return "the native kernel was not built, for want of a C compiler when grokadamw was installed"
+        return "the native kernel was not built, as there was no C compiler when grokadamw was installed"
     try:
         library = ctypes.CDLL(str(_LIBRARY))
         for name in _instruction_sets():
@@ -59,7 +60,7 @@ def kernel() -> Kernel | str:
                 return _kernel(library, name)
     except OSError as error:
         return f"the native kernel cannot be loaded: {error}"
-    return "the native kernel is of another version of grokadamw: install it again"
+    return _ANOTHER
 
 
 def _instruction_sets() -> list[str]:
@@ -74,7 +75,7 @@ def _kernel(library: ctypes.CDLL, name: str) -> Kernel | str:
         for function in ("table_size", "piece", "row_bytes", "step", "sum_of_squares", "meet")
     )
     if table_size() != ctypes.sizeof(Table):
-        return "the native kernel is of another version of grokadamw: install it again"
+        return _ANOTHER
     step.restype, squares.restype = None, ctypes.c_double
     step.argtypes = (ctypes.POINTER(Table), ctypes.c_int64, ctypes.c_void_p)
     squares.argtypes = (ctypes.POINTER(Table), ctypes.POINTER(ctypes.c_double), ctypes.c_int64, ctypes.c_void_p)

@@ -62,7 +62,7 @@ def hear(
         if is_asked_for or (train_loss, eval_loss) != (None, None) or all_ranks_step():
             signal, elsewhere = mean_over_ranks(signal, groups)
             signal = as_number(signal) if isinstance(signal, Tensor) else signal
-    signals.listen(train_loss, eval_loss, elsewhere)
+    signals.warn_of_missing_losses(train_loss, eval_loss, elsewhere)
     return [signal] * len(groups)
 
 
@@ -123,7 +123,7 @@ class Signals:
         self.combine, self.counted = combine, counted
         self.values: dict[str, Number] = {}  # each function's last usable value
         self.failures = 0
-        self.unclaimed: dict[str, Any] = {}  # states from a checkpoint, for functions that are not registered yet
+        self.waiting: dict[str, Any] = {}  # states from a checkpoint, for functions that are not registered yet
         self._warned: set[str] = set()
         self._failures_on_device: dict[str, Tensor] = {}
         self._steps_without_losses = 0
@@ -164,7 +164,9 @@ class Signals:
         functions = None if kept is None else [function for function in kept if not isinstance(function, str)]
         return cls(functions, combine or "mean")
 
-    def listen(self, train_loss: Number | None, eval_loss: Number | None, elsewhere: Number = 0) -> None:
+    def warn_of_missing_losses(
+        self, train_loss: Number | None, eval_loss: Number | None, elsewhere: Number = 0
+    ) -> None:
         """Warn once if functions that need both losses do not get them, as nothing adapts meanwhile.
 
         That is after 100 steps without any loss, if functions were given, and after 1,000 with one of the two. There is
@@ -185,7 +187,7 @@ class Signals:
                 UserWarning,
             )
 
-    def check_age(self, given: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+    def warn_of_old_eval_loss(self, given: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
         """Warn once if 100 training losses followed an evaluation loss: what was learnt since looks memorised."""
         if "eval_loss" in given:
             self._train_losses_alone = 0
@@ -201,8 +203,8 @@ class Signals:
                 UserWarning,
             )
 
-    def say_no_more(self) -> None:
-        """Suppress the warning of `listen`, as the caller gives a better one."""
+    def silence_missing_losses(self) -> None:
+        """Suppress the warning of `warn_of_missing_losses`, as the caller gives a better one."""
         self._steps_without_losses = 1000
 
     def evaluate(
@@ -268,7 +270,7 @@ class Signals:
 
     def state(self) -> str | None:
         """Return the functions' states by name, as JSON, which all ways of saving keep in one piece."""
-        states = dict(self.unclaimed)
+        states = dict(self.waiting)
         for name, function in zip(self.names, self.functions, strict=True):
             if _remembers(function):
                 states[name] = function.state_dict()
@@ -288,15 +290,15 @@ class Signals:
         except ValueError as error:
             warn(f"the checkpoint's state of grokking signals is not JSON ({error}): they start afresh", RuntimeWarning)
             states = {}
-        self.claim(states)
+        self.restore(states)
 
-    def claim(self, states: dict[str, Any]) -> None:
+    def restore(self, states: dict[str, Any]) -> None:
         """Give each function the state that was saved under its name."""
-        self.unclaimed = dict(states)
+        self.waiting = dict(states)
         for name, function in zip(self.names, self.functions, strict=True):
-            if name in self.unclaimed and _remembers(function):
+            if name in self.waiting and _remembers(function):
                 try:
-                    function.load_state_dict(self.unclaimed.pop(name))
+                    function.load_state_dict(self.waiting.pop(name))
                 except Exception as error:
                     warn(
                         f"the grokking signal {name} cannot load its state from the checkpoint ({error!r}): it starts "
@@ -311,7 +313,7 @@ class Signals:
             self.combine,
             self.counted,
         )
-        copied.values, copied.failures, copied.unclaimed = dict(self.values), self.failures, dict(self.unclaimed)
+        copied.values, copied.failures, copied.waiting = dict(self.values), self.failures, dict(self.waiting)
         copied._warned, copied._failures_on_device = set(self._warned), dict(self._failures_on_device)
         copied.are_given, copied._steps_without_losses = self.are_given, self._steps_without_losses
         copied._train_losses_alone = self._train_losses_alone
@@ -366,6 +368,11 @@ def _takes_losses(function: Any) -> str:
             return "by name"
     # losses go in order to arguments of other names, but not to one with the other loss's name
     swapped = required[:1] == ["eval_loss"] or required[1:] == ["train_loss"]
+    if any("acc" in name for name in required):
+        raise TypeError(
+            f"grokking_signal_fns holds {_name(function)}, which requires ({', '.join(required)}): accuracies are not "
+            "passed to signals; give grokadamw.signals.AccuracyGap()"
+        )
     if len(required) == 2 and required == positional[:2] and not swapped:
         return "in order"
     if required:

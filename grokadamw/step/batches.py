@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends as update
-from .. import layers
+from .. import backends, layers
 from .._numbers import Number, as_real
 from ..backends import BY_ADDRESS, Batch, Choice, decoded, foreach, gpu, memory, reference
 from ..backends.gpu_tables import Tables
@@ -118,10 +117,10 @@ def collect(given: Given, names: Mapping[Tensor, str], missing: Collection[Tenso
             entries.append(Entry(i, param, param.grad.resolve_conj(), layer, number))
     for entry in entries:
         check(given.state.get(entry.param, {}), entry.param)
-        if given.groups[entry.group]["fused"] and not update.is_fused_on(entry.param.device):
+        if given.groups[entry.group]["fused"] and not backends.is_fused_on(entry.param.device):
             raise RuntimeError(
                 "`fused=True` requires all the params to be floating point Tensors of supported devices: "
-                f"{update.FUSED_ON}, and param_groups[{entry.group}] has one on {entry.param.device}: leave fused out"
+                f"{backends.FUSED_ON}, and param_groups[{entry.group}] has one on {entry.param.device}: leave fused out"
             )
     return entries
 
@@ -164,14 +163,14 @@ def kind_of(
     *tensors, step = (x for x in row if x is not None)
     coded = is_coded(tensors, extras, group)
     low = [extras[-1]] if coded and extras[-1] is not None else []
-    choice = update.choose([*tensors, *low], step, group, coded)
+    choice = backends.choose([*tensors, *low], step, group, coded)
     cuts_rows = is_matrix and shards is not None and shards.cut_rows
     if cuts_rows and coded and row[0].itemsize == 2:  # rows.py cannot handle low bits
         choice = Choice(decoded, "float32 copies, as ranks have parts of rows")
     has_rows = is_matrix and not (cuts_rows and choice.module is not decoded)
     there = tuple(x is not None for x in extras) if coded else None
     kind = Kind(choice, row[0].device, shards, tuple(x.dtype for x in tensors), there)
-    return kind, update.row_width(choice, row[0], coded) if has_rows else 0
+    return kind, backends.row_width(choice, row[0], coded) if has_rows else 0
 
 
 def coded_of(columns: Columns, places: Sequence[int], owners: Sequence[Owner], options: dict[str, Any]) -> Coded:
@@ -210,8 +209,8 @@ def assemble(
             of_batch, seen[group] = [seen[group]], seen[group] + 1
         p, g, m, v, mu, steps = ([column[i] for i in places] for column in columns[:6])
         batch = Batch(
-            *(p, g, m, v, None if len(kind.dtypes) < 5 else mu, steps),
-            row_widths=widths if kind.choice.module in update.LIMITS_ROWS else None,
+            *(p, g, m, v, None if mu[0] is None else mu, steps),
+            row_widths=widths if kind.choice.module in backends.LIMITS_ROWS else None,
             unlimited=[j for j, i in enumerate(places) if are_matrices[i] and not widths[j]],
             choice=kind.choice,
             group=group,
@@ -230,7 +229,10 @@ def assemble(
     on_gpu = [batch for (batch, _), is_shared in zip(made, shared, strict=True) if batch.choice.module is gpu]
     if len(on_gpu) > 1 and memory.share_memory(*on_gpu):
         shared = [is_shared or batch.choice.module is gpu for (batch, _), is_shared in zip(made, shared, strict=True)]
-    made = [(by_lists(b, is_shared, elsewhere), places) for (b, places), is_shared in zip(made, shared, strict=True)]
+    made = [
+        (by_lists(batch, elsewhere) if is_shared else batch, places)
+        for (batch, places), is_shared in zip(made, shared, strict=True)
+    ]
     return made, _ranges(made, columns.grads)
 
 
@@ -240,9 +242,9 @@ def _ranges(made: Iterable[tuple[Batch, Any]], grads: list[Tensor]) -> Ranges | 
     return Ranges(tensors, grads) if by_address else None
 
 
-def by_lists(batch: Batch, instead: bool, choice: Choice = _FOREACH) -> Batch:
-    """Return the batch; if `instead`, then for `foreach` instead of its own backend."""
-    if not instead or batch.choice.module in (reference, decoded):
+def by_lists(batch: Batch, choice: Choice = _FOREACH) -> Batch:
+    """Return the batch for `foreach`, instead of a backend that gets addresses."""
+    if batch.choice.module in (reference, decoded):
         return batch
     if batch.coded is not None:
         return batch._replace(choice=Choice(decoded, choice.reason), row_widths=[p.dim() > 1 for p in batch.params])

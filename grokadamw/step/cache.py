@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import backends as update
+from .. import backends
 from .._numbers import as_real, reads_are_free
 from ..backends import Batch, Choice, cpu, gpu, memory
 from ..backends.gpu_tables import Tables
@@ -59,10 +59,10 @@ class Cache:
             tables = plan.tables(given.capturing, any(group["capturable"] for group in given.groups))
             found = found._replace(tables=tables)
         if not memory.memory_is_all(given.compiling):
-            elsewhere = [batches.by_lists(batch, True) for batch in found.batches]
-            return found._replace(batches=elsewhere, squares=None)
+            return found._replace(batches=list(map(batches.by_lists, found.batches)), squares=None)
         if given.capturing and tables is None:
-            return found._replace(batches=[batches.by_lists(b, b.choice.module is gpu) for b in found.batches])
+            off_gpu = [batches.by_lists(b) if b.choice.module is gpu else b for b in found.batches]
+            return found._replace(batches=off_gpu)
         return found
 
     def describe(self, given: Given) -> str:
@@ -79,7 +79,7 @@ class Cache:
                     row = [param if x is None else x for x in (param, param.grad, *map(s.get, MOMENTS))]
                     count = s.get("step", torch.zeros((), device=step_device(param)))
                     tensors, extras = [as_real(local(x, shards)) for x in row], list(map(s.get, EXTRAS))
-                    counts[update.choose(tensors, count, group, is_coded(tensors, extras, group))] += 1
+                    counts[backends.choose(tensors, count, group, is_coded(tensors, extras, group))] += 1
         of = {choice: "" if len(counts) == 1 else f" for {count} parameters" for choice, count in counts.items()}
         return "\n".join(f"{c.module.__name__.rpartition('.')[2]}{of[c]}: {c.reason}" for c in counts)
 
@@ -271,7 +271,7 @@ class _Plan:
         self._spans = list(zip([0, *ends], ends, strict=False))
         self._batches = []
         for batch, _ in made:
-            kept = update.keep(batch)
+            kept = backends.keep(batch)
             self._batches.append((batch.grok_emas is not None, kept.addresses, kept._replace(coded=None)[7:]))
         self._coded = [batch.coded is not None for batch, _ in made]
         grads, gpus = seen.columns.grads, [batch.params[0].device for batch, _ in made if batch.choice.module is gpu]
@@ -281,7 +281,7 @@ class _Plan:
         self._devices = list(dict.fromkeys(grad.device for grad in grads))
         self._can_be_judged = len(self._devices) == 1 and gpu.is_for(self._devices[0]) and gpu.can_sum(grads)
         readable = all(map(reads_are_free, self._devices)) and not rules_of(options).clips_each_tensor
-        is_fastest = readable and update.sum_of_squares(options, False) is update.fastest_sum_of_squares
+        is_fastest = readable and backends.sum_of_squares(options, False) is backends.fastest_sum_of_squares
         # the places of gradients that are divided alike
         self._divided = list(divided.items()) or [(None, list[int]())]
         is_fastest &= len(self._divided) == 1

@@ -98,9 +98,8 @@ def judge(
     if skipped is not None and skipped.device != grads[0].device:
         return None
     wants_norm = norm_is_wanted(limits, nonfinite)
-    verdict = gpu.judge(
-        *(grads, limits, scale, found_inf, skipped), wants_norm=wants_norm, at=found.at, tables=found.tables
-    )
+    at, tables = found.at, found.tables
+    verdict = gpu.judge(grads, limits, scale, found_inf, skipped, wants_norm=wants_norm, at=at, tables=tables)
     norms: list[Number | None] = [verdict.norm if wants_norm else None] * len(limits)
     finite = verdict.finite if nonfinite == "skip" or found_inf is not None else True
     return GradStats(norms, [*verdict.clips], [*verdict.factors], finite)

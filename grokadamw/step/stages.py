@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends as update
-from .. import layers
+from .. import backends, layers
 from .._numbers import Number, accumulator, as_float, detached, reads_are_free
 from .._warn import warn
 from ..accumulation import Cycle
@@ -142,22 +141,17 @@ def check_finite(run: Run, given: Given) -> None:
 
 
 def _norm_now(grads: list[Tensor], given: Given) -> float:
-    sum_of_squares = update.sum_of_squares(given.options, given.compiling)
+    sum_of_squares = backends.sum_of_squares(given.options, given.compiling)
     return as_float(norm.global_norm(grads, sum_of_squares, None, given, divisions(given.groups)))
 
 
-def check_layers(run: Run, given: Given, preset_gamma: float | None) -> None:
-    """Warn of doubtful layers: at the first step, as set_layers may be called before."""
-    if not rules_of(given.options).layers_by_place:
-        for sentence in layers.warnings_for(given.groups, run.names, preset_gamma):
-            warn(sentence, UserWarning)
-    run.layers_checked = True
-
-
 def begin(run: Run, given: Given, preset_gamma: float | None) -> None:
-    """Check the layers once, and evaluate the signals, unless this cycle of micro-batches already has."""
-    if not run.layers_checked:
-        check_layers(run, given, preset_gamma)
+    """Warn of doubtful layers once, and evaluate the signals, unless this cycle of micro-batches already has."""
+    if not run.layers_checked:  # not before the first step, as set_layers may be called until then
+        if not rules_of(given.options).layers_by_place:
+            for sentence in layers.warnings_for(given.groups, run.names, preset_gamma):
+                warn(sentence, UserWarning)
+        run.layers_checked = True
     steps, groups = given.options["accumulation_steps"], given.groups
     if not given.capturing and (steps == 1 or groups[0]["micro_step"] == 0):
         hear_signals(run, groups, given.options)
@@ -167,10 +161,9 @@ def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, 
     """Evaluate the signals, and set α and the boost of every group from them."""
     rules = rules_of(options)
     all_ranks_step = partial(run.all_ranks.take_steps, groups, run.shard_group)
-    said, alphas, boosts = hear(run.signals, groups, rules, all_ranks_step), list[Number](), list[Number]()
-    for group, signal in zip(groups, said, strict=True):
-        alphas.append(alpha_of(group, signal, rules))
-        boosts.append(boost_of(group, signal))
+    signals = hear(run.signals, groups, rules, all_ranks_step)
+    alphas = [alpha_of(group, signal, rules) for group, signal in zip(groups, signals, strict=True)]
+    boosts = [boost_of(group, signal) for group, signal in zip(groups, signals, strict=True)]
     if any(map(itemgetter("capturable"), groups)):
         if run.skipped is None:
             run.skipped = capture.counter(groups)
@@ -181,7 +174,7 @@ def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, 
             else 1.0
             for i, group in enumerate(groups)
         ]
-    run.last = run.last._replace(signal=said[0] if said else None, alphas=alphas, boosts=boosts)
+    run.last = run.last._replace(signal=signals[0] if signals else None, alphas=alphas, boosts=boosts)
 
 
 def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables | None]:
@@ -221,10 +214,10 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
 
     calls: list[tuple[Batch, Scalars]] = []
     finite = None if stats.finite is True else torch.as_tensor(stats.finite)
-    for batch, factor in zip(found.batches, stats.factors[: len(found.batches)], strict=True):
+    for batch, clip in zip(found.batches, stats.factors[: len(found.batches)], strict=True):
         group, device = cycle_groups[batch.group], batch.params[0].device
         beta1s = _beta1s(group["betas"][0], group["gamma"], batch.layers)
-        lr, alpha, clip = group["lr"], 1.0 if batch.windows is not None else alphas[batch.group], factor
+        lr, alpha = group["lr"], 1.0 if batch.windows is not None else alphas[batch.group]
         lr = lr if type(lr) is float else _number(lr, device, options)
         boost = boosts[batch.group]
         change: Number = float(group["max_row_change"])
@@ -232,23 +225,23 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
             boost = _number(boost, device, options)
             lr, change = lr * boost, change and change * boost
         scalars = Scalars(
-            beta1s,
-            beta1s if rules.decays_bias_correction else [float(group["betas"][0])] * len(beta1s),
-            float(group["betas"][1]),
-            lr,
-            float(group["eps"]),
-            rules.eps_before_correction,
-            float(group["weight_decay"]),
-            alpha if type(alpha) is float else _number(alpha, device, options),
-            float(group["lamb"]) * factor_of_lamb,
-            int(group["amplify_after"]),
-            clip if type(clip) is float else _number(clip, device, options),
-            options["second_moment"] == "raw",
-            group["maximize"],
-            None if finite is None else finite.to(device),
-            WHOLE if cycle is None else MicroStep(cycle.of, not batch.begun, cycle.is_last, cycle.nth),
-            change,
-            float(group["max_row_norm"]),
+            beta1=beta1s,
+            bias_beta1=beta1s if rules.decays_bias_correction else [float(group["betas"][0])] * len(beta1s),
+            beta2=float(group["betas"][1]),
+            lr=lr,
+            eps=float(group["eps"]),
+            eps_before_correction=rules.eps_before_correction,
+            weight_decay=float(group["weight_decay"]),
+            alpha=alpha if type(alpha) is float else _number(alpha, device, options),
+            lamb=float(group["lamb"]) * factor_of_lamb,
+            amplify_after=int(group["amplify_after"]),
+            clip=clip if type(clip) is float else _number(clip, device, options),
+            raw_second_moment=options["second_moment"] == "raw",
+            maximize=group["maximize"],
+            finite=None if finite is None else finite.to(device),
+            micro_step=WHOLE if cycle is None else MicroStep(cycle.of, not batch.begun, cycle.is_last, cycle.nth),
+            max_row_change=change,
+            max_row_norm=float(group["max_row_norm"]),
         )
         calls.append((batch, capture.for_compiler(batch, scalars) if given.compiling else scalars))
     run.stepped = cycle is None or cycle.end(found.params)
@@ -288,10 +281,10 @@ def _measured(run: Run, given: Given, found: Batches, limits: list[float], rules
 
     movable = not given.capturing and not any(group["capturable"] for group in groups)
     counter = partial(skip_counter, run, movable=movable)
-    sum_of_squares = update.sum_of_squares(options, given.compiling)
+    sum_of_squares = backends.sum_of_squares(options, given.compiling)
     home = next((device for device in found.devices if not _on_host(device, options)), None)
     on_one_gpu = home is not None and len(found.devices) == 1 and not rules.clips_each_tensor
-    if sum_of_squares is update.fastest_sum_of_squares:
+    if sum_of_squares is backends.fastest_sum_of_squares:
         # memory that a graph reads must stay
         judges = on_one_gpu and nonfinite != "raise" and given.shard_group is None
         if judges and (found.tables or not given.capturing):

@@ -363,7 +363,7 @@ def test_it_says_what_the_next_step_will_do() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"_LIBRARY": native._LIBRARY.with_name("absent.so")}, "was not built, for want of a C compiler"),
+        ({"_LIBRARY": native._LIBRARY.with_name("absent.so")}, "was not built, as there was no C compiler"),
         ({"_LIBRARY": native._LIBRARY.with_name("cpu.py")}, "cannot be loaded: .*cpu.py"),
         ({"Table": native._Python}, "is of another version of grokadamw: install it again"),
         ({"_instruction_sets": lambda: ["mmx"]}, "is of another version of grokadamw: install it again"),
