@@ -258,7 +258,7 @@ def test_the_number_of_threads_is_torchs_of_this_moment(monkeypatch: pytest.Monk
     spy = found._replace(step=lambda table, threads, openmp: (seen.append(threads), found.step(table, threads, openmp)))
     monkeypatch.setattr(native, "kernel", lambda: spy)
     p, small = nn.Parameter(torch.ones(cpu._ALONE + 1)), nn.Parameter(torch.ones(2))
-    optimizer = GrokAdamW([{"params": [p]}, {"params": [small]}])
+    optimizer = GrokAdamW([{"params": [p]}, {"params": [small], "lr": 0.1}])  # a call for each
     p.grad, small.grad = torch.ones_like(p), torch.ones_like(small)
     before = torch.get_num_threads()
     try:
