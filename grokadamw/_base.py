@@ -132,7 +132,7 @@ class Base(Optimizer):
         with keeping_precision(self):
             super().load_state_dict(state_dict)
         place_recorded(self.param_groups)
-        self._run.restart(self.param_groups[0]["signal_state"])
+        self._run.restart(self.param_groups)
 
     def _before_saving(self) -> None:
         early = self._run.in_backward

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 _PLAIN = {Tensor, nn.Parameter}
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
+_found: weakref.WeakSet[Any] = weakref.WeakSet()  # the wrappers that there are, as of the last look through all objects
 
 
 def mesh_of(tensor: Tensor) -> Any:
@@ -212,23 +213,26 @@ def span_all_ranks(groups: Iterable[Mapping[str, Any]]) -> bool:
     return False
 
 
-def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
+def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]], is_loaded: bool = False) -> tuple[Any, Any]:
     """Return the mean of a signal over the ranks that have one, and how many other ranks have one.
 
-    All ranks must call it, even one without a signal or parameters: the others would wait for it. If no rank has a
-    signal the mean is None, or 0 on a GPU, which is not read back.
+    One that `is_loaded`, of losses that came with a checkpoint and maybe from another rank, only counts while there is
+    no other. All ranks must call it, even one without a signal or parameters: the others would wait for it. If no rank
+    has a signal the mean is None, or 0 on a GPU, which is not read back.
     """
     if ranks() == 1:
         return signal, 0
     device = _meeting_place(groups)
-    pair = torch.zeros(2, dtype=torch.float64, device=device)
-    pair[0] += 0.0 if signal is None else signal
-    pair[1] += signal is not None
-    dist.all_reduce(pair)
-    others = pair[1] - int(signal is not None)
-    if device.type == "cpu" and pair[1] == 0:
+    sums = torch.zeros(2, 2, dtype=torch.float64, device=device)  # (own, loaded) × (sum, count)
+    sums[int(is_loaded), 0] += 0.0 if signal is None else signal
+    sums[int(is_loaded), 1] += signal is not None
+    dist.all_reduce(sums)
+    own, loaded = sums
+    total, count = torch.where(own[1] > 0, own, loaded)
+    others = own[1] + loaded[1] - int(signal is not None)
+    if device.type == "cpu" and count == 0:
         return None, others
-    return pair[0] / pair[1].clamp(min=1), others
+    return total / count.clamp(min=1), others
 
 
 def _meeting_place(groups: Sequence[Mapping[str, Any]], group: Any = None) -> torch.device:
@@ -293,33 +297,97 @@ def why_not_early(params: set[Tensor]) -> str | None:
 def _wrapper_of(params: set[Tensor]) -> Any:
     """Return the DDP or FSDP1 module that averages the gradients of these parameters; None if there is none.
 
-    Parameters do not know it, so this looks through all objects.
+    Parameters do not know it. So this looks through all objects, unless a wrapper that was found before has them.
     """
     if not dist.is_available() or not dist.is_initialized():
         return None
-    wrappers = (x for x in gc.get_objects() if type(x).__name__ in _WRAPPERS and isinstance(x, nn.Module))
-    return next((wrapper for wrapper in wrappers if not params.isdisjoint(wrapper.parameters())), None)
+    for looks in (False, True):
+        if looks:
+            _found.update(x for x in gc.get_objects() if type(x).__name__ in _WRAPPERS and isinstance(x, nn.Module))
+        for wrapper in list(_found):
+            if not params.isdisjoint(wrapper.parameters()):
+                return wrapper
+    return None
+
+
+def holds_whole(wrapper: Any) -> bool:
+    """Return True for DDP, and for FSDP1 that divides nothing."""
+    return type(wrapper).__name__ == _WRAPPERS[0] or wrapper.sharding_strategy.name == "NO_SHARD"
 
 
 class AllRanks:
     """Knows whether every rank takes an optimizer's steps, as with FSDP2, DDP and FSDP1."""
 
     def __init__(self) -> None:
-        self._wrapper: Callable[[], Any] | None = None  # a weak reference to DDP or FSDP1; None until it is looked for
+        self._wrapper: Callable[[], Any] = lambda: None  # a weak reference to the DDP or FSDP1 around the parameters
+        self._steps = 0  # without a wrapper
 
-    def take_steps(self, groups: Sequence[Mapping[str, Any]], shard_group: Any) -> bool:
-        """Return True if parameters are on all ranks, and so all ranks take each step; False if that is not known."""
-        if shard_group is not None:  # a rank may have none of its parameters
-            return dist.get_world_size(shard_group) == ranks()
-        if span_all_ranks(groups):
-            return True
-        if torch._C._current_graph_task_id() != -1:  # an optimizer for each parameter, which steps in the backward pass
-            return False
-        if self._wrapper is None:
+    def wrapper(self, groups: Sequence[Mapping[str, Any]]) -> Any:
+        """Return the DDP or FSDP1 module around the parameters; None if there is none, or if it is not known yet.
+
+        A model may be wrapped after its first steps, or anew. Looking for a wrapper may take 50 ms: without one, look
+        at the first step, the second, the fourth, and so on.
+        """
+        found = self._wrapper()
+        self._steps = self._steps + 1 if found is None else 0
+        if self._steps and self._steps & (self._steps - 1) == 0:
             found = _wrapper_of({param for group in groups for param in group["params"]})
-            self._wrapper = (lambda: None) if found is None else weakref.ref(found)
-        wrapper = self._wrapper()
-        if wrapper is None or dist.get_world_size(wrapper.process_group) < ranks():
+            if found is not None:
+                self._wrapper = weakref.ref(found)
+        return found
+
+    def meet(self, groups: Sequence[Mapping[str, Any]], shard_group: Any, wanted: bool) -> bool:
+        """Return True if ranks average their signals in this step: if all are known to take it, or this one wants to.
+
+        Raises:
+            RuntimeError: it wants to in DDP's join(), where ranks that have no more data take no more steps.
+        """
+        if shard_group is not None:  # a rank may have none of its parameters
+            return wanted or dist.get_world_size(shard_group) == ranks()
+        if torch._C._current_graph_task_id() != -1:  # an optimizer for each parameter, which steps in the backward pass
+            return wanted
+        if self._wrapper() is None and span_all_ranks(groups):
+            return True
+        wrapper = self.wrapper(groups)
+        if wrapper is None:
+            return wanted
+        if getattr(getattr(wrapper, "_join_config", None), "enable", False):
+            if wanted:
+                raise RuntimeError(
+                    "signals are averaged over ranks, and in DDP's join() not all ranks take all steps: pass "
+                    "grokking_signal_fns=[], or give all ranks the same number of batches"
+                )
             return False
-        # in DDP's join(), ranks that have no more data take no more steps
-        return not getattr(getattr(wrapper, "_join_config", None), "enable", False)
+        return wanted or dist.get_world_size(wrapper.process_group) == ranks()
+
+    def doubts(self, groups: Sequence[Mapping[str, Any]], shard_group: Any, is_own: bool) -> list[str]:
+        """Return warnings if FSDP1 has divided parameters, and the optimizer takes its shards for whole parameters.
+
+        Raises:
+            ValueError: shard_group is the user's own (`is_own`), and its ranks hold whole parameters.
+        """
+        wrapper = self.wrapper(groups) if ranks() > 1 and torch._C._current_graph_task_id() == -1 else None
+        if wrapper is None:
+            return []
+        if holds_whole(wrapper):
+            both = [set(dist.get_process_group_ranks(x)) for x in (shard_group, wrapper.process_group) if is_own]
+            if is_own and len(set.intersection(*both)) > 1:
+                raise ValueError(
+                    f"shard_group with {type(wrapper).__name__}, whose ranks hold whole parameters: the norm of the "
+                    "gradients would count them several times. Leave shard_group out"
+                )
+            return []
+        found, first = [], groups[0]
+        clips = any(group["gradient_clipping"] for group in groups)
+        if shard_group is None and (clips or first["nonfinite"] != "propagate"):
+            found.append(
+                "FSDP1 has divided the parameters, and shard_group is not given: each rank clips and skips by the norm "
+                "of its own part. Pass shard_group=torch.distributed.group.WORLD, or the group over which the model is "
+                "divided"
+            )
+        if any(group["max_row_norm"] or group["max_row_change"] for group in groups):
+            found.append(
+                "FSDP1 has made vectors of weights, whose rows max_row_norm and max_row_change cannot limit: use FSDP2 "
+                "(torch.distributed.fsdp.fully_shard), or set both to 0"
+            )
+        return found

@@ -89,6 +89,11 @@ def grokking_groups(
     """
     check_model(model)
     _check_frozen(model)
+    if any(type(module).__name__ == "FullyShardedDataParallel" and is_flat(module) for module in model.modules()):
+        raise ValueError(
+            "model: FSDP1 has made vectors of its weights, and the preset's groups and limits need their shapes: use "
+            "FSDP2 (torch.distributed.fsdp.fully_shard), or GrokAdamW(...) with groups of your own"
+        )
     normed = has_norms(model)
     preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, **(_WITH_NORMS if normed else _WITHOUT_NORMS)}
     lr = preset["lr"] if lr is None else lr

@@ -92,5 +92,5 @@ def go_on_after_loading(optimizer: Any) -> None:
             outer.pop("param_names", None)
         outer.update({name: group[name] for name in KEPT})
     place_recorded(optimizer.param_groups)
-    run.restart(optimizer.param_groups[0]["signal_state"])
+    run.restart(optimizer.param_groups)
     tell(optimizer)

@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -194,6 +194,144 @@ def test_ranks_of_a_wrapper_agree_on_the_default_signal(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_ranks_that_take_fewer_steps_are_not_waited_for(tmp_path: Path) -> None:
     in_processes(_fewer_steps, tmp_path)
+
+
+def _signals_in_join(rank: int) -> list[str]:
+    """What ranks with different numbers of batches are told if they chose signals, record losses, or do neither."""
+    found = []
+    for options, records in (({"signal_boost": 1.0}, False), ({}, True), ({"grokking_signal_fns": []}, True)):
+        model = _in_ddp(network())
+        optimizer = GrokAdamW(model.parameters(), **options)
+        before = copy.deepcopy(model.state_dict())
+
+        def take(_: int, loss: torch.Tensor, optimizer: Any = optimizer, records: bool = records) -> None:
+            if records:
+                optimizer.record(train_loss=0.5, eval_loss=1.0)
+            optimizer.step()
+
+        try:
+            with model.join():  # type: ignore[operator]
+                train(model, range(2), take)
+            found.append("trained")
+        except RuntimeError as error:
+            found.append(str(error))
+            assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+        dist.barrier()
+    return found
+
+
+def test_signals_in_join_are_refused(tmp_path: Path) -> None:
+    """Averaging them would meet what DDP sends for the ranks that have no more data."""
+    for refused, recorded, trained in in_processes(_signals_in_join, tmp_path):
+        assert refused == recorded
+        assert "in DDP's join() not all ranks take all steps: pass grokking_signal_fns=[]" in refused
+        assert trained == "trained"
+
+
+def _wrapped_late(rank: int) -> list[float]:
+    """α where the model is wrapped after its first step, and later anew; the first rank alone records losses."""
+    inner, alphas = network(), []
+    optimizer = GrokAdamW(inner.parameters(), gradient_clipping=0.0)
+    train(inner, range(1), lambda _, loss: optimizer.step())
+    for _ in range(2):
+        model = _in_ddp(inner)
+        for step in range(3):
+            train(model, range(step, step + 1), lambda _, loss: optimizer.step())
+            if rank == 0:
+                optimizer.record(train_loss=0.5, eval_loss=1.0)
+            alphas.append(optimizer.metrics()["alpha"])
+        del model
+        gc.collect()
+    return alphas
+
+
+def test_a_model_may_be_wrapped_late_and_anew(tmp_path: Path) -> None:
+    first, second = in_processes(_wrapped_late, tmp_path)
+    assert first == second == pytest.approx([0.98, *[0.98 * math.exp(-0.05)] * 5])
+
+
+def _resumed(rank: int) -> list[list[float]]:
+    """The signals of a run in which the first rank alone records, without and with a stop in between."""
+
+    def go_on(model: Any, optimizer: GrokAdamW, steps: range, found: list[float]) -> None:
+        for step in steps:
+            if rank == 0 and step % 3 == 0:
+                optimizer.record(train_loss=1.0, eval_loss=2.0 + step)
+            train(model, range(step, step + 1), lambda _, loss: optimizer.step())
+            found.append(optimizer.metrics()["signal"])
+
+    runs: list[list[float]] = [[], []]
+    for found in runs:
+        model = _in_ddp(network())
+        optimizer = GrokAdamW(model.parameters())
+        go_on(model, optimizer, range(4), found)
+        if found is runs[1]:
+            saved = [optimizer.state_dict()]
+            dist.broadcast_object_list(saved)  # every rank loads the first one's checkpoint
+            optimizer = GrokAdamW(model.parameters())
+            optimizer.load_state_dict(saved[0])
+        go_on(model, optimizer, range(4, 9), found)
+    return runs
+
+
+def test_losses_of_a_checkpoint_do_not_count_beside_new_ones(tmp_path: Path) -> None:
+    """Every rank loads the losses that one has recorded; only that one records again."""
+    for whole, resumed in in_processes(_resumed, tmp_path):
+        assert whole == resumed
+        assert len(set(whole)) == 3
+
+
+def _wrong_norms(rank: int) -> list[Any]:
+    """What is said where shards are taken for whole parameters, or whole parameters for shards."""
+    device, found = torch.device("cpu"), list[Any]()
+    for way in ("FSDP1", "without a norm", "FSDP1, with its ranks", "FSDP1, rows", "NO_SHARD", "DDP", "DDP, not over"):
+        group = dist.group.WORLD
+        strategy = ShardingStrategy.NO_SHARD if way == "NO_SHARD" else None
+        if way.startswith("DDP"):
+            apart = [dist.new_group([each]) for each in range(RANKS)][rank]
+            model = _in_ddp(network(), apart if way == "DDP, not over" else None)
+        else:
+            model = FullyShardedDataParallel(network(), device_id=device, sharding_strategy=strategy)
+        options: dict[str, Any] = {"gamma": 0.0, "shard_group": None if way == "FSDP1" else group}
+        if way == "without a norm":
+            options |= {"gradient_clipping": 0.0, "nonfinite": "propagate", "shard_group": None}
+        if way == "FSDP1, rows":
+            options["max_row_change"] = 0.1
+        optimizer = GrokAdamW(model.parameters(), **options)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                for _ in range(2):
+                    train(model, range(1), lambda _, loss, take=optimizer.step: take())
+            except ValueError as error:
+                found.append(str(error))
+                continue
+        found.append([str(each.message) for each in said if "FSDP1 has" in str(each.message)])
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_shards_and_whole_parameters_are_told_apart(tmp_path: Path) -> None:
+    for found in in_processes(_wrong_norms, tmp_path):
+        plain, unused, right, rows, no_shard, ddp, stages_of_ddp = found
+        assert unused == right == stages_of_ddp == []
+        assert ["shard_group is not given: each rank clips" in each for each in plain] == [True]
+        assert ["max_row_norm and max_row_change cannot limit" in each for each in rows] == [True]
+        assert no_shard.startswith("shard_group with FullyShardedDataParallel, whose ranks hold whole parameters")
+        assert ddp.startswith("shard_group with DistributedDataParallel, whose ranks hold whole parameters")
+
+
+def _preset_of_fsdp1(rank: int) -> None:
+    for original in (True, False):
+        model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 5))
+        model[2] = FullyShardedDataParallel(model[2], use_orig_params=original, device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"FSDP1 has made vectors .* use FSDP2"):
+            GrokAdamW.for_grokking(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_preset_needs_shapes(tmp_path: Path) -> None:
+    in_processes(_preset_of_fsdp1, tmp_path)
 
 
 DEVICE = "numbers on the device"

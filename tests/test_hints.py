@@ -100,8 +100,11 @@ def test_a_step_without_a_gradient_is_warned_of_once() -> None:
         optimizer.step()
 
 
-def test_signals_that_hear_nothing_are_warned_of_once() -> None:
-    optimizer = GrokAdamW(model().parameters(), grokking_signal_fns=loss_gap)
+@pytest.mark.parametrize(
+    "options", [{"grokking_signal_fns": loss_gap}, {"amplify_by_signal": True}, {"signal_boost": 1.0}]
+)
+def test_signals_that_hear_nothing_are_warned_of_once(options: dict[str, Any]) -> None:
+    optimizer = GrokAdamW(model().parameters(), **options)
     assert steps(optimizer, 99) == []
     (said,) = steps(optimizer, 1)
     assert "wait for train_loss and eval_loss: call optimizer.record(train_loss=…, eval_loss=…)" in said

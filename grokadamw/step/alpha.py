@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
-from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -43,26 +42,23 @@ def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, 
 
 
 def hear(
-    signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules, all_ranks_step: Callable[[], bool]
+    signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules, ranks_meet: Callable[[bool], bool]
 ) -> list[Number | None]:
-    """Evaluate the signals, and return GS_t for every group.
-
-    `all_ranks_step` returns True if every rank is known to take this step.
-    """
+    """Evaluate the signals, and return GS_t for every group. `ranks_meet` is `AllRanks.meet` for these groups."""
     if rules.signals_for_each_group:
         losses = [[x if x == x else None for x in (group["train_loss"], group["eval_loss"])] for group in groups]
         return [signals.evaluate(train, evaluation, keep_nonfinite=True) for train, evaluation in losses]
     train_loss, eval_loss = recorded(groups, "train_loss"), recorded(groups, "eval_loss")
     signal = signals.evaluate(train_loss, eval_loss)
     elsewhere: Number = 0
-    if signals.functions and ranks() > 1:
-        # ask the other ranks, whatever this one recorded, as they may have recorded more. But not if the user neither
-        # chose signals nor records losses, unless all ranks are known to take this step
-        is_asked_for = signals.are_given or any(map(itemgetter("signal_boost"), groups))
-        if is_asked_for or (train_loss, eval_loss) != (None, None) or all_ranks_step():
-            signal, elsewhere = mean_over_ranks(signal, groups)
-            signal = as_number(signal) if isinstance(signal, Tensor) else signal
-    signals.warn_of_missing_losses(train_loss, eval_loss, elsewhere)
+    is_asked_for = signals.are_given or any(group["signal_boost"] or group["amplify_by_signal"] for group in groups)
+    # ask the other ranks, whatever this one recorded, as they may have recorded more. But not if the user neither chose
+    # signals nor records losses, unless all ranks are known to take this step
+    wanted = is_asked_for or (train_loss, eval_loss) != (None, None)
+    if signals.functions and ranks() > 1 and ranks_meet(wanted):
+        signal, elsewhere = mean_over_ranks(signal, groups, signals.losses_are_loaded)
+        signal = as_number(signal) if isinstance(signal, Tensor) else signal
+    signals.warn_of_missing_losses(train_loss, eval_loss, is_asked_for, elsewhere)
     return [signal] * len(groups)
 
 
@@ -125,6 +121,7 @@ class Signals:
         self.failures = 0
         self.waiting: dict[str, Any] = {}  # states from a checkpoint, for functions that are not registered yet
         self._warned: set[str] = set()
+        self.losses_are_loaded = False  # whether losses came with a checkpoint, and none was recorded since
         self._failures_on_device: dict[str, Tensor] = {}
         self._steps_without_losses = 0
         self._train_losses_alone = 0  # recorded since the last evaluation loss
@@ -165,15 +162,15 @@ class Signals:
         return cls(functions, combine or "mean")
 
     def warn_of_missing_losses(
-        self, train_loss: Number | None, eval_loss: Number | None, elsewhere: Number = 0
+        self, train_loss: Number | None, eval_loss: Number | None, is_asked_for: bool, elsewhere: Number = 0
     ) -> None:
         """Warn once if functions that need both losses do not get them, as nothing adapts meanwhile.
 
-        That is after 100 steps without any loss, if functions were given, and after 1,000 with one of the two. There is
-        no warning if other ranks had a signal: `elsewhere` is their number.
+        That is after 100 steps without any loss, if signals were asked for, and after 1,000 with one of the two. There
+        is no warning if other ranks had a signal: `elsewhere` is their number.
         """
         missing = [n for n, x in (("train_loss", train_loss), ("eval_loss", eval_loss)) if x is None]
-        if not missing or not any(self.takes_losses) or (len(missing) == 2 and not self.are_given):
+        if not missing or not any(self.takes_losses) or (len(missing) == 2 and not is_asked_for):
             return
         self._steps_without_losses += 1
         if self._steps_without_losses == (100 if len(missing) == 2 else 1000):
@@ -317,6 +314,7 @@ class Signals:
         copied._warned, copied._failures_on_device = set(self._warned), dict(self._failures_on_device)
         copied.are_given, copied._steps_without_losses = self.are_given, self._steps_without_losses
         copied._train_losses_alone = self._train_losses_alone
+        copied.losses_are_loaded = self.losses_are_loaded
         return copied
 
 

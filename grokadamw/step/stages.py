@@ -27,7 +27,7 @@ from ..backends import foreach, gpu, rows
 from ..backends.gpu_tables import Tables
 from ..backends.types import WHOLE, Batch, MicroStep, Scalars
 from ..distributed import AllRanks, check_shard_group, divisions, part, state_is_asked_for
-from ..options import Rules, check_changed, rules_of
+from ..options import RECORDED, Rules, check_changed, recorded, rules_of
 from . import capture, metrics, norm
 from .alpha import Signals, alpha_of, amplification, boost_of, hear
 from .batches import Batches, Given, collect, forget_state, make_state
@@ -70,7 +70,7 @@ class Run:
             count_skipped(groups, steps)
         self.signals.settle()
 
-    def restart(self, signal_state: str | None) -> None:
+    def restart(self, groups: Sequence[dict[str, Any]]) -> None:
         """Forget the last step after a checkpoint was loaded. Tensors that a CUDA graph uses stay in their place."""
         if self.skipped is not None:
             self.skipped.zero_()
@@ -79,7 +79,8 @@ class Run:
         if self.in_backward is not None:
             self.in_backward.is_open = False  # drop an open pass
         self.signals.values.clear()
-        self.signals.load(signal_state)
+        self.signals.load(groups[0]["signal_state"])
+        self.signals.losses_are_loaded = any(recorded(groups, name) is not None for name in RECORDED)
 
     def follow(self, other: Run, memo: dict[int, Any]) -> None:
         """Become the run of a copy of the other run's optimizer, with its own tensors for CUDA graphs."""
@@ -146,11 +147,14 @@ def _norm_now(grads: list[Tensor], given: Given) -> float:
 
 
 def begin(run: Run, given: Given, preset_gamma: float | None) -> None:
-    """Warn of doubtful layers once, and evaluate the signals, unless this cycle of micro-batches already has."""
+    """Warn of doubtful layers and shards once; evaluate the signals, unless this cycle of micro-batches already has."""
     if not run.layers_checked:  # not before the first step, as set_layers may be called until then
         if not rules_of(given.options).layers_by_place:
             for sentence in layers.warnings_for(given.groups, run.names, preset_gamma):
                 warn(sentence, UserWarning)
+        is_own = run.shard_group is not None and run.zero() is None
+        for sentence in run.all_ranks.doubts(given.groups, run.shard_group, is_own):
+            warn(sentence, UserWarning)
         run.layers_checked = True
     steps, groups = given.options["accumulation_steps"], given.groups
     if not given.capturing and (steps == 1 or groups[0]["micro_step"] == 0):
@@ -160,8 +164,7 @@ def begin(run: Run, given: Given, preset_gamma: float | None) -> None:
 def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> None:
     """Evaluate the signals, and set α and the boost of every group from them."""
     rules = rules_of(options)
-    all_ranks_step = partial(run.all_ranks.take_steps, groups, run.shard_group)
-    signals = hear(run.signals, groups, rules, all_ranks_step)
+    signals = hear(run.signals, groups, rules, partial(run.all_ranks.meet, groups, run.shard_group))
     alphas = [alpha_of(group, signal, rules) for group, signal in zip(groups, signals, strict=True)]
     boosts = [boost_of(group, signal) for group, signal in zip(groups, signals, strict=True)]
     if any(map(itemgetter("capturable"), groups)):
