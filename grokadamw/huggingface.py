@@ -24,12 +24,13 @@ from . import _trainers as trainers
 from ._hints import meant
 from ._warn import warn
 from .grokadamw import GrokAdamW
-from .options import OPTIONS, TAKE, check_settings
+from .options import OPTIONS, TAKE, check_settings, recorded
 from .step.alpha import Combine, Signal, Signals
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_callback import CallbackHandler
+    from transformers.trainer_utils import IntervalStrategy
 except ImportError as error:
     raise ImportError("grokadamw.huggingface needs transformers: pip install 'grokadamw[huggingface]'") from error
 
@@ -132,10 +133,11 @@ class GrokAdamWCallback(TrainerCallback):
       wherever the Trainer reports to.
 
     It warns once if the Trainer clips gradients to another norm; if the arguments hold something that the optimizer did
-    not get, such as unknown names in ``optim_args``, or ``adam_beta1``; if nothing is evaluated; if a checkpoint is
-    saved at a step that is not logged (the Trainer forgets the losses since the last log, so a resumed run records
-    another mean); and if a metric that it waits for does not come. Signals that remember something begin each run in
-    the state that they had when the first run began; a resumed run takes the checkpoint's.
+    not get, such as unknown names in ``optim_args``, or ``adam_beta1``; if nothing is evaluated; if no training loss is
+    logged from one evaluation to the next; if a checkpoint is saved at a step that is not logged (the Trainer forgets
+    the losses since the last log, so a resumed run records another mean); and if a metric that it waits for does not
+    come. Signals that remember something begin each run in the state that they had when the first run began; a resumed
+    run takes the checkpoint's.
 
     Args:
         eval_loss: the name of the loss in the evaluation's metrics, ``"eval_<name>_loss"`` for one of several sets.
@@ -197,6 +199,8 @@ class GrokAdamWCallback(TrainerCallback):
         self._at_first: list[Any] = []  # the signals' states when the first run began
         self._goes_on = True  # False in a resumed run, until its first step begins
         self._logged_at = 0
+        self._logs_before = 0  # how many logs there were at the last evaluation that was recorded
+        self._recorded: Any = None  # the training loss of that evaluation
         self._metrics: set[str] = set()  # names of metrics that evaluations had
         self._said: set[str] = set()
 
@@ -218,6 +222,9 @@ class GrokAdamWCallback(TrainerCallback):
             group.update(self._options)
         trainers.name_layers(found, model)
         self._optimizer, self._trained, self._logged_at = found, weakref.ref(found), state.global_step
+        logs, key = state.log_history, self._evaluated["eval_loss"]  # a resumed run's logs, or none
+        self._logs_before = next((i for i in range(len(logs), 0, -1) if key in logs[i - 1]), 0)
+        self._recorded = recorded(found.param_groups, "train_loss")
         self._goes_on = state.global_step == 0
         self._metrics.clear()
         self._go_first()
@@ -282,8 +289,37 @@ class GrokAdamWCallback(TrainerCallback):
         self._said.update(found)
         self._metrics.update(metrics)
         if "eval_loss" in found:  # only here: later, lower training losses must not be compared with this one
-            found["train_loss"] = next((log["loss"] for log in reversed(state.log_history) if "loss" in log), None)
+            found["train_loss"] = self._new_loss(args, state, self._optimizer)
         self._optimizer.record(**found)
+        self._recorded = recorded(self._optimizer.param_groups, "train_loss")
+
+    def _new_loss(self, args: TrainingArguments, state: TrainerState, optimizer: GrokAdamW) -> float | None:
+        """Return the training loss that was logged last; None, with a warning, if none was since the last evaluation.
+
+        There is no warning if the user has recorded one, or if no step was taken since then, or none follows.
+        """
+        logs, before = state.log_history, self._logs_before
+        self._logs_before = len(logs)
+        new: list[float] = [log["loss"] for log in logs[before:] if "loss" in log]
+        if new:
+            return new[-1]
+        last_step = logs[before - 1]["step"] if before else 0
+        is_own = recorded(optimizer.param_groups, "train_loss") is not self._recorded
+        goes_on = last_step < state.global_step < state.max_steps
+        if goes_on and not is_own and trainers.hears_losses(optimizer) and "no new loss" not in self._said:
+            self._said.add("no new loss")
+            optimizer._run.signals.silence_missing_losses()
+            logging, evaluation = (IntervalStrategy(x).value for x in (args.logging_strategy, args.eval_strategy))
+            rarely = f"logging_steps={args.logging_steps:g}" if logging == "steps" else f'logging_strategy="{logging}"'
+            stale = "stay silent" if self._recorded is None else "compare its loss with an older one"
+            ways_out = {"epoch": 'logging_strategy="epoch"', "steps": f"logging_steps={args.eval_steps} or less"}
+            warn(
+                f"{rarely}: no training loss was logged between step {last_step} and the evaluation at step "
+                f"{state.global_step}, so signals that compare losses {stale}. Log at least as often as you evaluate: "
+                f"give {ways_out.get(evaluation, 'smaller logging_steps')}",
+                UserWarning,
+            )
+        return None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import warnings
@@ -207,6 +208,75 @@ def test_a_set_that_is_not_there(tmp_path: Path) -> None:
         it.train()
     assert sum("eval_easy_loss" in str(warning.message) for warning in caught) == 1
     assert set(alphas(it)) == {0.98}
+
+
+def warnings_of_losses(it: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        it.train()
+    assert all(warning.filename == __file__ for warning in caught if "training loss" in str(warning.message))
+    return [str(warning.message) for warning in caught if "training loss" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "compared", "way_out"),
+    [
+        ({"logging_steps": 500}, "^logging_steps=500: .* step 0 and .* step 3,", "stay silent", "logging_steps=3 or"),
+        ({"logging_strategy": "no"}, '^logging_strategy="no": ', "stay silent", "logging_steps=3 or less"),
+        ({"logging_steps": 8, "logging_first_step": True}, "step 3 and .* step 6,", "an older one", "steps=3 or less"),
+        ({"logging_steps": 500, "eval_strategy": "epoch"}, "step 0 and .* step 8,", "silent", 'strategy="epoch"'),
+        ({"logging_steps": 500, "eval_on_start": True}, "step 0 and .* step 3,", "stay silent", "logging_steps=3 or"),
+    ],
+)
+def test_evaluations_without_a_new_training_loss_are_warned_of_once(
+    arguments: dict[str, Any], said: str, compared: str, way_out: str, tmp_path: Path
+) -> None:
+    """As the signals then compare the evaluation's loss with an old one, or with none."""
+    it = trainer(tmp_path, GrokAdamWCallback(signals=loss_gap), max_steps=20, save_strategy="no", **arguments)
+    (found,) = warnings_of_losses(it)
+    assert re.search(f"{said}.*{compared}.*{way_out}", found)
+    assert warnings_of_losses(it) == []
+
+
+class Records(transformers.TrainerCallback):
+    """What a user may do himself."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["optimizer"].optimizer.record(train_loss=5.0 - state.global_step / 10)
+
+
+@pytest.mark.parametrize(
+    ("signals", "callbacks", "arguments"),
+    [
+        (loss_gap, [], {"logging_steps": 3}),
+        (loss_gap, [], {"logging_steps": 3, "eval_on_start": True}),
+        (loss_gap, [], {"logging_strategy": "epoch", "eval_strategy": "epoch"}),
+        (loss_gap, [], {"logging_steps": 500, "eval_steps": 20}),  # once, and no step follows
+        (loss_gap, [], {"logging_steps": 6, "eval_steps": 6, "max_steps": 10}),  # the Trainer evaluates at the end, too
+        (loss_gap, [Records()], {"logging_steps": 500, "logging_first_step": True}),
+        (SlowGradient(every=4), [], {"logging_steps": 500}),
+        ([], [], {"logging_steps": 500}),
+    ],
+)
+def test_who_has_a_new_training_loss_or_needs_none_is_not_warned(
+    signals: Any, callbacks: list[Any], arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {"max_steps": 20, "save_strategy": "no", **arguments}
+    it = trainer(tmp_path, GrokAdamWCallback(signals=signals), *callbacks, **options)
+    assert warnings_of_losses(it) == []
+    if callbacks:
+        assert grokadamw_of(it).param_groups[0]["train_loss"] == 3.0
+
+
+def test_a_resumed_run_knows_the_last_evaluation(tmp_path: Path) -> None:
+    """A log between it and the checkpoint counts, and an evaluation at the start of the resumed run does not."""
+    options = {"logging_steps": 6, "eval_steps": 4, "max_steps": 10, "save_steps": 6, "eval_on_start": True}
+    whole, resumed = (trainer(tmp_path, GrokAdamWCallback(signals=ratio), **options) for _ in range(2))
+    (said,) = warnings_of_losses(whole)
+    assert "between step 0 and the evaluation at step 4," in said
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    losses = [grokadamw_of(it).param_groups[0]["train_loss"] for it in (whole, resumed)]
+    assert losses[0] == losses[1] == next(log["loss"] for log in whole.state.log_history if "loss" in log)
 
 
 def test_other_evaluations_are_none_of_its_business(tmp_path: Path) -> None:
