@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from . import zero
 from ._warn import warn
 from .grokadamw import GrokAdamW
 
@@ -15,9 +16,10 @@ _LOGGED = ("alpha", "boost", "signal", "grad_norm", "clip_coefficient", "skipped
 
 
 def grokadamw_in(optimizer: Any) -> GrokAdamW | None:
-    """Return the GrokAdamW inside the wrappers of frameworks and this package; None if it is another optimizer."""
+    """Return the GrokAdamW inside the wrappers of frameworks, torch and this package; None if there is none."""
     while not isinstance(optimizer, GrokAdamW):
-        optimizer = getattr(optimizer, "optimizer", None)
+        # torch's wrappers, such as ZeroRedundancyOptimizer, have an `optim`
+        optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
         if optimizer is None:
             return None
     return optimizer
@@ -31,7 +33,7 @@ def readings(optimizer: GrokAdamW) -> dict[str, float]:
 
 def smallest_with(optimizer: GrokAdamW, model: nn.Module) -> nn.Module:
     """Return the smallest module of a model that has all parameters of the optimizer; the model if none has."""
-    wanted = {param for group in optimizer.param_groups for param in group["params"]}
+    wanted = {param for group in zero.groups_of_all_ranks(optimizer) for param in group["params"]}
     smallest = model
     for module in model.modules():  # a module comes before those inside it
         if wanted <= set(module.parameters()):

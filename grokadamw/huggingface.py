@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from . import _trainers as trainers
+from . import zero
 from ._hints import meant
 from ._warn import warn
 from .grokadamw import GrokAdamW
@@ -218,7 +219,7 @@ class GrokAdamWCallback(TrainerCallback):
             check_settings({**group, **self._options}, found.defaults)
         if self._signals is not None:
             self._begin_signals(found)
-        for group in found.param_groups:
+        for group in (*found.param_groups, *zero.groups_of_all_ranks(found)):  # a step takes the latter's options
             group.update(self._options)
         trainers.name_layers(found, model)
         self._optimizer, self._trained, self._logged_at = found, weakref.ref(found), state.global_step

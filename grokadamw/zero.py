@@ -59,6 +59,12 @@ def _without(dropped: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, 
     return {name: value for name, value in group.items() if name not in dropped or value is not dropped[name]}
 
 
+def groups_of_all_ranks(optimizer: Any) -> list[dict[str, Any]]:
+    """Return ZeroRedundancyOptimizer's groups, which have the parameters of all ranks; without it the optimizer's."""
+    zero = optimizer._run.zero()
+    return optimizer.param_groups if zero is None else zero.param_groups  # type: ignore[no-any-return]
+
+
 def tell(optimizer: Any) -> None:
     """Copy to ZeroRedundancyOptimizer's groups what they would otherwise overwrite at the next step."""
     if (zero := optimizer._run.zero()) is not None:

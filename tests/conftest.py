@@ -3,6 +3,8 @@
 import gc
 import multiprocessing
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +35,14 @@ def nothing_is_free_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in that_read():
         monkeypatch.setattr(module, "reads_are_free", lambda device: False)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """Makes this process the only rank of torch.distributed."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 def pytest_collection_finish() -> None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -282,9 +283,19 @@ def lightning(folder: Path, how: str) -> Run:
 
         def configure_optimizers(self) -> GrokAdamW:
             # FSDP1's parameters are flat parts, which have no norm of their own
+            if how == "zero":
+                return self.inside_zero()
             options = {"shard_group": dist.group.WORLD} if how == "fsdp1" else {}
             optimizer = make(self, **options)
             self.steps = watched(optimizer)
+            return optimizer
+
+        def inside_zero(self) -> ZeroRedundancyOptimizer:
+            """Return an optimizer that has no names: it has the layers that the callback takes from the module."""
+            params = decay_groups(self, DECAY, lambda name, _: name.endswith("bias"))
+            groups = [{"params": [p for _, p in g["params"]], "weight_decay": g["weight_decay"]} for g in params]
+            optimizer = ZeroRedundancyOptimizer(groups, GrokAdamW, grokking_signal_fns=gap, **OPTIONS)
+            self.steps = watched(optimizer.optim)
             return optimizer
 
     class OnCPU(FSDPStrategy):  # type: ignore[misc]
@@ -292,6 +303,7 @@ def lightning(folder: Path, how: str) -> Run:
 
     strategy = {
         "ddp": "ddp",
+        "zero": "ddp",
         "fsdp2": ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1),
         "fsdp1": OnCPU(),
     }[how]
@@ -345,6 +357,7 @@ WAYS: dict[str, Callable[[Path], Run]] = {
     "Trainer, FSDP2": functools.partial(transformers_trainer, how="fsdp"),
     "Trainer, FSDP2 when loaded": functools.partial(transformers_trainer, how="loaded"),
     "Lightning, DDP": functools.partial(lightning, how="ddp"),
+    "Lightning, ZeRO": functools.partial(lightning, how="zero"),
     "Lightning, FSDP2": functools.partial(lightning, how="fsdp2"),
     "Lightning, FSDP1": functools.partial(lightning, how="fsdp1"),
     **{f"DeepSpeed, stage {stage}": functools.partial(deepspeed, stage=stage) for stage in range(3)},

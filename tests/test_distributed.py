@@ -25,6 +25,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from grokadamw import GrokAdamW, Grokfast, _numbers, grokadamw, signals, step_in_backward
+from grokadamw import _trainers as trainers
 from grokadamw.distributed import span_all_ranks
 from grokadamw.signals import SlowGradient, memorisation
 from grokadamw.state import slots
@@ -639,6 +640,19 @@ def _zero_that_loads(rank: int) -> list[Any]:
 def test_zero_loads_what_others_saved(tmp_path: Path) -> None:
     first, second = in_processes(_zero_that_loads, tmp_path)
     assert all(map(torch.equal, first, second))
+
+
+def _smallest_with_zero(rank: int) -> str:
+    """The smallest module that holds the parameters of all ranks, of which each rank's optimizer has a part."""
+    part = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(2, 2))  # the first rank has one weight of it
+    model = torch.nn.Sequential(network(), part)
+    zero = ZeroRedundancyOptimizer(model[1].parameters(), GrokAdamW)
+    smallest = trainers.smallest_with(zero.optim, model)
+    return next(name for name, module in model.named_modules() if module is smallest)
+
+
+def test_zeros_part_of_a_model_is_the_same_on_all_ranks(tmp_path: Path) -> None:
+    assert in_processes(_smallest_with_zero, tmp_path) == ["1", "1"]
 
 
 def _with_fsdp1(rank: int) -> dict[str, float]:

@@ -361,6 +361,24 @@ def test_arguments_reach_the_optimizer(tmp_path: Path) -> None:
     assert grokadamw_of(it).metrics()["signal"] == 0.5
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("one_rank")
+def test_inside_of_zero(tmp_path: Path) -> None:
+    """Its groups, too, get the options, as they replace those of the GrokAdamW in it at each step."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    it = trainer(tmp_path, GrokAdamWCallback(signals=ratio, betas=(0.5, 0.9)), save_strategy="no", logging_steps=3)
+    it.optimizer = ZeroRedundancyOptimizer(it.model.parameters(), GrokAdamW, lr=0.01)
+    it.optimizer.consolidate_state_dict()  # as Accelerate asks for its state
+    zero = it.optimizer
+    it.train()
+    for group in (*zero.param_groups, *zero.optim.param_groups):
+        assert group["betas"] == (0.5, 0.9)
+        assert set(group["layers"]) == set(range(6))
+        assert group["eval_loss"] > 0
+    assert zero.optim.metrics()["alpha"] < 0.98
+
+
 def test_what_holds_for_the_whole_optimizer(tmp_path: Path) -> None:
     make = (GrokAdamW, {"lr": 0.01, "window_size": 4, "second_moment": "raw"})
     whole, half = tmp_path / "whole", tmp_path / "half"

@@ -382,6 +382,24 @@ def test_layers_are_the_modules(tmp_path: Path) -> None:
     assert [group["layers"] for group in it.optimizers[0].param_groups] == [[2], [0, 0, 1, 1, 2]]
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_inside_of_zero(trainer: Callable[..., Any]) -> None:
+    """The GrokAdamW in torch's ZeroRedundancyOptimizer gets layers and losses, and keeps them."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def inside(model: nn.Module) -> ZeroRedundancyOptimizer:
+        return ZeroRedundancyOptimizer(model.parameters(), GrokAdamW, lr=0.01)
+
+    it = trainer(max_epochs=2, callbacks=[GrokAdamWCallback()])
+    it.fit(Measured(inside), data(), data())
+    (zero,) = it.optimizers
+    assert zero.param_groups[0]["layers"] == zero.optim.param_groups[0]["layers"]
+    assert zero.param_groups[0]["eval_loss"] == zero.optim.param_groups[0]["eval_loss"] > 1
+    names = [{name.rpartition(".")[0] for name in row.names} for row in zero.optim.layer_table()]
+    assert names == [{"network.0"}, {"network.2"}, {"network.4"}]
+    assert zero.optim.metrics()["alpha"] < 0.98
+
+
 def test_what_it_warns_of_and_refuses(tmp_path: Path, trainer: Callable[..., Any]) -> None:
     def fit(callback: Any, make: Any, **options: Any) -> list[str]:
         with warnings.catch_warnings(record=True) as caught:

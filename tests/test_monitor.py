@@ -423,6 +423,29 @@ def test_another_optimizer() -> None:
         Monitor(torch.optim.SGD([torch.zeros(1)]))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["ZeRO", "averaged", "ZeRO, accumulated"])
+@pytest.mark.usefixtures("one_rank")
+def test_torchs_wrappers(how: str) -> None:
+    """They call the inner optimizer `optim`, and this package `optimizer`."""
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
+
+    model = network()
+    if how == "averaged":
+        optimizer: Any = PostLocalSGDOptimizer(GrokAdamW(model.parameters()), PeriodicModelAverager(period=2))
+    else:
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), GrokAdamW)
+    wrapped = Accumulate(optimizer, 1) if how == "ZeRO, accumulated" else optimizer
+    monitor = Monitor(wrapped, every=1)
+    optimizer.optim.record(train_loss=0.5, eval_loss=1.0)
+    train(model, range(3), lambda step, loss: wrapped.step())
+    assert [row["step"] for row in monitor.rows] == [1, 2, 3]
+    assert [row["eval_loss"] for row in monitor.rows] == [1.0] * 3
+    with pytest.raises(TypeError, match="optimizer is a ZeroRedundancyOptimizer, and has no GrokAdamW in it"):
+        Monitor(ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD))
+
+
 def test_a_compiled_step() -> None:
     model, optimizer, monitor = monitored()
     step = torch.compile(optimizer.step, backend="eager")
