@@ -49,6 +49,11 @@ def name_layers(optimizer: GrokAdamW, model: nn.Module) -> None:
         warn(f"layers stay as they were ({error})", UserWarning)
 
 
+def group_sizes(optimizer: GrokAdamW) -> list[int]:
+    """Return how many parameters each group has: if that changes, groups need layers again."""
+    return [len(group["params"]) for group in zero.groups_of_all_ranks(optimizer)]
+
+
 def check_theirs(options: Mapping[str, Any]) -> None:
     """Raise ValueError for options that the Trainer's own arguments set."""
     for name in ("lr", "weight_decay"):

@@ -125,7 +125,7 @@ def _preset(*groups: Any, **options: Any) -> Callable[..., GrokAdamW]:
 class GrokAdamWCallback(TrainerCallback):
     """Makes the Trainer and a GrokAdamW work together, whatever the Trainer has wrapped around the optimizer.
 
-    - Layers are the model's modules, across decay and no-decay groups.
+    - Layers are the model's modules, across decay and no-decay groups, and groups that are added later.
     - The loss of every evaluation during training, and the last training loss logged before it, go to the signals. They
       adapt α and, with the preset, the length of steps.
     - Accuracies go to the signals, too, if you give their keys: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
@@ -198,6 +198,7 @@ class GrokAdamWCallback(TrainerCallback):
         self._optimizer: GrokAdamW | None = None  # while it trains
         self._trained: weakref.ref[GrokAdamW] | None = None  # the optimizer of the last run
         self._at_first: list[Any] = []  # the signals' states when the first run began
+        self._group_sizes: list[int] = []  # when layers were taken from the model
         self._goes_on = True  # False in a resumed run, until its first step begins
         self._logged_at = 0
         self._logs_before = 0  # how many logs there were at the last evaluation that was recorded
@@ -222,6 +223,7 @@ class GrokAdamWCallback(TrainerCallback):
         for group in (*found.param_groups, *zero.groups_of_all_ranks(found)):  # a step takes the latter's options
             group.update(self._options)
         trainers.name_layers(found, model)
+        self._group_sizes = trainers.group_sizes(found)
         self._optimizer, self._trained, self._logged_at = found, weakref.ref(found), state.global_step
         logs, key = state.log_history, self._evaluated["eval_loss"]  # a resumed run's logs, or none
         self._logs_before = next((i for i in range(len(logs), 0, -1) if key in logs[i - 1]), 0)
@@ -335,6 +337,14 @@ class GrokAdamWCallback(TrainerCallback):
                 if name == "eval_loss":
                     metrics = [metric for metric in metrics if metric.endswith("loss")]
                 self._warn(name, key, f"and the evaluation has {', '.join(metrics) or 'no loss'}")
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._optimizer is None or self._group_sizes == (sizes := trainers.group_sizes(self._optimizer)):
+            return
+        self._group_sizes = sizes  # a group was added
+        trainers.name_layers(self._optimizer, kwargs["model"])
 
     def _warn(self, name: str, key: str, what: str) -> None:
         self._said.add(name)

@@ -30,8 +30,8 @@ __all__ = ["GrokAdamWCallback"]
 class GrokAdamWCallback(Callback):
     """Makes Lightning's Trainer and GrokAdamW work together, with automatic and with manual optimization.
 
-    - Layers are the module's. With several optimizers, each has the layers of the smallest module that contains all of
-      its parameters.
+    - Layers are the module's, also in groups that are added in training. With several optimizers, each has the layers
+      of the smallest module that contains all of its parameters.
     - The loss of every validation, and of the training batch before it, go to the signals. They adapt α and, with the
       preset, the length of steps.
     - Accuracies go to the signals, too, if you give their names: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
@@ -71,6 +71,7 @@ class GrokAdamWCallback(Callback):
         evaluated = {"eval_loss": eval_loss, "eval_acc": eval_acc}
         self._evaluated = {name: key for name, key in evaluated.items() if key is not None}
         self._optimizers: list[GrokAdamW] = []
+        self._group_sizes: dict[int, list[int]] = {}  # of each optimizer, when layers were taken from the module
         self._logged_at = 0
         self._last_train_loss: torch.Tensor | None = None
         self._heard: set[str] = set()  # which of train_loss and train_acc were there
@@ -85,15 +86,26 @@ class GrokAdamWCallback(Callback):
                 f"GrokAdamWCallback found {names}, and no GrokAdamW: return one from configure_optimizers, or leave "
                 "the callback out"
             )
-        several = len(trainer.optimizers) > 1
-        for optimizer in self._optimizers:
-            trainers.name_layers(optimizer, trainers.smallest_with(optimizer, pl_module) if several else pl_module)
+        self._group_sizes.clear()
+        self._name_layers(trainer, pl_module)
         self._logged_at = trainer.global_step
         self._last_train_loss = None
         self._heard.clear()
         limit = trainer.gradient_clip_val
         if limit and trainer.gradient_clip_algorithm != "value" and self._says("clips"):
             trainers.say_who_clips(self._optimizers[0], float(limit), "gradient_clip_val")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._name_layers(trainer, pl_module)
+
+    def _name_layers(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take layers from the module for each optimizer that is new, or whose groups have become more."""
+        several = len(trainer.optimizers) > 1
+        for i, optimizer in enumerate(self._optimizers):
+            sizes = trainers.group_sizes(optimizer)
+            if self._group_sizes.get(i) != sizes:
+                self._group_sizes[i] = sizes
+                trainers.name_layers(optimizer, trainers.smallest_with(optimizer, module) if several else module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

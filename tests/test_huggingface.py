@@ -340,6 +340,29 @@ def test_layers(tmp_path: Path) -> None:
     assert "model.layers.1.mlp.down_proj.weight" in grokadamw_of(it).layer_table()[2].names
 
 
+@pytest.mark.parametrize("hook", ["on_epoch_begin", "on_step_begin"])
+def test_a_group_that_is_added_gets_the_models_layers(hook: str, tmp_path: Path) -> None:
+    callback, found = transformers.TrainerCallback(), []
+
+    def unfreeze(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 8:
+            layers = it.model.model.layers
+            layers.requires_grad_(True)
+            kwargs["optimizer"].add_param_group({"params": list(layers.parameters()), "lr": 1e-4})
+            kwargs["lr_scheduler"].base_lrs.append(1e-4)
+            kwargs["lr_scheduler"].lr_lambdas.append(lambda step: 1.0)
+
+    def look(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        found.append([set(group["layers"]) for group in kwargs["optimizer"].param_groups])
+
+    setattr(callback, hook, unfreeze)
+    callback.on_step_end = look  # type: ignore[method-assign]
+    it = trainer(tmp_path, GrokAdamWCallback(), callback, save_strategy="no", max_steps=12)
+    it.model.model.layers.requires_grad_(False)
+    it.train()
+    assert found == [[{0, 5}, {4}]] * 8 + [[{0, 5}, {4}, {1, 2, 3}]] * 4
+
+
 @pytest.mark.filterwarnings("error:layer")
 def test_the_presets_gamma_is_not_warned_of(tmp_path: Path) -> None:
     it = trainer(tmp_path, GrokAdamWCallback(), max_steps=1, eval_strategy="no", save_strategy="no")

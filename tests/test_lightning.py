@@ -382,6 +382,54 @@ def test_layers_are_the_modules(tmp_path: Path) -> None:
     assert [group["layers"] for group in it.optimizers[0].param_groups] == [[2], [0, 0, 1, 1, 2]]
 
 
+class Unfreezes(Measured):
+    """Trains its head, and the rest of the network, by a group of its own, from the second epoch on."""
+
+    def __init__(self, several: bool, at: str) -> None:
+        super().__init__(lambda _: None)
+        self.several, self.at = several, at
+        self.other = network()
+        self.automatic_optimization = not several
+        self.network[:4].requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        head = GrokAdamW(self.network[4].parameters(), gamma=0.2)
+        return [head, GrokAdamW(self.other.parameters(), gamma=0.0)] if self.several else head
+
+    def unfreeze(self, hook: str) -> None:
+        head = self.optimizers()[0] if self.several else self.optimizers()
+        if hook == self.at and self.current_epoch == 1 and len(head.param_groups) == 1:
+            self.network[:4].requires_grad_(True)
+            head.add_param_group({"params": list(self.network[:4].parameters()), "lr": 1e-4})
+
+    def on_train_epoch_start(self) -> None:
+        self.unfreeze("epoch")
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.unfreeze("step")
+        loss = super().training_step(batch)
+        if self.several:
+            self.manual_backward(loss)
+            self.optimizers()[0].step()
+        return loss
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("at", ["epoch", "step"])
+def test_groups_that_are_added_get_the_modules_layers(several: bool, at: str, trainer: Callable[..., Any]) -> None:
+    seen = []
+
+    class Looks(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            seen.append([group["layers"] for group in trainer.optimizers[0].param_groups])
+
+    it = trainer(max_epochs=2, callbacks=[GrokAdamWCallback(), Looks()])
+    it.fit(Unfreezes(several, at), data(), data())
+    before = [[0, 0]] if several else [[2, 2]]  # of the smallest module with all of its parameters
+    assert seen == [before] * BATCHES + [[[2, 2], [0, 0, 1, 1]]] * BATCHES
+    assert sum(len(row.names) for row in it.optimizers[0].layer_table()) == 6
+
+
 @pytest.mark.usefixtures("one_rank")
 def test_inside_of_zero(trainer: Callable[..., Any]) -> None:
     """The GrokAdamW in torch's ZeroRedundancyOptimizer gets layers and losses, and keeps them."""
