@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ._numbers import as_real
 from .checkpoints import is_state_dict
-from .distributed import mesh_of
+from .distributed import mesh_of, state_is_asked_for
 from .state.slots import State, check_shapes, in_order
 
 _Kind = TypeVar("_Kind")
@@ -219,14 +219,27 @@ class Wrapper(Optimizer):
     def _is_for_state_alone(self, parts: list[Part]) -> bool:
         """Return True if torch.distributed.checkpoint takes this step only to create the state that it loads into.
 
-        There is no state yet then, and the learning rate and all gradients are 0.
+        There is no state yet then, and the learning rate and all gradients are 0. With a shard_group its caller tells,
+        as all ranks must agree, whatever gradients they have.
         """
-        if not parts or any(not isinstance(state, dict) or state for state in self.state.values()):
+        if any(not isinstance(state, dict) or state for state in self.state.values()):
+            return False
+        if self._shard_group is not None:
+            return state_is_asked_for()
+        if not parts:
             return False
         lrs = [group.get("lr") for group in self.param_groups]  # with None some optimizers choose their own
         if any(lr is None or float(lr) != 0 for lr in lrs):
             return False
         return not any(part.grad.any() for part in parts)
+
+    @property
+    def _shard_group(self) -> Any:
+        """The shard_group of a GrokAdamW inside; None without one, as in ZeRO, around which gradients are whole."""
+        inner = self._inner
+        while isinstance(inner, Wrapper):
+            inner = inner._inner
+        return getattr(getattr(inner, "_run", None), "shard_group", None)
 
     def _inner_step(self, parts: Sequence[Part], grads: Sequence[Tensor]) -> None:
         """Let the inner optimizer step with these real gradients; other parameters have none meanwhile."""

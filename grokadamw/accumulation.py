@@ -21,6 +21,7 @@ from .distributed import divisions
 from .layers import layers_of
 from .options import CYCLE_AT_REST
 from .state.slots import State
+from .step.batches import Given
 from .step.norm import clip_coefficient, global_norm
 
 __all__ = ["Accumulate"]
@@ -105,8 +106,9 @@ class Accumulate(Wrapper):
     Args:
         optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does.
         steps: k ≥ 1, micro-batches per step.
-        gradient_clipping: largest norm ≥ 0 of the mean gradient, by ``clip_grad_norm_``'s formula; 0 is off. A loop
-            that clips gradients itself clips each micro-batch.
+        gradient_clipping: largest norm ≥ 0 of the mean gradient, by ``clip_grad_norm_``'s formula; 0 is off. With the
+            ``shard_group`` of a GrokAdamW inside it is the norm over all its ranks. A loop that clips gradients itself
+            clips each micro-batch.
 
     The groups hold ``accumulated_steps``, the micro-batches of the cycle so far, and ``accumulation_cycle``, k.
     ``state[p]`` gets ``accumulated``, the sum of its gradients (in the parameter's shape and dtype, but at least
@@ -200,10 +202,11 @@ class Accumulate(Wrapper):
         for grads in lists:
             torch._foreach_div_(grads, count)
         ways = divisions(self.param_groups)
-        if self._clipping > 0 and (summed or ways):
+        given = Given(self.param_groups, self.state, {}, shard_group=self._shard_group)
+        if self._clipping > 0 and (summed or ways or self._shard_group is not None):  # all ranks must take part
             devices = (grad.device for grads in lists for grad in grads)
             home = next((device for device in devices if not reads_are_free(device)), None)
-            norm = global_norm([part.grad for part in summed], fastest_sum_of_squares, home, ways=ways)
+            norm = global_norm([part.grad for part in summed], fastest_sum_of_squares, home, given, ways)
             clip = clip_coefficient(norm, self._clipping)
             for grads in lists:
                 torch._foreach_mul_(grads, clip.to(grads[0]) if isinstance(clip, Tensor) else clip)

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from grokadamw import GrokAdamW, Grokfast, _numbers, grokadamw, signals, step_in_backward
+from grokadamw import Accumulate, GrokAdamW, Grokfast, _numbers, grokadamw, signals, step_in_backward
 from grokadamw import _trainers as trainers
 from grokadamw.distributed import span_all_ranks
 from grokadamw.signals import SlowGradient, memorisation
@@ -734,6 +734,56 @@ def test_ranks_with_less_take_part(tmp_path: Path) -> None:
     norms = [math.sqrt(24), math.sqrt(24), math.sqrt(48), math.sqrt(24), *[math.sqrt(48)] * 2, math.nan]
     assert [each["grad_norm"] for each in first] == pytest.approx(norms, nan_ok=True)
     assert [each["skipped_steps"] for each in first] == [0, 0, 1, 0, 0, 0, 0]
+
+
+ACCUMULATED = ("all", "no parameters", "no gradients", "stages", "a mesh", "flushed", "a checkpoint", "warm-up")
+
+
+def _accumulated(how: str, rank: int) -> tuple[float, int]:
+    """The norm that the optimizer inside of Accumulate gets, and its steps. The second rank may have less.
+
+    Without clipping the norm is 2 √24.
+    """
+    values = [torch.ones(6, 2), torch.ones(12)]
+    if how in ("stages", "a mesh"):
+        meshes = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("stage", "data"))
+        mesh = meshes["data"] if how == "stages" else init_device_mesh("cpu", (RANKS,))
+        values = [distribute_tensor(torch.ones(6 if how == "stages" else 12, 2), mesh, [Shard(0)])]
+    if how == "all":
+        values = values[:1]
+    has_none = how in ("no parameters", "a checkpoint") and rank == 1
+    params = [torch.nn.Parameter(x) for x in ([] if has_none else values)]
+    inner = GrokAdamW([{"params": params}], shard_group=dist.group.WORLD, gradient_clipping=0.0)
+    optimizer = Accumulate(inner, 1 if how == "a checkpoint" else 2, gradient_clipping=0.5)
+    if how == "a checkpoint":  # which has state made first
+        torch.distributed.checkpoint.state_dict._init_optim_state(optimizer)  # type: ignore[attr-defined]
+    lrs = [0.0, 1e-3] if how == "warm-up" else [1e-3] * 2
+    for lr in lrs if how != "flushed" else lrs[1:]:
+        inner.param_groups[0]["lr"] = lr
+        for p in params:
+            p.grad = None if how == "no gradients" and rank == 1 else torch.full_like(p, 2.0)
+            if how == "warm-up" and rank == 1:
+                p.grad = torch.zeros_like(p)
+            if how == "flushed":
+                p.grad = p.grad if (rank == 1) == (p is params[0]) else None
+        optimizer.step()
+    if how == "flushed":
+        optimizer.flush()
+    return inner.metrics()["grad_norm"], max((int(state["step"]) for state in inner.state.values()), default=0)
+
+
+def _all_accumulated(rank: int) -> list[tuple[float, int]]:
+    return [_accumulated(how, rank) for how in ACCUMULATED]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accumulate_clips_by_the_norm_over_the_shard_group(tmp_path: Path) -> None:
+    """Each rank clipped its own part; and one that had no gradients left the others waiting."""
+    for rank, found in enumerate(in_processes(_all_accumulated, tmp_path)):
+        for how, (norm, steps) in zip(ACCUMULATED, found, strict=True):
+            assert norm == pytest.approx(0.5), how
+            has_none = rank == 1 and how in ("no parameters", "no gradients", "a checkpoint")
+            assert steps == (0 if has_none else 2 if how == "a checkpoint" else 1), how
 
 
 def _dtensors_and_shards(rank: int) -> list[float]:
