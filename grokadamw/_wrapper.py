@@ -68,6 +68,7 @@ class Wrapper(Optimizer):
                 f"gradients that {type(self).__name__} makes: give an optimizer that takes a step without a closure"
             )
         self._inner, self._group_defaults = optimizer, group_defaults
+        self._drop_none()
         self._check({**group_defaults})
         for group in optimizer.param_groups:
             self._check({**group_defaults, **group})
@@ -87,6 +88,11 @@ class Wrapper(Optimizer):
         super().__setstate__({})  # makes the hooks that every optimizer has
 
     _always_unscales = False
+
+    def _drop_none(self) -> None:
+        """Remove None from the state, which ZeroRedundancyOptimizer loads for parameters that other ranks step."""
+        for param in [param for param, state in self.state.items() if state is None]:
+            del self.state[param]
 
     def _fill_groups(self) -> None:
         """Add missing keys to each group, and replace NumPy's numbers, which weights_only=True does not read."""
@@ -176,9 +182,14 @@ class Wrapper(Optimizer):
             self._take(parts)
 
     def _check_kept(self) -> None:
-        """Raise RuntimeError if a parameter's state no longer has its shape."""
+        """Raise RuntimeError if a parameter's state is gone, or no longer has its shape."""
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
-            state = self.state.get(param)
+            state = self.state.get(param, {})
+            if state is None:
+                raise RuntimeError(
+                    f"{type(self._inner).__name__} has loaded a checkpoint without the state of {type(self).__name__}: "
+                    f"call load_state_dict of {type(self).__name__} instead"
+                )
             if isinstance(state, dict):
                 check_shapes(state, self._state_names, param)
 
@@ -285,10 +296,21 @@ class Wrapper(Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state_dict = self._inner.state_dict()
+        self._add_own(state_dict)
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             state_dict = state_dict if changed is None else changed
         return state_dict
+
+    def _add_own(self, state_dict: dict[str, Any]) -> None:
+        """Add the wrapper's state where the inner optimizer has replaced it, as ZeroRedundancyOptimizer does."""
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, param in zip(keys, params, strict=False):
+            state, saved = self.state.get(param, {}), state_dict["state"].get(key, {})
+            own = {name: state[name] for name in self._state_names if name in state and name not in saved}
+            if own:
+                state_dict["state"][key] = {**saved, **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, as the inner optimizer does; the wrapper's state keeps its own dtype.
@@ -331,6 +353,7 @@ class Wrapper(Optimizer):
             current[-1].update({name: self._group_defaults[name] for name in self._runs})
         groups = [{**own, **saved} for own, saved in zip(current, state_dict["param_groups"], strict=True)]
         self._inner.load_state_dict({**state_dict, "state": rest, "param_groups": groups})
+        self._drop_none()
         for param, state in ours.items():
             if state:
                 self.state[param].update({name: self._placed(name, value, param) for name, value in state.items()})

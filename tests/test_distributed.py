@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from grokadamw import Accumulate, GrokAdamW, Grokfast, _numbers, grokadamw, signals, step_in_backward
+from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA, _numbers, grokadamw, signals, step_in_backward
 from grokadamw import _trainers as trainers
 from grokadamw.distributed import span_all_ranks
 from grokadamw.signals import SlowGradient, memorisation
@@ -609,6 +609,63 @@ def test_zero_is_one_process(tmp_path: Path) -> None:
     for found in in_processes(_with_zero, tmp_path):
         for how, differences in found.items():
             assert max(differences) < 1e-9, how
+
+
+AROUND_ZERO: dict[str, tuple[Any, Any]] = {  # the optimizer in ZeRO, and the wrapper around that
+    "Grokfast": (torch.optim.AdamW, lambda inner: Grokfast(inner, alpha=0.8)),
+    "Grokfast, SGD": (torch.optim.SGD, lambda inner: Grokfast(inner, alpha=0.8)),
+    "GrokfastMA": (torch.optim.AdamW, lambda inner: GrokfastMA(inner, 3)),
+    "Accumulate": (torch.optim.AdamW, lambda inner: Accumulate(inner, 2, 0.1)),
+    "Accumulate, GrokAdamW": (GrokAdamW, lambda inner: Accumulate(inner, 2, 0.1)),
+    "Accumulate, Grokfast": (torch.optim.AdamW, lambda inner: Accumulate(Grokfast(inner), 2)),
+}
+
+
+def _around_zero(rank: int) -> dict[str, Any]:
+    """Wrappers around ZeRO: the weights after a run, and whether one that the first rank saved goes on as it."""
+    results = {}
+    for name, (inside, around) in AROUND_ZERO.items():
+
+        def start(inside: Any = inside, around: Any = around) -> tuple[torch.nn.Module, Any]:
+            model = network()
+            return model, around(ZeroRedundancyOptimizer(model.parameters(), inside, lr=0.01))
+
+        def saved(optimizer: Any) -> dict[str, Any]:
+            optimizer.consolidate_state_dict()
+            everyone = [None if rank else copy.deepcopy(optimizer.state_dict())]
+            dist.broadcast_object_list(everyone, src=0)
+            return copy.deepcopy(everyone[0])  # type: ignore[return-value]
+
+        model, optimizer = start()
+        train(model, range(5), lambda step, loss, optimizer=optimizer: optimizer.step())
+        twin, other = start()
+        for _ in range(2):  # a second time it has state
+            twin.load_state_dict(model.state_dict())
+            other.load_state_dict(saved(optimizer))
+        for each, its in ((model, optimizer), (twin, other)):
+            train(each, range(5, 9), lambda step, loss, optimizer=its: optimizer.step())
+        one, another = saved(optimizer), saved(other)
+        torch.testing.assert_close(one["state"], another["state"], rtol=0, atol=0)
+        assert one["param_groups"] == another["param_groups"]
+        assert all(map(torch.equal, model.parameters(), twin.parameters()))
+        results[name] = [p.detach() for p in model.parameters()]
+        zero: Any = other.optimizer if name != "Accumulate, Grokfast" else other.optimizer.optimizer
+        zero.load_state_dict(another)
+        with pytest.raises(RuntimeError, match=f"without the state of .* load_state_dict of {type(other).__name__} "):
+            other.step()
+    return results
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wrappers_around_zero_are_one_process_and_resume(tmp_path: Path) -> None:
+    """ZeRO saves only the state of the optimizers in it, and loads None for what other ranks have."""
+    for found in in_processes(_around_zero, tmp_path):
+        for name, (inside, around) in AROUND_ZERO.items():
+            model = network()
+            optimizer = around(inside(model.parameters(), lr=0.01))
+            train(model, range(9), lambda step, loss, optimizer=optimizer: optimizer.step())
+            for ours, theirs in zip(found[name], model.parameters(), strict=True):
+                torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
 
 
 def _zero_that_loads(rank: int) -> list[Any]:
