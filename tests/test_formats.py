@@ -281,6 +281,34 @@ def test_small_weights_move_as_they_do_in_float32(dtype: torch.dtype, bits: int,
         torch.testing.assert_close(weights, expected.params[0], rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(64, 64), (40, 100)])
+def test_weights_that_were_set_to_0_go_on_from_there(
+    dtype: torch.dtype, bits: int, backend: str, shape: tuple[int, ...]
+) -> None:
+    """Whatever their low bits were: 0 and a number below 0 were once NaN."""
+    coded, whole = modules(backend)
+    batch = coded_batch(shape, {"master_weight_bits": bits}, dtype, number=7)
+    assert batch.coded is not None
+    assert batch.coded.lows is not None
+    param, low = batch.params[0], batch.coded.lows[0]
+    low[0], low[1] = torch.iinfo(low.dtype).min, torch.iinfo(low.dtype).max
+    param[:2] = 0
+    param[2:, ::2] = -0.0
+    weights = full(param, low)
+    assert weights.isfinite().all()
+    assert not weights[(param == 0) & (low <= 0)].any()
+    assert weights[(param == 0) & (low > 0)].all()
+    assert torch.equal(weights.signbit()[param == 0], param.signbit()[param == 0])
+    expected, before = plain(batch), on("cpu", batch)
+    scalars = numbers(beta1=[0.9], bias_beta1=[0.9])
+    whole.step(expected, scalars)
+    coded.step(batch, scalars)
+    check_codes(batch, expected, before)
+
+
 def test_what_is_not_finite_has_the_same_bits_in_the_kernel() -> None:
     """Whatever they are."""
     batch = coded_batch((4, 64), {"state_dtype": "int8"}, torch.float32)

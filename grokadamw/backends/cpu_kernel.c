@@ -339,6 +339,9 @@ STATE(mu, 0, 11, int8_t)
 
 #define TINY 0x387fe000 /* bits of the least number that float16 rounds to one of its normal numbers */
 
+/* What the low bits add to a parameter of these bits. If it was set to 0 they may be below 0, where the result would be NaN. */
+static inline int32_t rest_of(uint32_t bits, int32_t low) { return bits & 0x7fffffff ? low : larger(low, 0); }
+
 /* A parameter as floats, with its low bits: in room, or where it lies if it is one of floats. */
 static float *load_param(const table *t, float *room, int64_t tensor, int64_t i, int64_t n)
 {
@@ -348,13 +351,13 @@ static float *load_param(const table *t, float *room, int64_t tensor, int64_t i,
     for (int64_t j = 0; t->low_bits && t->param == FLOAT16 && j < n; j++) {
         const uint32_t half = ((const uint16_t *)t->params[tensor])[i + j], size = half & 0x7fff;
         const uint32_t low = lows16 ? lows16[j] : lows8[j] * (1 << 8);
-        const uint32_t tiny = (half & 0x8000) << 16 | bits_of((float)(int32_t)((size << 16) + low) * 0x1p-40f);
+        const uint32_t tiny = (half & 0x8000) << 16 | bits_of((float)(int32_t)((size << 16) + rest_of(size, low)) * 0x1p-40f);
         x[j] = float_of(size < 0x400 ? tiny - low : bits_of(x[j]));
     }
     if (lows16)
-        for (int64_t j = 0; j < n; j++) x[j] = float_of(bits_of(x[j]) + lows16[j]);
+        for (int64_t j = 0; j < n; j++) x[j] = float_of(bits_of(x[j]) + rest_of(bits_of(x[j]), lows16[j]));
     else if (lows8)
-        for (int64_t j = 0; j < n; j++) x[j] = float_of(bits_of(x[j]) + (lows8[j] * (1 << 8)));
+        for (int64_t j = 0; j < n; j++) x[j] = float_of(bits_of(x[j]) + rest_of(bits_of(x[j]), lows8[j] * (1 << 8)));
     return x;
 }
 
@@ -463,10 +466,12 @@ INLINE void store_codes(char *codes, float scale, const floats *x, words dithers
 
 INLINE floats param_at(const char *param, const char *low, int64_t i, int dtype, int low_bits)
 {
-    words word = bits(floats_at(param, i, dtype));
-    if (low_bits == 16) word = plus(word, _mm512_cvtepi16_epi32(_mm256_loadu_si256((void *)(low + 2 * i))));
-    if (low_bits == 8) word = plus(word, _mm512_slli_epi32(_mm512_cvtepi8_epi32(_mm_loadu_si128((void *)(low + i))), 8));
-    return _mm512_castsi512_ps(word);
+    const words word = bits(floats_at(param, i, dtype));
+    words rest = all(0);
+    if (low_bits == 16) rest = _mm512_cvtepi16_epi32(_mm256_loadu_si256((void *)(low + 2 * i)));
+    if (low_bits == 8) rest = _mm512_slli_epi32(_mm512_cvtepi8_epi32(_mm_loadu_si128((void *)(low + i))), 8);
+    rest = _mm512_mask_max_epi32(rest, _mm512_testn_epi32_mask(word, all(0x7fffffff)), rest, all(0)); /* as rest_of */
+    return _mm512_castsi512_ps(low_bits ? plus(word, rest) : word);
 }
 
 INLINE void store_param_at(char *param, char *low, int64_t i, floats x, int dtype, int low_bits, words dithers)

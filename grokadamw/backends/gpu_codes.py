@@ -116,6 +116,7 @@ def load_param(param, low, at, inside, LOW: tl.constexpr, MASKED: tl.constexpr):
     if LOW:
         bits = values.to(tl.int32, bitcast=True)
         rest = load(low, at, inside, MASKED, tl.int32) << (16 - LOW)
+        rest = tl.where((bits & 0x7FFFFFFF) == 0, tl.maximum(rest, 0), rest)  # below 0 would be NaN
         if PARAM == tl.float16:
             size = kept.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
             tiny = ((size << 16) + rest).to(tl.float32) * OF_TINY

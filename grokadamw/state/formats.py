@@ -10,7 +10,8 @@ A step decodes, computes in float32, and encodes. Two formats of states have few
 
 A 16-bit parameter may have more bits beside it, in `param_low`: the difference between the full weight and the
 parameter, which is the nearest 16-bit number. So they begin at 0, and a parameter that is set to another value keeps
-that value, up to rounding.
+that value, up to rounding. Only a parameter that was set to 0 can have low bits below 0: they count as 0, as a number
+beyond 0 would be NaN.
 
 - **32 bits**: 16 more. bfloat16 then holds every float32, bit for bit. float16 does down to 2^-17; smaller weights are
   rounded towards 0, to whole multiples of 2^-40.
@@ -325,8 +326,9 @@ def full(param: Tensor, low: Tensor | None) -> Tensor:
     whole = param.to(torch.float32, copy=True)
     if low is None:
         return whole
-    rest = low.to(torch.int32) << 16 - 8 * low.itemsize
-    values = (whole.view(torch.int32) + rest).view(torch.float32)
+    rest, bits = low.to(torch.int32) << 16 - 8 * low.itemsize, whole.view(torch.int32)
+    rest = torch.where(bits & 0x7FFFFFFF == 0, rest.clamp(min=0), rest)
+    values = (bits + rest).view(torch.float32)
     if param.dtype == torch.bfloat16:
         return values
     size = param.view(torch.int16).to(torch.int32) & 0x7FFF
