@@ -31,7 +31,7 @@ def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[st
     state_dict: dict[str, Any] = model.state_dict()
     for name, param in model.named_parameters(remove_duplicate=False):
         low = optimizer.state[param].get("param_low") if param in optimizer.state else None
-        if low is not None and name in state_dict:
+        if low is not None and name in state_dict and low_dtype(param, optimizer.defaults) is not None:
             state_dict[name] = like(full(part(param.detach()), part(low)), param.shape, param)
     return state_dict
 

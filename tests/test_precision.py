@@ -15,6 +15,8 @@ from grokadamw import GrokAdamW, full_precision_state_dict, load_full_precision_
 from grokadamw.checkpoints import to_adamw, to_float32
 from grokadamw.options import STATES
 
+from .models import running, same
+
 FORMATS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"state_dtype": "bfloat16"},
@@ -202,6 +204,43 @@ def test_24_bits_come_out_to_their_precision() -> None:
         assert ((x - weights[name]).abs() <= weights[name].abs() * 2.0**-16).all()
     with pytest.raises(TypeError, match="model is a dict"):
         full_precision_state_dict({}, optimizer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "gpu", "blocks", "foreach", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_model_that_is_no_longer_of_16_bits_has_no_low_bits(
+    implementation: str, dtype: torch.dtype, half: torch.dtype
+) -> None:
+    """Its weights are what it was rounded to, and low bits are added to them at no step."""
+    with running(implementation, chunk=4096) as how:
+        model = nn.Sequential(nn.Linear(70, 64), nn.Linear(64, 3)).to(half)
+        optimizer = GrokAdamW(model.named_parameters(), master_weight_bits=32, **how)
+
+        def step(seed: int) -> None:
+            torch.manual_seed(seed)
+            for param in model.parameters():
+                param.grad = torch.randn(param.shape).to(param.dtype)
+            optimizer.step()
+
+        for seed in range(2):
+            step(seed)
+        model.to(dtype)
+        weights = copy.deepcopy(model.state_dict())
+        assert same(full_precision_state_dict(model, optimizer), weights)
+        optimizer.param_groups[0]["lr"] = 0.0
+        for seed in range(2, 4):
+            step(seed)
+            assert same(dict(model.state_dict()), dict(weights))
+            assert same(full_precision_state_dict(model, optimizer), weights)
+        assert not any("param_low" in state for state in optimizer.state.values())
+        optimizer.param_groups[0]["lr"] = 0.01
+        step(4)
+        moved = [(param.detach() - weights[name]).abs() for name, param in model.named_parameters()]
+        assert all(0 < way.max() < 0.1 for way in moved)
+        model.to(half)
+        step(5)
+        assert all("param_low" in state for state in optimizer.state.values())
 
 
 def test_loading_makes_no_copies_in_the_parameters_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,13 +77,17 @@ def check_shapes(state: State, names: Iterable[str], param: Tensor) -> None:
 def prepare(
     state: State, param: Tensor, options: dict[str, Any], with_slow_gradient: bool, count: Tensor | None = None
 ) -> list[str]:
-    """Make missing state that a step needs under the optimizer's options, at zero, and return its names."""
+    """Make missing state that a step needs under the optimizer's options, at zero, and return its names.
+
+    Low bits of a parameter that is no longer of 16 bits are dropped: its weights are what its own dtype holds.
+    """
     names = ["exp_avg", "exp_avg_sq"] + ["grok_ema"] * with_slow_gradient
     new: State = {}
     for name in names:
         if name not in state:
             new |= formats.new(param, name, options, _dtype(param, options))
-    if "param_low" not in state and (low := formats.low_dtype(param, options)):
+    low = formats.low_dtype(param, options)
+    if low is not None and "param_low" not in state:
         new["param_low"] = torch.zeros_like(param, dtype=low, memory_format=torch.preserve_format)
     if "step" not in state:
         if count is None:
@@ -96,6 +100,8 @@ def prepare(
     if options["accumulation_steps"] > 1:
         new.setdefault("micro_step", state.get("micro_step", 0))
     state.update(new)  # at the end: all of it or, if memory runs out, none
+    if low is None:
+        state.pop("param_low", None)
     return list(new)
 
 
