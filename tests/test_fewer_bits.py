@@ -7,6 +7,7 @@ import io
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from grokadamw import GrokAdamW
 from grokadamw.backends import cpu, native
+from grokadamw.checkpoints import to_float32
 from grokadamw.state import formats
 
 from .models import running
@@ -234,6 +236,65 @@ def test_all_limit_rows_alike(name: str, limits: dict[str, float]) -> None:
             assert (a - b).norm() < 2e-3 * (a - before.detach().float()).norm()
             norm = limits.get("max_row_norm", torch.inf)
             assert (b.norm(dim=1) <= 1.001 * norm).all()
+
+
+LIES = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "with gaps": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "gpu", "foreach", "reference"])
+@pytest.mark.parametrize(("first", "then"), [p for p in permutations(LIES, 2) if "contiguous" in p])
+def test_a_memory_format_may_change_in_the_middle_of_a_run(
+    kept: Any, implementation: str, first: str, then: str
+) -> None:
+    """State that lies otherwise was once updated in a copy alone, so that it never moved again."""
+    dtype, options = kept
+    shapes = [(8, 64, 3, 3), (20, 8, 5, 8)]
+    start, expected = made(dtype, shapes=shapes), made(dtype, shapes=shapes)
+    for p in expected:
+        p.data = LIES["contiguous"](p.data)
+    plain = GrokAdamW(expected, lr=1e-2, **options)
+    train(expected, plain, range(7))
+    with running(implementation, chunk=4096) as how:
+        params = made(dtype, shapes=shapes)
+        optimizer = GrokAdamW(params, lr=1e-2, **options, **how)
+        for layout, steps in ((first, range(3)), (then, range(3, 7))):
+            for p in params:
+                p.data, p.grad = LIES[layout](p.data), None
+            train(params, optimizer, steps)
+    for p, other, before in zip(params, expected, start, strict=True):
+        assert (p.float() - other.float()).norm() < 0.06 * (other.float() - before.float()).norm()
+        found, wanted = optimizer.state[p], plain.state[other]
+        for name in ("exp_avg", "exp_avg_sq", "grok_ema"):
+            x, y = formats.unpacked(found, name), formats.unpacked(wanted, name)
+            assert (x - y).norm() < 0.03 * y.norm()
+            fresh = formats.new(p, name, optimizer.defaults, torch.float32)[name]
+            assert found[name].dtype == fresh.dtype
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+@pytest.mark.parametrize("implementation", ["cpu", "gpu", "foreach", "reference"])
+def test_a_model_of_float64_has_state_of_full_precision(form: str, implementation: str) -> None:
+    """Once it was converted, in the middle of a run."""
+    with running(implementation, chunk=4096) as how:
+        params = made(torch.float32)
+        optimizer = GrokAdamW(params, state_dtype=form, **how)
+        train(params, optimizer, range(2))
+        for p in params:
+            p.data, p.grad = p.data.double() + 1e-9, None
+        others = copy.deepcopy(params)
+        plain = GrokAdamW(others, foreach=False)
+        saved = to_float32(optimizer.state_dict())
+        plain.load_state_dict({**saved, "param_groups": plain.state_dict()["param_groups"]})
+        for each, its in ((params, optimizer), (others, plain)):
+            train(each, its, range(2, 4))
+    for p, other in zip(params, others, strict=True):
+        torch.testing.assert_close(p, other, rtol=1e-6, atol=1e-10)
+        assert not any(name.endswith("_scale") for name in optimizer.state[p])
 
 
 # the kernel: the same bits everywhere

@@ -33,6 +33,7 @@ def step(batch: Batch, scalars: Scalars) -> None:
     for i, (param, count) in enumerate(zip(batch.params, batch.steps, strict=True)):
         kept: list[Any] = [None if column is None else column[i] for column in (*batch[:5], *batch.coded[:4])]
         if has_rows(param):
+            kept[1] = _lying_like(param, kept[1])
             kept = [None if x is None else _in_rows(x, param) for x in kept]
         numbers = n._replace(beta1=n.beta1[i : i + 1], bias_beta1=n.bias_beta1[i : i + 1])
         draw = count.to(torch.int64) * n.micro_step.of + n.micro_step.nth
@@ -49,11 +50,14 @@ def step(batch: Batch, scalars: Scalars) -> None:
 
 
 def _in_rows(x: Tensor, param: Tensor) -> Tensor:
-    """Return a tensor that belongs to a parameter as (rows, width), in the parameter's memory order."""
-    if x.shape != param.shape:  # scales
-        return formats.of_rows(x, as_rows(param))
-    alike = x.stride() == param.stride() or (x.is_contiguous() and param.is_contiguous())
-    return as_rows(x if alike else torch.empty_like(param, dtype=x.dtype).copy_(x))
+    """Return a tensor that belongs to a parameter, and lies in memory like it, as (rows, width); and so its scales."""
+    return as_rows(x) if x.shape == param.shape else formats.of_rows(x, as_rows(param))
+
+
+def _lying_like(param: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient, or a copy of it, in the order of the parameter's memory."""
+    alike = grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous())
+    return grad if alike else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 
 def _step(

@@ -232,6 +232,22 @@ def packed(
     return entries
 
 
+def misfits(state: Mapping[str, Any], param: Tensor, options: Mapping[str, Any]) -> list[str]:
+    """Return the names of states and low bits that are in another format, or order in memory, than new ones would be.
+
+    That is so once a parameter's memory format or dtype was changed.
+    """
+    own, found = part(param), []
+    for name in (name for name in (*STATES, "param_low") if name in state):
+        kept = part(state[name])
+        lies_alike = kept.stride() == own.stride() or (kept.is_contiguous() and own.is_contiguous())
+        form = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.uint8: "int8"}.get(kept.dtype, "float32")
+        fits = name == "param_low" or form == format_of(param, name, options)
+        if not fits or not (lies_alike or not has_no_gaps(own)):
+            found.append(name)
+    return found
+
+
 def low_bits(low: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert a parameter's low bits between 8 and 16 bits; 16 are rounded to the nearest 8."""
     if low.dtype == dtype:

@@ -21,7 +21,7 @@ from .._warn import warn
 from ..checkpoints import to_grokadamw
 from ..distributed import Shards, shards_of
 from ..layers import unwrapped
-from ..options import OPTIONS, STATES, WARN, rules_of
+from ..options import OPTIONS, STATES, WARN, may_be_coded, rules_of
 from . import formats, window
 
 State: TypeAlias = dict[str, Any]
@@ -103,6 +103,28 @@ def prepare(
     if low is None:
         state.pop("param_low", None)
     return list(new)
+
+
+def lay_out(state: State, param: Tensor, options: dict[str, Any]) -> None:
+    """Convert coded state, as loading does, if its parameter's memory format or dtype was changed since the last step.
+
+    Backends write it in the order of the parameter's memory.
+    """
+    if not may_be_coded(options):
+        return
+    shards = shards_of(param)
+    if shards is not None:
+        kept = [name for name in (*MOMENTS, *formats.EXTRAS) if name in state]
+        state.update({name: distributed.placed(state[name], shards) for name in kept})
+    for name in formats.misfits(state, param, options):
+        if name == "param_low":
+            low = torch.empty_like(param, dtype=state[name].dtype, memory_format=torch.preserve_format)
+            distributed.part(low).copy_(distributed.part(state[name]))
+            state[name] = low
+        else:
+            new = formats.packed(state, name, param, options, _dtype(param, options))
+            state.pop(f"{name}_scale", None)
+            state.update(new)
 
 
 def new_counts(states: Mapping[Tensor, State], params: Sequence[Tensor]) -> dict[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from ..distributed import Shards, blocks_before, divisions, local, part, placed,
 from ..options import may_be_coded, rules_of
 from ..state import window
 from ..state.formats import BLOCK, EXTRAS, is_coded
-from ..state.slots import MOMENTS, State, check, new_counts, prepare
+from ..state.slots import MOMENTS, State, check, lay_out, new_counts, prepare
 
 _FOREACH = Choice(foreach, "")
 
@@ -126,12 +126,13 @@ def collect(given: Given, names: Mapping[Tensor, str], missing: Collection[Tenso
 
 
 def make_state(entries: Iterable[Entry], given: Given) -> list[tuple[Tensor, list[str]]]:
-    """Make missing state, at zero, and return its names for each parameter."""
+    """Make missing state, at zero, and return its names for each parameter; convert state that no longer fits it."""
     counts = {} if given.compiling else new_counts(given.state, [entry.param for entry in entries])
     made = []
     for entry in entries:
         with_mu, param = float(given.groups[entry.group]["lamb"]) > 0, entry.param
         made.append((param, prepare(given.state[param], param, given.options, with_mu, counts.get(param))))
+        lay_out(given.state[param], param, given.options)
     return made
 
 

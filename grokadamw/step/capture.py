@@ -15,6 +15,8 @@ from torch.optim.optimizer import _get_capturable_supported_devices
 
 from .._numbers import Number, accumulator
 from ..backends.types import Batch, Scalars
+from ..options import may_be_coded
+from ..state.formats import misfits
 
 if TYPE_CHECKING:
     from .batches import Entry, Given
@@ -50,11 +52,13 @@ def check_state(entries: Iterable[Entry], given: Given, has_alphas: bool) -> Non
         group, needed = given.groups[entry.group], {"step"}
         if group["lamb"] > 0:
             needed |= {"grok_ema"} if group["window_size"] is None else {"grok_ema", "grok_ring"}
-        if not has_alphas or needed - given.state.get(entry.param, {}).keys():
+        state = given.state.get(entry.param, {})
+        is_coded = may_be_coded(given.options)
+        if not has_alphas or needed - state.keys() or (is_coded and misfits(state, entry.param, given.options)):
             raise RuntimeError(
                 "a CUDA graph of step() needs its state to be there: before capturing, take a few steps on a side "
                 "stream, as torch.cuda.graph requires anyway; also after loading a checkpoint, free_slow_gradient(), "
-                "and switching lamb on"
+                "switching lamb on, and changing parameters' memory format"
             )
 
 
