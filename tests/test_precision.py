@@ -162,6 +162,44 @@ def test_what_no_longer_fits_is_named() -> None:
         train(model, optimizer, 2, 3)
 
 
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "24 bits"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("shape", [(3,), (64, 70)])
+def test_complex_state_is_no_codes(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    def begun() -> tuple[nn.Parameter, GrokAdamW]:
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.randn(shape, dtype=dtype))
+        return param, GrokAdamW([param], **FORMATS[name])
+
+    def step(param: nn.Parameter, optimizer: GrokAdamW) -> None:
+        param.grad = torch.ones_like(param) * 2j
+        optimizer.step()
+
+    param, optimizer = begun()
+    step(param, optimizer)
+    other, resumed = begun()
+    other.data = param.detach().clone()
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    for each in ((param, optimizer), (other, resumed)):
+        step(*each)
+    assert torch.equal(param, other)
+    assert same(optimizer.state[param], resumed.state[other])
+
+
+def test_small_state_of_integers_is_no_codes() -> None:
+    """Nor if it is one number."""
+    for shape in ((), (1,), (7,), (64, 31)):
+        param = nn.Parameter(torch.ones(shape))
+        optimizer = GrokAdamW([param], state_dtype="int8", gradient_clipping=0.0)
+        param.grad = torch.ones(shape)
+        optimizer.step()
+        for name in STATES:
+            optimizer.state[param][name].fill_(3.0)
+        resumed = GrokAdamW([nn.Parameter(torch.ones(shape))], state_dtype="int8", gradient_clipping=0.0)
+        resumed.load_state_dict(optimizer.state_dict())
+        assert same(resumed.state_dict()["state"], optimizer.state_dict()["state"])
+
+
 def test_the_slow_gradient_is_dropped_with_its_scale() -> None:
     model, optimizer = started(FORMATS["int8"])
     train(model, optimizer, 0, 2)

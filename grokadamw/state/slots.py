@@ -304,8 +304,11 @@ def _check_codes(state_dict: dict[str, Any]) -> None:
         for key in group["params"]:
             state = state_dict["state"].get(key) or {}
             for name in (name for name in STATES if name in state and f"{name}_scale" not in state):
-                was_coded = (asked if isinstance(asked, str) else asked.get(name)) == "int8"
-                if not state[name].is_floating_point() or (was_coded and _are_codes(distributed.part(state[name]))):
+                kept, was_coded = state[name], (asked if isinstance(asked, str) else asked.get(name)) == "int8"
+                if kept.is_complex():
+                    continue
+                may_be_codes = was_coded and kept.numel() >= formats.SMALL
+                if not kept.is_floating_point() or (may_be_codes and _are_codes(distributed.part(kept))):
                     raise ValueError(
                         f"state_dict: {name} of parameter {key} holds codes without their scales. "
                         "torch.distributed.checkpoint copies them into whatever the optimizer has: load into an "
