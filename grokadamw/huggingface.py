@@ -197,7 +197,7 @@ class GrokAdamWCallback(TrainerCallback):
         self._train_acc = train_acc
         self._optimizer: GrokAdamW | None = None  # while it trains
         self._trained: weakref.ref[GrokAdamW] | None = None  # the optimizer of the last run
-        self._at_first: list[Any] = []  # the signals' states when the first run began
+        self._at_first: list[Any] | None = None  # the signals' states when the first run began
         self._group_sizes: list[int] = []  # when layers were taken from the model
         self._goes_on = True  # False in a resumed run, until its first step begins
         self._logged_at = 0
@@ -205,6 +205,9 @@ class GrokAdamWCallback(TrainerCallback):
         self._recorded: Any = None  # the training loss of that evaluation
         self._metrics: set[str] = set()  # names of metrics that evaluations had
         self._said: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_optimizer": None, "_trained": None}  # a weak reference cannot be pickled
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -250,9 +253,9 @@ class GrokAdamWCallback(TrainerCallback):
     def _begin_signals(self, optimizer: GrokAdamW) -> None:
         """Register the signals. For another optimizer than the last run's, reset them to their first state."""
         stateful = [signal for signal in self._signals or () if hasattr(signal, "state_dict")]
-        if self._trained is None:
+        if self._at_first is None:
             self._at_first = [copy.deepcopy(signal.state_dict()) for signal in stateful]
-        elif self._trained() is not optimizer:
+        elif self._trained is None or self._trained() is not optimizer:
             for signal, state in zip(stateful, self._at_first, strict=True):
                 signal.load_state_dict(copy.deepcopy(state))
         optimizer.set_signals(self._signals, self._combine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import sys
@@ -166,6 +167,28 @@ def test_each_run_begins_with_signals_as_they_were(tmp_path: Path) -> None:
         gap.record(train=0.75, eval=0.5)
     assert found[0] == found[1]
     assert gap.state_dict() == {"train": 0.75, "eval": 0.5}  # the user's own object
+
+
+def test_it_can_be_pickled_at_any_time(tmp_path: Path) -> None:
+    """The copy begins a run as the callback itself would: with signals as they were when its first run began."""
+    callback = GrokAdamWCallback(signals=[loss_gap, SlowGradient(every=5)], betas=(0.5, 0.9))
+    pickles = {"new": pickle.dumps(callback)}
+
+    class Pickles(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            pickles["in training"] = pickle.dumps(callback)
+
+    def run(*callbacks: Any) -> list[float]:
+        it = trainer(tmp_path, *callbacks, max_steps=8, save_strategy="no")
+        it.train()
+        assert grokadamw_of(it).param_groups[0]["betas"] == (0.5, 0.9)
+        return alphas(it)
+
+    expected = run(callback, Pickles())
+    assert len(set(expected)) > 1
+    pickles["used"] = pickle.dumps(callback)
+    for when, pickled in pickles.items():
+        assert run(pickle.loads(pickled)) == expected, when
 
 
 def test_evaluation_at_the_start(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import warnings
@@ -324,6 +325,16 @@ def test_a_callback_that_is_used_again_logs_again(tmp_path: Path) -> None:
         it = logging_trainer(tmp_path / folder, callback, max_steps=2)
         it.fit(Measured(grokadamw), data(), data())
         assert list(curves(tmp_path / folder)["grok_grad_norm"]) == [1]
+
+
+def test_a_used_callback_can_be_pickled(trainer: Callable[..., Any]) -> None:
+    found, callback = [], GrokAdamWCallback()
+    for _ in range(2):
+        it = trainer(max_epochs=2, callbacks=[callback])
+        it.fit(Measured(grokadamw), data(), data())
+        found.append(it.optimizers[0].metrics())
+        callback = pickle.loads(pickle.dumps(callback))
+    assert found[0] == found[1]
 
 
 def test_the_preset_and_a_schedule(trainer: Callable[..., Any]) -> None:
