@@ -33,6 +33,9 @@ _MEANT = {
     "max_norm": "gradient_clipping",
 }
 
+# arguments of torch.optim.AdamW and Adam that this optimizer lacks
+_OF_ADAMW = {"amsgrad": "there is no AMSGrad here", "decoupled_weight_decay": "weight decay is always decoupled"}
+
 
 def meant(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that an unknown name most likely means; None if there is none.
@@ -48,14 +51,29 @@ def meant(name: str, known: Iterable[str]) -> str | None:
 
 
 def with_hints(function: Callable[P, None]) -> Callable[P, None]:
-    """Make a constructor suggest the right name in its TypeError for an unknown argument, if one is likely."""
+    """Make a method say in its TypeError for an unknown argument what to give instead, if that is likely."""
     known = inspect.signature(function).parameters
+    is_constructor = function.__name__ == "__init__"
+    by_name = [name for name, parameter in known.items() if parameter.kind is parameter.KEYWORD_ONLY]
 
     @functools.wraps(function)
     def checked(*args: P.args, **options: P.kwargs) -> None:
         for name in options:
-            if name not in known and (instead := meant(name, known)):
-                raise TypeError(f"{type(args[0]).__name__} has no argument {name}: give {instead}")
+            if name in known:
+                continue
+            what = type(args[0]).__name__ if is_constructor else function.__name__
+            instead = meant(name, known)
+            if instead in known:
+                way_out = f"give {instead}"
+            elif name in _OF_ADAMW:
+                way_out = f"leave it out, as {_OF_ADAMW[name]}"
+            elif "optimizer" in known:
+                way_out = f"if the optimizer takes it, give it there, as in {what}(torch.optim.AdamW(params, {name}=…))"
+            elif not is_constructor:
+                way_out = f"it takes {', '.join(by_name)}"
+            else:
+                continue
+            raise TypeError(f"{what} has no argument {name}: {way_out}")
         function(*args, **options)
 
     return checked

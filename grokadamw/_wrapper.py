@@ -49,9 +49,10 @@ class Wrapper(Optimizer):
 
     def __init__(self, optimizer: Optimizer, group_defaults: dict[str, Any]) -> None:
         if not isinstance(optimizer, Optimizer):
+            is_class = isinstance(optimizer, type)
+            what = f"the class {optimizer.__name__}" if is_class else f"of type {type(optimizer).__name__}"
             raise TypeError(
-                f"optimizer is of type {type(optimizer).__name__}, and not a torch.optim.Optimizer: make one from your "
-                "parameters, and give it here"
+                f"optimizer is {what}, and not a torch.optim.Optimizer: make one from your parameters, and give it here"
             )
         inner = optimizer
         while isinstance(inner, Wrapper):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._checks import check_count, check_limit
+from ._hints import with_hints
 from ._numbers import Number, as_number, as_real, reads_are_free, wide
 from ._wrapper import Part, Wrapper, by_kind, check_saved
 from .backends import fastest_sum_of_squares
@@ -124,6 +125,7 @@ class Accumulate(Wrapper):
     _mark, _rank = "accumulation_cycle", 2
     _always_unscales = True  # so that `stepped` becomes False on overflow, and a loop cannot clip micro-batches
 
+    @with_hints
     def __init__(self, optimizer: Optimizer, steps: int, gradient_clipping: float = 0.0) -> None:
         check_count("steps", steps, at_least=1)
         check_limit("gradient_clipping", gradient_clipping)

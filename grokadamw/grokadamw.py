@@ -315,6 +315,7 @@ class GrokAdamW(Base):
         """True if the last ``step`` was the last micro-batch of ``accumulation_steps``: then step the scheduler."""
         return self._run.stepped
 
+    @with_hints
     def record(
         self, *unnamed: Any, train_loss: Any = None, eval_loss: Any = None, train_acc: Any = None, eval_acc: Any = None
     ) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._checks import check_count, check_dtype, check_number
+from ._hints import with_hints
 from ._numbers import as_float, as_real, wide
 from ._warn import warn
 from ._wrapper import Part, Wrapper, by_kind, check_saved
@@ -143,6 +144,7 @@ class Grokfast(_Filter):
     _state_names: tuple[str, ...] = _OF_EMA
     _others = (*_OF_MA, *Accumulate._state_names)
 
+    @with_hints
     def __init__(
         self,
         optimizer: Optimizer,
@@ -241,6 +243,7 @@ class GrokfastMA(_Filter):
     _others = (*_OF_EMA, *Accumulate._state_names)
     _settings: tuple[str, ...] = ("_signals", "_size", "_filter_type", "_warmup", "_dtype")
 
+    @with_hints
     def __init__(
         self,
         optimizer: Optimizer,

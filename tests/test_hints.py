@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from grokadamw import GrokAdamW
+from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA
 from grokadamw.signals import loss_gap
 
 
@@ -52,6 +53,53 @@ def test_an_unknown_argument_gets_the_name_that_is_meant(name: str, instead: str
         GrokAdamW(model().parameters(), **{name: 0.1})
     with pytest.raises(TypeError, match=f"no argument {name}: give {instead}$"):
         GrokAdamW.for_grokking(model(), **{name: 0.1})
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("amsgrad", "as there is no AMSGrad here"), ("decoupled_weight_decay", "as weight decay is always decoupled")],
+)
+@pytest.mark.parametrize("value", [False, True])
+def test_what_only_adamw_takes_is_left_out(name: str, value: bool, reason: str) -> None:
+    with pytest.raises(TypeError, match=f"GrokAdamW has no argument {name}: leave it out, {reason}$"):
+        GrokAdamW(model().parameters(), **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        *[("val_loss", "give eval_loss"), ("valid_loss", "give eval_loss"), ("training_loss", "give train_loss")],
+        *[(name, "it takes train_loss, eval_loss, train_acc, eval_acc") for name in ("loss", "test_loss", "accuracy")],
+    ],
+)
+def test_what_is_recorded_under_an_unknown_name(name: str, way_out: str) -> None:
+    optimizer = GrokAdamW(model().parameters())
+    with pytest.raises(TypeError, match=f"^record has no argument {name}: {way_out}$"):
+        optimizer.record(**{name: 0.1})
+    assert "eval_loss" in inspect.signature(optimizer.record).parameters
+
+
+@pytest.mark.parametrize("wrapper", [Grokfast, GrokfastMA, functools.partial(Accumulate, steps=2)])
+@pytest.mark.parametrize("instance", [False, True])
+def test_what_the_inner_optimizer_takes(wrapper: Any, instance: bool) -> None:
+    """A wrapper is given an optimizer, and that its arguments."""
+    name = getattr(wrapper, "func", wrapper).__name__
+    optimizer: Any = torch.optim.SGD(model().parameters()) if instance else torch.optim.SGD
+    way_out = rf"as in {name}\(torch.optim.AdamW\(params, (lr|learning_rate)=…\)\)$"
+    for unknown in ("lr", "learning_rate"):
+        with pytest.raises(TypeError, match=f"^{name} has no argument {unknown}: if the optimizer takes .*{way_out}"):
+            wrapper(optimizer, **{unknown: 0.1})
+    if not instance:
+        with pytest.raises(TypeError, match="^optimizer is the class SGD, and not .*: make one from your parameters"):
+            wrapper(optimizer)
+
+
+def test_a_misspelt_argument_of_a_wrapper() -> None:
+    optimizer = torch.optim.SGD(model().parameters())
+    with pytest.raises(TypeError, match="^Grokfast has no argument lamda: give lamb$"):
+        Grokfast(optimizer, lamda=1.0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="^Accumulate has no argument max_norm: give gradient_clipping$"):
+        Accumulate(optimizer, 2, max_norm=1.0)  # type: ignore[call-arg]
 
 
 def test_any_other_is_pythons_affair() -> None:
