@@ -65,10 +65,10 @@ def with_hints(function: Callable[P, None]) -> Callable[P, None]:
             instead = meant(name, known)
             if instead in known:
                 way_out = f"give {instead}"
-            elif name in _OF_ADAMW:
-                way_out = f"leave it out, as {_OF_ADAMW[name]}"
             elif "optimizer" in known:
                 way_out = f"if the optimizer takes it, give it there, as in {what}(torch.optim.AdamW(params, {name}=…))"
+            elif name in _OF_ADAMW:
+                way_out = f"leave it out, as {_OF_ADAMW[name]}"
             elif not is_constructor:
                 way_out = f"it takes {', '.join(by_name)}"
             else:
