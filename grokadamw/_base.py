@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Base(Optimizer):
         checked = {}
         if isinstance(param_group, dict):
             checked = check_group({**self.defaults, **param_group}, self.defaults)
+            param_group = self._with_layers(param_group)
             for sentence in misspelt(param_group, GROUP_KEYS):
                 warn(sentence, UserWarning)
             # a copy, as the caller may reuse the dict; without keys that only AdamW's groups have
@@ -65,6 +67,22 @@ class Base(Optimizer):
         accumulation.join(group, earlier)
         zero.take_places(self)
         self._run.layers_checked = False
+
+    def _with_layers(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        """Return a group whose `layers`, if it has any that count, are a list with an integer for each parameter."""
+        given, params = param_group.get("layers"), param_group.get("params")
+        # ZeroRedundancyOptimizer gives a part of the parameters, and `zero.take_places` their layers
+        if given is None or params is None or param_group.get("layer") is not None or self._run.zero() is not None:
+            return param_group
+        if not isinstance(params, Sized):  # an iterator, which can be read once
+            params = list(params)
+        integers, count = layers.as_integers("layers", given), 1 if isinstance(params, torch.Tensor) else len(params)
+        if len(integers) != count:
+            raise ValueError(
+                f"layers={given!r} has {len(integers)} layers, and its group {count} parameters: give an integer for "
+                "each, or leave layers out"
+            )
+        return {**param_group, "params": params, "layers": integers}
 
     def _complete_groups(self) -> None:
         """Fill in groups that did not come through `add_param_group`, such as those that an outer optimizer appends.
@@ -81,7 +99,8 @@ class Base(Optimizer):
                 group.update(whole | check_group(whole, self.defaults))
                 accumulation.join(group, self.param_groups[:i])
                 run.layers_checked = False
-            fits &= len(group["layers"]) == len(group["params"])
+            if isinstance(group["layers"], Sized):  # else the next step raises an error
+                fits &= len(group["layers"]) == len(group["params"])
         if not fits:
             sentence = layers.make_one(self.param_groups, run.shard_group is None and ranks() > 1)
             if sentence is not None and not run.flattened:

@@ -165,7 +165,7 @@ class StepInBackward:
         """Begin a pass: do all that `GrokAdamW._prepared` does before batches are collected."""
         optimizer._complete_groups()
         groups, run = optimizer.param_groups, optimizer._run
-        check_changed(groups, optimizer.defaults, run.checked)
+        check_changed(groups, optimizer.defaults, run.checked, run.checked_layers)
         self._check(optimizer, and_wrappers=not self._has_begun)
         stages.begin(run, Given(groups, optimizer.state, optimizer.defaults), optimizer._preset_gamma)
         numbers, self._places = 0, {}

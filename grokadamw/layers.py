@@ -9,9 +9,12 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from ._checks import check_count
 
 # what wrappers add to parameter names: DDP and DataParallel, torch.compile, FSDP1, activation checkpointing
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -60,6 +63,40 @@ def layers_of(group: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> list[
             known[path] = following
             following += 1
     return [known[layer_path(name)] for name in group["param_names"]]
+
+
+def as_integers(name: str, value: Any) -> list[int]:
+    """Return a group's layers as a list of Python's integers: the same list, if it is one.
+
+    Raises:
+        TypeError, ValueError: they are not integers of at least 0.
+    """
+    try:
+        items = list(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r} is not a list of integers, one for each parameter") from None
+    integers = [check_count(f"{name}[{j}]", item) for j, item in enumerate(items)]
+    return value if type(value) is list and all(map(is_, value, integers)) else integers
+
+
+def check_length(group: dict[str, Any], i: int) -> None:
+    """Raise RuntimeError if the i-th group does not have a layer for each parameter."""
+    if len(group["layers"]) != len(group["params"]):
+        raise RuntimeError(
+            f"param_groups[{i}] has {len(group['params'])} parameters and {len(group['layers'])} layers, as its "
+            "parameters were changed: call optimizer.set_layers(model), or set its 'layers' to a list of integers"
+        )
+
+
+def check_changed(groups: Sequence[dict[str, Any]], checked: list[list[int]]) -> None:
+    """Check layers that were set by hand since the last step, of which `checked` has copies; update `checked`."""
+    now = [group["layers"] for group in groups]
+    if set(map(type, now)) <= {list} and now == checked:
+        return
+    for i, group in enumerate(groups):
+        group["layers"] = as_integers(f"param_groups[{i}]['layers']", group["layers"])
+        check_length(group, i)
+    checked[:] = [list(group["layers"]) for group in groups]
 
 
 def layers_in(named: Mapping[Tensor, str]) -> dict[Tensor, int]:

@@ -289,9 +289,16 @@ def check_settings(
 
 
 def check_changed(
-    groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], checked: list[tuple[Any, ...]]
+    groups: Sequence[dict[str, Any]],
+    defaults: Mapping[str, Any],
+    checked: list[tuple[Any, ...]],
+    checked_layers: list[list[int]],
 ) -> None:
-    """Check the options that were set by hand since the last step, whose values are in `checked`; update `checked`."""
+    """Check the options and layers that were set by hand since the last step, whose values are in the lists `checked…`.
+
+    The lists are updated.
+    """
+    layers.check_changed(groups, checked_layers)
     # with the number of keys: a group that got another one may have an option that is not allowed in groups
     now = [(len(group), *_OPTIONS_IN(group)) for group in groups]
     if len(now) == len(checked) and all(map(is_, chain.from_iterable(now), chain.from_iterable(checked))):
@@ -309,7 +316,7 @@ def check_changed(
 
 
 def make_savable(groups: Sequence[dict[str, Any]]) -> None:
-    """Replace NumPy's numbers by Python's, and detach recorded values from their autograd graph."""
+    """Replace NumPy's numbers by Python's, also in layers, and detach recorded values from their autograd graph."""
     for group in groups:
         for name, value in group.items():
             if isinstance(value, Real) and type(value).__module__ != "builtins":  # NumPy's, from a scheduler
@@ -317,6 +324,7 @@ def make_savable(groups: Sequence[dict[str, Any]]) -> None:
         for name in RECORDED:
             if group[name] is not None:  # set by hand, it may have a graph, which cannot be copied
                 group[name] = as_number(group[name], name)
+        group["layers"] = layers.as_integers("layers", group["layers"])
         group["cycle"] = tuple(map(as_float, group["cycle"]))
         group["last_norm"] = as_float(group["last_norm"])
 

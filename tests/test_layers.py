@@ -8,16 +8,17 @@ import re
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from grokadamw import GrokAdamW, layers
+from grokadamw import GrokAdamW, layers, step_in_backward
 from grokadamw.layers import layer_path, unwrapped
 
-from .models import network, train
+from .models import network, saved_and_loaded, set_gradients, train
 from .oracle import layer_numbers
 
 
@@ -282,6 +283,88 @@ def test_parameters_changed_by_hand_are_noticed() -> None:
         optimizer.step()
     optimizer.param_groups[0]["layers"] = [0] * 7
     optimizer.step()
+
+
+BAD = {
+    "below 0": ([0, -1], ValueError, r"layers.*\[1\]=-1 is out of range: give an integer of at least 0"),
+    "not whole": ([0.5, 1], TypeError, r"layers.*\[0\]=0.5 is not an integer"),
+    "a text": (["a", 1], TypeError, r"layers.*\[0\]='a' is not an integer"),
+    "a tensor": (torch.arange(2), TypeError, r"layers.*\[0\]=tensor\(0\) is not an integer"),
+    "a number": (3, TypeError, "layers.*=3 is not a list of integers, one for each parameter"),
+    "too few": ([0], (ValueError, RuntimeError), "has 1 layers, and its group 2 parameters|2 parameters and 1 layers"),
+    "too many": (np.arange(3), (ValueError, RuntimeError), "has 3 layers, and its group 2 |2 parameters and 3 layers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_layers_that_are_given_are_checked(case: str) -> None:
+    layers, kind, words = BAD[case]
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    for each in (params, iter(params), list(zip("ab", params, strict=True))):
+        with pytest.raises(kind, match=words):
+            GrokAdamW([{"params": each, "layers": layers}])
+    optimizer = GrokAdamW([nn.Parameter(torch.ones(2))])
+    with pytest.raises(kind, match=words):
+        optimizer.add_param_group({"params": params, "layers": layers})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_layers_that_were_set_by_hand_are_checked_before_signals_are_heard(
+    case: str, steps: int, in_place: bool
+) -> None:
+    layers, kind, words = BAD[case]
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    heard: list[int] = []
+    optimizer = GrokAdamW(params, grokking_signal_fns=lambda: heard.append(1))
+    set_gradients(params)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*returned None")
+        for _ in range(steps):
+            optimizer.step()
+    before = [p.detach().clone() for p in params]
+    if in_place and isinstance(layers, list):
+        optimizer.param_groups[0]["layers"][:] = layers
+    else:
+        optimizer.param_groups[0]["layers"] = layers
+    for _ in range(2):
+        with pytest.raises(kind, match=words):
+            optimizer.step()
+    assert len(heard) == steps
+    assert all(map(torch.equal, before, params))
+    optimizer.param_groups[0]["layers"] = [0, 1]
+    optimizer.zero_grad()
+    handle = step_in_backward(optimizer, clip_by="last")
+    optimizer.param_groups[0]["layers"] = layers
+    with pytest.raises(kind, match=words):
+        sum(p.sum() for p in params).backward()
+    assert all(map(torch.equal, before, params))
+    optimizer.param_groups[0]["layers"] = [0, 1]
+    handle.remove()
+
+
+@pytest.mark.parametrize("layers", [np.array([1, 0]), (1, 0), [np.int64(1), 0]])
+def test_layers_that_were_given_can_be_saved(layers: Any) -> None:
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = GrokAdamW([{"params": params, "layers": layers}])
+    assert saved_and_loaded(optimizer.state_dict())["param_groups"][0]["layers"] == [1, 0]
+    set_gradients(params)
+    for _ in range(2):
+        optimizer.param_groups[0]["layers"] = layers
+        optimizer.step()
+        assert saved_and_loaded(optimizer.state_dict())["param_groups"][0]["layers"] == [1, 0]
+
+
+def test_layers_may_be_changed_in_place() -> None:
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = GrokAdamW(params, gamma=0.5)
+    set_gradients(params)
+    optimizer.step()
+    optimizer.param_groups[0]["layers"][1] = 3
+    optimizer.step()
+    assert optimizer.metrics()["beta1_min"] == pytest.approx(0.9 / 8)
 
 
 def test_a_group_taken_from_another_optimizer_keeps_its_layers() -> None:

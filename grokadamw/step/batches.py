@@ -98,11 +98,7 @@ def collect(given: Given, names: Mapping[Tensor, str], missing: Collection[Tenso
     """
     entries, numbers = [], count(given.first)
     for i, group in enumerate(given.groups):
-        if len(group["layers"]) != len(group["params"]):
-            raise RuntimeError(
-                f"param_groups[{i}] has {len(group['params'])} parameters and {len(group['layers'])} layers, as its "
-                "parameters were changed: call optimizer.set_layers(model), or set its 'layers' to a list of integers"
-            )
+        layers.check_length(group, i)
         for j, (param, layer, number) in enumerate(zip(group["params"], group["layers"], numbers, strict=False)):
             if param.grad is None:
                 if param in missing:

@@ -49,6 +49,7 @@ class Run:
     captured_boosts: dict[int, Tensor] = field(default_factory=dict)  # and the boosts that it reads
     layers_checked: bool = False
     checked: list[tuple[Any, ...]] = field(default_factory=list)  # each group's options when they were last checked
+    checked_layers: list[list[int]] = field(default_factory=list)  # and its layers
     skipped: Tensor | None = None  # counts steps that were skipped on a device and not read back yet
     names: dict[Tensor, str] = field(default_factory=dict)  # of parameters, as set_layers found them
     idle: bool = False  # whether a step had no gradient at all: that is warned of once
@@ -107,7 +108,7 @@ def is_overflow(given: Given) -> bool | None:
 def check_given(run: Run, given: Given) -> bool:
     """Check a step's inputs, and return True to take it; False if torch.distributed.checkpoint only wants its state."""
     groups, state, options = given[:3]
-    check_changed(groups, options, run.checked)
+    check_changed(groups, options, run.checked, run.checked_layers)
     if any(map(itemgetter("capturable"), groups)):
         check_shard_group(given.shard_group, groups)
         capture.check_devices(groups)
