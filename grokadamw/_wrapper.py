@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -259,8 +260,11 @@ class Wrapper(Optimizer):
             self._inner.step()
 
     @contextmanager
-    def _hidden(self) -> Iterator[None]:
-        """Hide the wrapper's state inside the context: many optimizers ask whether a parameter's state is empty."""
+    def _hidden(self) -> Iterator[dict[Tensor, State]]:
+        """Hide the wrapper's state inside the context, and yield it.
+
+        Many optimizers ask whether a parameter's state is empty.
+        """
         states = {param: state for param, state in self.state.items() if isinstance(state, dict)}
         hidden: dict[Tensor, State] = {}
         for param, state in states.items():
@@ -268,7 +272,7 @@ class Wrapper(Optimizer):
             if not state:
                 del self.state[param]
         try:
-            yield
+            yield hidden
         finally:
             for param, ours in hidden.items():
                 inner = self.state.get(param)
@@ -382,12 +386,40 @@ class Wrapper(Optimizer):
         described = f"{self._described()}, " if self._described() else ""
         return f"{type(self).__name__}({described}{self._inner!r})"
 
-    def __getstate__(self) -> dict[str, Any]:
+    def _own(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("_inner", "_group_defaults", *self._settings)}
 
+    def __getstate__(self) -> dict[str, Any]:
+        states = {param: state for param, state in self.state.items() if isinstance(state, dict)}
+        if not any(state and state.keys() <= {*self._state_names} for state in states.values()):
+            return self._own()
+        # the inner optimizer has not made its state, and many cannot be unpickled with the wrapper's: take a copy
+        # without that, which shares all tensors
+        tensors = [x for param, state in states.items() for x in (param, *state.values()) if isinstance(x, Tensor)]
+        tensors += chain.from_iterable(group["params"] for group in self.param_groups)
+        with self._hidden() as hidden:
+            inner = copy.deepcopy(self._inner, {id(x): x for x in tensors})
+            return {**self._own(), "_inner": inner, "_hidden_state": hidden}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({name: value for name, value in state.items() if name != "_hidden_state"})
+        for param, hidden in state.get("_hidden_state", {}).items():
+            if hidden:
+                self.state[param].update(hidden)
         self._begin()
+
+    def __copy__(self) -> Wrapper:
+        """Return a wrapper around the same optimizer."""
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(self._own())
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Wrapper:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        with self._hidden() as hidden:  # as many optimizers cannot be copied with it
+            copied.__setstate__(copy.deepcopy({**self._own(), "_hidden_state": hidden}, memo))
+        return copied
 
 
 def check_saved(name: str, value: Tensor, shape: Sequence[int]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -23,7 +25,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA
 from grokadamw.checkpoints import to_adamw
 
-from .models import IMPLEMENTATIONS, batch, network, running, saved_and_loaded
+from .models import IMPLEMENTATIONS, batch, network, running, same, saved_and_loaded
 from .test_grokfast import resumed_is_uninterrupted
 
 STEPS = 6
@@ -657,6 +659,65 @@ def test_stepped_is_about_the_last_call() -> None:
     with pytest.warns(RuntimeWarning, match="a step was skipped"):
         optimizer.step()
     assert not optimizer.stepped
+
+
+COPIED: dict[str, Callable[[list[nn.Parameter]], Any]] = {
+    **{name: getattr(torch.optim, name) for name in ("Adam", "AdamW", "NAdam", "RMSprop", "Adagrad", "Rprop", "SGD")},
+    "GrokAdamW": lambda params: GrokAdamW(params, window_size=2),
+    "Grokfast": lambda params: Grokfast(Adam(params), amplify_after=1),
+    "GrokfastMA": lambda params: GrokfastMA(AdamW(params), 2),
+}
+
+
+@pytest.mark.parametrize("name", COPIED)
+@pytest.mark.parametrize("calls", range(7))
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_go_on_from_anywhere_in_a_cycle(name: str, calls: int, how: str) -> None:
+    """In the first cycle, too, when the inner optimizer has no state; one parameter gets its first gradient late."""
+    model = network(torch.float64)
+    optimizer = Accumulate(COPIED[name](list(model.parameters())), 3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+    def go_on(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
+        for step in range(first, last):
+            backward(model, *batch(step, torch.float64))
+            if step < 4:
+                model[0].bias.grad = None  # type: ignore[union-attr]
+            optimizer.step()
+
+    go_on(model, optimizer, 0, calls)
+    before = copy.deepcopy(optimizer.state_dict())
+    if how == "deepcopy":
+        twin, other, its_schedule = copy.deepcopy((model, optimizer, schedule))
+    elif how == "pickle":
+        twin, other = pickle.loads(pickle.dumps((model, optimizer)))
+    else:
+        file = io.BytesIO()
+        torch.save((model, optimizer), file)
+        file.seek(0)
+        twin, other = torch.load(file, weights_only=False)
+    assert same(optimizer.state_dict(), before)
+    assert same(other.state_dict(), before)
+    if how == "deepcopy":
+        assert its_schedule.optimizer is other
+    for each in ((model, optimizer), (twin, other)):
+        go_on(*each, calls, 9)
+    assert same(dict(model.state_dict()), dict(twin.state_dict()))
+    assert same(optimizer.state_dict(), other.state_dict())
+
+
+def test_a_copy_of_both_optimizers_has_one_inside_the_other() -> None:
+    model = network()
+    inner = AdamW(model.parameters())
+    optimizer = Accumulate(inner, 2)
+    backward(model, *batch(0))
+    optimizer.step()
+    copied, its_inner = copy.deepcopy((optimizer, inner))
+    assert copied.optimizer is its_inner
+    assert copy.copy(optimizer).optimizer is inner
+    optimizer.step()
+    for copied, its_inner in (copy.deepcopy((optimizer, inner)), pickle.loads(pickle.dumps((optimizer, inner)))):
+        assert copied.optimizer is its_inner
 
 
 def test_nothing_is_kept_alive() -> None:
