@@ -109,15 +109,18 @@ class StepInBackward:
     def remove(self) -> None:
         """Restore the usual ``step()``, which updates all parameters. An open pass is ended first."""
         optimizer = self._optimizer()
-        if optimizer is not None and optimizer._run.in_backward is self:
-            if self.is_open:
+        is_on = optimizer is not None and optimizer._run.in_backward is self
+        try:
+            if optimizer is not None and is_on and self.is_open:
                 optimizer.step()
-            optimizer._run.in_backward = None
-            del optimizer._step_supports_amp_scaling
-            optimizer._say_whether_it_unscales()
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
+        finally:
+            if optimizer is not None and is_on:
+                optimizer._run.in_backward = None
+                del optimizer._step_supports_amp_scaling
+                optimizer._say_whether_it_unscales()
+            for hook in self._hooks.values():
+                hook.remove()
+            self._hooks.clear()
 
     def __enter__(self) -> StepInBackward:
         return self
@@ -131,6 +134,11 @@ class StepInBackward:
     def end(self, optimizer: GrokAdamW, given: Given) -> tuple[_Calls, Tables | None]:
         """End the pass for ``step()``: return the updates that are left, and count the pass."""
         if given.scale is not None or given.found_inf is not None:
+            # GradScaler leaves its attributes and scaled gradients behind, which the next step must not meet
+            for name in ("grad_scale", "found_inf"):
+                optimizer.__dict__.pop(name, None)
+            optimizer.zero_grad()
+            self.is_open = False
             raise RuntimeError(_SCALED)
         with self._lock:
             run = optimizer._run

@@ -480,13 +480,35 @@ def test_a_gradscaler_is_refused(options: dict[str, Any]) -> None:
     scaler.scale(mse(model, 0)).backward()
     with pytest.raises(RuntimeError, match="GradScaler with step_in_backward"):
         scaler.step(optimizer)
-    del optimizer.grad_scale, optimizer.found_inf
-    handle.remove()
+    assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
+    assert all(p.grad is None for p in model.parameters())
+    before = copy.deepcopy(model.state_dict())
+    handle.remove()  # does what the error says
+    assert same(dict(model.state_dict()), dict(before))
     assert getattr(optimizer, "_step_supports_amp_scaling", False) == bool(options)
+    mse(model, 0).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    optimizer.step()
     off = GradScaler("cpu", enabled=False)
     step_in_backward(optimizer)
     off.scale(mse(model, 0)).backward()
     off.step(optimizer)
+
+
+def test_remove_takes_the_hooks_off_even_if_the_pass_cannot_end() -> None:
+    model = network()
+    optimizer = GrokAdamW(model.parameters(), **FREE, nonfinite="raise")
+    handle = step_in_backward(optimizer)
+    first = next(model.parameters())
+    mse(model, 0).backward()
+    first.grad = torch.full_like(first, torch.nan)
+    with pytest.raises(RuntimeError, match="not finite|NaN"):
+        handle.remove()
+    optimizer.zero_grad()
+    mse(model, 1).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    optimizer.step()
+    step_in_backward(optimizer).remove()
 
 
 @contextmanager
