@@ -144,8 +144,8 @@ class Base(Optimizer):
                 those lack stay as they are, and μ starts at 0. See ``grokadamw.checkpoints``.
 
         Raises:
-            ValueError: groups, parameters or shapes differ from the saved ones, or the run cannot be continued.
-                Then nothing was loaded.
+            ValueError: groups, parameters or shapes differ from the saved ones, an option's saved value is not allowed,
+                or the run cannot be continued. Then nothing was loaded.
         """
         self._complete_groups()
         with keeping_precision(self):

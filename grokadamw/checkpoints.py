@@ -115,7 +115,8 @@ def _from_adam(state_dict: StateDict) -> StateDict:
     ours = {"grokking_signal_fns": None}  # marks a group as GrokAdamW's
     groups = [_without(group, _ADAMW) | ours for group in state_dict["param_groups"]]
     for group, old in zip(groups, state_dict["param_groups"], strict=True):
-        group["betas"] = tuple(map(float, group["betas"]))  # AdamW's may be tensors
+        if isinstance(group["betas"], (tuple, list)):  # else loading refuses them
+            group["betas"] = tuple(beta.item() if isinstance(beta, Tensor) else beta for beta in group["betas"])
         if old.get("decoupled_weight_decay") is False and old["weight_decay"] != 0:
             warnings.warn(
                 f"weight_decay={old['weight_decay']:g} was Adam's, which is added to the gradient; GrokAdamW's is "

@@ -315,6 +315,19 @@ def check_changed(
     checked[:] = now
 
 
+def check_loaded(
+    saved: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]
+) -> None:
+    """Raise ValueError if a step would refuse the groups that `fill_in` makes of saved ones."""
+    for i, (old, own) in enumerate(zip(saved, groups, strict=True)):
+        group = {**defaults, **own, **old, **{name: own[name] for name in KEPT}}
+        try:
+            check_settings(group, defaults)
+            layers.as_integers("layers", group["layers"])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"state_dict: param_groups[{i}] cannot be loaded, as {error}") from None
+
+
 def make_savable(groups: Sequence[dict[str, Any]]) -> None:
     """Replace NumPy's numbers by Python's, also in layers, and detach recorded values from their autograd graph."""
     for group in groups:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -286,6 +287,79 @@ def test_a_state_of_another_shape_is_refused_before_anything_changes() -> None:
     wrong["param_groups"][0]["lr"] = 7.0
     with pytest.raises(ValueError, match=r"exp_avg of parameter 3 has shape \(2, 2\), the parameter itself \(8,\)"):
         optimizer.load_state_dict(wrong)
+    assert same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"lr": -1.0}, "lr=-1.0 is out of range"),
+        ({"lr": None}, "lr=None is not a number"),
+        ({"betas": (0.9,)}, r"betas=\(0.9,\) is not a pair of numbers"),
+        ({"betas": None}, "betas=None is not a pair of numbers"),
+        ({"eps": "small"}, "eps='small' is not a number"),
+        ({"max_row_change": -0.1}, "max_row_change=-0.1 is out of range"),
+        ({"layer": 0.5}, "layer=0.5 is not an integer"),
+        ({"layers": [0, -1, 0, 0, 0, 0]}, r"layers\[1\]=-1 is out of range"),
+        ({"layers": None}, "layers=None is not a list of integers"),
+    ],
+)
+@pytest.mark.parametrize("group", [0, 1])
+def test_an_option_that_is_not_allowed_is_refused_before_anything_changes(
+    wrong: dict[str, Any], words: str, group: int
+) -> None:
+    _, optimizer = trained()
+    optimizer.add_param_group({"params": [(f"{i}.w", nn.Parameter(torch.ones(2))) for i in range(6)]})
+    before = copy.deepcopy(optimizer.state_dict())
+    given = copy.deepcopy(before)
+    given["param_groups"][group].update(wrong)
+    given["param_groups"][0]["weight_decay"] = 7.0
+    with pytest.raises(ValueError, match=rf"state_dict: param_groups\[{group}\] cannot be loaded, as {words}"):
+        optimizer.load_state_dict(given)
+    assert same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"betas": None}, {"betas": (0.9, "x")}, {"eps": None}])
+def test_so_are_those_of_another_optimizer(wrong: dict[str, Any]) -> None:
+    _, optimizer = trained()
+    before = copy.deepcopy(optimizer.state_dict())
+    given = torch.optim.AdamW([nn.Parameter(torch.ones(2)) for _ in range(6)]).state_dict()
+    given["param_groups"][0].update(wrong)
+    with pytest.raises(ValueError, match=rf"param_groups\[0\] cannot be loaded, as {next(iter(wrong))}"):
+        optimizer.load_state_dict(given)
+    assert same(optimizer.state_dict(), before)
+
+
+def test_options_that_do_not_go_together_are_refused_before_anything_changes() -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params, compat="0.1.2")
+    set_gradients(params)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    given = GrokAdamW(parameters(), max_row_change=0.03).state_dict()
+    with pytest.raises(ValueError, match=r"param_groups\[0\] cannot be loaded, as max_row_change=0.03 with compat"):
+        optimizer.load_state_dict(given)
+    assert same(optimizer.state_dict(), before)
+
+
+def test_a_schedulers_0_is_loaded() -> None:
+    """To rounding."""
+    optimizer = GrokAdamW(parameters())
+    optimizer.param_groups[0]["lr"] = -1e-19
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["lr"] == -1e-19
+
+
+@pytest.mark.parametrize("changed", [{"second_moment": "raw"}, {"lamb": 0.0}])
+def test_a_warning_that_is_an_error_comes_before_anything_changes(changed: dict[str, Any]) -> None:
+    _, saved = trained()
+    saved.free_slow_gradient()
+    _, optimizer = trained(**changed)
+    before = copy.deepcopy(optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="state_dict"):
+            optimizer.load_state_dict(saved.state_dict())
     assert same(optimizer.state_dict(), before)
 
 

@@ -21,7 +21,7 @@ from .._warn import warn
 from ..checkpoints import to_grokadamw
 from ..distributed import Shards, shards_of
 from ..layers import unwrapped
-from ..options import OPTIONS, STATES, WARN, may_be_coded, rules_of
+from ..options import OPTIONS, STATES, WARN, check_loaded, may_be_coded, rules_of
 from . import formats, window
 
 State: TypeAlias = dict[str, Any]
@@ -152,17 +152,19 @@ def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
     It warns if the run will not continue as it was.
 
     Raises:
-        ValueError: a state has another shape than its parameter, or cannot be continued. Then nothing was loaded.
+        ValueError: a state has another shape than its parameter, or cannot be continued, or an option is not allowed.
+            Then nothing was loaded.
     """
     loaded: list[tuple[Tensor, State]] = []
-    doubts: list[str] = []
 
     def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         state_dict = in_order(to_grokadamw(state_dict), optimizer.param_groups)
+        check_loaded(state_dict["param_groups"], optimizer.param_groups, optimizer.defaults)
         _check_cycle(state_dict, optimizer.defaults["accumulation_steps"])
         _check_codes(state_dict)
         loaded.extend(_states(state_dict, optimizer.param_groups, optimizer.defaults))
-        doubts.extend(_doubts(state_dict, optimizer.defaults))
+        for sentence in _doubts(state_dict, optimizer.defaults):  # now, as a warning may be made an error
+            warn(sentence, UserWarning)
         # hide our state from torch, which would copy it to the parameters' dtype: that may be four times as large
         ours = set(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         others = {key: value for key, value in state_dict["state"].items() if key not in ours}
@@ -184,8 +186,6 @@ def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
     finally:
         before.remove()
         after.remove()
-    for sentence in doubts:
-        warn(sentence, UserWarning)
 
 
 def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
