@@ -452,7 +452,9 @@ def _replaced(parts: Sequence[Part], grads: Sequence[Tensor], params: Iterator[T
             if grad is not None:
                 old = kept[param]
                 grad = torch.view_as_complex(grad) if param.is_complex() else grad
-                grad = grad.to(param.dtype if old is None else old.dtype)
+                # a parameter may ask for gradients of another dtype than its own (from torch 2.10 on)
+                expected = getattr(param, "grad_dtype", None) or param.dtype
+                grad = grad.to(expected if old is None else old.dtype)
             param.grad = grad
         yield
     finally:

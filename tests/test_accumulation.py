@@ -720,6 +720,29 @@ def test_a_copy_of_both_optimizers_has_one_inside_the_other() -> None:
         assert copied.optimizer is its_inner
 
 
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="torch 2.10 and newer have it")
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, None])
+def test_gradients_keep_the_dtype_that_their_parameter_asks_for(grad_dtype: torch.dtype | None) -> None:
+    """Also where the last micro-batch has none, and in `flush`."""
+    p, q = (nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2))
+    p.grad_dtype = q.grad_dtype = grad_dtype  # type: ignore[attr-defined]
+    seen = []
+    inner = SGD([p, q], lr=0.5)
+    inner.register_step_pre_hook(lambda *_: seen.append([x.grad.dtype for x in (p, q) if x.grad is not None]))
+    optimizer = Accumulate(inner, 2)
+    for grads in ([p, q], [q], [p]):
+        optimizer.zero_grad()
+        for x in grads:
+            x.grad = torch.ones(3, dtype=grad_dtype or torch.bfloat16)
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.flush()
+    dtype = grad_dtype or torch.bfloat16
+    assert seen == [[dtype, dtype], [dtype]]
+    assert torch.equal(p.float(), torch.full((3,), 0.25))
+    assert torch.equal(q.float(), torch.full((3,), 0.5))
+
+
 def test_nothing_is_kept_alive() -> None:
     """No gradients, by the wrapper or the cycle."""
     model = network()
