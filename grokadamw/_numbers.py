@@ -40,16 +40,26 @@ def as_number(value: Any, name: str = "the value") -> Number:
     """Return a user's number as a float, or as a detached 0-d copy if reading it would make the host wait.
 
     Raises:
-        TypeError: the value is not one number.
+        TypeError: the value is not one real number.
+        ValueError: it is an integer beyond the range of floats.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise TypeError(f"{name} is a tensor of shape {tuple(value.shape)}, not one number")
+        if value.is_complex():
+            raise TypeError(f"{name} is a tensor of {value.dtype}, not one real number: give its real part or size")
         value = whole(value.detach()).reshape(())
         return float(value) if reads_are_free(value.device) else value.to(accumulator(value.device), copy=True)
+    if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # a NumPy array
+        value = value.item()
     if not hasattr(value, "__float__"):
         raise TypeError(f"{name}={value!r} is not one number")
-    return float(value)
+    try:
+        return float(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r} is not one number") from None
+    except OverflowError:  # the integer may have too many digits to be shown
+        raise ValueError(f"{name} is an integer beyond the range of floats, which ends at 1.8e308") from None
 
 
 def as_share(value: Any, name: str) -> Number:

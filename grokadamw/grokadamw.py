@@ -326,8 +326,8 @@ class GrokAdamW(Base):
         evaluation accuracy as one evaluation, and reads it.
 
         Args:
-            train_loss, eval_loss: a number, or a tensor of one element. A tensor on a GPU stays there, and is not
-                waited for. None keeps the loss recorded before.
+            train_loss, eval_loss: a number, or a tensor or NumPy array of one element. A tensor on a GPU stays there,
+                and is not waited for. None keeps the loss recorded before.
             train_acc, eval_acc: the same for the share of right answers, in [0, 1]. On a GPU it is not checked.
 
         Raises:

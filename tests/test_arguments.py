@@ -230,12 +230,28 @@ def test_a_bad_group_is_refused_before_it_is_added(
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("loss", ["0.3", [1.0], torch.zeros(2)])
-def test_a_bad_loss_is_refused_before_it_is_kept(loss: Any) -> None:
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *("0.3", [1.0], 1j, pytest.param(10**400, id="1e400"), pytest.param(10**5000, id="1e5000")),
+        *(torch.zeros(2), torch.tensor(1j), torch.zeros((), dtype=torch.complex64, device="meta")),
+        *(np.zeros(2), np.zeros(0), np.zeros((1, 2)), np.array([1j]), np.complex64(1), np.array(["0.3"])),
+    ],
+)
+@pytest.mark.parametrize("name", ["eval_loss", "eval_acc"])
+def test_a_bad_loss_is_refused_before_it_is_kept(loss: Any, name: str) -> None:
     optimizer = GrokAdamW(parameters())
-    with pytest.raises(TypeError, match="eval_loss"):
-        optimizer.record(train_loss=1.0, eval_loss=loss)
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}(=| is )"):
+        optimizer.record(train_loss=1.0, **{name: loss})
     assert optimizer.param_groups[0]["train_loss"] is None
+
+
+@pytest.mark.parametrize("loss", [np.array(0.5), np.array([0.5]), np.array([[0.5]], np.float32), np.float16(0.5)])
+def test_a_numpy_array_of_one_element_is_a_number(loss: Any) -> None:
+    optimizer = GrokAdamW(parameters())
+    optimizer.record(train_loss=loss, eval_acc=loss)
+    (group,) = optimizer.param_groups
+    assert [(group[name], type(group[name])) for name in ("train_loss", "eval_acc")] == [(0.5, float)] * 2
 
 
 @pytest.mark.parametrize("name", ["train_acc", "eval_acc"])
