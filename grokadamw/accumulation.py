@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from ._checks import check_count, check_limit
 from ._hints import with_hints
 from ._numbers import Number, as_number, as_real, reads_are_free, wide
-from ._wrapper import Part, Wrapper, by_kind, check_saved
+from ._wrapper import Part, Wrapper, by_kind
+from ._wrapper_base import check_saved
 from .backends import fastest_sum_of_squares
 from .distributed import divisions
 from .layers import layers_of

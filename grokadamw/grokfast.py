@@ -23,7 +23,8 @@ from ._checks import check_count, check_dtype, check_number
 from ._hints import with_hints
 from ._numbers import as_float, as_real, wide
 from ._warn import warn
-from ._wrapper import Part, Wrapper, by_kind, check_saved
+from ._wrapper import Part, Wrapper, by_kind
+from ._wrapper_base import check_saved
 from .accumulation import Accumulate
 from .distributed import mean_over_ranks
 from .gradfilters import check_window, gradfilter_ema, gradfilter_ma

@@ -391,8 +391,7 @@ def _names(functions: Sequence[Any]) -> list[str]:
     names: list[str] = []
     for name in plain:
         numbered = (f"{name}_{i}" for i in itertools.count(1))
-        taken = {*plain, *names}
-        names.append(name if plain.count(name) == 1 else next(n for n in numbered if n not in taken))
+        names.append(name if plain.count(name) == 1 else next(n for n in numbered if n not in {*plain, *names}))
     return names
 
 

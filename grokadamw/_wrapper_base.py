@@ -1,0 +1,262 @@
+"""What optimizers around another one do between steps: shared groups and state, checkpoints, pickles and copies."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from numbers import Integral, Real
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .checkpoints import is_state_dict
+from .state.slots import State, in_order
+
+_W = TypeVar("_W", bound="WrapperBase")
+
+
+class WrapperBase(Optimizer):
+    """An optimizer around another one, `optimizer`, whose groups and state it shares.
+
+    A wrapper's own tensors are in that state, too, under names of their own, so that every checkpoint has them. The
+    inner optimizer does not see them while it steps. Numbers that may change are in the groups.
+    """
+
+    _inner: Optimizer  # use this name only: Lightning's optimizers subclass ours, and have another `optimizer`
+    _group_defaults: dict[str, Any]
+    _state_names: tuple[str, ...]  # its entries in each parameter's state
+    _settings: tuple[str, ...] = ()  # attributes that pickle and deepcopy keep
+    _runs: tuple[str, ...] = ()  # its group keys that are no settings, but the progress of a run
+    _others: tuple[str, ...] = ()  # state entries of other wrappers of its kind
+    _mark: str  # a group key which shows that a wrapper of its kind was around the optimizer
+    _rank: int  # it may only wrap wrappers of lower rank
+
+    def _begin(self) -> None:
+        # makes GradScaler leave its scale to the optimizer, and call the optimizer even if it found infinity
+        if self._always_unscales or getattr(self._inner, "_step_supports_amp_scaling", False):
+            self._step_supports_amp_scaling = True
+        super().__setstate__({})  # makes the hooks that every optimizer has
+
+    _always_unscales = False
+
+    def _drop_none(self) -> None:
+        """Remove None from the state, which ZeroRedundancyOptimizer loads for parameters that other ranks step."""
+        for param in [param for param, state in self.state.items() if state is None]:
+            del self.state[param]
+
+    def _fill_groups(self) -> None:
+        """Add missing keys to each group, and replace NumPy's numbers, which weights_only=True does not read."""
+        for group in self._inner.param_groups:
+            for name, value in self._group_defaults.items():
+                here = group.setdefault(name, value)
+                if isinstance(here, Real) and type(here).__module__ != "builtins":
+                    group[name] = int(here) if isinstance(here, Integral) else float(here)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise TypeError or ValueError for a number that a group must not hold."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up attributes that this class lacks, such as schedule-free's ``train``, in the inner optimizer."""
+        if name.startswith("_") or "_inner" not in self.__dict__:  # copying and pickling ask before it is there
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._inner, name)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The inner optimizer."""
+        return self._inner
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._inner.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        return self._inner.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._inner.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self._inner.defaults
+
+    @contextmanager
+    def _hidden(self) -> Iterator[dict[Tensor, State]]:
+        """Hide the wrapper's state inside the context, and yield it.
+
+        Many optimizers ask whether a parameter's state is empty.
+        """
+        states = {param: state for param, state in self.state.items() if isinstance(state, dict)}
+        hidden: dict[Tensor, State] = {}
+        for param, state in states.items():
+            hidden[param] = {name: state.pop(name) for name in self._state_names if name in state}
+            if not state:
+                del self.state[param]
+        try:
+            yield hidden
+        finally:
+            for param, ours in hidden.items():
+                inner = self.state.get(param)
+                state = states[param]  # keep the same dict object, which state dicts share
+                if inner is not state:
+                    state.update(inner or {})
+                state.update(ours)
+                if state:
+                    self.state[param] = state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._inner.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as the inner optimizer does. It may also set this wrapper's numbers."""
+        self._check({**self._group_defaults, **param_group})
+        self._inner.add_param_group(param_group)
+        self._fill_groups()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner optimizer's state dict, which includes the wrapper's state.
+
+        So each can load what the other saved. An inner optimizer that has not stepped yet has nothing to load.
+        """
+        self._fill_groups()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict = self._inner.state_dict()
+        self._add_own(state_dict)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def _add_own(self, state_dict: dict[str, Any]) -> None:
+        """Add the wrapper's state where the inner optimizer has replaced it, as ZeroRedundancyOptimizer does."""
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, param in zip(keys, params, strict=False):
+            state, saved = self.state.get(param, {}), state_dict["state"].get(key, {})
+            own = {name: state[name] for name in self._state_names if name in state and name not in saved}
+            if own:
+                state_dict["state"][key] = {**saved, **own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict, as the inner optimizer does; the wrapper's state keeps its own dtype.
+
+        A checkpoint of the inner optimizer alone can be loaded, too: the wrapper's state then starts afresh.
+
+        Raises:
+            ValueError: this is not an optimizer's state dict, or it does not fit. Then nothing was loaded.
+        """
+        if not is_state_dict(state_dict):
+            raise ValueError(
+                "state_dict is not an optimizer's, which has 'state' and 'param_groups': give what state_dict() "
+                "returned, or the part of a checkpoint that holds it"
+            )
+        self._fill_groups()
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        state_dict = in_order(state_dict, self.param_groups)
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = dict(zip(keys, chain.from_iterable(group["params"] for group in self.param_groups), strict=False))
+        ours: dict[Tensor, State] = {}
+        rest: dict[Any, Any] = {}
+        for key, state in state_dict["state"].items():
+            if key in params and isinstance(state, dict):
+                ours[params[key]] = {name: state[name] for name in self._state_names if name in state}
+                state = {
+                    name: value for name, value in state.items() if name not in (*self._state_names, *self._others)
+                }
+            if not isinstance(state, dict) or state:
+                rest[key] = state
+        self._check_groups(state_dict["param_groups"])
+        for param, state in ours.items():
+            if state:
+                self._check_state(param, state)
+        current = []  # the wrapper's numbers, for saved groups that lack them
+        for group in self.param_groups:
+            current.append({name: group[name] for name in self._group_defaults})
+            current[-1].update({name: self._group_defaults[name] for name in self._runs})
+        groups = [{**own, **saved} for own, saved in zip(current, state_dict["param_groups"], strict=True)]
+        self._inner.load_state_dict({**state_dict, "state": rest, "param_groups": groups})
+        self._drop_none()
+        for param, state in ours.items():
+            if state:
+                self.state[param].update({name: self._placed(name, value, param) for name, value in state.items()})
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Raise ValueError if a saved run cannot be continued."""
+
+    def _check_state(self, param: Tensor, state: State) -> None:
+        """Raise ValueError if a saved state does not fit its parameter."""
+
+    def _placed(self, name: str, value: Any, param: Tensor) -> Any:
+        """Return a loaded value on the device where a step needs it."""
+        if not isinstance(value, Tensor):
+            return value
+        # counts stay where the host reads them
+        return value.detach().to(param.device if value.is_floating_point() else torch.device("cpu"), copy=True)
+
+    def _described(self) -> str:
+        """Describe the settings that are not in the groups."""
+        return ""
+
+    def __repr__(self) -> str:
+        described = f"{self._described()}, " if self._described() else ""
+        return f"{type(self).__name__}({described}{self._inner!r})"
+
+    def _own(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("_inner", "_group_defaults", *self._settings)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        states = {param: state for param, state in self.state.items() if isinstance(state, dict)}
+        if not any(state and state.keys() <= {*self._state_names} for state in states.values()):
+            return self._own()
+        # the inner optimizer has not made its state, and many cannot be unpickled with the wrapper's: take a copy
+        # without that, which shares all tensors
+        tensors = [x for param, state in states.items() for x in (param, *state.values()) if isinstance(x, Tensor)]
+        tensors += chain.from_iterable(group["params"] for group in self.param_groups)
+        with self._hidden() as hidden:
+            inner = copy.deepcopy(self._inner, {id(x): x for x in tensors})
+            return {**self._own(), "_inner": inner, "_hidden_state": hidden}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({name: value for name, value in state.items() if name != "_hidden_state"})
+        for param, hidden in state.get("_hidden_state", {}).items():
+            if hidden:
+                self.state[param].update(hidden)
+        self._begin()
+
+    def __copy__(self: _W) -> _W:
+        """Return a wrapper around the same optimizer."""
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(self._own())
+        return copied
+
+    def __deepcopy__(self: _W, memo: dict[int, Any]) -> _W:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        with self._hidden() as hidden:  # as many optimizers cannot be copied with it
+            copied.__setstate__(copy.deepcopy({**self._own(), "_hidden_state": hidden}, memo))
+        return copied
+
+
+def check_saved(name: str, value: Tensor, shape: Sequence[int]) -> None:
+    """Raise ValueError if the tensor that was saved under a name has another shape."""
+    if value.shape != torch.Size(shape):
+        raise ValueError(
+            f"state_dict: {name} of a parameter has shape {tuple(value.shape)}, and not {tuple(shape)}: construct the "
+            "optimizer as it was when that was saved, or take those entries out to start afresh"
+        )
