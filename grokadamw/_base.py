@@ -48,7 +48,11 @@ class Base(Optimizer):
             self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch does. It may set the options that the constructor lists; its layers come last.
+        """Add a group, as torch does. It may set the options that the constructor lists.
+
+        With names, parameters of a known module join its layer, and new modules follow the layers so far. Without
+        names, each tensor is a layer, counted from 0 in its group. ``layer``, or ``layers`` with an integer for each
+        parameter, says otherwise.
 
         Raises:
             TypeError, ValueError: a value is not allowed, or not in a group. Then nothing was added.

@@ -224,8 +224,9 @@ class GrokAdamW(Base):
                 ``nn.Embedding`` and ``nn.EmbeddingBag``. Norm layers are torch's, and those of classes with the word
                 "Norm" in their name. In a model without norm layers vectors count as weights. A mostly frozen model,
                 as with PEFT, gets a warning: the preset is for training from scratch.
-            lr, weight_decay, options: as for the constructor; they replace the preset's. A scheduler that sets one lr
-                for all groups, as ``OneCycleLR`` does, slows the embeddings down: give it a list, one lr per group.
+            lr, weight_decay, options: as for the constructor; they replace the preset's. If lr is a tensor, each group
+                has a copy of its own: write to ``param_groups``. A scheduler that sets one lr for all groups, as
+                ``OneCycleLR`` does, slows the embeddings down: give it a list, one lr per group.
 
         Raises:
             TypeError, ValueError: model is no module, all of it is frozen, an embedding is on the meta device, or a

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._checks import check_count, check_number
 from ._numbers import Number, accumulator, as_float, as_number, as_real, as_share, reads_are_free
 from .distributed import Shards, divisions, local, shards_of
 from .options import recorded
@@ -138,9 +139,9 @@ class Plateau:
     """
 
     def __init__(self, threshold: float = 0.1) -> None:
-        if not isinstance(threshold, (int, float)) or not threshold > 0:
+        self.threshold = check_number("threshold", threshold)
+        if self.threshold == 0:
             raise ValueError(f"threshold={threshold!r} is not a loss that can be reached: give a number above 0")
-        self.threshold = threshold
 
     def __call__(self, train_loss: Number, eval_loss: Number) -> Number:
         return self._done(train_loss) * (1 - self._done(eval_loss))
@@ -162,9 +163,7 @@ class SlowGradient:
     """
 
     def __init__(self, every: int = 10) -> None:
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every={every!r} is not a number of steps: give an integer of at least 1")
-        self.every = every
+        self.every = check_count("every", every, at_least=1)
         self._calls = 0
         self._value: Number = 0.0
         self._optimizer: Optimizer | None = None

@@ -7,6 +7,7 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -522,14 +523,22 @@ def test_slow_gradient_is_0_where_there_is_none() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SlowGradient(0), "every=0"),
-        (lambda: SlowGradient(1.5), r"every=1\.5"),
+        (lambda: SlowGradient(0), "every=0 is out of range"),
+        (lambda: SlowGradient(1.5), r"every=1\.5 is not an integer"),  # type: ignore[arg-type]
+        (lambda: SlowGradient(np.int64(0)), "every=np.int64.0."),
         (lambda: Plateau(0), "threshold=0"),
+        (lambda: Plateau(np.float32("nan")), "threshold=np.float32.nan."),
+        (lambda: Plateau("0.1"), "threshold='0.1' is not a number"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_arguments_of_ready_made_signals(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+def test_ready_made_signals_take_numpys_numbers() -> None:
+    threshold, every = Plateau(np.float32(0.5)).threshold, SlowGradient(np.int64(3)).every
+    assert [(threshold, type(threshold)), (every, type(every))] == [(0.5, float), (3, int)]
 
 
 # on a device
