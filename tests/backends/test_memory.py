@@ -446,7 +446,8 @@ def test_parameters_that_share_memory_are_updated_one_after_the_other(
     def run(**options: Any) -> tuple[Tensor, str]:
         room = torch.linspace(-1, 1, 12)
         params = [nn.Parameter(room[:8]), nn.Parameter(room[:8] if shared == "whole" else room[4:])]
-        optimizer = GrokAdamW([{"params": [p]} for p in params] if in_groups else params, lr=0.1, **options)
+        apart = [{"params": [p], "lr": lr} for p, lr in zip(params, (0.1, 0.05), strict=True)]
+        optimizer = GrokAdamW(apart if in_groups else params, lr=0.1, **options)
         for i in range(3):
             for p in params:
                 p.grad = torch.sin(torch.arange(8.0) + i)
@@ -454,7 +455,7 @@ def test_parameters_that_share_memory_are_updated_one_after_the_other(
         return room, optimizer.implementation()
 
     (ours, which), (theirs, _) = run(), run(foreach=True)
-    if in_groups and implementation == "cpu":  # which takes groups one after the other
+    if in_groups and implementation == "cpu":  # which takes these groups one after the other
         torch.testing.assert_close(ours, theirs)
         assert which.startswith("cpu: ")
     else:
