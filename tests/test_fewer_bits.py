@@ -7,7 +7,6 @@ import io
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import permutations
 from typing import Any
 
 import pytest
@@ -247,7 +246,15 @@ LIES = {
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "gpu", "foreach", "reference"])
-@pytest.mark.parametrize(("first", "then"), [p for p in permutations(LIES, 2) if "contiguous" in p])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("contiguous", "channels last"),
+        ("channels last", "contiguous"),
+        ("contiguous", "with gaps"),
+        ("transposed", "contiguous"),
+    ],
+)
 def test_a_memory_format_may_change_in_the_middle_of_a_run(
     kept: Any, implementation: str, first: str, then: str
 ) -> None:

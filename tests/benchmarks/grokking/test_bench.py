@@ -316,7 +316,7 @@ def pretended(run: Run) -> Row:
 
 def test_evidence_comes_to_an_end_and_gives_every_method_the_same_trials() -> None:
     rows: list[Row] = []
-    for _ in range(5):  # grids; what is chosen by them; nothing
+    for _ in range(7):  # grids; the cells beyond them; what is chosen by both; nothing
         missing = evidence.missing(rows)
         assert evidence.todo(rows) == missing[: len(evidence.todo(rows))]
         assert not {row.run for row in rows} & set(missing)
