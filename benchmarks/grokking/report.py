@@ -271,7 +271,7 @@ def variations(rows: list[Row]) -> str:
     lines = []
     for name, asked in evidence.variations(rows).items():
         found = select(rows, asked)
-        if found:
+        if found and len(found) == len(asked):
             by_task = [quartiles([row for row in found if row.task == task]) for task in GRID_TASKS]
             lines.append([name, *by_task])
     return markdown(["", *GRID_TASKS], lines)
