@@ -188,6 +188,11 @@ class WrapperBase(Optimizer):
             current.append({name: group[name] for name in self._group_defaults})
             current[-1].update({name: self._group_defaults[name] for name in self._runs})
         groups = [{**own, **saved} for own, saved in zip(current, state_dict["param_groups"], strict=True)]
+        for i, group in enumerate(groups):
+            try:
+                self._check(group)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"state_dict: param_groups[{i}] cannot be loaded, as {error}") from None
         self._inner.load_state_dict({**state_dict, "state": rest, "param_groups": groups})
         self._drop_none()
         for param, state in ours.items():

@@ -236,7 +236,7 @@ class GrokAdamWCallback(TrainerCallback):
         self._go_first()
         is_evaluated = args.eval_strategy != "no" or args.eval_on_start
         if not is_evaluated:
-            found._run.signals.silence_missing_losses()  # the warning below says why
+            found._run.signals.silence_missing()  # the warning below says why
         if "arguments" not in self._said:
             self._said.add("arguments")
             trainers.say_who_clips(found, args.max_grad_norm, "max_grad_norm")
@@ -314,7 +314,7 @@ class GrokAdamWCallback(TrainerCallback):
         goes_on = last_step < state.global_step < state.max_steps
         if goes_on and not is_own and trainers.hears_losses(optimizer) and "no new loss" not in self._said:
             self._said.add("no new loss")
-            optimizer._run.signals.silence_missing_losses()
+            optimizer._run.signals.silence_missing()
             logging, evaluation = (IntervalStrategy(x).value for x in (args.logging_strategy, args.eval_strategy))
             rarely = f"logging_steps={args.logging_steps:g}" if logging == "steps" else f'logging_strategy="{logging}"'
             stale = "stay silent" if self._recorded is None else "compare its loss with an older one"

@@ -324,6 +324,9 @@ def check_loaded(
         try:
             check_settings(group, defaults)
             layers.as_integers("layers", group["layers"])
+            cycle, count = group["cycle"], len(CYCLE_AT_REST["cycle"])
+            if not isinstance(cycle, (tuple, list)) or len(cycle) != count:
+                raise ValueError(f"cycle={cycle!r} is not a list of {count} numbers")
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"state_dict: param_groups[{i}] cannot be loaded, as {error}") from None
 

@@ -102,21 +102,22 @@ class AccuracyGap:
 
     @property
     def ready(self) -> bool:
-        return None not in self._accuracies()
+        return None not in self.accuracies().values()
 
     def __call__(self) -> Number:
-        train, evaluation = self._accuracies()
+        train, evaluation = self.accuracies().values()
         assert train is not None
         assert evaluation is not None
         gap = train - evaluation
         return gap.clamp(min=0) if isinstance(gap, Tensor) else max(gap, 0.0)
 
-    def _accuracies(self) -> tuple[Number | None, Number | None]:
+    def accuracies(self) -> dict[str, Number | None]:
+        """Return the last ``train_acc`` and ``eval_acc``; None for one that was not recorded."""
         groups = [] if self._optimizer is None else self._optimizer.param_groups
-        return (
-            recorded(groups, "train_acc") if self._train is None else self._train,
-            recorded(groups, "eval_acc") if self._eval is None else self._eval,
-        )
+        return {
+            "train_acc": recorded(groups, "train_acc") if self._train is None else self._train,
+            "eval_acc": recorded(groups, "eval_acc") if self._eval is None else self._eval,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"train": self._train, "eval": self._eval}

@@ -20,7 +20,7 @@ from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA
 from grokadamw.grokfast import gradfilter_ema, gradfilter_ma
 from grokadamw.signals import AccuracyGap, SlowGradient
 
-from .models import network, saved_and_loaded, train
+from .models import network, same, saved_and_loaded, train
 
 PEER = Path(sys.prefix) / "peers/pytorch-optimizer"
 
@@ -204,6 +204,21 @@ def test_what_is_no_state_dict_is_refused() -> None:
     for value in ({}, None, {"model": {}, "optimizer": optimizer.state_dict()}):
         with pytest.raises(ValueError, match="not an optimizer's"):
             optimizer.load_state_dict(value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"grokfast_lamb": -1.0}, {"grokfast_alpha": 1.5}, {"grokfast_alpha": None}, {"grokfast_amplify_after": -1}],
+)
+def test_numbers_that_a_step_refuses_are_refused_before_anything_changes(wrong: dict[str, Any]) -> None:
+    model = network()
+    optimizer = Grokfast(Adam(model.parameters(), lr=0.01))
+    train(model, range(3), lambda step, loss: optimizer.step())
+    before, given = saved_and_loaded(optimizer.state_dict()), saved_and_loaded(optimizer.state_dict())
+    given["param_groups"][0].update(wrong, lr=7.0)
+    with pytest.raises(ValueError, match=rf"param_groups\[0\] cannot be loaded, as {next(iter(wrong))}="):
+        optimizer.load_state_dict(given)
+    assert same(optimizer.state_dict(), before)
 
 
 def test_the_slow_gradient_is_a_signal_here_too() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA
-from grokadamw.signals import loss_gap
+from grokadamw.signals import AccuracyGap, loss_gap
 
 
 def model() -> nn.Module:
@@ -163,6 +163,16 @@ def test_training_losses_alone_are_half_of_it() -> None:
     optimizer = GrokAdamW(model().parameters())
     (said,) = steps(optimizer, 1100, lambda: optimizer.record(train_loss=1.0))
     assert "wait for eval_loss: call optimizer.record(eval_loss=…)" in said
+
+
+def test_a_signal_of_accuracies_that_gets_losses_is_warned_of_once() -> None:
+    optimizer = GrokAdamW(model().parameters(), grokking_signal_fns=AccuracyGap(), signal_boost=1.0)
+    (said,) = steps(optimizer, 1200, lambda: optimizer.record(train_loss=1.0, eval_loss=2.0))
+    assert "wait for train_acc and eval_acc: call optimizer.record(train_acc=…, eval_acc=…)" in said
+    signal = AccuracyGap()
+    heard = GrokAdamW(model().parameters(), grokking_signal_fns=[signal, loss_gap])
+    signal.record(train=1.0, eval=0.5)
+    assert steps(heard, 1200, lambda: heard.record(train_loss=1.0, eval_loss=2.0)) == []
 
 
 def test_an_evaluation_loss_of_long_ago_is_warned_of_once() -> None:

@@ -302,6 +302,8 @@ def test_a_state_of_another_shape_is_refused_before_anything_changes() -> None:
         ({"layer": 0.5}, "layer=0.5 is not an integer"),
         ({"layers": [0, -1, 0, 0, 0, 0]}, r"layers\[1\]=-1 is out of range"),
         ({"layers": None}, "layers=None is not a list of integers"),
+        ({"cycle": None}, "cycle=None is not a list of 7 numbers"),
+        ({"cycle": (0.9,)}, r"cycle=\(0.9,\) is not a list of 7 numbers"),
     ],
 )
 @pytest.mark.parametrize("group", [0, 1])

@@ -775,7 +775,7 @@ static void step_coded_part(const table *t, const numbers *k, int64_t tensor, in
 /* The elements of all tensors, one tensor after the other, are cut into pieces; threads take one when they are free. A row
  * that is limited belongs to the piece in which it begins. */
 
-static void step_pieces(job *j)
+static void do_pieces(job *j)
 {
     int64_t tensor = 0, piece;
     numbers k = {0};
@@ -857,7 +857,7 @@ static int64_t pieces_of(const table *t) { return t->count ? (t->ends[t->count -
 
 void NAME(step)(const table *t, int64_t threads, gomp_parallel *parallel)
 {
-    work_on((job){.work = step_pieces, .t = t, .pieces = pieces_of(t)}, threads, parallel);
+    work_on((job){.work = do_pieces, .t = t, .pieces = pieces_of(t)}, threads, parallel);
     for (int64_t i = 0; t->moves && i < t->count; i++) *t->steps[i] += 1;
 }
 
@@ -865,7 +865,7 @@ void NAME(step)(const table *t, int64_t threads, gomp_parallel *parallel)
 double NAME(sum_of_squares)(const table *t, double *sums, int64_t threads, gomp_parallel *parallel)
 {
     const int64_t pieces = pieces_of(t);
-    work_on((job){.work = step_pieces, .t = t, .sums = sums, .pieces = pieces}, threads, parallel);
+    work_on((job){.work = do_pieces, .t = t, .sums = sums, .pieces = pieces}, threads, parallel);
     double sum = 0;
     for (int64_t i = 0; i < pieces; i++) sum += sums[i];
     return sum;

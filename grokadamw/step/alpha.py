@@ -22,7 +22,7 @@ from .._numbers import Number, as_float, as_number
 from .._warn import warn
 from ..distributed import mean_over_ranks, ranks
 from ..options import Rules, recorded
-from ..signals import loss_gap, memorisation
+from ..signals import AccuracyGap, loss_gap, memorisation
 
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -58,7 +58,7 @@ def hear(
     if signals.functions and ranks() > 1 and ranks_meet(wanted):
         signal, elsewhere = mean_over_ranks(signal, groups, signals.losses_are_loaded)
         signal = as_number(signal) if isinstance(signal, Tensor) else signal
-    signals.warn_of_missing_losses(train_loss, eval_loss, is_asked_for, elsewhere)
+    signals.warn_of_missing(train_loss, eval_loss, is_asked_for, elsewhere)
     return [signal] * len(groups)
 
 
@@ -123,7 +123,7 @@ class Signals:
         self._warned: set[str] = set()
         self.losses_are_loaded = False  # whether losses came with a checkpoint, and none was recorded since
         self._failures_on_device: dict[str, Tensor] = {}
-        self._steps_without_losses = 0
+        self._steps_without = 0
         self._train_losses_alone = 0  # recorded since the last evaluation loss
 
     def check_amplifies(self, amplify_by_signal: bool) -> None:
@@ -161,20 +161,26 @@ class Signals:
         functions = None if kept is None else [function for function in kept if not isinstance(function, str)]
         return cls(functions, combine or "mean")
 
-    def warn_of_missing_losses(
+    def warn_of_missing(
         self, train_loss: Number | None, eval_loss: Number | None, is_asked_for: bool, elsewhere: Number = 0
     ) -> None:
-        """Warn once if functions that need both losses do not get them, as nothing adapts meanwhile.
+        """Warn once if functions do not get the losses or accuracies that they need, as nothing adapts meanwhile.
 
-        That is after 100 steps without any loss, if signals were asked for, and after 1,000 with one of the two. There
-        is no warning if other ranks had a signal: `elsewhere` is their number.
+        That is after 100 steps without any, if signals were asked for, and after 1,000 with some. There is no warning
+        if other ranks had a signal: `elsewhere` is their number.
         """
-        missing = [n for n, x in (("train_loss", train_loss), ("eval_loss", eval_loss)) if x is None]
-        if not missing or not any(self.takes_losses) or (len(missing) == 2 and not is_asked_for):
+        needed: dict[str, Number | None] = {}
+        if any(self.takes_losses):
+            needed |= {"train_loss": train_loss, "eval_loss": eval_loss}
+        for function in self.functions:
+            if isinstance(function, AccuracyGap):
+                needed |= function.accuracies()
+        missing = [name for name, value in needed.items() if value is None]
+        if not missing or (len(missing) == len(needed) and not is_asked_for):
             return
-        self._steps_without_losses += 1
-        if self._steps_without_losses == (100 if len(missing) == 2 else 1000):
-            self._steps_without_losses = 1000
+        self._steps_without += 1
+        if self._steps_without == (100 if len(missing) == len(needed) else 1000):
+            self._steps_without = 1000
             if as_float(elsewhere) > 0:
                 return
             names = ", ".join(f"{name}=…" for name in missing)
@@ -200,9 +206,9 @@ class Signals:
                 UserWarning,
             )
 
-    def silence_missing_losses(self) -> None:
-        """Suppress the warning of `warn_of_missing_losses`, as the caller gives a better one."""
-        self._steps_without_losses = 1000
+    def silence_missing(self) -> None:
+        """Suppress the warning of `warn_of_missing`, as the caller gives a better one."""
+        self._steps_without = 1000
 
     def evaluate(
         self, train_loss: Number | None, eval_loss: Number | None, keep_nonfinite: bool = False
@@ -312,7 +318,7 @@ class Signals:
         )
         copied.values, copied.failures, copied.waiting = dict(self.values), self.failures, dict(self.waiting)
         copied._warned, copied._failures_on_device = set(self._warned), dict(self._failures_on_device)
-        copied.are_given, copied._steps_without_losses = self.are_given, self._steps_without_losses
+        copied.are_given, copied._steps_without = self.are_given, self._steps_without
         copied._train_losses_alone = self._train_losses_alone
         copied.losses_are_loaded = self.losses_are_loaded
         return copied
