@@ -54,6 +54,11 @@ class Wrapper(WrapperBase):
                 f"{type(optimizer).__name__} evaluates its closure several times a step, and so does not see the "
                 f"gradients that {type(self).__name__} makes: give an optimizer that takes a step without a closure"
             )
+        if getattr(inner, "_overlap_with_ddp", False):
+            raise ValueError(
+                "ZeroRedundancyOptimizer with overlap_with_ddp=True steps inside DDP's backward pass, without the "
+                f"gradients that {type(self).__name__} makes: leave overlap_with_ddp out"
+            )
         self._inner, self._group_defaults = optimizer, group_defaults
         self._drop_none()
         self._check({**group_defaults})

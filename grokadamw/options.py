@@ -154,7 +154,7 @@ def may_be_coded(defaults: Mapping[str, Any]) -> bool:
 
 RECORDED = ("train_loss", "eval_loss", "train_acc", "eval_acc")  # by `GrokAdamW.record`
 # the micro-batches of a cycle so far; and α, the factor of λ, λ, β1, β2, γ and the boost, as at the first of them
-CYCLE_AT_REST = {"micro_step": 0, "cycle": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)}
+CYCLE_AT_REST: dict[str, Any] = {"micro_step": 0, "cycle": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)}
 # The progress of a run, which groups hold beside their options; "last_norm" is N of `step_in_backward`'s last pass.
 PROGRESS = {**dict.fromkeys(RECORDED), "signal_state": None, "skipped_steps": 0, **CYCLE_AT_REST, "last_norm": 0.0}
 GROUP_KEYS = (*_IN_GROUPS, *PROGRESS, "layers")

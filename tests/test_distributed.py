@@ -923,6 +923,9 @@ def _copies(rank: int) -> list[str]:
     assert ZeroRedundancyOptimizer([p], GrokAdamW, compat="0.1.2").optim._run.shard_group is None  # clips tensors
     with pytest.raises(ValueError, match="ranks of ZeroRedundancyOptimizer: leave one out"):
         ZeroRedundancyOptimizer([p], GrokAdamW, capturable=True)
+    overlapped = ZeroRedundancyOptimizer([p], torch.optim.AdamW, overlap_with_ddp=True)
+    with pytest.raises(ValueError, match="without the gradients that Accumulate makes: leave overlap_with_ddp out"):
+        Accumulate(overlapped, 2)
     optimizer.param_groups[0]["capturable"] = True
     p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match="with shard_group, or ranks of ZeroRedundancyOptimizer: leave one out"):
