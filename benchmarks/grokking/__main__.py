@@ -1,7 +1,7 @@
 """The experiment bench: which optimizer generalises when, on what?
 
     python -m benchmarks.grokking list
-    python -m benchmarks.grokking run --task mul97 --method adamw grokadamw --seeds 3
+    python -m benchmarks.grokking run --task mul97 --method adamw grokadamw --seeds 0 1 2
     python -m benchmarks.grokking evidence --dry-run
     python -m benchmarks.grokking report
 
@@ -80,7 +80,7 @@ def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, argparse.Ar
         metavar="METHOD",
         help="one or more optimizers to compare: see `list`",
     )
-    one.add_argument("--seeds", type=int, default=1, help="how many, from 0 (default: %(default)s)")
+    one.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the runs (default: 0)")
     one.add_argument("--lr", type=float, help="learning rate of all methods (default: each method's own)")
     one.add_argument("--weight-decay", type=float, help="of all methods (default: each method's own)")
     one.add_argument(
@@ -170,12 +170,12 @@ def checked(options: argparse.Namespace) -> list[Run]:
     Raises:
         TypeError, ValueError: an optimizer, or a run, does not take these options.
     """
-    if options.seeds < 1:
-        raise ValueError(f"--seeds {options.seeds}: give at least 1")
+    if min(options.seeds) < 0:
+        raise ValueError(f"--seeds {min(options.seeds)}: give numbers of at least 0")
     asked = [
         Run.of(options.task, method, seed, options.lr, options.weight_decay, dict(options.set), options.steps)
         for method in options.method
-        for seed in range(options.seeds)
+        for seed in options.seeds
     ]
     for each in asked:
         each.optimizer(nn.Linear(2, 2))
