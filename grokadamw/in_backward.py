@@ -95,7 +95,7 @@ class StepInBackward:
         optimizer._complete_groups()
         self._check(optimizer, and_wrappers=True)
         self._optimizer = weakref.ref(optimizer)  # weak, as the optimizer keeps this object
-        self._one = stages.Run(Signals([]))  # the run of one parameter's step
+        self._one = stages.Run(Signals([]), in_backward=weakref.proxy(self))  # the run of one parameter's step
         self._caches, self._hooks = dict[Tensor, Cache](), dict[Tensor, RemovableHandle]()
         self._lock = threading.RLock()  # autograd has a thread for each device
         self._has_begun = self.is_open = False  # whether the first pass has begun, and whether a pass is open
@@ -169,6 +169,11 @@ class StepInBackward:
             self._watch(optimizer)
             return calls, tables
 
+    @property
+    def has_updated(self) -> bool:
+        """True if the open pass has updated parameters."""
+        return self.is_open and bool(self._updated)
+
     def _begin(self, optimizer: GrokAdamW) -> None:
         """Begin a pass: do all that `GrokAdamW._prepared` does before batches are collected."""
         optimizer._complete_groups()
@@ -207,12 +212,8 @@ class StepInBackward:
             one.last = LastStep(run.last.signal, run.last.alphas[i : i + 1], boosts=run.last.boosts[i : i + 1])
             one.skipped, one.names = run.skipped, run.names
             given = Given([alone], optimizer.state, optimizer.defaults, first=number)
-            try:
-                if optimizer.defaults["nonfinite"] == "raise":
-                    stages.check_finite(one, given)
-            except RuntimeError as error:
-                what = "Earlier parameters of this pass were updated"
-                raise RuntimeError(str(error).replace("Nothing was written", what)) from None
+            if optimizer.defaults["nonfinite"] == "raise":
+                stages.check_finite(one, given)
             calls, tables = stages.prepare(one, given)
             run.skipped = one.skipped
             stages.write(self._clipped(calls, one.last, [alone]), tables)

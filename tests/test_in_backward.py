@@ -341,6 +341,23 @@ def poisoned(model: Any, seed: int) -> Tensor:
     return (model[2:](Poisoned.apply(model[:2](x))) - y).square().mean()
 
 
+@pytest.mark.parametrize("in_step", [True, False])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_error_says_if_parameters_were_updated(is_first: bool, in_step: bool) -> None:
+    a, b = params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = GrokAdamW(params, nonfinite="raise", **FREE)
+    step_in_backward(optimizer)
+    if not is_first:
+        a.sum().backward()
+    stops = (b * torch.nan).sum().backward
+    if in_step:
+        b.grad, stops = torch.full((3,), torch.nan), optimizer.step
+    what = "Nothing was written" if is_first else "Earlier parameters of this pass were updated"
+    with pytest.raises(RuntimeError, match=f"are not finite: .*{what}"):
+        stops()
+    assert torch.equal(a, torch.ones(3)) == is_first
+
+
 @pytest.mark.parametrize("nonfinite", ["skip", "raise", "propagate"])
 def test_nonfinite_is_each_parameters(nonfinite: str) -> None:
     model = network()

@@ -311,9 +311,10 @@ def _not_finite(run: Run, given: Given, params: Sequence[Tensor]) -> RuntimeErro
     names = ", ".join(layers.name_of(param, given.groups, run.names) for param in found)
     is_alone = given.shard_group is None and not divisions(given.groups)
     others = "their sum of squares overflows" if is_alone else "another rank's, or Σg² overflows"
+    early = run.in_backward is not None and run.in_backward.has_updated
+    what = "Earlier parameters of this pass were updated" if early else "Nothing was written"
     return RuntimeError(
-        f"the gradients are not finite: {names or others}. Nothing was written; "
-        'nonfinite="skip" goes on without such a step'
+        f'the gradients are not finite: {names or others}. {what}; nonfinite="skip" goes on without such a step'
     )
 
 
