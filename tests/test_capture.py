@@ -128,10 +128,18 @@ def test_a_boost_that_is_switched_off_ends_in_a_graph_and_in_copies(as_if_captur
     assert copy.deepcopy(optimizer).metrics()["boost"] == 1
 
 
+def to_float64(params: list[nn.Parameter]) -> None:
+    for p in params:
+        grad, p.grad = p.grad, None
+        p.data = p.data.double()
+        p.grad = grad.double()
+
+
 NOT_THERE = {
     "any step": lambda optimizer, params: optimizer.state.clear(),
     "a signal": lambda optimizer, params: optimizer.load_state_dict(optimizer.state_dict()),
     "a slow gradient": lambda optimizer, params: (optimizer.free_slow_gradient(), optimizer.update_signals()),
+    "state of its dtype": lambda optimizer, params: to_float64(params),
 }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from grokadamw import GrokAdamW
 from grokadamw.backends import cpu, native
 from grokadamw.checkpoints import to_float32
+from grokadamw.options import STATES
 from grokadamw.state import formats
 
 from .models import running
@@ -283,24 +284,27 @@ def test_a_memory_format_may_change_in_the_middle_of_a_run(
             assert found[name].dtype == fresh.dtype
 
 
-@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+@pytest.mark.parametrize("lamb", [0.0, 2.0])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("implementation", ["cpu", "gpu", "foreach", "reference"])
-def test_a_model_of_float64_has_state_of_full_precision(form: str, implementation: str) -> None:
-    """Once it was converted, in the middle of a run."""
+def test_a_model_of_float64_has_state_of_full_precision(form: str, implementation: str, lamb: float) -> None:
+    """Once it was converted, in the middle of a run, and also if the slow gradient is made after that."""
     with running(implementation, chunk=4096) as how:
         params = made(torch.float32)
-        optimizer = GrokAdamW(params, state_dtype=form, **how)
+        optimizer = GrokAdamW(params, state_dtype=form, lamb=lamb, **how)
         train(params, optimizer, range(2))
         for p in params:
             p.data, p.grad = p.data.double() + 1e-9, None
         others = copy.deepcopy(params)
-        plain = GrokAdamW(others, foreach=False)
+        plain = GrokAdamW(others, lamb=lamb, foreach=False)
         saved = to_float32(optimizer.state_dict())
         plain.load_state_dict({**saved, "param_groups": plain.state_dict()["param_groups"]})
         for each, its in ((params, optimizer), (others, plain)):
+            its.param_groups[0]["lamb"] = 2.0
             train(each, its, range(2, 4))
     for p, other in zip(params, others, strict=True):
-        torch.testing.assert_close(p, other, rtol=1e-6, atol=1e-10)
+        torch.testing.assert_close(p, other, rtol=1e-12, atol=1e-12)
+        assert {optimizer.state[p][name].dtype for name in STATES} == {torch.float64}
         assert not any(name.endswith("_scale") for name in optimizer.state[p])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import distributed
-from .._numbers import as_real, reads_are_free, wide
+from .._numbers import as_number, as_real, reads_are_free, wide
 from .._warn import warn
 from ..checkpoints import to_grokadamw
 from ..distributed import Shards, shards_of
@@ -25,13 +25,13 @@ from ..options import OPTIONS, STATES, WARN, check_loaded, may_be_coded, rules_o
 from . import formats, window
 
 State: TypeAlias = dict[str, Any]
-MOMENTS = STATES
 WINDOW = tuple(window.names("grok_"))
+_FULL = {torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 
 def check(state: State, param: Tensor) -> None:
     """Raise RuntimeError, before a step has written anything, for a state or parameter that it cannot use."""
-    check_shapes(state, (*MOMENTS, *WINDOW, *formats.EXTRAS), param)
+    check_shapes(state, (*STATES, *WINDOW, *formats.EXTRAS), param)
     if "step" in state:
         return
     if param.numel() and any(stride == 0 and n > 1 for stride, n in zip(param.stride(), param.shape, strict=True)):
@@ -106,15 +106,18 @@ def prepare(
 
 
 def lay_out(state: State, param: Tensor, options: dict[str, Any]) -> None:
-    """Convert coded state, as loading does, if its parameter's memory format or dtype was changed since the last step.
+    """Convert state, as loading does, if its parameter was changed since the last step.
 
-    Backends write it in the order of the parameter's memory.
+    Plain state follows a parameter between float32 and float64. Coded state follows its memory format and dtype, as
+    backends write it in the order of the parameter's memory.
     """
+    for name in outgrown(state, param, options):
+        state[name] = state[name].to(_dtype(param, options))
     if not may_be_coded(options):
         return
     shards = shards_of(param)
     if shards is not None:
-        kept = [name for name in (*MOMENTS, *formats.EXTRAS) if name in state]
+        kept = [name for name in (*STATES, *formats.EXTRAS) if name in state]
         state.update({name: distributed.placed(state[name], shards) for name in kept})
     for name in formats.misfits(state, param, options):
         if name == "param_low":
@@ -125,6 +128,13 @@ def lay_out(state: State, param: Tensor, options: dict[str, Any]) -> None:
             new = formats.packed(state, name, param, options, _dtype(param, options))
             state.pop(f"{name}_scale", None)
             state.update(new)
+
+
+def outgrown(state: State, param: Tensor, options: dict[str, Any]) -> list[str]:
+    """Return the names of plain states that are float32 where new ones would be float64, or the other way round."""
+    dtype = _dtype(param, options)
+    others = _FULL - {dtype} if dtype in _FULL else ()
+    return [name for name in STATES if name in state and state[name].dtype in others]
 
 
 def new_counts(states: Mapping[Tensor, State], params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
@@ -266,22 +276,21 @@ def _states(
         state = state_dict["state"].get(key)
         if state is None:
             continue
-        for name in (*MOMENTS, *formats.EXTRAS):
+        for name in (*STATES, *formats.EXTRAS):
             expected = formats.shape_of_scales(param) if name.endswith("_scale") else param.shape
             if name in state and state[name].shape != expected:
                 raise ValueError(
                     f"state_dict: {name} of parameter {key} has shape {tuple(state[name].shape)}, the parameter itself "
                     f"{tuple(param.shape)}; parameters must come in the order that they were saved in"
                 )
-        size = options["window_size"]
-        if size is None:
+        if options["window_size"] is None:
             state = {name: value for name, value in state.items() if name not in WINDOW}
-        elif WINDOW[0] in state and state[WINDOW[0]].shape != (size, *as_real(param).shape):
-            raise ValueError(
-                f"state_dict: the window of parameter {key} has shape {tuple(state[WINDOW[0]].shape)}, and with "
-                f"window_size={size} {(size, *as_real(param).shape)}: construct the optimizer with window_size="
-                f"{len(state[WINDOW[0]])}, or take {', '.join(WINDOW)} out of each state to begin another window"
-            )
+        window.check_loaded(state, "grok_", key, param, options["window_size"])
+        try:
+            for name in ("step", WINDOW[-1]):
+                as_number(state.get(name, 0), f"{name} of parameter {key}")
+        except TypeError as error:
+            raise ValueError(f"state_dict: {error}") from None
         if options["accumulation_steps"] == 1:
             state = {name: value for name, value in state.items() if name != "micro_step"}
         yield param, state
@@ -346,11 +355,11 @@ def _doubts(state_dict: dict[str, Any], defaults: dict[str, Any]) -> Iterator[st
 
 def _placed(param: Tensor, state: State, options: dict[str, Any]) -> State:
     """Return a copy of a loaded state, on the devices and in the formats that a step needs."""
-    shards, ours = shards_of(param), (*MOMENTS, *formats.EXTRAS)
+    shards, ours = shards_of(param), (*STATES, *formats.EXTRAS)
     state = {name: _moved(x, param.device, shards) if name in ours else x for name, x in state.items()}
     placed: State = {}
     for name, value in state.items():
-        if name in MOMENTS:
+        if name in STATES:
             placed |= formats.packed(state, name, param, options, _dtype(param, options))
         elif name == "param_low":
             if low := formats.low_dtype(param, options):

@@ -56,6 +56,28 @@ def names(prefix: str) -> list[str]:
     return [f"{prefix}ring", f"{prefix}ring_sum", f"{prefix}ring_lap", f"{prefix}ring_count"]
 
 
+def check_loaded(state: Mapping[str, Any], prefix: str, key: Any, param: Tensor, size: int | None) -> None:
+    """Raise ValueError if the window in the saved state of the parameter `key` is not whole, or of another shape."""
+    ring, *sums, _ = names(prefix)
+    missing = [name for name in names(prefix) if name not in state]
+    if len(missing) == len(Window._fields):
+        return
+    afresh = f"take {', '.join(names(prefix))} out of each state to begin another window"
+    if missing:
+        raise ValueError(f"state_dict: the window of parameter {key} is without {', '.join(missing)}: {afresh}")
+    shape = tuple(as_real(param).shape)
+    if state[ring].shape != (size, *shape):
+        raise ValueError(
+            f"state_dict: the window of parameter {key} has shape {tuple(state[ring].shape)}, and with window_size="
+            f"{size} {(size, *shape)}: construct the optimizer with window_size={len(state[ring])}, or {afresh}"
+        )
+    for name in sums:
+        if state[name].shape != shape:
+            raise ValueError(
+                f"state_dict: {name} of parameter {key} has shape {tuple(state[name].shape)}, and not {shape}: {afresh}"
+            )
+
+
 def of(state: Mapping[str, Any], prefix: str) -> Window:
     """Return the window that is in a state."""
     return Window(*(state[name] for name in names(prefix)))

@@ -17,10 +17,10 @@ from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges
 from ..backends.types import Coded, written
 from ..distributed import Shards, blocks_before, divisions, local, part, placed, shards_of, sum_over_ranks
-from ..options import may_be_coded, rules_of
+from ..options import STATES, may_be_coded, rules_of
 from ..state import window
 from ..state.formats import BLOCK, EXTRAS, is_coded
-from ..state.slots import MOMENTS, State, check, lay_out, new_counts, prepare
+from ..state.slots import State, check, lay_out, new_counts, prepare
 
 _FOREACH = Choice(foreach, "")
 
@@ -264,7 +264,7 @@ def found_anew(entries: Sequence[Entry], given: Given) -> Batches:
     for entry in entries:
         s, shards = state[entry.param], shards_of(entry.param)
         if shards is not None:
-            kept = [name for name in (*MOMENTS, *EXTRAS) if name in s]
+            kept = [name for name in (*STATES, *EXTRAS) if name in s]
             s.update({name: placed(s[name], shards) for name in kept})
             dtensors += [entry.param, *map(s.__getitem__, kept)]
         tensors = (entry.param, entry.grad, s["exp_avg"], s["exp_avg_sq"], s.get("grok_ema"))

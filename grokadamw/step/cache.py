@@ -22,9 +22,9 @@ from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges, TensorSignature
 from ..backends.types import Addresses
 from ..distributed import Shards, alike, blocks_before, divisions, local, parts, shards_of
-from ..options import GROUP_OPTIONS, may_be_coded, rules_of
+from ..options import GROUP_OPTIONS, STATES, may_be_coded, rules_of
 from ..state.formats import BLOCK, EXTRAS, is_coded
-from ..state.slots import MOMENTS, WINDOW, State, step_device
+from ..state.slots import WINDOW, State, step_device
 from . import batches
 from .batches import Batches, Columns, Given, Kind, Owner
 
@@ -76,7 +76,7 @@ class Cache:
             for group in groups:
                 for param in group["params"]:
                     s, shards = state.get(param, {}), shards_of(param)
-                    row = [param if x is None else x for x in (param, param.grad, *map(s.get, MOMENTS))]
+                    row = [param if x is None else x for x in (param, param.grad, *map(s.get, STATES))]
                     count = s.get("step", torch.zeros((), device=step_device(param)))
                     tensors, extras = [as_real(local(x, shards)) for x in row], list(map(s.get, EXTRAS))
                     counts[backends.choose(tensors, count, group, is_coded(tensors, extras, group))] += 1

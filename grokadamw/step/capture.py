@@ -17,6 +17,7 @@ from .._numbers import Number, accumulator
 from ..backends.types import Batch, Scalars
 from ..options import may_be_coded
 from ..state.formats import misfits
+from ..state.slots import outgrown
 
 if TYPE_CHECKING:
     from .batches import Entry, Given
@@ -53,12 +54,14 @@ def check_state(entries: Iterable[Entry], given: Given, has_alphas: bool) -> Non
         if group["lamb"] > 0:
             needed |= {"grok_ema"} if group["window_size"] is None else {"grok_ema", "grok_ring"}
         state = given.state.get(entry.param, {})
-        is_coded = may_be_coded(given.options)
-        if not has_alphas or needed - state.keys() or (is_coded and misfits(state, entry.param, given.options)):
+        changed = outgrown(state, entry.param, given.options)
+        if may_be_coded(given.options):
+            changed += misfits(state, entry.param, given.options)
+        if not has_alphas or needed - state.keys() or changed:
             raise RuntimeError(
                 "a CUDA graph of step() needs its state to be there: before capturing, take a few steps on a side "
                 "stream, as torch.cuda.graph requires anyway; also after loading a checkpoint, free_slow_gradient(), "
-                "switching lamb on, and changing parameters' memory format"
+                "switching lamb on, and changing parameters' memory format or dtype"
             )
 
 
