@@ -9,7 +9,7 @@ _FRAMEWORKS = (
     *("transformers", "accelerate", "trl", "lightning", "pytorch_lightning", "lightning_utilities"),
     *("skorch", "fastai", "fastcore"),
 )
-_NOT_THE_USERS = ("grokadamw", "torch", "contextlib", "functools", *_FRAMEWORKS)
+_NOT_THE_USERS = ("grokadamw", "torch", "contextlib", "copy", "functools", *_FRAMEWORKS)
 
 
 def warn(message: str, category: type[Warning]) -> None:

@@ -6,13 +6,13 @@ The functions do not write into their argument; results share its tensors.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator
 from itertools import chain
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from ._warn import warn
 from .options import GROUP_KEYS, STATES
 from .state.formats import unpacked
 
@@ -26,8 +26,9 @@ _ADAMW: _Group = {"amsgrad": False, "decoupled_weight_decay": True}
 _ADAMW |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 # keys of GrokAdamW's groups that AdamW does not share, and state entries that AdamW lacks
 _OURS = {*GROUP_KEYS} - {"lr", "betas", "eps", "weight_decay", "maximize", *_ADAMW}
+_OF_WRAPPERS = ("accumulated_steps", "accumulation_cycle", "grokfast_")  # how names of their keys begin
 _OUR_STATE = ("grok_ema", "grok_ring", "grok_ring_sum", "grok_ring_lap", "grok_ring_count", "micro_step", "param_low")
-_NEEDED = ("step", "exp_avg", "exp_avg_sq")
+_NEEDED = ("step", "exp_avg", "exp_avg_sq")  # all of AdamW's state
 _KINDS = (
     "GrokAdamW continues from torch.optim.AdamW, Adam and GrokAdamW; from others, start with fresh moments, or convert "
     "the state dict to one of these forms"
@@ -94,15 +95,19 @@ def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
 def to_adamw(state_dict: StateDict) -> StateDict:
     """Convert a state dict to `torch.optim.AdamW`'s form: moments, steps and AdamW's options.
 
-    Everything else is left out: μ, signals, layers and their group keys. AdamW has one β1 for all layers; if γ is not
-    0, the first moments of deep layers were made with a smaller one, and adapt within a few steps.
+    Everything else is left out: μ, signals, layers and their group keys, and what wrappers keep. AdamW has one β1 for
+    all layers; if γ is not 0, the first moments of deep layers were made with a smaller one, and adapt within a few
+    steps.
 
     Raises:
         ValueError: as `to_grokadamw`.
     """
-    ours = to_float32(state_dict)
-    groups = [{**_ADAMW, "maximize": False, **_without(g, {*_OURS, *_ADAMW})} for g in ours["param_groups"]]
-    states = {key: _without(s, _OUR_STATE) if isinstance(s, dict) else s for key, s in ours["state"].items()}
+    ours, groups, states = to_float32(state_dict), [], {}
+    for group in ours["param_groups"]:
+        left_out = {*_OURS, *_ADAMW, *(name for name in group if name.startswith(_OF_WRAPPERS))}
+        groups.append({**_ADAMW, "maximize": False, **_without(group, left_out)})
+    for key, state in ours["state"].items():
+        states[key] = {n: state[n] for n in _NEEDED if n in state} if isinstance(state, dict) else state
     return {**ours, "state": states, "param_groups": groups}
 
 
@@ -118,11 +123,10 @@ def _from_adam(state_dict: StateDict) -> StateDict:
         if isinstance(group["betas"], (tuple, list)):  # else loading refuses them
             group["betas"] = tuple(beta.item() if isinstance(beta, Tensor) else beta for beta in group["betas"])
         if old.get("decoupled_weight_decay") is False and old["weight_decay"] != 0:
-            warnings.warn(
+            warn(
                 f"weight_decay={old['weight_decay']:g} was Adam's, which is added to the gradient; GrokAdamW's is "
                 "decoupled from it, as AdamW's, and usually larger: choose it anew",
                 UserWarning,
-                stacklevel=3,
             )
     states = {
         key: _without(state, ("max_exp_avg_sq", *_OUR_STATE)) if isinstance(state, dict) else state

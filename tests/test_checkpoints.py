@@ -23,7 +23,7 @@ from grokadamw.options import STATES
 from grokadamw.signals import AccuracyGap
 from grokadamw.state import formats
 
-from .models import network, train
+from .models import KEEPERS, network, train
 from .test_precision import FORMATS, LOSSES
 
 HERE = Path(__file__).parent / "checkpoints"
@@ -213,6 +213,17 @@ def test_the_slow_gradient_starts_at_zero_and_is_left_behind() -> None:
     )
 
 
+@pytest.mark.parametrize("keeper", [name for name in KEEPERS if "SGD" not in name])
+def test_what_else_is_kept_is_left_behind(keeper: str) -> None:
+    model = network()
+    optimizer = KEEPERS[keeper](model)
+    train(model, range(3), lambda step, loss: optimizer.step())
+    exported = to_adamw(optimizer.state_dict())
+    assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in exported["state"].values())
+    known = torch.optim.AdamW(model.named_parameters()).param_groups[0].keys() | {"decoupled_weight_decay"}
+    assert exported["param_groups"][0].keys() == known
+
+
 def test_what_a_scheduler_and_hooks_have_added_stays() -> None:
     saved = load("torch-2.13-adamw")["optimizer"]
     saved["param_groups"][0]["initial_lr"] = 0.5
@@ -262,8 +273,10 @@ def test_adams_own_weight_decay_is_doubted() -> None:
     if "decoupled_weight_decay" not in torch.optim.Adam(model.parameters()).defaults:
         pytest.skip("this torch's state dicts do not tell Adam from AdamW")
     adam = torch.optim.Adam(model.parameters(), weight_decay=0.25)
-    with pytest.warns(UserWarning, match=r"weight_decay=0\.25 was Adam's"):
-        to_grokadamw(adam.state_dict())
+    for take in (to_grokadamw, GrokAdamW(model.parameters()).load_state_dict):
+        with pytest.warns(UserWarning, match=r"weight_decay=0\.25 was Adam's") as caught:
+            take(adam.state_dict())
+        assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         to_grokadamw(torch.optim.AdamW(model.parameters(), weight_decay=0.25).state_dict())
@@ -480,7 +493,8 @@ print(*sorted(name for name in sys.modules if name.startswith("grokadamw.")))
 """
     folder = HERE.parent.parent / "grokadamw"
     loaded = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True).stdout
-    needed = ("_checks", "_numbers", "checkpoints", "distributed", "layers", "options", "state", "state.formats")
+    private, public = ("_checks", "_numbers", "_warn"), ("checkpoints", "distributed", "layers", "options")
+    needed = (*private, *public, "state", "state.formats")
     assert loaded.split() == [f"grokadamw.{name}" for name in needed]
 
 
