@@ -184,6 +184,7 @@ def test_an_evaluation_loss_of_long_ago_is_warned_of_once() -> None:
     assert steps(optimizer, 99, lambda: optimizer.record(train_loss=1.0)) == []
     (said,) = steps(optimizer, 1, lambda: optimizer.record(train_loss=1.0))
     assert "Record both losses after an evaluation, optimizer.record(train_loss=…, eval_loss=…)" in said
+    optimizer.record(train_loss=1.0, eval_loss=2.0)
     assert steps(optimizer, 300, lambda: optimizer.record(train_loss=1.0)) == []
     assert steps(copied := copy.deepcopy(optimizer), 300, lambda: copied.record(train_loss=1.0)) == []
     for options in ({}, {"signal_boost": 1.0, "grokking_signal_fns": []}):

@@ -197,8 +197,9 @@ class Signals:
         elif "train_loss" in given:
             self._train_losses_alone += 1
         heard = any(group["signal_boost"] and group["eval_loss"] is not None for group in groups)
-        if self._train_losses_alone == 100 and heard and any(self.takes_losses):
-            self._train_losses_alone = -(10**9)
+        is_old = self._train_losses_alone >= 100 and heard and any(self.takes_losses)
+        if is_old and "an old eval_loss" not in self._warned:
+            self._warned.add("an old eval_loss")
             warn(
                 "100 training losses were recorded since the last evaluation loss: a model that has learnt since then "
                 "seems to have memorised, and signal_boost makes its steps longer. Record both losses after an "
@@ -311,16 +312,12 @@ class Signals:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Signals:
         """Copy the signals. Functions, which may hold anything, are shared; objects with state or `bind` are copied."""
-        copied = Signals(
-            [copy.deepcopy(f, memo) if hasattr(f, "bind") or _remembers(f) else f for f in self.functions],
-            self.combine,
-            self.counted,
-        )
-        copied.values, copied.failures, copied.waiting = dict(self.values), self.failures, dict(self.waiting)
-        copied._warned, copied._failures_on_device = set(self._warned), dict(self._failures_on_device)
-        copied.are_given, copied._steps_without = self.are_given, self._steps_without
-        copied._train_losses_alone = self._train_losses_alone
-        copied.losses_are_loaded = self.losses_are_loaded
+        copied = copy.copy(self)
+        copied.functions = [
+            copy.deepcopy(f, memo) if hasattr(f, "bind") or _remembers(f) else f for f in self.functions
+        ]
+        for name in ("values", "waiting", "_warned", "_failures_on_device"):
+            setattr(copied, name, copy.copy(getattr(self, name)))
         return copied
 
 
