@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ._numbers import as_number
+
 # A check gets an option's name and value. It raises an error that names both and the way out, or returns the value. It
 # returns NumPy's numbers as Python's, because torch.load(weights_only=True) cannot read NumPy's.
 Check: TypeAlias = Callable[[str, Any], Any]
@@ -22,10 +24,11 @@ def check_number(
     """Check a number in [0, below), or in [0, at_most]."""
     if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
         raise TypeError(f"{name}={value!r} is not a number{hint}")
-    if not 0 <= float(value) < below or (at_most is not None and float(value) > at_most):
+    number = float(as_number(value, name))
+    if not 0 <= number < below or (at_most is not None and number > at_most):
         limits = f"in [0, {at_most}]" if at_most is not None else f"in [0, {below})"
         raise ValueError(f"{name}={value!r} is out of range: give a number {limits}")
-    return float(value)
+    return number
 
 
 check_limit = partial(check_number, hint="; 0 switches it off")

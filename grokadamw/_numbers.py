@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
+from operator import is_
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -60,6 +62,19 @@ def as_number(value: Any, name: str = "the value") -> Number:
         raise TypeError(f"{name}={value!r} is not one number") from None
     except OverflowError:  # the integer may have too many digits to be shown
         raise ValueError(f"{name} is an integer beyond the range of floats, which ends at 1.8e308") from None
+
+
+def plain(value: Any) -> Any:
+    """Return NumPy's numbers as Python's, also in a tuple or list; any other value as it is.
+
+    torch.load(weights_only=True) cannot read NumPy's.
+    """
+    if type(value) in (tuple, list):
+        items = [plain(item) for item in value]
+        return value if all(map(is_, items, value)) else type(value)(items)
+    if isinstance(value, Real) and type(value).__module__ != "builtins":
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 def as_share(value: Any, name: str) -> Number:

@@ -6,13 +6,13 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._numbers import plain
 from .checkpoints import is_state_dict
 from .state.slots import State, in_order
 
@@ -49,12 +49,10 @@ class WrapperBase(Optimizer):
             del self.state[param]
 
     def _fill_groups(self) -> None:
-        """Add missing keys to each group, and replace NumPy's numbers, which weights_only=True does not read."""
+        """Add missing keys to each group, and replace NumPy's numbers."""
         for group in self._inner.param_groups:
             for name, value in self._group_defaults.items():
-                here = group.setdefault(name, value)
-                if isinstance(here, Real) and type(here).__module__ != "builtins":
-                    group[name] = int(here) if isinstance(here, Integral) else float(here)
+                group[name] = plain(group.get(name, value))
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raise TypeError or ValueError for a number that a group must not hold."""
@@ -182,6 +180,11 @@ class WrapperBase(Optimizer):
         self._check_groups(state_dict["param_groups"])
         for param, state in ours.items():
             if state:
+                if missing := [name for name in self._state_names if name not in state]:
+                    raise ValueError(
+                        f"state_dict: a parameter's state has {next(iter(state))} without {', '.join(missing)}: take "
+                        f"{', '.join(self._state_names)} out of each state to start afresh"
+                    )
                 self._check_state(param, state)
         current = []  # the wrapper's numbers, for saved groups that lack them
         for group in self.param_groups:

@@ -232,5 +232,4 @@ class Accumulate(Wrapper):
             group["accumulation_cycle"] = self._steps
 
     def _check_state(self, param: Tensor, state: State) -> None:
-        if "accumulated" in state:
-            check_saved("accumulated", state["accumulated"], as_real(param).shape)
+        check_saved("accumulated", state["accumulated"], as_real(param).shape)

@@ -212,8 +212,7 @@ class Grokfast(_Filter):
         return ema
 
     def _check_state(self, param: Tensor, state: State) -> None:
-        if "grokfast_ema" in state:
-            check_saved("grokfast_ema", state["grokfast_ema"], as_real(param).shape)
+        check_saved("grokfast_ema", state["grokfast_ema"], as_real(param).shape)
 
 
 class GrokfastMA(_Filter):
@@ -313,5 +312,6 @@ class GrokfastMA(_Filter):
         return placed.to(window.dtype_of(param, self._dtype)) if name == "grokfast_ring" else placed
 
     def _check_state(self, param: Tensor, state: State) -> None:
-        if "grokfast_ring" in state:
-            check_saved("grokfast_ring", state["grokfast_ring"], (self._size, *as_real(param).shape))
+        shape = as_real(param).shape
+        for name, expected in zip(_OF_MA, ((self._size, *shape), shape, shape), strict=False):
+            check_saved(name, state[name], expected)

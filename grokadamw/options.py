@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import chain, compress, product
-from numbers import Integral, Real
+from numbers import Real
 from operator import is_, is_not, itemgetter
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from ._checks import (
     one_of,
     or_none,
 )
-from ._numbers import as_float, as_number
+from ._numbers import as_float, as_number, plain
 
 STATES = ("exp_avg", "exp_avg_sq", "grok_ema")  # m, v and μ
 FORMATS = ("float32", "bfloat16", "int8")  # in which states can be kept
@@ -35,10 +35,14 @@ FORMATS = ("float32", "bfloat16", "int8")  # in which states can be kept
 
 def check_formats(name: str, value: Any) -> Any:
     """Check a format for all states, or a mapping from some states to formats."""
-    if isinstance(value, Mapping):
-        if unknown := [key for key in value if key not in STATES]:
-            raise ValueError(f"{name}={value!r} names {unknown[0]!r}: the states are {', '.join(map(repr, STATES))}")
-        return {key: check_formats(f"{name}[{key!r}]", value[key]) for key in STATES if key in value}
+    if not isinstance(value, Mapping):
+        return _check_format(name, value)
+    if unknown := [key for key in value if key not in STATES]:
+        raise ValueError(f"{name}={value!r} names {unknown[0]!r}: the states are {', '.join(map(repr, STATES))}")
+    return {key: _check_format(f"{name}[{key!r}]", value[key]) for key in STATES if key in value}
+
+
+def _check_format(name: str, value: Any) -> str:
     given = str(value).removeprefix("torch.")
     if not isinstance(value, (str, torch.dtype)) or given not in FORMATS:
         raise ValueError(
@@ -203,13 +207,13 @@ def check_group(
         )
     checked = {}
     for name in names:
-        option, value = OPTIONS[name], group.get(name)
-        if option.scope == OPTIMIZER and value is not defaults[name] and value != defaults[name]:
+        option, given = OPTIONS[name], group.get(name)
+        value = option.check(name, given)
+        if option.scope == OPTIMIZER and given is not defaults[name] and value != defaults[name]:
             raise ValueError(
-                f"{name}={value!r} in a parameter group: it holds for the whole optimizer, where it is "
+                f"{name}={given!r} in a parameter group: it holds for the whole optimizer, where it is "
                 f"{defaults[name]!r}; pass it to GrokAdamW(...)"
             )
-        value = option.check(name, value)
         if option.scope != RUNNING:
             checked[name] = value
     if not _TOGETHER.isdisjoint(names):
@@ -324,6 +328,9 @@ def check_loaded(
         try:
             check_settings(group, defaults)
             layers.as_integers("layers", group["layers"])
+            for name in RECORDED:
+                if group[name] is not None:
+                    as_number(group[name], name)
             cycle, count = group["cycle"], len(CYCLE_AT_REST["cycle"])
             if not isinstance(cycle, (tuple, list)) or len(cycle) != count:
                 raise ValueError(f"cycle={cycle!r} is not a list of {count} numbers")
@@ -335,8 +342,7 @@ def make_savable(groups: Sequence[dict[str, Any]]) -> None:
     """Replace NumPy's numbers by Python's, also in layers, and detach recorded values from their autograd graph."""
     for group in groups:
         for name, value in group.items():
-            if isinstance(value, Real) and type(value).__module__ != "builtins":  # NumPy's, from a scheduler
-                group[name] = int(value) if isinstance(value, Integral) else float(value)
+            group[name] = plain(value)  # a scheduler's may be NumPy's
         for name in RECORDED:
             if group[name] is not None:  # set by hand, it may have a graph, which cannot be copied
                 group[name] = as_number(group[name], name)

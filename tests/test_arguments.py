@@ -149,6 +149,7 @@ BAD = [
     ({"alpha_init": -0.1}, ValueError, r"alpha_init=-0\.1"),
     ({"lamb": -1.0}, ValueError, r"lamb=-1\.0"),
     ({"lamb": float("inf")}, ValueError, "lamb=inf"),
+    ({"lr": 10**400}, ValueError, "lr is an integer beyond the range of floats"),
     ({"gamma": -0.1}, ValueError, r"gamma=-0\.1"),
     ({"gamma": 1.0}, ValueError, r"gamma=1\.0"),
     ({"grokking_signal_decay_rate": -0.1}, ValueError, r"grokking_signal_decay_rate=-0\.1"),
@@ -186,6 +187,11 @@ BAD = [
     ({"grokking_signal_fns": [], "grokking_signal_fn": []}, ValueError, "grokking_signal_fns and its alias"),
     ({"state_dtype": "int4"}, ValueError, "state_dtype='int4' is no format"),
     ({"state_dtype": {"exp_avg": 8}}, ValueError, r"state_dtype\['exp_avg'\]=8 is no format"),
+    (
+        {"state_dtype": {"grok_ema": {"exp_avg": "int8"}}},
+        ValueError,
+        r"state_dtype\['grok_ema'\]={'exp_avg': 'int8'} is no",
+    ),
     ({"state_dtype": {"step": "int8"}}, ValueError, "state_dtype=.* names 'step'"),
     ({"state_dtype": "int8", "window_size": 2}, ValueError, "state_dtype='int8' with window_size=2, which keeps"),
     ({"state_dtype": "int8", "compat": "0.1.2"}, ValueError, "state_dtype='int8' with compat='0.1.2'"),
@@ -215,6 +221,12 @@ BAD_IN_A_GROUP = [
 def test_a_bad_argument_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         GrokAdamW(parameters(), **options)
+
+
+@pytest.mark.parametrize("given", [torch.bfloat16, {"exp_avg": torch.bfloat16}])
+def test_a_group_may_repeat_what_the_whole_optimizer_has(given: Any) -> None:
+    (group,) = GrokAdamW([{"params": parameters(), "state_dtype": given}], state_dtype=given).param_groups
+    assert group["state_dtype"] == ("bfloat16" if given is torch.bfloat16 else {"exp_avg": "bfloat16"})
 
 
 @pytest.mark.parametrize(("options", "error", "message"), BAD_IN_A_GROUP)
@@ -304,15 +316,18 @@ def test_numpys_numbers_are_numbers() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_numpys_integers_stay_integers_when_saved() -> None:
+@pytest.mark.parametrize("pair", [tuple, list])
+def test_numpys_numbers_keep_their_kind_when_saved(pair: type) -> None:
     params = parameters()
     optimizer = GrokAdamW(params)
     optimizer.param_groups[0].update(amplify_after=np.int64(3), layer=np.int64(2), lr=np.float64(0.5))
-    (group,) = optimizer.state_dict()["param_groups"]
-    assert [(group[name], type(group[name])) for name in ("amplify_after", "layer", "lr")] == [
+    optimizer.param_groups[0]["betas"] = pair([np.float64(0.5), 0.75])  # as OneCycleLR may set it
+    (group,) = saved_and_loaded(optimizer.state_dict())["param_groups"]
+    assert [(group[name], type(group[name])) for name in ("amplify_after", "layer", "lr", "betas")] == [
         (3, int),
         (2, int),
         (0.5, float),
+        (pair([0.5, 0.75]), pair),
     ]
     set_gradients(params)
     optimizer.step()

@@ -20,7 +20,7 @@ from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA
 from grokadamw.grokfast import gradfilter_ema, gradfilter_ma
 from grokadamw.signals import AccuracyGap, SlowGradient
 
-from .models import network, same, saved_and_loaded, train
+from .models import KEEPERS, network, same, saved_and_loaded, train
 
 PEER = Path(sys.prefix) / "peers/pytorch-optimizer"
 
@@ -218,6 +218,21 @@ def test_numbers_that_a_step_refuses_are_refused_before_anything_changes(wrong: 
     given["param_groups"][0].update(wrong, lr=7.0)
     with pytest.raises(ValueError, match=rf"param_groups\[0\] cannot be loaded, as {next(iter(wrong))}="):
         optimizer.load_state_dict(given)
+    assert same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("keeper", ["Grokfast", "GrokfastMA", "Accumulate"])
+def test_a_part_of_what_is_kept_is_refused_before_anything_changes(keeper: str) -> None:
+    model = network()
+    optimizer = KEEPERS[keeper](model)
+    train(model, range(3), lambda step, loss: optimizer.step())
+    before = saved_and_loaded(optimizer.state_dict())
+    for name in optimizer._state_names:
+        given = saved_and_loaded(before)
+        del given["state"][3][name]
+        given["param_groups"][0]["lr"] = 7.0
+        with pytest.raises(ValueError, match=f"state_dict: a parameter's state has .* without {name}: take"):
+            optimizer.load_state_dict(given)
     assert same(optimizer.state_dict(), before)
 
 

@@ -233,6 +233,21 @@ def test_32_bits_are_the_float32_weights(state_dtype: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(other.parameters(), model.parameters(), strict=True))
 
 
+def test_an_optimizer_without_low_bits_has_the_models_own_weights() -> None:
+    """Also one of torch that carries along those of a GrokAdamW, which are stale."""
+    model, optimizer = started({"master_weight_bits": 32})
+    train(model, optimizer, 0, 1)
+    weights = {name: torch.randn(x.shape) for name, x in model.state_dict().items()}
+    weights["tied"] = weights["even"]
+    adamw = torch.optim.AdamW(model.named_parameters())
+    adamw.load_state_dict(optimizer.state_dict())
+    for other in (torch.optim.AdamW(model.parameters()), adamw, GrokAdamW(model.parameters())):
+        load_full_precision_state_dict(model, other, weights)
+        for name, x in full_precision_state_dict(model, other).items():
+            assert torch.equal(x, weights[name].to(x.dtype))
+            assert x.dtype == torch.bfloat16
+
+
 def test_24_bits_come_out_to_their_precision() -> None:
     model, optimizer = started({"master_weight_bits": 24})
     weights = {name: torch.randn(x.shape) for name, x in model.state_dict().items()}

@@ -121,6 +121,13 @@ def test_pickle_keeps_all_but_signals_of_ones_own(options: dict[str, float]) -> 
     assert copied.metrics()["signal"] == 0.25
 
 
+def test_a_shallow_copy_says_at_its_line_what_it_is_without() -> None:
+    _, optimizer = trained(grokking_signal_fns=lambda: 0.5)
+    with pytest.warns(UserWarning, match="is without <lambda>. Call optimizer.set_signals") as caught:
+        copy.copy(optimizer)
+    assert caught[0].filename == __file__
+
+
 def test_pickle_keeps_how_signals_combine_or_says_that_it_does_not() -> None:
     for combine, expected in (("min", memorisation(0.5, 1.0)), (max, 0.5 * (0.5 + memorisation(0.5, 1.0)))):
         _, optimizer = trained(grokking_signal_fns=[loss_gap, memorisation], combine=combine)
@@ -279,13 +286,27 @@ def test_a_wrapper_that_copies_attributes_shares_what_changes() -> None:
     assert wrapper.metrics()["signal"] == optimizer.metrics()["signal"] == 0.25
 
 
-def test_a_state_of_another_shape_is_refused_before_anything_changes() -> None:
-    _, optimizer = trained()
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("exp_avg", torch.zeros(2, 2), r"exp_avg of parameter 3 has shape \(2, 2\), the parameter itself \(8,\)"),
+        ("step", torch.zeros(2), r"step of parameter 3 is a tensor of shape \(2,\), not one number"),
+        ("step", None, "step of parameter 3=None is not one number"),
+        ("grok_ring", torch.zeros(2, 8), r"the window of parameter 3 has shape \(2, 8\), and with window_size=3"),
+        ("grok_ring_sum", ..., "the window of parameter 3 is without grok_ring_sum: take grok_ring, "),
+        ("grok_ring_lap", torch.zeros(2), r"grok_ring_lap of parameter 3 has shape \(2,\), and not \(8,\): take"),
+        ("grok_ring_count", torch.zeros(2), r"grok_ring_count of parameter 3 is a tensor of shape \(2,\)"),
+    ],
+)
+def test_a_state_that_cannot_be_used_is_refused_before_anything_changes(name: str, value: Any, words: str) -> None:
+    _, optimizer = trained(window_size=3)
     before = copy.deepcopy(optimizer.state_dict())
     wrong = copy.deepcopy(before)
-    wrong["state"][3]["exp_avg"] = torch.zeros(2, 2)
+    wrong["state"][3][name] = value
+    if value is ...:
+        del wrong["state"][3][name]
     wrong["param_groups"][0]["lr"] = 7.0
-    with pytest.raises(ValueError, match=r"exp_avg of parameter 3 has shape \(2, 2\), the parameter itself \(8,\)"):
+    with pytest.raises(ValueError, match=f"state_dict: {words}"):
         optimizer.load_state_dict(wrong)
     assert same(optimizer.state_dict(), before)
 
@@ -302,6 +323,8 @@ def test_a_state_of_another_shape_is_refused_before_anything_changes() -> None:
         ({"layer": 0.5}, "layer=0.5 is not an integer"),
         ({"layers": [0, -1, 0, 0, 0, 0]}, r"layers\[1\]=-1 is out of range"),
         ({"layers": None}, "layers=None is not a list of integers"),
+        ({"train_loss": torch.ones(2)}, r"train_loss is a tensor of shape \(2,\), not one number"),
+        ({"eval_acc": "high"}, "eval_acc='high' is not one number"),
         ({"cycle": None}, "cycle=None is not a list of 7 numbers"),
         ({"cycle": (0.9,)}, r"cycle=\(0.9,\) is not a list of 7 numbers"),
     ],
