@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from . import accumulation, layers, zero
+from . import layers, zero
 from ._hints import misspelt
+from ._numbers import as_number
 from ._warn import warn
 from .distributed import ranks
 from .options import (
+    CYCLE_AT_REST,
     GROUP_KEYS,
     PROGRESS,
+    CycleNumbers,
     check_group,
     check_pickled,
     fill_in,
@@ -23,7 +26,7 @@ from .options import (
     make_savable,
     place_recorded,
 )
-from .state.slots import keeping_precision, prepare
+from .state.slots import keeping_precision
 from .step.alpha import Signals
 from .step.stages import Run
 
@@ -68,7 +71,7 @@ class Base(Optimizer):
         super().add_param_group(param_group)
         *earlier, group = self.param_groups
         group.update(checked)
-        accumulation.join(group, earlier)
+        _join(group, earlier)
         zero.take_places(self)
         self._run.layers_checked = False
 
@@ -101,7 +104,7 @@ class Base(Optimizer):
             if "layers" not in group:
                 whole = {**self.defaults, **group}
                 group.update(whole | check_group(whole, self.defaults))
-                accumulation.join(group, self.param_groups[:i])
+                _join(group, self.param_groups[:i])
                 run.layers_checked = False
             if isinstance(group["layers"], Sized):  # else the next step raises an error
                 fits &= len(group["layers"]) == len(group["params"])
@@ -110,20 +113,6 @@ class Base(Optimizer):
             if sentence is not None and not run.flattened:
                 run.flattened = True  # warn once: DeepSpeed steps one group after the other
                 warn(sentence, UserWarning)
-
-    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
-        """Make the state of a group's parameters with a gradient, and append it to lists, as torch's optimizers do.
-
-        The lists get parameters, gradients, m, v, μ or None, and step counts. Returns True if a parameter is complex.
-        """
-        with_gradient = [param for param in group["params"] if param.grad is not None]
-        for param in with_gradient:
-            state = self.state[param]
-            prepare(state, param, self.defaults, with_slow_gradient=float(group["lamb"]) > 0)
-            row = (param, param.grad, *map(state.get, ("exp_avg", "exp_avg_sq", "grok_ema", "step")))
-            for column, value in zip(lists, row, strict=True):
-                column.append(value)
-        return any(map(torch.is_complex, with_gradient))
 
     def _settle(self) -> None:
         self._run.settle(self.param_groups)
@@ -204,3 +193,17 @@ class Base(Optimizer):
         copied.__setstate__(copy.deepcopy(state, memo))
         copied._run.follow(self._run, memo)
         return copied
+
+
+def _join(group: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
+    """Complete a group that has all its options: set its layers, and the progress of the groups before it."""
+    first = earlier[0] if earlier else {**CYCLE_AT_REST, "skipped_steps": group["skipped_steps"]}
+    group.update(CYCLE_AT_REST, skipped_steps=first["skipped_steps"])  # the group may be another optimizer's
+    if first["micro_step"] > 0:  # it joins the current cycle, with its own numbers
+        amplification = CycleNumbers(*first["cycle"]).amplification
+        group["cycle"] = tuple(CycleNumbers.of(group, as_number(group["alpha_init"]), amplification, 1.0))
+        group["micro_step"] = first["micro_step"]
+    group_layers = group.get("layers")
+    if group_layers is None or len(group_layers) != len(group["params"]) or group["layer"] is not None:
+        group_layers = layers.layers_of(group, earlier)
+    group["layers"] = list(group_layers)

@@ -1,12 +1,11 @@
 """Gradient accumulation inside the optimizer (Su Jianlin, https://kexue.fm/archives/6794).
 
 `Accumulate` collects the gradients of several micro-batches in a buffer, for any optimizer. The step is exactly that of
-one large batch. `Cycle` tracks a step of GrokAdamW whose micro-batches are collected in the moments.
+one large batch. For GrokAdamW's own ``accumulation_steps`` see `step/micro_batches.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,72 +14,16 @@ from torch.optim import Optimizer
 
 from ._checks import check_count, check_limit
 from ._hints import with_hints
-from ._numbers import Number, as_number, as_real, reads_are_free, wide
+from ._numbers import as_real, reads_are_free, wide
 from ._wrapper import Part, Wrapper, by_kind
 from ._wrapper_base import check_saved
 from .backends import fastest_sum_of_squares
 from .distributed import divisions
-from .layers import layers_of
-from .options import CYCLE_AT_REST
 from .state.slots import State
 from .step.batches import Given
 from .step.norm import clip_coefficient, global_norm
 
 __all__ = ["Accumulate"]
-
-
-class Cycle:
-    """Where a GrokAdamW with ``accumulation_steps`` k is within a step, as its groups and its state say."""
-
-    def __init__(self, of: int, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> None:
-        self.of, self._groups, self._state = of, groups, state
-        self.nth = groups[0]["micro_step"]
-        self.is_first, self.is_last = self.nth == 0, self.nth + 1 >= of
-        params = [param for group in groups for param in group["params"]] if self.is_last else []
-        # parameters without a gradient that must still move, because they had one earlier in the cycle
-        self.missing = {p for p in params if p.grad is None and state.get(p, {}).get("micro_step")}
-
-    def numbers(
-        self, alphas: Sequence[Number], boosts: Sequence[Number], amplification: float
-    ) -> tuple[list[dict[str, Any]], list[Number], list[Number], float]:
-        """Return this cycle's numbers, fixed at its first micro-batch: groups, their α and boost, and λ's factor."""
-        if self.is_first:
-            for group, alpha, boost in zip(self._groups, alphas, boosts, strict=True):
-                group["cycle"] = (alpha, amplification, *_numbers(group), boost)
-        groups = self._groups if self.is_first else [_with_numbers(group) for group in self._groups]
-        cycles = [group["cycle"] for group in self._groups]
-        return groups, [cycle[0] for cycle in cycles], [cycle[6] for cycle in cycles], float(cycles[0][1])
-
-    def end(self, params: Iterable[Tensor]) -> bool:
-        """Count this micro-batch, in which `params` had gradients, and return True if it was the last."""
-        for param in params:
-            state = self._state[param]
-            state["micro_step"] = 0 if self.is_last else state.get("micro_step", 0) + 1
-        for group in self._groups:
-            group["micro_step"] = 0 if self.is_last else self.nth + 1
-        return bool(self.is_last)
-
-
-def join(group: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
-    """Complete a group that has all its options: set its layers, and the progress of the groups before it."""
-    first = earlier[0] if earlier else {**CYCLE_AT_REST, "skipped_steps": group["skipped_steps"]}
-    group.update(CYCLE_AT_REST, skipped_steps=first["skipped_steps"])  # the group may be another optimizer's
-    if first["micro_step"] > 0:  # it joins the current cycle, with its own numbers
-        group["cycle"] = (as_number(group["alpha_init"]), first["cycle"][1], *_numbers(group), 1.0)
-        group["micro_step"] = first["micro_step"]
-    group_layers = group.get("layers")
-    if group_layers is None or len(group_layers) != len(group["params"]) or group["layer"] is not None:
-        group_layers = layers_of(group, earlier)
-    group["layers"] = list(group_layers)
-
-
-def _numbers(group: dict[str, Any]) -> list[float]:
-    return [float(x) for x in (group["lamb"], *group["betas"], group["gamma"])]
-
-
-def _with_numbers(group: dict[str, Any]) -> dict[str, Any]:
-    _, _, lamb, beta1, beta2, gamma, *_ = group["cycle"]
-    return {**group, "lamb": lamb, "betas": (beta1, beta2), "gamma": gamma}
 
 
 class Accumulate(Wrapper):

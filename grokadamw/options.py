@@ -27,7 +27,7 @@ from ._checks import (
     one_of,
     or_none,
 )
-from ._numbers import as_float, as_number, plain
+from ._numbers import Number, as_float, as_number, plain
 
 STATES = ("exp_avg", "exp_avg_sq", "grok_ema")  # m, v and μ
 FORMATS = ("float32", "bfloat16", "int8")  # in which states can be kept
@@ -157,8 +157,28 @@ def may_be_coded(defaults: Mapping[str, Any]) -> bool:
 
 
 RECORDED = ("train_loss", "eval_loss", "train_acc", "eval_acc")  # by `GrokAdamW.record`
-# the micro-batches of a cycle so far; and α, the factor of λ, λ, β1, β2, γ and the boost, as at the first of them
-CYCLE_AT_REST: dict[str, Any] = {"micro_step": 0, "cycle": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)}
+
+
+class CycleNumbers(NamedTuple):
+    """What the first micro-batch of a cycle fixes for a group, which keeps it as a plain tuple, `cycle`."""
+
+    alpha: Number = 0.0
+    amplification: float = 0.0  # the factor of λ
+    lamb: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
+    gamma: float = 0.0
+    boost: Number = 1.0
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], alpha: Number, amplification: float, boost: Number) -> CycleNumbers:
+        """Take λ, the betas and γ from a group."""
+        beta1, beta2 = map(float, group["betas"])
+        return cls(alpha, amplification, float(group["lamb"]), beta1, beta2, float(group["gamma"]), boost)
+
+
+# the micro-batches of a cycle so far, and its numbers
+CYCLE_AT_REST: dict[str, Any] = {"micro_step": 0, "cycle": tuple(CycleNumbers())}
 # The progress of a run, which groups hold beside their options; "last_norm" is N of `step_in_backward`'s last pass.
 PROGRESS = {**dict.fromkeys(RECORDED), "signal_state": None, "skipped_steps": 0, **CYCLE_AT_REST, "last_norm": 0.0}
 GROUP_KEYS = (*_IN_GROUPS, *PROGRESS, "layers")
@@ -331,7 +351,7 @@ def check_loaded(
             for name in RECORDED:
                 if group[name] is not None:
                     as_number(group[name], name)
-            cycle, count = group["cycle"], len(CYCLE_AT_REST["cycle"])
+            cycle, count = group["cycle"], len(CycleNumbers._fields)
             if not isinstance(cycle, (tuple, list)) or len(cycle) != count:
                 raise ValueError(f"cycle={cycle!r} is not a list of {count} numbers")
         except (TypeError, ValueError, RuntimeError) as error:

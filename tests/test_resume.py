@@ -453,24 +453,6 @@ def test_a_corrupt_memory_of_signals_starts_afresh() -> None:
         optimizer.load_state_dict(saved)
 
 
-def test_init_group_is_that_of_torchs_optimizers() -> None:
-    real, complex_, frozen = parameters(1)[0], nn.Parameter(torch.ones(2, dtype=torch.complex64)), parameters(1)[0]
-    optimizer = GrokAdamW([{"params": [real, complex_, frozen]}, {"params": parameters(1), "lamb": 0.0}])
-    other = optimizer.param_groups[1]["params"][0]
-    for p in (real, complex_, other):
-        p.grad = torch.ones_like(p)
-    lists: list[list[Any]] = [[] for _ in range(6)]
-    assert optimizer._init_group(optimizer.param_groups[0], *lists) is True
-    assert optimizer._init_group(optimizer.param_groups[1], *lists) is False
-    params = [real, complex_, other]
-    assert [id(p) for p in lists[0]] == [id(p) for p in params]
-    assert [id(g) for g in lists[1]] == [id(p.grad) for p in params]
-    for values, name in zip(lists[2:], ("exp_avg", "exp_avg_sq", "grok_ema", "step"), strict=True):
-        assert [id(value) for value in values] == [id(optimizer.state[p].get(name)) for p in params]
-    assert frozen not in optimizer.state
-    assert "grok_ema" not in optimizer.state[other]
-
-
 @pytest.mark.parametrize("options", [{}, {"window_size": 3}])
 def test_what_was_loaded_in_memory_is_a_copy(options: dict[str, Any]) -> None:
     """torch's optimizers share the tensors with the one whose state dict it is."""

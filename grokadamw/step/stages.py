@@ -22,7 +22,6 @@ from torch import Tensor
 from .. import backends, layers
 from .._numbers import Number, accumulator, as_float, detached, reads_are_free
 from .._warn import warn
-from ..accumulation import Cycle
 from ..backends import foreach, gpu, rows
 from ..backends.gpu_tables import Tables
 from ..backends.types import WHOLE, Batch, MicroStep, Scalars
@@ -32,6 +31,7 @@ from . import capture, metrics, norm
 from .alpha import Signals, alpha_of, amplification, boost_of, hear
 from .batches import Batches, Given, collect, forget_state, make_state
 from .cache import Cache
+from .micro_batches import Cycle
 
 _beta1s = lru_cache(maxsize=1024)(layers.decayed)
 

@@ -1,0 +1,53 @@
+"""Where a step that takes several micro-batches is, and the numbers that the first of them fixed.
+
+Source: Su Jianlin, https://kexue.fm/archives/8634.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .._numbers import Number
+from ..options import CycleNumbers
+from ..state.slots import State
+
+
+class Cycle:
+    """Where a GrokAdamW with ``accumulation_steps`` k is within a step, as its groups and its state say."""
+
+    def __init__(self, of: int, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> None:
+        self.of, self._groups, self._state = of, groups, state
+        self.nth = groups[0]["micro_step"]
+        self.is_first, self.is_last = self.nth == 0, self.nth + 1 >= of
+        params = [param for group in groups for param in group["params"]] if self.is_last else []
+        # parameters without a gradient that must still move, because they had one earlier in the cycle
+        self.missing = {p for p in params if p.grad is None and state.get(p, {}).get("micro_step")}
+
+    def numbers(
+        self, alphas: Sequence[Number], boosts: Sequence[Number], amplification: float
+    ) -> tuple[list[dict[str, Any]], list[Number], list[Number], float]:
+        """Return this cycle's numbers, fixed at its first micro-batch: groups, their α and boost, and λ's factor."""
+        if self.is_first:
+            for group, alpha, boost in zip(self._groups, alphas, boosts, strict=True):
+                group["cycle"] = tuple(CycleNumbers.of(group, alpha, amplification, boost))
+        cycles = [CycleNumbers(*group["cycle"]) for group in self._groups]
+        groups = self._groups
+        if not self.is_first:
+            groups = [
+                {**group, "lamb": fixed.lamb, "betas": (fixed.beta1, fixed.beta2), "gamma": fixed.gamma}
+                for group, fixed in zip(groups, cycles, strict=True)
+            ]
+        boosts = [fixed.boost for fixed in cycles]
+        return groups, [fixed.alpha for fixed in cycles], boosts, float(cycles[0].amplification)
+
+    def end(self, params: Iterable[Tensor]) -> bool:
+        """Count this micro-batch, in which `params` had gradients, and return True if it was the last."""
+        for param in params:
+            state = self._state[param]
+            state["micro_step"] = 0 if self.is_last else state.get("micro_step", 0) + 1
+        for group in self._groups:
+            group["micro_step"] = 0 if self.is_last else self.nth + 1
+        return bool(self.is_last)
