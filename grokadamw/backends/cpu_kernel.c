@@ -54,8 +54,7 @@ typedef struct {
     int64_t nth;                            /* of the step's micro-batches */
 } table;
 
-typedef struct job {
-    void (*work)(struct job *);    /* takes pieces until there are no more */
+typedef struct {
     const table *t;
     double *sums;                  /* of squares, one a piece; NULL for a step */
     int64_t pieces, next, done;    /* next: the piece to be taken */
@@ -805,7 +804,7 @@ static void work(job *j)
     fenv_t mine;
     fegetenv(&mine);
     fesetenv(&j->environment);
-    j->work(j);
+    do_pieces(j);
     fesetenv(&mine);
 }
 
@@ -857,7 +856,7 @@ static int64_t pieces_of(const table *t) { return t->count ? (t->ends[t->count -
 
 void NAME(step)(const table *t, int64_t threads, gomp_parallel *parallel)
 {
-    work_on((job){.work = do_pieces, .t = t, .pieces = pieces_of(t)}, threads, parallel);
+    work_on((job){.t = t, .pieces = pieces_of(t)}, threads, parallel);
     for (int64_t i = 0; t->moves && i < t->count; i++) *t->steps[i] += 1;
 }
 
@@ -865,7 +864,7 @@ void NAME(step)(const table *t, int64_t threads, gomp_parallel *parallel)
 double NAME(sum_of_squares)(const table *t, double *sums, int64_t threads, gomp_parallel *parallel)
 {
     const int64_t pieces = pieces_of(t);
-    work_on((job){.work = do_pieces, .t = t, .sums = sums, .pieces = pieces}, threads, parallel);
+    work_on((job){.t = t, .sums = sums, .pieces = pieces}, threads, parallel);
     double sum = 0;
     for (int64_t i = 0; i < pieces; i++) sum += sums[i];
     return sum;
