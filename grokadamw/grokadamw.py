@@ -374,9 +374,9 @@ class GrokAdamW(Base):
         """Return which implementation updates the parameters, and why: a line for each, ``"name: reason"``.
 
         ``gpu`` is one Triton launch for all tensors of a kind; ``cpu`` is the native kernel, one pass through memory;
-        ``blocks`` replaces it if it was not built; ``foreach`` uses torch's operations on lists of tensors;
-        ``reference`` takes one tensor at a time. A missing gradient or state is taken to look like its parameter.
-        Parameters that share memory, and everything under torch.compile or FakeTensorMode, always go to foreach.
+        ``blocks`` replaces it if it was not built; ``foreach`` uses torch's operations on lists of tensors,
+        ``reference`` on one at a time, ``decoded`` on float32 copies of fewer bits. Those three take parameters that
+        share memory, and all under torch.compile or FakeTensorMode. What is missing is taken to be like its parameter.
         """
         self._complete_groups()
         return self._run.cache.describe(Given(self.param_groups, self.state, self.defaults))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grokadamw import GrokAdamW
-from grokadamw.backends import cpu, native
+from grokadamw.backends import cpu, native, rows
 from grokadamw.checkpoints import to_float32
 from grokadamw.options import STATES
 from grokadamw.state import formats
@@ -236,6 +236,20 @@ def test_all_limit_rows_alike(name: str, limits: dict[str, float]) -> None:
             assert (a - b).norm() < 2e-3 * (a - before.detach().float()).norm()
             norm = limits.get("max_row_norm", torch.inf)
             assert (b.norm(dim=1) <= 1.001 * norm).all()
+
+
+def test_rows_are_limited_once_if_memory_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the backend that decodes, a piece at a time."""
+    calls = []
+    limit = rows.limit
+    monkeypatch.setattr(rows, "limit", lambda batch, *rest: (calls.append(batch), limit(batch, *rest)))
+    for foreach in (None, True):
+        (p,) = made(torch.float32, shapes=[(2, 70_000)])
+        p.grad = p.detach()
+        optimizer = GrokAdamW([p], max_row_change=0.01, state_dtype="int8", foreach=foreach)
+        optimizer.step()
+        assert optimizer.implementation().startswith("decoded: ")
+        assert [batch.coded for batch in calls] == [None] * (1 if foreach is None else 2)
 
 
 LIES = {

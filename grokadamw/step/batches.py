@@ -244,7 +244,7 @@ def by_lists(batch: Batch, choice: Choice = _FOREACH) -> Batch:
     if batch.choice.module in (reference, decoded):
         return batch
     if batch.coded is not None:
-        return batch._replace(choice=Choice(decoded, choice.reason), row_widths=[p.dim() > 1 for p in batch.params])
+        return batch._replace(choice=Choice(decoded, choice.reason), row_widths=None, unlimited=())  # it limits all
     limited = [i for i, width in enumerate(batch.row_widths or ()) if width]
     return batch._replace(choice=choice, row_widths=None, unlimited=sorted({*batch.unlimited, *limited}))
 
