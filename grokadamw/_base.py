@@ -47,8 +47,7 @@ class Base(Optimizer):
 
     def _say_whether_it_unscales(self) -> None:
         """Tell GradScaler that this optimizer unscales: if fused, or to learn of overflows in micro-batches."""
-        if self.defaults["fused"] or self.defaults["accumulation_steps"] > 1:
-            self._step_supports_amp_scaling = True
+        self._step_supports_amp_scaling = bool(self.defaults["fused"] or self.defaults["accumulation_steps"] > 1)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does. It may set the options that the constructor lists.

@@ -370,8 +370,8 @@ class AllRanks:
         if wrapper is None:
             return []
         if holds_whole(wrapper):
-            both = [set(dist.get_process_group_ranks(x)) for x in (shard_group, wrapper.process_group) if is_own]
-            if is_own and len(set.intersection(*both)) > 1:
+            ranks_of = dist.get_process_group_ranks
+            if is_own and len({*ranks_of(shard_group)} & {*ranks_of(wrapper.process_group)}) > 1:
                 raise ValueError(
                     f"shard_group with {type(wrapper).__name__}, whose ranks hold whole parameters: the norm of the "
                     "gradients would count them several times. Leave shard_group out"

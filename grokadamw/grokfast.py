@@ -80,8 +80,9 @@ class _Filter(Wrapper):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        saved = self.param_groups[0]["grokfast_filter"]
         for group in self.param_groups:
-            saved, group["grokfast_filter"] = group["grokfast_filter"], self._described()
+            group["grokfast_filter"] = self._described()
         if saved != self._described():
             warn(
                 f"state_dict is of a run with Grokfast's filter ({saved}), and this optimizer goes on with "

@@ -116,7 +116,6 @@ class StepInBackward:
         finally:
             if optimizer is not None and is_on:
                 optimizer._run.in_backward = None
-                del optimizer._step_supports_amp_scaling
                 optimizer._say_whether_it_unscales()
             for hook in self._hooks.values():
                 hook.remove()

@@ -124,7 +124,7 @@ GROUP_OPTIONS = [name for name, option in OPTIONS.items() if option.scope == GRO
 OF_NO_GROUP = [name for name, option in OPTIONS.items() if option.scope == RUNNING]
 NEWER = {name for name, option in OPTIONS.items() if option.since != "0.1.2"}  # than the published release
 # Groups hold no signals, but release 0.1.2 had their key there, and its users read it: the key stays, with None.
-_IN_GROUPS = [name for name, option in OPTIONS.items() if option.scope != RUNNING or name not in NEWER]
+_IN_GROUPS = [name for name, option in OPTIONS.items() if option.scope != RUNNING or name == "grokking_signal_fns"]
 _OPTIONS_IN = itemgetter(*_IN_GROUPS)
 KEPT = [name for name in _IN_GROUPS if OPTIONS[name].on_load != TAKE]  # as constructed, whatever is loaded
 
@@ -142,7 +142,7 @@ class Rules(NamedTuple):
     knows_nonfinite: bool = True  # `nonfinite` acts
 
 
-_RULES = {None: Rules(), "0.1.2": Rules(False, True, True, True, True, False, False, False)}
+_RULES = {None: Rules(), "0.1.2": Rules(*(not rule for rule in Rules()))}  # the release does the opposite in each
 
 
 def rules_of(defaults: Mapping[str, Any]) -> Rules:

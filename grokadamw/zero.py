@@ -75,18 +75,16 @@ def tell(optimizer: Any) -> None:
 def take_places(optimizer: Any) -> None:
     """Number the layers of the last group by its parameters' places in the whole group that it is a part of."""
     *earlier, group = optimizer.param_groups
-    if (zero := optimizer._run.zero()) is None or group["layer"] is not None or "param_names" in group:
+    zero = optimizer._run.zero()
+    if zero is None or len(zero.param_groups) <= len(earlier) or group["layer"] is not None or "param_names" in group:
         return
-    whole = [outer["params"] for outer in zero.param_groups[len(earlier) : len(earlier) + 1]]
-    places = {param: place for params in whole for place, param in enumerate(params)}
+    places = {param: place for place, param in enumerate(zero.param_groups[len(earlier)]["params"])}
     group["layers"] = [places.get(param, own) for param, own in zip(group["params"], group["layers"], strict=True)]
 
 
 def go_on_after_loading(optimizer: Any) -> None:
     """Do the rest of `load_state_dict` if ZeroRedundancyOptimizer has loaded a checkpoint without calling it."""
     run = optimizer._run
-    if not run.before_loading:
-        return
     own, run.before_loading = run.before_loading, []
     outer_groups = run.zero().param_groups if run.zero() is not None else []
     for group, before in zip(optimizer.param_groups, own, strict=False):

@@ -243,7 +243,7 @@ def misfits(state: Mapping[str, Any], param: Tensor, options: Mapping[str, Any])
         lies_alike = kept.stride() == own.stride() or (kept.is_contiguous() and own.is_contiguous())
         form = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.uint8: "int8"}.get(kept.dtype, "float32")
         fits = name == "param_low" or form == format_of(param, name, options)
-        if not fits or not (lies_alike or not has_no_gaps(own)):
+        if not fits or (has_no_gaps(own) and not lies_alike):
             found.append(name)
     return found
 

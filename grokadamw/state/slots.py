@@ -97,8 +97,8 @@ def prepare(
     if has_mu and options["window_size"] is not None and WINDOW[0] not in state:
         empty = window.new(param, options["window_size"], options["window_dtype"], step_device(param))
         new.update(window.named(empty, "grok_"))
-    if options["accumulation_steps"] > 1:
-        new.setdefault("micro_step", state.get("micro_step", 0))
+    if options["accumulation_steps"] > 1 and "micro_step" not in state:
+        new["micro_step"] = 0
     state.update(new)  # at the end: all of it or, if memory runs out, none
     if low is None:
         state.pop("param_low", None)

@@ -62,7 +62,7 @@ def measure(
     if scale is not None:
         unscale = 1 / as_number(scale, "grad_scale")
         norms = [None if norm is None else product(norm, unscale) for norm in norms]
-    clips = [1.0 if limit == 0 else clip_coefficient(norm, limit) for norm, limit in zip(norms, limits, strict=True)]
+    clips = [clip_coefficient(norm, limit) for norm, limit in zip(norms, limits, strict=True)]
     factors = clips if scale is None else [product(clip, unscale) for clip in clips]
     finite: bool | Tensor = True
     skipped = None
