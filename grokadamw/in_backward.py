@@ -210,7 +210,7 @@ class StepInBackward:
             one.cache = self._caches.setdefault(param, Cache())
             one.last = LastStep(run.last.signal, run.last.alphas[i : i + 1], boosts=run.last.boosts[i : i + 1])
             one.skipped, one.names = run.skipped, run.names
-            given = Given([alone], optimizer.state, optimizer.defaults, first=number)
+            given = Given([alone], optimizer.state, optimizer.defaults, first_number=number)
             if optimizer.defaults["nonfinite"] == "raise":
                 stages.check_finite(one, given)
             calls, tables = stages.prepare(one, given)

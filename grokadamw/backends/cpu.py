@@ -115,7 +115,8 @@ def _add_codes(table: Any, batch: Batch, coded: Coded) -> None:
         table.scales[i] = addresses(scales) if scales else None
     table.lows = addresses(coded.lows) if coded.lows else None
     odd = [width_of(param) if param.dim() > 1 and width_of(param) % BLOCK else 0 for param in batch.params]
-    table.firsts = struct.pack(f"{len(odd)}I", *(n % 2**32 for n in coded.firsts)) if coded.firsts else None
+    before = [blocks % 2**32 for blocks in coded.blocks_before]
+    table.firsts = struct.pack(f"{len(odd)}I", *before) if before else None
     table.widths, table.keys = memory.packed(odd), struct.pack(f"{len(odd)}I", *map(key_of, coded.numbers))
 
 

@@ -42,8 +42,8 @@ def step(batch: Batch, scalars: Scalars) -> None:
         few = max(1, size if is_cut else _PIECE // max(1, width))
         for start in range(0, max(1, size), few):
             some: list[Any] = [None if x is None else x[start : start + few] for x in kept]
-            first = batch.coded.firsts[i] if batch.coded.firsts else 0
-            dither = formats.dither(start, some[0].shape, batch.coded.numbers[i], draw, first)
+            before = batch.coded.blocks_before[i] if batch.coded.blocks_before else 0
+            dither = formats.dither(start, some[0].shape, batch.coded.numbers[i], draw, before)
             t.copy_(count)
             _step(some, t, numbers, dither, batch, param.dim() > 1)
         count.copy_(t)

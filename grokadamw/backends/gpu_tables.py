@@ -245,8 +245,8 @@ def _padded(size: int, width: int) -> int:
 def codes_of(batch: Batch, coded: Coded) -> Codes:
     """Return what the kernel must know about tensors kept in fewer bits."""
     odd = [x.dim() > 1 and width_of(x) % BLOCK > 0 for x in batch.params]
-    firsts = coded.firsts or [0] * len(odd)
-    words = [key_of(number) | first % 2**32 << 32 for number, first in zip(coded.numbers, firsts, strict=True)]
+    before = coded.blocks_before or [0] * len(odd)
+    words = [key_of(number) | blocks % 2**32 << 32 for number, blocks in zip(coded.numbers, before, strict=True)]
     return Codes(
         (
             *(column[0].dtype if column else torch.float32 for column in batch[2:5]),

@@ -46,7 +46,7 @@ class Coded(NamedTuple):
     lows: list[Tensor] | None  # the low bits of parameters
     numbers: list[int]  # the parameters' numbers in the optimizer, which random bits depend on
     rounds: bool  # whether parameters without low bits are rounded by a dither
-    firsts: Sequence[int] = ()  # blocks of each parameter that lie on ranks before this one; () for none
+    blocks_before: Sequence[int] = ()  # blocks of each parameter that lie on ranks before this one; () for none
 
 
 class Batch(NamedTuple):

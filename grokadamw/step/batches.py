@@ -35,7 +35,7 @@ class Given(NamedTuple):
     found_inf: Any = None
     capturing: bool = False  # whether a CUDA graph is being captured
     compiling: bool = False  # whether torch.compile will see what is written
-    first: int = 0  # the number that the groups' first parameter has in the optimizer
+    first_number: int = 0  # of the groups' first parameter in the optimizer
     shard_group: Any = None  # the ranks that plain parameters are divided over
 
     def sum_over_ranks(self, values: Iterable[Number]) -> Tensor:
@@ -63,7 +63,7 @@ class Owner(NamedTuple):
     group: int
     layer: int
     number: int
-    first: int = 0  # blocks of it that lie on ranks before this one
+    blocks_before: int = 0  # blocks of it that lie on ranks before this one
 
 
 class Kind(NamedTuple):
@@ -96,7 +96,7 @@ def collect(given: Given, names: Mapping[Tensor, str], missing: Collection[Tenso
 
     Raises RuntimeError for a gradient, a parameter or state that a step cannot use. `names` are those of `set_layers`.
     """
-    entries, numbers = [], count(given.first)
+    entries, numbers = [], count(given.first_number)
     for i, group in enumerate(given.groups):
         layers.check_length(group, i)
         for j, (param, layer, number) in enumerate(zip(group["params"], group["layers"], numbers, strict=False)):
@@ -175,8 +175,8 @@ def coded_of(columns: Columns, places: Sequence[int], owners: Sequence[Owner], o
     extras = [[column[i] for i in places] for column in columns.extras]
     m, v, mu, lows = (None if not column or column[0] is None else column for column in extras)
     own = [owners[i] for i in places]
-    numbers, firsts = [owner.number for owner in own], [owner.first for owner in own]
-    return Coded(m, v, mu, lows, numbers, options["rounding"] == "stochastic", firsts if any(firsts) else ())
+    numbers, before = [owner.number for owner in own], [owner.blocks_before for owner in own]
+    return Coded(m, v, mu, lows, numbers, options["rounding"] == "stochastic", before if any(before) else ())
 
 
 def assemble(
@@ -271,8 +271,8 @@ def found_anew(entries: Sequence[Entry], given: Given) -> Batches:
         row = [None if x is None else as_real(local(x, shards)) for x in tensors]
         rows.append((*row, s["step"]))
         extras.append([None if x is None else local(x, shards) for x in map(s.get, EXTRAS)])
-        first = blocks_before(entry.param, BLOCK) if may_be_coded(options) else 0
-        owners.append(Owner(entry.group, entry.layer, entry.number, first))
+        before = blocks_before(entry.param, BLOCK) if may_be_coded(options) else 0
+        owners.append(Owner(entry.group, entry.layer, entry.number, before))
         kinds.append(kind_of(rows[-1], extras[-1], groups[entry.group], entry.param.dim() > 1, shards))
         grads.setdefault(shards, []).append(row[1])  # type: ignore[arg-type]
     columns = Columns(*map(list, zip(*rows, strict=True))) if rows else Columns([], [], [], [], [], [])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate, chain, compress, islice
+from itertools import accumulate, chain, compress
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -20,7 +20,6 @@ from .._numbers import as_real, reads_are_free
 from ..backends import Batch, Choice, cpu, gpu, memory
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges, TensorSignature
-from ..backends.types import Addresses
 from ..distributed import Shards, alike, blocks_before, divisions, local, parts, shards_of
 from ..options import GROUP_OPTIONS, STATES, may_be_coded, rules_of
 from ..state.formats import BLOCK, EXTRAS, is_coded
@@ -48,13 +47,16 @@ class Cache:
 
     def batches(self, given: Given, names: Mapping[Tensor, str], missing: Collection[Tensor] = ()) -> Batches:
         """Return the batches of this step; see `collect`. Missing state is made."""
-        known, made = None if missing else self._recall(given), list[tuple[Tensor, list[str]]]()
+        made: list[tuple[Tensor, list[str]]] = []
+        known = None if missing else self._recall(given)
         if known is None:
             entries = batches.collect(given, names, missing)
             made = batches.make_state(entries, given)
             known = None if missing else self._recall(given, checked=True)
         found, plan = known or (batches.found_anew(entries, given), None)
-        found, tables = found._replace(made=made) if made else found, None
+        if made:
+            found = found._replace(made=made)
+        tables = None
         if plan is not None and plan.gpus and not given.compiling:
             tables = plan.tables(given.capturing, any(group["capturable"] for group in given.groups))
             found = found._replace(tables=tables)
@@ -67,7 +69,8 @@ class Cache:
 
     def describe(self, given: Given) -> str:
         """Return how many parameters go to which backend, and why, as far as is known before they have a state."""
-        (groups, state), found = given[:2], self._recall(given)
+        groups, state = given[:2]
+        found = self._recall(given)
         counts: Counter[Choice] = Counter()
         for batch in found[0].batches if found else ():
             counts[batch.choice] += len(batch.params)
@@ -109,8 +112,9 @@ class Cache:
         groups, options, columns, facts = given.groups, given.options, seen.columns, seen.facts
         if not _are_plain(columns, seen.written) or any(len(g["layers"]) != len(g["params"]) for g in groups):
             return None
-        every = [(first, layer) for (_, first, *_, layers) in facts.groups for layer in layers]
-        owners = [Owner(*owner, number) for number, owner in compress(enumerate(every, given.first), seen.present)]
+        every = [(i, layer) for i, layers in zip(facts.first_alike, facts.layers, strict=True) for layer in layers]
+        numbered = compress(enumerate(every, given.first_number), seen.present)
+        owners = [Owner(*owner, number) for number, owner in numbered]
         p, g, m, v, mus, _, coded = columns
         belonging, divided = zip(p, m, v, mus, *coded, g, strict=True), zip(*facts.specs, strict=True)
         for belongs, specs in zip(belonging, divided, strict=False):
@@ -118,12 +122,14 @@ class Cache:
                 return None
         shards = list(map(shards_of, seen.params))
         if may_be_coded(options):
-            firsts = [blocks_before(param, BLOCK) for param in seen.params]
-            owners = [owner._replace(first=first) for owner, first in zip(owners, firsts, strict=True)]
+            before = [blocks_before(param, BLOCK) for param in seen.params]
+            owners = [owner._replace(blocks_before=count) for owner, count in zip(owners, before, strict=True)]
         if any(mu is None and groups[o.group]["lamb"] > 0 for o, mu in zip(owners, columns.grok_emas, strict=True)):
             return None
-        signature = TensorSignature([*seen.written, *columns.grads], len(seen.written))
-        looks = _looks(columns, signature, shards, [groups[owner.group] for owner in owners])
+        tensors = [*seen.written, *columns.grads]
+        signature = TensorSignature(tensors, len(seen.written))
+        look_of = dict(zip(map(id, tensors), signature.looks(), strict=True)) | {id(None): None}
+        looks = _looks(columns, look_of, shards, [groups[owner.group] for owner in owners])
         if checked:
             if len(self._kinds) > _LOOKS:
                 self._kinds.clear()
@@ -148,8 +154,10 @@ class Cache:
 class Facts(NamedTuple):
     """The conditions under which a plan holds, besides how the tensors look."""
 
-    # for each: its number of parameters, the first with the same options, whether λ acts, foreach, fused, and layers
-    groups: list[tuple[Any, ...]]
+    sizes: list[int]  # each group's number of parameters
+    first_alike: list[int]  # for each group the first one with the same options
+    asked: list[tuple[bool, Any, Any]]  # for each group: whether λ acts, foreach, fused
+    layers: list[list[int]]  # each group's
     begun: list[bool]  # for each parameter: whether it has begun its cycle of micro-batches; empty without cycles
     specs: list[list[Any]]  # torch's specs of how DTensors are divided; empty without DTensors
 
@@ -206,19 +214,21 @@ def _seen(given: Given) -> Seen:
         written += compress(chain.from_iterable(extras), has_extras)
         has += has_extras
     begun = [bool(s.get("micro_step")) for s in states] if options["accumulation_steps"] > 1 else []
-    firsts = _first_alike(groups, options)
-    of_groups = [
-        (len(g["params"]), first, g["lamb"] > 0, g["foreach"], g["fused"], g["layers"])
-        for first, g in zip(firsts, groups, strict=True)
-    ]
-    columns = Columns(p, grads, m, v, mus, steps, extras)
-    return Seen(params, columns, written, has, dtensors, present, Facts(of_groups, begun, specs))
+    facts = Facts(
+        sizes=[len(group["params"]) for group in groups],
+        first_alike=_first_alike(groups, options),
+        asked=[(group["lamb"] > 0, group["foreach"], group["fused"]) for group in groups],
+        layers=[group["layers"] for group in groups],
+        begun=begun,
+        specs=specs,
+    )
+    return Seen(params, Columns(p, grads, m, v, mus, steps, extras), written, has, dtensors, present, facts)
 
 
-def _first_alike(groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> Sequence[int]:
+def _first_alike(groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> list[int]:
     """Return for each group the first one with the same options: their parameters share batches."""
     if len(groups) == 1 or options["accumulation_steps"] > 1 or rules_of(options).signals_for_each_group:
-        return range(len(groups))  # a cycle's numbers, and signals, are each group's own
+        return list(range(len(groups)))  # a cycle's numbers, and signals, are each group's own
     # a CUDA graph reads each group's own α and boost
     keys = [(*_OPTIONS(g), *g["betas"], g["capturable"] and i) for i, g in enumerate(groups)]
     firsts: dict[Any, int] = {}
@@ -234,18 +244,16 @@ def _are_plain(columns: Columns, written: list[Tensor]) -> bool:
 
 def _looks(
     columns: Columns,
-    signature: TensorSignature,
+    look_of: Mapping[int, Any],
     shards: Sequence[Shards | None],
     groups: Sequence[dict[str, Any]],
 ) -> list[Any]:
-    """Return for each parameter everything that decides its kind."""
-    looks, count = iter(signature.looks()), len(columns.params)
-    p, m, v = (list(islice(looks, count)) for _ in range(3))
-    mus = [None if mu is None else next(looks) for mu in columns.grok_emas]
-    asked = [(group["foreach"], group["fused"]) for group in groups]
-    steps = list(islice(looks, count))
-    extras = [[None if x is None else next(looks) for x in column] for column in columns.extras]
-    return list(zip(asked, shards, p, m, v, mus, steps, looks, *extras, strict=True))
+    """Return for each parameter everything that decides its kind; `look_of` has the look of each tensor by its id."""
+    rows = zip(*columns[:6], *columns.extras, strict=True)
+    return [
+        (group["foreach"], group["fused"], way, *[look_of[id(x)] for x in row])
+        for group, way, row in zip(groups, shards, rows, strict=True)
+    ]
 
 
 class _Plan:
@@ -263,7 +271,7 @@ class _Plan:
     ) -> None:
         self._ranges, self._signature, self._has = ranges, signature, seen.has
         # copy the layers: the group's list may be changed in place
-        self.facts = seen.facts._replace(groups=[(*fact[:-1], list(fact[-1])) for fact in seen.facts.groups])
+        self.facts = seen.facts._replace(layers=list(map(list, seen.facts.layers)))
         self._places, self._owners, self._options = [places for _, places in made], owners, options
         order = [place for _, places in made for place in places]
         self._order = None if order == list(range(len(order))) else order
@@ -304,7 +312,7 @@ class _Plan:
                 here = at[8 * start : 8 * end]
                 if order is not None:
                     here = b"".join([at[8 * i : 8 * i + 8] for i in order[start:end]])
-                addresses = Addresses(*addresses[:6], here, addresses[7])
+                addresses = addresses._replace(grads=here)
             own = slice(start, end)
             made.append(
                 Batch(p[own], g[own], m[own], v[own], mu[own] if has_mu else None, steps[own], addresses, *rest)
