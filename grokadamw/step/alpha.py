@@ -97,10 +97,7 @@ class Signals:
     """
 
     def __init__(
-        self,
-        functions: Signal | Iterable[Signal] | None = None,
-        combine: Combine = "mean",
-        counted: bool = True,
+        self, functions: Signal | Iterable[Signal] | None = None, combine: Combine = "mean", counted: bool = True
     ) -> None:
         self.are_given = functions is not None
         if functions is None:
@@ -330,9 +327,8 @@ _COMBINED: dict[str, Callable[[Sequence[Any]], Any]] = {
 
 def _combined_on_device(combine: str, values: list[Number], like: Tensor) -> Tensor:
     """Combine values without reading them back. Values that are not finite are left out; 0 if none is finite."""
-    stacked = torch.stack(
-        [value.to(like) if isinstance(value, Tensor) else torch.full_like(like, value) for value in values]
-    )
+    moved = [value.to(like) if isinstance(value, Tensor) else torch.full_like(like, value) for value in values]
+    stacked = torch.stack(moved)
     usable = torch.isfinite(stacked)
     if combine == "mean":
         return torch.where(usable, stacked, 0).sum() / usable.sum().clamp(min=1)

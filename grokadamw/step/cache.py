@@ -30,6 +30,7 @@ from .batches import Batches, Columns, Given, Kind, Owner
 SETS = 8  # how many sets of parameters with a gradient have a plan
 _LOOKS = 1 << 12  # how many looks of parameters have their kind kept
 _EXP_AVG, _EXP_AVG_SQ, _STEP = itemgetter("exp_avg"), itemgetter("exp_avg_sq"), itemgetter("step")
+_PARAMS, _LAYERS = itemgetter("params"), itemgetter("layers")
 _OPTIONS = itemgetter(*[name for name in GROUP_OPTIONS if name not in ("betas", "layer")])
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
@@ -215,10 +216,10 @@ def _seen(given: Given) -> Seen:
         has += has_extras
     begun = [bool(s.get("micro_step")) for s in states] if options["accumulation_steps"] > 1 else []
     facts = Facts(
-        sizes=[len(group["params"]) for group in groups],
+        sizes=list(map(len, map(_PARAMS, groups))),
         first_alike=_first_alike(groups, options),
         asked=[(group["lamb"] > 0, group["foreach"], group["fused"]) for group in groups],
-        layers=[group["layers"] for group in groups],
+        layers=list(map(_LAYERS, groups)),
         begun=begun,
         specs=specs,
     )
