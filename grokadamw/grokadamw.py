@@ -204,15 +204,21 @@ class GrokAdamW(Base):
     @classmethod
     @with_model
     def for_grokking(
-        cls, model: nn.Module, lr: float | Tensor | None = None, weight_decay: float | None = None, **options: Any
+        cls,
+        model: nn.Module,
+        lr: float | Tensor | None = None,
+        weight_decay: float | None = None,
+        *,
+        norms: bool | None = None,
+        **options: Any,
     ) -> GrokAdamW:
         """Make an optimizer with the settings that worked best on small models that memorise before they generalise.
 
         They are lr 3e-3, weight decay 1.4, α 0.9, γ 0.6 and betas (0.9, 0.98), and no row of a weight moves by more
         than 0.035 of its length in a step (``max_row_change``). Steps are up to five times as long while a model has
         memorised and evaluation lags (``signal_boost`` 4, of ``grokadamw.signals.memorisation``): for that, call
-        ``record(train_loss=…, eval_loss=…)`` with both every few steps. For models without norm layers they are lr
-        2e-3, weight decay 0.5 and ``signal_boost`` 5, and the filter, γ and the limit are off. Evidence:
+        ``record(train_loss=…, eval_loss=…)`` with both every few steps. For models without norms they are lr 2e-3,
+        weight decay 0.5 and ``signal_boost`` 5, and the filter, γ and the limit are off. Evidence:
         benchmarks/results/GROKKING_REPORT.md.
 
         Args:
@@ -221,18 +227,20 @@ class GrokAdamW(Base):
                 and a group for each embedding. An embedding whose rows are longer than 1 on average gets ``lr`` times
                 that length, and ``weight_decay`` divided by it, so that its rows turn as quickly as those of weights,
                 and shrink as slowly. torch's embeddings begin with a length of √width. Embeddings are
-                ``nn.Embedding`` and ``nn.EmbeddingBag``. Norm layers are torch's, and those of classes with the word
-                "Norm" in their name. In a model without norm layers vectors count as weights. A mostly frozen model,
+                ``nn.Embedding`` and ``nn.EmbeddingBag``. Norm layers are torch's, and modules with vectors and the word
+                "norm" in their class's name. In a model without norms vectors count as weights. A mostly frozen model,
                 as with PEFT, gets a warning: the preset is for training from scratch.
+            norms: whether the model normalises its activations. None looks for norm layers, and for calls of
+                ``torch.nn.functional``'s norms in the code of its modules. Say so if it has other arithmetic.
             lr, weight_decay, options: as for the constructor; they replace the preset's. If lr is a tensor, each group
                 has a copy of its own: write to ``param_groups``. A scheduler that sets one lr for all groups, as
                 ``OneCycleLR`` does, slows the embeddings down: give it a list, one lr per group.
 
         Raises:
-            TypeError, ValueError: model is no module, all of it is frozen, an embedding is on the meta device, or a
-                number is not allowed by the constructor.
+            TypeError, ValueError: model is no module, or TorchScript, or all of it is frozen; a parameter has no shape,
+                or an embedding no finite numbers yet; or an argument is not allowed.
         """
-        groups, preset = grokking_groups(model, lr, weight_decay)
+        groups, preset = grokking_groups(model, lr, weight_decay, norms)
         if options.get("grokking_signal_fns") is None and options.get("grokking_signal_fn") is None:
             options["grokking_signal_fns"] = memorisation
         optimizer = cls(groups, **preset | options)

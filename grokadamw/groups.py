@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -14,12 +14,12 @@ from ._numbers import as_float
 from ._warn import warn
 from .distributed import whole
 from .layers import layers_in
+from .norms import NORMS, has_norms, is_norm
 
 __all__ = ["decay_groups"]
 
 Named: TypeAlias = list[tuple[str, nn.Parameter]]
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 # the preset for models with norm layers, and for those without, where the lengths of rows matter
 _WITH_NORMS = {"lr": 3e-3, "weight_decay": 1.4, "gamma": 0.6, "max_row_change": 0.035, "signal_boost": 4.0}
@@ -51,7 +51,7 @@ def decay_groups(
     Raises:
         TypeError, ValueError: an argument is not as described above.
     """
-    check_model(model)
+    _check_modules(model)
     check_number("weight_decay", weight_decay)
     if no_decay is not None and not callable(no_decay):
         raise TypeError(
@@ -60,7 +60,7 @@ def decay_groups(
         )
     named = trained(model)
     if no_decay is None:
-        exempt = of_modules(model, lambda module: isinstance(module, (*_EMBEDDINGS, *_NORMS)))
+        exempt = of_modules(model, lambda module: isinstance(module, (*_EMBEDDINGS, *NORMS)))
         flat = is_flat(model)
 
         def no_decay(name: str, param: Tensor) -> bool:
@@ -78,23 +78,26 @@ def decay_groups(
 
 
 def grokking_groups(
-    model: nn.Module, lr: float | Tensor | None, weight_decay: float | None
+    model: nn.Module, lr: float | Tensor | None, weight_decay: float | None, norms: bool | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the parameter groups of `GrokAdamW.for_grokking`, and its other options.
 
     The groups are: weights; the parameters of norm layers, which decay a third as fast; other vectors, which do not
     decay; and a group for each embedding. If the mean length of an embedding's rows is above 1, its lr is multiplied by
-    that length and its weight decay divided by it. In a model without norm layers vectors count as weights. The modules
-    alone decide which groups there are: a model with loaded weights has the groups of their source.
+    that length and its weight decay divided by it. In a model without norms vectors count as weights. `norms` says
+    whether it has some; None looks. The modules alone decide which groups there are: a model with loaded weights has
+    the groups of their source.
     """
-    check_model(model)
+    _check_modules(model)
+    if norms is not None and not isinstance(norms, bool):
+        raise TypeError(f"norms={norms!r} is neither True, False nor None")
     _check_frozen(model)
     if any(type(module).__name__ == "FullyShardedDataParallel" and is_flat(module) for module in model.modules()):
         raise ValueError(
             "model: FSDP1 has made vectors of its weights, and the preset's groups and limits need their shapes: use "
             "FSDP2 (torch.distributed.fsdp.fully_shard), or GrokAdamW(...) with groups of your own"
         )
-    normed = has_norms(model)
+    normed = has_norms(model) if norms is None else norms
     preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, **(_WITH_NORMS if normed else _WITHOUT_NORMS)}
     lr = preset["lr"] if lr is None else lr
     decay = preset["weight_decay"] if weight_decay is None else weight_decay
@@ -103,20 +106,19 @@ def grokking_groups(
     check_number("weight_decay", decay)
     preset |= {"lr": lr, "weight_decay": decay}
     embeddings = of_modules(model, lambda module: isinstance(module, _EMBEDDINGS))
-    lengths = {param: max(_mean_row_length(param), 1.0) for param in embeddings if param.dim() > 1}
     of_norms, all_are_weights = of_modules(model, is_norm), is_flat(model) or not normed
-    weights, norms, vectors = list[Any](), list[Any](), list[Any]()
+    weights, gains, vectors = list[Any](), list[Any](), list[Any]()
     groups: list[dict[str, Any]] = [
         {"params": weights, "lr": lr, "weight_decay": decay},
-        {"params": norms, "lr": lr, "weight_decay": decay / 3},
+        {"params": gains, "lr": lr, "weight_decay": decay / 3},
         {"params": vectors, "lr": lr, "weight_decay": 0.0},
     ]
     for name, param in trained(model):
-        length = lengths.get(param)
-        if length is not None:
+        if param in embeddings and param.dim() > 1:
+            length = max(_mean_row_length(name, param), 1.0)
             groups.append({"params": [(name, param)], "lr": lr * length, "weight_decay": decay / length})
         elif param in of_norms and not all_are_weights:
-            norms.append((name, param))
+            gains.append((name, param))
         else:
             (weights if param.dim() > 1 or all_are_weights else vectors).append((name, param))
     groups = [group for group in groups if group["params"]]
@@ -126,15 +128,15 @@ def grokking_groups(
 
 
 @torch.no_grad()
-def _mean_row_length(weight: Tensor) -> float:
+def _mean_row_length(name: str, weight: Tensor) -> float:
     """Return the mean 2-norm of an embedding's rows; 0 if it has none."""
     if weight.numel() == 0:
         return 0.0
-    if weight.is_meta:
-        raise ValueError(
-            "model: an embedding is on the meta device, and has no length yet: give the model its weights first"
-        )
-    return as_float(whole(weight.float().norm(dim=1).mean()))
+    length = math.nan if weight.is_meta else as_float(whole(weight.float().norm(dim=1).mean()))
+    if not math.isfinite(length):
+        what = "is on the meta device" if weight.is_meta else "holds numbers that are not finite"
+        raise ValueError(f"model: the embedding {name} {what}, and has no length: give the model its weights first")
+    return length
 
 
 def _check_frozen(model: nn.Module) -> None:
@@ -158,19 +160,17 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model is a {type(model).__name__}, and not a torch.nn.Module: give the model itself")
 
 
-def has_norms(model: nn.Module) -> bool:
-    """Return True if the model has a norm layer."""
-    return any(map(is_norm, model.modules()))
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Return True for torch's norm layers, and for modules with the word Norm in their class name, as LlamaRMSNorm.
-
-    A module with submodules, such as a PreNormBlock, is not a norm layer: one of its submodules is.
-    """
-    if isinstance(module, _NORMS):
-        return True
-    return re.search("Norm(?![a-z])", type(module).__name__) is not None and not any(module.children())
+def _check_modules(model: Any) -> None:
+    """Raise TypeError or ValueError for a model whose modules do not show what its parameters are."""
+    check_model(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model is TorchScript, which does not show its embeddings and norm layers: give the model that it was made "
+            "from, whose parameters it shares"
+        )
+    for name, param in model.named_parameters():
+        if isinstance(param, nn.parameter.UninitializedParameter):
+            raise ValueError(f"model: {name} has no shape yet: run the model once, and then make the optimizer")
 
 
 def is_flat(model: nn.Module) -> bool:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ._checks import check_count
 
-# what wrappers add to parameter names: DDP and DataParallel, torch.compile, FSDP1, activation checkpointing
-_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# what wrappers add to parameter names: torch.compile, FSDP1 and activation checkpointing; and, in front, DDP
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_IN_FRONT = "module"
 
 
 class Layer(NamedTuple):
@@ -30,16 +31,20 @@ class Layer(NamedTuple):
 
 def unwrapped(name: str) -> str:
     """Return a parameter's name without the parts that wrappers add: "module.layers.3.weight" → "layers.3.weight"."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] == _IN_FRONT:
+        del parts[0]
+    return ".".join(parts)
 
 
 def layer_path(name: str) -> str:
     """Return the module path that names a parameter's layer.
 
     It goes up to and including the first all-digit component ("layers.3.attn.q.weight" → "layers.3"), else it is the
-    whole module path ("head.weight" → "head"; "scale" → "").
+    whole module path ("head.weight" → "head"; "scale" → ""). A parametrized weight is in its module's layer.
     """
-    *path, _ = unwrapped(name).split(".")
+    parts = unwrapped(name).split(".")
+    path = parts[: parts.index("parametrizations")] if "parametrizations" in parts else parts[:-1]
     for i, part in enumerate(path):
         if part.isdigit():
             return ".".join(path[: i + 1])

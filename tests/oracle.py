@@ -22,8 +22,8 @@ def layer_numbers(names: list[list[str]]) -> list[list[int]]:
 
 
 def _layer_path(name: str) -> str:
-    name = re.sub(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name)
-    module = name.rpartition(".")[0]
+    name = re.sub(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name)
+    module = re.sub(r"^(module\.)+", "", name).rpartition(".")[0]
     numbered = re.match(r"((?:[^.]*\.)*?\d+)(?:\.|$)", module)
     return numbered.group(1) if numbered else module
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.functional import layer_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from grokadamw import GrokAdamW
+from grokadamw import GrokAdamW, decay_groups
 from grokadamw.signals import AccuracyGap
 
 from .models import network, set_gradients
@@ -95,35 +100,125 @@ def test_a_run_resumes_whose_embedding_has_become_short() -> None:
     assert resumed.param_groups[3]["lr"] == optimizer.param_groups[3]["lr"] > 3e-3
 
 
-def test_an_embedding_without_numbers_is_refused() -> None:
+def test_what_does_not_show_its_parameters_is_refused() -> None:
     with torch.device("meta"):
         model = nn.Embedding(5, 16)
-    with pytest.raises(ValueError, match="on the meta device.*give the model its weights first"):
+    with pytest.raises(
+        ValueError, match="the embedding weight is on the meta device.*give the model its weights first"
+    ):
         GrokAdamW.for_grokking(model)
+    model = nn.Sequential(nn.Embedding(5, 16), nn.LayerNorm(16))
+    with torch.no_grad():
+        model[0].weight[0] = math.inf
+    with pytest.raises(ValueError, match="the embedding 0.weight holds numbers that are not finite"):
+        GrokAdamW.for_grokking(model)
+    GrokAdamW.for_grokking(nn.Sequential(model[0].requires_grad_(False), nn.Linear(16, 16)))  # takes no frozen one
+    for make in (GrokAdamW.for_grokking, decay_groups):
+        with pytest.raises(TypeError, match="model is TorchScript.*give the model that it was made from"):
+            make(torch.jit.script(nn.Linear(2, 2)))
+        with pytest.raises(ValueError, match="weight has no shape yet: run the model once"):
+            make(nn.LazyLinear(2))
+    with pytest.raises(TypeError, match="norms='yes' is neither True, False nor None"):
+        GrokAdamW.for_grokking(nn.Linear(2, 2), norms="yes")
 
 
-def test_without_norm_layers_the_preset_is_adamw() -> None:
-    class MyRMSNorm(nn.Module):
-        pass
+class Vector(nn.Module):
+    def __init__(self, shape: tuple[int, ...] = (4,)) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(shape))
 
-    for norm in (nn.LayerNorm(4), nn.BatchNorm1d(4), MyRMSNorm()):
-        for group in GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), norm)).param_groups:
-            assert (group["lamb"], group["gamma"], group["max_row_change"]) == (2, 0.6, 0.035)
 
-    class Normal(nn.Module):
-        pass
+def called(name: str, base: type[nn.Module], *arguments: Any) -> nn.Module:
+    """A module of a class with this name."""
+    made: nn.Module = type(name, (base,), {})(*arguments)
+    return made
 
-    class PreNormBlock(nn.Sequential):
-        pass
 
-    (group,) = GrokAdamW.for_grokking(PreNormBlock(nn.Identity(), nn.Linear(4, 4))).param_groups
-    assert group["lamb"] == 0
-    assert len(GrokAdamW.for_grokking(PreNormBlock(MyRMSNorm(), nn.Linear(4, 4))).param_groups) == 2
+def rms(x: Tensor) -> Tensor:
+    return functional.rms_norm(x, (4,))
 
-    for other in (nn.ReLU(), Normal()):
-        (group,) = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), other)).param_groups
-        assert (group["lamb"], group["gamma"], group["max_row_change"], group["weight_decay"]) == (0, 0, 0, 0.5)
-        assert (group["lr"], group["signal_boost"]) == (pytest.approx(2e-3), 5)
+
+class ByFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rms = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms(x)
+
+
+class ByMethod(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normed(x)
+
+    @staticmethod
+    def normed(x: Tensor) -> Tensor:
+        return (lambda y: layer_norm(y, (4,)))(x)
+
+
+class ByName(nn.Module):
+    def layer_norm(self, x: Tensor) -> Tensor:
+        return x - x.mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer_norm(x)
+
+
+class Without(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_norm, self.batch_norm = nn.Identity(), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.normalize(self.layer_norm(x)) if self.batch_norm else x
+
+
+@pytest.mark.parametrize(
+    ("other", "kind"),
+    [
+        *[(layer, "layer") for layer in (nn.LayerNorm(4), nn.BatchNorm1d(4), nn.GroupNorm(2, 4), nn.RMSNorm(4))],
+        *[
+            (called(name, Vector), "layer")
+            for name in ("LlamaRMSNorm", "RMSnorm", "Layernorm", "LayerNormalization", "layer_norm", "LN", "ScaleNorm")
+        ],
+        (called("FilterResponseNorm2d", Vector, (1, 4, 1, 1)), "layer"),
+        *[(layer, "inside") for layer in (nn.LayerNorm(4, elementwise_affine=False), called("MyRMSNorm", nn.Module))],
+        *[
+            (layer, "inside")
+            for layer in (ByFunction(), ByMethod(), ByName(), called("LayerNormLinear", nn.Linear, 4, 4))
+        ],
+        *[(called(name, Vector), "none") for name in ("NoNorm", "Normal", "NormFreeGain", "Vector")],
+        *[(called(name, nn.Module), "none") for name in ("L2Norm", "RunningNorm", "WithoutBatchNorm")],
+        (called("NormLinear", nn.Linear, 4, 4), "none"),
+        (called("PreNormBlock", nn.Sequential, nn.Linear(4, 4)), "none"),
+        *[(parametrize(nn.Linear(4, 4)), "none") for parametrize in (weight_norm, spectral_norm)],
+        *[(layer, "none") for layer in (nn.ReLU(), Without(), nn.Embedding(4, 4, max_norm=1.0))],
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else value,
+)
+def test_norms_are_found_by_class_and_by_call(other: nn.Module, kind: str) -> None:
+    optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), other))
+    groups = {name: group for group in optimizer.param_groups for name in group["param_names"]}
+    for group in groups.values():
+        numbers = (2, 0.6, 0.035) if kind != "none" else (0, 0, 0)
+        assert (group["lamb"], group["gamma"], group["max_row_change"]) == numbers
+    decays = {name: group["weight_decay"] for name, group in groups.items()}
+    for name, _ in other.named_parameters("1"):
+        if kind == "layer":
+            assert decays[name] == pytest.approx(1.4 / 3)
+    assert decays["0.weight"] == (0.5 if kind == "none" else 1.4)
+    assert decays["0.bias"] == (0.5 if kind == "none" else 0)
+
+
+def test_who_knows_better_says_whether_there_are_norms() -> None:
+    for norms, gamma in ((True, 0.6), (False, 0.0)):
+        for model in (nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))):
+            assert {g["gamma"] for g in GrokAdamW.for_grokking(model, norms=norms).param_groups} == {gamma}
+
+
+def test_without_norms_the_preset_is_adamw() -> None:
+    (group,) = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), nn.ReLU())).param_groups
+    assert (group["lr"], group["weight_decay"], group["signal_boost"]) == (2e-3, 0.5, 5)
     given = GrokAdamW.for_grokking(nn.Linear(4, 4), lamb=1.0, gamma=0.5, max_row_change=0.5).param_groups[0]
     assert (given["lamb"], given["gamma"], given["max_row_change"]) == (1, 0.5, 0.5)
 

@@ -207,7 +207,7 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
     if len(saved) != len(groups):
         raise ValueError(
             f"state_dict has a different number of parameter groups: {len(saved)}, and the optimizer {len(groups)}; "
-            "construct it with the groups that were saved"
+            "construct it with the groups that were saved; for_grokking's are its own, and start with fresh moments"
         )
     saved = [_as_listed(group) for group in saved]
     state_dict = {**state_dict, "param_groups": saved}
@@ -216,6 +216,12 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
         return state_dict
     flat_saved, flat_own = list(chain.from_iterable(saved_names)), list(chain.from_iterable(own_names))
     twice = len(flat_saved) > len(set(flat_saved)) or len(flat_own) > len(set(flat_own))
+    if twice and saved_names != own_names and sorted(flat_saved) == sorted(flat_own):
+        name = next(name for name in flat_own if flat_own.count(name) > 1)
+        raise ValueError(
+            f"state_dict and the optimizer name the same parameters in another order, and several {name!r}: nothing "
+            "says which state is whose. Give the optimizer its parameters in the order that was saved"
+        )
     if saved_names == own_names or twice:
         return state_dict
     by_names = {frozenset(names): group for names, group in zip(saved_names, saved, strict=True)}

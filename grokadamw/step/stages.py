@@ -198,7 +198,11 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     is_idle = not found.params and given.shard_group is None and any(group["params"] for group in groups)
     if is_idle and not run.idle:
         run.idle = True
-        warn("a step found no gradient, and changed nothing: call loss.backward() before optimizer.step()", UserWarning)
+        warn(
+            "a step found no gradient, and changed nothing: call loss.backward() before optimizer.step(). If you did, the "
+            "model has other parameters than the optimizer by now: make the optimizer anew",
+            UserWarning,
+        )
 
     limits = [float(cycle_groups[batch.group]["gradient_clipping"]) for batch in found.batches]
     are_divided = given.shard_group is not None or any(map(itemgetter(0), found.grads))
