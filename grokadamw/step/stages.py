@@ -199,8 +199,8 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     if is_idle and not run.idle:
         run.idle = True
         warn(
-            "a step found no gradient, and changed nothing: call loss.backward() before optimizer.step(). If you did, the "
-            "model has other parameters than the optimizer by now: make the optimizer anew",
+            "a step found no gradient, and changed nothing: call loss.backward() before optimizer.step(). If you did, "
+            "the model has other parameters than the optimizer by now: make the optimizer anew",
             UserWarning,
         )
 
