@@ -212,18 +212,17 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
     saved = [_as_listed(group) for group in saved]
     state_dict = {**state_dict, "param_groups": saved}
     saved_names, own_names = _named(saved), _named(groups)
-    if saved_names is None or own_names is None:
+    if saved_names is None or own_names is None or saved_names == own_names:
         return state_dict
     flat_saved, flat_own = list(chain.from_iterable(saved_names)), list(chain.from_iterable(own_names))
     twice = len(flat_saved) > len(set(flat_saved)) or len(flat_own) > len(set(flat_own))
-    if twice and saved_names != own_names and sorted(flat_saved) == sorted(flat_own):
-        name = next(name for name in flat_own if flat_own.count(name) > 1)
+    if twice:
+        if sorted(flat_saved) != sorted(flat_own):
+            return state_dict
         raise ValueError(
-            f"state_dict and the optimizer name the same parameters in another order, and several {name!r}: nothing "
-            "says which state is whose. Give the optimizer its parameters in the order that was saved"
+            f"state_dict and the optimizer both name {max(flat_own, key=flat_own.count)!r} twice, and others in another "
+            "order: nothing says which state is whose. Give the optimizer its parameters in the order that was saved"
         )
-    if saved_names == own_names or twice:
-        return state_dict
     by_names = {frozenset(names): group for names, group in zip(saved_names, saved, strict=True)}
     if all(frozenset(names) in by_names for names in own_names):
         found = [by_names[frozenset(names)] for names in own_names]
