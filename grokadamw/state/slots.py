@@ -220,8 +220,8 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
         if sorted(flat_saved) != sorted(flat_own):
             return state_dict
         raise ValueError(
-            f"state_dict and the optimizer both name {max(flat_own, key=flat_own.count)!r} twice, and others in another "
-            "order: nothing says which state is whose. Give the optimizer its parameters in the order that was saved"
+            f"state_dict and the optimizer both name {max(flat_own, key=flat_own.count)!r} twice, and others in "
+            "another order: nothing says which state is whose. Give the optimizer its parameters in the saved order"
         )
     by_names = {frozenset(names): group for names, group in zip(saved_names, saved, strict=True)}
     if all(frozenset(names) in by_names for names in own_names):
