@@ -14,7 +14,7 @@ from ._numbers import as_float
 from ._warn import warn
 from .distributed import whole
 from .layers import layers_in
-from .norms import NORMS, has_norms, is_norm
+from .norms import has_norms, is_norm
 
 __all__ = ["decay_groups"]
 
@@ -41,8 +41,8 @@ def decay_groups(
         model: its parameters that require gradients are taken, shared ones once.
         weight_decay: wd ≥ 0 of the first group.
         no_decay: a function of name and parameter that returns True for a parameter that does not decay, as in
-            ``lambda name, param: param.dim() < 2``. None: those with less than two dimensions, and those of torch's
-            norms and embeddings. If none has two dimensions, as in a model that FSDP1 flattened, all decay.
+            ``lambda name, param: param.dim() < 2``. None: those with less than two dimensions, and those of norm
+            layers and embeddings. If none has two dimensions, as in a model that FSDP1 flattened, all decay.
 
     Returns:
         ``[{"params": [(name, parameter), …], "layers": [l, …], "weight_decay": …}, …]``, for GrokAdamW, and for torch's
@@ -60,7 +60,7 @@ def decay_groups(
         )
     named = trained(model)
     if no_decay is None:
-        exempt = of_modules(model, lambda module: isinstance(module, (*_EMBEDDINGS, *NORMS)))
+        exempt = of_modules(model, lambda module: isinstance(module, _EMBEDDINGS) or is_norm(module))
         flat = is_flat(model)
 
         def no_decay(name: str, param: Tensor) -> bool:

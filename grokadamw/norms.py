@@ -13,7 +13,7 @@ from types import CodeType, FunctionType
 
 from torch import Tensor, nn
 
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 # names of classes: the word Norm, but not Normal, NoNorm or NormFree; and kinds of norms that normalise activations
 _NAME = re.compile(r"(?<!no)norm(?!al(?!i[sz])|_?free)|^ln$", re.IGNORECASE)
 _KIND = re.compile(r"(?<!no)(?<!without)(layer|rms|batch|group|instance)_?norm(?!_?free)", re.IGNORECASE)
@@ -25,7 +25,7 @@ def is_norm(module: nn.Module) -> bool:
 
     A module with matrices, or with submodules that have parameters, such as a PreNormBlock, is more than a norm layer.
     """
-    if isinstance(module, NORMS):
+    if isinstance(module, _NORMS):
         return True
     own = list(module.parameters(recurse=False))
     is_small = bool(own) and all(map(_is_vector, own)) and len(own) == len(list(module.parameters()))

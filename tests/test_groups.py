@@ -43,6 +43,16 @@ def test_biases_norms_and_embeddings_do_not_decay() -> None:
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
 
 
+class ScaleNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1, 4, 1, 1))
+
+
+def test_nor_do_norms_of_other_classes() -> None:
+    assert names(decay_groups(nn.Sequential(nn.Linear(4, 4), ScaleNorm()))) == [["0.weight"], ["0.bias", "1.gain"]]
+
+
 def test_layers_are_in_the_models_order() -> None:
     model = Model()
     optimizer = GrokAdamW(decay_groups(model))
