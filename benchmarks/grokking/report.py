@@ -113,7 +113,7 @@ def both_of_pairs(rows: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:
     """Return for each architecture × task the rows of a tuned AdamW, if there are any, and of the untuned preset."""
     return {
         pair: (
-            select(rows, evidence.pair_finals(pair, "adamw", rows)),
+            evidence.pair_reported(pair, "adamw", rows),
             select(rows, evidence.pair_untuned(pair, evidence.PRESET)),
         )
         for pair in evidence.PAIRS
@@ -170,7 +170,7 @@ def summary(rows: list[Row]) -> str:
     """Return the preset's medians over a tuned AdamW's, and failures, for models and tasks whose runs are all done."""
     home = select(rows, evidence.finals("adamw", rows)), select(rows, evidence.untuned(evidence.PRESET))
     tasks_at_home = [[[row for row in found if row.task == task] for found in home] for task in evidence.LEARNT]
-    sets = [("Grokfast's model, tasks mod 97", evidence.SEEDS, [(adamw, preset) for adamw, preset in tasks_at_home])]
+    sets = [("two-block model, tasks mod 97", evidence.SEEDS, [(adamw, preset) for adamw, preset in tasks_at_home])]
     for problem in PROBLEMS:
         of_problem = [both for pair, both in both_of_pairs(rows).items() if pair.startswith(f"{problem}/")]
         sets.append((f"other transformers, {problem}", evidence.PAIR_SEEDS, of_problem))
@@ -182,6 +182,9 @@ def summary(rows: list[Row]) -> str:
             lines.append([f"{name}: {len(done)} of {len(asked)}", *_in_short(done)])
     if everything:
         lines.append(["all", *_in_short(everything)])
+        unseen = [both for pair, both in both_of_pairs(rows).items() if pair in evidence.UNSEEN and all(both)]
+        if unseen:
+            lines.append(["of these, pairs on which no setting was chosen", *_in_short(unseen)])
     return markdown(["", "best", "median", "worst", "geometric mean", "failed: preset", "failed: AdamW"], lines)
 
 

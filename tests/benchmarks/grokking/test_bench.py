@@ -428,6 +428,15 @@ def test_architectures_are_tuned_by_a_race() -> None:
     assert {(run.lr, run.weight_decay) for run in finals} == {(3e-3, 0.3)}
     assert [run.seed for run in finals] == [100, 101, 102, 103, 104]
     rows += done(semifinals)
+    assert evidence.pair_seconds(pair, "adamw", rows) == []
+    for failed, count in ((1, 0), (2, 5)):
+        reported = [replace(row, sustained=None if row.seed < 100 + failed else 500) for row in done(finals)]
+        second = evidence.pair_seconds(pair, "adamw", rows + reported)
+        assert [(run.lr, run.weight_decay, run.budget) for run in second] == [(3e-3, 1.0, 3000)] * count
+        assert evidence.pair_reported(pair, "adamw", rows + reported) == reported
+    assert evidence.pair_reported(pair, "adamw", rows + reported + done(second)) == done(second)  # 600 at each seed
+    worse = [replace(row, sustained=None) for row in done(second)]
+    assert evidence.pair_reported(pair, "adamw", rows + reported + worse) == reported
     beyond = evidence.pair_beyond(pair, "adamw", rows)  # the best cell has the grid's lowest weight decay
     assert [(run.lr, run.weight_decay) for run in beyond] == [(1e-3, 0.1), (3e-3, 0.1), (1e-2, 0.1)]
     assert {(run.seed, run.budget) for run in beyond} == {(0, 750)}
