@@ -317,8 +317,8 @@ def data(names: Iterable[str], rows: list[Row]) -> str:
 
 def effort(rows: list[Row]) -> str:
     hours = sum(row.minutes for row in rows) / 60
-    commits = ", ".join(dict.fromkeys(row.commit for row in rows))
-    return f"{len(rows):,} runs, {hours:.1f} core-hours, at commit {commits}.\n"
+    commits = len({row.commit for row in rows})
+    return f"{len(rows):,} runs, {hours:.1f} core-hours, at {commits} commits, which `grokking.csv` names.\n"
 
 
 TABLES: dict[str, Table] = {
