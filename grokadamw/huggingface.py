@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -50,14 +51,19 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
     ```
 
     Args:
-        arguments: the Trainer's. Their learning rate and weight decay go to ``GrokAdamW.for_grokking``. Their schedule
-            multiplies the learning rate of every group.
+        arguments: those of the Trainer, the same object. Their learning rate and weight decay go to
+            ``GrokAdamW.for_grokking`` when the Trainer makes the optimizer, so ``hyperparameter_search`` can search
+            them. Their schedule multiplies the learning rate of every group.
         options: further arguments of ``GrokAdamW.for_grokking``.
 
     Raises:
+        TypeError: arguments are not TrainingArguments.
         ValueError: learning rate or weight decay are the Trainer's defaults, which are for fine-tuning; or they are
             among the options.
     """
+    if not isinstance(arguments, TrainingArguments):
+        what = f"the class {arguments.__name__}" if isinstance(arguments, type) else f"a {type(arguments).__name__}"
+        raise TypeError(f"arguments is {what}: give for_grokking the TrainingArguments that the Trainer gets")
     trainers.check_theirs(options)
     for name in ("learning_rate", "weight_decay"):
         if not _is_given(arguments, name):
@@ -66,7 +72,7 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
                 "TrainingArguments(learning_rate=3e-3, weight_decay=1.4), which the preset was tested with "
                 "(2e-3 and 0.5 if the model has no norms)"
             )
-    return _preset, {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay, **options}
+    return functools.partial(_preset, arguments), options
 
 
 def _is_given(arguments: TrainingArguments, name: str) -> bool:
@@ -112,14 +118,14 @@ def _unused(arguments: TrainingArguments, optimizer: GrokAdamW) -> Iterator[str]
             yield f"{name}={given:g} does not reach the optimizer, which has {max(numbers):g}: {way_out}"
 
 
-def _preset(*groups: Any, **options: Any) -> Callable[..., GrokAdamW]:
+def _preset(arguments: TrainingArguments, *groups: Any, **options: Any) -> Callable[..., GrokAdamW]:
     """Return the function that makes the preset: the Trainer calls a factory, unlike a class, without arguments."""
     if groups:
         raise TypeError(
             "this release of transformers makes optimizers without the model: give "
             "Trainer(optimizers=(GrokAdamW.for_grokking(model, lr=…, weight_decay=…), None))"
         )
-    return GrokAdamW.for_grokking
+    return functools.partial(GrokAdamW.for_grokking, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
 
 
 class GrokAdamWCallback(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,27 @@ def test_the_preset_has_the_trainers_learning_rate_weight_decay_and_schedule(tmp
     assert len(lrs) == 4
     for i, now in enumerate(lrs):  # the schedule multiplies
         assert now == pytest.approx([group["lr"] * (1 - i / 4) for group in expected.param_groups])
+
+
+def test_the_preset_has_the_numbers_of_the_time_when_it_is_made(tmp_path: Path) -> None:
+    """As hyperparameter_search changes the Trainer's arguments from trial to trial."""
+    given = transformers.TrainingArguments(str(tmp_path), **PRESET)
+    make = for_grokking(given)
+    for copy in (make, pickle.loads(pickle.dumps((given, make)))[1]):  # some backends of the search pickle the Trainer
+        arguments = copy[0].args[0]
+        for lr, decay in ((1e-3, 0.5), (4e-3, 1.0)):
+            arguments.learning_rate, arguments.weight_decay = lr, decay
+            it = transformers.Trainer(model(), arguments, optimizer_cls_and_kwargs=copy)
+            found = it.create_optimizer().param_groups
+            expected = GrokAdamW.for_grokking(model(), lr=lr, weight_decay=decay).param_groups
+            for name in ("lr", "weight_decay"):
+                assert [group[name] for group in found] == [group[name] for group in expected]
+
+
+@pytest.mark.parametrize("arguments", ["run", None, transformers.TrainingArguments])
+def test_the_preset_takes_the_trainers_arguments_alone(arguments: Any) -> None:
+    with pytest.raises(TypeError, match="arguments is (a|the class) .*: give for_grokking the TrainingArguments that"):
+        for_grokking(arguments)
 
 
 def test_a_run_of_the_preset_resumes(tmp_path: Path) -> None:
