@@ -338,14 +338,9 @@ class GrokAdamWCallback(TrainerCallback):
     ) -> None:
         self._goes_on = True
         for name, key in self._evaluated.items():  # by now all sets were evaluated
-            if name in self._said:
-                continue
-            prefix = key.partition("_")[0]
-            metrics = sorted(metric for metric in self._metrics if metric.startswith(f"{prefix}_"))
-            if metrics:
-                if name == "eval_loss":
-                    metrics = [metric for metric in metrics if metric.endswith("loss")]
-                self._warn(name, key, f"and the evaluation has {', '.join(metrics) or 'no loss'}")
+            # the Trainer's own metrics begin with eval_; those of an evaluation by the user say nothing of its keys
+            if any(metric.startswith(("eval_", f"{key.partition('_')[0]}_")) for metric in self._metrics):
+                self._warn_if_missing(name, key)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -355,13 +350,20 @@ class GrokAdamWCallback(TrainerCallback):
         self._group_sizes = sizes  # a group was added
         trainers.name_layers(self._optimizer, kwargs["model"])
 
-    def _warn(self, name: str, key: str, what: str) -> None:
+    def _warn_if_missing(self, name: str, key: str) -> None:
+        """Warn, once, of the key of a metric that no evaluation had."""
+        if name in self._said:
+            return
+        metrics = sorted(self._metrics - {"epoch"})
+        if name == "eval_loss":
+            metrics = [metric for metric in metrics if metric.endswith("loss")]
+        meant = f"'eval_{key}'" if f"eval_{key}" in metrics else "the name of one"
+        self._warn(name, key, f"and the evaluation has {', '.join(metrics) or 'no loss'}", meant)
+
+    def _warn(self, name: str, key: str, what: str, meant: str = "the name of one") -> None:
         self._said.add(name)
         silent = "signals of losses" if name == "eval_loss" else "AccuracyGap and Monitor.grokked_at"
-        warn(
-            f"GrokAdamWCallback waits for {key!r}, {what}: {silent} stay silent; give the name of one as {name}=",
-            UserWarning,
-        )
+        warn(f"GrokAdamWCallback waits for {key!r}, {what}: {silent} stay silent; give {meant} as {name}=", UserWarning)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         is_last = state.global_step >= state.max_steps
@@ -380,4 +382,7 @@ class GrokAdamWCallback(TrainerCallback):
     ) -> None:
         if self._train_acc is not None and "train_acc" not in self._said:
             self._warn("train_acc", self._train_acc, "and no log had it")
+        for name, key in self._evaluated.items():
+            if self._metrics:
+                self._warn_if_missing(name, key)
         self._optimizer = None

@@ -304,7 +304,7 @@ def test_a_resumed_run_knows_the_last_evaluation(tmp_path: Path) -> None:
 
 def test_other_evaluations_are_none_of_its_business(tmp_path: Path) -> None:
     class Tests(transformers.TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             it.evaluate(data(2, 8), metric_key_prefix="test")
 
     it = trainer(tmp_path, GrokAdamWCallback(), Tests(), save_strategy="no")
@@ -580,6 +580,55 @@ def test_accuracies_that_do_not_come(tmp_path: Path) -> None:
     assert first.endswith("AccuracyGap and Monitor.grokked_at stay silent; give the name of one as eval_acc=")
     assert "waits for 'right', and no log had it" in second
     assert grokadamw_of(it).param_groups[0]["eval_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "has", "way_out"),
+    [
+        ({"eval_acc": "accuracy"}, "'accuracy'", "eval_accuracy, eval_loss, ", "give 'eval_accuracy' as eval_acc="),
+        ({"eval_acc": "acc"}, "'acc'", "eval_accuracy, eval_loss, ", "give the name of one as eval_acc="),
+        ({"eval_loss": "loss"}, "'loss'", "eval_loss: ", "give 'eval_loss' as eval_loss="),
+        ({"eval_loss": "test_loss"}, "'test_loss'", "eval_loss: ", "give the name of one as eval_loss="),
+        ({"eval_acc": "eval"}, "'eval'", "eval_accuracy, eval_loss, ", "give the name of one as eval_acc="),
+    ],
+)
+@pytest.mark.parametrize("eval_steps", [3, STEPS])
+def test_a_key_that_no_evaluation_has_is_warned_of_once(
+    arguments: dict[str, str], key: str, has: str, way_out: str, eval_steps: int, tmp_path: Path
+) -> None:
+    """Whatever it begins with; at the latest when training ends."""
+    at = []
+
+    class Counts(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            at.append(len([warning for warning in caught if "waits for" in str(warning.message)]))
+
+    callbacks = GrokAdamWCallback(**arguments), Counts()
+    it = trainer(tmp_path, *callbacks, compute_metrics=accuracy, eval_steps=eval_steps, save_strategy="no")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        it.train()
+        it.train()
+    (said,) = (str(warning.message) for warning in caught if "waits for" in str(warning.message))
+    assert f"waits for {key}, and the evaluation has {has}" in said
+    assert said.endswith(way_out)
+    assert at.index(1) == eval_steps
+
+
+@pytest.mark.parametrize("eval_steps", [3, STEPS])
+def test_a_key_of_one_of_several_sets(eval_steps: int, tmp_path: Path) -> None:
+    """A round of evaluation is all of them."""
+    sets = {"a": data(0, 16), "test": data(1, 16)}
+    for key, warns in (("eval_test_loss", False), ("test_loss", True)):
+        it = trainer(tmp_path, GrokAdamWCallback(key), eval_sets=sets, eval_steps=eval_steps, save_strategy="no")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            it.train()
+        said = [str(warning.message) for warning in caught if "waits for" in str(warning.message)]
+        assert len(said) == warns
+        if warns:
+            assert "has eval_a_loss, eval_test_loss: " in said[0]
+            assert said[0].endswith("give 'eval_test_loss' as eval_loss=")
 
 
 def test_a_metric_that_is_no_accuracy_stops_the_run(tmp_path: Path) -> None:
