@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from . import zero
 from ._warn import warn
+from .accumulation import Accumulate
 from .grokadamw import GrokAdamW
 
 _LOGGED = ("alpha", "boost", "signal", "grad_norm", "clip_coefficient", "skipped_steps")
 
 
-def grokadamw_in(optimizer: Any) -> GrokAdamW | None:
-    """Return the GrokAdamW inside the wrappers of frameworks, torch and this package; None if there is none."""
-    while not isinstance(optimizer, GrokAdamW):
+def _unwrapped(optimizer: Any) -> Iterator[Any]:
+    """Yield an optimizer and what is inside of it, through the wrappers of frameworks, torch and this package."""
+    while optimizer is not None:
+        yield optimizer
+        if isinstance(optimizer, GrokAdamW):
+            return
         # torch's wrappers, such as ZeroRedundancyOptimizer, have an `optim`
         optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
-        if optimizer is None:
-            return None
-    return optimizer
+
+
+def grokadamw_in(optimizer: Any) -> GrokAdamW | None:
+    """Return the GrokAdamW inside the wrappers of frameworks, torch and this package; None if there is none."""
+    *_, innermost = _unwrapped(optimizer)
+    return innermost if isinstance(innermost, GrokAdamW) else None
 
 
 def readings(optimizer: GrokAdamW) -> dict[str, float]:
@@ -67,14 +74,36 @@ def hears_losses(optimizer: GrokAdamW) -> bool:
     return adapts and any(optimizer._run.signals.takes_losses)
 
 
-def say_who_clips(optimizer: GrokAdamW, limit: float, name: str) -> None:
-    """Warn if the framework clips gradients to another limit before the optimizer clips them."""
-    own = [float(group["gradient_clipping"]) for group in optimizer.param_groups if group["gradient_clipping"]]
-    if not own or not limit or limit == min(own):
+def say_who_clips(optimizer: Any, limit: float, name: str, *, by_norm: bool = True) -> None:
+    """Warn if a framework clips gradients, and that has no effect, or another one than the optimizer's clipping.
+
+    Args:
+        optimizer: what the framework steps, with a GrokAdamW in it.
+        limit: the framework's, 0 for none; `name` is its argument.
+        by_norm: whether the limit is for the norm, and not for each number.
+    """
+    found = grokadamw_in(optimizer)
+    if found is None or not limit:
         return
-    acts = name if limit <= min(own) else "gradient_clipping"
-    warn(
-        f"gradients are clipped twice, to {name}={limit:g} and by the optimizer to gradient_clipping={min(own):g}. "
-        f"Only {acts} takes effect, and metrics()['grad_norm'] is the norm in between. Set one of them to 0",
-        UserWarning,
-    )
+    own = min((x for group in found.param_groups if (x := float(group["gradient_clipping"]))), default=0.0)
+    if found._run.in_backward is not None:
+        if limit != own or not by_norm:
+            warn(
+                f"{name}={limit:g} has no effect: step_in_backward has used the gradients before they could be "
+                f"clipped. Give {name}=0; to clip, give GrokAdamW a gradient_clipping, and step_in_backward "
+                'clip_by="last"',
+                UserWarning,
+            )
+    elif any(isinstance(layer, Accumulate) and layer._steps > 1 for layer in _unwrapped(optimizer)):
+        warn(
+            f"{name}={limit:g} clips the gradients of each micro-batch, before Accumulate takes their mean, so the "
+            f"step is not that of one large batch. Give {name}=0; the optimizer's gradient_clipping clips the mean",
+            UserWarning,
+        )
+    elif by_norm and own and limit != own:
+        acts = name if limit < own else "gradient_clipping"
+        warn(
+            f"gradients are clipped twice, to {name}={limit:g} and by the optimizer to gradient_clipping={own:g}. "
+            f"Only {acts} takes effect, and metrics()['grad_norm'] is the norm in between. Set one of them to 0",
+            UserWarning,
+        )

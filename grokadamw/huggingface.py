@@ -139,12 +139,12 @@ class GrokAdamWCallback(TrainerCallback):
       ``grok_clip_coefficient`` and ``grok_skipped_steps``, as far as they are known: on the console, in the history and
       wherever the Trainer reports to.
 
-    It warns once if the Trainer clips gradients to another norm; if the arguments hold something that the optimizer did
-    not get, such as unknown names in ``optim_args``, or ``adam_beta1``; if nothing is evaluated; if no training loss is
-    logged from one evaluation to the next; if a checkpoint is saved at a step that is not logged (the Trainer forgets
-    the losses since the last log, so a resumed run records another mean); and if a metric that it waits for does not
-    come. Signals that remember something begin each run in the state that they had when the first run began; a resumed
-    run takes the checkpoint's.
+    It warns once if the Trainer clips gradients to another norm, to no effect, or each micro-batch alone; if the
+    arguments hold something that the optimizer did not get, such as unknown names in ``optim_args``, or ``adam_beta1``;
+    if nothing is evaluated; if no training loss is logged from one evaluation to the next; if a checkpoint is saved at
+    a step that is not logged (the Trainer forgets the losses since the last log, so a resumed run records another
+    mean); and if a metric that it waits for does not come. Signals that remember something begin each run in the state
+    that they had when the first run began; a resumed run takes the checkpoint's.
 
     Args:
         eval_loss: the name of the loss in the evaluation's metrics, ``"eval_<name>_loss"`` for one of several sets.
@@ -245,7 +245,7 @@ class GrokAdamWCallback(TrainerCallback):
             found._run.signals.silence_missing()  # the warning below says why
         if "arguments" not in self._said:
             self._said.add("arguments")
-            trainers.say_who_clips(found, args.max_grad_norm, "max_grad_norm")
+            trainers.say_who_clips(optimizer, args.max_grad_norm, "max_grad_norm")
             for sentence in (*_lost(args.optim_args, found), *_unused(args, found)):
                 warn(sentence, UserWarning)
             if not is_evaluated and ("eval_acc" in self._evaluated or trainers.hears_losses(found)):

@@ -39,7 +39,8 @@ class GrokAdamWCallback(Callback):
       ``grok_skipped_steps`` are logged every ``log_every_n_steps``, as far as they are known; those of a second
       optimizer as ``grok_alpha_1``, ….
 
-    It warns once if Lightning clips gradients to another norm, and if a value that it waits for is not logged.
+    It warns once if Lightning clips gradients to another norm, to no effect, or each micro-batch alone; and if a value
+    that it waits for is not logged.
 
     Give signals where you make the optimizer, in ``configure_optimizers``.
 
@@ -92,8 +93,10 @@ class GrokAdamWCallback(Callback):
         self._last_train_loss = None
         self._heard.clear()
         limit = trainer.gradient_clip_val
-        if limit and trainer.gradient_clip_algorithm != "value" and self._says("clips"):
-            trainers.say_who_clips(self._optimizers[0], float(limit), "gradient_clip_val")
+        if limit and self._says("clips"):
+            by_norm = trainer.gradient_clip_algorithm != "value"
+            for optimizer in trainer.optimizers[:1]:  # with several, Lightning leaves clipping to the module
+                trainers.say_who_clips(optimizer, float(limit), "gradient_clip_val", by_norm=by_norm)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._name_layers(trainer, pl_module)

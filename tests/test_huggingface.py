@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from grokadamw import GrokAdamW, Monitor
+from grokadamw import Accumulate, GrokAdamW, Monitor, step_in_backward
 from grokadamw.signals import AccuracyGap, SlowGradient, loss_gap
 
 transformers = pytest.importorskip("transformers")
@@ -478,6 +478,46 @@ def test_who_clips(limit: float, acts: str | None, tmp_path: Path) -> None:
     if acts:
         assert f"Only {acts} takes effect," in str(said[0].message)
         assert said[0].filename == __file__
+
+
+def said_of_clipping(it: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        it.train()
+    return [str(warning.message) for warning in caught if "max_grad_norm" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("own", "limit", "says"), [(0.0, 0.5, True), (0.5, 2.0, True), (0.5, 0.5, False), (0.5, 0.0, False)]
+)
+def test_clipping_after_step_in_backward_has_no_effect(own: float, limit: float, says: bool, tmp_path: Path) -> None:
+    options = {"eval_strategy": "no", "save_strategy": "no", "max_steps": 1}
+    it = trainer(tmp_path, GrokAdamWCallback(signals=[]), max_grad_norm=limit, **options)
+    it.optimizer = GrokAdamW(it.model.named_parameters(), lr=0.01, weight_decay=0.1, gradient_clipping=own)
+    step_in_backward(it.optimizer, clip_by="last" if own else None)
+    said = said_of_clipping(it)
+    assert len(said) == says
+    if says:
+        assert said[0].startswith(f"max_grad_norm={limit:g} has no effect: step_in_backward has used the gradients")
+        assert (
+            'Give max_grad_norm=0; to clip, give GrokAdamW a gradient_clipping, and step_in_backward clip_by="last'
+            in said[0]
+        )
+
+
+@pytest.mark.parametrize(
+    ("steps", "own", "limit", "says"),
+    [(2, 1.0, 1.0, True), (2, 0.0, 1.0, True), (2, 1.0, 0.0, False), (1, 1.0, 1.0, False)],
+)
+def test_clipping_of_micro_batches(steps: int, own: float, limit: float, says: bool, tmp_path: Path) -> None:
+    options = {"eval_strategy": "no", "save_strategy": "no", "max_steps": 1}
+    it = trainer(tmp_path, GrokAdamWCallback(signals=[]), max_grad_norm=limit, **options)
+    inner = GrokAdamW(it.model.named_parameters(), lr=0.01, weight_decay=0.1, gradient_clipping=own)
+    it.optimizer = Accumulate(inner, steps)
+    said = said_of_clipping(it)
+    assert len(said) == says
+    if says:
+        assert said[0].startswith("max_grad_norm=1 clips the gradients of each micro-batch, before Accumulate takes")
 
 
 @pytest.mark.parametrize(("save_steps", "warns"), [(3, True), (4, False)])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from grokadamw import Accumulate, GrokAdamW, Monitor, decay_groups
+from grokadamw import Accumulate, GrokAdamW, Monitor, decay_groups, step_in_backward
 from grokadamw.signals import AccuracyGap, SlowGradient, loss_gap
 
 from .models import KEEPERS, network, train
@@ -486,6 +486,39 @@ def test_what_it_warns_of_and_refuses(tmp_path: Path, trainer: Callable[..., Any
     assert "train_acc='acc'" in other
     with pytest.raises(ValueError, match="eval_acc=.* is not an accuracy"):
         fit(GrokAdamWCallback(eval_acc="val_loss"), grokadamw)
+
+
+@pytest.mark.parametrize("own", [0.0, 1.0])
+def test_clipping_that_does_something_else(own: float, trainer: Callable[..., Any]) -> None:
+    """With step_in_backward nothing, and with Accumulate it clips micro-batches, whatever the limits are."""
+
+    def early(model: nn.Module) -> GrokAdamW:
+        optimizer = GrokAdamW(model.parameters(), gradient_clipping=own)
+        step_in_backward(optimizer, clip_by="last" if own else None)
+        return optimizer
+
+    def accumulating(model: nn.Module) -> Accumulate:
+        return Accumulate(GrokAdamW(model.parameters(), gradient_clipping=own), 3)
+
+    for make, limit, by, says in (
+        (early, 0.5, "norm", "gradient_clip_val=0.5 has no effect: step_in_backward has used the gradients before"),
+        (
+            accumulating,
+            0.5,
+            "value",
+            "gradient_clip_val=0.5 clips the gradients of each micro-batch, before Accumulate",
+        ),
+        (accumulating, 1.0, "norm", "gradient_clip_val=1 clips the gradients of each micro-batch, before Accumulate"),
+        (accumulating, None, "norm", None),
+    ):
+        clips = {"gradient_clip_val": limit, "gradient_clip_algorithm": by}
+        it = trainer(max_epochs=1, callbacks=[GrokAdamWCallback()], **clips)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            it.fit(Measured(make), data(), data())
+        said = [str(warning.message) for warning in caught if "gradient_clip" in str(warning.message)]
+        assert len(said) == (says is not None)
+        assert not says or says in said[0]
 
 
 class Counts(Measured):
