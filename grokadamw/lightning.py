@@ -39,14 +39,15 @@ class GrokAdamWCallback(Callback):
       ``grok_skipped_steps`` are logged every ``log_every_n_steps``, as far as they are known; those of a second
       optimizer as ``grok_alpha_1``, ….
 
-    It warns once if Lightning clips gradients to another norm, to no effect, or each micro-batch alone; and if a value
-    that it waits for is not logged.
+    It warns once if Lightning clips gradients to another norm, to no effect, or each micro-batch alone; if no
+    validation is planned; and if a value that it waits for is not logged.
 
     Give signals where you make the optimizer, in ``configure_optimizers``.
 
     Args:
         eval_loss: the name under which ``validation_step`` logs the loss.
-        train_loss: the name under which ``training_step`` logs the loss; None for the loss that it returns.
+        train_loss: the name under which ``training_step`` logs the loss; None for the loss that it returns. A loss that
+            is logged for the epoch alone (``on_step=False``) is recorded when its epoch ends.
         eval_acc, train_acc: the names under which the two log accuracies, shares in [0, 1]. None: no accuracy.
 
     Raises:
@@ -75,7 +76,11 @@ class GrokAdamWCallback(Callback):
         self._group_sizes: dict[int, list[int]] = {}  # of each optimizer, when layers were taken from the module
         self._logged_at = 0
         self._last_train_loss: torch.Tensor | None = None
-        self._heard: set[str] = set()  # which of train_loss and train_acc were there
+        self._epochs_loss: Any = None  # what train_loss was when the epoch began
+        self._is_late = False  # whether train_loss is still the one before this epoch
+        self._waits_for_loss = False  # whether the last validation in this epoch was late in this sense
+        self._before: dict[str, Any] = {}  # what was logged before a validation, which Lightning keeps
+        self._heard: set[str] = set()  # which of the values were there
         self._said: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,13 +95,24 @@ class GrokAdamWCallback(Callback):
         self._group_sizes.clear()
         self._name_layers(trainer, pl_module)
         self._logged_at = trainer.global_step
-        self._last_train_loss = None
+        self._last_train_loss = self._epochs_loss = None
+        self._is_late = self._waits_for_loss = False
         self._heard.clear()
         limit = trainer.gradient_clip_val
         if limit and self._says("clips"):
             by_norm = trainer.gradient_clip_algorithm != "value"
             for optimizer in trainer.optimizers[:1]:  # with several, Lightning leaves clipping to the module
                 trainers.say_who_clips(optimizer, float(limit), "gradient_clip_val", by_norm=by_norm)
+        if not trainer.enable_validation:
+            for optimizer in self._optimizers:
+                optimizer._run.signals.silence_missing()  # the warning below says why
+            if ("eval_acc" in self._evaluated or self._hears_losses()) and self._says("no validation"):
+                warn(
+                    "no validation is planned, so signals that compare losses or accuracies stay silent, and neither α "
+                    "nor the boost adapts. Give the module a validation_step, and fit data for it, or make the "
+                    "optimizer with grokking_signal_fns=[]",
+                    UserWarning,
+                )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._name_layers(trainer, pl_module)
@@ -110,11 +126,17 @@ class GrokAdamWCallback(Callback):
                 self._group_sizes[i] = sizes
                 trainers.name_layers(optimizer, trainers.smallest_with(optimizer, module) if several else module)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._waits_for_loss = False
+        if self._train_loss is not None:
+            self._epochs_loss = trainer.callback_metrics.get(self._train_loss)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._train_loss is not None:
             loss = trainer.callback_metrics.get(self._train_loss)
+            self._is_late = loss is self._epochs_loss  # Lightning keeps what was logged before
         else:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if loss is not None and pl_module.automatic_optimization:
@@ -132,21 +154,43 @@ class GrokAdamWCallback(Callback):
                 pl_module.log_dict({f"{name}{which}": x for name, x in trainers.readings(optimizer).items()})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._record_training_accuracy(trainer)  # values logged only for the epoch are not there before
+        """Record what is logged for the epoch, and was not there before; the loss if its epoch had a validation."""
+        self._record_training_accuracy(trainer)
+        if self._train_loss is None:
+            return
+        loss = trainer.callback_metrics.get(self._train_loss)
+        if loss is not None and loss is not self._epochs_loss:
+            self._heard.add("train_loss")
+            if self._waits_for_loss:
+                self._record(train_loss=loss)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._optimizers or trainer.sanity_checking:
             return
         metrics = trainer.callback_metrics
-        found: dict[str, Any] = {name: metrics[key] for name, key in self._evaluated.items() if key in metrics}
+        found: dict[str, Any] = {
+            name: metrics[key]
+            for name, key in self._evaluated.items()
+            if key in metrics and metrics[key] is not self._before.get(key)
+        }
+        self._before = {}
+        self._heard.update(found, ["validation"])
         if "eval_loss" in found:  # only here: later, lower training losses must not be compared with this one
             found["train_loss"] = self._last_train_loss
+            self._waits_for_loss = self._is_late
         self._record(**found)
         for name, key in self._evaluated.items():
             if key not in metrics and self._says(name):
                 self._warn(name, key, trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, key in self._evaluated.items():
+            is_needed = name == "eval_acc" or self._hears_losses()
+            if is_needed and name not in self._heard and trainer.enable_validation and self._says(name):
+                self._warn(name, key, trainer)
         if "train_loss" not in self._heard and self._says("train_loss"):
             self._warn("train_loss", self._train_loss, trainer)
         if self._train_acc is not None and "train_acc" not in self._heard and self._says("train_acc"):
@@ -158,6 +202,9 @@ class GrokAdamWCallback(Callback):
             self._heard.add("train_acc")
             self._record(train_acc=trainer.callback_metrics[self._train_acc])
 
+    def _hears_losses(self) -> bool:
+        return any(map(trainers.hears_losses, self._optimizers))
+
     def _record(self, **values: Any) -> None:
         for optimizer in self._optimizers:
             optimizer.record(**values)
@@ -165,12 +212,11 @@ class GrokAdamWCallback(Callback):
     def _warn(self, which: str, name: str | None, trainer: Trainer) -> None:
         logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
         returned = ", and training_step returned none" if which == "train_loss" else ""
+        why, way_out = f"what was logged is {logged}{returned}", "log it under this name, or give another"
+        if which in self._evaluated and "validation" not in self._heard:
+            why, way_out = "no validation took place", "validate more often, as by val_check_interval"
         silent = "signals of losses" if which.endswith("loss") else "AccuracyGap and Monitor.grokked_at"
-        warn(
-            f"GrokAdamWCallback waited for {which}={name!r}, but what was logged is {logged}{returned}: {silent} stay "
-            "silent; log it under this name, or give another",
-            UserWarning,
-        )
+        warn(f"GrokAdamWCallback waited for {which}={name!r}, but {why}: {silent} stay silent; {way_out}", UserWarning)
 
     def _says(self, what: str) -> bool:
         """Return True the first time that this is asked of `what`."""

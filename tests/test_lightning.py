@@ -580,6 +580,125 @@ def test_an_accuracy_that_is_logged_for_the_epoch(tmp_path: Path, trainer: Calla
     assert recorded == [pytest.approx(sum(min(i / 8, 1.0) for i in range(1, BATCHES + 1)) / BATCHES)]
 
 
+class Rarely(Measured):
+    """Logs its training loss for the epoch, and what it validates only in some epochs."""
+
+    def __init__(self, epochs: tuple[int, ...] = (0,)) -> None:
+        super().__init__(grokadamw)
+        self.epochs, self.losses = epochs, list[float]()
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = super().training_step(batch)
+        self.losses.append(loss.item())
+        self.log("mse", loss, on_step=False, on_epoch=True)
+        self.log("both", 0.25)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        if self.current_epoch in self.epochs:
+            super().validation_step(batch)
+            self.log("val_acc", 1.0)
+            self.log("both", 0.75)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make(self.network)
+        self.monitor = Monitor(optimizer, solved=0.5)
+        return optimizer
+
+
+class Epochs(lightning.Callback):
+    """What is recorded when an epoch ends."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, Any]] = []
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        self.found.append(dict(trainer.optimizers[0].param_groups[0]))
+
+
+@pytest.mark.parametrize("key", ["val_acc", "both"])  # the second is logged in training, too
+def test_a_value_of_an_older_validation_is_not_recorded_again(key: str, trainer: Callable[..., Any]) -> None:
+    module, epochs = Rarely((0, 1)), Epochs()
+    it = trainer(max_epochs=9, callbacks=[GrokAdamWCallback(eval_acc=key), epochs])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="GrokAdamWCallback")
+        it.fit(module, data(), data())
+    assert module.monitor.grokked_at is None
+    for name in ("train_loss", "eval_loss", "eval_acc"):
+        first, *others = (found[name] for found in epochs.found)
+        assert set(others) == {others[0]}
+        assert name == "eval_acc" or first != others[0]
+    assert others[0] == (0.75 if key == "both" else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "validated"), [({}, 1), ({"val_check_interval": 2}, 1), ({"check_val_every_n_epoch": 2}, 2)]
+)
+def test_a_loss_that_is_logged_for_the_epoch(
+    options: dict[str, int], validated: int, trainer: Callable[..., Any]
+) -> None:
+    """Is recorded if its epoch had a validation."""
+    module, epochs = Rarely(tuple(range(4))), Epochs()
+    it = trainer(max_epochs=4, callbacks=[GrokAdamWCallback(train_loss="mse"), epochs], **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="GrokAdamWCallback")
+        it.fit(module, data(), data())
+    means = [sum(module.losses[i : i + BATCHES]) / BATCHES for i in range(0, 4 * BATCHES, BATCHES)]
+    last = None
+    for i, found in enumerate(epochs.found):
+        if i % validated == validated - 1:
+            last = pytest.approx(means[i], rel=1e-6)
+        assert found["train_loss"] == last
+
+
+class Both(Rarely):
+    """Logs the training loss for each step, and for the epoch, too."""
+
+    def log(self, name: str, *values: Any, **how: Any) -> None:
+        super().log(name, *values, **how | ({"on_step": True} if name == "mse" else {}))
+
+
+def test_a_loss_that_is_logged_for_the_step_and_the_epoch(trainer: Callable[..., Any]) -> None:
+    module, epochs = Both(tuple(range(3))), Epochs()
+    trainer(max_epochs=3, callbacks=[GrokAdamWCallback(train_loss="mse"), epochs]).fit(module, data(), data())
+    assert [found["train_loss"] for found in epochs.found] == pytest.approx(module.losses[BATCHES - 1 :: BATCHES])
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "says"),
+    [
+        ({}, {}, "no validation is planned"),
+        ({}, {"limit_val_batches": 0}, "no validation is planned"),
+        ({"eval_acc": "val_acc"}, {"lamb": 0.0}, "no validation is planned"),
+        ({}, {"grokking_signal_fns": []}, None),
+        ({}, {"grokking_signal_fns": SlowGradient(every=2)}, None),
+        ({}, {"check_val_every_n_epoch": 3}, "waited for eval_loss='val_loss', but no validation took place: "),
+        ({}, {"check_val_every_n_epoch": 3, "grokking_signal_fns": []}, None),
+        ({"eval_acc": "a"}, {"check_val_every_n_epoch": 3, "lamb": 0.0}, "waited for eval_acc='a', but no validation "),
+    ],
+)
+def test_a_run_without_validation(
+    given: dict[str, Any], options: dict[str, Any], says: str | None, trainer: Callable[..., Any]
+) -> None:
+    options = dict(options)
+    of_trainer = {
+        name: options.pop(name) for name in ("limit_val_batches", "check_val_every_n_epoch") if name in options
+    }
+    callback, said = GrokAdamWCallback(**given), []
+    for _ in range(2):
+        it = trainer(max_epochs=2, callbacks=[callback], **of_trainer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            it.fit(
+                Measured(lambda model: GrokAdamW(model.parameters(), **options)), data(), data() if of_trainer else None
+            )
+            for _ in range(1100):
+                it.optimizers[0].update_signals()
+        said += [str(warning.message) for warning in caught if warning.filename == __file__]
+    assert len(said) == (says is not None)
+    assert not says or says in said[0]
+
+
 def test_half_precision(tmp_path: Path) -> None:
     """bfloat16, with the model's own weights in it."""
     it = logging_trainer(tmp_path, GrokAdamWCallback(), precision="bf16-true")
