@@ -9,13 +9,11 @@ Trainer(model, TrainingArguments(optim="grokadamw", ...), callbacks=[GrokAdamWCa
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dataclasses
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -23,7 +21,7 @@ import torch
 
 from . import _trainers as trainers
 from . import zero
-from ._hints import meant
+from ._arguments import is_given, lost, unused
 from ._warn import warn
 from .grokadamw import GrokAdamW
 from .options import OPTIONS, TAKE, check_settings, recorded
@@ -37,9 +35,6 @@ except ImportError as error:
     raise ImportError("grokadamw.huggingface needs transformers: pip install 'grokadamw[huggingface]'") from error
 
 __all__ = ["GrokAdamWCallback", "for_grokking"]
-
-# what the Trainer takes from optim_args for this optimizer; it silently drops all other names
-_IN_OPTIM_ARGS = ("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping")
 
 
 def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -66,56 +61,13 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
         raise TypeError(f"arguments is {what}: give for_grokking the TrainingArguments that the Trainer gets")
     trainers.check_theirs(options)
     for name in ("learning_rate", "weight_decay"):
-        if not _is_given(arguments, name):
+        if not is_given(arguments, name):
             raise ValueError(
                 f"{name}={getattr(arguments, name):g} is the Trainer's default, which is for fine-tuning: begin with "
                 "TrainingArguments(learning_rate=3e-3, weight_decay=1.4), which the preset was tested with "
                 "(2e-3 and 0.5 if the model has no norms)"
             )
     return functools.partial(_preset, arguments), options
-
-
-def _is_given(arguments: TrainingArguments, name: str) -> bool:
-    """Return True if an argument differs from its default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(arguments)}
-    return bool(getattr(arguments, name) != defaults[name])
-
-
-def _lost(optim_args: str | None, optimizer: GrokAdamW) -> Iterator[str]:
-    """Yield a warning for each entry of ``optim_args`` that did not reach the optimizer."""
-    for entry in (optim_args or "").replace(" ", "").split(","):
-        name, _, value = entry.partition("=")
-        if name in _IN_OPTIM_ARGS:
-            used = f"{float(optimizer.defaults[name]):g}"
-            with contextlib.suppress(ValueError):  # an entry that nothing read need not be a number
-                value = f"{float(value):g}"
-            if value != used:
-                yield (
-                    f"optim_args has {entry}, and the optimizer has {used}: the Trainer reads optim_args only if "
-                    'optim="grokadamw" makes the optimizer. Give it where you make yours'
-                )
-        elif name:
-            instead = meant(name, _IN_OPTIM_ARGS)
-            others = f"it takes {', '.join(_IN_OPTIM_ARGS)}; give others to GrokAdamWCallback"
-            way_out = f"did you mean {instead}?" if instead in _IN_OPTIM_ARGS else others
-            yield f"optim_args has {name!r}, which the Trainer drops: {way_out}"
-
-
-def _unused(arguments: TrainingArguments, optimizer: GrokAdamW) -> Iterator[str]:
-    """Yield a warning for each number of the arguments that did not reach the optimizer."""
-    callback, maker = "give {} to GrokAdamWCallback", "give {} where the optimizer is made, or for_grokking(arguments)"
-    betas, eps = optimizer.param_groups[0]["betas"], optimizer.param_groups[0]["eps"]
-    decays = [optimizer.defaults["weight_decay"], *(group["weight_decay"] for group in optimizer.param_groups)]
-    for name, used, way_out in (
-        ("adam_beta1", betas[:1], callback.format("betas")),
-        ("adam_beta2", betas[1:], callback.format("betas")),
-        ("adam_epsilon", [eps], callback.format("eps")),
-        ("learning_rate", [optimizer.defaults["lr"]], maker.format("lr")),
-        ("weight_decay", decays, maker.format("it")),
-    ):
-        given = getattr(arguments, name)
-        if _is_given(arguments, name) and given not in (numbers := [float(x) for x in used]):
-            yield f"{name}={given:g} does not reach the optimizer, which has {max(numbers):g}: {way_out}"
 
 
 def _preset(arguments: TrainingArguments, *groups: Any, **options: Any) -> Callable[..., GrokAdamW]:
@@ -246,7 +198,9 @@ class GrokAdamWCallback(TrainerCallback):
         if "arguments" not in self._said:
             self._said.add("arguments")
             trainers.say_who_clips(optimizer, args.max_grad_norm, "max_grad_norm")
-            for sentence in (*_lost(args.optim_args, found), *_unused(args, found)):
+            is_resumed = state.global_step > 0
+            dropped = lost(args.optim_args, found, is_resumed, self._options)
+            for sentence in (*dropped, *unused(args, found, is_resumed)):
                 warn(sentence, UserWarning)
             if not is_evaluated and ("eval_acc" in self._evaluated or trainers.hears_losses(found)):
                 warn(
@@ -367,8 +321,9 @@ class GrokAdamWCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         is_last = state.global_step >= state.max_steps
-        if self._optimizer is None or is_last or self._logged_at == state.global_step or "saves" in self._said:
-            return
+        is_logged = self._logged_at == state.global_step
+        if self._optimizer is None or is_last or is_logged or args.save_only_model or "saves" in self._said:
+            return  # a checkpoint of the model alone does not resume the optimizer
         self._said.add("saves")
         warn(
             f"a checkpoint is saved at step {state.global_step}, and the training loss was last logged at step "

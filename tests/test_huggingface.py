@@ -520,9 +520,12 @@ def test_clipping_of_micro_batches(steps: int, own: float, limit: float, says: b
         assert said[0].startswith("max_grad_norm=1 clips the gradients of each micro-batch, before Accumulate takes")
 
 
-@pytest.mark.parametrize(("save_steps", "warns"), [(3, True), (4, False)])
-def test_checkpoints_that_forget_the_running_loss(save_steps: int, warns: bool, tmp_path: Path) -> None:
-    it = trainer(tmp_path, GrokAdamWCallback(), save_steps=save_steps, max_steps=7)
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [({"save_steps": 3}, True), ({"save_steps": 4}, False), ({"save_steps": 3, "save_only_model": True}, False)],
+)
+def test_checkpoints_that_forget_the_running_loss(options: dict[str, Any], warns: bool, tmp_path: Path) -> None:
+    it = trainer(tmp_path, GrokAdamWCallback(), max_steps=7, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         it.train()

@@ -137,6 +137,89 @@ def test_an_optimizer_that_was_made_elsewhere_has_other_numbers(tmp_path: Path) 
     assert decay.startswith("weight_decay=0.1 does not reach the optimizer, which has 1.4: give it where")
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run with learning_rate=0.01, weight_decay=0.1 and lamb=2."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    trainer(folder, GrokAdamWCallback(), max_steps=4, save_steps=2, optim_args="lamb=2").train()
+    return folder / "checkpoint-2"
+
+
+LR_STAYS = "learning_rate=0.005 is not used: the run that is resumed has 0.01, which stays. To change it, set lr and "
+DECAY_STAYS = (
+    "weight_decay=0.3 is not used: the run that is resumed has 0.1, which stays. To change it, set weight_decay "
+)
+LAMB_STAYS = (
+    "optim_args has lamb=1, and the run that is resumed has 2, which stays: to change it, give lamb to GrokAdamWC"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "expected"),
+    [
+        ({}, {}, []),
+        ({"learning_rate": 0.005}, {}, [LR_STAYS]),
+        ({"weight_decay": 0.3}, {}, [DECAY_STAYS]),
+        ({"optim_args": "lamb=1,gamma=0.1"}, {}, [LAMB_STAYS]),
+        ({"optim_args": "lamb=1"}, {"lamb": 1.0}, []),
+        ({"optim_args": "lamb=1"}, {"lamb": 0.5}, []),
+        ({"optim_args": "lamb=2", "adam_beta1": 0.9}, {}, []),
+        ({"lr_scheduler_type": "constant"}, {}, []),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, {}, []),
+    ],
+)
+def test_numbers_that_a_resumed_run_keeps(
+    arguments: dict[str, Any], options: dict[str, Any], expected: list[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    it = trainer(tmp_path, GrokAdamWCallback(**options), max_steps=4, save_strategy="no", **arguments)
+    found = said_by(lambda: it.train(resume_from_checkpoint=str(checkpoint)))
+    assert len(found) == len(expected)
+    for sentence, start in zip(found, expected, strict=True):
+        assert sentence.startswith(start)
+
+
+def test_a_resumed_preset_has_the_numbers_that_were_given(tmp_path: Path) -> None:
+    """In some of its groups; and says so if they are others."""
+    with_preset(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
+    for lr, says in ((2e-3, False), (1e-3, True)):
+        it = with_preset(tmp_path, GrokAdamWCallback(), max_steps=4, learning_rate=lr)
+        found = said_by(lambda: it.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")))  # noqa: B023
+        assert len(found) == says
+        assert not says or "learning_rate=0.001 is not used: the run that is resumed has 0.002, which" in found[0]
+
+
+def test_a_resumed_run_gets_the_numbers_as_it_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    class Sets(transformers.TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for group in kwargs["optimizer"].param_groups:
+                group["lr"] = group["initial_lr"] = args.learning_rate
+            kwargs["lr_scheduler"].base_lrs = [args.learning_rate] * 2
+
+    options = {"max_steps": 4, "save_strategy": "no", "learning_rate": 0.005, "lr_scheduler_type": "constant"}
+    it = trainer(tmp_path, Sets(), GrokAdamWCallback(), **options)
+    assert said_by(lambda: it.train(resume_from_checkpoint=str(checkpoint))) == []
+    assert [group["lr"] for group in grokadamw_of(it).param_groups] == [0.005, 0.005]
+
+
+@pytest.mark.parametrize("optim_args", ["lamb=1,lamb=2", "lamb=x, lamb=2.0", "gama=1,lamb=1,gama=2,lamb=2"])
+def test_the_last_entry_of_a_name_counts(optim_args: str, tmp_path: Path) -> None:
+    it = trainer(tmp_path, GrokAdamWCallback(), optim_args=optim_args, **BRIEF)
+    dropped = ["optim_args has 'gama', which the Trainer drops: did you mean gamma?"] if "gama" in optim_args else []
+    assert said_by(it.train) == dropped
+    assert grokadamw_of(it).param_groups[0]["lamb"] == 2.0
+
+
+def test_groups_with_numbers_of_their_own(tmp_path: Path) -> None:
+    """The optimizer got the argument, and uses it nowhere; the message names a number that a group has."""
+    it = trainer(tmp_path, GrokAdamWCallback(), **BRIEF)
+    group = {"params": list(it.model.parameters()), "lr": 0.5, "weight_decay": 0.0}
+    it.optimizer = GrokAdamW([group], lr=0.01, gamma=0.0, weight_decay=0.25)
+    (decay,) = said_by(it.train)
+    assert decay.startswith(
+        "weight_decay=0.1 does not reach the optimizer, which has 0: give it where the optimizer is"
+    )
+
+
 def test_numbers_that_nobody_chose_are_not_missed(tmp_path: Path) -> None:
     it = trainer(tmp_path, GrokAdamWCallback(), learning_rate=5e-5, weight_decay=0.0, **BRIEF)
     it.optimizer = GrokAdamW.for_grokking(it.model)
