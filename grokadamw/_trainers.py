@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from . import zero
+from ._hints import meant
+from ._numbers import as_number
 from ._warn import warn
 from .accumulation import Accumulate
 from .grokadamw import GrokAdamW
@@ -63,9 +65,38 @@ def group_sizes(optimizer: GrokAdamW) -> list[int]:
 
 def check_theirs(options: Mapping[str, Any]) -> None:
     """Raise ValueError for options that the Trainer's own arguments set."""
-    for name in ("lr", "weight_decay"):
-        if name in options:
-            raise ValueError(f"{name}={options[name]!r} is the Trainer's: give it in TrainingArguments")
+    theirs = ("lr", "weight_decay")
+    for name, value in options.items():
+        if meant(name, theirs) in theirs:
+            raise ValueError(f"{name}={shown(value)} is the Trainer's: give it in TrainingArguments")
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error shows it: one that takes much space, such as an optimizer, by its type alone."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"<{type(value).__name__}>"
+
+
+def without_nan(values: Mapping[str, Any], said: set[str]) -> dict[str, Any]:
+    """Return values for `record` without accuracies that are NaN; warn of them once. `said` is what was warned of.
+
+    A number on a GPU is not looked at, as that would wait for it.
+    """
+    found = dict(values)
+    for name in ("train_acc", "eval_acc"):
+        if (value := found.get(name)) is None:
+            continue
+        number = as_number(value, name)
+        if isinstance(number, float) and math.isnan(number):
+            del found[name]
+            if f"{name} is NaN" not in said:
+                said.add(f"{name} is NaN")
+                warn(
+                    f"{name}=nan is not recorded: the metric divided 0 by 0, or the model's outputs are NaN. "
+                    "AccuracyGap and Monitor.grokked_at keep to the accuracies before",
+                    UserWarning,
+                )
+    return found
 
 
 def hears_losses(optimizer: GrokAdamW) -> bool:

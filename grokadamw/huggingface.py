@@ -22,6 +22,7 @@ import torch
 from . import _trainers as trainers
 from . import zero
 from ._arguments import is_given, lost, unused
+from ._hints import meant
 from ._warn import warn
 from .grokadamw import GrokAdamW
 from .options import OPTIONS, TAKE, check_settings, recorded
@@ -125,16 +126,19 @@ class GrokAdamWCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         if not isinstance(eval_loss, str):
-            raise TypeError(f"eval_loss={eval_loss!r} is not the name of a metric, as in 'eval_loss'")
+            raise TypeError(f"eval_loss={trainers.shown(eval_loss)} is not the name of a metric, as in 'eval_loss'")
         for name, value in (("eval_acc", eval_acc), ("train_acc", train_acc)):
             if not isinstance(value, str | None):
-                raise TypeError(
-                    f"{name}={value!r} is not the name of a metric: give one, as 'eval_accuracy', or leave it out"
-                )
+                what = f"{name}={trainers.shown(value)}"
+                raise TypeError(f"{what} is not the name of a metric: give one, as 'eval_accuracy', or leave it out")
         trainers.check_theirs(options)
         for name, value in options.items():
             if name not in OPTIONS or name == "layer":  # layer is for one group of several
-                raise TypeError(f"{name}={value!r} is not an argument of GrokAdamW that its parameter groups may set")
+                instead = meant(name, OPTIONS.keys() - {"layer"})
+                raise TypeError(
+                    f"{name}={trainers.shown(value)} is not an argument of GrokAdamW that its parameter groups may set"
+                    + (f": give {instead}" if instead in OPTIONS else "")
+                )
             if OPTIONS[name].on_load != TAKE:  # a checkpoint is loaded before training begins
                 raise ValueError(
                     f"{name}={value!r} cannot be set once there is an optimizer: give signals as signals=, and other "
@@ -237,7 +241,7 @@ class GrokAdamWCallback(TrainerCallback):
         if self._optimizer is None:
             return
         if self._train_acc in logs and self._goes_on:
-            self._optimizer.record(train_acc=logs[self._train_acc])
+            self._record(self._optimizer, train_acc=logs[self._train_acc])
             self._said.add("train_acc")
         if "loss" not in logs:
             return
@@ -256,8 +260,11 @@ class GrokAdamWCallback(TrainerCallback):
         self._metrics.update(metrics)
         if "eval_loss" in found:  # only here: later, lower training losses must not be compared with this one
             found["train_loss"] = self._new_loss(args, state, self._optimizer)
-        self._optimizer.record(**found)
+        self._record(self._optimizer, **found)
         self._recorded = recorded(self._optimizer.param_groups, "train_loss")
+
+    def _record(self, optimizer: GrokAdamW, **values: Any) -> None:
+        optimizer.record(**trainers.without_nan(values, self._said))
 
     def _new_loss(self, args: TrainingArguments, state: TrainerState, optimizer: GrokAdamW) -> float | None:
         """Return the training loss that was logged last; None, with a warning, if none was since the last evaluation.

@@ -65,10 +65,11 @@ class GrokAdamWCallback(Callback):
     ) -> None:
         super().__init__()
         if not isinstance(eval_loss, str):
-            raise TypeError(f"eval_loss={eval_loss!r} is not the name of a loss, as in eval_loss='loss'")
+            raise TypeError(f"eval_loss={trainers.shown(eval_loss)} is not the name of a loss, as in eval_loss='loss'")
         for name, value in (("train_loss", train_loss), ("eval_acc", eval_acc), ("train_acc", train_acc)):
             if not isinstance(value, str | None):
-                raise TypeError(f"{name}={value!r} is not a name: give the name that you log it under, or leave it out")
+                what = f"{name}={trainers.shown(value)}"
+                raise TypeError(f"{what} is not a name: give the name that you log it under, or leave it out")
         self._train_loss, self._train_acc = train_loss, train_acc
         evaluated = {"eval_loss": eval_loss, "eval_acc": eval_acc}
         self._evaluated = {name: key for name, key in evaluated.items() if key is not None}
@@ -206,8 +207,9 @@ class GrokAdamWCallback(Callback):
         return any(map(trainers.hears_losses, self._optimizers))
 
     def _record(self, **values: Any) -> None:
+        found = trainers.without_nan(values, self._said)
         for optimizer in self._optimizers:
-            optimizer.record(**values)
+            optimizer.record(**found)
 
     def _warn(self, which: str, name: str | None, trainer: Trainer) -> None:
         logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -450,6 +451,16 @@ def test_what_holds_for_the_whole_optimizer(tmp_path: Path) -> None:
         ({"eval_loss": None}, TypeError, "eval_loss=None"),
         ({"eval_acc": 0.9}, TypeError, "eval_acc=0.9 is not the name of a metric"),
         ({"train_acc": True}, TypeError, "train_acc=True is not the name of a metric"),
+        ({"eval_loss": GrokAdamW([torch.zeros(1)])}, TypeError, "^eval_loss=<GrokAdamW> is not the name of a metric"),
+        ({"eval_acc": torch.zeros(99)}, TypeError, "^eval_acc=<Tensor> is not the name of a metric"),
+        ({"lamda": 1}, TypeError, "^lamda=1 is not an argument of .*: give lamb$"),
+        ({"beta1": 0.8}, TypeError, "^beta1=0.8 is not an argument of .*: give betas$"),
+        ({"max_grad_norm": 1}, TypeError, "^max_grad_norm=1 is not an argument of .*: give gradient_clipping$"),
+        ({"max_row_chang": 1}, TypeError, "^max_row_chang=1 is not an argument of .*: give max_row_change$"),
+        ({"layers": 1}, TypeError, "^layers=1 is not an argument of .* may set$"),
+        ({"foo": 1}, TypeError, "^foo=1 is not an argument of .* may set$"),
+        ({"learning_rate": 0.1}, ValueError, "^learning_rate=0.1 is the Trainer's: give it in TrainingArguments"),
+        ({"wd": 0.1}, ValueError, "^wd=0.1 is the Trainer's: give it in TrainingArguments"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -678,6 +689,28 @@ def test_a_metric_that_is_no_accuracy_stops_the_run(tmp_path: Path) -> None:
     it = trainer(tmp_path, GrokAdamWCallback(eval_acc="eval_loss"), save_strategy="no")
     with pytest.raises(ValueError, match="eval_acc=.* is not an accuracy: give a share"):
         it.train()
+
+
+def test_accuracies_that_are_nan_are_warned_of_once(tmp_path: Path) -> None:
+    """And not recorded; the run goes on."""
+    shares = iter([0.5, math.nan, math.nan, 0.25])
+
+    class Logs(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            it.log({"right": 0.75 if state.global_step == 1 else math.nan})
+
+    callbacks = GrokAdamWCallback(eval_acc="eval_accuracy", train_acc="right", signals=AccuracyGap()), Logs()
+    it = trainer(tmp_path, *callbacks, compute_metrics=lambda _: {"accuracy": next(shares)}, save_strategy="no")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        it.train()
+    said = sorted(str(warning.message) for warning in caught if "nan" in str(warning.message))
+    assert [sentence.partition(":")[0] for sentence in said] == [
+        "eval_acc=nan is not recorded",
+        "train_acc=nan is not recorded",
+    ]
+    group = grokadamw_of(it).param_groups[0]
+    assert (group["train_acc"], group["eval_acc"]) == (0.75, 0.25)
 
 
 @pytest.mark.filterwarnings("error::UserWarning:grokadamw")

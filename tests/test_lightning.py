@@ -478,6 +478,8 @@ def test_what_it_warns_of_and_refuses(tmp_path: Path, trainer: Callable[..., Any
         fit(GrokAdamWCallback(), lambda model: torch.optim.AdamW(model.parameters()))
     with pytest.raises(TypeError, match="eval_loss=None"):
         GrokAdamWCallback(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="^eval_loss=<GrokAdamW> is not the name of a loss"):
+        GrokAdamWCallback(GrokAdamW([torch.zeros(1)]))  # type: ignore[arg-type]
     for name in ("train_loss", "eval_acc", "train_acc"):
         with pytest.raises(TypeError, match=f"{name}=0.5 is not a name"):
             GrokAdamWCallback(**{name: 0.5})  # type: ignore[arg-type]
@@ -562,6 +564,31 @@ def test_accuracies_are_recorded(tmp_path: Path, trainer: Callable[..., Any]) ->
         if i >= 3:
             assert row["signal"] == pytest.approx(row["train_acc"] - row["eval_acc"])
     assert module.monitor.grokked_at == 12  # the fourth validation, which is the first that is good
+
+
+def test_accuracies_that_are_nan_are_warned_of_once(trainer: Callable[..., Any]) -> None:
+    """And not recorded; the run goes on."""
+
+    class Nan(Measured):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            self.log("acc", math.nan if batch_idx else 0.75)
+            return super().training_step(batch)
+
+        def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+            super().validation_step(batch)
+            self.log("val_acc", math.nan if self.current_epoch else 0.5)
+
+    it = trainer(max_epochs=3, callbacks=[GrokAdamWCallback(eval_acc="val_acc", train_acc="acc")])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        it.fit(Nan(grokadamw), data(), data())
+    said = [str(warning.message) for warning in caught if "nan" in str(warning.message)]
+    assert sorted(sentence.partition(":")[0] for sentence in said) == [
+        "eval_acc=nan is not recorded",
+        "train_acc=nan is not recorded",
+    ]
+    group = it.optimizers[0].param_groups[0]
+    assert (group["train_acc"], group["eval_acc"]) == (0.75, 0.5)
 
 
 def test_an_accuracy_that_is_logged_for_the_epoch(tmp_path: Path, trainer: Callable[..., Any]) -> None:
