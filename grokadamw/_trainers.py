@@ -30,8 +30,7 @@ def _unwrapped(optimizer: Any) -> Iterator[Any]:
 
 def grokadamw_in(optimizer: Any) -> GrokAdamW | None:
     """Return the GrokAdamW inside the wrappers of frameworks, torch and this package; None if there is none."""
-    *_, innermost = _unwrapped(optimizer)
-    return innermost if isinstance(innermost, GrokAdamW) else None
+    return next((layer for layer in _unwrapped(optimizer) if isinstance(layer, GrokAdamW)), None)
 
 
 def readings(optimizer: GrokAdamW) -> dict[str, float]:

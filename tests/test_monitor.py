@@ -419,6 +419,8 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_another_optimizer() -> None:
+    with pytest.raises(TypeError, match="optimizer is a NoneType, and has no GrokAdamW in it"):
+        Monitor(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="optimizer is a SGD"):
         Monitor(torch.optim.SGD([torch.zeros(1)]))
 
