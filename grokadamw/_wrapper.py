@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, without im
 from torch.optim import Optimizer
 
 from ._numbers import as_real
+from ._trainers import grokadamw_in
 from ._wrapper_base import WrapperBase
 from .distributed import mesh_of, state_is_asked_for
 from .state.slots import State, check_shapes
@@ -60,6 +61,7 @@ class Wrapper(WrapperBase):
                 f"gradients that {type(self).__name__} makes: leave overlap_with_ddp out"
             )
         self._inner, self._group_defaults = optimizer, group_defaults
+        self._check_not_early()
         self._drop_none()
         self._check({**group_defaults})
         for group in optimizer.param_groups:
@@ -104,6 +106,7 @@ class Wrapper(WrapperBase):
                 f"a CUDA graph cannot capture a step of {type(self).__name__}, which counts in Python: capture a step "
                 "of GrokAdamW, which has the filter, with capturable=True"
             )
+        self._check_not_early()
         if overflows:
             self._skip()
             return
@@ -117,6 +120,16 @@ class Wrapper(WrapperBase):
             self._make_state(parts)
         else:
             self._take(parts)
+
+    def _check_not_early(self) -> None:
+        """Raise ValueError if the backward pass has the inner optimizer use gradients before this one sees them."""
+        inner = grokadamw_in(self._inner)
+        if inner is not None and inner._run.in_backward is not None:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} with step_in_backward, which updates parameters before {name} sees their gradients: leave one "
+                "of them out. GrokAdamW has a filter of its own, and accumulation_steps"
+            )
 
     def _check_kept(self) -> None:
         """Raise RuntimeError if a parameter's state is gone, or no longer has its shape."""

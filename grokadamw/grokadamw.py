@@ -361,6 +361,8 @@ class GrokAdamW(Base):
         old = self._run.signals
         signals = Signals(fns, old.combine if combine is None else combine)
         signals.check_amplifies(self.defaults["amplify_by_signal"])
+        if self._run.in_backward is not None:
+            self._run.in_backward.check_signals(signals)
         signals.bind(self)
         signals.restore(old.waiting)
         signals.losses_are_loaded = old.losses_are_loaded

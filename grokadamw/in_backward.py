@@ -18,6 +18,7 @@ from .distributed import why_not_early
 from .grokadamw import GrokAdamW
 from .layers import name_of
 from .options import check_changed
+from .signals import SlowGradient
 from .step import stages
 from .step.alpha import Signals
 from .step.batches import Given
@@ -59,13 +60,15 @@ def step_in_backward(optimizer: GrokAdamW, *, clip_by: str | None = None) -> Ste
     have a gradient but were not updated, counts the step or micro-batch, and calls step hooks. ``step(closure)`` runs
     the closure first, whose backward pass updates parameters. ``zero_grad()`` does no harm.
 
-    Signals are evaluated once a pass, before its first update: call ``record`` before ``backward``. With
-    ``accumulation_steps`` each backward pass is a micro-batch. ``nonfinite`` acts on each parameter alone: ``"skip"``
+    Signals are evaluated once a pass, before its first update: call ``record`` before ``backward``. The pass has no
+    other gradients then, so signals must not read them: ``SlowGradient`` is refused. With ``accumulation_steps`` each
+    backward pass is a micro-batch. ``nonfinite`` acts on each parameter alone: ``"skip"``
     leaves out that parameter, and ``metrics()["skipped_steps"]`` counts how often that happened; ``"raise"`` stops
     after earlier parameters of the pass were written.
 
     Args:
-        optimizer: a GrokAdamW; its parameters must not be DTensors, nor be in a DDP or FSDP model.
+        optimizer: a GrokAdamW, without ``Grokfast`` or ``Accumulate`` around it. Its parameters must not be DTensors,
+            nor be in a DDP or FSDP model.
         clip_by: required if ``gradient_clipping`` is above 0, as the norm N of all gradients is only known at the end
             of the pass. ``"last"``: N is that of the last pass, or of this pass's gradients so far if that is larger,
             as in the first pass. Checkpoints keep N. A group's ``gradient_clipping`` is still its limit.
@@ -173,6 +176,14 @@ class StepInBackward:
         """True if the open pass has updated parameters."""
         return self.is_open and bool(self._updated)
 
+    def check_signals(self, signals: Signals) -> None:
+        """Raise ValueError for a signal that reads gradients: when it is called, the pass has that of one parameter."""
+        if any(isinstance(function, SlowGradient) for function in signals.functions):
+            raise ValueError(
+                "SlowGradient with step_in_backward: it reads the gradients of all parameters, and signals are called "
+                "when the pass has the first of them. Choose another signal, or leave step_in_backward out"
+            )
+
     def _begin(self, optimizer: GrokAdamW) -> None:
         """Begin a pass: do all that `GrokAdamW._prepared` does before batches are collected."""
         optimizer._complete_groups()
@@ -254,6 +265,7 @@ class StepInBackward:
                     f"gradient_clipping={limit:g} with step_in_backward: the norm of all gradients is not known "
                     'when the first is used. Choose clip_by="last", or set gradient_clipping=0'
                 )
+        self.check_signals(optimizer._run.signals)
         if optimizer._run.shard_group is not None:
             raise ValueError("step_in_backward with shard_group, or ranks of ZeroRedundancyOptimizer: leave one out")
         params = {param for group in optimizer.param_groups for param in group["params"]} if and_wrappers else set()

@@ -157,7 +157,8 @@ class SlowGradient:
 
     μ is the last step's, g this step's. Near 0 the slow part is lost in noise, and the filter keeps its full memory;
     near 1 the gradient points where it has long been pointing, and a shorter memory, quicker to follow a turn, loses
-    nothing. 0 until there is a μ. It serves one optimizer, the one that it was last registered with.
+    nothing. 0 until there is a μ. It serves one optimizer, the one that it was last registered with. It does not work
+    with ``step_in_backward``, which never has all gradients at once.
 
     Args:
         every: steps from one evaluation to the next, ≥ 1. Each reads μ and g once; in between its value stays.

@@ -19,7 +19,8 @@ from torch.amp import GradScaler
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from grokadamw import Accumulate, GrokAdamW, decay_groups, step_in_backward
+from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA, decay_groups, step_in_backward
+from grokadamw.signals import AccuracyGap, SlowGradient, loss_gap
 
 from .models import batch as numbers
 from .models import network, running, same, saved_and_loaded
@@ -477,6 +478,45 @@ def test_options_that_do_not_go_together_with_it(option: dict[str, Any]) -> None
     optimizer = GrokAdamW(network().parameters(), **FREE, **option)
     with pytest.raises(ValueError, match=f"{next(iter(option))}=.* with step_in_backward: leave one of them out"):
         step_in_backward(optimizer)
+
+
+def test_signals_that_read_gradients_do_not_either() -> None:
+    """Not registered before it, and not after; and what is refused changes nothing."""
+    model = network()
+    slow = SlowGradient()
+    for signals in (slow, [loss_gap, slow]):
+        optimizer = GrokAdamW(model.parameters(), grokking_signal_fns=signals, **FREE)
+        with pytest.raises(ValueError, match="SlowGradient with step_in_backward: it reads the gradients"):
+            step_in_backward(optimizer)
+        is_plain(model, optimizer)
+        optimizer.set_signals([loss_gap, AccuracyGap()])
+        before = optimizer._run.signals
+        with step_in_backward(optimizer):
+            with pytest.raises(ValueError, match="Choose another signal, or leave step_in_backward out"):
+                optimizer.set_signals(signals)
+            assert optimizer._run.signals is before
+            passes(model, optimizer, range(2), mse)
+        optimizer.set_signals(signals)
+
+
+@pytest.mark.parametrize("wrap", [Grokfast, GrokfastMA, lambda optimizer: Accumulate(optimizer, 2)])
+def test_wrappers_make_gradients_that_it_would_not_see(wrap: Any) -> None:
+    """Whichever comes first, and with two wrappers, too."""
+    model = network()
+    optimizer = GrokAdamW(model.parameters(), **FREE)
+    wrapped = wrap(optimizer)
+    outer = wrapped if isinstance(wrapped, Accumulate) else Accumulate(wrapped, 1)
+    with step_in_backward(optimizer):
+        with pytest.raises(ValueError, match="with step_in_backward, which updates parameters before .* leave one"):
+            wrap(optimizer)
+        for each in (wrapped, outer):
+            mse(model, 0).backward()
+            with pytest.raises(ValueError, match=f"{type(each).__name__} with step_in_backward"):
+                each.step()
+            optimizer.step()
+    outer.zero_grad()
+    mse(model, 1).backward()
+    wrapped.step()
 
 
 def test_it_takes_one_grokadamw_once() -> None:
