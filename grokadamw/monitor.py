@@ -40,11 +40,12 @@ class Monitor:
     ```
 
     Reading them waits for the device, so on a GPU ``every`` should not be 1. Each ``optimizer.record(eval_acc=…)`` is
-    read, too, for ``grokked_at``. Nothing is kept while a CUDA graph is captured, or when it is replayed.
+    read, too, for ``grokked_at``. Nothing is kept while a CUDA graph is captured, or when it is replayed. A copy or a
+    pickle brings its own optimizer, and records it; ``copy.copy`` records the same one.
 
     Args:
         optimizer: a GrokAdamW, or one that a framework or this package has wrapped.
-        every: steps from one record to the next, ≥ 1.
+        every: steps from one record to the next, ≥ 1. They are at multiples of it, also in a resumed run.
         capacity: the most records to keep, ≥ 2. Before there are more, every second one is dropped and ``every``
             doubles, so that any number of steps fits.
         solved: the evaluation accuracy, in [0, 1], from which on a model counts as good, for ``grokked_at``.
@@ -62,15 +63,29 @@ class Monitor:
             raise TypeError(f"optimizer is a {type(optimizer).__name__}, and has no GrokAdamW in it: give a GrokAdamW")
         self._optimizer, self._every, self._capacity = found, every, capacity
         self._solved = float(solved)
-        self._steps = 0
+        self._steps = self._steps_taken()  # counted from here on: reading them at each step would wait for a GPU
         self._written = -math.inf  # the step up to which TensorBoard has all records
         self._rows: list[dict[str, float]] = []
         self._evaluations: list[tuple[int, bool]] = []  # (step, is good); none is added after six good ones
+        self._is_closed = False
+        self._listen()
+
+    def _listen(self) -> None:
+        optimizer = self._optimizer
         self._hooks = [
-            found.register_step_post_hook(self._after_step),
-            found.register_load_state_dict_post_hook(self._after_loading),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_post_hook(self._after_loading),
         ]
-        found._run.evaluation_listeners.append(self._after_evaluation)
+        optimizer._run.evaluation_listeners.append(self._after_evaluation)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hooks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _hooks=[])
+        self._rows, self._evaluations = [*self._rows], [*self._evaluations]  # which a shallow copy must not share
+        if not self._is_closed:
+            self._listen()
 
     @_disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -78,11 +93,7 @@ class Monitor:
             return
         self._steps += 1
         if self._steps % self._every == 0:
-            if len(self._rows) == self._capacity:
-                del self._rows[::2]
-                self._every *= 2
-            if self._steps % self._every == 0:
-                self._keep(_row(self._optimizer))
+            self._keep(_row(self._optimizer))
 
     @_disable_dynamo
     def _after_evaluation(self) -> None:
@@ -98,7 +109,8 @@ class Monitor:
             del self._evaluations[: -max(self._capacity, _IN_A_ROW)]
 
     def _after_loading(self, optimizer: Optimizer) -> None:
-        self._forget_evaluations_after(self._steps_taken())
+        self._steps = self._steps_taken()
+        self._forget_evaluations_after(self._steps)
 
     def _steps_taken(self) -> int:
         states = states_of(self._optimizer.param_groups, self._optimizer.state)
@@ -112,6 +124,12 @@ class Monitor:
         while self._rows and self._rows[-1]["step"] >= row["step"]:  # after going back to a checkpoint
             self._rows.pop()
         self._written = min(self._written, self._rows[-1]["step"] if self._rows else -math.inf)
+        if len(self._rows) == self._capacity:
+            self._every *= 2
+            is_kept = self._steps % self._every == 0
+            del self._rows[(self._capacity + is_kept) % 2 :: 2]  # among them the last one if this one is kept
+            if not is_kept:
+                return
         self._rows.append(row)
 
     @property
@@ -209,9 +227,13 @@ class Monitor:
                         writer.add_scalar(prefix + name, value, int(row["step"]))
                 self._written = row["step"]
 
+    def _names(self) -> list[str]:
+        """Return the names of all columns, which are known before the first record, too."""
+        return [*dict.fromkeys(name for row in self._rows or [_row(self._optimizer)] for name in row)]
+
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write one line per record; unknown values are left empty."""
-        names = dict.fromkeys(name for row in self._rows or [_row(self._optimizer)] for name in row)
+        names = self._names()
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names, restval="")
             writer.writeheader()
@@ -227,11 +249,12 @@ class Monitor:
             from pandas import DataFrame
         except ImportError as error:
             raise ImportError("Monitor.to_pandas needs pandas: pip install 'grokadamw[monitor]'") from error
-        table = DataFrame(self._rows, columns=None if self._rows else ["step"])
+        table = DataFrame(self._rows, columns=self._names(), dtype=float)
         return table.astype({"step": int}).set_index("step")
 
     def close(self) -> None:
         """Stop recording. What was recorded stays."""
+        self._is_closed = True
         for hook in self._hooks:
             hook.remove()
         listeners = self._optimizer._run.evaluation_listeners

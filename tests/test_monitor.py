@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import csv
 import math
-from collections.abc import Iterable
+import pickle
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from benchmarks.grokking.experiment import Curve
 from grokadamw import Accumulate, GrokAdamW
 from grokadamw.monitor import Monitor
 
-from .models import batch, network, train
+from .models import batch, network, same, train
 
 
 def monitored(every: int = 1, capacity: int = 4096, **options: Any) -> tuple[Any, GrokAdamW, Monitor]:
@@ -298,6 +299,79 @@ def test_monitors_end_and_copies_have_none() -> None:
     assert monitor.grokked_at == 10
 
 
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda kept: pickle.loads(pickle.dumps(kept)),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, lambda optimizer: Accumulate(optimizer, 1)])
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_goes_on_with_its_own_optimizer(how: str, wrap: Any) -> None:
+    """And the monitor that was copied with its own."""
+    model = network()
+    optimizer = wrap(GrokAdamW(model.named_parameters(), lr=0.01))
+    monitor = Monitor(optimizer, every=2)
+
+    def run(runs: list[Any], steps: range) -> None:
+        for model, optimizer, monitor in runs:
+            for step in steps:
+                monitor._optimizer.record(eval_acc=1.0)
+                train(model, range(step, step + 1), lambda step, loss, optimizer=optimizer: optimizer.step())
+
+    run([(model, optimizer, monitor)], range(3))
+    copied = COPIES[how]((model, optimizer, monitor))
+    assert copied[2]._optimizer is getattr(copied[1], "optimizer", copied[1])
+    run([(model, optimizer, monitor), copied], range(3, 8))
+    assert [row["step"] for row in monitor.rows] == [2, 4, 6, 8]
+    assert same(copied[2].rows, monitor.rows)
+    assert copied[2].grokked_at == monitor.grokked_at == 0
+    copied[2].close()
+    run([(model, optimizer, monitor), copied], range(8, 10))
+    assert len(copied[2].rows) == 4
+    assert len(monitor.rows) == 5
+    for kept in (copied, COPIES[how](copied)):
+        assert kept[2]._optimizer._run.evaluation_listeners == []  # closed stays closed
+        assert not kept[2]._optimizer._optimizer_step_post_hooks
+
+
+def test_a_shallow_copy_shares_the_optimizer_and_nothing_else() -> None:
+    optimizer, monitor = evaluated([1.0] * 5)
+    copied = copy.copy(monitor)
+    copied.close()
+    take_step(optimizer)
+    optimizer.record(eval_acc=1.0)
+    assert (monitor.grokked_at, copied.grokked_at) == (10, None)
+    again = copy.copy(monitor)
+    for _ in range(9):
+        take_step(optimizer)
+    assert [row["step"] for row in again.rows] == [row["step"] for row in monitor.rows] == list(range(10, 61, 10))
+    assert len(copied.rows) == 5
+
+
+@pytest.mark.parametrize("capacity", [4, 6, 7, 4096])
+@pytest.mark.parametrize("before_loading", [False, True])
+def test_rows_of_a_resumed_run_line_up(before_loading: bool, capacity: int) -> None:
+    """Also when it has gone back, and when every second row is dropped."""
+    optimizer, whole = evaluated([None] * 18, apart=1, every=5)
+    other = GrokAdamW([torch.nn.Parameter(torch.ones(1))])
+    made = [Monitor(other, 5, capacity)] if before_loading else []
+    saved = copy.deepcopy(optimizer.state_dict())
+    other.load_state_dict(copy.deepcopy(saved))
+    monitor = made[0] if made else Monitor(other, 5, capacity)
+    for _ in range(60):
+        take_step(optimizer)
+        take_step(other)
+    apart = {4: 20, 6: 10, 7: 10, 4096: 5}
+    steps = [row["step"] for row in monitor.rows]
+    assert steps == [step for step in range(20, 79, 5) if step % apart[capacity] == 0]
+    assert {*steps} <= {row["step"] for row in whole.rows}
+    other.load_state_dict(saved)
+    for _ in range(60):
+        take_step(other)
+    assert [row["step"] for row in monitor.rows] == steps
+
+
 def test_evaluations_behind_a_wrapper() -> None:
     model = network()
     optimizer = Accumulate(GrokAdamW(model.named_parameters(), lr=0.01), 3)
@@ -397,9 +471,12 @@ def test_tables(tmp_path: Path) -> None:
     assert math.isnan(table.loc[1, "signal/loss_gap"])
     assert table.loc[3, "signal/loss_gap"] == 0.5
     nothing = monitored()[2]
-    assert len(nothing.to_pandas()) == 0
     nothing.to_csv(tmp_path / "nothing.csv")
     assert (tmp_path / "nothing.csv").read_text().startswith("step,train_loss,")
+    empty = nothing.to_pandas()
+    assert len(empty) == 0
+    assert [empty.index.name, *empty] == (tmp_path / "nothing.csv").read_text().strip().split(",")
+    assert (empty.dtypes == table.dtypes[empty.columns]).all()
 
 
 @pytest.mark.parametrize(
