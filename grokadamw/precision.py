@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import zero
+from ._trainers import grokadamw_in
 from .distributed import like, local, part, shards_of
+from .grokadamw import GrokAdamW
 from .groups import check_model
-from .state.formats import full, low_dtype, split
+from .state.formats import HALVES, full, low_dtype, split
 from .state.slots import prepare
 
 __all__ = ["full_precision_state_dict", "load_full_precision_state_dict"]
@@ -25,9 +28,14 @@ def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[st
 
     Args:
         model: it has the parameters that `optimizer` updates, and may have more.
-        optimizer: a GrokAdamW with ``master_weight_bits``. Before its first step all low bits are 0.
+        optimizer: a GrokAdamW with ``master_weight_bits``, or one that a framework or this package has wrapped. Before
+            its first step all low bits are 0. A rank of ``ZeroRedundancyOptimizer`` has those of its own parameters.
+
+    Raises:
+        TypeError, ValueError: the optimizer keeps no low bits for this model, which has bfloat16 or float16 parameters.
     """
     check_model(model)
+    optimizer = _keeper(model, optimizer, "model.state_dict() returns the weights as they are")
     state_dict: dict[str, Any] = model.state_dict()
     for name, param in model.named_parameters(remove_duplicate=False):
         low = optimizer.state[param].get("param_low") if param in optimizer.state else None
@@ -42,9 +50,11 @@ def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state
     The rest of the optimizer's state stays: load its own state dict first.
 
     Raises:
+        TypeError, ValueError: as ``full_precision_state_dict``. Then nothing was loaded.
         RuntimeError: names or shapes are not the model's, as in ``model.load_state_dict``.
     """
     check_model(model)
+    optimizer = _keeper(model, optimizer, "model.load_state_dict(state_dict) rounds them")
     model.load_state_dict(state_dict)
     groups = {param: group for group in optimizer.param_groups for param in group["params"]}
     for name, param in model.named_parameters(remove_duplicate=False):
@@ -61,3 +71,23 @@ def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state
         with torch.no_grad():
             part(param).copy_(rounded)
         part(state["param_low"]).copy_(bits)
+
+
+def _keeper(model: nn.Module, optimizer: Optimizer, otherwise: str) -> GrokAdamW:
+    """Return the GrokAdamW inside the optimizer; TypeError or ValueError if it does not keep this model's low bits."""
+    found = grokadamw_in(optimizer)
+    if found is None:
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}, and has no GrokAdamW in it: give the GrokAdamW that trains "
+            f"the model. Without one, {otherwise}"
+        )
+    halves = [param for param in model.parameters() if param.dtype in HALVES]
+    trained = {param for group in zero.groups_of_all_ranks(found) for param in group["params"]}
+    if halves and trained.isdisjoint(model.parameters()):
+        raise ValueError("optimizer has no parameter of this model: give the GrokAdamW that trains it")
+    if found.defaults["master_weight_bits"] is None and not trained.isdisjoint(halves):
+        raise ValueError(
+            "optimizer has master_weight_bits=None, and so keeps no low bits of the model's bfloat16 or float16 "
+            f"weights: construct it with master_weight_bits=32 or 24. Without them, {otherwise}"
+        )
+    return found

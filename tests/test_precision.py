@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grokadamw import GrokAdamW, full_precision_state_dict, load_full_precision_state_dict
+from grokadamw import Accumulate, GrokAdamW, full_precision_state_dict, load_full_precision_state_dict
 from grokadamw.checkpoints import to_adamw, to_float32
 from grokadamw.options import STATES
 
@@ -51,7 +51,7 @@ def started(options: dict[str, Any], foreach: bool | None = None) -> tuple[Model
     return model, GrokAdamW(model.named_parameters(), lr=0.01, foreach=foreach, **options)
 
 
-def train(model: Model, optimizer: GrokAdamW, first: int, last: int) -> None:
+def train(model: Model, optimizer: Any, first: int, last: int) -> None:
     for step in range(first, last):
         torch.manual_seed(step)
         for param in model.parameters():
@@ -233,19 +233,52 @@ def test_32_bits_are_the_float32_weights(state_dtype: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(other.parameters(), model.parameters(), strict=True))
 
 
-def test_an_optimizer_without_low_bits_has_the_models_own_weights() -> None:
-    """Also one of torch that carries along those of a GrokAdamW, which are stale."""
+def test_an_optimizer_without_the_models_low_bits_is_refused() -> None:
+    """Also one of torch that carries along those of a GrokAdamW, which are stale. Then nothing was loaded."""
     model, optimizer = started({"master_weight_bits": 32})
     train(model, optimizer, 0, 1)
-    weights = {name: torch.randn(x.shape) for name, x in model.state_dict().items()}
-    weights["tied"] = weights["even"]
+    weights, before = Model(torch.float32).state_dict(), copy.deepcopy(model.state_dict())
     adamw = torch.optim.AdamW(model.named_parameters())
     adamw.load_state_dict(optimizer.state_dict())
-    for other in (torch.optim.AdamW(model.parameters()), adamw, GrokAdamW(model.parameters())):
-        load_full_precision_state_dict(model, other, weights)
-        for name, x in full_precision_state_dict(model, other).items():
-            assert torch.equal(x, weights[name].to(x.dtype))
-            assert x.dtype == torch.bfloat16
+    for other, error, message in (
+        (adamw, TypeError, "optimizer is a AdamW, and has no GrokAdamW in it: give the GrokAdamW that trains"),
+        (None, TypeError, "optimizer is a NoneType"),
+        (GrokAdamW(model.parameters()), ValueError, r"master_weight_bits=None, .* construct it with .*=32 or 24"),
+        (started({"master_weight_bits": 32})[1], ValueError, "optimizer has no parameter of this model: give"),
+    ):
+        with pytest.raises(error, match=message):
+            full_precision_state_dict(model, other)  # type: ignore[arg-type]
+        with pytest.raises(error, match=message):
+            load_full_precision_state_dict(model, other, weights)  # type: ignore[arg-type]
+        assert same(dict(model.state_dict()), dict(before))
+
+
+def test_where_there_are_no_low_bits_to_keep_any_grokadamw_will_do() -> None:
+    """A model of float32, and a frozen one of 16 bits with trained parts of float32."""
+    wide = Model(torch.float32)
+    frozen = nn.ModuleList([Model(torch.bfloat16).requires_grad_(False), nn.Linear(2, 2)])
+    for model, optimizer in (
+        (wide, GrokAdamW(wide.parameters())),
+        (wide, started({"master_weight_bits": 32})[1]),
+        (frozen, GrokAdamW(frozen[1].parameters())),
+    ):
+        found = full_precision_state_dict(model, optimizer)
+        assert same(found, dict(model.state_dict()))
+        load_full_precision_state_dict(model, optimizer, found)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_wrapped_optimizers_keep_low_bits() -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model, optimizer = started({"master_weight_bits": 32})
+    sharded = ZeroRedundancyOptimizer(model.parameters(), GrokAdamW, master_weight_bits=32)
+    for wrapped in (Accumulate(optimizer, 1), sharded):
+        train(model, wrapped, 0, 2)
+        found = full_precision_state_dict(model, wrapped)
+        assert any(not torch.equal(x, x.bfloat16().float()) for x in found.values())
+        load_full_precision_state_dict(model, wrapped, Model(torch.float32).state_dict())
+        assert same(full_precision_state_dict(model, wrapped), dict(Model(torch.float32).state_dict()))
 
 
 def test_24_bits_come_out_to_their_precision() -> None:

@@ -88,7 +88,7 @@ SMALL = 4096  # the state of a parameter with fewer elements is not worth coding
 BLOCK = 64  # elements of a row that share one scale
 NARROW = 32  # a row with fewer elements is too short for codes
 _LOW: dict[int | None, torch.dtype] = {24: torch.int8, 32: torch.int16}
-_HALVES = (torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 _GOLDEN, _LANE, _WORD = 0x9E3779B9, 0xC13FA9A9, (1 << 32) - 1  # increments of dithers: from step to step, in a block
 _TURNS = {"exp_avg": 0, "grok_ema": 11, "exp_avg_sq": 22, "param": 5}  # how far each rotates the bits of a hash
 _PARTS = 65536.0  # parts of a code, in which a value is compared with its dither
@@ -108,7 +108,7 @@ def is_coded(row: Sequence[Tensor], extras: Sequence[Any], options: Mapping[str,
     if not may_be_coded(options):
         return False
     has_codes = any(x is not None for x in extras) or any(x.dtype == torch.bfloat16 for x in row[2:])
-    return has_codes or (options["rounding"] != "nearest" and row[0].dtype in _HALVES)
+    return has_codes or (options["rounding"] != "nearest" and row[0].dtype in HALVES)
 
 
 def format_of(param: Tensor, name: str, options: Mapping[str, Any]) -> str:
@@ -137,7 +137,7 @@ def width_of(x: Tensor) -> int:
 
 def low_dtype(param: Tensor, options: Mapping[str, Any]) -> torch.dtype | None:
     """Return the dtype of a parameter's low bits; None if it has none. The options may be another optimizer's."""
-    return _LOW.get(options.get("master_weight_bits")) if param.dtype in _HALVES else None
+    return _LOW.get(options.get("master_weight_bits")) if param.dtype in HALVES else None
 
 
 def has_no_gaps(x: Tensor) -> bool:
