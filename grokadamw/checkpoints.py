@@ -97,18 +97,37 @@ def to_adamw(state_dict: StateDict) -> StateDict:
 
     Everything else is left out: μ, signals, layers and their group keys, and what wrappers keep. AdamW has one β1 for
     all layers; if γ is not 0, the first moments of deep layers were made with a smaller one, and adapt within a few
-    steps.
+    steps. There is a warning if weights lose their low bits, which `full_precision_state_dict` saves; and if moments
+    hold some of a step's micro-batches, because AdamW takes those for a whole step.
 
     Raises:
         ValueError: as `to_grokadamw`.
     """
     ours, groups, states = to_float32(state_dict), [], {}
+    _warn_of_loss(ours)
     for group in ours["param_groups"]:
         left_out = {*_OURS, *_ADAMW, *(name for name in group if name.startswith(_OF_WRAPPERS))}
         groups.append({**_ADAMW, "maximize": False, **_without(group, left_out)})
     for key, state in ours["state"].items():
         states[key] = {n: state[n] for n in _NEEDED if n in state} if isinstance(state, dict) else state
     return {**ours, "state": states, "param_groups": groups}
+
+
+def _warn_of_loss(state_dict: StateDict) -> None:
+    """Warn of what AdamW has no place for although the weights, or the moments, are not whole without it."""
+    if any("param_low" in state for _, state in _states(state_dict) if isinstance(state, dict)):
+        warn(
+            "the weights' low bits (param_low, of master_weight_bits) are left out, as AdamW has none: weights go on "
+            "as their dtype holds them. To keep all bits, save full_precision_state_dict(model, optimizer), too",
+            UserWarning,
+        )
+    first: _Group = next(iter(state_dict["param_groups"]), {})
+    if (done := int(first.get("micro_step") or 0)) > 0:
+        warn(
+            f"this was saved after {done} of accumulation_steps={first['accumulation_steps']} micro-batches: m and v "
+            "hold a part of a step, which AdamW takes for a whole one. Save where optimizer.stepped is True",
+            UserWarning,
+        )
 
 
 def _from_adam(state_dict: StateDict) -> StateDict:

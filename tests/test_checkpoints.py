@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import pickle
+import re
 import runpy
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from .test_precision import FORMATS, LOSSES
 
 HERE = Path(__file__).parent / "checkpoints"
 write = runpy.run_path(str(HERE / "write.py"))
+MICRO: dict[str, Any] = {"accumulation_steps": 4, "second_moment": "raw"}
 AS_ADAMW = {"lamb": 0.0, "gamma": 0.0, "gradient_clipping": 0.0}
 
 
@@ -213,6 +215,7 @@ def test_the_slow_gradient_starts_at_zero_and_is_left_behind() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:this was saved after 1 of")
 @pytest.mark.parametrize("keeper", [name for name in KEEPERS if "SGD" not in name])
 def test_what_else_is_kept_is_left_behind(keeper: str) -> None:
     model = network()
@@ -222,6 +225,28 @@ def test_what_else_is_kept_is_left_behind(keeper: str) -> None:
     assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in exported["state"].values())
     known = torch.optim.AdamW(model.named_parameters()).param_groups[0].keys() | {"decoupled_weight_decay"}
     assert exported["param_groups"][0].keys() == known
+
+
+def test_a_loss_that_adamw_cannot_help_is_warned_of() -> None:
+    """Of low bits, and of a part of a step; and of nothing else."""
+    for dtype, options, steps, message in (
+        (torch.bfloat16, {"master_weight_bits": 24}, 1, "low bits .* save full_precision_state_dict"),
+        (torch.float32, MICRO, 2, "after 2 of accumulation_steps=4 micro-batches: .* Save where optimizer.stepped"),
+        (torch.bfloat16, {}, 1, ""),
+        (torch.float32, {"master_weight_bits": 24}, 1, ""),
+        (torch.float32, MICRO, 4, ""),
+    ):
+        model = network(dtype)
+        optimizer = GrokAdamW(model.named_parameters(), **options)
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        for _ in range(steps):
+            optimizer.step()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            to_adamw(optimizer.state_dict())
+        assert len(seen) == bool(message)
+        assert all(re.search(message, str(warning.message)) for warning in seen)
 
 
 def test_what_a_scheduler_and_hooks_have_added_stays() -> None:
