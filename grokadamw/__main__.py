@@ -53,11 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     memory.add_argument("--param-dtype", choices=list(_DTYPES), default="float32", help="default: %(default)s")
     memory.add_argument("--state", choices=FORMATS, default="float32", help="state_dtype; default: %(default)s")
-    memory.add_argument("--master-weight-bits", type=int, choices=[24, 32], help="default: the dtype's own bits")
+    memory.add_argument("--master-weight-bits", type=int, choices=[24, 32], help="of bfloat16 or float16")
     memory.add_argument("--no-filter", action="store_true", help="lamb=0, which keeps no slow gradient")
     memory.add_argument("--ranks", type=_count, default=1, metavar="N", help="ranks that share all, as with FSDP2")
     parsed = parser.parse_args(arguments)
     if parsed.command == "memory":
+        if parsed.master_weight_bits and parsed.param_dtype == "float32":
+            memory.error(
+                f"--master-weight-bits {parsed.master_weight_bits} is for parameters of 16 bits: give --param-dtype "
+                "bfloat16 or float16, too"
+            )
         print(memory_table(parsed))
         return 0
     if parsed.command == "env":

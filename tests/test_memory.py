@@ -107,6 +107,26 @@ def test_the_command_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["bytes a parameter"] == [16.0, 8.0, 16.0]
 
 
+@pytest.mark.parametrize(
+    ("count", "unit", "total"), [("2e5", "MB", 4.0), ("1e7", "MB", 200.0), ("1e8", "GB", 2.0), ("1e9", "GB", 20.0)]
+)
+def test_small_models_are_counted_in_mb(
+    count: str, unit: str, total: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["memory", "--params", count]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{int(float(count)):,} parameters, {unit}\n")
+    assert columns(printed.partition("\n\n")[0])["total"] == [total, total * 0.4, total * 0.8]
+
+
+@pytest.mark.parametrize("bits", ["24", "32"])
+def test_low_bits_of_float32_are_refused(bits: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["memory", "--params=7e9", "--master-weight-bits", bits])
+    assert f"--master-weight-bits {bits} is for parameters of 16 bits: give --param-dtype" in capsys.readouterr().err
+    assert main(["memory", "--params=7e9", "--master-weight-bits", bits, "--param-dtype", "float16"]) == 0
+
+
 def test_the_docs_show_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
     command, _, shown = (ROOT / "docs/memory.md").read_text().partition("$ python -m grokadamw ")[2].partition("\n7,")
     main(command.replace("\\", "").split())
