@@ -1,7 +1,4 @@
-"""From grokking signals to α and the boost: register signals, combine their values, agree between ranks.
-
-These are the stages signal and alpha of a step.
-"""
+"""The stages signal and alpha: register signals, combine their values, agree between ranks; then α and the boost."""
 
 from __future__ import annotations
 
@@ -355,9 +352,11 @@ def _takes_losses(function: Any) -> str:
     kinds = {name: parameter.kind for name, parameter in parameters.items()}
     positional = [name for name in kinds if kinds[name] in _POSITIONAL]
     by_name = {name for name in kinds if kinds[name] in _BY_NAME and name not in bound}
+    losses = ["train_loss", "eval_loss"]
+    if inspect.Parameter.VAR_KEYWORD in kinds.values() and inspect.Parameter.VAR_POSITIONAL not in kinds.values():
+        by_name |= {*losses} - {*kinds, *bound}  # (*args, **kwargs) may pass on anything, or nothing
     required = [name for name in positional if parameters[name].default is inspect.Parameter.empty]
     required += [n for n in kinds if kinds[n] is _KEYWORD_ONLY and parameters[n].default is inspect.Parameter.empty]
-    losses = ["train_loss", "eval_loss"]
     if set(required) <= set(losses):
         if positional[:2] == losses and not bound:
             return "in order"
