@@ -14,7 +14,6 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, without im
 from torch.optim import Optimizer
 
 from ._numbers import as_real
-from ._trainers import grokadamw_in
 from ._wrapper_base import WrapperBase
 from .distributed import mesh_of, state_is_asked_for
 from .state.slots import State, check_shapes
@@ -123,8 +122,7 @@ class Wrapper(WrapperBase):
 
     def _check_not_early(self) -> None:
         """Raise ValueError if the backward pass has the inner optimizer use gradients before this one sees them."""
-        inner = grokadamw_in(self._inner)
-        if inner is not None and inner._run.in_backward is not None:
+        if getattr(self._innermost_run, "in_backward", None) is not None:
             name = type(self).__name__
             raise ValueError(
                 f"{name} with step_in_backward, which updates parameters before {name} sees their gradients: leave one "
@@ -197,10 +195,15 @@ class Wrapper(WrapperBase):
     @property
     def _shard_group(self) -> Any:
         """The shard_group of a GrokAdamW inside; None without one, as in ZeRO, around which gradients are whole."""
+        return getattr(self._innermost_run, "shard_group", None)
+
+    @property
+    def _innermost_run(self) -> Any:
+        """The `Run` of a GrokAdamW inside; None without one."""
         inner = self._inner
         while isinstance(inner, Wrapper):
             inner = inner._inner
-        return getattr(getattr(inner, "_run", None), "shard_group", None)
+        return getattr(inner, "_run", None)
 
     def _inner_step(self, parts: Sequence[Part], grads: Sequence[Tensor]) -> None:
         """Let the inner optimizer step with these real gradients; other parameters have none meanwhile."""
