@@ -129,7 +129,7 @@ def coded_sources(kernels: Any, name: str, tail: bool) -> Iterator[tuple[str, AS
         cases[", longer rows"] = limited | {"OF_ROWS": 1 << LONG}
     for case, constants in cases.items():
         made = source(kernels, "update_coded", UPDATE, constants)
-        yield f"update_coded, {name}{case}", made, CODED.warps * (2 if case else 1)
+        yield f"update_coded, {name}{case}", made, CODED.warps
 
 
 def source(kernels: Any, name: str, pointers: dict[str, str], values: dict[str, Any]) -> ASTSource:

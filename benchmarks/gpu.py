@@ -86,6 +86,7 @@ def stages() -> list[Stage]:
     ncu = ["ncu", *of_ncu, *(word for name in sections for word in ("--section", name))]
     tests = [*PYTEST, *WORKERS, "-m", "gpu", "--durations", "15", "--deselect", LARGEST, *tests_for_a_gpu()]
     formats = Command([*PYTHON, "-m", "benchmarks.on_gpu.times", "FILE", "--only", "formats"], 60)
+    presets = "'the preset', 'the preset, fewer bits'"
     of_torch = [*PYTEST, *WORKERS, "-k", "cuda", "tests/test_optim.py"]
     return [
         Stage("the machine", "gpu-0-machine.json", module("machine", 40)),
@@ -98,7 +99,7 @@ def stages() -> list[Stage]:
             "compute-sanitizer",
             "gpu-6-sanitizer.log",
             [
-                sanitizer("memcheck", "'five steps, float32', 'five steps, not aligned', 'the preset'", 50),
+                sanitizer("memcheck", f"'five steps, float32', 'five steps, not aligned', {presets}", 60),
                 sanitizer("racecheck", "'norm, float32'", 20),
             ],
         ),

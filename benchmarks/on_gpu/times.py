@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from grokadamw import GrokAdamW
+from grokadamw.backends import native
 from grokadamw.backends.gpu_tables import SHAPES
 
 from .. import peers
@@ -313,7 +314,8 @@ def main(path: str, only: str | None = None) -> None:
     common.begin()
     warnings.simplefilter("ignore")  # of β1 in a thousand layers, which is meant
     record = Record(path)
-    record.write(device=common.device_name(), rounds=common.ROUNDS)
+    has_library = native.signature() is not None
+    record.write(device=common.device_name(), rounds=common.ROUNDS, native_library=has_library)
     failed = []
     for part in (of_models, of_kernels, of_host) if only is None else [PARTS[only]]:
         try:
@@ -327,7 +329,8 @@ def main(path: str, only: str | None = None) -> None:
     counts = ", ".join(
         f"{len(record.results.get(name, []))} {name}" for name in ("steps", "formats", "kernels", "host")
     )
-    record.write(summary=f"rows: {counts}")
+    without = "" if has_library else "; without the native library, which stage 0 builds: a slow host"
+    record.write(summary=f"rows: {counts}{without}")
     sys.exit("\n".join(failed) or 0)
 
 

@@ -366,7 +366,7 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
         OF_ROWS=and_odd(static.of_rows) if may_be_misaligned else static.of_rows,
         CHUNK=shape.chunk,
         BLOCK=shape.block,
-        warps=shape.warps * (2 if limits else 1),  # a row waits for its sums
+        warps=shape.warps * (2 if limits and coded is None else 1),  # a row waits for its sums
     )
 
 

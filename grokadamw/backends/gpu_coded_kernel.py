@@ -289,12 +289,12 @@ def update_coded(
                     _chunk_of_rows(
                         addresses, of_list, key, before, draw, first, end, width, of_row, change, norm, usable, PARAM,
                         GRAD, M, V, MU, LOW, ROUNDS, HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM,
-                        BLOCK // 2 if odd else BLOCK, NARROW << n if NARROW << n > BLOCK_SIZE else BLOCK_SIZE, odd == 0,
+                        BLOCK // 2, NARROW << n if NARROW << n > BLOCK_SIZE else BLOCK_SIZE, odd == 0,
                     )  # fmt: skip
             if BIT << ODD * odd + LONG & OF_ROWS and is_straight == (odd == 0) and width > WIDEST:
                 _row(
                     addresses, of_list, key, before, draw, nth, width, of_row, change, norm, usable, PARAM, GRAD, M, V,
-                    MU, LOW, ROUNDS, HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, BLOCK, odd == 0,
+                    MU, LOW, ROUNDS, HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, BLOCK // 2, odd == 0,
                 )  # fmt: skip
     else:
         COUNT: tl.constexpr = CHUNK // BLOCK_SIZE

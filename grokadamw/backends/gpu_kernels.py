@@ -34,7 +34,7 @@ from .gpu_tables import WIDTHS
 
 STRAIGHT = tl.constexpr(_STRAIGHT)
 NARROW, WIDEST = tl.constexpr(WIDTHS[0]), tl.constexpr(WIDTHS[-1])
-BIT, LONG, ODD, ALL_LONG = (tl.constexpr(x) for x in (1, _LONG, _ODD, 1 << _LONG | 1 << _ODD + _LONG))
+BIT, LONG, ODD = (tl.constexpr(x) for x in (1, _LONG, _ODD))
 
 
 @triton.jit
@@ -42,7 +42,6 @@ def _new(
     theta, grad, m, v, mu, at, inside, usable,
     clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step,
     HAS_MU: tl.constexpr, RAW: tl.constexpr, MOVES: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, MASKED: tl.constexpr,
-    WRITES: tl.constexpr,
 ):  # fmt: skip
     """Return θ before and after the update, of the elements at these places. Write m, v and μ, but not θ."""
     REAL: tl.constexpr = keep_m.dtype
@@ -57,12 +56,10 @@ def _new(
     g_hat = g
     if HAS_MU:
         slow, g_hat = slow_and_amplified(g, slow, keep_mu, add_mu, lamb)
-        if WRITES:
-            store(mu, at, inside, slow, MASKED)
+        store(mu, at, inside, slow, MASKED)
     first, second = moments(g, g_hat, first, second, keep_m, add_m, keep_v, add_v, RAW)
-    if WRITES:
-        store(m, at, inside, first, MASKED)
-        store(v, at, inside, second, MASKED)
+    store(m, at, inside, first, MASKED)
+    store(v, at, inside, second, MASKED)
     new = old
     if MOVES:
         new = updated(old, first, second, root, eps, decay, step).to(theta.dtype.element_ty).to(REAL)
@@ -85,7 +82,7 @@ def _chunk_of_elements(
         inside = at < size
         _, new = _new(
             theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
-            eps, decay, step, HAS_MU, RAW, MOVES, MAY_BE_UNUSABLE, MASKED, True,
+            eps, decay, step, HAS_MU, RAW, MOVES, MAY_BE_UNUSABLE, MASKED,
         )  # fmt: skip
         if MOVES:
             store(theta, at, inside, new, MASKED)
@@ -116,7 +113,7 @@ def _chunk_of_rows(
         at, inside = row * width + column, (row < end) & (column < width)
         old, new = _new(
             theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
-            eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True, True,
+            eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True,
         )  # fmt: skip
         moved = moved_by(old, new, inside)
         wide, before, after = moved.to(tl.float64), old.to(tl.float64), tl.where(inside, new, 0).to(tl.float64)
@@ -137,7 +134,8 @@ def _row(
     RAW: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr,
     IS_STRAIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Update and limit a row of any length, in two passes: one for its sums, one to write."""
+    """Update and limit a row of any length, in two passes: one for its sums, m, v and μ; and one for θ."""
+    REAL: tl.constexpr = keep_m.dtype
     theta, grad = pointer_to(theta, PARAM, not IS_STRAIGHT), pointer_to(grad, GRAD, not IS_STRAIGHT)
     m, v = pointer_to(m, STATE, not IS_STRAIGHT), pointer_to(v, STATE, not IS_STRAIGHT)
     mu = pointer_to(mu, STATE, not IS_STRAIGHT)
@@ -161,7 +159,7 @@ def _row(
         inside = at < columns
         old, new = _new(
             theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
-            eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True, False,
+            eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True,
         )  # fmt: skip
         moved = moved_by(old, new, inside).to(tl.float64)
         moveds += tl.sum(moved * moved, axis=AXIS)
@@ -176,13 +174,13 @@ def _row(
         tl.sum(olds, keep_dims=True), tl.sum(moveds, keep_dims=True), tl.sum(news, keep_dims=True),
         tl.sum(products, keep_dims=True), change, norm, HAS_CHANGE, HAS_NORM,
     )  # fmt: skip
+    tl.debug_barrier()  # another thread may read what one has written
     for block in range(0, columns, BLOCK):
         at = block + offsets
         inside = at < columns
-        old, new = _new(
-            theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
-            eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True, True,
-        )  # fmt: skip
+        old = load(theta, at, inside, True, REAL)
+        first, second = load(m, at, inside, True, REAL), load(v, at, inside, True, REAL)
+        new = updated(old, first, second, root, eps, decay, step).to(PARAM).to(REAL)
         new = limited(new, moved_by(old, new, inside), share, share_of_norm, HAS_CHANGE, HAS_NORM, PARAM)
         store(theta, at, inside, new, True)
 
@@ -229,8 +227,6 @@ def update(
         change, norm = number_at(mine, MAX_ROW_CHANGE), float64_at(mine, MAX_ROW_NORM)
         rows = tl.load(here + 10 * tensors)  # in a chunk
         end = tl.minimum(nth * rows + rows, size // width)
-        # if there are short rows, too, the body of longer ones must not take more registers than theirs
-        LONG_BLOCK: tl.constexpr = 2 * BLOCK if ALL_LONG | OF_ROWS == ALL_LONG else BLOCK
         is_straight = aligned and width % STRAIGHT == 0
         for odd in tl.static_range(2):
             for n in tl.static_range(LONG):  # each of WIDTHS is twice the one before it
@@ -248,7 +244,7 @@ def update(
             if BIT << ODD * odd + LONG & OF_ROWS and is_straight == (odd == 0) and width > WIDEST:
                 _row(
                     theta, grad, m, v, mu, nth * width, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
-                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, LONG_BLOCK, HAS_MU, RAW,
+                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, BLOCK, HAS_MU, RAW,
                     IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, odd == 0,
                 )  # fmt: skip
     else:
