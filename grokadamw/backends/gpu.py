@@ -366,7 +366,8 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
         OF_ROWS=and_odd(static.of_rows) if may_be_misaligned else static.of_rows,
         CHUNK=shape.chunk,
         BLOCK=shape.block,
-        warps=shape.warps * (2 if limits and coded is None else 1),  # a row waits for its sums
+        # a row waits for its sums; but threads that decode need more registers
+        warps=shape.warps * (2 if limits and coded is None else 1),
     )
 
 
