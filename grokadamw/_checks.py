@@ -22,12 +22,12 @@ def check_number(
     name: str, value: Any, *, below: float = math.inf, at_most: float | None = None, hint: str = ""
 ) -> float:
     """Check a number in [0, below), or in [0, at_most]."""
+    limits = f"in [0, {at_most}]" if at_most is not None else f"in [0, {below})"
     if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
-        raise TypeError(f"{name}={value!r} is not a number{hint}")
+        raise TypeError(f"{name}={value!r} is not a number{hint or f': give one {limits}'}")
     number = float(as_number(value, name))
     if not 0 <= number < below or (at_most is not None and number > at_most):
-        limits = f"in [0, {at_most}]" if at_most is not None else f"in [0, {below})"
-        raise ValueError(f"{name}={value!r} is out of range: give a number {limits}")
+        raise ValueError(f"{name}={value!r} is out of range: give a number {limits}{hint}")
     return number
 
 
@@ -53,7 +53,7 @@ def check_betas(name: str, value: Any) -> tuple[float, ...]:
 def check_count(name: str, value: Any, at_least: int = 0) -> int:
     """Check an integer."""
     if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
-        raise TypeError(f"{name}={value!r} is not an integer")
+        raise TypeError(f"{name}={value!r} is not an integer: give one of at least {at_least}")
     if value < at_least:
         raise ValueError(f"{name}={value!r} is out of range: give an integer of at least {at_least}")
     return int(value)

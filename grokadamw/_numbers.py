@@ -55,11 +55,11 @@ def as_number(value: Any, name: str = "the value") -> Number:
     if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # a NumPy array
         value = value.item()
     if not hasattr(value, "__float__"):
-        raise TypeError(f"{name}={value!r} is not one number")
+        raise TypeError(f"{name}={value!r} is not one number: give a number, or a tensor of one element")
     try:
         return float(value)
     except TypeError:
-        raise TypeError(f"{name}={value!r} is not one number") from None
+        raise TypeError(f"{name}={value!r} is not one number: give a number, or a tensor of one element") from None
     except OverflowError:  # the integer may have too many digits to be shown
         raise ValueError(f"{name} is an integer beyond the range of floats, which ends at 1.8e308") from None
 

@@ -215,7 +215,7 @@ class GrokAdamW(Base):
         """Make an optimizer with the settings that worked best on small models that memorise before they generalise.
 
         They are lr 3e-3, weight decay 1.4, α 0.9, γ 0.6 and betas (0.9, 0.98), and no row of a weight moves by more
-        than 0.035 of its length in a step (``max_row_change``). Steps are up to five times as long while a model has
+        than 0.035 of its length in a step (``max_row_change``). Updates are up to five times as large while a model has
         memorised and evaluation lags (``signal_boost`` 4, of ``grokadamw.signals.memorisation``): for that, call
         ``record(train_loss=…, eval_loss=…)`` with both every few steps. For models without norms they are lr 2e-3,
         weight decay 0.5 and ``signal_boost`` 5, and the filter, γ and the limit are off. Evidence:

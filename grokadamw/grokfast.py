@@ -58,6 +58,13 @@ class _Filter(Wrapper):
         self._signals = _signal(amplify_when)
         kept = {"grokfast_amplify_after": amplify_after, "grokfast_signal_state": None}
         super().__init__(optimizer, {**numbers, **kept, "grokfast_filter": self._described()})
+        lamb = max((group.get("lamb", 0.0) for group in self.param_groups if "alpha_init" in group), default=0.0)
+        if lamb:
+            name = type(self).__name__
+            warn(
+                f"{name} around a GrokAdamW with lamb={lamb} filters twice: give GrokAdamW lamb=0, or leave out {name}",
+                UserWarning,
+            )
         if self._signals is not None:
             self._signals.bind(self)
 

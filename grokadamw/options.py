@@ -318,10 +318,7 @@ def check_changed(
     checked: list[tuple[Any, ...]],
     checked_layers: list[list[int]],
 ) -> None:
-    """Check the options and layers that were set by hand since the last step, whose values are in the lists `checked…`.
-
-    The lists are updated.
-    """
+    """Check the options and layers that were set by hand since the last step; the lists have, and get, their values."""
     layers.check_changed(groups, checked_layers)
     # with the number of keys: a group that got another one may have an option that is not allowed in groups
     now = [(len(group), *_OPTIONS_IN(group)) for group in groups]
@@ -333,7 +330,10 @@ def check_changed(
         if i < len(kept) and new[0] == kept[i][0]:
             different = list(compress(_IN_GROUPS, map(is_not, new[1:], kept[i][1:])))
         if different:
-            check_settings(group, defaults, different)
+            try:
+                check_settings(group, defaults, different)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise type(error)(f"in param_groups[{i}]: {error}") from None
         if list in map(type, new):  # a list may be changed in place: check it at every step
             now[i] = tuple([... if type(value) is list else value for value in new])
     checked[:] = now

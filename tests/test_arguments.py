@@ -49,8 +49,9 @@ def test_what_is_set_wrong_by_hand_is_refused_before_the_step(
     was = {name: optimizer.param_groups[1][name] for name in change}
     optimizer.param_groups[1].update(change)
     for _ in range(2):
-        with pytest.raises(error, match=message):
+        with pytest.raises(error, match=message) as caught:
             optimizer.step()
+        assert str(caught.value).startswith("in param_groups[1]: ")
     assert same(optimizer.state_dict()["state"], before)
     assert all(torch.equal(p, old) for p, old in zip(params, kept, strict=True))
     assert len(heard) == count

@@ -216,6 +216,22 @@ def test_windows_rows_and_micro_batches(foreach: bool | None, options: dict[str,
         close([torch.as_tensor(x) for x in a.values()], [torch.as_tensor(x) for x in b.values()], 1e-12)
 
 
+@pytest.mark.parametrize("options", [{"window_size": 3}, {"accumulation_steps": 2, "second_moment": "raw"}], ids=str)
+def test_a_number_of_its_own(options: dict[str, Any]) -> None:
+    """As torch compiles copy_ and add_, they lose what they write to a 0-d float64 on a CPU."""
+    runs = []
+    for backend in (None, "aot_eager"):
+        params = [torch.nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in ((), (3,))]
+        optimizer = GrokAdamW(params, **options)
+        step = torch.compile(optimizer.step, backend=backend) if backend else optimizer.step
+        for i in range(4):
+            for p in params:
+                p.grad = torch.full_like(p, 0.5 + i)
+            step()
+        runs.append([p.detach() for p in params] + [optimizer.state[p]["grok_ema"] for p in params])
+    close(*runs, 1e-12)
+
+
 @pytest.mark.parametrize("keeper", [name for name in KEEPERS if not name.endswith("SGD")])
 def test_around_other_optimizers(keeper: str) -> None:
     """They run as they are, as does GrokAdamW where it is the inner one."""

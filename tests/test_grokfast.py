@@ -168,6 +168,10 @@ def test_what_goes_around_what() -> None:
     ):
         with pytest.raises(ValueError, match="one filter at most, and Accumulate is the outermost"):
             make()
+    for wrapper in (Grokfast, GrokfastMA):
+        with pytest.warns(UserWarning, match=f"{wrapper.__name__} around a GrokAdamW with lamb=2.0 filters twice"):
+            wrapper(GrokAdamW(params, gamma=0.0))
+        wrapper(GrokAdamW(params, gamma=0.0, lamb=0.0))
     optimizer = Accumulate(GrokfastMA(Adam(params), 7), 3)
     shown = (
         "Accumulate(steps=3, gradient_clipping=0.0, GrokfastMA(window_size=7, filter_type='mean', warmup=True, Adam ("

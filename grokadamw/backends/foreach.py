@@ -119,8 +119,8 @@ def _collect_(batch: Batch, n: Scalars, t: list[Any]) -> None:
         if mu is not None and moves:  # amplify
             for i in places:
                 late = t[i] > n.amplify_after
-                if isinstance(late, Tensor):
-                    m[i].addcmul_(mu[i], late.to(dtype), value=(1 - beta1) * n.lamb)
+                if isinstance(late, Tensor):  # compiled, add_ loses a 0-d float64 on a CPU
+                    torch._foreach_add_([m[i]], [mu[i] * late.to(dtype)], alpha=(1 - beta1) * n.lamb)
                 elif late:
                     m[i].add_(mu[i], alpha=(1 - beta1) * n.lamb)
     torch._foreach_addcmul_(v, g, g, (1 - n.beta2) * k * factor**2)  # exp_avg_sq

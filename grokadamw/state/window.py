@@ -87,8 +87,10 @@ def average(
     windows: Sequence[Window], grads: Sequence[Tensor], averages: Sequence[Tensor], finite: Tensor | None
 ) -> None:
     """Put a real gradient into each window, and the means into `averages`; not if `finite` is a False tensor."""
-    for mu, mean in zip(averages, means(windows, grads), strict=True):
-        mu.copy_(mean if finite is None else torch.where(finite, mean, mu))
+    found = means(windows, grads)
+    if finite is not None:
+        found = [torch.where(finite, mean, mu) for mean, mu in zip(found, averages, strict=True)]
+    torch._foreach_copy_(list(averages), found)
     push(windows, grads, finite)
 
 
@@ -131,8 +133,9 @@ def _push_unread(w: Window, x: Tensor, finite: Tensor) -> None:
     total = _total(w, x)
     row = torch.where(finite, x, w.ring.index_select(0, place).squeeze(0))
     w.ring.index_copy_(0, place, row.unsqueeze(0))
-    w.total.copy_(torch.where(finite, total, w.total))
-    w.lap.copy_(torch.where(finite, torch.where(is_end, 0, w.lap + x), w.lap))
+    lap = torch.where(is_end, 0, w.lap + x)
+    news = [torch.where(finite, total, w.total), torch.where(finite, lap, w.lap)]
+    torch._foreach_copy_([w.total, w.lap], news)  # as compiled, copy_ loses a 0-d float64 on a CPU
     w.seen.add_(finite)
 
 
