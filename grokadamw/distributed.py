@@ -10,7 +10,6 @@ FSDP1, pipeline stages, and torch's ZeroRedundancyOptimizer, which is detected a
 
 from __future__ import annotations
 
-import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .ddp import holds_whole, kind_of, wrappers_of
+
 _PLAIN = {Tensor, nn.Parameter}
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
-_found: weakref.WeakSet[Any] = weakref.WeakSet()  # the wrappers that there are, as of the last look through all objects
 
 
 def mesh_of(tensor: Tensor) -> Any:
@@ -290,29 +289,8 @@ def why_not_early(params: set[Tensor]) -> str | None:
     """Return why ranks change the gradients of these parameters after backward has made them; None if they don't."""
     if any(mesh_of(param) is not None for param in params):
         return "that are DTensors, as FSDP2 makes"
-    wrapper = _wrapper_of(params)
-    return None if wrapper is None else f"in {type(wrapper).__name__}, which averages their gradients later"
-
-
-def _wrapper_of(params: set[Tensor]) -> Any:
-    """Return the DDP or FSDP1 module that averages the gradients of these parameters; None if there is none.
-
-    Parameters do not know it. So this looks through all objects, unless a wrapper that was found before has them.
-    """
-    if not dist.is_available() or not dist.is_initialized():
-        return None
-    for looks in (False, True):
-        if looks:
-            _found.update(x for x in gc.get_objects() if type(x).__name__ in _WRAPPERS and isinstance(x, nn.Module))
-        for wrapper in list(_found):
-            if not params.isdisjoint(wrapper.parameters()):
-                return wrapper
-    return None
-
-
-def holds_whole(wrapper: Any) -> bool:
-    """Return True for DDP, and for FSDP1 that divides nothing."""
-    return type(wrapper).__name__ == _WRAPPERS[0] or wrapper.sharding_strategy.name == "NO_SHARD"
+    wrappers = wrappers_of(params)
+    return f"in {kind_of(wrappers[0])}, which averages their gradients later" if wrappers else None
 
 
 class AllRanks:
@@ -331,7 +309,7 @@ class AllRanks:
         found = self._wrapper()
         self._steps = self._steps + 1 if found is None else 0
         if self._steps and self._steps & (self._steps - 1) == 0:
-            found = _wrapper_of({param for group in groups for param in group["params"]})
+            found = next(iter(wrappers_of({param for group in groups for param in group["params"]})), None)
             if found is not None:
                 self._wrapper = weakref.ref(found)
         return found
@@ -373,7 +351,7 @@ class AllRanks:
             ranks_of = dist.get_process_group_ranks
             if is_own and len({*ranks_of(shard_group)} & {*ranks_of(wrapper.process_group)}) > 1:
                 raise ValueError(
-                    f"shard_group with {type(wrapper).__name__}, whose ranks hold whole parameters: the norm of the "
+                    f"shard_group with {kind_of(wrapper)}, whose ranks hold whole parameters: the norm of the "
                     "gradients would count them several times. Leave shard_group out"
                 )
             return []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ._checks import check_number
 from ._numbers import as_float
 from ._warn import warn
+from .ddp import FSDP1, kind_of
 from .distributed import whole
 from .layers import layers_in
 from .norms import has_norms, is_norm
@@ -92,7 +93,7 @@ def grokking_groups(
     if norms is not None and not isinstance(norms, bool):
         raise TypeError(f"norms={norms!r} is neither True, False nor None")
     _check_frozen(model)
-    if any(type(module).__name__ == "FullyShardedDataParallel" and is_flat(module) for module in model.modules()):
+    if any(kind_of(module) == FSDP1 and is_flat(module) for module in model.modules()):
         raise ValueError(
             "model: FSDP1 has made vectors of its weights, and the preset's groups and limits need their shapes: use "
             "FSDP2 (torch.distributed.fsdp.fully_shard), or GrokAdamW(...) with groups of your own"

@@ -146,12 +146,29 @@ def test_no_rank_waits_for_another_that_hears_less(tmp_path: Path) -> None:
     assert {boost for _, boost in first} == {1.0, 1.5}
 
 
+class Averaging(torch.nn.parallel.DistributedDataParallel):
+    """A subclass of DDP that knows the attributes of its module, as people write."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+class Dividing(FullyShardedDataParallel):
+    """A subclass of FSDP1."""
+
+
 def _default_signal(rank: int) -> list[float]:
     """α after each step. The first rank alone records losses, and not from the start."""
     alphas = []
-    for way in ("DDP", "FSDP1", "ZeRO"):
+    for way in ("DDP", "FSDP1", "ZeRO", "subclass"):
         model = torch.nn.Linear(5, 3, bias=False)
-        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu")) if way == "FSDP1" else _in_ddp(model)
+        if way == "FSDP1":
+            wrapped: Any = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        else:
+            wrapped = Averaging(model) if way == "subclass" else _in_ddp(model)
         make = functools.partial(ZeroRedundancyOptimizer, optimizer_class=GrokAdamW) if way == "ZeRO" else GrokAdamW
         optimizer = make(wrapped.parameters(), gradient_clipping=0.0, nonfinite="propagate")
         grok = optimizer.optim if way == "ZeRO" else optimizer
@@ -189,7 +206,7 @@ def _fewer_steps(rank: int) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_ranks_of_a_wrapper_agree_on_the_default_signal(tmp_path: Path) -> None:
     first, second = in_processes(_default_signal, tmp_path)
-    assert first == second == pytest.approx([0.98, *[0.98 * math.exp(-0.05)] * 2] * 3)
+    assert first == second == pytest.approx([0.98, *[0.98 * math.exp(-0.05)] * 2] * 4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -285,15 +302,17 @@ def test_losses_of_a_checkpoint_do_not_count_beside_new_ones(tmp_path: Path) -> 
 def _wrong_norms(rank: int) -> list[Any]:
     """What is said where shards are taken for whole parameters, or whole parameters for shards."""
     device, found = torch.device("cpu"), list[Any]()
-    for way in ("FSDP1", "without a norm", "FSDP1, with its ranks", "FSDP1, rows", "NO_SHARD", "DDP", "DDP, not over"):
+    ways = ("FSDP1", "without a norm", "FSDP1, with its ranks", "FSDP1, rows", "NO_SHARD", "DDP", "DDP, not over")
+    for way in (*ways, "subclass"):
         group = dist.group.WORLD
         strategy = ShardingStrategy.NO_SHARD if way == "NO_SHARD" else None
         if way.startswith("DDP"):
             apart = [dist.new_group([each]) for each in range(RANKS)][rank]
             model = _in_ddp(network(), apart if way == "DDP, not over" else None)
         else:
-            model = FullyShardedDataParallel(network(), device_id=device, sharding_strategy=strategy)
-        options: dict[str, Any] = {"gamma": 0.0, "shard_group": None if way == "FSDP1" else group}
+            kind = Dividing if way == "subclass" else FullyShardedDataParallel
+            model = kind(network(), device_id=device, sharding_strategy=strategy)
+        options: dict[str, Any] = {"gamma": 0.0, "shard_group": None if way in ("FSDP1", "subclass") else group}
         if way == "without a norm":
             options |= {"gradient_clipping": 0.0, "nonfinite": "propagate", "shard_group": None}
         if way == "FSDP1, rows":
@@ -314,18 +333,19 @@ def _wrong_norms(rank: int) -> list[Any]:
 @pytest.mark.filterwarnings("ignore")
 def test_shards_and_whole_parameters_are_told_apart(tmp_path: Path) -> None:
     for found in in_processes(_wrong_norms, tmp_path):
-        plain, unused, right, rows, no_shard, ddp, stages_of_ddp = found
+        plain, unused, right, rows, no_shard, ddp, stages_of_ddp, subclass = found
         assert unused == right == stages_of_ddp == []
         assert ["shard_group is not given: each rank clips" in each for each in plain] == [True]
+        assert subclass == plain
         assert ["max_row_norm and max_row_change cannot limit" in each for each in rows] == [True]
         assert no_shard.startswith("shard_group with FullyShardedDataParallel, whose ranks hold whole parameters")
         assert ddp.startswith("shard_group with DistributedDataParallel, whose ranks hold whole parameters")
 
 
 def _preset_of_fsdp1(rank: int) -> None:
-    for original in (True, False):
+    for kind, original in itertools.product((FullyShardedDataParallel, Dividing), (True, False)):
         model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 5))
-        model[2] = FullyShardedDataParallel(model[2], use_orig_params=original, device_id=torch.device("cpu"))
+        model[2] = kind(model[2], use_orig_params=original, device_id=torch.device("cpu"))
         with pytest.raises(ValueError, match=r"FSDP1 has made vectors .* use FSDP2"):
             GrokAdamW.for_grokking(model)
 

@@ -589,7 +589,10 @@ def test_ddp_and_dtensors_are_refused() -> None:
         assert same(before, dict(model.state_dict()))
         with pytest.raises(ValueError, match="in DistributedDataParallel, which averages"):
             step_in_backward(GrokAdamW(wrapped.parameters(), **FREE))
-        del wrapped
+        own = type("Own", (nn.parallel.DistributedDataParallel,), {})(network())
+        with pytest.raises(ValueError, match="in DistributedDataParallel, which averages"):
+            step_in_backward(GrokAdamW(own.parameters(), **FREE))
+        del wrapped, own
 
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import distribute_tensor

@@ -1,0 +1,43 @@
+"""Find the DDP and FSDP1 modules around parameters, which average or divide them. Parameters do not know theirs."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+DDP, FSDP1 = "DistributedDataParallel", "FullyShardedDataParallel"
+_found: weakref.WeakSet[Any] = weakref.WeakSet()  # the wrappers that there are, as of the last look through all objects
+
+
+def kind_of(module: object) -> str | None:
+    """Return the name of DDP or FSDP1 if a module is one of them, or of a subclass; None for any other."""
+    return next((each.__name__ for each in type(module).__mro__ if each.__name__ in (DDP, FSDP1)), None)
+
+
+def wrappers_of(params: set[Tensor]) -> list[Any]:
+    """Return the DDP and FSDP1 modules that any of these parameters is in, nested ones too, in no certain order.
+
+    This looks through all objects, unless wrappers that were found before have all parameters.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return []
+    found, known = _around(params)
+    if not params <= known:
+        _found.update(x for x in gc.get_objects() if issubclass(type(x), nn.Module) and kind_of(x))
+        found, _ = _around(params)
+    return found
+
+
+def _around(params: set[Tensor]) -> tuple[list[Any], set[Tensor]]:
+    """Return the known wrappers that any of these parameters is in, and all parameters in those."""
+    found = [wrapper for wrapper in list(_found) if not params.isdisjoint(wrapper.parameters())]
+    return found, {param for wrapper in found for param in wrapper.parameters()}
+
+
+def holds_whole(wrapper: Any) -> bool:
+    """Return True for DDP, and for FSDP1 that divides nothing."""
+    return kind_of(wrapper) == DDP or wrapper.sharding_strategy.name == "NO_SHARD"
