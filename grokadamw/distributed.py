@@ -297,21 +297,27 @@ class AllRanks:
     """Knows whether every rank takes an optimizer's steps, as with FSDP2, DDP and FSDP1."""
 
     def __init__(self) -> None:
-        self._wrapper: Callable[[], Any] = lambda: None  # a weak reference to the DDP or FSDP1 around the parameters
-        self._steps = 0  # without a wrapper
+        self._wrappers: list[Callable[[], Any]] = []  # weak references to DDP and FSDP1 around the parameters
+        self._wait, self._pause = 0, 1  # how many steps to the next look, and from there to the one after it
 
-    def wrapper(self, groups: Sequence[Mapping[str, Any]]) -> Any:
-        """Return the DDP or FSDP1 module around the parameters; None if there is none, or if it is not known yet.
+    def _look(self, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+        found = wrappers_of({param for group in groups for param in group["params"]})
+        self._wrappers = [weakref.ref(wrapper) for wrapper in found]
+        self._wait, self._pause = self._pause, 2 * self._pause
+        return found
 
-        A model may be wrapped after its first steps, or anew. Looking for a wrapper may take 50 ms: without one, look
+    def wrappers(self, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Return the DDP and FSDP1 modules around the parameters; none if they are not known yet. Call it once a step.
+
+        A model may be wrapped after its first steps, or anew. Looking for wrappers may take 50 ms: without one, look
         at the first step, the second, the fourth, and so on.
         """
-        found = self._wrapper()
-        self._steps = self._steps + 1 if found is None else 0
-        if self._steps and self._steps & (self._steps - 1) == 0:
-            found = next(iter(wrappers_of({param for group in groups for param in group["params"]})), None)
-            if found is not None:
-                self._wrapper = weakref.ref(found)
+        found = [wrapper for each in self._wrappers if (wrapper := each()) is not None]
+        if found:
+            self._wait, self._pause = 0, 1
+            return found
+        found = [] if self._wait else self._look(groups)
+        self._wait -= 1
         return found
 
     def meet(self, groups: Sequence[Mapping[str, Any]], shard_group: Any, wanted: bool) -> bool:
@@ -324,19 +330,17 @@ class AllRanks:
             return wanted or dist.get_world_size(shard_group) == ranks()
         if torch._C._current_graph_task_id() != -1:  # an optimizer for each parameter, which steps in the backward pass
             return wanted
-        if self._wrapper() is None and span_all_ranks(groups):
+        if all(each() is None for each in self._wrappers) and span_all_ranks(groups):
             return True
-        wrapper = self.wrapper(groups)
-        if wrapper is None:
-            return wanted
-        if getattr(getattr(wrapper, "_join_config", None), "enable", False):
+        wrappers = self.wrappers(groups)
+        if any(getattr(getattr(wrapper, "_join_config", None), "enable", False) for wrapper in wrappers):
             if wanted:
                 raise RuntimeError(
                     "signals are averaged over ranks, and in DDP's join() not all ranks take all steps: pass "
                     "grokking_signal_fns=[], or give all ranks the same number of batches"
                 )
             return False
-        return wanted or dist.get_world_size(wrapper.process_group) == ranks()
+        return wanted or any(dist.get_world_size(wrapper.process_group) == ranks() for wrapper in wrappers)
 
     def doubts(self, groups: Sequence[Mapping[str, Any]], shard_group: Any, is_own: bool) -> list[str]:
         """Return warnings if FSDP1 has divided parameters, and the optimizer takes its shards for whole parameters.
@@ -344,7 +348,10 @@ class AllRanks:
         Raises:
             ValueError: shard_group is the user's own (`is_own`), and its ranks hold whole parameters.
         """
-        wrapper = self.wrapper(groups) if ranks() > 1 and torch._C._current_graph_task_id() == -1 else None
+        self._wait, self._pause = 0, 1  # its parameters may be others than those of its last step
+        wrapper = next(
+            iter(self._look(groups) if ranks() > 1 and torch._C._current_graph_task_id() == -1 else []), None
+        )
         if wrapper is None:
             return []
         if holds_whole(wrapper):

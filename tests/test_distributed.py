@@ -24,7 +24,17 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA, _numbers, grokadamw, signals, step_in_backward
+from grokadamw import (
+    Accumulate,
+    GrokAdamW,
+    Grokfast,
+    GrokfastMA,
+    _numbers,
+    distributed,
+    grokadamw,
+    signals,
+    step_in_backward,
+)
 from grokadamw import _trainers as trainers
 from grokadamw.distributed import span_all_ranks
 from grokadamw.signals import SlowGradient, memorisation
@@ -254,9 +264,9 @@ def _wrapped_late(rank: int) -> list[float]:
     for _ in range(2):
         model = _in_ddp(inner)
         for step in range(3):
-            train(model, range(step, step + 1), lambda _, loss: optimizer.step())
             if rank == 0:
                 optimizer.record(train_loss=0.5, eval_loss=1.0)
+            train(model, range(step, step + 1), lambda _, loss: optimizer.step())
             alphas.append(optimizer.metrics()["alpha"])
         del model
         gc.collect()
@@ -265,7 +275,19 @@ def _wrapped_late(rank: int) -> list[float]:
 
 def test_a_model_may_be_wrapped_late_and_anew(tmp_path: Path) -> None:
     first, second = in_processes(_wrapped_late, tmp_path)
-    assert first == second == pytest.approx([0.98, *[0.98 * math.exp(-0.05)] * 5])
+    assert first == second == pytest.approx([0.98 * math.exp(-0.05)] * 6)
+
+
+def test_wrappers_are_looked_for_at_the_first_step_the_second_the_fourth(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = list[int]()
+    monkeypatch.setattr(distributed, "ranks", lambda: 2)
+    monkeypatch.setattr(distributed, "wrappers_of", lambda params: looks.append(step) or [])
+    groups, all_ranks = [{"params": [torch.zeros(2)]}], distributed.AllRanks()
+    for step in range(1, 40):
+        if step == 1:
+            all_ranks.doubts(groups, None, False)
+        all_ranks.meet(groups, None, False)
+    assert looks == [1, 2, 4, 8, 16, 32]
 
 
 def _resumed(rank: int) -> list[list[float]]:
