@@ -41,3 +41,15 @@ def _around(params: set[Tensor]) -> tuple[list[Any], set[Tensor]]:
 def holds_whole(wrapper: Any) -> bool:
     """Return True for DDP, and for FSDP1 that divides nothing."""
     return kind_of(wrapper) == DDP or wrapper.sharding_strategy.name == "NO_SHARD"
+
+
+def own_parameters(wrapper: Any) -> set[Tensor]:
+    """Return the parameters that a wrapper averages or divides: those in it, and in no wrapper inside it."""
+    inner = (module for module in wrapper.modules() if module is not wrapper and kind_of(module))
+    return {*wrapper.parameters()} - {param for module in inner for param in module.parameters()}
+
+
+def copies_of(wrapper: Any) -> set[int]:
+    """Return the ranks that hold the same parameters as this rank, or the same parts of them, as with HYBRID_SHARD."""
+    groups = [vars(wrapper).get("_inter_node_pg"), wrapper.process_group if holds_whole(wrapper) else None]
+    return {rank for group in groups if group is not None for rank in dist.get_process_group_ranks(group)}

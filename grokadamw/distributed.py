@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .ddp import holds_whole, kind_of, wrappers_of
+from .ddp import copies_of, holds_whole, kind_of, own_parameters, wrappers_of
 
 _PLAIN = {Tensor, nn.Parameter}
 
@@ -346,29 +346,36 @@ class AllRanks:
         """Return warnings if FSDP1 has divided parameters, and the optimizer takes its shards for whole parameters.
 
         Raises:
-            ValueError: shard_group is the user's own (`is_own`), and its ranks hold whole parameters.
+            ValueError: shard_group is the user's own (`is_own`), and several of its ranks hold the same parameters.
         """
         self._wait, self._pause = 0, 1  # its parameters may be others than those of its last step
-        wrapper = next(
-            iter(self._look(groups) if ranks() > 1 and torch._C._current_graph_task_id() == -1 else []), None
-        )
-        if wrapper is None:
+        if ranks() == 1 or torch._C._current_graph_task_id() != -1:
             return []
-        if holds_whole(wrapper):
-            ranks_of = dist.get_process_group_ranks
-            if is_own and len({*ranks_of(shard_group)} & {*ranks_of(wrapper.process_group)}) > 1:
-                raise ValueError(
-                    f"shard_group with {kind_of(wrapper)}, whose ranks hold whole parameters: the norm of the "
-                    "gradients would count them several times. Leave shard_group out"
-                )
+        params = {param for group in groups for param in group["params"]}
+        wrappers = [wrapper for wrapper in self._look(groups) if not params.isdisjoint(own_parameters(wrapper))]
+        divided = [wrapper for wrapper in wrappers if not holds_whole(wrapper)]
+        for wrapper in wrappers if is_own else []:
+            if len(copies_of(wrapper) & {*dist.get_process_group_ranks(shard_group)}) < 2:
+                continue
+            what, way_out = "whole parameters", "Leave shard_group out"
+            if wrapper in divided:
+                what, way_out = "the same parts", "With HYBRID_SHARD pass shard_group=model.process_group"
+            elif divided:
+                way_out = "Give what is divided and what is whole an optimizer each"
+            raise ValueError(
+                f"shard_group with {kind_of(wrapper)}, whose ranks hold {what}: the norm of the gradients would count "
+                f"them several times. {way_out}"
+            )
+        if not divided:
             return []
         found, first = [], groups[0]
         clips = any(group["gradient_clipping"] for group in groups)
         if shard_group is None and (clips or first["nonfinite"] != "propagate"):
+            apart = "" if len(divided) == len(wrappers) else ", in an optimizer without the parameters that are whole"
             found.append(
                 "FSDP1 has divided the parameters, and shard_group is not given: each rank clips and skips by the norm "
-                "of its own part. Pass shard_group=torch.distributed.group.WORLD, or the group over which the model is "
-                "divided"
+                "of its own part. Pass shard_group=torch.distributed.group.WORLD, or with HYBRID_SHARD "
+                f"model.process_group{apart}"
             )
         if any(group["max_row_norm"] or group["max_row_change"] for group in groups):
             found.append(

@@ -364,6 +364,55 @@ def test_shards_and_whole_parameters_are_told_apart(tmp_path: Path) -> None:
         assert ddp.startswith("shard_group with DistributedDataParallel, whose ranks hold whole parameters")
 
 
+def _told(model: torch.nn.Module, group: Any) -> list[str]:
+    """What a first step says of FSDP1, and the error it ends with."""
+    optimizer = GrokAdamW(model.parameters(), gamma=0.0, shard_group=group)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            train(model, range(1), lambda _, loss: optimizer.step())
+        except ValueError as error:
+            return [str(error)]
+    return [str(each.message) for each in said if "FSDP1 has" in str(each.message)]
+
+
+def _mixed(rank: int) -> list[list[str]]:
+    """What is said of whole parameters among divided ones."""
+    divide = functools.partial(FullyShardedDataParallel, device_id=torch.device("cpu"))
+    whole, divided, found = ShardingStrategy.NO_SHARD, ShardingStrategy.FULL_SHARD, []
+    for group, (inner, outer) in itertools.product((None, dist.group.WORLD), itertools.permutations((whole, divided))):
+        model: Any = network()
+        model[2] = divide(model[2], sharding_strategy=inner)
+        found.append(_told(divide(model, sharding_strategy=outer), group))
+    without_own = divide(torch.nn.Sequential(divide(network())), sharding_strategy=whole)
+    return [*found, _told(without_own, dist.group.WORLD)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_whole_parameters_are_found_among_divided_ones(tmp_path: Path) -> None:
+    for *alone, first, second, right in in_processes(_mixed, tmp_path):
+        assert [["in an optimizer without" in each for each in said] for said in alone] == [[True], [True]]
+        assert first == second
+        assert "whose ranks hold whole parameters" in first[0]
+        assert "an optimizer each" in first[0]
+        assert right == []
+
+
+def _hybrid(rank: int) -> list[list[str]]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
+    kind = functools.partial(FullyShardedDataParallel, device_id=torch.device("cpu"), device_mesh=mesh)
+    models = [kind(network(), sharding_strategy=ShardingStrategy.HYBRID_SHARD) for _ in range(2)]
+    return [_told(models[0], dist.group.WORLD), _told(models[1], models[1].process_group)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_copies_of_divided_parameters_do_not_count_twice(tmp_path: Path) -> None:
+    for [refused], right in in_processes(_hybrid, tmp_path, 4):
+        assert "whose ranks hold the same parts" in refused
+        assert "pass shard_group=model.process_group" in refused
+        assert right == []
+
+
 def _preset_of_fsdp1(rank: int) -> None:
     for kind, original in itertools.product((FullyShardedDataParallel, Dividing), (True, False)):
         model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 5))
