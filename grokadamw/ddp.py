@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -25,17 +26,23 @@ def wrappers_of(params: set[Tensor]) -> list[Any]:
     """
     if not dist.is_available() or not dist.is_initialized():
         return []
-    found, known = _around(params)
-    if not params <= known:
-        _found.update(x for x in gc.get_objects() if issubclass(type(x), nn.Module) and kind_of(x))
-        found, _ = _around(params)
+    found = _around(params)
+    if params <= {param for wrapper in found for param in wrapper.parameters()}:
+        return found
+    found = _around(params, gc.get_objects())
+    if not found and gc.get_freeze_count() and not all(hasattr(param, "device_mesh") for param in params):
+        gc.unfreeze()  # only now are frozen objects among gc.get_objects()
+        found = _around(params, gc.get_objects())
+        if found:  # else it would freeze models that were not frozen: they could never be freed
+            gc.collect()
+            gc.freeze()
     return found
 
 
-def _around(params: set[Tensor]) -> tuple[list[Any], set[Tensor]]:
-    """Return the known wrappers that any of these parameters is in, and all parameters in those."""
-    found = [wrapper for wrapper in list(_found) if not params.isdisjoint(wrapper.parameters())]
-    return found, {param for wrapper in found for param in wrapper.parameters()}
+def _around(params: set[Tensor], objects: Iterable[object] = ()) -> list[Any]:
+    """Return the wrappers that any of these parameters is in, of those known, and those among some objects."""
+    _found.update(x for x in objects if issubclass(type(x), nn.Module) and kind_of(x))
+    return [wrapper for wrapper in list(_found) if not params.isdisjoint(wrapper.parameters())]
 
 
 def holds_whole(wrapper: Any) -> bool:

@@ -173,12 +173,14 @@ class Dividing(FullyShardedDataParallel):
 def _default_signal(rank: int) -> list[float]:
     """α after each step. The first rank alone records losses, and not from the start."""
     alphas = []
-    for way in ("DDP", "FSDP1", "ZeRO", "subclass"):
+    for way in ("DDP", "FSDP1", "ZeRO", "subclass", "frozen"):
         model = torch.nn.Linear(5, 3, bias=False)
         if way == "FSDP1":
             wrapped: Any = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
         else:
             wrapped = Averaging(model) if way == "subclass" else _in_ddp(model)
+        if way == "frozen":
+            gc.freeze()
         make = functools.partial(ZeroRedundancyOptimizer, optimizer_class=GrokAdamW) if way == "ZeRO" else GrokAdamW
         optimizer = make(wrapped.parameters(), gradient_clipping=0.0, nonfinite="propagate")
         grok = optimizer.optim if way == "ZeRO" else optimizer
@@ -188,6 +190,8 @@ def _default_signal(rank: int) -> list[float]:
                 grok.record(train_loss=0.5, eval_loss=1.0)
             train(wrapped, range(step, step + 1), lambda _, loss, take=optimizer.step: take())
             alphas.append(grok.metrics()["alpha"])
+    assert gc.get_freeze_count()
+    gc.unfreeze()
     return alphas
 
 
@@ -216,7 +220,7 @@ def _fewer_steps(rank: int) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_ranks_of_a_wrapper_agree_on_the_default_signal(tmp_path: Path) -> None:
     first, second = in_processes(_default_signal, tmp_path)
-    assert first == second == pytest.approx([0.98, *[0.98 * math.exp(-0.05)] * 2] * 4)
+    assert first == second == pytest.approx([0.98, *[0.98 * math.exp(-0.05)] * 2] * 5)
 
 
 @pytest.mark.filterwarnings("ignore")
