@@ -17,6 +17,7 @@ from ._numbers import as_real
 from ._wrapper_base import WrapperBase
 from .distributed import mesh_of, state_is_asked_for
 from .state.slots import State, check_shapes
+from .step.batches import Given
 
 _Kind = TypeVar("_Kind")
 
@@ -94,19 +95,18 @@ class Wrapper(WrapperBase):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            found_inf = getattr(self, "found_inf", None)
-            self._step(bool(found_inf))  # without gradients GradScaler gives a plain 0
+            self._step(getattr(self, "found_inf", None))  # without gradients GradScaler gives a plain 0
         return loss
 
     @_disable_dynamo  # Python's numbers decide what is done; compile the inner optimizer's step instead
-    def _step(self, overflows: bool) -> None:
+    def _step(self, found_inf: Any) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"a CUDA graph cannot capture a step of {type(self).__name__}, which counts in Python: capture a step "
                 "of GrokAdamW, which has the filter, with capturable=True"
             )
         self._check_not_early()
-        if overflows:
+        if self._overflows(found_inf):
             self._skip()
             return
         self._fill_groups()  # the inner optimizer may have got a new group
@@ -119,6 +119,15 @@ class Wrapper(WrapperBase):
             self._make_state(parts)
         else:
             self._take(parts)
+
+    def _overflows(self, found_inf: Any) -> bool:
+        """Return True if GradScaler found infinity; RuntimeError if it did on some ranks of the shard_group only."""
+        given = Given(self.param_groups, self.state, {}, shard_group=self._shard_group)
+        if found_inf is None or given.shard_group is None:
+            return bool(found_inf)
+        found = given.sum_over_ranks([found_inf != 0]).item()
+        given.check_agreed(found)
+        return bool(found)
 
     def _check_not_early(self) -> None:
         """Raise ValueError if the backward pass has the inner optimizer use gradients before this one sees them."""

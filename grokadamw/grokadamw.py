@@ -290,7 +290,7 @@ class GrokAdamW(Base):
         groups, state, ranks = self.param_groups, self.state, run.shard_group
         given = Given(groups, state, options, scale, found_inf, capturing, compiling, shard_group=ranks)
         if run.shard_group is not None and found_inf is not None:
-            given = given._replace(found_inf=given.sum_over_ranks([found_inf]))
+            given = given._replace(found_inf=given.sum_over_ranks([found_inf != 0]))
         if run.in_backward is not None:
             return run.in_backward.end(self, given)  # type: ignore[no-any-return]
         overflow = found_inf is not None and stages.is_overflow(given)

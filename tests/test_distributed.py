@@ -865,9 +865,9 @@ def _ranks_with_less(rank: int) -> list[dict[str, float]]:
                 with pytest.raises(RuntimeError, match=f"the gradients are not finite: .*{said}"):
                     optimizer.step()
                 continue
-            if how == "overflow" and step == 2:  # that a GradScaler has found on one rank
+            if how == "overflow" and step == 2:  # that a ShardedGradScaler has found for all ranks
                 optimizer.grad_scale = torch.ones(())  # type: ignore[attr-defined]
-                optimizer.found_inf = torch.tensor(float(rank))  # type: ignore[attr-defined]
+                optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
             optimizer.step()
             if how == "overflow" and step == 2:
                 del optimizer.grad_scale, optimizer.found_inf

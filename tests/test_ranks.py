@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -408,3 +409,51 @@ def _collectives(rank: int) -> list[int]:
 @pytest.mark.filterwarnings("ignore")
 def test_a_step_takes_two_collectives_at_most(tmp_path: Path) -> None:
     assert in_processes(_collectives, tmp_path) == [[1, 2, 0]] * 2
+
+
+OVERFLOWS: dict[str, dict[str, Any]] = {
+    "fused": {"fused": True},
+    "accumulation_steps": {"accumulation_steps": 2, "second_moment": "raw"},
+    "Accumulate": {},
+}
+
+
+def _overflow_on_one_rank(rank: int) -> list[list[Any]]:
+    """For each way and with and without `unscale_`: loss scales, or what is said; and whether a refused step wrote."""
+    found = []
+    for way, unscale in itertools.product(OVERFLOWS, (True, False)):
+        torch.manual_seed(0)
+        model = FullyShardedDataParallel(nn.Linear(6, 4), device_id=torch.device("cpu"), use_orig_params=True)
+        inner = GrokAdamW(model.parameters(), gamma=0, shard_group=dist.group.WORLD, **OVERFLOWS[way])
+        optimizer: Any = Accumulate(inner, 2) if way == "Accumulate" else inner
+        scaler, said = ShardedGradScaler(device="cpu", init_scale=8.0), []
+        for step in range(3):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.ones(2, 6)).square().mean()).backward()
+            if step == 1 and rank == 0:
+                next(p.grad for p in model.parameters() if p.grad is not None).view(-1)[0] = torch.inf
+            if unscale:
+                scaler.unscale_(optimizer)
+            before = [x.detach().clone() for x in model.parameters()]
+            try:
+                scaler.step(optimizer)
+            except RuntimeError as error:
+                said += [str(error), all(map(torch.equal, before, model.parameters()))]
+                break
+            scaler.update()
+            said.append(scaler.get_scale())
+        found.append(said)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_agree_on_what_overflows(tmp_path: Path) -> None:
+    """One rank's scale was halved, and the other's was not; with Accumulate they waited for each other."""
+    first, second = in_processes(_overflow_on_one_rank, tmp_path)
+    assert first == second
+    for agreed, refused in zip(first[::2], first[1::2], strict=True):
+        assert agreed == [8.0, 4.0, 4.0]
+        assert refused[0] == 8.0
+        assert refused[1].startswith("1 of the shard_group's 2 ranks found infinity")
+        assert "scaler.unscale_(optimizer)" in refused[1]
+        assert refused[2]

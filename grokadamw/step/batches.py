@@ -42,6 +42,15 @@ class Given(NamedTuple):
         """Return the sum of numbers over the ranks of `shard_group`, in float64."""
         return sum_over_ranks(values, self.groups, self.shard_group)
 
+    def check_agreed(self, found: float) -> None:
+        """Raise RuntimeError if `found` ranks of `shard_group`, but not all, found infinity: scales would differ."""
+        if self.shard_group is not None and 0 < found < (ranks := self.shard_group.size()):
+            raise RuntimeError(
+                f"{found:g} of the shard_group's {ranks} ranks found infinity in their gradients, and so each would go "
+                "on with a loss scale of its own; nothing was written. Use ShardedGradScaler, and call "
+                "scaler.unscale_(optimizer) before scaler.step(optimizer): all ranks then find what one of them finds"
+            )
+
     def share(self, total: Any, shards: Shards | None) -> Any:
         """Return this rank's summand for `sum_over_ranks`: a plain total, or its share of a total that a mesh has."""
         return total if shards is None else total / shards.ranks_in(self.shard_group)

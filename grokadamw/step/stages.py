@@ -97,12 +97,19 @@ class Run:
 
 
 def is_overflow(given: Given) -> bool | None:
-    """Return True if GradScaler found infinity, so that there is no step; None if the host cannot read that."""
+    """Return True if GradScaler found infinity, so that there is no step; None if the host cannot read that.
+
+    Raises RuntimeError if the host can, and only some ranks of the shard_group have found it.
+    """
     found_inf, options = given.found_inf, given.options
     if not isinstance(found_inf, Tensor):  # 0 if there are no gradients
         return False
     readable = _on_host(found_inf.device, options) or options["nonfinite"] == "raise"
-    return bool(found_inf.item()) if readable or options["accumulation_steps"] > 1 else None
+    if not readable and options["accumulation_steps"] == 1:
+        return None
+    found = found_inf.item()
+    given.check_agreed(found)
+    return bool(found)
 
 
 def check_given(run: Run, given: Given) -> bool:
