@@ -18,7 +18,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -546,6 +552,33 @@ def _resumed_from(folder: Path, rank: int) -> bool:
     pairs = zip(model.parameters(), twin.parameters(), strict=True)
     equal = [torch.equal(whole(a), whole(b)) for a, b in pairs]
     return built and len(other.state) == 6 and all(equal) and optimizer.metrics() == other.metrics()
+
+
+def _whole_state(rank: int) -> tuple[str, bool, bool]:
+    """What is said if shards load the state of a whole model, if nothing was loaded, and if the way out does."""
+    of_one, model = network(), network()
+    plain = GrokAdamW(of_one.named_parameters(), lr=0.05)
+    train(of_one, range(2), lambda step, loss: plain.step())
+    fully_shard(model)
+    optimizer = GrokAdamW(model.named_parameters(), lr=0.01)
+    train(model, range(2), lambda step, loss: optimizer.step())
+    groups, states = copy.copy(optimizer.param_groups), dict(optimizer.state)
+    with pytest.raises(ValueError, match="of parameter 0 is whole") as raised:
+        optimizer.load_state_dict(plain.state_dict())
+    kept = optimizer.param_groups == groups and optimizer.param_groups[0]["lr"] == 0.01 and optimizer.state == states
+    saved = get_optimizer_state_dict(of_one, plain)
+    set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
+    pairs = zip(of_one.parameters(), model.parameters(), strict=True)
+    equal = [torch.equal(plain.state[p]["exp_avg"], whole(optimizer.state[q]["exp_avg"])) for p, q in pairs]
+    return str(raised.value), kept, all(equal)
+
+
+def test_shards_refuse_a_whole_state_before_anything_is_loaded(tmp_path: Path) -> None:
+    """The groups were loaded, and the next step failed."""
+    for said, kept, equal in in_processes(_whole_state, tmp_path):
+        assert "set_optimizer_state_dict(model" in said
+        assert kept
+        assert equal
 
 
 def _keepers(folder: Path, rank: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from .. import distributed
 from .._numbers import as_number, as_real, reads_are_free, wide
 from .._warn import warn
 from ..checkpoints import to_grokadamw
-from ..distributed import Shards, shards_of
+from ..distributed import shards_of
 from ..layers import unwrapped
 from ..options import OPTIONS, STATES, WARN, check_loaded, may_be_coded, rules_of
 from . import formats, window
@@ -215,8 +215,7 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
     if saved_names is None or own_names is None or saved_names == own_names:
         return state_dict
     flat_saved, flat_own = list(chain.from_iterable(saved_names)), list(chain.from_iterable(own_names))
-    twice = len(flat_saved) > len(set(flat_saved)) or len(flat_own) > len(set(flat_own))
-    if twice:
+    if len(flat_saved) > len(set(flat_saved)) or len(flat_own) > len(set(flat_own)):
         if sorted(flat_saved) != sorted(flat_own):
             return state_dict
         raise ValueError(
@@ -233,8 +232,7 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
                     group[name] = first[name]
         return {**state_dict, "param_groups": ordered}
     shared = set(flat_saved) & set(flat_own)
-    moved = [a for a, b in zip_longest(flat_saved, flat_own) if a != b and a in shared]
-    if moved:
+    if moved := [a for a, b in zip_longest(flat_saved, flat_own) if a != b and a in shared]:
         raise ValueError(
             f"state_dict and the optimizer both name {moved[0]!r}, in different places, but do not name the same "
             "parameters in each group: nothing says which state is whose. Give the optimizer the groups and names that "
@@ -278,15 +276,21 @@ def _states(
     keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in groups)
     for key, param in zip(keys, params, strict=False):  # torch refuses a different number of parameters
-        state = state_dict["state"].get(key)
-        if state is None:
+        if (state := state_dict["state"].get(key)) is None:
             continue
+        is_cut = (shards := shards_of(param)) is not None and any(shards.cuts())
         for name in (*STATES, *formats.EXTRAS):
             expected = formats.shape_of_scales(param) if name.endswith("_scale") else param.shape
             if name in state and state[name].shape != expected:
                 raise ValueError(
                     f"state_dict: {name} of parameter {key} has shape {tuple(state[name].shape)}, the parameter itself "
                     f"{tuple(param.shape)}; parameters must come in the order that they were saved in"
+                )
+            if name in state and distributed.mesh_of(state[name]) is None and is_cut:
+                raise ValueError(
+                    f"state_dict: {name} of parameter {key} is whole, and this rank has a part of the parameter. Save "
+                    "by get_optimizer_state_dict, and load by set_optimizer_state_dict(model, optimizer, saved, options"
+                    "=StateDictOptions(full_state_dict=True)), both of torch.distributed.checkpoint.state_dict"
                 )
         if options["window_size"] is None:
             state = {name: value for name, value in state.items() if name not in WINDOW}
@@ -321,17 +325,14 @@ def _check_codes(state_dict: dict[str, Any]) -> None:
                 kept, was_coded = state[name], (asked if isinstance(asked, str) else asked.get(name)) == "int8"
                 if kept.is_complex():
                     continue
+                own = distributed.part(kept)
                 may_be_codes = was_coded and kept.numel() >= formats.SMALL
-                if not kept.is_floating_point() or (may_be_codes and _are_codes(distributed.part(kept))):
+                if not kept.is_floating_point() or (may_be_codes and own.any() and own.equal(own.round())):
                     raise ValueError(
                         f"state_dict: {name} of parameter {key} holds codes without their scales. "
                         "torch.distributed.checkpoint copies them into whatever the optimizer has: load into an "
                         f"optimizer with state_dtype={asked!r}, and then its state_dict() into a new one of this kind"
                     )
-
-
-def _are_codes(values: Tensor) -> bool:
-    return bool(values.any()) and bool((values == values.round()).all())
 
 
 def _doubts(state_dict: dict[str, Any], defaults: dict[str, Any]) -> Iterator[str]:
@@ -361,16 +362,16 @@ def _doubts(state_dict: dict[str, Any], defaults: dict[str, Any]) -> Iterator[st
 def _placed(param: Tensor, state: State, options: dict[str, Any]) -> State:
     """Return a copy of a loaded state, on the devices and in the formats that a step needs."""
     shards, ours = shards_of(param), (*STATES, *formats.EXTRAS)
-    state = {name: _moved(x, param.device, shards) if name in ours else x for name, x in state.items()}
+    state = {name: x.to(param.device) if name in ours else x for name, x in state.items()}
+    if shards is not None:
+        state = {name: distributed.placed(x, shards) if name in ours else x for name, x in state.items()}
     placed: State = {}
     for name, value in state.items():
         if name in STATES:
             placed |= formats.packed(state, name, param, options, _dtype(param, options))
-        elif name == "param_low":
-            if low := formats.low_dtype(param, options):
+        elif name in formats.EXTRAS:  # scales come with their codes
+            if name == "param_low" and (low := formats.low_dtype(param, options)):
                 placed[name] = formats.low_bits(value, low).clone()
-        elif name in formats.EXTRAS:
-            pass  # scales come with their codes
         elif name == "step":
             placed[name] = torch.as_tensor(value, dtype=torch.float32, device=step_device(param)).reshape(()).clone()
         elif name == WINDOW[-1]:
@@ -384,10 +385,6 @@ def _placed(param: Tensor, state: State, options: dict[str, Any]) -> State:
         else:
             placed[name] = value
     return placed
-
-
-def _moved(x: Tensor, device: torch.device, shards: Shards | None) -> Tensor:
-    return x.to(device) if shards is None else distributed.placed(x.to(device), shards)
 
 
 def _dtype(param: Tensor, options: dict[str, Any]) -> torch.dtype:
