@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -457,3 +458,26 @@ def test_ranks_agree_on_what_overflows(tmp_path: Path) -> None:
         assert refused[1].startswith("1 of the shard_group's 2 ranks found infinity")
         assert "scaler.unscale_(optimizer)" in refused[1]
         assert refused[2]
+
+
+def _built_before_fsdp1(rank: int) -> list[list[str]]:
+    """What steps say if FSDP1 replaced the optimizer's parameters; and if one rank alone has no gradient."""
+    said = []
+    for replaced in (True, False):
+        model = nn.Linear(6, 4)
+        optimizer = GrokAdamW(model.parameters(), gamma=0, shard_group=dist.group.WORLD)
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu")) if replaced else model
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                if replaced or rank == 0:
+                    wrapped(torch.ones(2, 6)).square().mean().backward()
+                optimizer.step()
+        said.append([str(each.message) for each in caught if "found no gradient" in str(each.message)])
+    return said
+
+
+def test_an_optimizer_whose_parameters_fsdp1_replaced_says_so(tmp_path: Path) -> None:
+    for replaced, less in in_processes(_built_before_fsdp1, tmp_path):
+        assert len(replaced) == 1
+        assert less == []

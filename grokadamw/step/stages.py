@@ -202,15 +202,6 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     found = run.cache.batches(given if cycle is None else given._replace(groups=cycle_groups), run.names, missing)
     if given.capturing and found.tables is not None:
         run.graphs.append(found.tables)
-    is_idle = not found.params and given.shard_group is None and any(group["params"] for group in groups)
-    if is_idle and not run.idle:
-        run.idle = True
-        warn(
-            "a step found no gradient, and changed nothing: call loss.backward() before optimizer.step(). If you did, "
-            "the model has other parameters than the optimizer by now: make the optimizer anew",
-            UserWarning,
-        )
-
     limits = [float(cycle_groups[batch.group]["gradient_clipping"]) for batch in found.batches]
     are_divided = given.shard_group is not None or any(map(itemgetter(0), found.grads))
     if are_divided and not rules.clips_each_tensor:
@@ -218,6 +209,15 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
         limits.append(min((x for group in cycle_groups if (x := float(group["gradient_clipping"])) > 0), default=0.0))
     stats = _measured(run, given, found, limits, rules)
     norms, clips = stats.norms, stats.clips
+    is_idle = not found.params and any(group["params"] for group in groups)
+    # with a shard_group another rank may have gradients; without any here the norm is Python's number, or unknown
+    if is_idle and not run.idle and (given.shard_group is None or norms[:1] == [0.0]):
+        run.idle = True
+        warn(
+            "a step found no gradient, and changed nothing: call loss.backward() before optimizer.step(). If you did, "
+            "the model has other parameters than the optimizer by now: make the optimizer anew",
+            UserWarning,
+        )
     if options["differentiable"]:
         norms, clips = detached(norms), detached(clips)
     run.last = metrics.LastStep(run.last.signal, alphas, norms, clips, boosts)
