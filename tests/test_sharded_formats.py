@@ -269,6 +269,24 @@ def test_checkpoints_go_between_one_two_and_four_ranks(name: str, tmp_path: Path
     assert largest <= {"float32": 0, "bfloat16": 0.001, "int8": 0.03}[name]
 
 
+def _codes_of_other_ranks(rank: int) -> str:
+    p = nn.Parameter(distribute_tensor(torch.ones(4160), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    p.grad = torch.ones_like(p)
+    optimizer = GrokAdamW([p], state_dtype="int8")
+    optimizer.step()
+    state_dict = optimizer.state_dict()
+    state_dict["state"][0]["exp_avg"].fill_(3.0)  # as torch.distributed.checkpoint copies codes
+    with pytest.raises(ValueError, match="exp_avg of parameter 0 holds codes") as raised:
+        optimizer.load_state_dict(state_dict)
+    return str(raised.value)
+
+
+def test_codes_of_another_number_of_ranks_name_the_way_out(tmp_path: Path) -> None:
+    """The optimizer was to be constructed with the state_dtype that it had."""
+    for said in in_processes(_codes_of_other_ranks, tmp_path):
+        assert "on as many ranks as saved it: these cut its blocks of 64" in said
+
+
 def _converted(name: str, rank: int) -> Any:
     """A state of shards by itself, in float32, and after a way into another format and back; and gathered by torch."""
     mesh = init_device_mesh("cpu", (RANKS,))

@@ -328,10 +328,12 @@ def _check_codes(state_dict: dict[str, Any]) -> None:
                 own = distributed.part(kept)
                 may_be_codes = was_coded and kept.numel() >= formats.SMALL
                 if not kept.is_floating_point() or (may_be_codes and own.any() and own.equal(own.round())):
+                    way = f"optimizer with state_dtype={asked!r}, and then its state_dict() into a new one of this kind"
+                    if distributed.cuts_blocks(kept, formats.BLOCK):
+                        way = "optimizer on as many ranks as saved it: these cut its blocks of 64; or save with float32"
                     raise ValueError(
                         f"state_dict: {name} of parameter {key} holds codes without their scales. "
-                        "torch.distributed.checkpoint copies them into whatever the optimizer has: load into an "
-                        f"optimizer with state_dtype={asked!r}, and then its state_dict() into a new one of this kind"
+                        f"torch.distributed.checkpoint copies them into whatever the optimizer has: load into an {way}"
                     )
 
 
