@@ -70,16 +70,26 @@ def tell(optimizer: Any) -> None:
     if (zero := optimizer._run.zero()) is not None:
         for group, outer in zip(optimizer.param_groups, zero.param_groups, strict=False):
             outer.update({name: group[name] for name in ("layers", *PROGRESS)})
+            outer.pop("param_names", None)  # a state dict would have those of this rank alone
 
 
 def take_places(optimizer: Any) -> None:
-    """Number the layers of the last group by its parameters' places in the whole group that it is a part of."""
+    """Take names and layers of the last group by its parameters' places in the whole group that it is a part of.
+
+    A whole group without names and layers is numbered by these places.
+    """
     *earlier, group = optimizer.param_groups
     zero = optimizer._run.zero()
-    if zero is None or len(zero.param_groups) <= len(earlier) or group["layer"] is not None or "param_names" in group:
+    if zero is None or len(zero.param_groups) <= len(earlier):
         return
-    places = {param: place for place, param in enumerate(zero.param_groups[len(earlier)]["params"])}
-    group["layers"] = [places.get(param, own) for param, own in zip(group["params"], group["layers"], strict=True)]
+    whole = zero.param_groups[len(earlier)]
+    places = {param: place for place, param in enumerate(whole["params"])}
+    own = [places[param] for param in group["params"]]
+    for name in ("param_names", *["layers"] * (group["layer"] is None)):
+        if isinstance(whole.get(name), list | tuple) and len(whole[name]) == len(places):
+            group[name] = [whole[name][place] for place in own]
+    if group["layer"] is None and "param_names" not in group and "layers" not in whole:
+        group["layers"] = own
 
 
 def go_on_after_loading(optimizer: Any) -> None:

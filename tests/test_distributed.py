@@ -827,6 +827,36 @@ def test_zero_loads_what_others_saved(tmp_path: Path) -> None:
     assert all(map(torch.equal, first, second))
 
 
+def _groups_with_zero(rank: int) -> list[tuple[int, str]]:
+    """The layers and names of a rank's part of the preset's groups, before and after a step."""
+    model = network()
+    groups = GrokAdamW.for_grokking(model).param_groups
+    zero = ZeroRedundancyOptimizer([dict(group) for group in groups], GrokAdamW, lr=0.01)
+    tables = [zero.optim.layer_table()]
+    train(model, range(2), lambda step, loss: zero.step())
+    tables.append(zero.optim.layer_table())
+    assert tables[0] == tables[1]
+    assert zero.optim.metrics()["step"] == 2
+    zero.consolidate_state_dict(0)
+    if rank == 0:
+        alone = GrokAdamW.for_grokking(model)
+        before = alone.layer_table()
+        alone.load_state_dict(zero.state_dict())
+        assert alone.layer_table() == before
+        assert len(alone.state) == 6
+    return [(row.layer, name) for row in tables[0] for name in row.names]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_groups_in_zero_keep_their_names_and_layers(tmp_path: Path) -> None:
+    """A step said that the group's parameters were changed, and the table had too many names."""
+    first, second = in_processes(_groups_with_zero, tmp_path)
+    rows = GrokAdamW.for_grokking(network()).layer_table()
+    assert first
+    assert second
+    assert sorted(first + second) == sorted((row.layer, name) for row in rows for name in row.names)
+
+
 def _smallest_with_zero(rank: int) -> str:
     """The smallest module that holds the parameters of all ranks, of which each rank's optimizer has a part."""
     part = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(2, 2))  # the first rank has one weight of it
