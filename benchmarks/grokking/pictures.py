@@ -67,7 +67,7 @@ def quartiles(found: dict[str, list[Row]], names: list[str], path: Path) -> None
         axes.plot([], [], color=f"C{i}", label=NAMES.get(name, name))
     axes.set(yscale="log", ylabel=f"steps to 95%, sustained; {budget:,}: failed", xlim=(-0.6, len(names) - 0.4))
     axes.set_xticks(range(len(names)), names)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=5)
     figure.savefig(path, dpi=120)
 
 
