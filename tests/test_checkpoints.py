@@ -527,7 +527,7 @@ print(*sorted(name for name in sys.modules if name.startswith("grokadamw.")))
 """
     folder = HERE.parent.parent / "grokadamw"
     loaded = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True).stdout
-    private, public = ("_checks", "_numbers", "_warn"), ("checkpoints", "distributed", "layers", "options")
+    private, public = ("_checks", "_numbers", "_warn"), ("checkpoints", "ddp", "distributed", "layers", "options")
     needed = (*private, *public, "state", "state.formats")
     assert loaded.split() == [f"grokadamw.{name}" for name in needed]
 
