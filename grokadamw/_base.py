@@ -30,6 +30,8 @@ from .state.slots import keeping_precision
 from .step.alpha import Signals
 from .step.stages import Run
 
+_ADAMWS = ("amsgrad", "decoupled_weight_decay")  # options that mark a group as AdamW's, see checkpoints.py
+
 
 class Base(Optimizer):
     """GrokAdamW without `step`: its groups, checkpoints, pickles and copies."""
@@ -66,7 +68,7 @@ class Base(Optimizer):
             for sentence in misspelt(param_group, GROUP_KEYS):
                 warn(sentence, UserWarning)
             # a copy, as the caller may reuse the dict; without keys that only AdamW's groups have
-            param_group = {k: v for k, v in param_group.items() if k not in ("amsgrad", "decoupled_weight_decay")}
+            param_group = {k: v for k, v in param_group.items() if k not in _ADAMWS}
         super().add_param_group(param_group)
         *earlier, group = self.param_groups
         group.update(checked)
@@ -123,7 +125,12 @@ class Base(Optimizer):
         Signal functions are left out, but the state of those that have a ``state_dict`` is kept.
         """
         self._before_saving()
-        return super().state_dict()
+        saved = super().state_dict()
+        # an AdamW that was made from these groups has written into them; what a hook returns may have none
+        for group in saved.get("param_groups", ()):
+            for name in _ADAMWS:
+                group.pop(name, None)
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, as torch does, but do not round the state to its parameter's dtype.

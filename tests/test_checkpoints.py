@@ -547,3 +547,16 @@ def test_a_pickled_optimizer_of_an_older_version_goes_on() -> None:
     assert older.param_groups[0]["fused"] is None
     older.add_param_group({"params": [("new", nn.Parameter(torch.ones(1)))]})
     assert all(group["train_acc"] is group["eval_acc"] is None for group in older.param_groups)
+
+
+@pytest.mark.parametrize("options", [{"state_dtype": "int8"}, {"window_size": 3}], ids=str)
+def test_an_adamw_made_from_the_groups_changes_no_checkpoint(options: dict[str, Any]) -> None:
+    """torch's AdamW shares the groups that it is given, and writes its own options into them."""
+    model = network()
+    optimizer = GrokAdamW(model.named_parameters(), **options)
+    train(model, range(4), lambda step, loss: optimizer.step())
+    before = copy.deepcopy(optimizer.state_dict())
+    torch.optim.AdamW(optimizer.param_groups)
+    resumed = GrokAdamW(copy.deepcopy(model).named_parameters(), **options)
+    resumed.load_state_dict(optimizer.state_dict())
+    torch.testing.assert_close(resumed.state_dict()["state"], before["state"], rtol=0, atol=0)
