@@ -13,6 +13,7 @@ from . import layers, zero
 from ._hints import misspelt
 from ._numbers import as_number
 from ._warn import warn
+from .checkpoints import check_form
 from .distributed import ranks
 from .options import (
     CYCLE_AT_REST,
@@ -26,7 +27,7 @@ from .options import (
     make_savable,
     place_recorded,
 )
-from .state.slots import keeping_precision
+from .state.loading import keeping_precision
 from .step.alpha import Signals
 from .step.stages import Run
 
@@ -146,6 +147,8 @@ class Base(Optimizer):
             ValueError: groups, parameters or shapes differ from the saved ones, an option's saved value is not allowed,
                 or the run cannot be continued. Then nothing was loaded.
         """
+        if not isinstance(state_dict, dict):  # of which torch would make a copy, before its hooks see it
+            check_form(state_dict)
         self._complete_groups()
         with keeping_precision(self):
             super().load_state_dict(state_dict)
@@ -184,9 +187,9 @@ class Base(Optimizer):
         super().__setstate__(state)
         for name, value in group_defaults({}).items():  # those that an older version lacked
             self.defaults.setdefault(name, value)
-        self._say_whether_it_unscales()
         fill_in(self.param_groups, earlier, self.defaults)
         if "_run" not in self.__dict__:  # unpickled, or a copy
+            self._say_whether_it_unscales()
             self._run = Run(Signals.from_pickle(signals, combine))
             for group in self.param_groups[:1]:
                 self._run.signals.load(group["signal_state"])

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._numbers import plain
-from .checkpoints import is_state_dict
-from .state.slots import State, in_order
+from .checkpoints import check_form
+from .state.loading import in_order
+from .state.slots import State
 
 _W = TypeVar("_W", bound="WrapperBase")
 
@@ -154,11 +155,7 @@ class WrapperBase(Optimizer):
         Raises:
             ValueError: this is not an optimizer's state dict, or it does not fit. Then nothing was loaded.
         """
-        if not is_state_dict(state_dict):
-            raise ValueError(
-                "state_dict is not an optimizer's, which has 'state' and 'param_groups': give what state_dict() "
-                "returned, or the part of a checkpoint that holds it"
-            )
+        check_form(state_dict)
         self._fill_groups()
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from itertools import chain
+from types import NoneType
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -43,6 +44,18 @@ def is_state_dict(value: Any) -> bool:
     return isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups)
 
 
+def check_form(value: Any) -> None:
+    """Raise ValueError if this is not an optimizer's state dict."""
+    if not is_state_dict(value):
+        raise ValueError(
+            "state_dict is not an optimizer's, which has 'state' and 'param_groups': give what state_dict() returned, "
+            "or the part of a checkpoint that holds it"
+        )
+    for key, state in _states(value):
+        if not isinstance(state, (dict, NoneType)):
+            raise ValueError(f"state_dict: the state of parameter {key} is a {type(state).__name__}, not a dict")
+
+
 def to_grokadamw(state_dict: StateDict) -> StateDict:
     """Convert a state dict to the form that `GrokAdamW.load_state_dict` continues from.
 
@@ -52,11 +65,7 @@ def to_grokadamw(state_dict: StateDict) -> StateDict:
     Raises:
         ValueError: the run cannot be continued without loss. The message says why, and what to do.
     """
-    if not is_state_dict(state_dict):
-        raise ValueError(
-            "this is not an optimizer's state dict, which has 'state' and 'param_groups': give what state_dict() "
-            "returned, or the part of a checkpoint that holds it"
-        )
+    check_form(state_dict)
     groups = state_dict["param_groups"]
     if any("state" in group for group in groups):
         return _from_0_1_2(state_dict)

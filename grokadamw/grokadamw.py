@@ -126,7 +126,7 @@ class GrokAdamW(Base):
             mesh count once. None: plain parameters are whole on each rank, as with DDP. DTensors alone and
             ``ZeroRedundancyOptimizer`` need no group: their division is known. Checkpoints and pickles do not keep it.
         foreach: None for the fastest implementation that can take a tensor, see ``implementation``. True for torch's
-            operations on lists of tensors. False for one tensor at a time, with the least scratch memory.
+            operations on lists of tensors. False for one tensor at a time, with scratch memory for one.
         maximize: climb instead of descend.
         capturable: let CUDA graphs capture the step; all parameters must be on a GPU. See ``update_signals``.
         differentiable: let autograd pass through the step.

@@ -348,8 +348,8 @@ def check_loaded(
         try:
             check_settings(group, defaults)
             layers.as_integers("layers", group["layers"])
-            for name in RECORDED:
-                if group[name] is not None:
+            for name in (*RECORDED, "skipped_steps", "last_norm", "micro_step"):
+                if group[name] is not None or name not in RECORDED:
                     as_number(group[name], name)
             cycle, count = group["cycle"], len(CycleNumbers._fields)
             if not isinstance(cycle, (tuple, list)) or len(cycle) != count:

@@ -239,6 +239,36 @@ def test_parameters_are_found_by_name(order: str, flatten: bool) -> None:
     assert [set(row.names) for row in other.layer_table()] == [set(row.names) for row in optimizer.layer_table()]
 
 
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("change", ["1 to 2", "2 to 1", "other members"])
+def test_parameters_may_be_regrouped(change: str, flatten: bool) -> None:
+    """torch gives each group what a saved group of one of its parameters had: names and layers may be of others."""
+    settings = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, twin = network(), network()
+
+    def optimizer_of(model: nn.Module, groups: str) -> GrokAdamW:
+        params = list(model.named_parameters())
+        half = len(params) // 2
+        parts = {
+            "1": [params],
+            "2": [params[:2], params[2:]],
+            "halves": [params[:half], params[half:]],
+            "odd and even": [params[::2], params[1::2]],
+        }
+        return GrokAdamW([{"params": part} for part in parts[groups]])
+
+    old, new = {"1 to 2": "12", "2 to 1": "21"}.get(change, ("halves", "odd and even"))
+    optimizer, other, fresh = optimizer_of(model, old), optimizer_of(twin, new), optimizer_of(twin, new)
+    train(model, range(3), lambda step, loss: optimizer.step())
+    set_optimizer_state_dict(
+        twin, other, copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=settings)), options=settings
+    )
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(other.state[b]["exp_avg"], optimizer.state[a]["exp_avg"])
+    assert other.layer_table() == fresh.layer_table()
+    train(twin, range(1), lambda step, loss: other.step())
+
+
 @pytest.mark.parametrize("lamb", [0.0, 2.0])
 def test_what_was_never_trained_is_saved_and_loaded(lamb: float) -> None:
     model = network()

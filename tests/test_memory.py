@@ -49,6 +49,17 @@ def test_what_it_says_before_is_what_there_is_after(name: str) -> None:
     assert before["adamw"] == 4 * weights + before["step"]
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_so_it_is_of_parameters_with_gaps_in_memory(name: str) -> None:
+    param = nn.Parameter(torch.ones(96, 128)[:, :100])
+    optimizer = GrokAdamW([param], **OPTIONS[name])
+    before = optimizer.memory()
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.memory() == before
+    assert before["total"] == measured(optimizer)
+
+
 def test_its_parts_are_what_the_docs_say() -> None:
     param = nn.Parameter(torch.zeros(1024, 1024, dtype=torch.bfloat16))
     found = GrokAdamW([param], state_dtype="int8", master_weight_bits=24).memory()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from itertools import product
 from typing import Any
 
@@ -98,17 +99,33 @@ def test_any_format_loads_into_any(saved: str, loaded: str) -> None:
     state_dict = optimizer.state_dict()
     _, other = started(FORMATS[loaded])
     drops = "master_weight_bits" in FORMATS[saved] and "master_weight_bits" not in FORMATS[loaded]
-    if drops:
-        with pytest.warns(UserWarning, match="low bits"):
-            other.load_state_dict(state_dict)
-    else:
-        other.load_state_dict(state_dict)
+    other.load_state_dict(state_dict)
     before, after = (to_float32(each)["state"] for each in (state_dict, other.state_dict()))
     for i, state in before.items():
         assert ("param_low" in after[i]) == ("param_low" in state and not drops)
         for name in STATES:
             assert after[i][name].dtype == torch.float32
             assert (after[i][name] - state[name]).norm() <= LOSSES[loaded] * state[name].norm(), name
+
+
+def test_low_bits_that_are_dropped_are_missed() -> None:
+    model, optimizer = started(FORMATS["24 bits"])
+    train(model, optimizer, 0, 3)
+    with pytest.warns(UserWarning, match="low bits of its parameters.* they are dropped"):
+        GrokAdamW(copy.deepcopy(model).parameters()).load_state_dict(optimizer.state_dict())
+
+
+def test_float32_weights_miss_no_low_bits() -> None:
+    """They have them: `full_precision_state_dict` put them there."""
+    model, optimizer = started(FORMATS["24 bits"])
+    train(model, optimizer, 0, 3)
+    other = copy.deepcopy(model).float()
+    other.load_state_dict(full_precision_state_dict(model, optimizer))
+    resumed = GrokAdamW(other.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.load_state_dict(optimizer.state_dict())
+    assert "param_low" not in resumed.state[next(other.parameters())]
 
 
 def test_saving_again_loses_nothing() -> None:

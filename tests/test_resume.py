@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import warnings
 from contextlib import nullcontext
@@ -292,10 +293,16 @@ def test_a_wrapper_that_copies_attributes_shares_what_changes() -> None:
         ("exp_avg", torch.zeros(2, 2), r"exp_avg of parameter 3 has shape \(2, 2\), the parameter itself \(8,\)"),
         ("step", torch.zeros(2), r"step of parameter 3 is a tensor of shape \(2,\), not one number"),
         ("step", None, "step of parameter 3=None is not one number"),
+        ("step", math.nan, "step of parameter 3 is nan: give a number of steps"),
+        ("step", torch.tensor(-1.0), "step of parameter 3 is -1: give a number of steps"),
+        ("exp_avg_sq", None, "exp_avg_sq of parameter 3 is None, not a tensor"),
+        ("grok_ema", [0.0] * 8, r"grok_ema of parameter 3 is \[0.0, .*, not a tensor"),
         ("grok_ring", torch.zeros(2, 8), r"the window of parameter 3 has shape \(2, 8\), and with window_size=3"),
         ("grok_ring_sum", ..., "the window of parameter 3 is without grok_ring_sum: take grok_ring, "),
         ("grok_ring_lap", torch.zeros(2), r"grok_ring_lap of parameter 3 has shape \(2,\), and not \(8,\): take"),
+        ("grok_ring_lap", 1.0, "grok_ring_lap of parameter 3 is 1.0, not a tensor"),
         ("grok_ring_count", torch.zeros(2), r"grok_ring_count of parameter 3 is a tensor of shape \(2,\)"),
+        ("grok_ring_count", math.inf, "grok_ring_count of parameter 3 is inf: give a number of steps"),
     ],
 )
 def test_a_state_that_cannot_be_used_is_refused_before_anything_changes(name: str, value: Any, words: str) -> None:
@@ -325,6 +332,8 @@ def test_a_state_that_cannot_be_used_is_refused_before_anything_changes(name: st
         ({"layers": None}, "layers=None is not a list of integers"),
         ({"train_loss": torch.ones(2)}, r"train_loss is a tensor of shape \(2,\), not one number"),
         ({"eval_acc": "high"}, "eval_acc='high' is not one number"),
+        ({"skipped_steps": None}, "skipped_steps=None is not one number"),
+        ({"last_norm": "x"}, "last_norm='x' is not one number"),
         ({"cycle": None}, "cycle=None is not a list of 7 numbers"),
         ({"cycle": (0.9,)}, r"cycle=\(0.9,\) is not a list of 7 numbers"),
     ],
@@ -353,6 +362,40 @@ def test_so_are_those_of_another_optimizer(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"param_groups\[0\] cannot be loaded, as {next(iter(wrong))}"):
         optimizer.load_state_dict(given)
     assert same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("given", [None, "x", torch.zeros(3), {}, {"state": {}}])
+def test_what_is_no_state_dict_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match="state_dict is not an optimizer's, which has 'state' and 'param_groups'"):
+        GrokAdamW(parameters()).load_state_dict(given)
+
+
+def test_a_state_that_is_no_dict_is_refused() -> None:
+    _, optimizer = trained()
+    saved = optimizer.state_dict()
+    saved["state"] = {**saved["state"], 3: 0.5}
+    with pytest.raises(ValueError, match="state_dict: the state of parameter 3 is a float, not a dict"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("names", [["w"], "x", []])
+def test_names_that_are_too_few_are_not_loaded(names: Any) -> None:
+    model, optimizer = trained()
+    names_before = copy.copy(optimizer.param_groups[0]["param_names"])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["param_names"] = names
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["param_names"] == names_before
+    train(model, range(1), lambda step, loss: optimizer.step())
+    assert len(optimizer.layer_table()) > 1
+
+
+def test_loading_leaves_what_a_trainer_told_gradscaler() -> None:
+    """As torch's AdamW does."""
+    optimizer = GrokAdamW(parameters())
+    optimizer._step_supports_amp_scaling = True
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer._step_supports_amp_scaling
 
 
 def test_options_that_do_not_go_together_are_refused_before_anything_changes() -> None:
@@ -445,10 +488,11 @@ def test_losses_come_back_to_the_device_that_they_were_on() -> None:
     assert optimizer.param_groups[0]["eval_acc"].device.type == "meta"
 
 
-def test_a_corrupt_memory_of_signals_starts_afresh() -> None:
+@pytest.mark.parametrize("corrupt", ["{", "[1]", 0.5])
+def test_a_corrupt_memory_of_signals_starts_afresh(corrupt: Any) -> None:
     optimizer = GrokAdamW(parameters(), grokking_signal_fns=AccuracyGap())
     saved = optimizer.state_dict()
-    saved["param_groups"][0]["signal_state"] = "{"
+    saved["param_groups"][0]["signal_state"] = corrupt
     with pytest.warns(RuntimeWarning, match="not JSON.*start afresh"):
         optimizer.load_state_dict(saved)
 

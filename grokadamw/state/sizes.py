@@ -35,7 +35,8 @@ def _whole_state(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a parameter's state by kind, and those that its next step would make, without memory."""
     whole = dict(state)
-    outline = like(torch.empty_like(part(param), device="meta"), param.shape, param)
+    own = part(param)
+    outline = like(torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta"), param.shape, param)
     prepare(whole, outline, options, with_slow_gradient)
     for name, x in whole.items():
         kind = "window" if name in WINDOW else name.removesuffix("_scale")

@@ -284,8 +284,8 @@ class Signals:
     def load(self, state: str | None) -> None:
         """Restore the functions' states by name; a state without a function waits until one is registered."""
         try:
-            states = {} if state is None else json.loads(state)
-        except ValueError as error:
+            states = {} if state is None else dict(json.loads(state))
+        except (TypeError, ValueError) as error:
             warn(f"the checkpoint's state of grokking signals is not JSON ({error}): they start afresh", RuntimeWarning)
             states = {}
         self.restore(states)

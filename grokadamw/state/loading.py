@@ -1,0 +1,279 @@
+"""Restoring the state from a checkpoint: `load_state_dict` checks all of it, and keeps it as it was saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import distributed
+from .._numbers import as_number
+from .._warn import warn
+from ..checkpoints import to_grokadamw
+from ..distributed import shards_of
+from ..layers import unwrapped
+from ..options import OPTIONS, STATES, WARN, check_loaded
+from . import formats, window
+from .slots import WINDOW, State, by_device, dtype_of, step_device
+
+
+@contextmanager
+def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
+    """Make optimizer.load_state_dict keep the state as it was saved: torch would cast it to its parameter's dtype.
+
+    Inside, it takes the state dicts that `to_grokadamw` takes, and matches parameters by name if both sides have names.
+    It warns if the run will not continue as it was.
+
+    Raises:
+        ValueError: a state has another shape than its parameter, or cannot be continued, or an option is not allowed.
+            Then nothing was loaded.
+    """
+    loaded: list[tuple[Tensor, State]] = []
+
+    def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict = in_order(to_grokadamw(state_dict), optimizer.param_groups)
+        check_loaded(state_dict["param_groups"], optimizer.param_groups, optimizer.defaults)
+        _check_cycle(state_dict, optimizer.defaults["accumulation_steps"])
+        _check_kinds(state_dict)
+        _check_codes(state_dict)
+        loaded.extend(_states(state_dict, optimizer.param_groups, optimizer.defaults))
+        for sentence in _doubts(state_dict, loaded, optimizer.defaults):  # now, as a warning may be made an error
+            warn(sentence, UserWarning)
+        # hide our state from torch, which would copy it to the parameters' dtype: that may be four times as large
+        ours = set(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        others = {key: value for key, value in state_dict["state"].items() if key not in ours}
+        return {**state_dict, "state": others}
+
+    def restore(_: Optimizer) -> None:
+        for param, state in loaded:
+            optimizer.state[param] = _placed(param, state, optimizer.defaults)
+        for params in by_device(param for param, state in loaded if "step" in state).values():
+            states = [optimizer.state[param] for param in params]
+            for state, count in zip(states, torch.stack([state["step"] for state in states]).unbind(), strict=True):
+                state["step"] = count
+
+    # after the user's own pre-hooks, and before their post-hooks
+    before = optimizer.register_load_state_dict_pre_hook(keep)
+    after = optimizer.register_load_state_dict_post_hook(restore, prepend=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the state dict in the order of `groups`, matched by name if both sides have the same names.
+
+    Else parameters are matched by place, as in torch; but ValueError if a name that both sides have is at other places.
+    """
+    saved = state_dict["param_groups"]
+    if len(saved) != len(groups):
+        raise ValueError(
+            f"state_dict has a different number of parameter groups: {len(saved)}, and the optimizer {len(groups)}; "
+            "construct it with the groups that were saved; for_grokking's are its own, and start with fresh moments"
+        )
+    saved = [_as_listed(group) for group in saved]
+    state_dict = {**state_dict, "param_groups": saved}
+    saved_names, own_names = _named(saved), _named(groups)
+    if saved_names is None or own_names is None or saved_names == own_names:
+        return state_dict
+    flat_saved, flat_own = list(chain.from_iterable(saved_names)), list(chain.from_iterable(own_names))
+    if len(flat_saved) > len(set(flat_saved)) or len(flat_own) > len(set(flat_own)):
+        if sorted(flat_saved) != sorted(flat_own):
+            return state_dict
+        raise ValueError(
+            f"state_dict and the optimizer both name {max(flat_own, key=flat_own.count)!r} twice, and others in "
+            "another order: nothing says which state is whose. Give the optimizer its parameters in the saved order"
+        )
+    by_names = {frozenset(names): group for names, group in zip(saved_names, saved, strict=True)}
+    if all(frozenset(names) in by_names for names in own_names):
+        found = [by_names[frozenset(names)] for names in own_names]
+        ordered = [_reordered(old, group) for old, group in zip(found, groups, strict=True)]
+        for group, first in zip(ordered, saved, strict=True):
+            for name in ("signal_state", "grokfast_signal_state"):  # only the first group keeps these
+                if name in first:
+                    group[name] = first[name]
+        return {**state_dict, "param_groups": ordered}
+    shared = set(flat_saved) & set(flat_own)
+    if moved := [a for a, b in zip_longest(flat_saved, flat_own) if a != b and a in shared]:
+        raise ValueError(
+            f"state_dict and the optimizer both name {moved[0]!r}, in different places, but do not name the same "
+            "parameters in each group: nothing says which state is whose. Give the optimizer the groups and names that "
+            f"were saved; only one side has {sorted(set(flat_saved) ^ set(flat_own)) or 'these groups'}"
+        )
+    pairs = zip(saved, groups, strict=True)
+    return {**state_dict, "param_groups": [{**old, "param_names": group["param_names"]} for old, group in pairs]}
+
+
+def _as_listed(old: dict[str, Any]) -> dict[str, Any]:
+    """Put a group in one order: torch.distributed.checkpoint lists names as params, and the rest in another order.
+
+    If that has regrouped parameters, the rest is another group's: then names and layers are left out.
+    """
+    keys, names = old["params"], [unwrapped(name) for name in old.get("param_names", ())]
+    if all(isinstance(key, str) for key in keys) and set(keys) != set(names):
+        return {key: value for key, value in old.items() if key not in ("param_names", "layers")}
+    if len(names) != len(keys):
+        old = {key: value for key, value in old.items() if key != "param_names"}
+    if keys == names or len(set(names)) != len(keys) or set(keys) != set(names):
+        return old
+    order = [names.index(key) for key in keys]
+    listed = [name for name in ("param_names", "layers") if len(old.get(name, ())) == len(keys)]
+    return {**old, **{name: [old[name][i] for i in order] for name in listed}}
+
+
+def _reordered(old: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved group with its parameters in the order of ours, which has the same names."""
+    places = {unwrapped(name): i for i, name in enumerate(old["param_names"])}
+    order = [places[unwrapped(name)] for name in group["param_names"]]
+    new = {**old, "params": [old["params"][i] for i in order], "param_names": group["param_names"]}
+    if len(old.get("layers", ())) == len(order):
+        new["layers"] = [old["layers"][i] for i in order]
+    return new
+
+
+def _named(groups: list[dict[str, Any]]) -> list[list[str]] | None:
+    """Return the names of each group's parameters, without the parts that wrappers add; None if a group has none."""
+    if not all(len(group.get("param_names", ())) == len(group["params"]) > 0 for group in groups):
+        return None
+    return [[unwrapped(name) for name in group["param_names"]] for group in groups]
+
+
+def _states(
+    state_dict: dict[str, Any], groups: list[dict[str, Any]], options: dict[str, Any]
+) -> Iterator[tuple[Tensor, State]]:
+    """Yield the parameters that have a state in a state dict, with the part that an optimizer of these options uses."""
+    keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in groups)
+    for key, param in zip(keys, params, strict=False):  # torch refuses a different number of parameters
+        if (state := state_dict["state"].get(key)) is None:
+            continue
+        is_cut = (shards := shards_of(param)) is not None and any(shards.cuts())
+        for name in (*STATES, *formats.EXTRAS):
+            expected = formats.shape_of_scales(param) if name.endswith("_scale") else param.shape
+            if name in state and state[name].shape != expected:
+                raise ValueError(
+                    f"state_dict: {name} of parameter {key} has shape {tuple(state[name].shape)}, the parameter itself "
+                    f"{tuple(param.shape)}; parameters must come in the order that they were saved in"
+                )
+            if name in state and distributed.mesh_of(state[name]) is None and is_cut:
+                raise ValueError(
+                    f"state_dict: {name} of parameter {key} is whole, and this rank has a part of the parameter. Save "
+                    "by get_optimizer_state_dict, and load by set_optimizer_state_dict(model, optimizer, saved, options"
+                    "=StateDictOptions(full_state_dict=True)), both of torch.distributed.checkpoint.state_dict"
+                )
+        if options["window_size"] is None:
+            state = {name: value for name, value in state.items() if name not in WINDOW}
+        window.check_loaded(state, "grok_", key, param, options["window_size"])
+        if options["accumulation_steps"] == 1:
+            state = {name: value for name, value in state.items() if name != "micro_step"}
+        yield param, state
+
+
+def _check_cycle(state_dict: dict[str, Any], steps: int) -> None:
+    for group in state_dict["param_groups"]:
+        if group.get("micro_step") and group["accumulation_steps"] != steps:
+            raise ValueError(
+                f"state_dict was saved after {group['micro_step']} of accumulation_steps={group['accumulation_steps']} "
+                f"micro-batches, and the optimizer has accumulation_steps={steps}: construct it with "
+                f"{group['accumulation_steps']}, and change that between cycles"
+            )
+
+
+def _check_kinds(state_dict: dict[str, Any]) -> None:
+    """Raise ValueError for a state with anything but tensors, and counts that are numbers from 0 on."""
+    for key in chain.from_iterable(group["params"] for group in state_dict["param_groups"]):
+        state = state_dict["state"].get(key) or {}
+        for name in (name for name in (*STATES, *formats.EXTRAS, *WINDOW[:-1]) if name in state):
+            if not isinstance(state[name], Tensor):
+                raise ValueError(f"state_dict: {name} of parameter {key} is {state[name]!r:.40}, not a tensor")
+        for name in (name for name in ("step", "micro_step", WINDOW[-1]) if name in state):
+            try:
+                count = as_number(state[name], f"{name} of parameter {key}")
+            except TypeError as error:
+                raise ValueError(f"state_dict: {error}") from None
+            if isinstance(count, float) and not 0 <= count < math.inf:
+                raise ValueError(f"state_dict: {name} of parameter {key} is {count:g}: give a number of steps")
+
+
+def _check_codes(state_dict: dict[str, Any]) -> None:
+    """Raise ValueError for codes without scales: torch.distributed.checkpoint copies them to float32 like numbers."""
+    for group in state_dict["param_groups"]:
+        asked = group.get("state_dtype", "float32")
+        for key in group["params"]:
+            state = state_dict["state"].get(key) or {}
+            for name in (name for name in STATES if name in state and f"{name}_scale" not in state):
+                kept, was_coded = state[name], (asked.get(name) if isinstance(asked, dict) else asked) == "int8"
+                if kept.is_complex():
+                    continue
+                own = distributed.part(kept)
+                may_be_codes = was_coded and kept.numel() >= formats.SMALL
+                if not kept.is_floating_point() or (may_be_codes and own.any() and own.equal(own.round())):
+                    way = f"optimizer with state_dtype={asked!r}, and then its state_dict() into a new one of this kind"
+                    if distributed.cuts_blocks(kept, formats.BLOCK):
+                        way = "optimizer on as many ranks as saved it: these cut its blocks of 64; or save with float32"
+                    raise ValueError(
+                        f"state_dict: {name} of parameter {key} holds codes without their scales. "
+                        f"torch.distributed.checkpoint copies them into whatever the optimizer has: load into an {way}"
+                    )
+
+
+def _doubts(state_dict: dict[str, Any], loaded: list[tuple[Tensor, State]], defaults: dict[str, Any]) -> Iterator[str]:
+    """Say in which ways the run will not continue as it was."""
+    for name in (name for name, option in OPTIONS.items() if option.on_load == WARN):
+        said = [group[name] for group in state_dict["param_groups"] if name in group]
+        if said and said[0] != defaults[name]:
+            yield (
+                f"state_dict is of a run with {name}={said[0]!r}, and this optimizer goes on with {name}="
+                f"{defaults[name]!r}, as it was constructed"
+            )
+    if defaults["master_weight_bits"] is None and any(
+        "param_low" in state and param.dtype in formats.HALVES for param, state in loaded
+    ):
+        yield (
+            "state_dict has the low bits of its parameters, and this optimizer has master_weight_bits=None: they are "
+            "dropped, and parameters go on as their dtype has them. Construct it with master_weight_bits=32 or 24"
+        )
+    for i, group in enumerate(state_dict["param_groups"]):
+        states = [state_dict["state"].get(key, {}) for key in group["params"]]
+        if group.get("lamb", 0) > 0 and any("exp_avg" in state and "grok_ema" not in state for state in states):
+            yield (
+                f"state_dict has lamb={group['lamb']:g} in group {i}, and no slow gradient (grok_ema): it starts at 0. "
+                "(If torch.distributed.checkpoint loaded it, construct the optimizer with lamb above 0.)"
+            )
+            return
+
+
+def _placed(param: Tensor, state: State, options: dict[str, Any]) -> State:
+    """Return a copy of a loaded state, on the devices and in the formats that a step needs."""
+    shards, ours = shards_of(param), (*STATES, *formats.EXTRAS)
+    state = {name: x.to(param.device) if name in ours else x for name, x in state.items()}
+    if shards is not None:
+        state = {name: distributed.placed(x, shards) if name in ours else x for name, x in state.items()}
+    placed: State = {}
+    for name, value in state.items():
+        if name in STATES:
+            placed |= formats.packed(state, name, param, options, dtype_of(param, options))
+        elif name in formats.EXTRAS:  # scales come with their codes
+            if name == "param_low" and (low := formats.low_dtype(param, options)):
+                placed[name] = formats.low_bits(value, low).clone()
+        elif name == "step":
+            placed[name] = torch.as_tensor(value, dtype=torch.float32, device=step_device(param)).reshape(()).clone()
+        elif name == WINDOW[-1]:
+            placed[name] = torch.as_tensor(value, dtype=torch.int64, device=step_device(param)).reshape(()).clone()
+        elif name == WINDOW[0]:
+            placed[name] = value.to(param.device, window.dtype_of(param, options["window_dtype"]), copy=True)
+        elif name in WINDOW:
+            placed[name] = value.to(param.device, copy=True)
+        elif isinstance(value, Tensor):
+            placed[name] = value.to(param.device, dtype_of(param, options), copy=True)
+        else:
+            placed[name] = value
+    return placed
