@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ._hints import meant
 from ._numbers import as_float
+from .options import OPTIONS, TAKE
 
 # what the Trainer takes from optim_args for this optimizer; it silently drops all other names
 _IN_OPTIM_ARGS = ("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping")
@@ -41,9 +42,10 @@ def lost(optim_args: str | None, optimizer: Optimizer, is_resumed: bool, options
                     'only if optim="grokadamw" makes the optimizer. Give it where you make yours'
                 )
         elif name and name not in _IN_OPTIM_ARGS:
-            instead = meant(name, _IN_OPTIM_ARGS)
-            others = f"it takes {', '.join(_IN_OPTIM_ARGS)}; give others to GrokAdamWCallback"
-            way_out = f"did you mean {instead}?" if instead in _IN_OPTIM_ARGS else others
+            instead, is_fixed = meant(name, _IN_OPTIM_ARGS), name in OPTIONS and OPTIONS[name].on_load != TAKE
+            where = "by optimizer_cls_and_kwargs=(GrokAdamW, {...})" if is_fixed else "to GrokAdamWCallback"
+            others = f"it takes {', '.join(_IN_OPTIM_ARGS)}; give others {where}"
+            way_out = f"did you mean {instead}?" if instead else others
             yield f"optim_args has {name!r}, which the Trainer drops: {way_out}"
 
 

@@ -45,7 +45,7 @@ def meant(name: str, known: Iterable[str]) -> str | None:
     known = list(known)
     if any(name.startswith(f"{option}_") for option in known):
         return None
-    if name in _MEANT:
+    if _MEANT.get(name) in known:
         return _MEANT[name]
     return next(iter(get_close_matches(name, known, n=1, cutoff=0.8)), None)
 
@@ -63,7 +63,7 @@ def with_hints(function: Callable[P, None]) -> Callable[P, None]:
                 continue
             what = type(args[0]).__name__ if is_constructor else function.__name__
             instead = meant(name, known)
-            if instead in known:
+            if instead is not None:
                 way_out = f"give {instead}"
             elif "optimizer" in known:
                 way_out = f"if the optimizer takes it, give it there, as in {what}(torch.optim.AdamW(params, {name}=…))"

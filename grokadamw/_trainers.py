@@ -66,7 +66,7 @@ def check_theirs(options: Mapping[str, Any]) -> None:
     """Raise ValueError for options that the Trainer's own arguments set."""
     theirs = ("lr", "weight_decay")
     for name, value in options.items():
-        if meant(name, theirs) in theirs:
+        if meant(name, theirs):
             raise ValueError(f"{name}={shown(value)} is the Trainer's: give it in TrainingArguments")
 
 

@@ -15,7 +15,7 @@ from ._warn import warn
 from .ddp import FSDP1, kind_of
 from .distributed import whole
 from .layers import layers_in
-from .norms import has_norms, is_norm
+from .norms import has_norms, is_norm, is_vector
 
 __all__ = ["decay_groups"]
 
@@ -50,7 +50,7 @@ def decay_groups(
         optimizers. A group without parameters is left out.
 
     Raises:
-        TypeError, ValueError: an argument is not as described above.
+        TypeError, ValueError: an argument is not as described above, or all of the model is frozen.
     """
     _check_modules(model)
     check_number("weight_decay", weight_decay)
@@ -83,15 +83,16 @@ def grokking_groups(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the parameter groups of `GrokAdamW.for_grokking`, and its other options.
 
-    The groups are: weights; the parameters of norm layers, which decay a third as fast; other vectors, which do not
-    decay; and a group for each embedding. If the mean length of an embedding's rows is above 1, its lr is multiplied by
-    that length and its weight decay divided by it. In a model without norms vectors count as weights. `norms` says
-    whether it has some; None looks. The modules alone decide which groups there are: a model with loaded weights has
-    the groups of their source.
+    The groups are: weights; the parameters of norm layers, which decay a third as fast; other vectors, which neither
+    decay nor have limits; and a group for each embedding. If the mean length of an embedding's rows is above 1, its lr
+    is multiplied by that length and its weight decay divided by it. In a model without norms vectors count as weights.
+    `norms` says whether it has some; None looks. The modules alone decide which groups there are: a model with loaded
+    weights has the groups of their source.
     """
     _check_modules(model)
     if norms is not None and not isinstance(norms, bool):
         raise TypeError(f"norms={norms!r} is neither True, False nor None")
+    named = trained(model)
     _check_frozen(model)
     if any(kind_of(module) == FSDP1 and is_flat(module) for module in model.modules()):
         raise ValueError(
@@ -108,20 +109,23 @@ def grokking_groups(
     preset |= {"lr": lr, "weight_decay": decay}
     embeddings = of_modules(model, lambda module: isinstance(module, _EMBEDDINGS))
     of_norms, all_are_weights = of_modules(model, is_norm), is_flat(model) or not normed
+    of_convolutions = of_modules(model, lambda module: isinstance(module, nn.modules.conv._ConvNd))
     weights, gains, vectors = list[Any](), list[Any](), list[Any]()
     groups: list[dict[str, Any]] = [
         {"params": weights, "lr": lr, "weight_decay": decay},
         {"params": gains, "lr": lr, "weight_decay": decay / 3},
-        {"params": vectors, "lr": lr, "weight_decay": 0.0},
+        {"params": vectors, "lr": lr, "weight_decay": 0.0, "max_row_change": 0.0},
     ]
-    for name, param in trained(model):
+    for name, param in named:
         if param in embeddings and param.dim() > 1:
             length = max(_mean_row_length(name, param), 1.0)
             groups.append({"params": [(name, param)], "lr": lr * length, "weight_decay": decay / length})
         elif param in of_norms and not all_are_weights:
             gains.append((name, param))
         else:
-            (weights if param.dim() > 1 or all_are_weights else vectors).append((name, param))
+            # a vector may have further dimensions of 1, as a class token; a matrix of one row is a weight
+            is_weight = param.dim() == 2 or (param.dim() > 2 and (not is_vector(param) or param in of_convolutions))
+            (weights if is_weight or all_are_weights else vectors).append((name, param))
     groups = [group for group in groups if group["params"]]
     for group in groups if isinstance(lr, Tensor) else ():
         group["lr"] = torch.clone(group["lr"])  # schedulers write into it, so each group needs its own
@@ -141,17 +145,15 @@ def _mean_row_length(name: str, weight: Tensor) -> float:
 
 
 def _check_frozen(model: nn.Module) -> None:
-    """Warn if most of a model is frozen, as in fine-tuning; raise ValueError if all of it is."""
+    """Warn if most of a model is frozen, as in fine-tuning."""
     sizes = [(param.numel(), param.requires_grad) for param in model.parameters()]
-    if sizes and not any(is_trained for _, is_trained in sizes):
-        raise ValueError("all parameters of the model are frozen: set requires_grad on those that are to be trained")
     frozen = sum(size for size, is_trained in sizes if not is_trained)
     share = frozen / max(sum(size for size, _ in sizes), 1)
     if share > 0.5:
         warn(
             f"{share:.0%} of the model is frozen, as for fine-tuning with PEFT: the preset was made for training from "
             "scratch, and its learning rate and weight decay make a model forget. To fine-tune, take "
-            "GrokAdamW(decay_groups(model), lr=1e-4)",
+            "GrokAdamW(decay_groups(model), lr=3e-4, lamb=0.5)",
             UserWarning,
         )
 
@@ -180,10 +182,16 @@ def is_flat(model: nn.Module) -> bool:
 
 
 def trained(model: nn.Module) -> Named:
-    """Return the parameters that require gradients, in the model's order."""
-    return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    """Return the parameters that require gradients, in the model's order; raise ValueError if all are frozen."""
+    named = list(model.named_parameters())
+    found = [(name, param) for name, param in named if param.requires_grad]
+    if named and not found:
+        raise ValueError("all parameters of the model are frozen: set requires_grad on those that are to be trained")
+    return found
 
 
 def of_modules(model: nn.Module, of_kind: Callable[[nn.Module], bool]) -> set[Tensor]:
-    """Return the parameters that belong directly to modules of a kind."""
-    return {param for module in model.modules() if of_kind(module) for param in module.parameters(recurse=False)}
+    """Return the parameters that belong directly to modules of a kind, parametrized or not."""
+    found = [module for module in model.modules() if of_kind(module)]
+    found += [originals for module in found for originals in getattr(module, "parametrizations", {}).values()]
+    return {param for module in found for param in module.parameters(recurse=False)}

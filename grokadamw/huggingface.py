@@ -86,7 +86,7 @@ class GrokAdamWCallback(TrainerCallback):
 
     - Layers are the model's modules, across decay and no-decay groups, and groups that are added later.
     - The loss of every evaluation during training, and the last training loss logged before it, go to the signals. They
-      adapt α and, with the preset, the length of steps.
+      adapt α and, with the preset, the size of updates.
     - Accuracies go to the signals, too, if you give their keys: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
     - Every log of the training loss also has ``grok_alpha``, ``grok_boost``, ``grok_signal``, ``grok_grad_norm``,
       ``grok_clip_coefficient`` and ``grok_skipped_steps``, as far as they are known: on the console, in the history and
@@ -137,7 +137,7 @@ class GrokAdamWCallback(TrainerCallback):
                 instead = meant(name, OPTIONS.keys() - {"layer"})
                 raise TypeError(
                     f"{name}={trainers.shown(value)} is not an argument of GrokAdamW that its parameter groups may set"
-                    + (f": give {instead}" if instead in OPTIONS else "")
+                    + (f": give {instead}" if instead else "")
                 )
             if OPTIONS[name].on_load != TAKE:  # a checkpoint is loaded before training begins
                 raise ValueError(
@@ -178,7 +178,7 @@ class GrokAdamWCallback(TrainerCallback):
         found = trainers.grokadamw_in(optimizer)
         if found is None:
             raise TypeError(
-                f"GrokAdamWCallback found a {type(getattr(optimizer, 'optimizer', optimizer)).__name__}, and no "
+                f"GrokAdamWCallback found {type(getattr(optimizer, 'optimizer', optimizer)).__name__}, and no "
                 'GrokAdamW: train with TrainingArguments(optim="grokadamw"), or leave the callback out'
             )
         for group in found.param_groups:
@@ -285,7 +285,8 @@ class GrokAdamWCallback(TrainerCallback):
             logging, evaluation = (IntervalStrategy(x).value for x in (args.logging_strategy, args.eval_strategy))
             rarely = f"logging_steps={args.logging_steps:g}" if logging == "steps" else f'logging_strategy="{logging}"'
             stale = "stay silent" if self._recorded is None else "compare its loss with an older one"
-            ways_out = {"epoch": 'logging_strategy="epoch"', "steps": f"logging_steps={args.eval_steps} or less"}
+            steps = "" if logging == "steps" else 'logging_strategy="steps" and '
+            ways_out = {"epoch": 'logging_strategy="epoch"', "steps": f"{steps}logging_steps={args.eval_steps} or less"}
             warn(
                 f"{rarely}: no training loss was logged between step {last_step} and the evaluation at step "
                 f"{state.global_step}, so signals that compare losses {stale}. Log at least as often as you evaluate: "

@@ -41,7 +41,8 @@ def layer_path(name: str) -> str:
     """Return the module path that names a parameter's layer.
 
     It goes up to and including the first all-digit component ("layers.3.attn.q.weight" → "layers.3"), else it is the
-    whole module path ("head.weight" → "head"; "scale" → ""). A parametrized weight is in its module's layer.
+    whole module path ("head.weight" → "head"). A parametrized weight is in its module's layer. A parameter of the model
+    itself ("scale" → "") is in layer 0, with the first module.
     """
     parts = unwrapped(name).split(".")
     path = parts[: parts.index("parametrizations")] if "parametrizations" in parts else parts[:-1]
@@ -62,7 +63,8 @@ def layers_of(group: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> list[
     for other in earlier:
         if other["layer"] is None:
             known.update(zip(map(layer_path, other["param_names"]), other["layers"], strict=True))
-    following = max(known.values(), default=-1) + 1
+    following = max((layer for path, layer in known.items() if path), default=-1) + 1
+    known.setdefault("", 0)
     for path in map(layer_path, group["param_names"]):
         if path not in known:
             known[path] = following
@@ -106,8 +108,8 @@ def check_changed(groups: Sequence[dict[str, Any]], checked: list[list[int]]) ->
 
 def layers_in(named: Mapping[Tensor, str]) -> dict[Tensor, int]:
     """Return the layer of each of a model's parameters, numbered in order of appearance."""
-    numbers: dict[str, int] = {}
-    return {param: numbers.setdefault(layer_path(name), len(numbers)) for param, name in named.items()}
+    numbers = {"": 0}
+    return {param: numbers.setdefault(layer_path(name), len(numbers) - 1) for param, name in named.items()}
 
 
 def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> dict[Tensor, str]:

@@ -33,14 +33,15 @@ class GrokAdamWCallback(Callback):
     - Layers are the module's, also in groups that are added in training. With several optimizers, each has the layers
       of the smallest module that contains all of its parameters.
     - The loss of every validation, and of the training batch before it, go to the signals. They adapt α and, with the
-      preset, the length of steps.
+      preset, the size of updates.
     - Accuracies go to the signals, too, if you give their names: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
     - ``grok_alpha``, ``grok_boost``, ``grok_signal``, ``grok_grad_norm``, ``grok_clip_coefficient`` and
       ``grok_skipped_steps`` are logged every ``log_every_n_steps``, as far as they are known; those of a second
       optimizer as ``grok_alpha_1``, ….
 
     It warns once if Lightning clips gradients to another norm, to no effect, or each micro-batch alone; if no
-    validation is planned; and if a value that it waits for is not logged.
+    validation is planned, or averaged weights are validated with ``signal_boost``; and if a value that it waits for is
+    not logged.
 
     Give signals where you make the optimizer, in ``configure_optimizers``.
 
@@ -88,7 +89,8 @@ class GrokAdamWCallback(Callback):
         found = [trainers.grokadamw_in(optimizer) for optimizer in trainer.optimizers]
         self._optimizers = [optimizer for optimizer in found if optimizer is not None]
         if not self._optimizers:
-            names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
+            kinds = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+            names = ", ".join(kind for kind in kinds if kind != "_MockOptimizer") or "no optimizer"
             raise TypeError(
                 f"GrokAdamWCallback found {names}, and no GrokAdamW: return one from configure_optimizers, or leave "
                 "the callback out"
@@ -104,6 +106,16 @@ class GrokAdamWCallback(Callback):
             by_norm = trainer.gradient_clip_algorithm != "value"
             for optimizer in trainer.optimizers[:1]:  # with several, Lightning leaves clipping to the module
                 trainers.say_who_clips(optimizer, float(limit), "gradient_clip_val", by_norm=by_norm)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # its connector sets it
+        averages = any(kind.__name__ == "WeightAveraging" for each in callbacks for kind in type(each).__mro__)
+        boosts = any(group["signal_boost"] for optimizer in self._optimizers for group in optimizer.param_groups)
+        if averages and boosts and self._says("averages"):
+            warn(
+                "validation measures averaged weights, which lag behind those that train: the signal takes that for "
+                "memorising, and signal_boost goes on making large updates. Leave the averaging out, or give the "
+                "optimizer signal_boost=0",
+                UserWarning,
+            )
         if not trainer.enable_validation:
             for optimizer in self._optimizers:
                 optimizer._run.signals.silence_missing()  # the warning below says why
@@ -212,13 +224,16 @@ class GrokAdamWCallback(Callback):
             optimizer.record(**found)
 
     def _warn(self, which: str, name: str | None, trainer: Trainer) -> None:
-        logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-        returned = ", and training_step returned none" if which == "train_loss" else ""
-        why, way_out = f"what was logged is {logged}{returned}", "log it under this name, or give another"
+        logged = sorted(key for key in trainer.callback_metrics if not key.startswith("grok_"))
+        waited, why = f"waited for {which}={name!r}", f"what was logged is {', '.join(logged) or 'nothing'}"
+        way_out = "log it under this name, or give another"
+        if name is None:
+            waited, why = "waited for training_step's loss", f"it returned none, and {why}"
+            way_out = "return it, or log it, and give its name as train_loss="
         if which in self._evaluated and "validation" not in self._heard:
             why, way_out = "no validation took place", "validate more often, as by val_check_interval"
         silent = "signals of losses" if which.endswith("loss") else "AccuracyGap and Monitor.grokked_at"
-        warn(f"GrokAdamWCallback waited for {which}={name!r}, but {why}: {silent} stay silent; {way_out}", UserWarning)
+        warn(f"GrokAdamWCallback {waited}, but {why}: {silent} stay silent; {way_out}", UserWarning)
 
     def _says(self, what: str) -> bool:
         """Return True the first time that this is asked of `what`."""

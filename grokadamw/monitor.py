@@ -60,7 +60,7 @@ class Monitor:
         check_number("solved", solved, at_most=1)
         found = trainers.grokadamw_in(optimizer)
         if found is None:
-            raise TypeError(f"optimizer is a {type(optimizer).__name__}, and has no GrokAdamW in it: give a GrokAdamW")
+            raise TypeError(f"optimizer is of type {type(optimizer).__name__}, and has no GrokAdamW in it: give one")
         self._optimizer, self._every, self._capacity = found, every, capacity
         self._solved = float(solved)
         self._steps = self._steps_taken()  # counted from here on: reading them at each step would wait for a GPU

@@ -8,8 +8,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from itertools import chain
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,6 +21,7 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase
 _NAME = re.compile(r"(?<!no)norm(?!al(?!i[sz])|_?free)|^ln$", re.IGNORECASE)
 _KIND = re.compile(r"(?<!no)(?<!without)(layer|rms|batch|group|instance)_?norm(?!_?free)", re.IGNORECASE)
 _FUNCTIONS = frozenset({"layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm"})
+_FUNCTIONS |= {f"native_{name}" for name in ("layer_norm", "batch_norm", "group_norm")}
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -28,7 +32,7 @@ def is_norm(module: nn.Module) -> bool:
     if isinstance(module, _NORMS):
         return True
     own = list(module.parameters(recurse=False))
-    is_small = bool(own) and all(map(_is_vector, own)) and len(own) == len(list(module.parameters()))
+    is_small = bool(own) and all(map(is_vector, own)) and len(own) == len(list(module.parameters()))
     return is_small and _NAME.search(type(module).__name__) is not None
 
 
@@ -39,28 +43,57 @@ def has_norms(model: nn.Module) -> bool:
     )
 
 
-def _is_vector(param: Tensor) -> bool:
+def is_vector(param: Tensor) -> bool:
+    """Return True if at most one dimension is not 1."""
     return sum(n != 1 for n in param.shape) < 2
 
 
 def _calls_norms(module: nn.Module) -> bool:
-    """Return True if a module's ``forward``, or a method or function that it calls by name, calls a norm."""
-    functions, seen = [getattr(type(module), "forward", None)], set[FunctionType]()
-    while functions:
-        found = functions.pop()
-        function = inspect.unwrap(found) if inspect.isroutine(found) else None
+    """Return True if a module's ``forward``, or a method or function that it calls by name, calls a norm.
+
+    So does the ``training_step`` of a Lightning module. What a flag switches off is found, too; what is called through
+    a list, a dict or a hook is not.
+    """
+    found = [inspect.getattr_static(module, name, None) for name in ("forward", "training_step")]
+    seen = set[FunctionType]()
+    while found:
+        function = _function(found.pop())
         if getattr(function, "__name__", None) in _FUNCTIONS:
             return True
         if not isinstance(function, FunctionType) or function in seen or str(function.__module__).startswith("torch."):
             continue
         seen.add(function)
-        for name in set(_names(function.__code__)):
-            functions.append(inspect.getattr_static(type(module), name, None))
-            if name not in _FUNCTIONS:
-                functions.append(function.__globals__.get(name))
-            elif not hasattr(module, name):  # as in F.layer_norm; else a method, a submodule or a flag
-                return True
+        names = set(_names(function.__code__))
+        # a norm's name is a call as in F.layer_norm, or else a method, a submodule or a flag
+        if any(not hasattr(module, name) for name in names & _FUNCTIONS):
+            return True
+        found.extend(_values(names, function, module))
     return False
+
+
+def _function(value: Any) -> Any:
+    """Return the function that is called in the end, or None."""
+    while isinstance(value, partial):
+        value = value.func
+    if isinstance(value, (staticmethod, classmethod, MethodType)):
+        value = value.__func__
+    return inspect.unwrap(value) if inspect.isroutine(value) else None
+
+
+def _values(names: set[str], function: FunctionType, module: nn.Module) -> Iterator[Any]:
+    """Yield what these names may be in a function: attributes of the module, globals, parts of modules, closures."""
+    uses_super = "__class__" in function.__code__.co_freevars
+    for name in names:
+        yield inspect.getattr_static(module, name, None)
+        if uses_super:
+            yield from (vars(kind).get(name) for kind in type(module).__mro__)
+    for name in names - _FUNCTIONS:
+        yield (value := function.__globals__.get(name))
+        if isinstance(value, ModuleType):
+            yield from map(vars(value).get, names - _FUNCTIONS)
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # the cell is empty
+            yield cell.cell_contents
 
 
 def _names(code: CodeType) -> Iterator[str]:

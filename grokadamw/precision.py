@@ -78,7 +78,7 @@ def _keeper(model: nn.Module, optimizer: Optimizer, otherwise: str) -> GrokAdamW
     found = grokadamw_in(optimizer)
     if found is None:
         raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}, and has no GrokAdamW in it: give the GrokAdamW that trains "
+            f"optimizer is of type {type(optimizer).__name__}, and has no GrokAdamW in it: give the one that trains "
             f"the model. Without one, {otherwise}"
         )
     halves = [param for param in model.parameters() if param.dtype in HALVES]

@@ -10,7 +10,7 @@ Ready-made signals, and when to use them:
 
 - `loss_gap`, the default: both losses are recorded, and mean the same thing on both sets.
 - `memorisation`, the preset's: like `loss_gap`, but near 0 until the training data is known by heart, and again once
-  the evaluation loss has come down. For losses in nats, such as cross entropy.
+  the evaluation loss has come down. For cross entropy, or squared errors of targets of variance 1.
 - `AccuracyGap`: accuracies are recorded, and the share of right answers is what matters, as on algorithmic tasks, whose
   losses still change when the answers are right.
 - `Plateau`: the signal should not act on the filter until training is nearly done.
@@ -58,8 +58,9 @@ def loss_gap(train_loss: Number, eval_loss: Number) -> Number:
 def memorisation(train_loss: Number, eval_loss: Number) -> Number:
     """Return (loss_gap · min(1, eval − train))², in [0, 1]: near 1 while a model only knows its training data.
 
-    The first factor keeps it small while both losses are high; the other, once both are low. Losses must be in nats,
-    ≥ 0, and from the same time: a training loss that has fallen since the evaluation looks like memorisation.
+    The first factor keeps it small while both losses are high; the other, once both are low. Losses must be in nats, or
+    squared errors of targets of variance 1; ≥ 0; and from the same time: a training loss that has fallen since the
+    evaluation looks like memorisation.
     """
     share, gap = loss_gap(train_loss, eval_loss), eval_loss - train_loss
     product = share * (gap.clamp(max=1) if isinstance(gap, Tensor) else min(gap, 1.0))

@@ -12,13 +12,17 @@ STATES = ("exp_avg", "exp_avg_sq", "grok_ema")
 
 
 def layer_numbers(names: list[list[str]]) -> list[list[int]]:
-    """Layers of groups of named parameters: first appearance, over all groups, of the path that names the layer."""
+    """Layers of groups of named parameters: first appearance, over all groups, of the path that names the layer.
+
+    Parameters outside all modules are in the first layer, too.
+    """
     seen: list[str] = []
     for name in [name for group in names for name in group]:
         path = _layer_path(name)
-        if path not in seen:
+        if path and path not in seen:
             seen.append(path)
-    return [[seen.index(_layer_path(name)) for name in group] for group in names]
+    paths = [[_layer_path(name) for name in group] for group in names]
+    return [[seen.index(path) if path else 0 for path in group] for group in paths]
 
 
 def _layer_path(name: str) -> str:

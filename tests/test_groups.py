@@ -59,8 +59,8 @@ def test_layers_are_in_the_models_order() -> None:
     found = [(group["param_names"], list(group["layers"])) for group in optimizer.param_groups]
     optimizer.set_layers(model)
     assert found == [(group["param_names"], group["layers"]) for group in optimizer.param_groups]
-    assert found[0][1] == [0, 2, 3]  # of what has no module, of the blocks
-    assert [layer.layer for layer in optimizer.layer_table()] == [0, 1, 2, 3, 5]  # 4 is frozen
+    assert found[0][1] == [0, 1, 2]  # of what has no module, of the blocks
+    assert [layer.layer for layer in optimizer.layer_table()] == [0, 1, 2, 4]  # 3 is frozen
 
 
 def test_another_rule() -> None:

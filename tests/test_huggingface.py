@@ -246,7 +246,12 @@ def warnings_of_losses(it: Any) -> list[str]:
     ("arguments", "said", "compared", "way_out"),
     [
         ({"logging_steps": 500}, "^logging_steps=500: .* step 0 and .* step 3,", "stay silent", "logging_steps=3 or"),
-        ({"logging_strategy": "no"}, '^logging_strategy="no": ', "stay silent", "logging_steps=3 or less"),
+        (
+            {"logging_strategy": "no"},
+            '^logging_strategy="no": ',
+            "stay silent",
+            'strategy="steps" and logging_steps=3 ',
+        ),
         ({"logging_steps": 8, "logging_first_step": True}, "step 3 and .* step 6,", "an older one", "steps=3 or less"),
         ({"logging_steps": 500, "eval_strategy": "epoch"}, "step 0 and .* step 8,", "silent", 'strategy="epoch"'),
         ({"logging_steps": 500, "eval_on_start": True}, "step 0 and .* step 3,", "stay silent", "logging_steps=3 or"),

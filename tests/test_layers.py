@@ -64,6 +64,17 @@ def test_numbering_is_by_first_appearance_over_all_groups(paths: list[list[str]]
     assert unwrapped(names[0]).split(".")[0] != "module"
 
 
+def test_what_has_no_module_takes_nothing_from_the_first_module() -> None:
+    """It comes first in `named_parameters()`; as a layer of its own it lowered β1 of all others."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.register_parameter("scale", nn.Parameter(torch.ones(())))
+    optimizer = GrokAdamW(model.named_parameters())
+    assert [row.names for row in optimizer.layer_table()] == [["scale", "0.weight", "0.bias"], ["1.weight", "1.bias"]]
+    one_by_one = GrokAdamW([{"params": [pair]} for pair in model.named_parameters()])
+    one_by_one.add_param_group({"params": [("shift", nn.Parameter(torch.ones(())))]})
+    assert [group["layers"] for group in one_by_one.param_groups] == [[0], [0], [0], [1], [1], [0]]
+
+
 def test_unnamed_parameters_are_numbered_within_their_group() -> None:
     params = [nn.Parameter(torch.zeros(1)) for _ in range(5)]
     optimizer = GrokAdamW([{"params": params[:3]}, {"params": params[3:]}])

@@ -471,7 +471,7 @@ def test_what_it_warns_of_and_refuses(tmp_path: Path, trainer: Callable[..., Any
     assert "eval_loss='loss'" in said
     assert "val_loss" in said
     (said,) = fit(GrokAdamWCallback(train_loss="mse"), grokadamw)
-    assert "train_loss='mse'" in said
+    assert "waited for train_loss='mse', but what was logged is val_loss: " in said
     (said,) = fit(GrokAdamWCallback(), grokadamw, gradient_clip_val=0.5)
     assert "Only gradient_clip_val takes effect," in said
     with pytest.raises(TypeError, match="found AdamW, and no GrokAdamW"):
@@ -724,6 +724,39 @@ def test_a_run_without_validation(
         said += [str(warning.message) for warning in caught if warning.filename == __file__]
     assert len(said) == (says is not None)
     assert not says or says in said[0]
+
+
+def test_without_a_training_loss_it_says_how_to_give_one(trainer: Callable[..., Any]) -> None:
+    class Silent(Measured):
+        def __init__(self) -> None:
+            super().__init__(grokadamw)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> None:  # type: ignore[override]
+            self.manual_backward(super().training_step(batch))
+            self.optimizers().step()
+
+    says = (
+        r"waited for training_step's loss, but it returned none, and what was logged is val_loss: .*; return it, or log"
+    )
+    with pytest.warns(UserWarning, match=says):
+        trainer(max_epochs=1, callbacks=[GrokAdamWCallback()]).fit(Silent(), data(), data())
+
+
+def test_without_an_optimizer(trainer: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="found no optimizer, and no GrokAdamW"):
+        trainer(max_epochs=1, callbacks=[GrokAdamWCallback()]).fit(Measured(lambda model: None), data(), data())
+
+
+@pytest.mark.parametrize("boost", [4.0, 0.0])
+def test_averaged_weights_look_like_memorising(boost: float, trainer: Callable[..., Any]) -> None:
+    averaging = lightning.pytorch.callbacks.EMAWeightAveraging()
+    it = trainer(max_steps=1, callbacks=[averaging, GrokAdamWCallback()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        it.fit(Measured(lambda model: GrokAdamW(model.parameters(), signal_boost=boost)), data(), data())
+    said = [warning for warning in caught if "validation measures averaged weights" in str(warning.message)]
+    assert len(said) == (boost > 0)
 
 
 def test_half_precision(tmp_path: Path) -> None:

@@ -496,9 +496,9 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_another_optimizer() -> None:
-    with pytest.raises(TypeError, match="optimizer is a NoneType, and has no GrokAdamW in it"):
+    with pytest.raises(TypeError, match="optimizer is of type NoneType, and has no GrokAdamW in it"):
         Monitor(None)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="optimizer is a SGD"):
+    with pytest.raises(TypeError, match="optimizer is of type SGD"):
         Monitor(torch.optim.SGD([torch.zeros(1)]))
 
 
@@ -521,7 +521,7 @@ def test_torchs_wrappers(how: str) -> None:
     train(model, range(3), lambda step, loss: wrapped.step())
     assert [row["step"] for row in monitor.rows] == [1, 2, 3]
     assert [row["eval_loss"] for row in monitor.rows] == [1.0] * 3
-    with pytest.raises(TypeError, match="optimizer is a ZeroRedundancyOptimizer, and has no GrokAdamW in it"):
+    with pytest.raises(TypeError, match="optimizer is of type ZeroRedundancyOptimizer, and has no GrokAdamW in it"):
         Monitor(ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD))
 
 

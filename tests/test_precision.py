@@ -258,8 +258,8 @@ def test_an_optimizer_without_the_models_low_bits_is_refused() -> None:
     adamw = torch.optim.AdamW(model.named_parameters())
     adamw.load_state_dict(optimizer.state_dict())
     for other, error, message in (
-        (adamw, TypeError, "optimizer is a AdamW, and has no GrokAdamW in it: give the GrokAdamW that trains"),
-        (None, TypeError, "optimizer is a NoneType"),
+        (adamw, TypeError, "optimizer is of type AdamW, and has no GrokAdamW in it: give the one that trains"),
+        (None, TypeError, "optimizer is of type NoneType"),
         (GrokAdamW(model.parameters()), ValueError, r"master_weight_bits=None, .* construct it with .*=32 or 24"),
         (started({"master_weight_bits": 32})[1], ValueError, "optimizer has no parameter of this model: give"),
     ):

@@ -6,6 +6,8 @@ import copy
 import math
 import pickle
 import warnings
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import layer_norm
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 from grokadamw import GrokAdamW, decay_groups
 from grokadamw.signals import AccuracyGap
@@ -33,7 +36,8 @@ def test_the_preset_takes_a_model_and_what_is_given_wins() -> None:
     assert biases["param_names"] == [f"{i}.bias" for i in (1, 2, 3, 4, 5)]
     assert embedding["param_names"] == ["0.weight"]
     for group in optimizer.param_groups:
-        assert (group["lamb"], group["max_row_change"], group["max_row_norm"]) == (0.5, 0.035, 0)
+        assert (group["lamb"], group["max_row_norm"]) == (0.5, 0)
+        assert group["max_row_change"] == (0 if group is biases else 0.035)
         assert (group["betas"], group["alpha_init"], group["gamma"]) == ((0.9, 0.98), 0.9, 0.6)
     assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([1.4, 1.4 / 3, 0, 1.4 / length])
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.01, 0.01, 0.01 * length])
@@ -42,6 +46,31 @@ def test_the_preset_takes_a_model_and_what_is_given_wins() -> None:
     assert optimizer.layer_table()[-1].beta1 == pytest.approx(0.9 * 0.4**6)
     given = GrokAdamW.for_grokking(model, max_row_norm=0.25)
     assert {group["max_row_norm"] for group in given.param_groups} == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("shape", "decays"),
+    [((), False), ((4,), False), ((1, 1, 4), False), ((4, 1, 1), False), ((1, 4, 1, 1), False), ((1, 4), True)],
+)
+def test_vectors_may_have_dimensions_of_1(shape: tuple[int, ...], decays: bool) -> None:
+    """As class tokens, gains of channels and scales of heads have. A weight of one output is a weight."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), Vector(shape), nn.Conv2d(4, 1, 1), nn.Linear(4, 1))
+    groups = {name: group for group in GrokAdamW.for_grokking(model).param_groups for name in group["param_names"]}
+    assert groups["2.gain"]["weight_decay"] == (1.4 if decays else 0)
+    assert groups["2.gain"]["max_row_change"] == (0.035 if decays else 0)
+    assert groups["3.weight"]["weight_decay"] == groups["4.weight"]["weight_decay"] == 1.4
+
+
+def test_parametrized_modules_are_of_their_kind() -> None:
+    model = nn.Sequential(spectral_norm(nn.Embedding(9, 16)), nn.LayerNorm(16), weight_norm(nn.Linear(16, 4)))
+    register_parametrization(model[1], "weight", nn.ReLU())
+    groups = {name: group for group in GrokAdamW.for_grokking(model).param_groups for name in group["param_names"]}
+    length = model[0].parametrizations.weight.original.norm(dim=1).mean().item()
+    assert groups["0.parametrizations.weight.original"]["lr"] == pytest.approx(3e-3 * length)
+    assert groups["1.parametrizations.weight.original"]["weight_decay"] == pytest.approx(1.4 / 3)
+    assert groups["2.parametrizations.weight.original1"]["weight_decay"] == 1.4
+    named = {name for group in decay_groups(model) for name, _ in group["params"] if group["weight_decay"]}
+    assert named == {"2.parametrizations.weight.original0", "2.parametrizations.weight.original1"}
 
 
 def test_an_embedding_moves_and_shrinks_as_far_for_its_length_as_if_it_were_short() -> None:
@@ -164,6 +193,42 @@ class ByName(nn.Module):
         return self.layer_norm(x)
 
 
+class BySuper(ByFunction):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class ByAttribute(nn.Module):
+    def __init__(self, attribute: Any) -> None:
+        super().__init__()
+        self.normed = attribute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normed(x)
+
+
+def by_closure() -> nn.Module:
+    def normed(x: Tensor) -> Tensor:
+        return torch.native_layer_norm(x, (4,), None, None, 1e-5)[0]
+
+    class ByClosure(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return normed(x)
+
+    return ByClosure()
+
+
+helpers = ModuleType("helpers")
+helpers.normed = rms  # type: ignore[attr-defined]
+
+
+class ByTrainingStep(nn.Module):
+    """As in Lightning."""
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return helpers.normed(batch)
+
+
 class Without(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -187,12 +252,17 @@ class Without(nn.Module):
             (layer, "inside")
             for layer in (ByFunction(), ByMethod(), ByName(), called("LayerNormLinear", nn.Linear, 4, 4))
         ],
+        *[(layer, "inside") for layer in (BySuper(), by_closure(), ByTrainingStep())],
+        *[(ByAttribute(norm), "inside") for norm in (layer_norm, partial(layer_norm, normalized_shape=(4,)))],
         *[(called(name, Vector), "none") for name in ("NoNorm", "Normal", "NormFreeGain", "Vector")],
         *[(called(name, nn.Module), "none") for name in ("L2Norm", "RunningNorm", "WithoutBatchNorm")],
         (called("NormLinear", nn.Linear, 4, 4), "none"),
         (called("PreNormBlock", nn.Sequential, nn.Linear(4, 4)), "none"),
         *[(parametrize(nn.Linear(4, 4)), "none") for parametrize in (weight_norm, spectral_norm)],
-        *[(layer, "none") for layer in (nn.ReLU(), Without(), nn.Embedding(4, 4, max_norm=1.0))],
+        *[
+            (layer, "none")
+            for layer in (nn.ReLU(), Without(), ByAttribute(functional.relu), nn.Embedding(4, 4, max_norm=1.0))
+        ],
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else value,
 )
@@ -200,8 +270,8 @@ def test_norms_are_found_by_class_and_by_call(other: nn.Module, kind: str) -> No
     optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), other))
     groups = {name: group for group in optimizer.param_groups for name in group["param_names"]}
     for group in groups.values():
-        numbers = (2, 0.6, 0.035) if kind != "none" else (0, 0, 0)
-        assert (group["lamb"], group["gamma"], group["max_row_change"]) == numbers
+        assert (group["lamb"], group["gamma"]) == ((2, 0.6) if kind != "none" else (0, 0))
+    assert groups["0.weight"]["max_row_change"] == (0.035 if kind != "none" else 0)
     decays = {name: group["weight_decay"] for name, group in groups.items()}
     for name, _ in other.named_parameters("1"):
         if kind == "layer":
@@ -377,6 +447,8 @@ def test_a_model_that_is_mostly_frozen_is_for_fine_tuning() -> None:
     ]
     assert said[0].filename == __file__
     model.requires_grad_(False)
+    with pytest.raises(ValueError, match="all parameters of the model are frozen: set requires_grad"):
+        decay_groups(model)
     with pytest.raises(ValueError, match="all parameters of the model are frozen: set requires_grad"):
         GrokAdamW.for_grokking(model)
 

@@ -184,7 +184,7 @@ def summary(rows: list[Row]) -> str:
         lines.append(["all", *_in_short(everything)])
         unseen = [both for pair, both in both_of_pairs(rows).items() if pair in evidence.UNSEEN and all(both)]
         if unseen:
-            lines.append(["of these, pairs on which no setting was chosen", *_in_short(unseen)])
+            lines.append(["of these, pairs not used to choose settings", *_in_short(unseen)])
     return markdown(["", "best", "median", "worst", "geometric mean", "failed: preset", "failed: AdamW"], lines)
 
 

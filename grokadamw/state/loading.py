@@ -76,8 +76,8 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
     saved = state_dict["param_groups"]
     if len(saved) != len(groups):
         raise ValueError(
-            f"state_dict has a different number of parameter groups: {len(saved)}, and the optimizer {len(groups)}; "
-            "construct it with the groups that were saved; for_grokking's are its own, and start with fresh moments"
+            f"state_dict has a different number of parameter groups: {len(saved)}, and the optimizer {len(groups)}: "
+            "construct it as it was when this was saved. (for_grokking makes groups of its own, and loads those alone.)"
         )
     saved = [_as_listed(group) for group in saved]
     state_dict = {**state_dict, "param_groups": saved}
