@@ -100,7 +100,7 @@ def small(early: bool) -> float:
 
 def table(results: dict[str, Any]) -> str:
     """Return the table of docs/gradient_release.md."""
-    lines = ["| | most gradients at once | peak memory of the process | a pass | an update of 16 × 16 |"]
+    lines = ["| | peak memory of gradients | peak memory of the process | a pass | one update of 16 × 16 |"]
     lines.append("| --- | ---: | ---: | ---: | ---: |")
     for name, found in results["arms"].items():
         cells = (f"{found['gradients_mib']:g} MiB", f"{found['peak_mib']} MiB")

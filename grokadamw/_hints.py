@@ -27,6 +27,7 @@ _MEANT = {
     "beta1": "betas",
     "beta2": "betas",
     "kappa": "grokking_signal_decay_rate",
+    "accumulation_steps": "steps",
     "signals": "grokking_signal_fns",
     "clip": "gradient_clipping",
     "max_grad_norm": "gradient_clipping",

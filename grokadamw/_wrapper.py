@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, without im
 from torch.optim import Optimizer
 
 from ._numbers import as_real
+from ._warn import warn
 from ._wrapper_base import WrapperBase
 from .distributed import mesh_of, state_is_asked_for
 from .state.slots import State, check_shapes
@@ -55,25 +56,42 @@ class Wrapper(WrapperBase):
                 f"{type(optimizer).__name__} evaluates its closure several times a step, and so does not see the "
                 f"gradients that {type(self).__name__} makes: give an optimizer that takes a step without a closure"
             )
+        self._check_inner(inner)
+        self._inner, self._group_defaults = optimizer, group_defaults
+        self._check_not_early()
+        self._drop_none()
+        for group in optimizer.param_groups:
+            self._check({**group_defaults, **group})
+        had_memory = False
+        for group in optimizer.param_groups:
+            if self._mark in group:  # another wrapper of this kind was around it
+                group.update(group_defaults)
+                states = [optimizer.state.get(param, {}) for param in group["params"]]
+                had_memory |= any(int(state.get(self._state_names[-1], 0)) > 0 for state in states)
+                for state in states:
+                    for name in (*self._state_names, *self._others):
+                        state.pop(name, None)
+        if had_memory:
+            warn(
+                f"the optimizer had what another {type(self).__name__} has collected, which is dropped: to continue a "
+                "run, wrap the optimizer first, and call this wrapper's load_state_dict",
+                UserWarning,
+            )
+        self._fill_groups()
+        self._begin()
+
+    def _check_inner(self, inner: Optimizer) -> None:
+        """Raise ValueError if this wrapper cannot work with the optimizer inside all wrappers."""
         if getattr(inner, "_overlap_with_ddp", False):
             raise ValueError(
                 "ZeroRedundancyOptimizer with overlap_with_ddp=True steps inside DDP's backward pass, without the "
                 f"gradients that {type(self).__name__} makes: leave overlap_with_ddp out"
             )
-        self._inner, self._group_defaults = optimizer, group_defaults
-        self._check_not_early()
-        self._drop_none()
-        self._check({**group_defaults})
-        for group in optimizer.param_groups:
-            self._check({**group_defaults, **group})
-        for group in optimizer.param_groups:
-            if self._mark in group:  # another wrapper of this kind was around it
-                group.update(group_defaults)
-                for param in group["params"]:
-                    for name in (*self._state_names, *self._others):
-                        optimizer.state.get(param, {}).pop(name, None)
-        self._fill_groups()
-        self._begin()
+        if any(group.get("differentiable") for group in inner.param_groups):
+            raise ValueError(
+                f"{type(self).__name__} around an optimizer with differentiable=True, which it would step without an "
+                "autograd graph: leave one of them out"
+            )
 
     @overload
     def step(self, closure: None = None) -> None: ...

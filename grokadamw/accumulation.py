@@ -49,7 +49,8 @@ class Accumulate(Wrapper):
     https://kexue.fm/archives/6794.
 
     Args:
-        optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does.
+        optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does, is differentiable, or
+            accumulates itself (``accumulation_steps``).
         steps: k ≥ 1, micro-batches per step.
         gradient_clipping: largest norm ≥ 0 of the mean gradient, by ``clip_grad_norm_``'s formula; 0 is off. With the
             ``shard_group`` of a GrokAdamW inside it is the norm over all its ranks. A loop that clips gradients itself
@@ -76,6 +77,14 @@ class Accumulate(Wrapper):
         self._steps, self._clipping = steps, gradient_clipping
         self._last = {"stepped": False}  # in a dict, because Lightning's copy of this object has its own attributes
         super().__init__(optimizer, {"accumulated_steps": 0, "accumulation_cycle": steps})
+
+    def _check_inner(self, inner: Optimizer) -> None:
+        super()._check_inner(inner)
+        if (its := inner.defaults.get("accumulation_steps", 1)) > 1:
+            raise ValueError(
+                f"Accumulate around a GrokAdamW with accumulation_steps={its}: both accumulate, and `stepped` would be "
+                "True at steps that move nothing. Leave one of them out"
+            )
 
     def _described(self) -> str:
         return f"steps={self._steps}, gradient_clipping={self._clipping}"
@@ -166,7 +175,7 @@ class Accumulate(Wrapper):
             if begun and steps != self._steps:
                 raise ValueError(
                     f"state_dict was saved after {begun} of {steps} micro-batches, and the optimizer takes "
-                    f"{self._steps}: construct it with steps={steps}, and change that between cycles"
+                    f"{self._steps}: construct it with steps={steps}. Between cycles a new Accumulate may take others"
                 )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

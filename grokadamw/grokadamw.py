@@ -129,7 +129,7 @@ class GrokAdamW(Base):
             operations on lists of tensors. False for one tensor at a time, with scratch memory for one.
         maximize: climb instead of descend.
         capturable: let CUDA graphs capture the step; all parameters must be on a GPU. See ``update_signals``.
-        differentiable: let autograd pass through the step.
+        differentiable: let autograd pass through the step, to parameters, gradients and a tensor ``lr``.
         fused: None: as with ``foreach``. False: foreach. True: as None, but only on the CPU and on CUDA or ROCm GPUs,
             and GradScaler leaves the loss scale to the optimizer.
         compat: ``"0.1.2"`` repeats runs of that release, to rounding: bias correction by β1 instead of β1_l, ε added

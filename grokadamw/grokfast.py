@@ -115,6 +115,8 @@ def _signal(function: Any) -> Signals | None:
     try:
         signals = Signals(function, counted=False)
     except TypeError:
+        if isinstance(function, type):
+            way_out = f"it is a class, so give {function.__name__}(...)"
         raise TypeError(f"amplify_when={function!r} requires arguments: {way_out}") from None
     if any(signals.takes_losses):
         raise TypeError(f"amplify_when={function!r} takes losses, which are not passed to it here: {way_out}")
@@ -133,7 +135,7 @@ class Grokfast(_Filter):
     optimizer, and count as 0 in μ. Not for GrokAdamW, which has the filter. Source: arXiv:2405.20233, section 2.3.
 
     Args:
-        optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does.
+        optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does, or is differentiable.
         alpha: α in [0, 1], the memory: an average over about 1 / (1 − α) steps.
         lamb: λ ≥ 0; 0 turns the filter off.
         amplify_after: gradients of a parameter before λ acts on it. μ is kept from the first on.
@@ -230,7 +232,7 @@ class GrokfastMA(_Filter):
     arXiv:2405.20233, section 2.2.
 
     Args:
-        optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does.
+        optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does, or is differentiable.
         window_size: w ≥ 1.
         lamb: λ ≥ 0; 0 turns the filter off.
         filter_type: ``"mean"``, or ``"sum"``.

@@ -108,8 +108,8 @@ class AccuracyGap:
 
     def __call__(self) -> Number:
         train, evaluation = self.accuracies().values()
-        assert train is not None
-        assert evaluation is not None
+        if train is None or evaluation is None:
+            raise RuntimeError("AccuracyGap has no accuracies: record both; inside a function, bind(optimizer) first")
         gap = train - evaluation
         return gap.clamp(min=0) if isinstance(gap, Tensor) else max(gap, 0.0)
 
@@ -154,13 +154,17 @@ class Plateau:
         return done.clamp(min=0) if isinstance(done, Tensor) else max(done, 0.0)
 
 
+_SLOW = ("grok_ema", "grokfast_ema", "grokfast_ring_sum")  # μ, or a multiple of it
+
+
 class SlowGradient:
     """How much of the gradient is slow: max(0, cos(μ, g)) over all parameters. Needs no evaluation data.
 
     μ is the last step's, g this step's. Near 0 the slow part is lost in noise, and the filter keeps its full memory;
     near 1 the gradient points where it has long been pointing, and a shorter memory, quicker to follow a turn, loses
-    nothing. 0 until there is a μ. It serves one optimizer, the one that it was last registered with. It does not work
-    with ``step_in_backward``, which never has all gradients at once.
+    nothing. 0 until there is a μ; around another optimizer it is that of ``Grokfast`` or ``GrokfastMA``. It serves one
+    optimizer, the one that it was last registered with. It does not work with ``step_in_backward``, which never has all
+    gradients at once.
 
     Args:
         every: steps from one evaluation to the next, ≥ 1. Each reads μ and g once; in between its value stays.
@@ -176,6 +180,8 @@ class SlowGradient:
         self._optimizer = optimizer
 
     def __call__(self) -> Number:
+        if self._optimizer is None:
+            raise RuntimeError("SlowGradient knows no optimizer: register it itself, or call its bind(optimizer)")
         if self._calls % self.every == 0:
             self._value = self._cosine()
         self._calls += 1
@@ -188,9 +194,10 @@ class SlowGradient:
         for group in self._groups():
             for param in group["params"]:
                 state = self._optimizer.state.get(param, {})  # type: ignore[union-attr]
-                name = "grok_ema" if "grok_ema" in state else "grokfast_ema"
-                if name in state and param.grad is not None:
-                    shards, g = shards_of(param), (-param.grad if group["maximize"] else param.grad).resolve_conj()
+                name = next((name for name in _SLOW if name in state), None)
+                if name is not None and param.grad is not None:
+                    is_negated = name == "grok_ema" and group["maximize"]  # wrappers average gradients as they are
+                    shards, g = shards_of(param), (-param.grad if is_negated else param.grad).resolve_conj()
                     pair = [as_real(local(x, shards)).flatten() for x in (unpacked(state, name), g)]
                     # widened: products of small float32 numbers vanish
                     both = torch.stack([x.to(accumulator(x.device)) for x in pair])

@@ -89,6 +89,26 @@ def test_one_graph_serves_changing_numbers(foreach: bool | None, dtype: torch.dt
     assert ours == pytest.approx(theirs, rel=10 * tolerance)
 
 
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [({}, 1), ({"amplify_after": 4}, 1), ({"accumulation_steps": 2, "second_moment": "raw"}, 2)],
+    ids=str,
+)
+@pytest.mark.parametrize("foreach", [None, False])
+def test_one_graph_serves_a_changing_lambda(foreach: bool | None, options: dict[str, Any], graphs: int) -> None:
+    """By hand, and by the signal."""
+
+    def change(optimizer: GrokAdamW, i: int, loss: torch.Tensor) -> None:
+        optimizer.record(train_loss=1.0, eval_loss=1.1 + 0.1 * i)
+        optimizer.param_groups[0]["lamb"] = 2.0 - 0.05 * i
+
+    options = {"amplify_by_signal": True, "foreach": foreach, "dtype": torch.float64, **options}
+    eager, _, _ = run(None, 20, change, **options)
+    compiled, _, seen = run(CompileCounter(), 20, change, **options)
+    assert seen[-1] == graphs
+    close(compiled, eager, 1e-12)
+
+
 def test_a_learning_rate_in_a_tensor() -> None:
     def change(optimizer: GrokAdamW, i: int, loss: torch.Tensor) -> None:
         optimizer.param_groups[1]["lr"].fill_(1e-3 * (1 + i))

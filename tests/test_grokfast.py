@@ -24,6 +24,17 @@ from .models import KEEPERS, network, same, saved_and_loaded, train
 
 PEER = Path(sys.prefix) / "peers/pytorch-optimizer"
 
+
+class AtLeast:
+    """A signal that cannot be made without arguments."""
+
+    def __init__(self, least: float) -> None:
+        self.least = least
+
+    def __call__(self) -> float:
+        return self.least
+
+
 INNER: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda params: SGD(params, lr=0.1),
     "SGD, momentum": lambda params: SGD(params, lr=0.1, momentum=0.9),
@@ -464,6 +475,23 @@ def test_what_a_signal_remembers_is_in_the_checkpoint() -> None:
         (lambda p: GrokfastMA(SGD([p]), 0), ValueError, "window_size=0"),
         (lambda p: GrokfastMA(SGD([p]), filter_type="max"), ValueError, "filter_type='max'"),
         (lambda p: GrokfastMA(SGD([p]), window_dtype=torch.int8), ValueError, "window_dtype=torch.int8"),
+        (lambda p: Grokfast(SGD([p]), amplify_when=AtLeast), TypeError, r"it is a class, so give AtLeast\(...\)"),
+        (lambda p: Grokfast(SGD([p], differentiable=True)), ValueError, "Grokfast around .* differentiable=True"),
+        (
+            lambda p: Accumulate(SGD([p], differentiable=True), 2),
+            ValueError,
+            "Accumulate around .* differentiable=",
+        ),
+        (
+            lambda p: Accumulate(GrokAdamW([p], accumulation_steps=3, second_moment="raw"), 2),
+            ValueError,
+            "Accumulate around a GrokAdamW with accumulation_steps=3: both accumulate",
+        ),
+        (
+            lambda p: Accumulate(SGD([p]), accumulation_steps=2),
+            TypeError,
+            "argument accumulation_steps: give steps",
+        ),
         (lambda p: Accumulate(SGD([p]), 0), ValueError, "steps=0"),
         (lambda p: Accumulate(SGD([p]), 2, gradient_clipping=None), TypeError, "gradient_clipping=None"),
     ],
@@ -632,6 +660,41 @@ class WithModes(SGD):
 
     def eval(self) -> None:
         self.mode = "eval"
+
+
+@pytest.mark.parametrize(
+    "wrap", [Grokfast, lambda inner: GrokfastMA(inner, window_size=3), lambda inner: Accumulate(inner, 2)]
+)
+def test_what_is_dropped_is_missed(wrap: Callable[[Any], Any]) -> None:
+    """Loaded into the inner optimizer, and wrapped after that, it was dropped without a word."""
+    model = network()
+    optimizer = wrap(SGD(model.parameters(), lr=0.1))
+    train(model, range(3), lambda step, loss: optimizer.step())
+    inner = SGD(model.parameters(), lr=0.1)
+    inner.load_state_dict(optimizer.state_dict())
+    with pytest.warns(UserWarning, match="wrap the optimizer first, and call this wrapper's load_state_dict"):
+        wrap(inner)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrap(inner)  # with nothing left to drop
+        again = wrap(SGD(model.parameters(), lr=0.1))
+        again.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("inner", [SGD, *filter(None, [getattr(torch.optim, "Muon", None)])])
+@pytest.mark.parametrize("wrap", [Grokfast, lambda inner, **how: GrokfastMA(inner, window_size=3, **how)])
+def test_slow_gradient_is_of_every_filter(wrap: Callable[..., Any], inner: Any, maximize: bool) -> None:
+    """Which averages gradients as they are, also where the inner optimizer goes against them, or cannot."""
+    (p,) = params = [nn.Parameter(torch.ones(3, 2))]
+    options = {} if inner is not SGD else {"maximize": maximize}
+    optimizer = wrap(inner(params, lr=1e-3, **options), amplify_when=SlowGradient(every=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            p.grad = torch.ones(3, 2)
+            optimizer.step()
+    assert optimizer._gate() == pytest.approx(1)
 
 
 AROUND: dict[str, Callable[[Any], Any]] = {

@@ -268,7 +268,7 @@ def test_a_signal_whose_readiness_raises_is_left_out() -> None:
         assert alpha_after(optimizer_with(Broken())) == 0.98
 
 
-@pytest.mark.parametrize("state", [{"t": torch.zeros(2)}, {(1, 2): 3}, {"f": loss_gap}])
+@pytest.mark.parametrize("state", [{"t": torch.zeros(2)}, {(1, 2): 3}, {"a": [{1: 2}]}, {"f": loss_gap}])
 def test_a_state_that_is_not_plain_is_refused_by_the_signals_name(state: dict[Any, Any]) -> None:
     class Keeper:
         def state_dict(self) -> dict[Any, Any]:
@@ -507,6 +507,21 @@ def test_slow_gradient_reads_state_in_fewer_bits(state_dtype: str) -> None:
         said.append(optimizer.metrics()["signal"])
     assert said[1] == pytest.approx(said[0], rel=0.02)
     assert said[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("signal", "says"),
+    [(SlowGradient(), "knows no optimizer"), (AccuracyGap(), "has no accuracies")],
+)
+def test_a_signal_inside_a_function_says_what_it_lacks(signal: Any, says: str) -> None:
+    optimizer = optimizer_with(lambda: 1 - signal())
+    with pytest.warns(RuntimeWarning, match=says):
+        optimizer.step()
+    assert math.isnan(optimizer.metrics()["signal"])
+    signal.bind(optimizer)
+    optimizer.record(train_acc=0.75, eval_acc=0.5)
+    optimizer.step()
+    assert 0 <= optimizer.metrics()["signal"] <= 1
 
 
 def test_slow_gradient_sees_the_smallest_numbers() -> None:

@@ -78,9 +78,10 @@ def step(batch: Batch, scalars: Scalars) -> None:
 
 
 def _amplified(g: tuple[Tensor, ...] | list[Tensor], block: _Block, n: Scalars) -> tuple[Tensor, ...]:
+    lamb = float(n.lamb)
     if n.amplify_after == 0:
-        return torch._foreach_add(g, block.grok_emas, alpha=n.lamb)
-    late = [n.lamb if count.item() > n.amplify_after else 0.0 for count in block.steps]
+        return torch._foreach_add(g, block.grok_emas, alpha=lamb)
+    late = [lamb if count.item() > n.amplify_after else 0.0 for count in block.steps]
     return torch._foreach_add(g, torch._foreach_mul(block.grok_emas, late))
 
 

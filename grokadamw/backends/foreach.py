@@ -120,9 +120,9 @@ def _collect_(batch: Batch, n: Scalars, t: list[Any]) -> None:
             for i in places:
                 late = t[i] > n.amplify_after
                 if isinstance(late, Tensor):  # compiled, add_ loses a 0-d float64 on a CPU
-                    torch._foreach_add_([m[i]], [mu[i] * late.to(dtype)], alpha=(1 - beta1) * n.lamb)
+                    torch._foreach_add_([m[i]], [mu[i] * (n.lamb * late.to(dtype)).to(dtype)], alpha=1 - beta1)
                 elif late:
-                    m[i].add_(mu[i], alpha=(1 - beta1) * n.lamb)
+                    m[i].add_(mu[i], alpha=(1 - beta1) * float(n.lamb))
     torch._foreach_addcmul_(v, g, g, (1 - n.beta2) * k * factor**2)  # exp_avg_sq
 
 
@@ -201,10 +201,14 @@ def _corrections(t: list[Any], n: Scalars) -> tuple[list[Any], list[Any]]:
 
 def _amplified(g: _TensorList, mu: list[Tensor], t: list[Any], n: Scalars) -> _TensorList:
     """Return c g + λ μ in new tensors, with λ = 0 until t > amplify_after."""
-    if n.amplify_after == 0:
+    if n.amplify_after == 0 and not isinstance(n.lamb, Tensor):
         return torch._foreach_add(g, mu, alpha=n.lamb)
-    late = [count > n.amplify_after for count in t]
-    amplified = torch._foreach_mul(mu, [n.lamb * (x.to(mu[0].dtype) if torch.is_tensor(x) else x) for x in late])
+    if n.amplify_after == 0:
+        amplified: _TensorList = _mul(mu, n.lamb)
+    else:
+        late, dtype = [count > n.amplify_after for count in t], mu[0].dtype
+        factors = [(n.lamb * x.to(dtype)).to(dtype) if torch.is_tensor(x) else n.lamb * x for x in late]
+        amplified = torch._foreach_mul(mu, factors)
     torch._foreach_add_(amplified, g)
     return amplified
 

@@ -98,7 +98,7 @@ class Scalars(NamedTuple):
     eps_before_correction: bool  # ε joins √v before v's bias correction, as in release 0.1.2
     weight_decay: float
     alpha: Number  # α_t
-    lamb: float  # λ
+    lamb: Number  # λ; a tensor only as compiled
     amplify_after: int  # λ acts on a tensor's steps after this many
     clip: Number  # c
     raw_second_moment: bool  # v averages (c g)² instead of ĝ²

@@ -95,7 +95,8 @@ def for_compiler(batch: Batch, scalars: Scalars) -> Scalars:
     def on_device(x: Number) -> Tensor:
         return x if isinstance(x, Tensor) else torch.full((), x, dtype=accumulator(device), device=device)
 
-    scalars = scalars._replace(lr=on_device(scalars.lr), alpha=on_device(scalars.alpha), clip=on_device(scalars.clip))
+    lr, alpha, lamb, clip = map(on_device, (scalars.lr, scalars.alpha, scalars.lamb, scalars.clip))
+    scalars = scalars._replace(lr=lr, alpha=alpha, lamb=lamb, clip=clip)
     if scalars.limits_change:
         scalars = scalars._replace(max_row_change=on_device(scalars.max_row_change))
     return scalars
