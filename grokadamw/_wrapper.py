@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, product
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
@@ -62,21 +62,19 @@ class Wrapper(WrapperBase):
         self._drop_none()
         for group in optimizer.param_groups:
             self._check({**group_defaults, **group})
-        had_memory = False
-        for group in optimizer.param_groups:
-            if self._mark in group:  # another wrapper of this kind was around it
-                group.update(group_defaults)
-                states = [optimizer.state.get(param, {}) for param in group["params"]]
-                had_memory |= any(int(state.get(self._state_names[-1], 0)) > 0 for state in states)
-                for state in states:
-                    for name in (*self._state_names, *self._others):
-                        state.pop(name, None)
-        if had_memory:
+        # groups and states that another wrapper of this kind had
+        groups = [group for group in optimizer.param_groups if self._mark in group]
+        states = [optimizer.state.get(param, {}) for group in groups for param in group["params"]]
+        if any(int(state.get(self._state_names[-1], 0)) > 0 for state in states):
             warn(
-                f"the optimizer had what another {type(self).__name__} has collected, which is dropped: to continue a "
-                "run, wrap the optimizer first, and call this wrapper's load_state_dict",
+                f"the optimizer has what another {type(self).__name__} collected, which is dropped: to continue a run, "
+                "wrap the optimizer first, and call this wrapper's load_state_dict",
                 UserWarning,
             )
+        for group in groups:
+            group.update(group_defaults)
+        for state, name in product(states, (*self._state_names, *self._others)):
+            state.pop(name, None)
         self._fill_groups()
         self._begin()
 

@@ -223,13 +223,14 @@ class GrokAdamW(Base):
 
         Args:
             model: its parameters that require gradients are optimized, under their names and in its layers, in groups:
-                weights; parameters of norm layers, with a third of the weight decay; other vectors, which do not decay;
-                and a group for each embedding. An embedding whose rows are longer than 1 on average gets ``lr`` times
-                that length, and ``weight_decay`` divided by it, so that its rows turn as quickly as those of weights,
-                and shrink as slowly. torch's embeddings begin with a length of √width. Embeddings are
-                ``nn.Embedding`` and ``nn.EmbeddingBag``. Norm layers are torch's, and modules with vectors and the word
-                "norm" in their class's name. In a model without norms vectors count as weights. A mostly frozen model,
-                as with PEFT, gets a warning: the preset is for training from scratch.
+                weights; parameters of norm layers, with a third of the weight decay; other vectors (which may have
+                further dimensions of 1), without decay and limit; and a group for each embedding. An embedding whose
+                rows are longer than 1 on average gets ``lr`` times that length, and ``weight_decay`` divided by it, so
+                that its rows turn as quickly as those of weights, and shrink as slowly. torch's embeddings begin with a
+                length of √width. Embeddings are ``nn.Embedding`` and ``nn.EmbeddingBag``. Norm layers are torch's, and
+                modules with vectors and the word "norm" in their class's name. In a model without norms vectors count
+                as weights. A mostly frozen model, as with PEFT, gets a warning: the preset is for training from
+                scratch.
             norms: whether the model normalises its activations. None looks for norm layers, and for calls of
                 ``torch.nn.functional``'s norms in the code of its modules. Say so if it has other arithmetic.
             lr, weight_decay, options: as for the constructor; they replace the preset's. If lr is a tensor, each group
