@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, TypeAlias
@@ -84,3 +84,16 @@ def one_of(*choices: Any) -> Check:
 def or_none(check: Check, **limits: Any) -> Check:
     """Return a check that also allows None."""
     return lambda name, value: None if value is None else check(name, value, **limits)
+
+
+def check_keys(value: Any) -> None:
+    """Raise TypeError for a dict's key that is no string, as JSON would make one of it."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{key!r} is a key")
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return
+    for item in value:
+        check_keys(item)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .._checks import check_keys
 from .._numbers import Number, as_float, as_number
 from .._warn import warn
 from ..distributed import mean_over_ranks, ranks
@@ -274,7 +275,7 @@ class Signals:
                 states[name] = function.state_dict()
                 try:
                     json.dumps(states[name], default=_plain)
-                    _check_keys(states[name])
+                    check_keys(states[name])
                 except Exception as error:
                     raise TypeError(
                         f"the state_dict() of the grokking signal {name} is not plain data ({error}): give numbers, "
@@ -392,19 +393,6 @@ def _names(functions: Sequence[Any]) -> list[str]:
         numbered = (f"{name}_{i}" for i in itertools.count(1))
         names.append(name if plain.count(name) == 1 else next(n for n in numbered if n not in {*plain, *names}))
     return names
-
-
-def _check_keys(value: Any) -> None:
-    """Raise TypeError for a dict's key that is no string, as JSON would make one of it."""
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"{key!r} is a key")
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return
-    for item in value:
-        _check_keys(item)
 
 
 def _plain(value: Any) -> int | float:
