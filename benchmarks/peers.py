@@ -163,7 +163,7 @@ ARMS = [
     Arm("GrokAdamW, no clipping", grokadamw(gradient_clipping=0.0), kept=12, traffic=40, ours=True),
     Arm("GrokAdamW, clip 1", grokadamw(), kept=12, traffic=40, clips=True, ours=True),
     Arm("GrokAdamW, the preset", preset, kept=12, clips=True, ours=True),
-    Arm("GrokAdamW, without a compiler", without_compiler, kept=12, traffic=36, ours=True, devices=("cpu",)),
+    Arm("GrokAdamW, without a C compiler", without_compiler, kept=12, traffic=36, ours=True, devices=("cpu",)),
     Arm("GrokAdamW, foreach=True", grokadamw(foreach=True, **PROPAGATE), kept=12, ours=True),
     Arm("GrokAdamW, foreach=False", grokadamw(foreach=False, **PROPAGATE), kept=12, ours=True),
     FUSED,

@@ -38,7 +38,7 @@ FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 MODELS = {"1 B": 1e9, "7 B": 7e9, "70 B": 70e9, "405 B": 405e9, "1 T": 1e12}
 GPUS = (8, 64, 512, 4096, 16384)
 BYTES_OF_GPU = 80e9
-# 1 B float32 parameters, clipped, in 13.96 ms on an H100 80GB HBM3: gpu-2-times-h100.json, as the README quotes it
+# 1 B float32 parameters, clipped, in 13.96 ms on an H100 80GB HBM3: gpu-2-times-h100.json, as docs/speed.md quotes it
 BANDWIDTH = 40e9 / 13.96e-3
 # NVIDIA/nccl, src/graph/tuning.cc at 01afd20a: a tree of small messages ("Tree", "LL"), in µs
 BASE, NVLINK, NETWORK, ACROSS_NODES, GPUS_OF_NODE = 4.4, 0.52, 5.0, 1.8, 8

@@ -5,8 +5,8 @@
 
 Optimizers take turns of a few steps, in a new order each round, on the same float32 parameters and gradients. There is
 no forward or backward pass. A ratio compares two turns of the same round, and the table has its median. Writes
-step_time-cpu.json (or -cuda), again after each model, and step_time-cpu.png. The second form prints the README's table
-from such a file.
+step_time-cpu.json (or -cuda), again after each model, and step_time-cpu.png. The second form prints docs/speed.md's
+table from such a file.
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ def row(results: dict[str, Any], arm: dict[str, Any], entry: Callable[[dict[str,
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the README's table: ratios to fused AdamW; in brackets, for arms that clip, to AdamW with clipping."""
+    """Return docs/speed.md's table: ratios to fused AdamW; in brackets, for arms that clip, to AdamW with clipping."""
 
     def entry(of_model: dict[str, Any]) -> str:
         shown = f"{of_model['ratio'][1]:.2f}"

@@ -39,7 +39,7 @@ class GrokAdamW(Base):
 
     ```text
     c   = min(1, gradient_clipping / (N + 1e-6))          N: the norm of all gradients together
-    α_t = alpha_init · exp(−κ · max(GS_t, 0))             GS_t: the combined grokking signal
+    α_t = alpha_init · exp(−κ · max(s_t, 0))              s_t: the combined grokking signal
     μ   = α_t μ + (1 − α_t) c g                           the slow gradient
     ĝ   = c g + λ μ
     m   = β1_l m + (1 − β1_l) ĝ,  β1_l = β1 (1 − γ)^l
@@ -56,9 +56,10 @@ class GrokAdamW(Base):
     Args: Parameters, and AdamW's numbers
         params: parameters, ``(name, parameter)`` pairs such as ``model.named_parameters()``, or dicts of either; of
             dtype float16, bfloat16, float32, float64 or complex. With names, the model's modules are the layers;
-            without, every tensor is a layer of its own. A dict may set ``lr`` to ``gradient_clipping`` except the
-            signals, ``max_row_norm``, ``max_row_change``, ``amplify_after``, ``signal_boost``, ``foreach``, ``fused``,
-            ``maximize``, ``capturable``, and ``layer``, an integer ≥ 0: the layer of all its parameters.
+            without, every tensor is a layer of its own. A dict may set, for its group, the arguments from ``lr`` to
+            ``gradient_clipping`` but not the signals; ``max_row_norm``, ``max_row_change``, ``amplify_after``,
+            ``signal_boost``, ``foreach``, ``fused``, ``maximize`` and ``capturable``; and ``layer``, an integer ≥ 0,
+            the layer of all its parameters.
         lr: learning rate η ≥ 0, a float or a tensor of one element.
         betas: (β1, β2), each in [0, 1): decay of the first and second moment.
         eps: ε ≥ 0.
@@ -77,7 +78,7 @@ class GrokAdamW(Base):
             values. A callable reads values back from a GPU; the others do not.
         second_moment: ``"filtered"``: v averages ĝ². ``"raw"``: v averages (c g)².
         amplify_after: steps of a parameter before λ acts on it. μ is kept from the first step on.
-        signal_boost: b ≥ 0: lr and ``max_row_change`` of a step are multiplied by 1 + b · GS_t, with the combined
+        signal_boost: b ≥ 0: lr and ``max_row_change`` of a step are multiplied by 1 + b · s_t, with the combined
             signal limited to [0, 1]; 0 is off. Without a usable signal the factor is 1. ``metrics()["boost"]`` is the
             last factor. Schedulers and ``param_groups`` never see it.
         amplify_by_signal: multiply λ by the combined signal, limited to [0, 1], so that the filter waits until a model
@@ -400,7 +401,7 @@ class GrokAdamW(Base):
     def metrics(self) -> dict[str, float]:
         """Return what the last step did, or a later ``update_signals``, as plain floats. This waits for the device.
 
-        ``step`` (steps taken, the most of any parameter), ``signal`` (GS), ``signal/<name>`` (each function's last
+        ``step`` (steps taken, the most of any parameter), ``signal`` (s), ``signal/<name>`` (each function's last
         usable value), ``alpha`` (α, which a window does not use), ``boost`` (what the signal multiplies lr by),
         ``grad_norm`` (N, before clipping), ``clip_coefficient`` (c), ``skipped_steps``, ``signal_failures``,
         ``beta1_min`` and ``beta1_max`` (of β1_l). If groups differ, ``alpha`` and ``clip_coefficient`` are the

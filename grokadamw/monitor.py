@@ -60,7 +60,10 @@ class Monitor:
         check_number("solved", solved, at_most=1)
         found = trainers.grokadamw_in(optimizer)
         if found is None:
-            raise TypeError(f"optimizer is of type {type(optimizer).__name__}, and has no GrokAdamW in it: give one")
+            lacks = f"is of type {type(optimizer).__name__}, and has no GrokAdamW in it: give one"
+            if optimizer is None:
+                lacks = "is None: a Trainer makes it when training begins; call trainer.create_optimizer() before"
+            raise TypeError(f"optimizer {lacks}")
         self._optimizer, self._every, self._capacity = found, every, capacity
         self._solved = float(solved)
         self._steps = self._steps_taken()  # counted from here on: reading them at each step would wait for a GPU
@@ -176,7 +179,7 @@ class Monitor:
         curves = [
             (losses, "C0", "train_loss", "training loss"),
             (losses, "C1", "eval_loss", "evaluation loss"),
-            (memory, "C0", "signal", "signal GS"),
+            (memory, "C0", "signal", "signal s"),
             (memory.twinx(), "C1", "alpha", "filter memory α"),
             (norms, "C0", "grad_norm", "gradient norm N"),
             (norms.twinx(), "C1", "clip_coefficient", "clip coefficient c"),

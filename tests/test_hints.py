@@ -165,6 +165,15 @@ def test_training_losses_alone_are_half_of_it() -> None:
     assert "wait for eval_loss: call optimizer.record(eval_loss=…)" in said
 
 
+def test_evaluation_losses_alone_are_the_other_half() -> None:
+    """The preset's loop without `train_loss`: most runs on small tasks would be over after 1,000 steps."""
+    network = model()
+    optimizer = GrokAdamW.for_grokking(network)
+    assert steps(optimizer, 99, lambda: optimizer.record(eval_loss=2.0)) == []
+    (said,) = steps(optimizer, 200, lambda: optimizer.record(eval_loss=2.0))
+    assert "wait for train_loss: call optimizer.record(train_loss=…)" in said
+
+
 def test_a_signal_of_accuracies_that_gets_losses_is_warned_of_once() -> None:
     optimizer = GrokAdamW(model().parameters(), grokking_signal_fns=AccuracyGap(), signal_boost=1.0)
     (said,) = steps(optimizer, 1200, lambda: optimizer.record(train_loss=1.0, eval_loss=2.0))

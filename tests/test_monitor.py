@@ -496,7 +496,7 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_another_optimizer() -> None:
-    with pytest.raises(TypeError, match="optimizer is of type NoneType, and has no GrokAdamW in it"):
+    with pytest.raises(TypeError, match="optimizer is None: a Trainer makes it when training begins; call trainer"):
         Monitor(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="optimizer is of type SGD"):
         Monitor(torch.optim.SGD([torch.zeros(1)]))

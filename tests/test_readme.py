@@ -59,7 +59,7 @@ def test_the_figures_on_grokking_are_those_of_the_runs(page: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "page"),
     [
-        ("step time", "README.md"),
+        ("step time", "docs/speed.md"),
         ("filter time", "docs/grokfast.md"),
         ("accumulation", "docs/accumulation.md"),
         ("gradient release", "docs/gradient_release.md"),

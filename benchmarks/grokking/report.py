@@ -30,6 +30,7 @@ Table = Callable[[list[Row]], str]
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / page for page in ("README.md", "docs/grokfast.md", "benchmarks/results/GROKKING_REPORT.md")]
+TITLES = {"add97": "addition mod 97", "div97": "division mod 97", "add113": "addition mod 113", "s5": "S5"}
 PUBLISHED = {"grokfast": 910, "grokfast-ma": 790, "adam": 39890}  # steps to 95% (arXiv:2405.20233, table 1)
 
 
@@ -94,7 +95,7 @@ def mod97(names: list[str], rows: list[Row]) -> str:
     for task in MOD97:
         ours, opponents = ([row for row in found if row.task == task] for found in (preset, adamw))
         by_task.append(times_sooner(ours, opponents))
-    return markdown(["", "lr, wd", *MOD97], [*lines, [f"adamw / {evidence.PRESET}", "", *by_task]])
+    return markdown(["", "lr, wd", *MOD97], [*lines, ["speed-up of the preset", "", *by_task]])
 
 
 def untuned(rows: list[Row]) -> str:
@@ -173,28 +174,29 @@ def summary(rows: list[Row]) -> str:
     sets = [("two-block model, tasks mod 97", evidence.SEEDS, [(adamw, preset) for adamw, preset in tasks_at_home])]
     for problem in PROBLEMS:
         of_problem = [both for pair, both in both_of_pairs(rows).items() if pair.startswith(f"{problem}/")]
-        sets.append((f"other transformers, {problem}", evidence.PAIR_SEEDS, of_problem))
+        sets.append((f"other transformers, {TITLES[problem]}", evidence.PAIR_SEEDS, of_problem))
     lines, everything = list[list[str]](), list[Both]()
     for name, seeds, asked in sets:
         done = [both for both in asked if all(len(found) == len(seeds) for found in both)]
         everything += done
         if done:
-            lines.append([f"{name}: {len(done)} of {len(asked)}", *_in_short(done)])
+            lines.append([name, *_in_short(done)])
     if everything:
         lines.append(["all", *_in_short(everything)])
         unseen = [both for pair, both in both_of_pairs(rows).items() if pair in evidence.UNSEEN and all(both)]
         if unseen:
-            lines.append(["of these, pairs not used to choose settings", *_in_short(unseen)])
-    return markdown(["", "best", "median", "worst", "geometric mean", "failed: preset", "failed: AdamW"], lines)
+            lines.append(["of these, those on which no setting was chosen", *_in_short(unseen)])
+    ratios = ["best ratio", "median ratio", "worst ratio", "geometric mean"]
+    return markdown(["models and tasks", "pairs", *ratios, "preset: failed runs", "AdamW: failed runs"], lines)
 
 
 def _in_short(compared: list[Both]) -> list[str]:
-    """Return the best, median, worst and mean ratio, and how many runs of the preset and of AdamW failed."""
+    """Return how many pairs there are; their best, median, worst and mean ratio; failed runs of preset and AdamW."""
     ratios = [found for adamw, preset in compared if (found := ratio(preset, adamw)) is not None]
     numbers = min(ratios), float(np.median(ratios)), max(ratios), math.exp(float(np.mean(np.log(ratios))))
     adamws, presets = ([x for found in each for x in steps(found)] for each in zip(*compared, strict=True))
     failed = (f"{sum(map(math.isinf, each))} of {len(each)}" for each in (presets, adamws))
-    return [*(f"{x:.2f}" for x in numbers), *failed]
+    return [str(len(ratios)), *(f"{x:.2f}" for x in numbers), *failed]
 
 
 def afterwards(names: list[str], rows: list[Row]) -> str:
@@ -255,7 +257,7 @@ def others(rows: list[Row]) -> str:
                 score = f"{np.median([row.best for row in found]):.3f}"
                 sooner = times_sooner(found, finals["adamw"])
                 lines.append([task, name, cell(found), quartiles(found), sooner, score, str(len(found))])
-    return markdown(["task", "method", "lr, wd", "steps", "adamw's by these", "best score", "seeds"], lines)
+    return markdown(["task", "method", "lr, wd", "steps", "speed-up", "best score", "seeds"], lines)
 
 
 def two_by_two(task: str, rows: list[Row]) -> str:

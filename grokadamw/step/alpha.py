@@ -31,7 +31,7 @@ Combine: TypeAlias = str | Callable[[list[Any]], Any]
 
 
 def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, clamp: bool = True) -> Number:
-    """Return α_t from GS_t; α_init if it is None. Without clamp a negative signal raises α, as in release 0.1.2."""
+    """Return α_t from s_t; α_init if it is None. Without clamp a negative signal raises α, as in release 0.1.2."""
     if signal is None or decay_rate == 0:
         return alpha_init
     if isinstance(signal, Tensor):
@@ -42,7 +42,7 @@ def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, 
 def hear(
     signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules, ranks_meet: Callable[[bool], bool]
 ) -> list[Number | None]:
-    """Evaluate the signals, and return GS_t for every group. `ranks_meet` is `AllRanks.meet` for these groups."""
+    """Evaluate the signals, and return s_t for every group. `ranks_meet` is `AllRanks.meet` for these groups."""
     if rules.signals_for_each_group:
         losses = [[x if x == x else None for x in (group["train_loss"], group["eval_loss"])] for group in groups]
         return [signals.evaluate(train, evaluation, keep_nonfinite=True) for train, evaluation in losses]
@@ -118,7 +118,7 @@ class Signals:
         self._warned: set[str] = set()
         self.losses_are_loaded = False  # whether losses came with a checkpoint, and none was recorded since
         self._failures_on_device: dict[str, Tensor] = {}
-        self._steps_without = 0
+        self._steps_without = 0.0
         self._train_losses_alone = 0  # recorded since the last evaluation loss
 
     def check_amplifies(self, amplify_by_signal: bool) -> None:
@@ -161,8 +161,8 @@ class Signals:
     ) -> None:
         """Warn once if functions do not get the losses or accuracies that they need, as nothing adapts meanwhile.
 
-        That is after 100 steps without any, if signals were asked for, and after 1,000 with some. There is no warning
-        if other ranks had a signal: `elsewhere` is their number.
+        That is after 100 steps, or 1,000 if only evaluation is missing. There is no warning if nothing is given and no
+        signal was asked for, or if other ranks had a signal: `elsewhere` is their number.
         """
         needed: dict[str, Number | None] = {}
         if any(self.takes_losses):
@@ -174,8 +174,8 @@ class Signals:
         if not missing or (len(missing) == len(needed) and not is_asked_for):
             return
         self._steps_without += 1
-        if self._steps_without == (100 if len(missing) == len(needed) else 1000):
-            self._steps_without = 1000
+        if self._steps_without >= (100 if any(name.startswith("train") for name in missing) else 1000):
+            self.silence_missing()
             if as_float(elsewhere) > 0:
                 return
             names = ", ".join(f"{name}=…" for name in missing)
@@ -204,12 +204,12 @@ class Signals:
 
     def silence_missing(self) -> None:
         """Suppress the warning of `warn_of_missing`, as the caller gives a better one."""
-        self._steps_without = 1000
+        self._steps_without = -math.inf
 
     def evaluate(
         self, train_loss: Number | None, eval_loss: Number | None, keep_nonfinite: bool = False
     ) -> Number | None:
-        """Call every function once, and return the usable values combined, GS_t; None if no value is usable."""
+        """Call every function once, and return the usable values combined, s_t; None if no value is usable."""
         values: list[Number] = []
         for name, function, takes_losses in zip(self.names, self.functions, self.takes_losses, strict=True):
             if takes_losses and (train_loss is None or eval_loss is None):

@@ -17,7 +17,7 @@ from .alpha import Signals
 class LastStep(NamedTuple):
     """The numbers of one step, as it used them."""
 
-    signal: Number | None = None  # GS_t
+    signal: Number | None = None  # s_t
     alphas: Sequence[Number] = ()  # α_t of each group
     norms: Sequence[Number | None] = ()  # N: the same for all batches; with compat, of each tensor
     clips: Sequence[Number] = ()  # c

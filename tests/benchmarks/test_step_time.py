@@ -125,7 +125,7 @@ def test_the_peak_is_that_of_one_step(capsys: pytest.CaptureFixture[str], monkey
 
 def test_without_a_compiler_is_another_implementation() -> None:
     kernel = native.kernel
-    (arm,) = [arm for arm in ARMS if arm.name == "GrokAdamW, without a compiler"]
+    (arm,) = [arm for arm in ARMS if arm.name == "GrokAdamW, without a C compiler"]
     tensors = peers.Tensors([(1 << 16,)], "cpu")
     arm.make(tensors.params(arm))()
     assert native.kernel is kernel

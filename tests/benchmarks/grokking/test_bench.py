@@ -386,9 +386,9 @@ def test_the_summary_has_what_is_done_alone() -> None:
         if not new:
             break
         rows += [replace(ROW, **asdict(run), sustained=400) for run in dict.fromkeys(new)]
-    line = "| other transformers, add97: 6 of 6 | 0.51 | 0.51 | 0.51 | 0.51 | 0 of 30 | 0 of 30 |"  # 202 of 400 steps
+    line = "| other transformers, addition mod 97 | 6 | 0.51 | 0.51 | 0.51 | 0.51 | 0 of 30 | 0 of 30 |"  # 202 of 400 steps
     assert line in report.summary(rows)
-    assert "| other transformers, add97: 5 of 6 | 0.51" in report.summary(rows[1:])
+    assert "| other transformers, addition mod 97 | 5 | 0.51" in report.summary(rows[1:])
 
 
 def test_recipes_are_shown_where_all_seeds_are_done() -> None:
