@@ -1,4 +1,4 @@
-"""What the Trainer's arguments hold, and the optimizer does not use: a sentence for each."""
+"""Warnings about arguments of the Trainer that do not reach the optimizer."""
 
 from __future__ import annotations
 

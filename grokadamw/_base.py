@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from . import layers, zero
-from ._hints import misspelt
+from ._hints import OF_ADAMW, misspelt
 from ._numbers import as_number
 from ._warn import warn
 from .checkpoints import check_form
@@ -30,8 +30,6 @@ from .options import (
 from .state.loading import keeping_precision
 from .step.alpha import Signals
 from .step.stages import Run
-
-_ADAMWS = ("amsgrad", "decoupled_weight_decay")  # options that mark a group as AdamW's, see checkpoints.py
 
 
 class Base(Optimizer):
@@ -69,7 +67,7 @@ class Base(Optimizer):
             for sentence in misspelt(param_group, GROUP_KEYS):
                 warn(sentence, UserWarning)
             # a copy, as the caller may reuse the dict; without keys that only AdamW's groups have
-            param_group = {k: v for k, v in param_group.items() if k not in _ADAMWS}
+            param_group = {k: v for k, v in param_group.items() if k not in OF_ADAMW}
         super().add_param_group(param_group)
         *earlier, group = self.param_groups
         group.update(checked)
@@ -129,7 +127,7 @@ class Base(Optimizer):
         saved = super().state_dict()
         # an AdamW that was made from these groups has written into them; what a hook returns may have none
         for group in saved.get("param_groups", ()):
-            for name in _ADAMWS:
+            for name in OF_ADAMW:
                 group.pop(name, None)
         return saved
 

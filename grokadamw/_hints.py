@@ -34,8 +34,8 @@ _MEANT = {
     "max_norm": "gradient_clipping",
 }
 
-# arguments of torch.optim.AdamW and Adam that this optimizer lacks
-_OF_ADAMW = {"amsgrad": "there is no AMSGrad here", "decoupled_weight_decay": "weight decay is always decoupled"}
+# options of torch.optim.AdamW and Adam that this optimizer lacks; in a group they mark it as AdamW's
+OF_ADAMW = {"amsgrad": "there is no AMSGrad here", "decoupled_weight_decay": "weight decay is always decoupled"}
 
 
 def meant(name: str, known: Iterable[str]) -> str | None:
@@ -68,8 +68,8 @@ def with_hints(function: Callable[P, None]) -> Callable[P, None]:
                 way_out = f"give {instead}"
             elif "optimizer" in known:
                 way_out = f"if the optimizer takes it, give it there, as in {what}(torch.optim.AdamW(params, {name}=…))"
-            elif name in _OF_ADAMW:
-                way_out = f"leave it out, as {_OF_ADAMW[name]}"
+            elif name in OF_ADAMW:
+                way_out = f"leave it out, as {OF_ADAMW[name]}"
             elif not is_constructor:
                 way_out = f"it takes {', '.join(by_name)}"
             else:

@@ -16,9 +16,8 @@ from torch.optim import Optimizer
 from ._numbers import as_real
 from ._warn import warn
 from ._wrapper_base import WrapperBase
-from .distributed import mesh_of, state_is_asked_for
+from .distributed import check_agreed, mesh_of, overflow_of_all, state_is_asked_for
 from .state.slots import State, check_shapes
-from .step.batches import Given
 
 _Kind = TypeVar("_Kind")
 
@@ -138,12 +137,9 @@ class Wrapper(WrapperBase):
 
     def _overflows(self, found_inf: Any) -> bool:
         """Return True if GradScaler found infinity; RuntimeError if it did on some ranks of the shard_group only."""
-        given = Given(self.param_groups, self.state, {}, shard_group=self._shard_group)
-        if found_inf is None or given.shard_group is None:
-            return bool(found_inf)
-        found = given.sum_over_ranks([found_inf != 0]).item()
-        given.check_agreed(found)
-        return bool(found)
+        found = float(overflow_of_all(found_inf, self.param_groups, self._shard_group) or 0)
+        check_agreed(found, self._shard_group)
+        return found != 0
 
     def _check_not_early(self) -> None:
         """Raise ValueError if the backward pass has the inner optimizer use gradients before this one sees them."""

@@ -162,44 +162,46 @@ class WrapperBase(Optimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         state_dict = in_order(state_dict, self.param_groups)
-        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = dict(zip(keys, chain.from_iterable(group["params"] for group in self.param_groups), strict=False))
-        ours: dict[Tensor, State] = {}
-        rest: dict[Any, Any] = {}
-        for key, state in state_dict["state"].items():
-            if key in params and isinstance(state, dict):
-                ours[params[key]] = {name: state[name] for name in self._state_names if name in state}
-                state = {
-                    name: value for name, value in state.items() if name not in (*self._state_names, *self._others)
-                }
-            if not isinstance(state, dict) or state:
-                rest[key] = state
+        states, inner_states = self._divided(state_dict)
         self._check_groups(state_dict["param_groups"])
-        for param, state in ours.items():
-            if state:
-                if missing := [name for name in self._state_names if name not in state]:
-                    raise ValueError(
-                        f"state_dict: a parameter's state has {next(iter(state))} without {', '.join(missing)}: take "
-                        f"{', '.join(self._state_names)} out of each state to start afresh"
-                    )
-                self._check_state(param, state)
-        current = []  # the wrapper's numbers, for saved groups that lack them
-        for group in self.param_groups:
-            current.append({name: group[name] for name in self._group_defaults})
-            current[-1].update({name: self._group_defaults[name] for name in self._runs})
-        groups = [{**own, **saved} for own, saved in zip(current, state_dict["param_groups"], strict=True)]
-        for i, group in enumerate(groups):
+        for param, state in states.items():
+            if missing := [name for name in self._state_names if name not in state]:
+                raise ValueError(
+                    f"state_dict: a parameter's state has {next(iter(state))} without {', '.join(missing)}: take "
+                    f"{', '.join(self._state_names)} out of each state to start afresh"
+                )
+            self._check_state(param, state)
+        groups = []
+        for i, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
+            # saved groups that lack this wrapper's numbers get the current ones, and begin their progress anew
+            current = {name: group[name] for name in self._group_defaults if name not in self._runs}
+            groups.append({**self._group_defaults, **current, **saved})
             try:
-                self._check(group)
+                self._check(groups[i])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"state_dict: param_groups[{i}] cannot be loaded, as {error}") from None
-        self._inner.load_state_dict({**state_dict, "state": rest, "param_groups": groups})
+        self._inner.load_state_dict({**state_dict, "state": inner_states, "param_groups": groups})
         self._drop_none()
-        for param, state in ours.items():
-            if state:
-                self.state[param].update({name: self._placed(name, value, param) for name, value in state.items()})
+        for param, state in states.items():
+            self.state[param].update({name: self._placed(name, value, param) for name, value in state.items()})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def _divided(self, state_dict: dict[str, Any]) -> tuple[dict[Tensor, State], dict[Any, Any]]:
+        """Divide a saved state into this wrapper's, by parameter, and the inner optimizer's, by key."""
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = dict(zip(keys, chain.from_iterable(group["params"] for group in self.param_groups), strict=False))
+        not_inner = {*self._state_names, *self._others}
+        states: dict[Tensor, State] = {}
+        inner_states: dict[Any, Any] = {}
+        for key, state in state_dict["state"].items():
+            if key in params and isinstance(state, dict):
+                if found := {name: state[name] for name in self._state_names if name in state}:
+                    states[params[key]] = found
+                state = {name: value for name, value in state.items() if name not in not_inner}
+            if not isinstance(state, dict) or state:
+                inner_states[key] = state
+        return states, inner_states
 
     def _check_groups(self, groups: list[dict[str, Any]]) -> None:
         """Raise ValueError if a saved run cannot be continued."""

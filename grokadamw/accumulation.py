@@ -20,7 +20,6 @@ from ._wrapper_base import check_saved
 from .backends import fastest_sum_of_squares
 from .distributed import divisions
 from .state.slots import State
-from .step.batches import Given
 from .step.norm import clip_coefficient, global_norm
 
 __all__ = ["Accumulate"]
@@ -80,9 +79,9 @@ class Accumulate(Wrapper):
 
     def _check_inner(self, inner: Optimizer) -> None:
         super()._check_inner(inner)
-        if (its := inner.defaults.get("accumulation_steps", 1)) > 1:
+        if (k := inner.defaults.get("accumulation_steps", 1)) > 1:
             raise ValueError(
-                f"Accumulate around a GrokAdamW with accumulation_steps={its}: both accumulate, and `stepped` would be "
+                f"Accumulate around a GrokAdamW with accumulation_steps={k}: both accumulate, and `stepped` would be "
                 "True at steps that move nothing. Leave one of them out"
             )
 
@@ -156,12 +155,11 @@ class Accumulate(Wrapper):
         lists = [[part.grad for part in alike] for _, alike in by_kind(summed, lambda part: None)]
         for grads in lists:
             torch._foreach_div_(grads, count)
-        ways = divisions(self.param_groups)
-        given = Given(self.param_groups, self.state, {}, shard_group=self._shard_group)
-        if self._clipping > 0 and (summed or ways or self._shard_group is not None):  # all ranks must take part
+        groups, shard_group = self.param_groups, self._shard_group
+        if self._clipping > 0 and (summed or shard_group is not None or divisions(groups)):  # all ranks must take part
             devices = (grad.device for grads in lists for grad in grads)
             home = next((device for device in devices if not reads_are_free(device)), None)
-            norm = global_norm([part.grad for part in summed], fastest_sum_of_squares, home, given, ways)
+            norm = global_norm([part.grad for part in summed], fastest_sum_of_squares, home, groups, shard_group)
             clip = clip_coefficient(norm, self._clipping)
             for grads in lists:
                 torch._foreach_mul_(grads, clip.to(grads[0]) if isinstance(clip, Tensor) else clip)

@@ -16,7 +16,7 @@ _found: weakref.WeakSet[Any] = weakref.WeakSet()  # the wrappers that there are,
 
 def kind_of(module: object) -> str | None:
     """Return the name of DDP or FSDP1 if a module is one of them, or of a subclass; None for any other."""
-    return next((each.__name__ for each in type(module).__mro__ if each.__name__ in (DDP, FSDP1)), None)
+    return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in (DDP, FSDP1)), None)
 
 
 def wrappers_of(params: set[Tensor]) -> list[Any]:
@@ -60,3 +60,11 @@ def copies_of(wrapper: Any) -> set[int]:
     """Return the ranks that hold the same parameters as this rank, or the same parts of them, as with HYBRID_SHARD."""
     groups = [vars(wrapper).get("_inter_node_pg"), wrapper.process_group if holds_whole(wrapper) else None]
     return {rank for group in groups if group is not None for rank in dist.get_process_group_ranks(group)}
+
+
+def why_not_early(params: set[Tensor]) -> str | None:
+    """Return why ranks change the gradients of these parameters after backward has made them; None if they don't."""
+    if any(hasattr(param, "device_mesh") for param in params):
+        return "that are DTensors, as FSDP2 makes"
+    wrappers = wrappers_of(params)
+    return f"in {kind_of(wrappers[0])}, which averages their gradients later" if wrappers else None

@@ -252,6 +252,28 @@ def sum_over_ranks(values: Iterable[Any], groups: Sequence[Mapping[str, Any]], s
     return total
 
 
+def share_of(total: Any, shards: Shards | None, shard_group: Any) -> Any:
+    """Return this rank's summand for `sum_over_ranks`: a plain total, or its share of a total that a mesh has."""
+    return total if shards is None else total / shards.ranks_in(shard_group)
+
+
+def overflow_of_all(found_inf: Any, groups: Sequence[Mapping[str, Any]], shard_group: Any) -> Any:
+    """Return GradScaler's flag; with a shard_group the number of its ranks that have one above 0."""
+    if found_inf is None or shard_group is None:
+        return found_inf
+    return sum_over_ranks([found_inf != 0], groups, shard_group)
+
+
+def check_agreed(found: float, shard_group: Any) -> None:
+    """Raise RuntimeError if `found` ranks of the shard_group, but not all, found infinity: scales would differ."""
+    if shard_group is not None and 0 < found < (size := shard_group.size()):
+        raise RuntimeError(
+            f"{found:g} of the shard_group's {size} ranks found infinity in their gradients, and so each would go "
+            "on with a loss scale of its own; nothing was written. Use ShardedGradScaler, and call "
+            "scaler.unscale_(optimizer) before scaler.step(optimizer): all ranks then find what one of them finds"
+        )
+
+
 def _added(values: Iterable[Any], device: torch.device, size: Sequence[int] = ()) -> Tensor:
     total = torch.zeros(size, dtype=torch.float64, device=device)
     for value in values:
@@ -285,14 +307,6 @@ def state_is_asked_for() -> bool:
     return False
 
 
-def why_not_early(params: set[Tensor]) -> str | None:
-    """Return why ranks change the gradients of these parameters after backward has made them; None if they don't."""
-    if any(mesh_of(param) is not None for param in params):
-        return "that are DTensors, as FSDP2 makes"
-    wrappers = wrappers_of(params)
-    return f"in {kind_of(wrappers[0])}, which averages their gradients later" if wrappers else None
-
-
 class AllRanks:
     """Knows whether every rank takes an optimizer's steps, as with FSDP2, DDP and FSDP1."""
 
@@ -312,7 +326,7 @@ class AllRanks:
         A model may be wrapped after its first steps, or anew. Looking for wrappers may take 50 ms: without one, look
         at the first step, the second, the fourth, and so on.
         """
-        found = [wrapper for each in self._wrappers if (wrapper := each()) is not None]
+        found = [wrapper for reference in self._wrappers if (wrapper := reference()) is not None]
         if found:
             self._wait, self._pause = 0, 1
             return found
@@ -321,16 +335,18 @@ class AllRanks:
         return found
 
     def meet(self, groups: Sequence[Mapping[str, Any]], shard_group: Any, wanted: bool) -> bool:
-        """Return True if ranks average their signals in this step: if all are known to take it, or this one wants to.
+        """Return True if the ranks average their signals in this step.
+
+        They do if all ranks are known to take the step, or if this rank asks for it (`wanted`).
 
         Raises:
-            RuntimeError: it wants to in DDP's join(), where ranks that have no more data take no more steps.
+            RuntimeError: this rank asks for it in DDP's join(), where ranks that have no more data take no more steps.
         """
         if shard_group is not None:  # a rank may have none of its parameters
             return wanted or dist.get_world_size(shard_group) == ranks()
         if torch._C._current_graph_task_id() != -1:  # an optimizer for each parameter, which steps in the backward pass
             return wanted
-        if all(each() is None for each in self._wrappers) and span_all_ranks(groups):
+        if all(reference() is None for reference in self._wrappers) and span_all_ranks(groups):
             return True
         wrappers = self.wrappers(groups)
         if any(getattr(getattr(wrapper, "_join_config", None), "enable", False) for wrapper in wrappers):

@@ -18,7 +18,7 @@ from ._hints import check_params, with_hints, with_model
 from ._numbers import as_number, as_share
 from .backends import Batch, Scalars
 from .backends.gpu_tables import Tables
-from .distributed import check_shard_group
+from .distributed import check_shard_group, overflow_of_all
 from .groups import check_model, grokking_groups
 from .options import RECORDED, check_group, group_defaults, rules_of
 from .signals import memorisation
@@ -288,18 +288,23 @@ class GrokAdamW(Base):
         run.stepped = False
         may_capture = torch.cuda._initialized or any(map(itemgetter("capturable"), self.param_groups))
         capturing = may_capture and capture.is_capturing(self)
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        groups, state, ranks = self.param_groups, self.state, run.shard_group
-        given = Given(groups, state, options, scale, found_inf, capturing, compiling, shard_group=ranks)
-        if run.shard_group is not None and found_inf is not None:
-            given = given._replace(found_inf=given.sum_over_ranks([found_inf != 0]))
+        given = Given(
+            self.param_groups,
+            self.state,
+            options,
+            scale=getattr(self, "grad_scale", None),
+            found_inf=overflow_of_all(getattr(self, "found_inf", None), self.param_groups, run.shard_group),
+            capturing=capturing,
+            compiling=compiling,
+            shard_group=run.shard_group,
+        )
         if run.in_backward is not None:
             return run.in_backward.end(self, given)  # type: ignore[no-any-return]
-        overflow = found_inf is not None and stages.is_overflow(given)
+        overflow = stages.is_overflow(given)
         if overflow or not stages.check_given(run, given):
             return [], None
         stages.begin(run, given, self._preset_gamma)
-        found_inf = None if overflow is False else given.found_inf
+        found_inf = given.found_inf if overflow is None else None  # needed only if the host cannot read it
         return stages.prepare(run, given._replace(groups=self.param_groups, state=self.state, found_inf=found_inf))
 
     @_disable_dynamo

@@ -300,7 +300,7 @@ class GrokAdamWCallback(TrainerCallback):
     ) -> None:
         self._goes_on = True
         for name, key in self._evaluated.items():  # by now all sets were evaluated
-            # the Trainer's own metrics begin with eval_; those of an evaluation by the user say nothing of its keys
+            # warn only if the Trainer has evaluated: its metrics begin with eval_, and a user's own need not
             if any(metric.startswith(("eval_", f"{key.partition('_')[0]}_")) for metric in self._metrics):
                 self._warn_if_missing(name, key)
 

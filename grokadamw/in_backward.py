@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ._warn import warn
 from .backends import Batch, Scalars
 from .backends.gpu_tables import Tables
-from .distributed import why_not_early
+from .ddp import why_not_early
 from .grokadamw import GrokAdamW
 from .layers import name_of
 from .options import check_changed
@@ -29,6 +29,7 @@ from .step.norm import NormSoFar
 __all__ = ["StepInBackward", "step_in_backward"]
 
 _Calls = Sequence[tuple[Batch, Scalars]]
+_QUIET = 1  # a group's skipped steps from which on the stages do not warn: only `end` does
 _SCALED = (
     "GradScaler with step_in_backward: this pass has used gradients before they could be unscaled. Compute in "
     "bfloat16, which needs no GradScaler, and start from the last checkpoint; or call the handle's remove()"
@@ -216,7 +217,7 @@ class StepInBackward:
                 raise RuntimeError(_TWICE.format(name_of(param, optimizer.param_groups, optimizer._run.names)))
             run, one, (i, place, number) = optimizer._run, self._one, self._places[param]
             group = optimizer.param_groups[i]
-            alone = {**group, "skipped_steps": 1}  # above 0, so that only `end` warns
+            alone = {**group, "skipped_steps": _QUIET}
             alone |= {name: [group[name][place]] for name in ("params", "layers", "param_names") if name in group}
             one.cache = self._caches.setdefault(param, Cache())
             one.last = LastStep(run.last.signal, run.last.alphas[i : i + 1], boosts=run.last.boosts[i : i + 1])
@@ -228,7 +229,7 @@ class StepInBackward:
             run.skipped = one.skipped
             stages.write(self._clipped(calls, one.last, [alone]), tables)
             self._updated.add(param)
-            if alone["skipped_steps"] > 1:
+            if alone["skipped_steps"] > _QUIET:  # its gradient was not finite
                 self._skipped.append(name_of(param, [alone], run.names))
             param.grad = None
 

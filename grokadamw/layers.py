@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -54,22 +54,25 @@ def layer_path(name: str) -> str:
 
 def layers_of(group: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> list[int]:
     """Return the layer of each of the group's parameters, continuing the layers of the earlier groups."""
-    count = len(group["params"])
     if group["layer"] is not None:
-        return [group["layer"]] * count
+        return [group["layer"]] * len(group["params"])
     if "param_names" not in group:
-        return list(range(count))
+        return list(range(len(group["params"])))
     known: dict[str, int] = {}
     for other in earlier:
         if other["layer"] is None:
             known.update(zip(map(layer_path, other["param_names"]), other["layers"], strict=True))
+    return _numbered(group["param_names"], known)
+
+
+def _numbered(names: Iterable[str], known: Mapping[str, int]) -> list[int]:
+    """Return the layer of each named parameter. Layers that are not `known` get the next numbers, in order."""
+    paths = list(map(layer_path, names))
+    numbers = {"": 0, **known}
     following = max((layer for path, layer in known.items() if path), default=-1) + 1
-    known.setdefault("", 0)
-    for path in map(layer_path, group["param_names"]):
-        if path not in known:
-            known[path] = following
-            following += 1
-    return [known[layer_path(name)] for name in group["param_names"]]
+    new = dict.fromkeys(path for path in paths if path not in numbers)
+    numbers.update(zip(new, count(following), strict=False))
+    return [numbers[path] for path in paths]
 
 
 def as_integers(name: str, value: Any) -> list[int]:
@@ -108,8 +111,7 @@ def check_changed(groups: Sequence[dict[str, Any]], checked: list[list[int]]) ->
 
 def layers_in(named: Mapping[Tensor, str]) -> dict[Tensor, int]:
     """Return the layer of each of a model's parameters, numbered in order of appearance."""
-    numbers = {"": 0}
-    return {param: numbers.setdefault(layer_path(name), len(numbers) - 1) for param, name in named.items()}
+    return dict(zip(named, _numbered(named.values(), {}), strict=True))
 
 
 def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> dict[Tensor, str]:
@@ -206,7 +208,7 @@ def warnings_for(
     no warning about `preset_gamma`, the γ that `GrokAdamW.for_grokking` chose for its model.
     """
     of_names = [names(g, i, known) for i, g in enumerate(groups) if g["layer"] is None and "param_names" in g]
-    twice = [name for name, count in Counter(chain.from_iterable(of_names)).items() if count > 1]
+    twice = [name for name, uses in Counter(chain.from_iterable(of_names)).items() if uses > 1]
     if twice and any(group["gamma"] > 0 for group in groups):
         yield (
             f"two parameters are called {twice[0]!r}, and count as one layer: give names of the whole model, as "

@@ -80,7 +80,7 @@ class GrokAdamWCallback(Callback):
         self._last_train_loss: torch.Tensor | None = None
         self._epochs_loss: Any = None  # what train_loss was when the epoch began
         self._is_late = False  # whether train_loss is still the one before this epoch
-        self._waits_for_loss = False  # whether the last validation in this epoch was late in this sense
+        self._waits_for_loss = False  # whether a validation in this epoch came before its train_loss was logged
         self._before: dict[str, Any] = {}  # what was logged before a validation, which Lightning keeps
         self._heard: set[str] = set()  # which of the values were there
         self._said: set[str] = set()
@@ -107,9 +107,9 @@ class GrokAdamWCallback(Callback):
             for optimizer in trainer.optimizers[:1]:  # with several, Lightning leaves clipping to the module
                 trainers.say_who_clips(optimizer, float(limit), "gradient_clip_val", by_norm=by_norm)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # its connector sets it
-        averages = any(kind.__name__ == "WeightAveraging" for each in callbacks for kind in type(each).__mro__)
+        classes = {kind.__name__ for callback in callbacks for kind in type(callback).__mro__}
         boosts = any(group["signal_boost"] for optimizer in self._optimizers for group in optimizer.param_groups)
-        if averages and boosts and self._says("averages"):
+        if "WeightAveraging" in classes and boosts and self._says("averages"):
             warn(
                 "validation measures averaged weights, which lag behind those that train: the signal takes that for "
                 "memorising, and signal_boost goes on making large updates. Leave the averaging out, or give the "

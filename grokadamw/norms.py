@@ -1,6 +1,6 @@
-"""Whether a model normalises its activations, and which of its modules are norm layers.
+"""Find a model's norm layers, and tell whether it normalises its activations.
 
-It shows in modules, by their classes, and in code, by calls of torch.nn.functional's norms.
+Both show in the names of its modules' classes, and in their code, by calls of torch.nn.functional's norms.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def is_vector(param: Tensor) -> bool:
 def _calls_norms(module: nn.Module) -> bool:
     """Return True if a module's ``forward``, or a method or function that it calls by name, calls a norm.
 
-    So does the ``training_step`` of a Lightning module. What a flag switches off is found, too; what is called through
-    a list, a dict or a hook is not.
+    The ``training_step`` of a Lightning module counts like ``forward``. A call that a flag switches off is found, too.
+    A call through a list, a dict or a hook is not.
     """
     found = [inspect.getattr_static(module, name, None) for name in ("forward", "training_step")]
     seen = set[FunctionType]()
@@ -98,5 +98,5 @@ def _values(names: set[str], function: FunctionType, module: nn.Module) -> Itera
 
 def _names(code: CodeType) -> Iterator[str]:
     """Yield the names that a function's code uses, also inside the functions in it."""
-    inner = (each for each in code.co_consts if isinstance(each, CodeType))
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return chain(code.co_names, chain.from_iterable(map(_names, inner)))

@@ -39,7 +39,8 @@ def check_formats(name: str, value: Any) -> Any:
         return _check_format(name, value)
     if unknown := [key for key in value if key not in STATES]:
         raise ValueError(f"{name}={value!r} names {unknown[0]!r}: the states are {', '.join(map(repr, STATES))}")
-    return {key: _check_format(f"{name}[{key!r}]", value[key]) for key in STATES if key in value}
+    formats = {key: _check_format(f"{name}[{key!r}]", value[key]) for key in STATES if key in value}
+    return formats if {*formats.values()} - {"float32"} else "float32"
 
 
 def _check_format(name: str, value: Any) -> str:
@@ -79,50 +80,48 @@ class Option(NamedTuple):
     check: Check
     scope: str
     on_load: str
-    since: str  # version of this package; "0.1.2" is the release published before it
 
 
 # fmt: off
 OPTIONS: dict[str, Option] = {
-    # name                               default       check                                 scope      load  since
-    "lr":                         Option(1e-3,         check_scalar,                         GROUP,     TAKE, "0.1.2"),
-    "betas":                      Option((0.9, 0.999), check_betas,                          GROUP,     TAKE, "0.1.2"),
-    "eps":                        Option(1e-8,         check_number,                         GROUP,     TAKE, "0.1.2"),
-    "weight_decay":               Option(1e-2,         check_number,                         GROUP,     TAKE, "0.1.2"),
-    "alpha_init":                 Option(0.98,         partial(check_scalar, at_most=1),     GROUP,     TAKE, "0.1.2"),
-    "lamb":                       Option(2.0,          check_number,                         GROUP,     TAKE, "0.1.2"),
-    "gamma":                      Option(0.1,          partial(check_number, below=1),       GROUP,     TAKE, "0.1.2"),
-    "grokking_signal_fns":        Option(None,         not_in_a_group,                       RUNNING,   KEEP, "0.1.2"),
-    "grokking_signal_decay_rate": Option(0.1,          check_number,                         GROUP,     TAKE, "0.1.2"),
-    "gradient_clipping":          Option(1.0,          check_limit,                          GROUP,     TAKE, "0.1.2"),
-    "max_row_norm":               Option(0.0,          check_limit,                          GROUP,     TAKE, "0.2.0"),
-    "max_row_change":             Option(0.0,          check_limit,                          GROUP,     TAKE, "0.2.0"),
-    "combine":                    Option("mean",       not_in_a_group,                       RUNNING,   KEEP, "0.2.0"),
-    "second_moment":              Option("filtered",   one_of("filtered", "raw"),            OPTIMIZER, WARN, "0.2.0"),
-    "amplify_after":              Option(0,            check_count,                          GROUP,     TAKE, "0.2.0"),
-    "signal_boost":               Option(0.0,          check_number,                         GROUP,     TAKE, "0.2.0"),
-    "amplify_by_signal":          Option(False,        one_of(True, False),                  OPTIMIZER, WARN, "0.2.0"),
-    "window_size":                Option(None,         or_none(check_count, at_least=1),     OPTIMIZER, WARN, "0.2.0"),
-    "window_dtype":               Option(None,         check_dtype,                          OPTIMIZER, KEEP, "0.2.0"),
-    "accumulation_steps":         Option(1,            partial(check_count, at_least=1),     OPTIMIZER, WARN, "0.2.0"),
-    "state_dtype":                Option("float32",    check_formats,                        OPTIMIZER, KEEP, "0.2.0"),
-    "master_weight_bits":         Option(None,         one_of(None, 24, 32),                 OPTIMIZER, KEEP, "0.2.0"),
-    "rounding":                   Option("nearest",    one_of("nearest", "stochastic"),      OPTIMIZER, KEEP, "0.2.0"),
-    "nonfinite":                  Option("skip",       one_of("skip", "raise", "propagate"), OPTIMIZER, KEEP, "0.2.0"),
-    "compat":                     Option(None,         one_of(None, "0.1.2"),                OPTIMIZER, WARN, "0.2.0"),
-    "shard_group":                Option(None,         not_in_a_group,                       RUNNING,   KEEP, "0.2.0"),
-    "foreach":                    Option(None,         one_of(None, True, False),            GROUP,     KEEP, "0.2.0"),
-    "maximize":                   Option(False,        one_of(True, False),                  GROUP,     TAKE, "0.2.0"),
-    "capturable":                 Option(False,        one_of(True, False),                  GROUP,     KEEP, "0.2.0"),
-    "differentiable":             Option(False,        one_of(True, False),                  OPTIMIZER, KEEP, "0.2.0"),
-    "fused":                      Option(None,         one_of(None, True, False),            GROUP,     KEEP, "0.2.0"),
-    "grokking_signal_fn":         Option(None,         not_in_a_group,                       RUNNING,   KEEP, "0.2.0"),
-    "layer":                      Option(None,         or_none(check_count),                 GROUP,     TAKE, "0.2.0"),
+    # name                               default       check                                 scope      load
+    "lr":                         Option(1e-3,         check_scalar,                         GROUP,     TAKE),
+    "betas":                      Option((0.9, 0.999), check_betas,                          GROUP,     TAKE),
+    "eps":                        Option(1e-8,         check_number,                         GROUP,     TAKE),
+    "weight_decay":               Option(1e-2,         check_number,                         GROUP,     TAKE),
+    "alpha_init":                 Option(0.98,         partial(check_scalar, at_most=1),     GROUP,     TAKE),
+    "lamb":                       Option(2.0,          check_number,                         GROUP,     TAKE),
+    "gamma":                      Option(0.1,          partial(check_number, below=1),       GROUP,     TAKE),
+    "grokking_signal_fns":        Option(None,         not_in_a_group,                       RUNNING,   KEEP),
+    "grokking_signal_decay_rate": Option(0.1,          check_number,                         GROUP,     TAKE),
+    "gradient_clipping":          Option(1.0,          check_limit,                          GROUP,     TAKE),
+    "max_row_norm":               Option(0.0,          check_limit,                          GROUP,     TAKE),
+    "max_row_change":             Option(0.0,          check_limit,                          GROUP,     TAKE),
+    "combine":                    Option("mean",       not_in_a_group,                       RUNNING,   KEEP),
+    "second_moment":              Option("filtered",   one_of("filtered", "raw"),            OPTIMIZER, WARN),
+    "amplify_after":              Option(0,            check_count,                          GROUP,     TAKE),
+    "signal_boost":               Option(0.0,          check_number,                         GROUP,     TAKE),
+    "amplify_by_signal":          Option(False,        one_of(True, False),                  OPTIMIZER, WARN),
+    "window_size":                Option(None,         or_none(check_count, at_least=1),     OPTIMIZER, WARN),
+    "window_dtype":               Option(None,         check_dtype,                          OPTIMIZER, KEEP),
+    "accumulation_steps":         Option(1,            partial(check_count, at_least=1),     OPTIMIZER, WARN),
+    "state_dtype":                Option("float32",    check_formats,                        OPTIMIZER, KEEP),
+    "master_weight_bits":         Option(None,         one_of(None, 24, 32),                 OPTIMIZER, KEEP),
+    "rounding":                   Option("nearest",    one_of("nearest", "stochastic"),      OPTIMIZER, KEEP),
+    "nonfinite":                  Option("skip",       one_of("skip", "raise", "propagate"), OPTIMIZER, KEEP),
+    "compat":                     Option(None,         one_of(None, "0.1.2"),                OPTIMIZER, WARN),
+    "shard_group":                Option(None,         not_in_a_group,                       RUNNING,   KEEP),
+    "foreach":                    Option(None,         one_of(None, True, False),            GROUP,     KEEP),
+    "maximize":                   Option(False,        one_of(True, False),                  GROUP,     TAKE),
+    "capturable":                 Option(False,        one_of(True, False),                  GROUP,     KEEP),
+    "differentiable":             Option(False,        one_of(True, False),                  OPTIMIZER, KEEP),
+    "fused":                      Option(None,         one_of(None, True, False),            GROUP,     KEEP),
+    "grokking_signal_fn":         Option(None,         not_in_a_group,                       RUNNING,   KEEP),
+    "layer":                      Option(None,         or_none(check_count),                 GROUP,     TAKE),
 }
 # fmt: on
 GROUP_OPTIONS = [name for name, option in OPTIONS.items() if option.scope == GROUP]
 OF_NO_GROUP = [name for name, option in OPTIONS.items() if option.scope == RUNNING]
-NEWER = {name for name, option in OPTIONS.items() if option.since != "0.1.2"}  # than the published release
 # Groups hold no signals, but release 0.1.2 had their key there, and its users read it: the key stays, with None.
 _IN_GROUPS = [name for name, option in OPTIONS.items() if option.scope != RUNNING or name == "grokking_signal_fns"]
 _OPTIONS_IN = itemgetter(*_IN_GROUPS)
@@ -142,7 +141,11 @@ class Rules(NamedTuple):
     knows_nonfinite: bool = True  # `nonfinite` acts
 
 
-_RULES = {None: Rules(), "0.1.2": Rules(*(not rule for rule in Rules()))}  # the release does the opposite in each
+_OF_0_1_2 = Rules(
+    decays_bias_correction=False, eps_before_correction=True, clips_each_tensor=True, layers_by_place=True,
+    signals_for_each_group=True, limits_alpha=False, state_is_wide=False, knows_nonfinite=False,
+)  # fmt: skip
+_RULES = {None: Rules(), "0.1.2": _OF_0_1_2}
 
 
 def rules_of(defaults: Mapping[str, Any]) -> Rules:
@@ -194,7 +197,7 @@ def recorded(groups: Sequence[dict[str, Any]], name: str) -> Any:
 
 def check_pickled(state: Mapping[str, Any]) -> None:
     """Raise ValueError for a pickled optimizer of release 0.1.2, which cannot be read."""
-    if NEWER.isdisjoint(state.get("defaults", OPTIONS)):
+    if "defaults" in state and "skipped_steps" not in state["defaults"]:
         raise ValueError(
             "this is a pickled optimizer of grokadamw 0.1.2, and cannot be read: under that release, save its "
             "state_dict(), which load_state_dict can load"
@@ -237,7 +240,7 @@ def check_group(
         if option.scope != RUNNING:
             checked[name] = value
     if not _TOGETHER.isdisjoint(names):
-        _check_together(group)
+        _check_together({**group, **checked})
     if read_tensors:
         for name, value in checked.items():
             if isinstance(value, Tensor):
@@ -250,7 +253,7 @@ def check_group(
     return checked
 
 
-# Two lists of options: one of the first and one of the second must not both differ from their defaults; and why.
+# Options, other options, and why: if one of the first differs from its default, none of the others may.
 _CONFLICTS = (
     (("max_row_norm", "max_row_change", "signal_boost"), ("compat",), ", which has no such thing:"),
     (("accumulation_steps", "window_size"), ("compat", "differentiable"), ":"),
@@ -318,7 +321,7 @@ def check_changed(
     checked: list[tuple[Any, ...]],
     checked_layers: list[list[int]],
 ) -> None:
-    """Check the options and layers that were set by hand since the last step; the lists have, and get, their values."""
+    """Check options and layers set by hand since the last step; the lists hold their values, and are updated."""
     layers.check_changed(groups, checked_layers)
     # with the number of keys: a group that got another one may have an option that is not allowed in groups
     now = [(len(group), *_OPTIONS_IN(group)) for group in groups]

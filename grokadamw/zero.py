@@ -47,7 +47,7 @@ def follow(zero: Any, optimizer: Any, params: Any, arguments: dict[str, Any]) ->
         optimizer._run.shard_group = zero.process_group
     optimizer._run.zero, this = weakref.ref(zero), weakref.ref(optimizer)
 
-    def keep_own(_: Any) -> None:  # before loaded groups are copied over them; if it loads twice, before the first time
+    def keep_own(_: Any) -> None:  # before loaded groups replace them; a second load keeps the first copy
         if (optimizer := this()) is not None and not optimizer._run.before_loading:
             optimizer._run.before_loading = [dict(group) for group in optimizer.param_groups]
 

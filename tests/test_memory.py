@@ -149,3 +149,10 @@ def test_no_count_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         main(["memory", f"--params={wrong}"])
     assert f"--params: {wrong} is not a whole number of at least 1, such as 7e9" in capsys.readouterr().err
+
+
+def test_a_sparse_gradient_counts_as_its_parameter() -> None:
+    """A step refuses it with a way out; a table of bytes need not."""
+    model = nn.Embedding(10, 4, sparse=True)
+    model(torch.tensor([1, 2])).sum().backward()
+    assert GrokAdamW(model.parameters()).memory()["gradients"] == model.weight.nbytes

@@ -19,7 +19,7 @@ import torch
 import grokadamw
 from grokadamw import GrokAdamW
 from grokadamw.checkpoints import to_adamw
-from grokadamw.options import GROUP_KEYS, OPTIONS
+from grokadamw.options import GROUP_KEYS, OPTIONS, STATES, may_be_coded
 
 from .models import parameters
 
@@ -75,11 +75,11 @@ def test_the_docstring_describes_every_option(name: str) -> None:
     assert re.search(rf"^    {name}: |``{name}``", described, re.MULTILINE)
 
 
-def test_the_published_release_has_the_options_that_the_table_says() -> None:
-    saved = torch.load(Path(__file__).parent / "checkpoints/grokadamw-0.1.2.pt", weights_only=True)
-    (group, *_) = saved["optimizer"]["param_groups"]
-    of_the_release = {name for name, option in OPTIONS.items() if option.since == "0.1.2"}
-    assert group.keys() - {"params", "state", "train_loss", "eval_loss"} == of_the_release
+@pytest.mark.parametrize("state_dtype", [{}, {"exp_avg": "float32"}, dict.fromkeys(STATES, "float32")])
+@pytest.mark.parametrize("other", [{"compat": "0.1.2"}, {"differentiable": True}])
+def test_the_default_format_may_be_spelt_out(state_dtype: dict[str, str], other: dict[str, Any]) -> None:
+    optimizer = GrokAdamW(parameters(), state_dtype=state_dtype, **other)
+    assert not may_be_coded(optimizer.defaults)
 
 
 # defaults and groups
@@ -170,7 +170,7 @@ def test_copies_keep_it(name: str) -> None:
 
 # a new option
 
-ROW = """    "{name}": Option(0.5, partial(check_number, below=3), {scope}, {on_load}, "0.3.0"),
+ROW = """    "{name}": Option(0.5, partial(check_number, below=3), {scope}, {on_load}),
 """
 USE = """
 import copy, pickle, warnings

@@ -601,3 +601,11 @@ def test_a_recorded_tensor_is_a_copy() -> None:
         warnings.simplefilter("error")
         assert optimizer.metrics()["signal"] == 0.5
     assert isinstance(as_number(loss), torch.Tensor)
+
+
+@pytest.mark.usefixtures("nothing_is_free_to_read")
+@pytest.mark.parametrize(("compat", "alpha"), [(None, 0.98), ("0.1.2", 0.98 * math.exp(0.1))])
+def test_a_negative_signal_on_a_device_acts_as_one_that_the_host_reads(compat: str | None, alpha: float) -> None:
+    optimizer = GrokAdamW([nn.Parameter(torch.ones(3))], compat=compat, grokking_signal_fns=lambda: torch.tensor(-1.0))
+    optimizer.update_signals()
+    assert optimizer.metrics()["alpha"] == pytest.approx(alpha, rel=1e-6)

@@ -141,8 +141,11 @@ def test_a_conjugate_gradient_is_taken_for_what_it_is() -> None:
     p, q = (nn.Parameter(torch.ones(2, dtype=torch.complex64)) for _ in range(2))
     gradient = torch.tensor([1 + 2j, 3 - 1j])
     p.grad, q.grad = gradient.conj(), gradient.conj().resolve_conj()
-    GrokAdamW([p]).step()
-    GrokAdamW([q]).step()
+    optimizer, other = GrokAdamW([p]), GrokAdamW([q])
+    for _ in range(2):
+        assert optimizer.implementation() == other.implementation()
+        optimizer.step()
+        other.step()
     assert torch.equal(p, q)
 
 

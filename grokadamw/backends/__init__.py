@@ -5,7 +5,8 @@ A backend is two functions:
     sum_of_squares(tensors) -> 0-d float64 tensor
     step(Batch, Scalars) -> None
 
-A new backend is one new file and a few lines in `choose`.
+A new backend is one new file, a few lines in `choose`, and its name in `BY_ADDRESS` if it reads memory by address, or
+in `LIMITS_ROWS` if it limits rows: then it also has `row_width`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocks, cpu, decoded, foreach, gpu, memory, native, reference, rows
-from .types import Batch, Choice, MicroStep, Scalars
+from . import blocks, cpu, decoded, foreach, gpu, memory, native, reference
+from .types import Batch, Choice, Scalars
 
-__all__ = ["BY_ADDRESS", "FUSED_ON", "LIMITS_ROWS", "Batch", "Choice", "MicroStep", "Scalars", "choose"]
-__all__ += ["fastest_sum_of_squares", "is_fused_on", "keep", "row_width", "rows", "sum_of_squares"]
+__all__ = ["BY_ADDRESS", "FUSED_ON", "LIMITS_ROWS", "Batch", "Choice", "Scalars", "choose"]
+__all__ += ["fastest_sum_of_squares", "is_fused_on", "keep", "row_width", "sum_of_squares"]
 
 BY_ADDRESS = (cpu, blocks, gpu)  # backends whose tensors must not share memory
 LIMITS_ROWS = (cpu, gpu, decoded)  # backends that limit rows themselves

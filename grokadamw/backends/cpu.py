@@ -126,7 +126,7 @@ def step(batch: Batch, scalars: Scalars) -> None:
     if isinstance(kernel, str):
         raise RuntimeError(kernel)
     if n.finite is not None and not n.finite:
-        if n.micro_step.of == 1:
+        if n.micro_step.k == 1:
             return
         batch, n = batch._replace(grads=list(map(torch.zeros_like, batch.grads)), addresses=None), n._replace(clip=1.0)
     at = keep(batch) if batch.addresses is None else batch.addresses

@@ -1,9 +1,9 @@
 /* The sum of squares, and the step from slow_grad to limit_rows, for all tensors of a list in one pass through memory
  * each; cpu.py calls it.
  *
- * setup.py compiles this file once for each instruction set, with VARIANT after the names of its functions. It leaves
- * vectors to the compiler, but for `step_full`, and forbids it to join a product and a sum: so an element's result has the
- * same bits wherever it lies, for any number of threads and any instruction set.
+ * setup.py compiles this file once for each instruction set; VARIANT ends the names of its functions. The compiler makes
+ * the vectors, except in `step_full`, and must not fuse a multiplication and an addition. So the bits of an element do not
+ * depend on its place, the number of threads or the instruction set.
  */
 
 #include <fenv.h>
@@ -94,12 +94,12 @@ static inline uint16_t to_float16(float x)
 {
     const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
     const uint32_t normal = (rest + 0xfff + (rest >> 13 & 1) - 0x38000000) >> 13;          /* to even */
-    const uint32_t small = bits_of(float_of(rest) + 0.5f) - 0x3f000000;                    /* so too: 0.5 has its ulp */
+    const uint32_t small = bits_of(float_of(rest) + 0.5f) - 0x3f000000;                    /* the sum does: 0.5 has its ulp */
     const uint32_t large = rest > 0x7f800000 ? 0x7e00 : 0x7c00;
     return sign | (rest < 0x38800000 ? small : rest < 0x47800000 ? normal : large);
 }
 
-/* n elements of a half dtype as floats in room, or floats where they lie; and back. */
+/* Return n elements as floats: those of a half dtype in `room`, floats where they are. `store` is the way back. */
 
 static inline float *load(float *room, const char *at, int64_t i, int64_t n, int32_t dtype)
 {
@@ -194,7 +194,7 @@ static void step_part(const table *t, const numbers *k, int64_t tensor, int64_t 
         return;
     }
     const int64_t chunk = t->param == FLOAT32 && t->grad == FLOAT32 && t->state == FLOAT32 ? to - from : CHUNK;
-    float room[5][CHUNK + 80] __attribute__((aligned(64))); /* not at places 4 KiB apart, which the processor takes for the same ones */
+    float room[5][CHUNK + 80] __attribute__((aligned(64))); /* + 80: addresses 4 KiB apart look alike to the processor */
     for (int64_t i = from; i < to; i += chunk) {
         const int64_t n = to - i < chunk ? to - i : chunk;
         float *theta_ = theta ? load(room[0], theta, i, n, t->param) : NULL, *g_ = load(room[1], g, i, n, t->grad);
@@ -210,10 +210,10 @@ static void step_part(const table *t, const numbers *k, int64_t tensor, int64_t 
 
 /* Tensors that are kept in fewer bits than a step computes with: decode, step, encode. The same bits as formats.py. */
 
-#define STEP 0x9e3779b9u /* by which dithers go on from step to step, */
-#define LANE 0xc13fa9a9u /* and from element to element of a block */
+#define STEP 0x9e3779b9u /* is added to a dither from step to step */
+#define LANE 0xc13fa9a9u /* is added to it from element to element of a block */
 #define PARTS 65536.0f   /* of a code */
-#define UNIT (float)(65536.0 / (127 * 65536.0 - 64)) /* scale and largest value of a block: no code gets greater than 127 */
+#define UNIT (float)(65536.0 / (127 * 65536.0 - 64)) /* a block's scale for a largest value of 1: no code exceeds 127 */
 #define V_UNIT (float)(65536.0 / (255 * 65536.0 - 128))
 
 static inline uint32_t mixed(uint32_t word) /* MurmurHash3's finalizer */
@@ -234,7 +234,8 @@ static inline int32_t in_bfloat16(float x, uint32_t dither, int is_v) /* in the 
 
 static inline int32_t in_codes(float x, float parts, uint32_t dither) { return ((int32_t)(x * parts) + (int32_t)(dither >> 16)) >> 16; }
 
-/* The largest size in each of so many full blocks, as bits: halves of all blocks at a time, as vectors know no block. */
+/* Find the largest size, as bits, in each of `count` full blocks. All blocks are halved together, so that vectors may span
+ * them. */
 static inline __attribute__((always_inline)) void tops_of(int32_t *restrict tops, const float *restrict x, int count)
 {
     int32_t a[CHUNK / 4], b[CHUNK / 8];
@@ -250,7 +251,7 @@ static inline __attribute__((always_inline)) void tops_of(int32_t *restrict tops
     for (int l = 0; l < count; l++) tops[l] = larger(b[2 * l], b[2 * l + 1]);
 }
 
-/* Elements of a tensor in blocks. Scales of consecutive blocks lie side by side. */
+/* The blocks of some elements of a tensor. Scales of consecutive blocks are adjacent. */
 typedef struct {
     int64_t i, first;          /* the first element, and the first block, in the tensor */
     int n, count;              /* of elements and blocks */
@@ -274,8 +275,8 @@ static void find_blocks(blocks *b, const table *t, const numbers *k, int64_t ten
     b->turns = (uint32_t)(int64_t)((k->t - 1) * t->micro_steps + t->nth) * STEP;
 }
 
-/* Do something to each element of the q-th block: the j-th of all, the l-th of its block. The compiler knows how long a full
- * block is. */
+/* Do something for each element of block q: j is its index among all elements, l its index in the block. The first branch
+ * tells the compiler the length of a full block. */
 #define EACH(b, q, j, l, something)                                                                                   \
     if ((b)->starts[q + 1] - (b)->starts[q] == BLOCK)                                                                 \
         for (int l = 0; l < BLOCK; l++) {                                                                               \
@@ -338,22 +339,24 @@ STATE(mu, 0, 11, int8_t)
 
 #define TINY 0x387fe000 /* bits of the least number that float16 rounds to one of its normal numbers */
 
-/* What the low bits add to a parameter of these bits. If it was set to 0 they may be below 0, where the result would be NaN. */
+/* Return what the low bits add to a parameter with these bits. If it was set to 0, low bits below 0 would make it NaN: they
+ * count as 0. */
 static inline int32_t rest_of(uint32_t bits, int32_t low) { return bits & 0x7fffffff ? low : larger(low, 0); }
 
-/* A parameter as floats, with its low bits: in room, or where it lies if it is one of floats. */
+/* Return n elements of a parameter as floats, with their low bits: in `room`, or where they are if they are floats. */
 static float *load_param(const table *t, float *room, int64_t tensor, int64_t i, int64_t n)
 {
     float *x = load(room, t->params[tensor], i, n, t->param);
     const int16_t *restrict lows16 = t->low_bits == 16 ? (const int16_t *)t->lows[tensor] + i : NULL;
     const int8_t *restrict lows8 = t->low_bits == 8 ? (const int8_t *)t->lows[tensor] + i : NULL;
-    for (int64_t j = 0; t->low_bits && t->param == FLOAT16 && j < n; j++) {
-        const uint32_t half = ((const uint16_t *)t->params[tensor])[i + j], size = half & 0x7fff;
-        const uint32_t low = lows16 ? lows16[j] : lows8[j] * (1 << 8);
-        const uint32_t tiny = (half & 0x8000) << 16 | bits_of((float)(int32_t)((size << 16) + rest_of(size, low)) * 0x1p-40f);
-        x[j] = float_of(size < 0x400 ? tiny - low : bits_of(x[j]));
-    }
-    if (lows16)
+    if (t->low_bits && t->param == FLOAT16)
+        for (int64_t j = 0; j < n; j++) {
+            const uint32_t half = ((const uint16_t *)t->params[tensor])[i + j], size = half & 0x7fff;
+            const int32_t rest = rest_of(size, lows16 ? lows16[j] : lows8[j] * (1 << 8));
+            const uint32_t tiny = (half & 0x8000) << 16 | bits_of((float)(int32_t)((size << 16) + rest) * 0x1p-40f);
+            x[j] = float_of(size < 0x400 ? tiny : bits_of(x[j]) + rest);
+        }
+    else if (lows16)
         for (int64_t j = 0; j < n; j++) x[j] = float_of(bits_of(x[j]) + rest_of(bits_of(x[j]), lows16[j]));
     else if (lows8)
         for (int64_t j = 0; j < n; j++) x[j] = float_of(bits_of(x[j]) + rest_of(bits_of(x[j]), lows8[j] * (1 << 8)));
@@ -407,8 +410,8 @@ static void store_param(const table *t, const float *restrict x, int64_t tensor,
 #ifdef __AVX512F__
 #include <immintrin.h>
 
-/* Full blocks, sixteen elements at a time from decoding to encoding: the processor does one while it divides for another. These are
- * the usual formats; `step_coded` takes all others, with the same bits. */
+/* Update full blocks, sixteen elements at a time, from decoding to encoding: while the processor divides for one vector, it
+ * works on the next. This takes the usual formats; `step_coded` takes all others, with the same bits. */
 
 #define INLINE static inline __attribute__((always_inline))
 typedef __m512 floats;
@@ -540,7 +543,7 @@ INLINE void step_full(const table *t, const numbers *k, int64_t tensor, int64_t 
     }
 }
 
-/* As `step_coded`, as far as there are full blocks in a usual format. Returns where they end. */
+/* Do what `step_coded` does, for the full blocks, if their format is a usual one. Return where these blocks end. */
 static int64_t step_full_blocks(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to, float *x, float *y)
 {
     const int64_t end = to - (to - from) % BLOCK;
@@ -561,15 +564,15 @@ static int64_t step_full_blocks(const table *t, const numbers *k, int64_t tensor
 #define step_full_blocks(t, k, tensor, from, to, x, y) (from)
 #endif
 
-/* Step one tensor, from the start of a block. If x is not NULL, leave the new parameter in x and the old one in y, and store
- * neither. */
+/* Step one tensor, from the start of a block. If x is not NULL, write the new parameter to x and the old one to y, and leave
+ * the tensor's own as it is. */
 static void step_coded(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to, float *x, float *y)
 {
     char *m = t->exp_avgs[tensor], *v = t->exp_avg_sqs[tensor], *mu = t->grok_emas ? t->grok_emas[tensor] : NULL;
     float *scales[STATES];
     for (int i = 0; i < STATES; i++) scales[i] = t->scales[i] ? t->scales[i][tensor] : NULL;
     const int64_t width = t->widths[tensor];
-    float room[6][CHUNK + 80] __attribute__((aligned(64))); /* not at places 4 KiB apart, which the processor takes for the same ones */
+    float room[6][CHUNK + 80] __attribute__((aligned(64))); /* + 80: addresses 4 KiB apart look alike to the processor */
     blocks b;
     for (int64_t i = step_full_blocks(t, k, tensor, from, to, x, y), n; i < to; i += n) {
         n = to - i < CHUNK ? to - i : CHUNK;
@@ -624,9 +627,9 @@ static double squares_part(const table *t, int64_t tensor, int64_t from, int64_t
     return sum;
 }
 
-/* limit_rows. Rows are updated in strips, so short that the processor sums one's squares while it waits for the next one's
- * quotients. A row that is to be cut is still in the cache when it is whole. Squares are summed in double, in the same order
- * wherever a row lies. */
+/* limit_rows. A row is updated in short strips: the processor sums the squares of one strip while it waits for the quotients
+ * of the next. When a row is complete it is still in the cache, and can be scaled there. Squares are summed in double, in an
+ * order that does not depend on where the row lies. */
 
 static double sum_of_lanes(const double *lanes)
 {
@@ -801,11 +804,11 @@ static void do_pieces(job *j)
 
 static void work(job *j)
 {
-    fenv_t mine;
-    fegetenv(&mine);
+    fenv_t before;
+    fegetenv(&before);
     fesetenv(&j->environment);
     do_pieces(j);
-    fesetenv(&mine);
+    fesetenv(&before);
 }
 
 static void work_as_one_of_a_team(void *j) { work(j); }
@@ -822,9 +825,9 @@ static void *help(void *j)
     return NULL;
 }
 
-/* In torch's own OpenMP threads, which are there and awake, where the caller found the function that starts them. Else in
- * threads for this one call: to start one costs 20 µs, and a core that is to run it may be held by threads of others that
- * wait in a loop; so the call ends with the last piece, and a thread that comes later finds nothing to do. */
+/* Do all pieces. If the caller found the function that starts torch's own OpenMP threads, use them: they exist and are awake.
+ * Otherwise start threads for this call. Starting one takes 20 µs, and its core may be busy with another library's waiting
+ * threads. So the call ends with the last piece; a thread that starts later finds nothing to do. */
 static void work_on(job alone, int64_t threads, gomp_parallel *parallel)
 {
     const int64_t pieces = alone.pieces;
@@ -860,7 +863,7 @@ void NAME(step)(const table *t, int64_t threads, gomp_parallel *parallel)
     for (int64_t i = 0; t->moves && i < t->count; i++) *t->steps[i] += 1;
 }
 
-/* Needs room for a sum a piece. */
+/* `sums` has room for one sum per piece. */
 double NAME(sum_of_squares)(const table *t, double *sums, int64_t threads, gomp_parallel *parallel)
 {
     const int64_t pieces = pieces_of(t);
@@ -870,7 +873,8 @@ double NAME(sum_of_squares)(const table *t, double *sums, int64_t threads, gomp_
     return sum;
 }
 
-/* Whether something of these sizes at these addresses has memory in common with ranges, which are sorted and apart. */
+/* Return 1 if any of `count` tensors, at these addresses and of these sizes, overlaps one of the ranges, which are sorted and
+ * disjoint. */
 int NAME(meet)(int64_t ranges, const uint64_t *starts, const uint64_t *ends, int64_t count, const uint64_t *at,
                const int64_t *bytes)
 {
@@ -886,8 +890,8 @@ int NAME(meet)(int64_t ranges, const uint64_t *starts, const uint64_t *ends, int
     return 0;
 }
 
-/* What tensors look like, read through DLPack's table of C functions (version 1.3, `DLPackExchangeAPI`), which costs a
- * tenth of asking Python. */
+/* Read how tensors look through DLPack's table of C functions (version 1.3, `DLPackExchangeAPI`), in a tenth of the time that
+ * asking Python takes. */
 
 typedef struct {
     char *data;
@@ -905,10 +909,10 @@ typedef struct {
     int (*look)(void *object, dl_tensor *);     /* torch's `dltensor_from_py_object_no_sync` */
 } python;
 
-/* Of a list of so many torch.Tensors. Writes three words for each and two for each of its dimensions, and its address. With
- * `compare` the words, and the addresses of the first `fixed` tensors, are not written but compared: it returns 0 at the
- * first that is another, before it looks into an object of another type. Between steps all of this has left the caches:
- * hints say where to look soon, and are where the last call found the shapes. -1: a Python exception is set. */
+/* Describe `count` torch.Tensors of a list: three words for each, two words for each of its dimensions, and its address. With
+ * `compare`, compare the words, and the addresses of the first `fixed` tensors, instead of writing them, and return 0 at the
+ * first difference, before looking into an object of another type. Between steps all of this leaves the caches: `hints` say
+ * where the last call found the shapes, so that they can be prefetched. -1: a Python exception is set. */
 int NAME(signature)(const python *python, void *list, int64_t count, int64_t fixed, const char **hints, int64_t *words,
                     char **addresses, int compare)
 {

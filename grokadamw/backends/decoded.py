@@ -7,7 +7,7 @@ and `gpu` do the same in one pass through memory, for the tensors that they can 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ def step(batch: Batch, scalars: Scalars) -> None:
         if has_rows(param):
             kept[1] = _lying_like(param, kept[1])
             kept = [None if x is None else _in_rows(x, param) for x in kept]
-        numbers = n._replace(beta1=n.beta1[i : i + 1], bias_beta1=n.bias_beta1[i : i + 1])
-        draw = count.to(torch.int64) * n.micro_step.of + n.micro_step.nth
+        of_tensor = n._replace(beta1=n.beta1[i : i + 1], bias_beta1=n.bias_beta1[i : i + 1])
+        draw = count.to(torch.int64) * n.micro_step.k + n.micro_step.nth
         size, width, t = len(kept[0]), kept[0].numel() // max(1, len(kept[0])), count.clone()
         # ranks that hold parts of rows add up the norms of all rows at once
         few = max(1, size if is_cut else _PIECE // max(1, width))
@@ -45,8 +45,22 @@ def step(batch: Batch, scalars: Scalars) -> None:
             before = batch.coded.blocks_before[i] if batch.coded.blocks_before else 0
             dither = formats.dither(start, some[0].shape, batch.coded.numbers[i], draw, before)
             t.copy_(count)
-            _step(some, t, numbers, dither, batch, param.dim() > 1)
+            _step(_Rows(*some), t, of_tensor, dither, batch, param.dim() > 1)
         count.copy_(t)
+
+
+class _Rows(NamedTuple):
+    """Some rows of a parameter, its gradient, states, scales and low bits; None for what it lacks."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    grok_ema: Any
+    exp_avg_scales: Any
+    exp_avg_sq_scales: Any
+    grok_ema_scales: Any
+    low: Any
 
 
 def _in_rows(x: Tensor, param: Tensor) -> Tensor:
@@ -60,37 +74,34 @@ def _lying_like(param: Tensor, grad: Tensor) -> Tensor:
     return grad if alike else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 
-def _step(
-    kept: list[Any], t: Tensor, n: Scalars, dither: Callable[[str], Tensor], batch: Batch, is_matrix: bool
-) -> None:
-    """Step some rows. `kept` are those of a parameter, its gradient, its states, their scales, and its low bits."""
+def _step(kept: _Rows, t: Tensor, n: Scalars, dither: Callable[[str], Tensor], batch: Batch, is_matrix: bool) -> None:
+    """Step some rows, at their parameter's step count t."""
     assert batch.coded is not None
-    param, grad, low = kept[0], kept[1], kept[8]
+    param, grad, low = kept.param, kept.grad, kept.low
     theta = param if param.dtype == torch.float32 else formats.full(param, low)
-    values = [
-        x if x is None or x.dtype == torch.float32 else formats.decode(x, scale, name)
-        for name, x, scale in zip(STATES, kept[2:5], kept[5:8], strict=True)
-    ]
-    lists: Any = ([theta], [grad], [values[0]], [values[1]], None if values[2] is None else [values[2]], [t])
-    plain = Batch(*lists)._replace(unlimited=[0] if is_matrix else [], shards=batch.shards)
+    states = list(zip(STATES, kept[2:5], kept[5:8], strict=True))  # m, v and μ: their name, codes and scales
+    m, v, mu = (
+        x if x is None or x.dtype == torch.float32 else formats.decode(x, scale, name) for name, x, scale in states
+    )
+    plain = Batch([theta], [grad], [m], [v], None if mu is None else [mu], [t])
+    plain = plain._replace(unlimited=[0] if is_matrix else [], shards=batch.shards)
     before = rows.before(plain, n)
     foreach.step(plain, n)
     rows.limit(plain, n, before)
 
-    finite = n.finite if n.micro_step.of == 1 else None
-    for name, value, x, scale in zip(STATES, values, kept[2:5], kept[5:8], strict=True):
+    for value, (name, x, scale) in zip((m, v, mu), states, strict=True):
         if value is not x:
             codes, scales = formats.encode(value, x.dtype, name, dither(name))
-            _store(x, codes, finite)
+            _store(x, codes, n.writable)
             if scale is not None:
-                _store(scale, scales, finite)
+                _store(scale, scales, n.writable)
     if theta is not param and n.micro_step.moves:
         rounded, bits = formats.split(
             theta, param.dtype, None if low is None else low.dtype, dither("param"), batch.coded.rounds
         )
-        _store(param, rounded, finite)
+        _store(param, rounded, n.writable)
         if low is not None:
-            _store(low, bits, finite)
+            _store(low, bits, n.writable)
 
 
 def _store(old: Tensor, new: Any, finite: Tensor | None) -> None:

@@ -67,19 +67,17 @@ def _parts(params: list[Tensor]) -> list[slice]:
 def _step(batch: Batch, n: Scalars) -> None:
     dtype = batch.exp_avgs[0].dtype
     m, v, mu = batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas
-    active: Number = 1.0 if n.finite is None or n.micro_step.of > 1 else n.finite.to(dtype)
+    active: Number = 1.0 if n.writable is None else n.writable.to(dtype)
     t = _next(batch.steps, active)
     root, correction = _corrections(t, n)
 
-    if n.micro_step.of > 1:
+    if n.micro_step.k > 1:
         _collect_(batch, n, t)
         if n.micro_step.moves:
             _move_(batch, n, t, root, correction, 1.0)
         return
 
-    g: _TensorList = [grad.to(dtype) for grad in batch.grads]
-    if n.maximize or not isinstance(n.clip, float) or n.clip != 1:
-        g = _mul(g, -n.clip if n.maximize else n.clip)
+    g = _clipped(batch, n)
     if n.finite is not None:
         g = [torch.where(n.finite, x, 0) for x in g]  # 0 times NaN would be NaN
     g_hat = g
@@ -163,10 +161,15 @@ def _move_(batch: Batch, n: Scalars, t: list[Any], root: list[Any], correction: 
 def average(batch: Batch, n: Scalars) -> None:
     """Set μ to the mean of each window, for every backend. The other stages then run with α = 1."""
     assert batch.grok_emas is not None
+    window.average(batch.windows, _clipped(batch, n), batch.grok_emas, n.finite)
+
+
+def _clipped(batch: Batch, n: Scalars) -> _TensorList:
+    """Return c g in the dtype of the state, negated for `maximize`."""
     g: _TensorList = [grad.to(batch.exp_avgs[0].dtype) for grad in batch.grads]
     if n.maximize or not isinstance(n.clip, float) or n.clip != 1:
         g = _mul(g, -n.clip if n.maximize else n.clip)
-    window.average(batch.windows, g, batch.grok_emas, n.finite)
+    return g
 
 
 def _next(steps: list[Tensor], active: Number) -> list[Any]:

@@ -23,7 +23,7 @@ from .gpu_tables import (
     JUDGE_BLOCK,
     JUDGE_THREADS,
     LONGEST,
-    Part,
+    Call,
     Tables,
     Verdict,
     and_odd,
@@ -41,9 +41,13 @@ _DEVICE_TYPE = "cuda"  # AMD's GPUs, too
 def kernels() -> Any:
     """Return the module of the kernels, or a sentence that says why there is none."""
     try:
+        import triton
+
         from . import gpu_kernels
     except Exception as error:  # a Triton that does not fit may raise anything
         return f"Triton cannot be imported: {error}"
+    if str(triton.__version__).startswith(("2.", "3.0.", "3.1.", "3.2.")):
+        return f"Triton {triton.__version__} cannot compile the kernels: it takes 3.3 or newer, and so torch 2.7"
     return gpu_kernels
 
 
@@ -287,54 +291,54 @@ def keep(batch: Batch) -> Addresses:
     return at if batch.coded is None else at._replace(table=codes_of(batch, batch.coded))
 
 
-def step(tensors: Batch, numbers: Scalars) -> None:
+def step(batch: Batch, scalars: Scalars) -> None:
     """Do the stages slow_grad to limit_rows in place, for tensors that `why_not` and `share_memory` have cleared."""
-    steps([(tensors, numbers)])
+    steps([(batch, scalars)])
 
 
 def steps(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None = None) -> None:
     """Do `step` for several batches, with one launch for all batches of one kind."""
     tables = Tables() if tables is None else tables
-    kinds: dict[Any, list[Part]] = {}
-    for tensors, numbers in calls:
-        at = keep(tensors) if tensors.addresses is None else tensors.addresses
+    kinds: dict[Any, list[Call]] = {}
+    for batch, scalars in calls:
+        at = keep(batch) if batch.addresses is None else batch.addresses
         kind = (
-            tensors.params[0].device,
-            *(column[0].dtype for column in (tensors.params, tensors.grads, tensors.exp_avgs)),
-            tensors.grok_emas is not None,
-            numbers.raw_second_moment,
-            numbers.eps_before_correction,
-            numbers.finite is not None,
-            numbers.micro_step.of > 1,
-            numbers.micro_step.moves,
+            batch.params[0].device,
+            *(column[0].dtype for column in (batch.params, batch.grads, batch.exp_avgs)),
+            batch.grok_emas is not None,
+            scalars.raw_second_moment,
+            scalars.eps_before_correction,
+            scalars.finite is not None,
+            scalars.micro_step.k > 1,
+            scalars.micro_step.moves,
             at.table and at.table.kind,
         )
-        kinds.setdefault(kind, []).append(Part(tensors, numbers, at))
-    by_device: dict[torch.device, list[Part]] = {}
-    for kind, lists in kinds.items():
-        by_device.setdefault(kind[0], []).extend(lists)
-    counts = [(_counts(lists, tables), lists[0].numbers) for lists in by_device.values()]
-    for kind, lists in kinds.items():
-        _update(kind, lists, tables)
-    for vectors, numbers in counts:  # once all kernels have read the counts
-        if numbers.micro_step.moves:
-            _advance(vectors, numbers.finite if numbers.micro_step.of == 1 else None)
+        kinds.setdefault(kind, []).append(Call(batch, scalars, at))
+    by_device: dict[torch.device, list[Call]] = {}
+    for kind, of_kind in kinds.items():
+        by_device.setdefault(kind[0], []).extend(of_kind)
+    counts = [(_counts(on_device, tables), on_device[0].scalars) for on_device in by_device.values()]
+    for kind, of_kind in kinds.items():
+        _update(kind, of_kind, tables)
+    for vectors, scalars in counts:  # once all kernels have read the counts
+        if scalars.micro_step.moves:
+            _advance(vectors, scalars.writable)
 
 
-def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
+def _update(kind: Any, calls: list[Call], tables: Tables) -> None:
     device, param, grad, state, has_mu, raw, eps_first, has_finite, is_part, moves, coded = kind
-    static = tables.static(kind, lists)
-    limits = [x.numbers for x in lists] if static.of_rows else []
-    shape, finite = static.shape, lists[0].numbers.finite
-    grads = b"".join([x.at.grads for x in lists])
+    static = tables.static(kind, calls)
+    limits = [x.scalars for x in calls] if static.of_rows else []
+    shape, finite = static.shape, calls[0].scalars.finite
+    grads = b"".join([x.at.grads for x in calls])
     may_be_misaligned = tables.masked or misaligned(grads)
     # torch's own operation advances the counts, and does this for them
-    columns = [column for x in lists for column in written(x.tensors, moves) if column is not x.tensors.steps]
+    columns = [column for x in calls for column in written(x.batch, moves) if column is not x.batch.steps]
     torch.autograd.graph.increment_version(chain.from_iterable(columns))
     programs = static.chunks.numel()
     if not programs:
         return
-    words = b"".join([words_of(x.numbers) for x in lists])
+    words = b"".join([words_of(x.scalars) for x in calls])
     formats = {"STATE": state}
     if coded is not None:
         m, v, mu, low_bits, rounds = coded
@@ -371,10 +375,10 @@ def _update(kind: Any, lists: list[Part], tables: Tables) -> None:
     )
 
 
-def _counts(lists: list[Part], tables: Tables) -> list[Tensor]:
+def _counts(calls: list[Call], tables: Tables) -> list[Tensor]:
     """Return the step counts, as one vector if they are adjacent in memory, as state/slots.py makes them."""
-    counts = list(chain.from_iterable([x.tensors.steps for x in lists]))
-    return tables.vectors(counts, b"".join([x.at.steps for x in lists]))
+    counts = list(chain.from_iterable([x.batch.steps for x in calls]))
+    return tables.vectors(counts, b"".join([x.at.steps for x in calls]))
 
 
 def _advance(counts: list[Tensor], finite: Tensor | None) -> None:

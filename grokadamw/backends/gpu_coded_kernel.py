@@ -22,6 +22,22 @@ from .gpu_codes import (
 )
 from .gpu_norm import chunk, load, pointer_to
 from .gpu_stages import (
+    AT_BETA1,
+    AT_DITHER,
+    AT_LIST,
+    AT_LOG_BIAS_BETA1,
+    AT_LOW,
+    AT_M,
+    AT_M_SCALES,
+    AT_MU,
+    AT_MU_SCALES,
+    AT_ROW_WIDTH,
+    AT_ROWS,
+    AT_SIZE,
+    AT_THETA,
+    AT_V,
+    AT_V_SCALES,
+    AT_WIDTH,
     MAX_ROW_CHANGE,
     MAX_ROW_NORM,
     MICRO_STEPS,
@@ -246,60 +262,62 @@ def update_coded(
     All else is as in `gpu_kernels.update`.
     """
     usable = tl.load(finite) != 0 if HAS_FINITE else True
-    if HAS_FINITE and not IS_PART and not usable:
+    if HAS_FINITE and not (IS_PART or usable):
         return
     i, nth = chunk(chunks)
-    size = tl.load(table + i)
     here = table + i
-    theta = tl.load(here + tensors)
-    m = tl.load(here + 2 * tensors)
-    v = tl.load(here + 3 * tensors)
-    mu = tl.load(here + 4 * tensors) if HAS_MU else m
+    size = tl.load(here + AT_SIZE * tensors)
+    theta = tl.load(here + AT_THETA * tensors)
+    m = tl.load(here + AT_M * tensors)
+    v = tl.load(here + AT_V * tensors)
+    mu = tl.load(here + AT_MU * tensors) if HAS_MU else m
     t = step_of(here, tensors)
-    beta1, log_bias_beta1 = float64_at(here, 6 * tensors), float64_at(here, 7 * tensors)
-    mine = numbers + tl.load(here + 8 * tensors) * NUMBERS
+    beta1, log_bias_beta1 = float64_at(here, AT_BETA1 * tensors), float64_at(here, AT_LOG_BIAS_BETA1 * tensors)
+    of_batch = numbers + tl.load(here + AT_LIST * tensors) * NUMBERS
     grad = tl.load(grads + i)
-    of_list = numbers_of(mine, t, beta1, log_bias_beta1, tl.float32, EPS_FIRST, IS_PART, MOVES)
-    m_scales = tl.load(here + 11 * tensors)
-    v_scales = tl.load(here + 12 * tensors)
-    mu_scales = tl.load(here + 13 * tensors) if HAS_MU else m_scales
-    low = tl.load(here + 14 * tensors) if LOW else theta
-    width = tl.load(here + 15 * tensors)  # of a row whose last block may be shorter
-    word = tl.load(here + 16 * tensors)
+    of_list = numbers_of(of_batch, t, beta1, log_bias_beta1, tl.float32, EPS_FIRST, IS_PART, MOVES)
+    m_scales = tl.load(here + AT_M_SCALES * tensors)
+    v_scales = tl.load(here + AT_V_SCALES * tensors)
+    mu_scales = tl.load(here + AT_MU_SCALES * tensors) if HAS_MU else m_scales
+    low = tl.load(here + AT_LOW * tensors) if LOW else theta
+    width = tl.load(here + AT_WIDTH * tensors)  # of a row whose last block may be shorter
+    word = tl.load(here + AT_DITHER * tensors)
     key, before = word.to(tl.uint32), (word >> 32).to(tl.int64)
-    draw = ((t - 1) * float64_at(mine, MICRO_STEPS) + float64_at(mine, NTH)).to(tl.int64)
+    draw = ((t - 1) * float64_at(of_batch, MICRO_STEPS) + float64_at(of_batch, NTH)).to(tl.int64)
     addresses = theta, low, grad, m, v, mu, m_scales, v_scales, mu_scales
     aligned = (theta | m | v | mu | grad | low) % 16 == 0
     of_row = (width + BLOCK_SIZE - 1) // BLOCK_SIZE
     HAS_ROWS: tl.constexpr = HAS_CHANGE or HAS_NORM
-    limited_width = tl.load(here + 9 * tensors) if HAS_ROWS else size
+    limited_width = tl.load(here + AT_ROW_WIDTH * tensors) if HAS_ROWS else size
     if HAS_ROWS and limited_width > 0:
         width, of_row = limited_width, (limited_width + BLOCK_SIZE - 1) // BLOCK_SIZE
-        change, norm = number_at(mine, MAX_ROW_CHANGE), float64_at(mine, MAX_ROW_NORM)
-        rows = tl.load(here + 10 * tensors)  # in a chunk
+        change, norm = number_at(of_batch, MAX_ROW_CHANGE), float64_at(of_batch, MAX_ROW_NORM)
+        rows = tl.load(here + AT_ROWS * tensors)  # in a chunk
         first, end = nth * rows, tl.minimum(nth * rows + rows, size // width)
         is_straight = aligned and width % BLOCK_SIZE == 0
         for odd in tl.static_range(2):
             for n in tl.static_range(LONG):  # each of WIDTHS is twice the one before it
-                if (
-                    BIT << ODD * odd + n & OF_ROWS
-                    and is_straight == (odd == 0)
-                    and ((width <= NARROW << n) & (n == 0 or 2 * width > NARROW << n))
-                ):
-                    _chunk_of_rows(
-                        addresses, of_list, key, before, draw, first, end, width, of_row, change, norm, usable, PARAM,
-                        GRAD, M, V, MU, LOW, ROUNDS, HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM,
-                        BLOCK // 2, NARROW << n if NARROW << n > BLOCK_SIZE else BLOCK_SIZE, odd == 0,
+                if BIT << ODD * odd + n & OF_ROWS:
+                    fits = (width <= NARROW << n) & (n == 0 or 2 * width > NARROW << n)
+                    if fits and is_straight == (odd == 0):
+                        _chunk_of_rows(
+                            addresses, of_list, key, before, draw, first, end, width, of_row, change, norm, usable,
+                            PARAM, GRAD, M, V, MU, LOW, ROUNDS, HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE,
+                            HAS_NORM, BLOCK // 2, NARROW << n if NARROW << n > BLOCK_SIZE else BLOCK_SIZE, odd == 0,
+                        )  # fmt: skip
+            if BIT << ODD * odd + LONG & OF_ROWS:
+                is_long = width > WIDEST
+                if is_long and is_straight == (odd == 0):
+                    _row(
+                        addresses, of_list, key, before, draw, nth, width, of_row, change, norm, usable, PARAM, GRAD, M,
+                        V, MU, LOW, ROUNDS, HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, BLOCK // 2,
+                        odd == 0,
                     )  # fmt: skip
-            if BIT << ODD * odd + LONG & OF_ROWS and is_straight == (odd == 0) and width > WIDEST:
-                _row(
-                    addresses, of_list, key, before, draw, nth, width, of_row, change, norm, usable, PARAM, GRAD, M, V,
-                    MU, LOW, ROUNDS, HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, BLOCK // 2, odd == 0,
-                )  # fmt: skip
     else:
         COUNT: tl.constexpr = CHUNK // BLOCK_SIZE
         first, pad, blocks = nth * COUNT, of_row * BLOCK_SIZE - width, size // width * of_row
-        if TAIL and not (aligned and first * BLOCK_SIZE + CHUNK <= size and (pad == 0 or blocks == of_row)):
+        is_full = aligned and first * BLOCK_SIZE + CHUNK <= size
+        if TAIL and not (is_full and (pad == 0 or blocks == of_row)):
             _chunk_of_blocks(
                 addresses, of_list, key, before, draw, first, blocks, of_row, pad, usable, PARAM, GRAD, M, V, MU, LOW,
                 ROUNDS, HAS_MU, RAW, MOVES, IS_PART and HAS_FINITE, CHUNK, BLOCK // 4, True,

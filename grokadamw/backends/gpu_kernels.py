@@ -13,6 +13,16 @@ import triton.language as tl
 from .gpu_coded_kernel import update_coded  # noqa: F401
 from .gpu_norm import chunk, judge, load, pointer_to, squares, store  # noqa: F401
 from .gpu_stages import (
+    AT_BETA1,
+    AT_LIST,
+    AT_LOG_BIAS_BETA1,
+    AT_M,
+    AT_MU,
+    AT_ROW_WIDTH,
+    AT_ROWS,
+    AT_SIZE,
+    AT_THETA,
+    AT_V,
     MAX_ROW_CHANGE,
     MAX_ROW_NORM,
     NUMBERS,
@@ -39,11 +49,11 @@ BIT, LONG, ODD = (tl.constexpr(x) for x in (1, _LONG, _ODD))
 
 @triton.jit
 def _new(
-    theta, grad, m, v, mu, at, inside, usable,
-    clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step,
+    theta, grad, m, v, mu, at, inside, usable, numbers,
     HAS_MU: tl.constexpr, RAW: tl.constexpr, MOVES: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Return θ before and after the update, of the elements at these places. Write m, v and μ, but not θ."""
+    clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step = numbers
     REAL: tl.constexpr = keep_m.dtype
     # load everything before storing: the compiler cannot know that the pointers do not alias
     g = clip * load(grad, at, inside, MASKED, REAL)
@@ -68,8 +78,7 @@ def _new(
 
 @triton.jit
 def _chunk_of_elements(
-    theta, grad, m, v, mu, start, size, usable,
-    clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step,
+    theta, grad, m, v, mu, start, size, usable, numbers,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     HAS_MU: tl.constexpr, RAW: tl.constexpr, MOVES: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -81,8 +90,7 @@ def _chunk_of_elements(
         at = block + tl.arange(0, BLOCK)
         inside = at < size
         _, new = _new(
-            theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
-            eps, decay, step, HAS_MU, RAW, MOVES, MAY_BE_UNUSABLE, MASKED,
+            theta, grad, m, v, mu, at, inside, usable, numbers, HAS_MU, RAW, MOVES, MAY_BE_UNUSABLE, MASKED,
         )  # fmt: skip
         if MOVES:
             store(theta, at, inside, new, MASKED)
@@ -90,8 +98,7 @@ def _chunk_of_elements(
 
 @triton.jit
 def _chunk_of_rows(
-    theta, grad, m, v, mu, first, end, width, change, norm, usable,
-    clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step,
+    theta, grad, m, v, mu, first, end, width, change, norm, usable, numbers,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
     HAS_MU: tl.constexpr, RAW: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr,
     HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, IS_STRAIGHT: tl.constexpr,
@@ -112,8 +119,7 @@ def _chunk_of_rows(
         row = block + tl.arange(0, AT_ONCE)[:, None]
         at, inside = row * width + column, (row < end) & (column < width)
         old, new = _new(
-            theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
-            eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True,
+            theta, grad, m, v, mu, at, inside, usable, numbers, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True,
         )  # fmt: skip
         moved = moved_by(old, new, inside)
         wide, before, after = moved.to(tl.float64), old.to(tl.float64), tl.where(inside, new, 0).to(tl.float64)
@@ -128,13 +134,13 @@ def _chunk_of_rows(
 
 @triton.jit
 def _row(
-    theta, grad, m, v, mu, start, width, change, norm, usable,
-    clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step,
+    theta, grad, m, v, mu, start, width, change, norm, usable, numbers,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, HAS_MU: tl.constexpr,
     RAW: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr,
     IS_STRAIGHT: tl.constexpr,
 ):  # fmt: skip
     """Update and limit a row of any length, in two passes: one for its sums, m, v and μ; and one for θ."""
+    _, _, _, _, keep_m, _, _, _, root, eps, decay, step = numbers
     REAL: tl.constexpr = keep_m.dtype
     theta, grad = pointer_to(theta, PARAM, not IS_STRAIGHT), pointer_to(grad, GRAD, not IS_STRAIGHT)
     m, v = pointer_to(m, STATE, not IS_STRAIGHT), pointer_to(v, STATE, not IS_STRAIGHT)
@@ -158,8 +164,7 @@ def _row(
         at = block + offsets
         inside = at < columns
         old, new = _new(
-            theta, grad, m, v, mu, at, inside, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root,
-            eps, decay, step, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True,
+            theta, grad, m, v, mu, at, inside, usable, numbers, HAS_MU, RAW, True, MAY_BE_UNUSABLE, True,
         )  # fmt: skip
         moved = moved_by(old, new, inside).to(tl.float64)
         moveds += tl.sum(moved * moved, axis=AXIS)
@@ -201,63 +206,57 @@ def update(
     The step count is not advanced here, because other programs read it.
     """
     usable = tl.load(finite) != 0 if HAS_FINITE else True
-    if HAS_FINITE and not IS_PART and not usable:
+    if HAS_FINITE and not (IS_PART or usable):
         return
     i, nth = chunk(chunks)
-    size = tl.load(table + i)
     here = table + i
-    theta = tl.load(here + tensors)
-    m = tl.load(here + 2 * tensors)
-    v = tl.load(here + 3 * tensors)
-    mu = tl.load(here + 4 * tensors) if HAS_MU else m
+    size = tl.load(here + AT_SIZE * tensors)
+    theta = tl.load(here + AT_THETA * tensors)
+    m = tl.load(here + AT_M * tensors)
+    v = tl.load(here + AT_V * tensors)
+    mu = tl.load(here + AT_MU * tensors) if HAS_MU else m
     t = step_of(here, tensors)
-    beta1 = float64_at(here, 6 * tensors)
-    log_bias_beta1 = float64_at(here, 7 * tensors)
-    mine = numbers + tl.load(here + 8 * tensors) * NUMBERS
+    beta1 = float64_at(here, AT_BETA1 * tensors)
+    log_bias_beta1 = float64_at(here, AT_LOG_BIAS_BETA1 * tensors)
+    of_batch = numbers + tl.load(here + AT_LIST * tensors) * NUMBERS
     grad = tl.load(grads + i)
 
     REAL: tl.constexpr = tl.float64 if STATE == tl.float64 else tl.float32
-    clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step = numbers_of(
-        mine, t, beta1, log_bias_beta1, REAL, EPS_FIRST, IS_PART, MOVES
-    )
+    scalars = numbers_of(of_batch, t, beta1, log_bias_beta1, REAL, EPS_FIRST, IS_PART, MOVES)
     aligned = (theta | m | v | mu | grad) % 16 == 0
     HAS_ROWS: tl.constexpr = HAS_CHANGE or HAS_NORM
-    width = tl.load(here + 9 * tensors) if HAS_ROWS else size
+    width = tl.load(here + AT_ROW_WIDTH * tensors) if HAS_ROWS else size
     if HAS_ROWS and width > 0:
-        change, norm = number_at(mine, MAX_ROW_CHANGE), float64_at(mine, MAX_ROW_NORM)
-        rows = tl.load(here + 10 * tensors)  # in a chunk
+        change, norm = number_at(of_batch, MAX_ROW_CHANGE), float64_at(of_batch, MAX_ROW_NORM)
+        rows = tl.load(here + AT_ROWS * tensors)  # in a chunk
         end = tl.minimum(nth * rows + rows, size // width)
         is_straight = aligned and width % STRAIGHT == 0
         for odd in tl.static_range(2):
             for n in tl.static_range(LONG):  # each of WIDTHS is twice the one before it
-                if (
-                    BIT << ODD * odd + n & OF_ROWS
-                    and is_straight == (odd == 0)
-                    and ((width <= NARROW << n) & (n == 0 or 2 * width > NARROW << n))
-                ):
-                    _chunk_of_rows(
-                        theta, grad, m, v, mu, nth * rows, end, width, change, norm, usable, clip, keep_mu, add_mu,
-                        lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE,
-                        BLOCK // 2 if odd else BLOCK, NARROW << n, HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE,
-                        HAS_NORM, odd == 0,
+                if BIT << ODD * odd + n & OF_ROWS:
+                    fits = (width <= NARROW << n) & (n == 0 or 2 * width > NARROW << n)
+                    if fits and is_straight == (odd == 0):
+                        _chunk_of_rows(
+                            theta, grad, m, v, mu, nth * rows, end, width, change, norm, usable, scalars, PARAM, GRAD,
+                            STATE, BLOCK // 2 if odd else BLOCK, NARROW << n, HAS_MU, RAW, IS_PART and HAS_FINITE,
+                            HAS_CHANGE, HAS_NORM, odd == 0,
+                        )  # fmt: skip
+            if BIT << ODD * odd + LONG & OF_ROWS:
+                is_long = width > WIDEST
+                if is_long and is_straight == (odd == 0):
+                    _row(
+                        theta, grad, m, v, mu, nth * width, width, change, norm, usable, scalars, PARAM, GRAD, STATE,
+                        BLOCK, HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, odd == 0,
                     )  # fmt: skip
-            if BIT << ODD * odd + LONG & OF_ROWS and is_straight == (odd == 0) and width > WIDEST:
-                _row(
-                    theta, grad, m, v, mu, nth * width, width, change, norm, usable, clip, keep_mu, add_mu, lamb,
-                    keep_m, add_m, keep_v, add_v, root, eps, decay, step, PARAM, GRAD, STATE, BLOCK, HAS_MU, RAW,
-                    IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, odd == 0,
-                )  # fmt: skip
     else:
         start = nth * CHUNK
         if TAIL and not (aligned and start + CHUNK <= size):
             _chunk_of_elements(
-                theta, grad, m, v, mu, start, size, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v,
-                root, eps, decay, step, PARAM, GRAD, STATE, CHUNK, BLOCK // 4, HAS_MU, RAW, MOVES,
-                IS_PART and HAS_FINITE, True,
+                theta, grad, m, v, mu, start, size, usable, scalars, PARAM, GRAD, STATE, CHUNK, BLOCK // 4,
+                HAS_MU, RAW, MOVES, IS_PART and HAS_FINITE, True,
             )  # fmt: skip
         else:
             _chunk_of_elements(
-                theta, grad, m, v, mu, start, size, usable, clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v,
-                root, eps, decay, step, PARAM, GRAD, STATE, CHUNK, BLOCK, HAS_MU, RAW, MOVES, IS_PART and HAS_FINITE,
-                False,
+                theta, grad, m, v, mu, start, size, usable, scalars, PARAM, GRAD, STATE, CHUNK, BLOCK,
+                HAS_MU, RAW, MOVES, IS_PART and HAS_FINITE, False,
             )  # fmt: skip

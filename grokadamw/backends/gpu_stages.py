@@ -10,6 +10,10 @@ LR, ALPHA, CLIP, MAX_ROW_CHANGE = (tl.constexpr(i) for i in range(0, 8, 2))
 BETA2, LOG_BETA2, EPS, WEIGHT_DECAY, LAMB, AMPLIFY_AFTER, SIGN = (tl.constexpr(i) for i in range(8, 15))
 MICRO_STEPS, DECAYS, MAX_ROW_NORM, NTH, NUMBERS = (tl.constexpr(i) for i in range(15, 20))
 SHORTEST = tl.constexpr(SHORT)
+# columns of the table of tensors, as `gpu_tables.Tables` packs them; those of tensors in fewer bits come last
+AT_SIZE, AT_THETA, AT_M, AT_V, AT_MU, AT_STEP, AT_BETA1 = (tl.constexpr(i) for i in range(7))
+AT_LOG_BIAS_BETA1, AT_LIST, AT_ROW_WIDTH, AT_ROWS = (tl.constexpr(i) for i in range(7, 11))
+AT_M_SCALES, AT_V_SCALES, AT_MU_SCALES, AT_LOW, AT_WIDTH, AT_DITHER = (tl.constexpr(i) for i in range(11, 17))
 
 
 @triton.jit
@@ -28,33 +32,33 @@ def number_at(words, place):
 @triton.jit
 def step_of(here, tensors):
     """Return the number of this step for a tensor, from 1."""
-    return tl.load(tl.load(here + 5 * tensors).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
+    return tl.load(tl.load(here + AT_STEP * tensors).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
 
 
 @triton.jit
 def numbers_of(
-    mine, t, beta1, log_bias_beta1,
+    of_batch, t, beta1, log_bias_beta1,
     REAL: tl.constexpr, EPS_FIRST: tl.constexpr, IS_PART: tl.constexpr, MOVES: tl.constexpr,
 ):  # fmt: skip
     """Return the numbers that all elements of a tensor are computed with at its step t."""
-    lr = number_at(mine, LR)
-    alpha = number_at(mine, ALPHA)
-    clip = number_at(mine, CLIP) * float64_at(mine, SIGN)
-    beta2 = float64_at(mine, BETA2)
-    root = 1 / tl.sqrt(1 - tl.exp(t * float64_at(mine, LOG_BETA2)))
+    lr = number_at(of_batch, LR)
+    alpha = number_at(of_batch, ALPHA)
+    clip = number_at(of_batch, CLIP) * float64_at(of_batch, SIGN)
+    beta2 = float64_at(of_batch, BETA2)
+    root = 1 / tl.sqrt(1 - tl.exp(t * float64_at(of_batch, LOG_BETA2)))
     step = lr / (1 - tl.exp(t * log_bias_beta1))
-    eps = float64_at(mine, EPS)
+    eps = float64_at(of_batch, EPS)
     if EPS_FIRST:
         eps = eps * root
-    lamb = tl.where(t > float64_at(mine, AMPLIFY_AFTER), float64_at(mine, LAMB), 0.0)
-    decay = 1 - lr * float64_at(mine, WEIGHT_DECAY)
+    lamb = tl.where(t > float64_at(of_batch, AMPLIFY_AFTER), float64_at(of_batch, LAMB), 0.0)
+    decay = 1 - lr * float64_at(of_batch, WEIGHT_DECAY)
     keep_mu = alpha
     keep_m = beta1
     keep_v = beta2
     add_v = 1 - beta2
     if IS_PART:
-        micro_steps = float64_at(mine, MICRO_STEPS)
-        decays = float64_at(mine, DECAYS) != 0
+        micro_steps = float64_at(of_batch, MICRO_STEPS)
+        decays = float64_at(of_batch, DECAYS) != 0
         clip = clip / micro_steps
         add_v = add_v * micro_steps
         keep_mu = tl.where(decays, keep_mu, 1.0)

@@ -33,12 +33,13 @@ class Shape(NamedTuple):
 
 SHAPES = {8: Shape(2048, 512, 4), 4: Shape(4096, 1024, 4), 2: Shape(4096, 1024, 4)}  # by bytes of an element
 CODED = Shape(4096, 1024, 4)  # of tensors that are kept in fewer bits: whole blocks of 64
-# A program that limits rows takes as many whole rows as fit into its chunk, each counted as long as the next of WIDTHS.
-# Of longer rows it takes one, and reads it twice. Rows of more than LONGEST elements are too much for one program;
-# rows.py limits them after the step. Rows are straight if their length is a multiple of STRAIGHT elements and their
-# tensors are aligned.
+# A program that limits rows takes as many whole rows as fit into its chunk, their length rounded up to the next of
+# WIDTHS. It takes one row if that is longer than all of WIDTHS, and reads it twice. Rows of more than LONGEST elements
+# are too much for one program: rows.py limits them after the step. A row is straight if its length is a multiple of
+# STRAIGHT elements and its tensors are aligned; any other row is odd.
 WIDTHS, STRAIGHT, LONGEST = tuple(1 << n for n in range(4, 11)), 4, 1 << 16
-LONG, ODD = len(WIDTHS), len(WIDTHS) + 1  # bits: after those of WIDTHS the one of longer rows; the first of odd rows
+# In `sizes_of_rows` bit n stands for WIDTHS[n], bit LONG for longer rows, and bit ODD + n for odd rows of size n.
+LONG, ODD = len(WIDTHS), len(WIDTHS) + 1
 # `judge` is one program that adds the sums of all chunks, with as many threads and loads at a time as a GPU allows
 JUDGE_BLOCK, JUDGE_THREADS = 4096, 1024
 
@@ -73,12 +74,27 @@ class Codes(NamedTuple):
     words: bytes  # the key of each tensor's dithers, and how many blocks lie on ranks before this one
 
 
-class Part(NamedTuple):
-    """One of the batches that a launch takes, with its numbers and addresses."""
+class Call(NamedTuple):
+    """One of the batches that a launch takes, with its scalars and addresses."""
 
-    tensors: Batch
-    numbers: Scalars
+    batch: Batch
+    scalars: Scalars
     at: Addresses
+
+
+class _Key(NamedTuple):
+    """What a table depends on, for one batch: it is made anew if any of this has changed."""
+
+    at: tuple[Any, ...]  # of `Addresses`, up to `ends`
+    beta1: Sequence[float]
+    bias_beta1: Sequence[float]
+    widths: list[int]  # of the rows that are limited
+    codes: Codes | None
+
+    @property
+    def cut(self) -> tuple[Any, ...]:
+        """What decides how tensors are cut into chunks: their ends, and their rows."""
+        return self.at[5], self.widths, self.codes
 
 
 class Tables:
@@ -138,47 +154,45 @@ class Tables:
         room = self._room[start : self._sent].copy_(words)
         return torch.empty_like(words, device=device).copy_(room, non_blocking=True)
 
-    def static(self, kind: Any, lists: Sequence[Part]) -> Static:
+    def static(self, kind: Any, calls: Sequence[Call]) -> Static:
         """Return the chunks of all tensors and their table, made anew if the tensors have changed."""
         key = [
-            (x.at[:6], x.numbers.beta1, x.numbers.bias_beta1, limited_widths(x.tensors, x.numbers), x.at.table)
-            for x in lists
+            _Key(x.at[:6], x.scalars.beta1, x.scalars.bias_beta1, limited_widths(x.batch, x.scalars), x.at.table)
+            for x in calls
         ]
         found = self._static.get(kind)
         if found is None or found.key != key:
-            found = self._static[kind] = self._made(key, lists, found)
+            found = self._static[kind] = self._made(key, calls, found)
         return found
 
-    def _made(self, key: Any, lists: Sequence[Part], before: Static | None) -> Static:
-        tensors, device = lists[0].tensors, lists[0].tensors.params[0].device
-        codes = [x.at.table for x in lists if x.at.table is not None]
-        shape = CODED if codes else SHAPES[max(tensors.exp_avgs[0].element_size(), 4)]
-        sizes = [n for x in lists for n in _sizes(x.at.ends)]
-        widths, chunk = [width for *_, of_list, _ in key for width in of_list], shape.chunk
-        places = [b"".join(getattr(x.at, name) or b"" for x in lists) for name in _COLUMNS]
-        more = [b"".join(columns) for columns in zip(*(x.columns for x in codes), strict=True)]
-        numbers = [
-            [beta1 for x in lists for beta1 in x.numbers.beta1],
-            [math.log(beta1) if beta1 else -math.inf for x in lists for beta1 in x.numbers.bias_beta1],
-        ]
+    def _made(self, key: list[_Key], calls: Sequence[Call], before: Static | None) -> Static:
+        tensors, codes = calls[0].batch, [x.codes for x in key if x.codes is not None]
+        device, shape = tensors.params[0].device, SHAPES[max(tensors.exp_avgs[0].element_size(), 4)]
+        shape, chunk = (CODED, CODED.chunk) if codes else (shape, shape.chunk)
+        sizes = [size for x in calls for size in _sizes(x.at.ends)]
+        widths = [width for x in key for width in x.widths]
         coded_widths = [width for x in codes for width in x.widths]
-        table = b"".join(
-            [
-                memory.packed(sizes),
-                *(column or bytes(8 * len(sizes)) for column in places),
-                *(struct.pack(f"{len(sizes)}d", *column) for column in numbers),
-                memory.packed([i for i, x in enumerate(lists) for _ in x.numbers.beta1]),
-                memory.packed(widths),
-                memory.packed([rows_of_a_chunk(width, chunk) for width in widths]),
-                *(column or bytes(8 * len(sizes)) for column in more),
-                memory.packed(coded_widths),
-                *(x.words for x in codes),
-            ]
-        )
-        aligned = not any(misaligned(column) for column in (*places[:4], *more[3:]))
-        words = torch.frombuffer(bytearray(table), dtype=torch.int64)
-        same = before is not None and [(x[0][5], *x[3:]) for x in before.key] == [(x[0][5], *x[3:]) for x in key]
-        counted = [_padded(*pair) for pair in zip(sizes, coded_widths, strict=True)] if codes else sizes
+        beta1s = [beta1 for x in key for beta1 in x.beta1]
+        logs = [math.log(beta1) if beta1 else -math.inf for x in key for beta1 in x.bias_beta1]
+        places = [b"".join(getattr(x.at, name) or b"" for x in calls) for name in _COLUMNS]
+        coded_places = [b"".join(columns) for columns in zip(*(x.columns for x in codes), strict=True)]
+        none = bytes(8 * len(sizes))
+        columns = [  # in the order of the kernels' AT_SIZE, AT_THETA, …
+            memory.packed(sizes),
+            *(column or none for column in places),
+            struct.pack(f"{len(sizes)}d", *beta1s),
+            struct.pack(f"{len(sizes)}d", *logs),
+            memory.packed([i for i, x in enumerate(key) for _ in x.beta1]),
+            memory.packed(widths),
+            memory.packed([rows_of_a_chunk(width, chunk) for width in widths]),
+            *(column or none for column in coded_places),
+            memory.packed(coded_widths),
+            *(x.words for x in codes),
+        ]
+        words = torch.frombuffer(bytearray(b"".join(columns)), dtype=torch.int64)
+        aligned = not any(misaligned(column) for column in (*places[:4], *coded_places[3:]))
+        counted = list(map(_padded, sizes, coded_widths)) if codes else sizes
+        same = before is not None and [x.cut for x in before.key] == [x.cut for x in key]
         counts = _counts(sizes, counted, widths, chunk)
         chunks = before.chunks if before and same else self._send(_chunks(counts), device)
         tail = not aligned or any(
@@ -294,7 +308,7 @@ def words_of(n: Scalars) -> bytes:
         first += (0, number) if isinstance(number, (float, int)) else (number.data_ptr(), 0.0)
     log_beta2, micro = math.log(n.beta2) if n.beta2 else -math.inf, n.micro_step
     rest = (n.beta2, log_beta2, n.eps, n.weight_decay, n.lamb, n.amplify_after, -1.0 if n.maximize else 1.0)
-    return _NUMBERS.pack(*first, *rest, micro.of, micro.decays, n.max_row_norm, micro.nth)
+    return _NUMBERS.pack(*first, *rest, micro.k, micro.decays, n.max_row_norm, micro.nth)
 
 
 def _runs(at: bytes, storages: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -32,8 +32,6 @@ def limit(batch: Batch, scalars: Scalars, before: Sequence[Tensor]) -> None:
     """
     params = [batch.params[i] for i in batch.unlimited] if scalars.micro_step.moves else []
     add_up = batch.shards.sum if batch.shards is not None and batch.shards.cut_rows else None
-    # if the last micro-batch is not finite, the other ones still make a step
-    finite = scalars.finite if scalars.micro_step.of == 1 else None
     if scalars.limits_change:
         for param, old in zip(params, before, strict=True):
             dtype = wide(param.dtype)
@@ -44,7 +42,7 @@ def limit(batch: Batch, scalars: Scalars, before: Sequence[Tensor]) -> None:
     if scalars.max_row_norm:
         for param in params:
             long = param.clone() if torch.is_grad_enabled() else param  # a backward pass through the step reads it
-            share = _share(_norms(long, add_up) / scalars.max_row_norm, finite).to(wide(param.dtype))
+            share = _share(_norms(long, add_up) / scalars.max_row_norm, scalars.writable).to(wide(param.dtype))
             if long is param:
                 param.mul_(share)
             else:

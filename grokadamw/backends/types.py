@@ -78,7 +78,7 @@ class Batch(NamedTuple):
 class MicroStep(NamedTuple):
     """One of several micro-batches of a step, which adds a k-th of its gradient to the averages."""
 
-    of: int  # k
+    k: int  # micro-batches per step
     decays: bool  # it is the first of its cycle for these tensors: averages decay
     moves: bool  # it is the last of its cycle: μ is added to m, θ moves, and the step is counted
     nth: int = 0  # its number in the cycle, from 0
@@ -107,6 +107,11 @@ class Scalars(NamedTuple):
     micro_step: MicroStep = WHOLE  # if it is one of several and `finite` is False, the gradient counts as 0
     max_row_change: Number = 0.0
     max_row_norm: float = 0.0
+
+    @property
+    def writable(self) -> Tensor | None:
+        """`finite`, if it decides whether this step writes anything. A micro-batch always does: see `micro_step`."""
+        return self.finite if self.micro_step.k == 1 else None
 
     @property
     def limits_rows(self) -> bool:

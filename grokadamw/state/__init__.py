@@ -1,1 +1,1 @@
-"""What is kept for a parameter between steps."""
+"""The state of a parameter: how it is made, kept, loaded and measured."""

@@ -124,7 +124,8 @@ def _as_listed(old: dict[str, Any]) -> dict[str, Any]:
         old = {key: value for key, value in old.items() if key != "param_names"}
     if keys == names or len(set(names)) != len(keys) or set(keys) != set(names):
         return old
-    order = [names.index(key) for key in keys]
+    places = {name: place for place, name in enumerate(names)}
+    order = [places[key] for key in keys]
     listed = [name for name in ("param_names", "layers") if len(old.get(name, ())) == len(keys)]
     return {**old, **{name: [old[name][i] for i in order] for name in listed}}
 

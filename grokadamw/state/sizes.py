@@ -1,4 +1,4 @@
-"""How many bytes an optimizer takes: of the state that it has, or that its next step would make."""
+"""The size of an optimizer in bytes, with the state that it has or that its next step would make."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sizes(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State], optio
     for group in groups:
         for param in group["params"]:
             own = part(param)
-            grad = own if param.grad is None else part(param.grad)
+            grad = own if param.grad is None or param.grad.layout != torch.strided else part(param.grad)
             found["parameters"] += own.nbytes
             found["gradients"] += grad.nbytes
             for name, x in _whole_state(param, state.get(param, {}), options, float(group["lamb"]) > 0):

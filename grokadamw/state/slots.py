@@ -1,7 +1,8 @@
 """A parameter's state, `optimizer.state[p]`: making it at zero, and keeping it as the parameter is.
 
 `step` is a 0-d float32 tensor, on the CPU or on the accelerator that the parameter is on. `exp_avg` (m),
-`exp_avg_sq` (v) and `grok_ema` (μ) have the parameter's shape and dtype, but at least float32.
+`exp_avg_sq` (v) and `grok_ema` (μ) have the parameter's shape. Their dtype is the parameter's, but at least float32
+(with compat the parameter's own), or what `state_dtype` asks for: see formats.py.
 """
 
 from __future__ import annotations

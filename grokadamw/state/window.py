@@ -87,11 +87,11 @@ def average(
     windows: Sequence[Window], grads: Sequence[Tensor], averages: Sequence[Tensor], finite: Tensor | None
 ) -> None:
     """Put a real gradient into each window, and the means into `averages`; not if `finite` is a False tensor."""
-    found = means(windows, grads)
+    push(windows, grads, finite)
+    found = [w.total / w.seen.clamp(1, len(w.ring)) for w in windows]
     if finite is not None:
         found = [torch.where(finite, mean, mu) for mean, mu in zip(found, averages, strict=True)]
     torch._foreach_copy_(list(averages), found)
-    push(windows, grads, finite)
 
 
 def means(windows: Sequence[Window], grads: Sequence[Tensor]) -> list[Tensor]:

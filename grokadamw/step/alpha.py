@@ -24,6 +24,7 @@ from ..signals import AccuracyGap, loss_gap, memorisation
 
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_MISSING = "missing values"  # in `_warned`
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, _KEYWORD_ONLY)
 
 Signal: TypeAlias = Callable[..., Any]
@@ -35,7 +36,7 @@ def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, 
     if signal is None or decay_rate == 0:
         return alpha_init
     if isinstance(signal, Tensor):
-        return alpha_init * torch.exp(-decay_rate * signal.clamp(min=0))
+        return alpha_init * torch.exp(-decay_rate * (signal.clamp(min=0) if clamp else signal))
     return alpha_init * math.exp(-decay_rate * (max(signal, 0.0) if clamp else signal))
 
 
@@ -118,7 +119,7 @@ class Signals:
         self._warned: set[str] = set()
         self.losses_are_loaded = False  # whether losses came with a checkpoint, and none was recorded since
         self._failures_on_device: dict[str, Tensor] = {}
-        self._steps_without = 0.0
+        self._steps_without = 0
         self._train_losses_alone = 0  # recorded since the last evaluation loss
 
     def check_amplifies(self, amplify_by_signal: bool) -> None:
@@ -174,10 +175,11 @@ class Signals:
         if not missing or (len(missing) == len(needed) and not is_asked_for):
             return
         self._steps_without += 1
-        if self._steps_without >= (100 if any(name.startswith("train") for name in missing) else 1000):
-            self.silence_missing()
-            if as_float(elsewhere) > 0:
-                return
+        limit = 100 if any(name.startswith("train") for name in missing) else 1000
+        if self._steps_without < limit or _MISSING in self._warned:
+            return
+        self.silence_missing()
+        if as_float(elsewhere) == 0:
             names = ", ".join(f"{name}=…" for name in missing)
             warn(
                 f"the grokking signals wait for {' and '.join(missing)}: call optimizer.record({names}), or pass "
@@ -204,7 +206,7 @@ class Signals:
 
     def silence_missing(self) -> None:
         """Suppress the warning of `warn_of_missing`, as the caller gives a better one."""
-        self._steps_without = -math.inf
+        self._warned.add(_MISSING)
 
     def evaluate(
         self, train_loss: Number | None, eval_loss: Number | None, keep_nonfinite: bool = False
@@ -367,18 +369,17 @@ def _takes_losses(function: Any) -> str:
     # losses go in order to arguments of other names, but not to one with the other loss's name
     swapped = required[:1] == ["eval_loss"] or required[1:] == ["train_loss"]
     if any("acc" in name for name in required):
-        raise TypeError(
-            f"grokking_signal_fns holds {_name(function)}, which requires ({', '.join(required)}): accuracies are not "
-            "passed to signals; give grokadamw.signals.AccuracyGap()"
-        )
-    if len(required) == 2 and required == positional[:2] and not swapped:
+        way_out = "accuracies are not passed to signals; give grokadamw.signals.AccuracyGap()"
+    elif not required:
+        return ""
+    elif len(required) == 2 and required == positional[:2] and not swapped:
         return "in order"
-    if required:
-        raise TypeError(
-            f"grokking_signal_fns holds {_name(function)}, which requires ({', '.join(required)}): a signal takes no "
-            "arguments, or (train_loss, eval_loss); give it all others with a lambda or functools.partial"
+    else:
+        way_out = (
+            "a signal takes no arguments, or (train_loss, eval_loss); give it all others with a lambda or "
+            "functools.partial"
         )
-    return ""
+    raise TypeError(f"grokking_signal_fns holds {_name(function)}, which requires ({', '.join(required)}): {way_out}")
 
 
 def _name(function: Any) -> str:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import backends, layers
-from .._numbers import Number, as_real
+from .._numbers import as_real
 from ..backends import BY_ADDRESS, Batch, Choice, decoded, foreach, gpu, memory, reference
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges
 from ..backends.types import Coded, written
-from ..distributed import Shards, blocks_before, divisions, local, part, placed, shards_of, sum_over_ranks
+from ..distributed import Shards, blocks_before, divisions, local, part, placed, shards_of
 from ..options import STATES, may_be_coded, rules_of
 from ..state import window
 from ..state.formats import BLOCK, EXTRAS, is_coded
@@ -37,23 +37,6 @@ class Given(NamedTuple):
     compiling: bool = False  # whether torch.compile will see what is written
     first_number: int = 0  # of the groups' first parameter in the optimizer
     shard_group: Any = None  # the ranks that plain parameters are divided over
-
-    def sum_over_ranks(self, values: Iterable[Number]) -> Tensor:
-        """Return the sum of numbers over the ranks of `shard_group`, in float64."""
-        return sum_over_ranks(values, self.groups, self.shard_group)
-
-    def check_agreed(self, found: float) -> None:
-        """Raise RuntimeError if `found` ranks of `shard_group`, but not all, found infinity: scales would differ."""
-        if self.shard_group is not None and 0 < found < (ranks := self.shard_group.size()):
-            raise RuntimeError(
-                f"{found:g} of the shard_group's {ranks} ranks found infinity in their gradients, and so each would go "
-                "on with a loss scale of its own; nothing was written. Use ShardedGradScaler, and call "
-                "scaler.unscale_(optimizer) before scaler.step(optimizer): all ranks then find what one of them finds"
-            )
-
-    def share(self, total: Any, shards: Shards | None) -> Any:
-        """Return this rank's summand for `sum_over_ranks`: a plain total, or its share of a total that a mesh has."""
-        return total if shards is None else total / shards.ranks_in(self.shard_group)
 
 
 class Entry(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate, chain, compress
+from itertools import accumulate, chain, compress, count
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -32,13 +32,16 @@ _LOOKS = 1 << 12  # how many looks of parameters have their kind kept
 _EXP_AVG, _EXP_AVG_SQ, _STEP = itemgetter("exp_avg"), itemgetter("exp_avg_sq"), itemgetter("step")
 _PARAMS, _LAYERS = itemgetter("params"), itemgetter("layers")
 _OPTIONS = itemgetter(*[name for name in GROUP_OPTIONS if name not in ("betas", "layer")])
+# fields of a batch that a plan keeps as they are; the others hold tensors, or are made from them
+_WITHOUT_TENSORS = ("row_widths", "unlimited", "choice", "group", "layers", "shards", "begun")
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 class Cache:
-    """Returns the batches of a step, by the plan of an earlier step if it still holds.
+    """Returns the batches of a step, by the plan of an earlier step if that plan still holds.
 
-    It keeps no tensors, whose memory is not its own: each step brings its tensors, whose looks are compared.
+    It keeps no tensors, and so never keeps their memory alive. Each step brings its own tensors, and the plan checks
+    that they look as they did.
     """
 
     def __init__(self) -> None:
@@ -72,20 +75,15 @@ class Cache:
         """Return how many parameters go to which backend, and why, as far as is known before they have a state."""
         groups, state = given[:2]
         found = self._recall(given)
-        counts: Counter[Choice] = Counter()
-        for batch in found[0].batches if found else ():
-            counts[batch.choice] += len(batch.params)
-        if counts.total() != sum(len(group["params"]) for group in groups):
-            counts.clear()
-            for group in groups:
-                for param in group["params"]:
-                    s, shards = state.get(param, {}), shards_of(param)
-                    row = [param if x is None else x for x in (param, param.grad, *map(s.get, STATES))]
-                    count = s.get("step", torch.zeros((), device=step_device(param)))
-                    tensors, extras = [as_real(local(x, shards)) for x in row], list(map(s.get, EXTRAS))
-                    counts[backends.choose(tensors, count, group, is_coded(tensors, extras, group))] += 1
-        of = {choice: "" if len(counts) == 1 else f" for {count} parameters" for choice, count in counts.items()}
-        return "\n".join(f"{c.module.__name__.rpartition('.')[2]}{of[c]}: {c.reason}" for c in counts)
+        choices = [batch.choice for batch in found[0].batches for _ in batch.params] if found else []
+        pairs = [(param, group) for group in groups for param in group["params"]]
+        if len(choices) != len(pairs):
+            choices = [_likely_choice(param, state.get(param, {}), group) for param, group in pairs]
+        lines = []
+        for choice, uses in Counter(choices).items():
+            share = "" if uses == len(choices) else f" for {uses} parameters"
+            lines.append(f"{choice.module.__name__.rpartition('.')[2]}{share}: {choice.reason}")
+        return "\n".join(lines)
 
     def _recall(self, given: Given, checked: bool = False) -> tuple[Batches, _Plan] | None:
         """Return the batches of this step and their plan; None if `collect` has something to check first."""
@@ -113,23 +111,29 @@ class Cache:
         groups, options, columns, facts = given.groups, given.options, seen.columns, seen.facts
         if not _are_plain(columns, seen.written) or any(len(g["layers"]) != len(g["params"]) for g in groups):
             return None
-        every = [(i, layer) for i, layers in zip(facts.first_alike, facts.layers, strict=True) for layer in layers]
-        numbered = compress(enumerate(every, given.first_number), seen.present)
-        owners = [Owner(*owner, number) for number, owner in numbered]
-        p, g, m, v, mus, _, coded = columns
-        belonging, divided = zip(p, m, v, mus, *coded, g, strict=True), zip(*facts.specs, strict=True)
-        for belongs, specs in zip(belonging, divided, strict=False):
-            if not alike([spec for x, spec in zip(belongs, specs, strict=True) if x is not None]):
+        numbers = count(given.first_number)
+        all_owners = [
+            Owner(i, layer, next(numbers))
+            for i, layers in zip(facts.first_alike, facts.layers, strict=True)
+            for layer in layers
+        ]
+        owners = list(compress(all_owners, seen.present))
+        # for each parameter the specs of its tensors; the spec of a missing tensor is None, like a plain one's
+        tensors_of = zip(columns.params, *columns[2:5], *columns.extras, columns.grads, strict=True)
+        for tensors, specs in zip(tensors_of, zip(*facts.specs, strict=True), strict=False):
+            if not alike([spec for x, spec in zip(tensors, specs, strict=True) if x is not None]):
                 return None
         shards = list(map(shards_of, seen.params))
         if may_be_coded(options):
-            before = [blocks_before(param, BLOCK) for param in seen.params]
-            owners = [owner._replace(blocks_before=count) for owner, count in zip(owners, before, strict=True)]
+            owners = [
+                owner._replace(blocks_before=blocks_before(param, BLOCK))
+                for owner, param in zip(owners, seen.params, strict=True)
+            ]
         if any(mu is None and groups[o.group]["lamb"] > 0 for o, mu in zip(owners, columns.grok_emas, strict=True)):
             return None
-        tensors = [*seen.written, *columns.grads]
-        signature = TensorSignature(tensors, len(seen.written))
-        look_of = dict(zip(map(id, tensors), signature.looks(), strict=True)) | {id(None): None}
+        watched = [*seen.written, *columns.grads]
+        signature = TensorSignature(watched, len(seen.written))
+        look_of = dict(zip(map(id, watched), signature.looks(), strict=True)) | {id(None): None}
         looks = _looks(columns, look_of, shards, [groups[owner.group] for owner in owners])
         if checked:
             if len(self._kinds) > _LOOKS:
@@ -150,6 +154,16 @@ class Cache:
             del self.plans[next(iter(self.plans))]
         self.plans[seen.key] = plan = _Plan(seen, owners, made, ranges, signature, options, places)
         return plan
+
+
+def _likely_choice(param: Tensor, state: State, group: dict[str, Any]) -> Choice:
+    """Return the backend for a parameter; a gradient or state that it lacks is taken to be like the parameter."""
+    shards = shards_of(param)
+    grad = None if param.grad is None else param.grad.resolve_conj()
+    row = [param if x is None else x for x in (param, grad, *map(state.get, STATES))]
+    tensors, extras = [as_real(local(x, shards)) for x in row], list(map(state.get, EXTRAS))
+    step = state.get("step", torch.zeros((), device=step_device(param)))
+    return backends.choose(tensors, step, group, is_coded(tensors, extras, group))
 
 
 class Facts(NamedTuple):
@@ -280,8 +294,8 @@ class _Plan:
         self._spans = list(zip([0, *ends], ends, strict=False))
         self._batches = []
         for batch, _ in made:
-            kept = backends.keep(batch)
-            self._batches.append((batch.grok_emas is not None, kept.addresses, kept._replace(coded=None)[7:]))
+            rest = {name: getattr(batch, name) for name in _WITHOUT_TENSORS}
+            self._batches.append((batch.grok_emas is not None, backends.keep(batch).addresses, rest))
         self._coded = [batch.coded is not None for batch, _ in made]
         grads, gpus = seen.columns.grads, [batch.params[0].device for batch, _ in made if batch.choice.module is gpu]
         # a real tensor with a pending negation is the imaginary part of another: it has gaps, or one element
@@ -315,9 +329,8 @@ class _Plan:
                     here = b"".join([at[8 * i : 8 * i + 8] for i in order[start:end]])
                 addresses = addresses._replace(grads=here)
             own = slice(start, end)
-            made.append(
-                Batch(p[own], g[own], m[own], v[own], mu[own] if has_mu else None, steps[own], addresses, *rest)
-            )
+            slow = mu[own] if has_mu else None
+            made.append(Batch(p[own], g[own], m[own], v[own], slow, steps[own], addresses, **rest))
         for i in compress(range(len(made)), self._coded):
             coded = batches.coded_of(columns, self._places[i], self._owners, self._options)
             made[i] = made[i]._replace(coded=coded)

@@ -1,4 +1,4 @@
-"""Where a step that takes several micro-batches is, and the numbers that the first of them fixed.
+"""The position in a step of several micro-batches, and the numbers that the first of them fixed.
 
 Source: Su Jianlin, https://kexue.fm/archives/8634.
 """
@@ -18,10 +18,10 @@ from ..state.slots import State
 class Cycle:
     """Where a GrokAdamW with ``accumulation_steps`` k is within a step, as its groups and its state say."""
 
-    def __init__(self, of: int, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> None:
-        self.of, self._groups, self._state = of, groups, state
+    def __init__(self, k: int, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> None:
+        self.k, self._groups, self._state = k, groups, state
         self.nth = groups[0]["micro_step"]
-        self.is_first, self.is_last = self.nth == 0, self.nth + 1 >= of
+        self.is_first, self.is_last = self.nth == 0, self.nth + 1 >= k
         params = [param for group in groups for param in group["params"]] if self.is_last else []
         # parameters without a gradient that must still move, because they had one earlier in the cycle
         self.missing = {p for p in params if p.grad is None and state.get(p, {}).get("micro_step")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._numbers import Number, accumulator, as_float, as_number, as_real, product, reads_are_free
 from ..backends import gpu
-from ..distributed import Shards, local_parts
+from ..distributed import Shards, divisions, local_parts, share_of, sum_over_ranks
 from .batches import Batches, Given
 
 SumOfSquares = Callable[[Sequence[Tensor]], Tensor]
@@ -53,12 +53,13 @@ def measure(
         if shards is not None:
             squares = shards.total([squares]).item()
         if given.shard_group is not None:
-            squares = given.sum_over_ranks([given.share(squares, shards)]).item()
+            summand = share_of(squares, shards, given.shard_group)
+            squares = sum_over_ranks([summand], given.groups, given.shard_group).item()
         norms = [math.sqrt(squares)] * len(limits)
     elif apart:
         norms = [_norm([(batch.shards, batch.grads)], sum_of_squares, home) for batch in found.batches]
     else:
-        norms = [_norm(found.grads, sum_of_squares, home, given)] * len(limits)
+        norms = [_norm(found.grads, sum_of_squares, home, given.groups, given.shard_group)] * len(limits)
     if scale is not None:
         unscale = 1 / as_number(scale, "grad_scale")
         norms = [None if norm is None else product(norm, unscale) for norm in norms]
@@ -114,27 +115,26 @@ def global_norm(
     tensors: Sequence[Tensor],
     sum_of_squares: SumOfSquares,
     home: torch.device | None,
-    given: Given | None = None,
-    ways: Iterable[Shards] = (),
+    groups: Sequence[Mapping[str, Any]] = (),
+    shard_group: Any = None,
 ) -> Number:
     """Return N = √Σg² over all elements of all tensors, on any devices: a float, or with home a 0-d tensor there.
 
-    DTensors are summed over the ranks that share them; `ways` are the divisions of all parameters, as this rank may
-    lack gradients that another one has. The sum goes over the shard_group of `given`, too, if there is one.
+    `groups` have all parameters, as this rank may lack gradients that another one has: DTensors are summed over the
+    ranks that share them, and all over the shard_group, if there is one.
     """
-    lists = [(shards, list(map(as_real, parts))) for shards, parts in local_parts(tensors, ways)]
-    return _norm(lists, sum_of_squares, home, given)
+    lists = [(shards, list(map(as_real, parts))) for shards, parts in local_parts(tensors, divisions(groups))]
+    return _norm(lists, sum_of_squares, home, groups, shard_group)
 
 
 def _norm(
     lists: Sequence[tuple[Shards | None, Sequence[Tensor]]],
     sum_of_squares: SumOfSquares,
     home: torch.device | None,
-    given: Given | None = None,
+    groups: Sequence[Mapping[str, Any]] = (),
+    shard_group: Any = None,
 ) -> Number:
     sums: list[Tensor] = []
-    if given is not None and given.shard_group is None:
-        given = None
     for shards, tensors in lists:
         by_device: dict[torch.device, list[Tensor]] = {}
         for tensor in tensors:
@@ -142,9 +142,9 @@ def _norm(
         here = list(map(sum_of_squares, by_device.values()))
         if shards is not None:
             here = [shards.total(here)]
-        sums += here if given is None else [given.share(total, shards) for total in here]
-    if given is not None:  # last, and even if this rank has no gradients: all ranks must take part
-        sums = [given.sum_over_ranks(sums)]
+        sums += here if shard_group is None else [share_of(total, shards, shard_group) for total in here]
+    if shard_group is not None:  # last, and even if this rank has no gradients: all ranks must take part
+        sums = [sum_over_ranks(sums, groups, shard_group)]
     if home is None:
         return math.sqrt(sum(total.item() for total in sums))
     total = torch.stack([total.to(home) for total in sums]).sum()

@@ -25,7 +25,7 @@ from .._warn import warn
 from ..backends import foreach, gpu, rows
 from ..backends.gpu_tables import Tables
 from ..backends.types import WHOLE, Batch, MicroStep, Scalars
-from ..distributed import AllRanks, check_shard_group, divisions, part, state_is_asked_for
+from ..distributed import AllRanks, check_agreed, check_shard_group, divisions, part, state_is_asked_for
 from ..options import RECORDED, Rules, check_changed, recorded, rules_of
 from . import capture, metrics, norm
 from .alpha import Signals, alpha_of, amplification, boost_of, hear
@@ -108,7 +108,7 @@ def is_overflow(given: Given) -> bool | None:
     if not readable and options["accumulation_steps"] == 1:
         return None
     found = found_inf.item()
-    given.check_agreed(found)
+    check_agreed(found, given.shard_group)
     return bool(found)
 
 
@@ -151,7 +151,7 @@ def check_finite(run: Run, given: Given) -> None:
 
 def _norm_now(grads: list[Tensor], given: Given) -> float:
     sum_of_squares = backends.sum_of_squares(given.options, given.compiling)
-    return as_float(norm.global_norm(grads, sum_of_squares, None, given, divisions(given.groups)))
+    return as_float(norm.global_norm(grads, sum_of_squares, None, given.groups, given.shard_group))
 
 
 def begin(run: Run, given: Given, preset_gamma: float | None) -> None:
@@ -202,22 +202,11 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     found = run.cache.batches(given if cycle is None else given._replace(groups=cycle_groups), run.names, missing)
     if given.capturing and found.tables is not None:
         run.graphs.append(found.tables)
-    limits = [float(cycle_groups[batch.group]["gradient_clipping"]) for batch in found.batches]
-    are_divided = given.shard_group is not None or any(map(itemgetter(0), found.grads))
-    if are_divided and not rules.clips_each_tensor:
-        # all ranks must need the norm, or none, whichever gradients they have
-        limits.append(min((x for group in cycle_groups if (x := float(group["gradient_clipping"])) > 0), default=0.0))
+    limits = _limits(found, cycle_groups, given.shard_group, rules)
     stats = _measured(run, given, found, limits, rules)
     norms, clips = stats.norms, stats.clips
-    is_idle = not found.params and any(group["params"] for group in groups)
-    # with a shard_group another rank may have gradients; without any here the norm is Python's number, or unknown
-    if is_idle and not run.idle and (given.shard_group is None or norms[:1] == [0.0]):
-        run.idle = True
-        warn(
-            "a step found no gradient, and changed nothing: call loss.backward() before optimizer.step(). If you did, "
-            "the model has other parameters than the optimizer by now: make the optimizer anew",
-            UserWarning,
-        )
+    if not found.params:
+        _warn_if_idle(run, given, norms)
     if options["differentiable"]:
         norms, clips = detached(norms), detached(clips)
     run.last = metrics.LastStep(run.last.signal, alphas, norms, clips, boosts)
@@ -232,13 +221,8 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     for batch, clip in zip(found.batches, stats.factors[: len(found.batches)], strict=True):
         group, device = cycle_groups[batch.group], batch.params[0].device
         beta1s = _beta1s(group["betas"][0], group["gamma"], batch.layers)
-        lr, alpha = group["lr"], 1.0 if batch.windows is not None else alphas[batch.group]
-        lr = lr if type(lr) is float else _number(lr, device, options)
-        boost = boosts[batch.group]
-        change: Number = float(group["max_row_change"])
-        if isinstance(boost, Tensor) or boost != 1.0:
-            boost = _number(boost, device, options)
-            lr, change = lr * boost, change and change * boost
+        lr, change = _boosted(group, boosts[batch.group], device, options)
+        alpha = 1.0 if batch.windows is not None else alphas[batch.group]
         scalars = Scalars(
             beta1=beta1s,
             bias_beta1=beta1s if rules.decays_bias_correction else [float(group["betas"][0])] * len(beta1s),
@@ -254,7 +238,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
             raw_second_moment=options["second_moment"] == "raw",
             maximize=group["maximize"],
             finite=None if finite is None else finite.to(device),
-            micro_step=WHOLE if cycle is None else MicroStep(cycle.of, not batch.begun, cycle.is_last, cycle.nth),
+            micro_step=WHOLE if cycle is None else MicroStep(cycle.k, not batch.begun, cycle.is_last, cycle.nth),
             max_row_change=change,
             max_row_norm=float(group["max_row_norm"]),
         )
@@ -263,6 +247,45 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     if found.dtensors:
         torch.autograd.graph.increment_version(found.dtensors)
     return calls, found.tables
+
+
+def _limits(found: Batches, groups: Sequence[dict[str, Any]], shard_group: Any, rules: Rules) -> list[float]:
+    """Return `gradient_clipping` of each batch; and one more limit if other ranks have parts of the gradients.
+
+    All ranks must need the norm, or none, whichever gradients they have: that limit is the least of any group.
+    """
+    limits = [float(groups[batch.group]["gradient_clipping"]) for batch in found.batches]
+    are_divided = shard_group is not None or any(map(itemgetter(0), found.grads))
+    if are_divided and not rules.clips_each_tensor:
+        of_groups = (float(group["gradient_clipping"]) for group in groups)
+        limits.append(min((limit for limit in of_groups if limit > 0), default=0.0))
+    return limits
+
+
+def _boosted(
+    group: dict[str, Any], boost: Number, device: torch.device, options: dict[str, Any]
+) -> tuple[Number, Number]:
+    """Return lr and max_row_change of a group, both multiplied by the boost."""
+    lr, change = group["lr"], float(group["max_row_change"])
+    lr = lr if type(lr) is float else _number(lr, device, options)
+    if not isinstance(boost, Tensor) and boost == 1.0:
+        return lr, change
+    boost = _number(boost, device, options)
+    return lr * boost, change * boost if change else 0.0
+
+
+def _warn_if_idle(run: Run, given: Given, norms: Sequence[Number | None]) -> None:
+    """Warn once of a step in which no parameter of this rank, nor of its shard_group, has a gradient."""
+    # with a shard_group another rank may have gradients; without any here the norm is Python's number, or unknown
+    elsewhere = given.shard_group is not None and norms[:1] != [0.0]
+    if run.idle or elsewhere or not any(group["params"] for group in given.groups):
+        return
+    run.idle = True
+    warn(
+        "a step found no gradient, and changed nothing: call loss.backward() before optimizer.step(). If you did, "
+        "the model has other parameters than the optimizer by now: make the optimizer anew",
+        UserWarning,
+    )
 
 
 def write(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import os
@@ -11,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -475,10 +477,23 @@ def test_it_says_why_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
                 p.grad = torch.ones(2)
                 GrokAdamW([p]).step()
             monkeypatch.setattr(gpu, "kernels", gpu.kernels.__wrapped__)
+            with patch("triton.__version__", "3.2.0"):
+                assert said(p).startswith("foreach: Triton 3.2.0 cannot compile the kernels: it takes 3.3 or newer")
             monkeypatch.setitem(sys.modules, "triton", None)
             monkeypatch.delitem(sys.modules, "grokadamw.backends.gpu_kernels")
             monkeypatch.delattr(grokadamw.backends, "gpu_kernels")
             assert said(p).startswith("foreach: Triton cannot be imported: ")
+
+
+@pytest.mark.parametrize("path", sorted(Path(gpu.__file__).parent.glob("gpu_*.py")), ids=lambda path: path.stem)
+def test_kernels_have_no_chain_of_three_conditions(path: Path) -> None:
+    """Triton 3.3, which comes with torch 2.7, refuses to compile `a and b and c`."""
+    functions = [
+        x for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.FunctionDef) and x.decorator_list
+    ]
+    kernels = [x for x in functions if "jit" in ast.unparse(x.decorator_list[0])]
+    chains = [x for kernel in kernels for x in ast.walk(kernel) if isinstance(x, ast.BoolOp) and len(x.values) > 2]
+    assert not chains, ast.unparse(chains[0])
 
 
 def test_where_triton_cannot_launch_foreach_runs() -> None:

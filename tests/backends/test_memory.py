@@ -193,7 +193,7 @@ def test_whatever_moves_is_followed(
     step = getattr(module, name)
 
     def spy(*args: Any) -> None:
-        tensors = args[0] if implementation == "cpu" else args[1][0].tensors
+        tensors = args[0] if implementation == "cpu" else args[1][0].batch
         steps_of_kernel.append(len(tensors.params))
         step(*args)
 
