@@ -279,9 +279,13 @@ def rows_of_a_chunk(width: int, chunk: int) -> int:
 
 
 def sizes_of_rows(widths: Iterable[int], aligned: bool, straight: int = STRAIGHT) -> int:
-    """Return the sizes of rows that occur, as bits: those of WIDTHS, longer ones, and both again if they may be odd."""
-    places = {bisect_left(WIDTHS, width) + ODD * (not aligned or width % straight > 0) for width in widths if width}
-    return sum(1 << place for place in places)
+    """Return the sizes of rows that occur, as bits: those of WIDTHS, longer ones, and both again for odd rows.
+
+    Unless all tensors are `aligned`, rows of each size may be odd in one tensor and straight in another.
+    """
+    places = {bisect_left(WIDTHS, width) + ODD * (width % straight > 0) for width in widths if width}
+    of_rows = sum(1 << place for place in places)
+    return of_rows if aligned else and_odd(of_rows)
 
 
 def and_odd(of_rows: int) -> int:

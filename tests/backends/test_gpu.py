@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import copy
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -213,6 +215,37 @@ def laid_out(values: torch.Tensor, dtype: torch.dtype, layout: str) -> torch.Ten
         return values.to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
     offset = int(layout == "not aligned")
     return torch.empty(values.numel() + offset, dtype=dtype)[offset:].view(values.shape).copy_(values)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"state_dtype": "bfloat16"}, {"state_dtype": "int8"}, {"state_dtype": "int8", "master_weight_bits": 24}],
+    ids=str,
+)
+def test_rows_are_limited_beside_tensors_that_are_aligned_otherwise(options: dict[str, Any]) -> None:
+    """In one launch: straight rows, which used to find no body there and stayed as they were; odd and long ones."""
+    shapes, offsets = [(64, 64), (64, 128), (128, 60), (4, 1088), (4, 1030), (5,)], (0, 1)
+    dtype = torch.bfloat16 if "master_weight_bits" in options else torch.float32
+    results = []
+    for implementation in ("gpu", "foreach"):
+        torch.manual_seed(0)
+        with running(implementation, chunk=1024):
+            params, starts = [], []
+            for shape, offset in itertools.product(shapes, offsets):
+                size = math.prod(shape)
+                starts.append(torch.randn(shape).to(dtype))
+                params.append(nn.Parameter(torch.empty(size + 1, dtype=dtype)[offset : offset + size].view(shape)))
+                params[-1].data.copy_(starts[-1])
+            optimizer = GrokAdamW(params, lr=0.05, max_row_change=0.05, **options)
+            for _ in range(2):
+                for p in params:
+                    p.grad = torch.randn(p.shape).to(dtype)
+                optimizer.step()
+            assert all((p != start).float().mean() > 0.5 for p, start in zip(params, starts, strict=True))
+            results.append([p.detach().clone() for p in params])
+    tolerance = TOLERANCES[dtype][1]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=5 * tolerance, atol=tolerance)
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
