@@ -1,4 +1,4 @@
-"""For MkDocs: pages and pictures of the repository that lie outside of docs/ become part of the site.
+"""For MkDocs: pages, pictures and results that lie outside of docs/ become part of the site.
 
 On a page they are linked as in the repository, `../benchmarks/results/…`; in the site they are below its root.
 """
@@ -13,11 +13,12 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["CONTRIBUTING.md", "benchmarks/results/GROKKING_REPORT.md"]
-PICTURES = ["benchmarks/results/mul97.png"]  # of the pages in docs/
+LINKED = r"\]\(\.\./(benchmarks/results/[^)#]+(?<!\.md))\)"  # results that pages in docs/ link to or show
 
 
 def on_files(files: Files, config: Any) -> Files:
-    for path in PICTURES:
+    pages = [path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.md")]
+    for path in sorted({path for page in pages for path in re.findall(LINKED, page)}):
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     for page in PAGES:
         files.append(File.generated(config, page, abs_src_path=str(ROOT / page)))
@@ -45,5 +46,6 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    linked = "|".join(map(re.escape, PAGES + PICTURES))
-    return re.sub(rf"\]\(\.\./({linked})", r"](\1", markdown)
+    linked = "|".join(map(re.escape, PAGES))
+    markdown = re.sub(rf"\]\(\.\./({linked})", r"](\1", markdown)
+    return re.sub(LINKED, r"](\1)", markdown)

@@ -42,7 +42,7 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
     """Return the preset ``GrokAdamW.for_grokking`` as the Trainer's ``optimizer_cls_and_kwargs``.
 
     ```python
-    arguments = TrainingArguments(learning_rate=3e-3, weight_decay=1.4, lr_scheduler_type="constant", ...)
+    arguments = TrainingArguments(learning_rate=3e-3, weight_decay=1.4, ...)
     Trainer(model, arguments, optimizer_cls_and_kwargs=for_grokking(arguments), ...)
     ```
 

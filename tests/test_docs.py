@@ -105,7 +105,9 @@ def test_the_site_builds_in_strict_mode(tmp_path: Path) -> None:
     assert re.findall(r"doc-section-title\">([^<]*)<", html.unescape(api))[:4] == groups
     signature = re.sub("<[^>]+>", "", api[api.index('id="grokadamw.GrokAdamW"') : api.index(groups[2])])
     assert "\n    lr: float | Tensor = 0.001,\n" in signature  # one a line: something has formatted it
-    assert (site / "benchmarks/results/grokking-mod97.png").exists()
+    for page in site.rglob("*.html"):
+        linked = re.findall(r'(?:href|src)="([^":#]*benchmarks/results/[^"#]+)"', page.read_text(encoding="utf-8"))
+        assert [path for path in linked if path[0] != "/" and not (page.parent / path).exists()] == [], page
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         loaded = r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="https?://[^"]+"'

@@ -626,6 +626,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(options: dict[str, Any]) -> None
     assert made[0][1].param_groups[0]["last_norm"] > 0
 
 
+def test_dithers_follow_the_numbers_of_parameters() -> None:
+    """If the groups' order changes, as a new handle would have them, and a new optimizer after a checkpoint."""
+    runs = []
+    for is_kept in (True, False):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(64, 64)) for _ in range(2)]
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(params, (0.1, 0.2), strict=True)]
+        optimizer = GrokAdamW(groups, **FREE, state_dtype="int8")
+        handle = step_in_backward(optimizer)
+        for factor in torch.randn(2, 64, 64):
+            torch.stack([(p * factor).sum() for p in params]).sum().backward()
+            optimizer.step()
+            optimizer.param_groups.reverse()
+            if not is_kept:
+                handle.remove()
+                handle = step_in_backward(optimizer)
+        runs.append([optimizer.state[p]["exp_avg"] for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 def test_within_a_micro_batch_nothing_is_saved() -> None:
     model = network()
     optimizer = GrokAdamW(model.named_parameters(), **FREE, **K3)

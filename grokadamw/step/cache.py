@@ -175,6 +175,7 @@ class Facts(NamedTuple):
     layers: list[list[int]]  # each group's
     begun: list[bool]  # for each parameter: whether it has begun its cycle of micro-batches; empty without cycles
     specs: list[list[Any]]  # torch's specs of how DTensors are divided; empty without DTensors
+    first_number: int  # of the groups' first parameter in the optimizer
 
 
 class Seen(NamedTuple):
@@ -236,6 +237,7 @@ def _seen(given: Given) -> Seen:
         layers=list(map(_LAYERS, groups)),
         begun=begun,
         specs=specs,
+        first_number=given.first_number,
     )
     return Seen(params, Columns(p, grads, m, v, mus, steps, extras), written, has, dtensors, present, facts)
 
