@@ -92,16 +92,16 @@ def _step(kept: _Rows, t: Tensor, n: Scalars, dither: Callable[[str], Tensor], b
     for value, (name, x, scale) in zip((m, v, mu), states, strict=True):
         if value is not x:
             codes, scales = formats.encode(value, x.dtype, name, dither(name))
-            _store(x, codes, n.writable)
+            _store(x, codes, n.writable())
             if scale is not None:
-                _store(scale, scales, n.writable)
+                _store(scale, scales, n.writable())
     if theta is not param and n.micro_step.moves:
         rounded, bits = formats.split(
             theta, param.dtype, None if low is None else low.dtype, dither("param"), batch.coded.rounds
         )
-        _store(param, rounded, n.writable)
+        _store(param, rounded, n.writable())
         if low is not None:
-            _store(low, bits, n.writable)
+            _store(low, bits, n.writable())
 
 
 def _store(old: Tensor, new: Any, finite: Tensor | None) -> None:

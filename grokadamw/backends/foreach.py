@@ -67,7 +67,8 @@ def _parts(params: list[Tensor]) -> list[slice]:
 def _step(batch: Batch, n: Scalars) -> None:
     dtype = batch.exp_avgs[0].dtype
     m, v, mu = batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas
-    active: Number = 1.0 if n.writable is None else n.writable.to(dtype)
+    writable = n.writable()
+    active: Number = 1.0 if writable is None else writable.to(dtype)
     t = _next(batch.steps, active)
     root, correction = _corrections(t, n)
 

@@ -322,7 +322,7 @@ def steps(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None = None) 
         _update(kind, of_kind, tables)
     for vectors, scalars in counts:  # once all kernels have read the counts
         if scalars.micro_step.moves:
-            _advance(vectors, scalars.writable)
+            _advance(vectors, scalars.writable())
 
 
 def _update(kind: Any, calls: list[Call], tables: Tables) -> None:

@@ -27,6 +27,7 @@ def step(batch: Batch, n: Scalars) -> None:
         m, v, count = batch.exp_avgs[i], batch.exp_avg_sqs[i], batch.steps[i]
         mu = batch.grok_emas[i] if batch.grok_emas else None
         g = batch.grads[i].to(m.dtype)
+        writable = n.writable()
         t = count.to(accumulator(count.device)) + 1
         # autograd may need θ as it was before it is overwritten
         start = theta.to(m.dtype, copy=torch.is_grad_enabled())
@@ -35,7 +36,7 @@ def step(batch: Batch, n: Scalars) -> None:
         for old, value in pairs if n.micro_step.moves else pairs[:3]:
             if old is not None and value is not None:
                 # not a product with 0 or 1, which NaN and infinity would survive
-                old.copy_(value if n.writable is None else torch.where(n.writable, value, old))
+                old.copy_(value if writable is None else torch.where(writable, value, old))
 
 
 def _new_values(

@@ -42,7 +42,7 @@ def limit(batch: Batch, scalars: Scalars, before: Sequence[Tensor]) -> None:
     if scalars.max_row_norm:
         for param in params:
             long = param.clone() if torch.is_grad_enabled() else param  # a backward pass through the step reads it
-            share = _share(_norms(long, add_up) / scalars.max_row_norm, scalars.writable).to(wide(param.dtype))
+            share = _share(_norms(long, add_up) / scalars.max_row_norm, scalars.writable()).to(wide(param.dtype))
             if long is param:
                 param.mul_(share)
             else:

@@ -108,9 +108,8 @@ class Scalars(NamedTuple):
     max_row_change: Number = 0.0
     max_row_norm: float = 0.0
 
-    @property
-    def writable(self) -> Tensor | None:
-        """`finite`, if it decides whether this step writes anything. A micro-batch always does: see `micro_step`."""
+    def writable(self) -> Tensor | None:  # no property: torch 2.6 cannot compile one that is None
+        """Return `finite` if it decides whether this step writes anything; None in a micro-batch: see `micro_step`."""
         return self.finite if self.micro_step.k == 1 else None
 
     @property
