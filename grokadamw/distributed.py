@@ -335,9 +335,7 @@ class AllRanks:
         return found
 
     def meet(self, groups: Sequence[Mapping[str, Any]], shard_group: Any, wanted: bool) -> bool:
-        """Return True if the ranks average their signals in this step.
-
-        They do if all ranks are known to take the step, or if this rank asks for it (`wanted`).
+        """Return True if ranks average signals in this step: all are known to take it, or this rank asks (`wanted`).
 
         Raises:
             RuntimeError: this rank asks for it in DDP's join(), where ranks that have no more data take no more steps.

@@ -24,7 +24,6 @@ from ..signals import AccuracyGap, loss_gap, memorisation
 
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_MISSING = "missing values"  # in `_warned`
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, _KEYWORD_ONLY)
 
 Signal: TypeAlias = Callable[..., Any]
@@ -176,7 +175,7 @@ class Signals:
             return
         self._steps_without += 1
         limit = 100 if any(name.startswith("train") for name in missing) else 1000
-        if self._steps_without < limit or _MISSING in self._warned:
+        if self._steps_without < limit or "missing values" in self._warned:
             return
         self.silence_missing()
         if as_float(elsewhere) == 0:
@@ -206,7 +205,7 @@ class Signals:
 
     def silence_missing(self) -> None:
         """Suppress the warning of `warn_of_missing`, as the caller gives a better one."""
-        self._warned.add(_MISSING)
+        self._warned.add("missing values")
 
     def evaluate(
         self, train_loss: Number | None, eval_loss: Number | None, keep_nonfinite: bool = False
