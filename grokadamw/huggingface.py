@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -33,7 +34,8 @@ try:
     from transformers.trainer_callback import CallbackHandler
     from transformers.trainer_utils import IntervalStrategy
 except ImportError as error:
-    raise ImportError("grokadamw.huggingface needs transformers: pip install 'grokadamw[huggingface]'") from error
+    what = f"grokadamw.huggingface needs transformers ({error}): pip install 'grokadamw[huggingface]'"
+    raise ImportError(what) from error
 
 __all__ = ["GrokAdamWCallback", "for_grokking"]
 
@@ -163,6 +165,7 @@ class GrokAdamWCallback(TrainerCallback):
         self._group_sizes: list[int] = []  # when layers were taken from the model
         self._goes_on = True  # False in a resumed run, until its first step begins
         self._logged_at = 0
+        self._skipped, self._is_nan = 0.0, False  # steps skipped until the last log, and whether its loss is NaN
         self._logs_before = 0  # how many logs there were at the last evaluation that was recorded
         self._recorded: Any = None  # the training loss of that evaluation
         self._metrics: set[str] = set()  # names of metrics that evaluations had
@@ -190,6 +193,7 @@ class GrokAdamWCallback(TrainerCallback):
         trainers.name_layers(found, model)
         self._group_sizes = trainers.group_sizes(found)
         self._optimizer, self._trained, self._logged_at = found, weakref.ref(found), state.global_step
+        self._skipped, self._is_nan = found.metrics()["skipped_steps"], False
         logs, key = state.log_history, self._evaluated["eval_loss"]  # a resumed run's logs, or none
         self._logs_before = next((i for i in range(len(logs), 0, -1) if key in logs[i - 1]), 0)
         self._recorded = recorded(found.param_groups, "train_loss")
@@ -246,6 +250,10 @@ class GrokAdamWCallback(TrainerCallback):
         if "loss" not in logs:
             return
         new = trainers.readings(self._optimizer)
+        # of steps whose losses are all NaN the Trainer logs 0, unless logging_nan_inf_filter=False
+        skipped = new.get("grok_skipped_steps", 0.0)
+        self._is_nan = logs["loss"] == 0 and args.logging_nan_inf_filter and skipped > self._skipped
+        self._skipped = skipped
         logs.update(new)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(new)
@@ -275,7 +283,7 @@ class GrokAdamWCallback(TrainerCallback):
         self._logs_before = len(logs)
         new: list[float] = [log["loss"] for log in logs[before:] if "loss" in log]
         if new:
-            return new[-1]
+            return math.nan if self._is_nan else new[-1]
         last_step = logs[before - 1]["step"] if before else 0
         is_own = recorded(optimizer.param_groups, "train_loss") is not self._recorded
         goes_on = last_step < state.global_step < state.max_steps

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import _trainers as trainers
+from ._numbers import accumulator
 from ._warn import warn
 from .grokadamw import GrokAdamW
 
@@ -22,7 +23,8 @@ except ImportError:
     try:
         from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
     except ImportError as error:
-        raise ImportError("grokadamw.lightning needs lightning: pip install 'grokadamw[lightning]'") from error
+        what = f"grokadamw.lightning needs lightning ({error}): pip install 'grokadamw[lightning]'"
+        raise ImportError(what) from error
 
 __all__ = ["GrokAdamWCallback"]
 
@@ -194,7 +196,7 @@ class GrokAdamWCallback(Callback):
         if "eval_loss" in found:  # only here: later, lower training losses must not be compared with this one
             found["train_loss"] = self._last_train_loss
             self._waits_for_loss = self._is_late
-        self._record(**found)
+        self._record(**self._mean_over_ranks(found, trainer))
         for name, key in self._evaluated.items():
             if key not in metrics and self._says(name):
                 self._warn(name, key, trainer)
@@ -222,6 +224,20 @@ class GrokAdamWCallback(Callback):
         found = trainers.without_nan(values, self._said)
         for optimizer in self._optimizers:
             optimizer.record(**found)
+
+    def _mean_over_ranks(self, values: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
+        """Return the mean of each value over the ranks that have it: a checkpoint keeps the values of one rank only.
+
+        All ranks have to call it, with whatever they have.
+        """
+        if trainer.world_size == 1:
+            return values
+        names = ("train_loss", *self._evaluated)
+        found = [(0.0, 0.0) if (value := values.get(name)) is None else (float(value), 1.0) for name in names]
+        device = trainer.strategy.root_device
+        sums = torch.tensor(found, dtype=accumulator(device), device=device)
+        totals = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
 
     def _warn(self, which: str, name: str | None, trainer: Trainer) -> None:
         logged = sorted(key for key in trainer.callback_metrics if not key.startswith("grok_"))

@@ -328,6 +328,11 @@ def lightning(folder: Path, how: str) -> Run:
         sampler = DistributedSampler(each, RANKS, int(os.environ["RANK"]), shuffle=False)
         loaders.append(DataLoader(each, batch_size=HALF, sampler=sampler))
     trainer.fit(module, *loaders)
+    if how == "ddp":  # the checkpoint is rank 0's
+        mine = [trainer.optimizers[0].param_groups[0][name] for name in ("train_loss", "eval_loss")]
+        of_ranks: list[Any] = [None] * RANKS
+        dist.all_gather_object(of_ranks, mine)
+        assert all(losses == mine for losses in of_ranks)
     with FullyShardedDataParallel.summon_full_params(module):
         return run_of(module, module.steps, by_fsdp2=how == "fsdp2")
 

@@ -53,6 +53,7 @@ def trainer(
     eval_sets: Any = None,
     make: Any = None,
     compute_metrics: Any = None,
+    kind: Any = transformers.Trainer,
     **arguments: Any,
 ) -> Any:
     arguments = {
@@ -70,7 +71,7 @@ def trainer(
         **NO_WARNING_OF_CLIPS,
         **arguments,
     }
-    return transformers.Trainer(
+    return kind(
         model(),
         transformers.TrainingArguments(str(folder), **arguments),
         train_dataset=data(0),
@@ -295,6 +296,23 @@ def test_who_has_a_new_training_loss_or_needs_none_is_not_warned(
     assert warnings_of_losses(it) == []
     if callbacks:
         assert grokadamw_of(it).param_groups[0]["train_loss"] == 3.0
+
+
+@pytest.mark.parametrize(("bad", "is_nan"), [((5, 6), True), ((6,), False), ((), False)])
+def test_losses_that_are_nan_are_no_signal_of_memorising(bad: tuple[int, ...], is_nan: bool, tmp_path: Path) -> None:
+    """The Trainer logs 0 for steps whose losses are all NaN, which would look like a training loss of 0."""
+
+    class Fails(transformers.Trainer):
+        def compute_loss(self, model: Any, *arguments: Any, **options: Any) -> Any:
+            loss = super().compute_loss(model, *arguments, **options)
+            return loss * math.nan if model.training and self.state.global_step + 1 in bad else loss
+
+    it = trainer(tmp_path, GrokAdamWCallback(), max_steps=6, eval_steps=6, save_strategy="no", kind=Fails)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # steps are skipped
+        it.train()
+    assert it.state.log_history[2]["loss"] > 0 or is_nan
+    assert math.isnan(grokadamw_of(it).param_groups[0]["train_loss"]) == is_nan
 
 
 def test_a_resumed_run_knows_the_last_evaluation(tmp_path: Path) -> None:

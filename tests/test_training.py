@@ -292,6 +292,22 @@ def test_a_skipped_step_is_counted_even_where_warnings_are_errors() -> None:
     assert optimizer.param_groups[1]["skipped_steps"] == 1
 
 
+def test_raise_looks_again_after_signals() -> None:
+    """They are users' code, and may leave other gradients than they met."""
+    params = parameters()
+
+    def signal() -> float:
+        params[1].grad[0, 0] = torch.nan  # type: ignore[index]
+        return 0.5
+
+    optimizer = GrokAdamW(params, nonfinite="raise", grokking_signal_fns=signal)
+    set_gradients(params)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match="not finite: parameter 1 of group 0"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
 def test_a_step_that_raises_does_not_move_the_signals() -> None:
     params = parameters()
     signal = SlowGradient()

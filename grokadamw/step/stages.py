@@ -204,6 +204,8 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
         run.graphs.append(found.tables)
     limits = _limits(found, cycle_groups, given.shard_group, rules)
     stats = _measured(run, given, found, limits, rules)
+    if options["nonfinite"] == "raise" and not stats.finite:  # a signal changed them after check_given
+        raise _not_finite(run, given, found.params)
     norms, clips = stats.norms, stats.clips
     if not found.params:
         _warn_if_idle(run, given, norms)
@@ -332,8 +334,6 @@ def _measured(run: Run, given: Given, found: Batches, limits: list[float], rules
         if given.capturing:
             sum_of_squares = foreach.sum_of_squares
     stats = norm.measure(found, limits, given, nonfinite, sum_of_squares, apart=rules.clips_each_tensor, home=home)
-    if nonfinite == "raise" and not stats.finite:  # a signal changed them after check_given
-        raise _not_finite(run, given, found.params)
     if stats.skipped is not None:
         total = counter(stats.skipped.device)
         total.add_(stats.skipped.to(total.device))  # in place, for CUDA graphs
