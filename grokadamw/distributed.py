@@ -161,7 +161,8 @@ def cuts_blocks(tensor: Tensor, block: int) -> bool:
 def blocks_before(tensor: Tensor, block: int) -> int:
     """Return how many blocks of a parameter's rows (of a vector: of all elements) lie on ranks before this one.
 
-    For parts of rows, and for torch's strided shards, the number is not exact, but it differs between ranks.
+    For parts of rows, and for torch's strided shards, the number is not exact. Ranks may have the same one if their
+    parts of a row begin within one block.
     """
     shards = shards_of(tensor)
     if shards is None or not tensor.dim() or not tensor.numel():

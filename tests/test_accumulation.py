@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA
 from grokadamw.checkpoints import to_adamw
 
-from .models import IMPLEMENTATIONS, batch, network, running, same, saved_and_loaded
+from .models import IMPLEMENTATIONS, batch, network, parameters, running, same, saved_and_loaded, set_gradients
 from .test_grokfast import resumed_is_uninterrupted
 
 STEPS = 6
@@ -383,6 +383,26 @@ def test_numbers_hold_for_a_cycle_and_signals_are_heard_at_its_start() -> None:
     for run in runs[1:3]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
     assert not torch.equal(runs[0][0], runs[3][0])
+
+
+def test_a_group_that_is_added_within_a_cycle_joins_it() -> None:
+    """With its own numbers, as if it had been there without a gradient."""
+    runs = []
+    for is_late in (True, False):
+        first, second = parameters()
+        own: dict[str, Any] = {"params": [second], "betas": (0.5, 0.9), "alpha_init": 0.7, "lamb": 3.0, "layer": 1}
+        groups = [{"params": [first], "layer": 0}] + [own] * (not is_late)
+        optimizer = GrokAdamW(groups, lr=0.1, accumulation_steps=2, second_moment="raw")
+        set_gradients([first], 1)
+        optimizer.step()
+        if is_late:
+            optimizer.add_param_group(own)
+        for i in (2, 3, 4):
+            set_gradients([first, second], i)
+            optimizer.step()
+            assert optimizer.stepped == (i != 3)
+        runs.append([first.detach(), second.detach(), optimizer.state_dict()])
+    assert same(*runs)
 
 
 @pytest.mark.parametrize("k", [2, 3])
@@ -757,3 +777,18 @@ def test_nothing_is_kept_alive() -> None:
     model.zero_grad()
     gc.collect()
     assert not any(ref() is not None for ref in gone)
+
+
+@pytest.mark.usefixtures("nothing_is_free_to_read")
+def test_an_overflow_on_a_device_is_no_micro_batch() -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params, accumulation_steps=2, second_moment="raw")
+    set_gradients(params)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor([1.0])
+    optimizer.step()
+    assert optimizer.param_groups[0]["micro_step"] == 0
+    assert not optimizer.state
+    optimizer.found_inf = torch.tensor([0.0])
+    optimizer.step()
+    assert optimizer.param_groups[0]["micro_step"] == 1
+    assert optimizer.metrics()["skipped_steps"] == 0

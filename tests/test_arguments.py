@@ -26,6 +26,7 @@ BY_HAND = [
     ({"gamma": 2}, ValueError, "gamma=2"),
     ({"lamb": -1}, ValueError, "lamb=-1"),
     ({"lr": None}, TypeError, "lr=None"),
+    ({"lr": -1e-6}, ValueError, "lr=-1e-06"),
     ({"lr": torch.zeros(2)}, ValueError, "Tensor lr must be 1-element"),
     ({"gradient_clipping": None}, TypeError, "gradient_clipping=None is not a number; 0 switches it off"),
 ]
@@ -197,6 +198,7 @@ BAD = [
     ({"state_dtype": "int8", "window_size": 2}, ValueError, "state_dtype='int8' with window_size=2, which keeps"),
     ({"state_dtype": "int8", "compat": "0.1.2"}, ValueError, "state_dtype='int8' with compat='0.1.2'"),
     ({"state_dtype": "int8", "differentiable": True}, ValueError, "state_dtype='int8' with differentiable=True"),
+    ({"signal_boost": 1.0, "compat": "0.1.2"}, ValueError, r"signal_boost=1\.0 with compat='0\.1\.2', which has no"),
     ({"master_weight_bits": 16}, ValueError, "master_weight_bits=16 is unknown"),
     ({"rounding": "up"}, ValueError, "rounding='up' is unknown"),
     ({"rounding": "stochastic", "master_weight_bits": 24}, ValueError, "rounding='stochastic' with master_weight_bits"),

@@ -24,7 +24,7 @@ from grokadamw.options import STATES
 from grokadamw.signals import AccuracyGap
 from grokadamw.state import formats
 
-from .models import KEEPERS, network, train
+from .models import KEEPERS, network, parameters, train
 from .test_precision import FORMATS, LOSSES
 
 HERE = Path(__file__).parent / "checkpoints"
@@ -291,6 +291,10 @@ def test_amsgrad_is_refused() -> None:
     saved["param_groups"][0]["amsgrad"] = False
     optimizer.load_state_dict(saved)
     assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in optimizer.state.values())
+    first, second = parameters()
+    in_part = torch.optim.AdamW([{"params": [first]}, {"params": [second], "amsgrad": True}])
+    with pytest.raises(ValueError, match="amsgrad=True"):
+        to_grokadamw(in_part.state_dict())
 
 
 def test_adams_own_weight_decay_is_doubted() -> None:
@@ -305,6 +309,7 @@ def test_adams_own_weight_decay_is_doubted() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         to_grokadamw(torch.optim.AdamW(model.parameters(), weight_decay=0.25).state_dict())
+        to_grokadamw(torch.optim.Adam(model.parameters()).state_dict())  # which has no decay
 
 
 @pytest.mark.parametrize("stepped", [False, True])

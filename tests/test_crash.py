@@ -18,6 +18,7 @@ from torch import nn
 from grokadamw import GrokAdamW
 from grokadamw.signals import AccuracyGap, SlowGradient
 
+from .models import same
 from .pages import ROOT, code_blocks
 
 STEPS = 40
@@ -65,16 +66,6 @@ def train(folder: Path, in_fewer_bits: bool = False, stop: int = STEPS) -> None:
             {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
             folder / "checkpoint.pt",
         )
-
-
-def same(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, torch.Tensor):
-        return torch.equal(ours, theirs)
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, (list, tuple)):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return bool(ours == theirs)
 
 
 def timed(context: Any, folder: Path, in_fewer_bits: bool) -> float:

@@ -298,6 +298,12 @@ def test_wrappers_are_looked_for_at_the_first_step_the_second_the_fourth(monkeyp
             all_ranks.doubts(groups, None, False)
         all_ranks.meet(groups, None, False)
     assert looks == [1, 2, 4, 8, 16, 32]
+    looks.clear()
+    for step in range(1, 10):  # a group was added: its parameters may be in a wrapper
+        if step == 1:
+            all_ranks.doubts(groups, None, False)
+        all_ranks.meet(groups, None, False)
+    assert looks == [1, 2, 4, 8]
 
 
 def _resumed(rank: int) -> list[list[float]]:
@@ -335,7 +341,7 @@ def _wrong_norms(rank: int) -> list[Any]:
     """What is said where shards are taken for whole parameters, or whole parameters for shards."""
     device, found = torch.device("cpu"), list[Any]()
     ways = ("FSDP1", "without a norm", "FSDP1, with its ranks", "FSDP1, rows", "NO_SHARD", "DDP", "DDP, not over")
-    for way in (*ways, "subclass"):
+    for way in (*ways, "subclass", "without clipping", "FSDP1, norms of rows"):
         group = dist.group.WORLD
         strategy = ShardingStrategy.NO_SHARD if way == "NO_SHARD" else None
         if way.startswith("DDP"):
@@ -345,10 +351,14 @@ def _wrong_norms(rank: int) -> list[Any]:
             kind = Dividing if way == "subclass" else FullyShardedDataParallel
             model = kind(network(), device_id=device, sharding_strategy=strategy)
         options: dict[str, Any] = {"gamma": 0.0, "shard_group": None if way in ("FSDP1", "subclass") else group}
+        if way == "without clipping":
+            options |= {"gradient_clipping": 0.0, "shard_group": None}
         if way == "without a norm":
             options |= {"gradient_clipping": 0.0, "nonfinite": "propagate", "shard_group": None}
         if way == "FSDP1, rows":
             options["max_row_change"] = 0.1
+        if way == "FSDP1, norms of rows":
+            options["max_row_norm"] = 1.0
         optimizer = GrokAdamW(model.parameters(), **options)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -365,10 +375,11 @@ def _wrong_norms(rank: int) -> list[Any]:
 @pytest.mark.filterwarnings("ignore")
 def test_shards_and_whole_parameters_are_told_apart(tmp_path: Path) -> None:
     for found in in_processes(_wrong_norms, tmp_path):
-        plain, unused, right, rows, no_shard, ddp, stages_of_ddp, subclass = found
+        plain, unused, right, rows, no_shard, ddp, stages_of_ddp, subclass, skips, norms = found
         assert unused == right == stages_of_ddp == []
         assert ["shard_group is not given: each rank clips" in each for each in plain] == [True]
-        assert subclass == plain
+        assert subclass == plain == skips
+        assert norms == rows
         assert ["max_row_norm and max_row_change cannot limit" in each for each in rows] == [True]
         assert no_shard.startswith("shard_group with FullyShardedDataParallel, whose ranks hold whole parameters")
         assert ddp.startswith("shard_group with DistributedDataParallel, whose ranks hold whole parameters")

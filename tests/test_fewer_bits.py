@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grokadamw import GrokAdamW
-from grokadamw.backends import cpu, native, rows
+from grokadamw.backends import cpu, decoded, native, rows
 from grokadamw.checkpoints import to_float32
 from grokadamw.options import STATES
 from grokadamw.state import formats
@@ -296,6 +296,37 @@ def test_a_memory_format_may_change_in_the_middle_of_a_run(
             assert (x - y).norm() < 0.03 * y.norm()
             fresh = formats.new(p, name, optimizer.defaults, torch.float32)[name]
             assert found[name].dtype == fresh.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+def test_some_rows_at_a_time_or_all_at_once(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no kernel decodes: the same bits, limits included."""
+    runs = []
+    for piece in (decoded._PIECE, 700):
+        monkeypatch.setattr(decoded, "_PIECE", piece)
+        params = made(dtype, shapes=[(70, 64), (20, 300), (5000,)])
+        limits = {"max_row_change": 0.01, "max_row_norm": 1.0}
+        optimizer = GrokAdamW(params, lr=0.01, state_dtype=form, rounding="stochastic", foreach=True, **limits)
+        train(params, optimizer, range(3))
+        runs.append([*params, *(x for p in params for x in optimizer.state[p].values())])
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize("implementation", ["cpu", "foreach"])
+def test_low_bits_follow_their_weights_into_another_memory_format(implementation: str, bits: int) -> None:
+    weights = []
+    for is_changed in (True, False):
+        with running(implementation) as how:
+            (p,) = made(torch.bfloat16, shapes=[(8, 64, 3, 3)])
+            optimizer = GrokAdamW([p], lr=1e-3, master_weight_bits=bits, **how)
+            train([p], optimizer, range(3))
+            if is_changed:
+                p.data, p.grad = LIES["contiguous"](p.data), None
+            train([p], optimizer, range(3, 4))
+        weights.append(formats.full(p.detach(), optimizer.state[p]["param_low"]))
+    torch.testing.assert_close(*weights, rtol=2.0**-14, atol=1e-6)  # the last bits of a bfloat16 are 2^-8 of it
 
 
 @pytest.mark.parametrize("lamb", [0.0, 2.0])

@@ -315,3 +315,14 @@ def test_rounding_does_not_add_up() -> None:
         window.push([w], [torch.randn(1000, generator=generator) * (1e6 if step < 980 else 1.0)])
     exact = w.ring.double().sum(0)
     torch.testing.assert_close(w.total.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [gradfilter_ema, gradfilter_ma])
+def test_what_is_frozen_is_left_out_even_with_a_gradient(function: Any) -> None:
+    model = nn.ParameterList([nn.Parameter(torch.ones(2)) for _ in range(2)])
+    for p in model:
+        p.grad = torch.ones(2)
+    model[0].requires_grad_(False)
+    options = {"window_size": 1} if function is gradfilter_ma else {}
+    assert list(function(model, lamb=1.0, **options)) == ["1"]
+    assert [p.grad.tolist() for p in model] == [[1, 1], [2, 2]]

@@ -209,6 +209,10 @@ def test_a_filter_of_another_kind_begins_anew_and_says_so() -> None:
     with pytest.warns(UserWarning, match="exponential"):
         ema.load_state_dict(saved)
     assert not any(name.startswith("grokfast") for state in ema.state.values() for name in state)
+    again = Grokfast(Adam(model.parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.load_state_dict(saved_and_loaded(ema.state_dict()))  # which is of an EMA by now
     narrow = GrokfastMA(Adam(model.parameters()), 4, window_dtype=torch.bfloat16)
     narrow.load_state_dict(saved)
     assert {state["grokfast_ring"].dtype for state in narrow.state.values()} == {torch.bfloat16}
@@ -552,9 +556,10 @@ def test_what_is_not_finite_is_not_remembered(make: Callable[[Any], Any]) -> Non
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_hooks_of_the_inner_optimizer_do_not_reach_the_loops_gradients() -> None:
+@pytest.mark.parametrize("kind", [Grokfast, GrokfastMA])
+def test_hooks_of_the_inner_optimizer_do_not_reach_the_loops_gradients(kind: Any) -> None:
     p = nn.Parameter(torch.ones(2))
-    optimizer = Grokfast(SGD([p]), amplify_after=5)
+    optimizer = kind(SGD([p]), amplify_after=5)
 
     def clip(*_: Any) -> None:
         nn.utils.clip_grad_norm_([p], 1.0)
@@ -563,7 +568,8 @@ def test_hooks_of_the_inner_optimizer_do_not_reach_the_loops_gradients() -> None
     p.grad = torch.full((2,), 100.0)
     optimizer.step()
     assert (p.grad == 100).all()
-    assert (optimizer.state[p]["grokfast_ema"] == 100).all()
+    kept = optimizer.state[p]["grokfast_ema" if kind is Grokfast else "grokfast_ring_sum"]
+    assert (kept == 100).all()
 
 
 @pytest.mark.parametrize("function", [gradfilter_ema, gradfilter_ma])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
+import time
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -134,6 +136,21 @@ def test_it_is_the_step_to_the_bit(case: str, which: str) -> None:
     equal(*made)
 
 
+@pytest.mark.parametrize("options", [{}, K3], ids=["steps", "micro-batches"])
+def test_groups_have_alphas_and_boosts_of_their_own(options: dict[str, Any]) -> None:
+    made = []
+    for early in (True, False):
+        model = network()
+        first, *others = model.parameters()
+        groups = [{"params": [first], "alpha_init": 0.5, "signal_boost": 0.5}, {"params": others, "signal_boost": 2.0}]
+        optimizer = GrokAdamW(groups, lr=0.01, **FREE, **options)
+        if early:
+            step_in_backward(optimizer)
+        passes(model, optimizer, range(4), mse)
+        made.append((model, optimizer))
+    equal(*made)
+
+
 @pytest.mark.parametrize("implementation", ["gpu", "blocks", "reference"])
 @pytest.mark.parametrize("options", [{}, K3], ids=["steps", "micro-batches"])
 def test_every_implementation(implementation: str, options: dict[str, Any]) -> None:
@@ -190,6 +207,31 @@ def test_what_is_frozen_or_added_later_joins() -> None:
             assert all(p.grad is None for p in model.parameters())
         made.append((model, optimizer))
     equal(*made)
+
+
+def test_a_parameter_that_left_its_group_is_left_alone() -> None:
+    model = network()
+    optimizer = GrokAdamW(model.named_parameters(), **FREE)
+    step_in_backward(optimizer)
+    for name in ("params", "param_names", "layers"):
+        optimizer.param_groups[0][name].pop()
+    *others, left = model.parameters()
+    before = left.detach().clone()
+    passes(model, optimizer, range(2), mse)
+    assert torch.equal(left, before)
+    assert left.grad is not None
+    assert {*optimizer.state} == {*others}
+
+
+def test_gradients_of_what_joined_are_freed_at_once() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = GrokAdamW(model.named_parameters(), **FREE)
+    step_in_backward(optimizer)
+    model[0].requires_grad_(True)
+    passes(model, optimizer, range(1), mse)
+    mse(model, 1).backward()
+    assert all(p.grad is None for p in model.parameters())
 
 
 # the end of a pass
@@ -273,6 +315,19 @@ def test_leaving_ends_a_pass_that_is_not_over() -> None:
     equal(*made)
 
 
+def test_a_gradient_that_another_hook_takes_is_none() -> None:
+    taken, other = params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    taken.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    optimizer = GrokAdamW(params, **FREE)
+    step_in_backward(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (taken.sum() + other.sum()).backward()
+        optimizer.step()
+    assert torch.equal(taken, torch.ones(3))
+    assert list(optimizer.state) == [other]
+
+
 # clipping
 
 
@@ -319,6 +374,19 @@ def test_the_larger_of_the_last_norm_and_this_ones_so_far_clips() -> None:
         assert optimizer.metrics()["clip_coefficient"] == pytest.approx(clip)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_pass_without_gradients_keeps_the_last_norm() -> None:
+    model = network()
+    optimizer = GrokAdamW(model.named_parameters(), gradient_clipping=0.1)
+    step_in_backward(optimizer, clip_by="last")
+    passes(model, optimizer, range(1), mse)
+    last = optimizer.param_groups[0]["last_norm"]
+    assert last > 0
+    with pytest.warns(UserWarning, match="found no gradient"):
+        optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["last_norm"] == last
+    passes(model, optimizer, range(1, 2), mse)
 
 
 # what is not finite
@@ -391,7 +459,51 @@ def test_nonfinite_is_each_parameters(nonfinite: str) -> None:
     assert optimizer.metrics()["step"] == 2
 
 
+def test_a_pass_that_updates_nothing_is_no_step() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = GrokAdamW([p], **FREE)
+    step_in_backward(optimizer)
+    (p * torch.nan).sum().backward()
+    with pytest.warns(RuntimeWarning, match="counted as skipped"):
+        optimizer.step()
+    assert not optimizer.stepped
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the second is counted alone
+        (p * torch.nan).sum().backward()
+        optimizer.step()
+    assert optimizer.metrics()["skipped_steps"] == 2
+    p.sum().backward()
+    optimizer.step()
+    assert optimizer.stepped
+
+
+@pytest.mark.usefixtures("nothing_is_free_to_read")
+def test_skips_that_were_not_read_back_yet_are_counted_with_the_later_ones() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = GrokAdamW([p], **FREE)
+    p.grad = torch.full((3,), torch.nan)
+    optimizer.step()
+    optimizer.zero_grad()
+    step_in_backward(optimizer)
+    for factor in (1.0, torch.nan, 1.0):
+        (p * factor).sum().backward()
+        optimizer.step()
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        assert optimizer.metrics()["skipped_steps"] == 2
+
+
 # what goes wrong
+
+
+def test_what_is_set_wrong_by_hand_is_refused_before_the_first_update() -> None:
+    model = network()
+    optimizer = GrokAdamW(model.named_parameters(), **FREE)
+    step_in_backward(optimizer)
+    before = copy.deepcopy(dict(model.state_dict()))
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match=r"in param_groups\[0\]: lr=-1\.0"):
+        mse(model, 0).backward()
+    assert same(before, dict(model.state_dict()))
 
 
 def test_a_second_gradient_before_step() -> None:
@@ -463,6 +575,16 @@ def test_after_a_pass_that_failed(options: dict[str, Any], how: str) -> None:
     equal(*made)
 
 
+def test_leaving_after_an_error_raises_no_other() -> None:
+    """The gradient that was refused is still there, and is not used to end the pass."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer = GrokAdamW([p], nonfinite="raise", **FREE)
+    with pytest.raises(RuntimeError, match="are not finite") as caught, step_in_backward(optimizer):
+        (p * torch.nan).sum().backward()
+    assert caught.value.__context__ is None
+    assert p.grad is None
+
+
 def test_a_graph_that_needs_what_was_updated_raises() -> None:
     model = network()
     optimizer = GrokAdamW(model.named_parameters(), **FREE)
@@ -531,8 +653,10 @@ def test_it_takes_one_grokadamw_once() -> None:
 @pytest.mark.parametrize("options", [{}, {"fused": True}, K3], ids=["scaled before", "fused", "micro-batches"])
 def test_a_gradscaler_is_refused(options: dict[str, Any]) -> None:
     model = network()
+    model[0].requires_grad_(False)
     optimizer = GrokAdamW(model.parameters(), **FREE, **options)
     handle = step_in_backward(optimizer)
+    model[0].requires_grad_(True)  # its scaled gradient is there when the pass ends
     scaler = GradScaler("cpu")
     scaler.scale(mse(model, 0)).backward()
     with pytest.raises(RuntimeError, match="GradScaler with step_in_backward"):
@@ -602,7 +726,47 @@ def test_ddp_and_dtensors_are_refused() -> None:
             step_in_backward(GrokAdamW([sharded], **FREE))
 
 
+def test_threads_take_turns() -> None:
+    """As autograd's, one for each device: the first begins the pass, and the others wait until it has."""
+    heard: list[str] = []
+    second = threading.Event()
+
+    def signal() -> float:
+        heard.append(threading.current_thread().name)
+        second.set()
+        time.sleep(0.3)  # in which the other thread comes
+        return 0.5
+
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = GrokAdamW(params, grokking_signal_fns=signal, **FREE)
+    step_in_backward(optimizer)
+
+    def other() -> None:
+        second.wait()
+        params[1].sum().backward()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    params[0].sum().backward()
+    thread.join()
+    optimizer.step()
+    assert len(heard) == 1
+    assert all(optimizer.state[p]["step"] == 1 for p in params)
+
+
 # what is kept
+
+
+def test_the_step_that_builds_state_does_nothing_else() -> None:
+    """As torch.distributed.checkpoint takes it."""
+    model = network()
+    optimizer = GrokAdamW(model.named_parameters(), lr=0.0, **FREE)
+    step_in_backward(optimizer)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert [state["step"].item() for state in optimizer.state.values()] == [0.0] * 6
+    assert not optimizer.stepped
 
 
 @pytest.mark.parametrize("options", [{}, K3, {"state_dtype": "int8"}], ids=["steps", "micro-batches", "int8"])
@@ -655,6 +819,11 @@ def test_within_a_micro_batch_nothing_is_saved() -> None:
         optimizer.state_dict()
     optimizer.step()
     assert optimizer.state_dict()["param_groups"][0]["micro_step"] == 1
+    other = network()
+    plain = GrokAdamW(other.named_parameters(), **FREE)
+    step_in_backward(plain)
+    mse(other, 0).backward()
+    assert plain.state_dict()["param_groups"][0]["micro_step"] == 0  # without micro-batches there is nothing half done
 
 
 def test_copies_are_plain_and_nothing_is_kept_alive() -> None:
@@ -784,7 +953,9 @@ def test_nothing_is_read_back_from_a_device(
             optimizer.step()
             norm = optimizer.param_groups[0]["last_norm"]
             assert isinstance(norm, Tensor) == waits
-        assert optimizer.state_dict()["param_groups"][0]["last_norm"] == pytest.approx(float(norm))
+        saved = optimizer.state_dict()["param_groups"][0]["last_norm"]
+        assert type(saved) is float
+        assert saved == pytest.approx(float(norm))
         made.append((model, optimizer))
     for a, b in zip(made[0][0].parameters(), made[1][0].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -29,6 +29,7 @@ from .oracle import layer_numbers
         ("encoder.layer.11.output.dense.bias", "encoder.layer.11"),
         ("h.3.ln_1.weight", "h.3"),
         ("module.layers.3.weight", "layers.3"),
+        ("module.module.layers.3.weight", "layers.3"),
         ("_orig_mod.module.layers.3.weight", "layers.3"),
         ("layers.3._fsdp_wrapped_module.attn._checkpoint_wrapped_module.q.weight", "layers.3"),
         ("experts.0.layers.7.weight", "experts.0"),
@@ -134,9 +135,11 @@ def test_names_that_do_not_tell_layers_apart_are_warned_of() -> None:
     with pytest.warns(UserWarning, match=r"two parameters are called 'weight'.*set_layers"):
         train(model, range(1), lambda step, loss: optimizer.step())
     optimizer.set_layers(model)
+    of_no_matter = GrokAdamW(groups, gamma=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, range(1), lambda step, loss: optimizer.step())
+        train(model, range(1), lambda step, loss: of_no_matter.step())
 
 
 def test_the_warning_comes_again_for_what_is_added_or_set() -> None:
@@ -146,6 +149,15 @@ def test_the_warning_comes_again_for_what_is_added_or_set() -> None:
         warnings.simplefilter("error")
         step(optimizer, model)
     optimizer.add_param_group({"params": list(model.parameters())[2:], "gamma": 0.5})
+    with pytest.warns(UserWarning, match=r"parameter group 1 .*at most 0\.\d+"):
+        step(optimizer, model)
+
+
+def test_the_warning_comes_for_a_group_that_an_outer_optimizer_appends() -> None:
+    model = deep()
+    optimizer = GrokAdamW(list(model.parameters())[:2])
+    step(optimizer, model)
+    optimizer.param_groups.append({"params": list(model.parameters())[2:], "gamma": 0.5})
     with pytest.warns(UserWarning, match=r"parameter group 1 .*at most 0\.\d+"):
         step(optimizer, model)
 
@@ -418,6 +430,6 @@ def test_a_flat_tensor_is_one_layer_and_says_so_once() -> None:
         quiet.step()
         at_once = GrokAdamW([{"params": [torch.zeros(2, 2), torch.zeros(2)], "layer": 3}])
         at_once.param_groups[0]["params"] = [torch.zeros(6)]
-    assert [row.layer for row in at_once.layer_table()] == [3]
+        assert [row.layer for row in at_once.layer_table()] == [3]
     (flat,), (same,) = (each.param_groups[0]["params"] for each in (optimizer, quiet))
     assert quiet.state[same]["step"] == optimizer.state[flat]["step"] + 1

@@ -79,6 +79,21 @@ def test_memory_is_bounded_and_records_stay_evenly_spaced(every: int, capacity: 
     assert len(kept) >= min(steps // every, capacity // 2)
 
 
+def test_evaluations_are_bounded_too() -> None:
+    params = [torch.nn.Parameter(torch.ones(2))]
+    optimizer = GrokAdamW(params)
+    monitor = Monitor(optimizer, capacity=8)
+    for step in range(100):
+        params[0].grad = torch.ones(2)
+        optimizer.step()
+        optimizer.record(eval_acc=float(step >= 94))
+    monitor.rows[0]["step"] = -1.0  # a copy
+    monitor.rows.clear()
+    assert [row["step"] for row in monitor.rows][0] > 0
+    assert len(monitor._evaluations) == 8
+    assert monitor.grokked_at == 95
+
+
 def test_micro_batches_are_no_steps() -> None:
     model, optimizer, monitor = monitored(accumulation_steps=2, second_moment="raw")
     train(model, range(6), lambda step, loss: optimizer.step())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from grokadamw import Accumulate, GrokAdamW, full_precision_state_dict, load_full_precision_state_dict
 from grokadamw.checkpoints import to_adamw, to_float32
 from grokadamw.options import STATES
+from grokadamw.state import formats
 
 from .models import running, same
 
@@ -366,3 +367,9 @@ def test_what_full_weights_were_loaded_into_can_be_saved_before_a_step() -> None
         train(*each, 0, 2)
     expected, found = tensors(model, optimizer), tensors(other, resumed)
     assert all(torch.equal(found[key], x) for key, x in expected.items())
+
+
+def test_16_low_bits_are_rounded_to_the_nearest_8() -> None:
+    low = torch.tensor([0, 0x7F, 0x80, 0x17F, -0x80, -0x81, 0x7FFF, -0x8000], dtype=torch.int16)
+    assert formats.low_bits(low, torch.int8).tolist() == [0, 0, 1, 1, 0, -1, 127, -128]
+    assert formats.low_bits(low.to(torch.int8), torch.int16).tolist()[-1] == 0

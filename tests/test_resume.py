@@ -176,6 +176,20 @@ def test_a_loss_with_a_graph_that_was_set_by_hand_can_be_copied() -> None:
     assert optimizer.param_groups[0]["train_loss"] == optimizer.param_groups[0]["eval_acc"] == 0.5
 
 
+def test_a_copy_warns_for_itself_and_keeps_what_waits() -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params, grokking_signal_fns=lambda: None)
+    optimizer._run.signals.waiting["Later"] = {"calls": 3}  # as loaded before its signal is registered
+    copied = copy.deepcopy(optimizer)
+    for each in (optimizer, copied):
+        set_gradients(each.param_groups[0]["params"])
+        with pytest.warns(RuntimeWarning, match="returned None"):
+            each.step()
+        assert json.loads(each.state_dict()["param_groups"][0]["signal_state"]) == {"Later": {"calls": 3}}
+    optimizer._run.signals.waiting.clear()
+    assert copied._run.signals.waiting
+
+
 def test_a_copy_hears_its_own_accuracies() -> None:
     _, optimizer = trained(grokking_signal_fns=AccuracyGap())
     optimizer.record(train_acc=1.0, eval_acc=0.25)
@@ -263,6 +277,27 @@ def test_loading_forgets_what_the_last_step_did() -> None:
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert np.isnan(optimizer.metrics()["alpha"])
     assert "signal/loss_gap" not in optimizer.metrics()
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"accumulation_steps": 2, "second_moment": "raw"}], ids=str)
+def test_copies_tell_gradscaler_the_same(options: dict[str, Any]) -> None:
+    optimizer = GrokAdamW(parameters(), **options)
+    for other in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert getattr(other, "_step_supports_amp_scaling", False) == bool(options)
+
+
+@pytest.mark.usefixtures("nothing_is_free_to_read")
+@pytest.mark.filterwarnings("ignore:a step was skipped")
+def test_loading_forgets_skips_that_were_not_read_back() -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params)
+    set_gradients(params)
+    optimizer.step()
+    saved = saved_and_loaded(optimizer.state_dict())
+    set_gradients(params, scale=math.nan)
+    optimizer.step()
+    optimizer.load_state_dict(saved)
+    assert optimizer.metrics()["skipped_steps"] == 0
 
 
 def test_a_step_count_from_elsewhere_becomes_a_tensor() -> None:
@@ -497,10 +532,12 @@ def test_a_corrupt_memory_of_signals_starts_afresh(corrupt: Any) -> None:
         optimizer.load_state_dict(saved)
 
 
-@pytest.mark.parametrize("options", [{}, {"window_size": 3}])
+@pytest.mark.parametrize("options", [{}, {"window_size": 3}, {"master_weight_bits": 32}, {"master_weight_bits": 24}])
 def test_what_was_loaded_in_memory_is_a_copy(options: dict[str, Any]) -> None:
     """torch's optimizers share the tensors with the one whose state dict it is."""
     params, twins = parameters(), parameters()
+    for p in (*params, *twins) if "master_weight_bits" in options else ():
+        p.data = p.data.bfloat16()
     optimizer, other = GrokAdamW(params, **options), GrokAdamW(twins, **options)
     for _ in range(2):
         set_gradients(params)

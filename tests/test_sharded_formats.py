@@ -27,7 +27,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from grokadamw import GrokAdamW, full_precision_state_dict, load_full_precision_state_dict
 from grokadamw.checkpoints import to_float32
+from grokadamw.distributed import blocks_before
 from grokadamw.options import STATES
+from grokadamw.state.formats import BLOCK
 
 from .test_distributed import RANKS, in_processes, whole
 from .test_precision import FORMATS, LOSSES
@@ -38,6 +40,7 @@ PARAMETERS: dict[str, tuple[tuple[int, ...], Any, bool]] = {
     "uneven": ((77, 97), Shard(0), True),
     "one row": ((1, 5000), Shard(0), True),  # the second rank has nothing
     "cube": ((31, 8, 20), Shard(0), True),
+    "cut cube": ((8, 128, 20), Shard(1), False),
     "vector": ((8192,), Shard(0), True),
     "uneven vector": ((5000,), Shard(0), False),
     "columns": ((64, 256), Shard(1), True),
@@ -100,6 +103,19 @@ def _trained(options: dict[str, Any], rank: int) -> Any:
             placements &= x.dim() == 0 or (isinstance(x, DTensor) and x.placements == param.placements)
     coded = [name for name, param in model.named_parameters() if "exp_avg_scale" in optimizer.state[param]]
     return values(model, optimizer), placements, coded
+
+
+def _before(rank: int) -> dict[str, int]:
+    model, _ = started({}, init_device_mesh("cpu", (RANKS,)))
+    return {name: blocks_before(param, BLOCK) for name, param in model.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_have_dithers_of_their_own(tmp_path: Path) -> None:
+    first, second = in_processes(_before, tmp_path)
+    assert {*first.values()} == {0}
+    # those of rows that are cut within their first block are not told apart
+    assert {name for name, before in second.items() if before == 0} == {"uneven columns", "replicated"}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -19,7 +19,7 @@ from grokadamw._numbers import as_number
 from grokadamw.signals import AccuracyGap, Plateau, SlowGradient, loss_gap, memorisation
 from grokadamw.step.alpha import Signals, filter_memory
 
-from .models import network, train
+from .models import network, parameters, set_gradients, train
 
 losses = st.floats(0, 1e6)
 
@@ -587,6 +587,18 @@ def test_tensors_stay_and_mean_the_same(combine: Any) -> None:
 def test_no_usable_tensor_is_no_signal(combine: str) -> None:
     result = Signals([lambda: torch.tensor(math.inf), lambda: torch.tensor(math.nan)], combine).evaluate(None, None)
     assert float(filter_memory(0.98, 0.1, result)) == 0.98
+
+
+@pytest.mark.usefixtures("nothing_is_free_to_read")
+def test_failures_on_a_device_are_counted_when_they_are_read() -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params, grokking_signal_fns=lambda: torch.tensor(math.nan))
+    for step in range(3):
+        set_gradients(params, step)
+        optimizer.step()
+    with pytest.warns(RuntimeWarning, match="grokking signal <lambda> returned NaN or infinity"):
+        assert optimizer.metrics()["signal_failures"] == 3
+    assert optimizer.metrics()["signal_failures"] == 3
 
 
 @pytest.mark.usefixtures("nothing_is_free_to_read")

@@ -71,6 +71,21 @@ def test_groups_may_be_run_in_different_ways(monkeypatch: pytest.MonkeyPatch) ->
     assert seen[8:] == ["cpu", "foreach", "foreach"]  # the second and the fourth have the same options now
 
 
+@pytest.mark.parametrize("option", ["foreach", "fused"])
+def test_what_is_asked_for_in_the_middle_of_a_run_counts_at_once(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = GrokAdamW([p])
+    seen: list[str] = []
+    for module, name in ((update.cpu, "cpu"), (update.foreach, "foreach")):
+        step = module.step
+        monkeypatch.setattr(module, "step", lambda b, n, name=name, step=step: (seen.append(name), step(b, n)))
+    for value in (None, None, option == "foreach", None):
+        optimizer.param_groups[0][option] = value
+        p.grad = torch.ones(3)
+        optimizer.step()
+    assert seen == ["cpu", "cpu", "foreach", "cpu"]
+
+
 def test_groups_with_the_same_options_share_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with libraries that make a group of each parameter."""
     params = parameters(5)

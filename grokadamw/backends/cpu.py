@@ -75,7 +75,7 @@ def flat(tensors: Sequence[Tensor]) -> Callable[[bytes], float] | None:
 
 
 def _can_be_summed(x: Tensor) -> bool:
-    return type(x) is Tensor and x.is_cpu and x.dtype in DTYPES and has_no_gaps(x) and not x.is_neg()
+    return type(x) is Tensor and x.is_cpu and x.dtype in DTYPES and has_no_gaps(x)
 
 
 def row_width(param: Tensor, coded: bool = False) -> int:

@@ -189,7 +189,6 @@ def can_sum(grads: Sequence[Tensor]) -> bool:
             and x.device == device
             and x.dtype in DTYPES
             and has_no_gaps(x)
-            and not x.is_neg()
             and (x.dtype != torch.bfloat16 or _has_bfloat16(device))
             for x in grads
         )

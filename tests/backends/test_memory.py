@@ -222,6 +222,35 @@ def test_whatever_moves_is_followed(
     assert steps_of_kernel[:2] == [6, 6]
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+def test_a_sign_that_is_pending_is_seen_in_any_later_step(shape: tuple[int, ...]) -> None:
+    """A gradient of one element looks like any other: it has no strides that tell."""
+    params = [nn.Parameter(torch.ones(shape)) for _ in range(2)]
+    optimizers = [GrokAdamW([p], lr=0.1) for p in params]
+    for step in range(5):
+        value = torch.full(shape, 1.0 + step)
+        ours = torch.complex(value, value).conj().imag if step == 3 else value.clone()
+        assert ours.is_neg() == (step == 3)
+        for p, grad, optimizer in zip(params, (ours, ours.resolve_neg().clone()), optimizers, strict=True):
+            p.grad = grad
+            optimizer.step()
+    assert torch.equal(*params)
+
+
+def test_a_step_count_of_another_dtype_is_no_float32() -> None:
+    """As after `optimizer.state[p]["step"] = …` by hand."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizers = [GrokAdamW([p], lr=0.1) for p in params]
+    for step in range(4):
+        for p, optimizer in zip(params, optimizers, strict=True):
+            p.grad = torch.full((3,), 1.0 + step)
+            optimizer.step()
+            if step == 1 and p is params[0]:
+                optimizer.state[p]["step"] = optimizer.state[p]["step"].double()
+    torch.testing.assert_close(*params)
+    assert optimizers[0].state[params[0]]["step"] == 4
+
+
 @pytest.mark.usefixtures("_looks")
 @pytest.mark.parametrize("comes", [True, False], ids=["comes", "goes"])
 def test_a_gradient_that_a_signal_brings_or_takes_counts_at_once(comes: bool) -> None:
