@@ -4,9 +4,10 @@ Every method gets the same trials:
 
 - tasks mod 97: a grid of lr × wd on two tasks, two seeds a cell; then the best cell on all five, with ten other seeds;
 - every other task: four cells or six, one seed; then the best cell with three other seeds, or ten where runs are quick;
-- architectures: on each of four tasks the grid on one seed, as a race; then its three best cells on another seed, and
-  the best of these on five more. If AdamW's best cell is on the grid's edge, the cells beyond it are tried, too; if it
-  fails on two of the five seeds, the second-best cell gets them, too, and the better of the two counts;
+- architectures, and other kinds of models: on each task the grid on one seed, as a race; then its three best cells on
+  another seed, and the best of these on five more. If AdamW's best cell is on the grid's edge, the cells beyond it are
+  tried, too; if it fails on two of the five seeds, the second-best cell gets them, too, and the better of the two
+  counts;
 - tasks on real data: a grid for each, then five seeds.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 
 from . import architectures
 from .runs import Row, Run
+from .tasks import kinds
 from .tasks.architectures import PROBLEMS
 
 LEARNT = ["mul97", "add97", "sub97", "div97"]
@@ -85,11 +87,14 @@ PAIR_METHODS = ["adamw", PRESET, "grokadamw"]
 # on these no setting of the preset was chosen
 UNSEEN = [pair for pair in PAIRS if pair.endswith("/wide")]
 UNSEEN += [f"s5/{name}" for name in ("dropout", "llama", "post-norm", "deep")]
+# other kinds of models, with a task each, and a grid of its own; on these, too, none was chosen
+KINDS = [task.name for task in kinds.TASKS]
 PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # else the grid's
 PAIR_SEEDS = range(100, 105)
 WIDE_LRS, WIDE_DECAYS = (3e-4, *LRS, 3e-2), (0.1, *DECAYS, 10.0)  # the grid, and one cell more on each side
 FIRST, BEHIND, FINALISTS = (3e-3, 1.0), 1.5, 3  # the race: a cell stops at 1.5 times the first cell's steps
 WITHOUT_NORMS: tuple[float, float] = (2e-3, 0.5)  # the preset's lr and wd for a model without norm layers
+QUICKER: tuple[float, float] = (5e-3, 2.0)  # what suits other kinds of models without norms better
 RECIPES = ((1e-3, 1.0), (1e-3, 0.01))  # lr and wd of AdamW in public code
 
 # real data, where the best score counts: lrs, decays and seeds of the grid, and the methods
@@ -284,10 +289,19 @@ def pair_reported(pair: str, method: str, rows: list[Row]) -> list[Row]:
 PAIR_PARTS = [pair_grid, pair_grid, pair_semifinals, pair_beyond, pair_beyond, pair_finals, pair_seconds]
 
 
+def has_norms(pair: str) -> bool:
+    return pair.partition("/")[2] not in ("no-norm", *kinds.WITHOUT_NORMS)
+
+
 def pair_untuned(pair: str, method: str) -> list[Run]:
     """Return runs with the method's own learning rate and weight decay."""
-    own = WITHOUT_NORMS if method == PRESET and pair.endswith("/no-norm") else (None, None)
+    own = (None, None) if has_norms(pair) or method != PRESET else WITHOUT_NORMS
     return [Run.of(pair, method, seed, *own) for seed in PAIR_SEEDS]
+
+
+def quicker(pair: str) -> list[Run]:
+    """Return runs of the preset with more learning rate and weight decay, for a model without norms."""
+    return [] if has_norms(pair) else [Run.of(pair, PRESET, seed, *QUICKER) for seed in PAIR_SEEDS]
 
 
 def pair_recipe(pair: str, cell: Cell) -> list[Run]:
@@ -381,6 +395,9 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
         yield [run for pair in of_problem for run in pair_untuned(pair, PRESET)]
         for part in PAIR_PARTS:
             yield [run for pair in of_problem for run in part(pair, "adamw", rows)]
+    yield [run for pair in KINDS for run in (*pair_untuned(pair, PRESET), *quicker(pair))]
+    for part in PAIR_PARTS:
+        yield [run for pair in KINDS for run in part(pair, "adamw", rows)]
     yield grid(PRESET)
     yield [run for same in zip(*formats().values(), strict=True) for run in same]
     for task, (*_, names) in DATA.items():

@@ -110,14 +110,14 @@ def untuned(rows: list[Row]) -> str:
     return markdown(["", "lr, wd", *MOD97], [*lines, ["speed-up", "", *sooner]])
 
 
-def both_of_pairs(rows: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:
+def both_of_pairs(rows: list[Row], names: Iterable[str] = evidence.PAIRS) -> dict[str, tuple[list[Row], list[Row]]]:
     """Return for each architecture × task the rows of a tuned AdamW, if there are any, and of the untuned preset."""
     return {
         pair: (
             evidence.pair_reported(pair, "adamw", rows),
             select(rows, evidence.pair_untuned(pair, evidence.PRESET)),
         )
-        for pair in evidence.PAIRS
+        for pair in names
     }
 
 
@@ -129,11 +129,11 @@ def ratio(preset: list[Row], adamw: list[Row]) -> float | None:
     return ours / min(adamws, adamw[0].budget)
 
 
-def pairs(rows: list[Row]) -> str:
-    """Return the table of architectures × tasks: AdamW tuned on each, where that is done, and the untuned preset."""
+def pairs(names: list[str], rows: list[Row]) -> str:
+    """Return a table of models × tasks: AdamW tuned on each, where that is done, and the untuned preset."""
     lines, ratios = list[list[str]](), list[float]()
     compared: tuple[list[Row], list[Row]] = ([], [])
-    for pair, (adamw, preset) in both_of_pairs(rows).items():
+    for pair, (adamw, preset) in both_of_pairs(rows, names).items():
         if not preset and not adamw:
             continue
         found = ratio(preset, adamw)
@@ -143,13 +143,19 @@ def pairs(rows: list[Row]) -> str:
             compared[1].extend(preset)
         shown_ratio = "" if found is None else f"{found:.2f}"
         lines.append([pair, cell(adamw), quartiles(adamw), quartiles(preset), shown_ratio])
+        if names is evidence.KINDS:
+            lines[-1].append(quartiles(select(rows, evidence.quicker(pair))))
     if ratios:
         failed = (f"{sum(map(math.isinf, steps(each)))} of {len(each)} failed" for each in compared)
         numbers = f"{min(ratios):.2f}, {float(np.median(ratios)):.2f}, {max(ratios):.2f}"
         mean = math.exp(float(np.mean(np.log(ratios))))
         lines.append([f"best, median, worst of {len(ratios)}", "", *failed, numbers])
         lines.append(["geometric mean", "", "", "", f"{mean:.2f}"])
-    return markdown(["task/architecture", "AdamW: lr, wd", "AdamW, tuned", "preset, untuned", "ratio"], lines)
+    heads = ["task/model", "AdamW: lr, wd", "AdamW, tuned", "preset, untuned", "ratio"]
+    if names is evidence.KINDS:
+        heads.append("preset, lr {:g}, wd {:g}".format(*evidence.QUICKER))
+        lines = [[*line, *[""] * (len(heads) - len(line))] for line in lines]
+    return markdown(heads, lines)
 
 
 def recipes(rows: list[Row]) -> str:
@@ -182,10 +188,19 @@ def summary(rows: list[Row]) -> str:
         if done:
             lines.append([name, *_in_short(done)])
     if everything:
-        lines.append(["all", *_in_short(everything)])
+        lines.append(["all transformers", *_in_short(everything)])
         unseen = [both for pair, both in both_of_pairs(rows).items() if pair in evidence.UNSEEN and all(both)]
         if unseen:
-            lines.append(["of these, those on which no setting was chosen", *_in_short(unseen)])
+            lines.append(["other transformers on which no setting was chosen", *_in_short(unseen)])
+    for name, has_norms in (
+        ("other kinds of models, with norms", True),
+        ("other kinds of models, without norms", False),
+    ):
+        names = [pair for pair in evidence.KINDS if evidence.has_norms(pair) == has_norms]
+        both = both_of_pairs(rows, names).values()
+        done = [each for each in both if all(len(found) == len(evidence.PAIR_SEEDS) for found in each)]
+        if done:
+            lines.append([name, *_in_short(done)])
     ratios = ["best ratio", "median ratio", "worst ratio", "geometric mean"]
     return markdown(["models and tasks", "pairs", *ratios, "preset: failed runs", "AdamW: failed runs"], lines)
 
@@ -319,7 +334,7 @@ def data(names: Iterable[str], rows: list[Row]) -> str:
 
 def effort(rows: list[Row]) -> str:
     hours = sum(row.minutes for row in rows) / 60
-    commits = len({row.commit for row in rows})
+    commits = len({row.commit.rstrip("+") for row in rows})
     return f"{len(rows):,} runs, {hours:.1f} core-hours, at {commits} commits, which `grokking.csv` names.\n"
 
 
@@ -328,7 +343,8 @@ TABLES: dict[str, Table] = {
     "published": published,
     "mod97": partial(mod97, MOD97_METHODS),
     "untuned": untuned,
-    "pairs": pairs,
+    "pairs": partial(pairs, evidence.PAIRS),
+    "kinds": partial(pairs, evidence.KINDS),
     "recipes": recipes,
     "summary": summary,
     "afterwards": partial(afterwards, MOD97_METHODS),

@@ -365,10 +365,10 @@ def test_the_best_cell() -> None:
     assert evidence.best([]) is None
 
 
-@pytest.mark.parametrize("architecture", architectures.load())
-def test_the_preset_as_it_comes_has_its_own_numbers(architecture: str) -> None:
-    run = evidence.pair_untuned(f"add97/{architecture}", evidence.PRESET)[0]
-    defaults = GrokAdamW.for_grokking(architectures.load()[architecture].make(97)).defaults
+@pytest.mark.parametrize("name", [*(f"add97/{name}" for name in architectures.load()), *evidence.KINDS])
+def test_the_preset_as_it_comes_has_its_own_numbers(name: str) -> None:
+    run = evidence.pair_untuned(name, evidence.PRESET)[0]
+    defaults = GrokAdamW.for_grokking(tasks.load()[name].start(0).model).defaults
     assert (run.lr, run.weight_decay) == (defaults["lr"], defaults["weight_decay"])
 
 
