@@ -58,8 +58,8 @@ class GrokAdamW(Base):
             dtype float16, bfloat16, float32, float64 or complex. With names, the model's modules are the layers;
             without, every tensor is a layer of its own. A dict may set, for its group, the arguments from ``lr`` to
             ``gradient_clipping`` but not the signals; ``max_row_norm``, ``max_row_change``, ``amplify_after``,
-            ``signal_boost``, ``foreach``, ``fused``, ``maximize`` and ``capturable``; and ``layer``, an integer ≥ 0,
-            the layer of all its parameters.
+            ``signal_boost``, ``decay_boost``, ``foreach``, ``fused``, ``maximize`` and ``capturable``; and ``layer``,
+            an integer ≥ 0, the layer of all its parameters.
         lr: learning rate η ≥ 0, a float or a tensor of one element.
         betas: (β1, β2), each in [0, 1): decay of the first and second moment.
         eps: ε ≥ 0.
@@ -81,6 +81,8 @@ class GrokAdamW(Base):
         signal_boost: b ≥ 0: lr and ``max_row_change`` of a step are multiplied by 1 + b · s_t, with the combined
             signal limited to [0, 1]; 0 is off. Without a usable signal the factor is 1. ``metrics()["boost"]`` is the
             last factor. Schedulers and ``param_groups`` never see it.
+        decay_boost: d ≥ 0: ``weight_decay`` of a step is multiplied by 1 + d · s_t, in the same way. The decay is of lr
+            as boosted. ``metrics()["decay_boost"]`` is the last factor.
         amplify_by_signal: multiply λ by the combined signal, limited to [0, 1], so that the filter waits until a model
             overfits. Without a usable signal λ is 0. The signal still acts on α, unless
             ``grokking_signal_decay_rate=0``. A signal on a GPU is read back.
@@ -167,6 +169,7 @@ class GrokAdamW(Base):
         second_moment: str = "filtered",
         amplify_after: int = 0,
         signal_boost: float = 0.0,
+        decay_boost: float = 0.0,
         amplify_by_signal: bool = False,
         window_size: int | None = None,
         window_dtype: torch.dtype | None = None,
@@ -218,8 +221,9 @@ class GrokAdamW(Base):
         They are lr 3e-3, weight decay 1.4, α 0.9, γ 0.6 and betas (0.9, 0.98), and no row of a weight moves by more
         than 0.035 of its length in a step (``max_row_change``). Updates are up to five times as large while a model has
         memorised and evaluation lags (``signal_boost`` 4, of ``grokadamw.signals.memorisation``): for that, call
-        ``record(train_loss=…, eval_loss=…)`` with both every few steps. For models without norms they are lr 2e-3,
-        weight decay 0.5 and ``signal_boost`` 5, and the filter, γ and the limit are off. Evidence:
+        ``record(train_loss=…, eval_loss=…)`` with both every few steps. For models without norms they are lr 3e-3,
+        weight decay 0.1, ``signal_boost`` 5 and ``decay_boost`` 30, so that weights decay by up to 3.1 times lr once
+        the model has memorised, and the filter, γ and the limit are off. Evidence:
         benchmarks/results/GROKKING_REPORT.md.
 
         Args:
@@ -234,9 +238,10 @@ class GrokAdamW(Base):
                 scratch.
             norms: whether the model normalises its activations. None looks for norm layers, and for calls of
                 ``torch.nn.functional``'s norms in the code of its modules. Say so if it has other arithmetic.
-            lr, weight_decay, options: as for the constructor; they replace the preset's. If lr is a tensor, each group
-                has a copy of its own: write to ``param_groups``. A scheduler that sets one lr for all groups, as
-                ``OneCycleLR`` does, slows the embeddings down: give it a list, one lr per group.
+            lr, weight_decay, options: as for the constructor; they replace the preset's. A weight decay that you give
+                stays as it is, unless you also give ``decay_boost``. If lr is a tensor, each group has a copy of its
+                own: write to ``param_groups``. A scheduler that sets one lr for all groups, as ``OneCycleLR`` does,
+                slows the embeddings down: give it a list, one lr per group.
 
         Raises:
             TypeError, ValueError: model is no module, or TorchScript, or all of it is frozen; a parameter has no shape,
@@ -309,7 +314,7 @@ class GrokAdamW(Base):
 
     @_disable_dynamo
     def update_signals(self) -> None:
-        """Evaluate the signals, and set the filter memory α and the boost of lr from them.
+        """Evaluate the signals, and set the filter memory α and the boosts of lr and weight decay from them.
 
         ``step`` does so itself. The replay of a CUDA graph does not: call this between replays, whenever signals should
         take effect; α and the boost stay as they are in between. With several processes, call it on all of them.
@@ -408,10 +413,10 @@ class GrokAdamW(Base):
 
         ``step`` (steps taken, the most of any parameter), ``signal`` (s), ``signal/<name>`` (each function's last
         usable value), ``alpha`` (α, which a window does not use), ``boost`` (what the signal multiplies lr by),
-        ``grad_norm`` (N, before clipping), ``clip_coefficient`` (c), ``skipped_steps``, ``signal_failures``,
-        ``beta1_min`` and ``beta1_max`` (of β1_l). If groups differ, ``alpha`` and ``clip_coefficient`` are the
-        smallest, and ``boost`` the largest. NaN means unknown: before the first step, without a usable signal, or for
-        a norm that nothing needed.
+        ``decay_boost`` (and ``weight_decay`` by), ``grad_norm`` (N, before clipping), ``clip_coefficient`` (c),
+        ``skipped_steps``, ``signal_failures``, ``beta1_min`` and ``beta1_max`` (of β1_l). If groups differ, ``alpha``
+        and ``clip_coefficient`` are the smallest, and the boosts the largest. NaN means unknown: before the first step,
+        without a usable signal, or for a norm that nothing needed.
         """
         self._complete_groups()
         self._settle()

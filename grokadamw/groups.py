@@ -24,7 +24,14 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 # the preset for models with norm layers, and for those without, where the lengths of rows matter
 _WITH_NORMS = {"lr": 3e-3, "weight_decay": 1.4, "gamma": 0.6, "max_row_change": 0.035, "signal_boost": 4.0}
-_WITHOUT_NORMS = {"lr": 2e-3, "weight_decay": 0.5, "lamb": 0.0, "gamma": 0.0, "signal_boost": 5.0}
+_WITHOUT_NORMS = {
+    "lr": 3e-3,
+    "weight_decay": 0.1,
+    "decay_boost": 30.0,
+    "lamb": 0.0,
+    "gamma": 0.0,
+    "signal_boost": 5.0,
+}
 
 
 def decay_groups(
@@ -107,6 +114,8 @@ def grokking_groups(
         check_number("lr", lr)
     check_number("weight_decay", decay)
     preset |= {"lr": lr, "weight_decay": decay}
+    if weight_decay is not None:
+        preset.pop("decay_boost", None)  # the user's decay is meant as it is
     embeddings = of_modules(model, lambda module: isinstance(module, _EMBEDDINGS))
     of_norms, all_are_weights = of_modules(model, is_norm), is_flat(model) or not normed
     of_convolutions = of_modules(model, lambda module: isinstance(module, nn.modules.conv._ConvNd))

@@ -16,6 +16,7 @@ from . import _trainers as trainers
 from ._numbers import accumulator
 from ._warn import warn
 from .grokadamw import GrokAdamW
+from .step.boosts import is_boosted
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -110,7 +111,7 @@ class GrokAdamWCallback(Callback):
                 trainers.say_who_clips(optimizer, float(limit), "gradient_clip_val", by_norm=by_norm)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # its connector sets it
         classes = {kind.__name__ for callback in callbacks for kind in type(callback).__mro__}
-        boosts = any(group["signal_boost"] for optimizer in self._optimizers for group in optimizer.param_groups)
+        boosts = any(is_boosted(group) for optimizer in self._optimizers for group in optimizer.param_groups)
         if "WeightAveraging" in classes and boosts and self._says("averages"):
             warn(
                 "validation measures averaged weights, which lag behind those that train: the signal takes that for "

@@ -5,7 +5,7 @@ To add an option, add its row to `OPTIONS`, its argument to the constructor, and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, compress, product
 from numbers import Real
@@ -101,6 +101,7 @@ OPTIONS: dict[str, Option] = {
     "second_moment":              Option("filtered",   one_of("filtered", "raw"),            OPTIMIZER, WARN),
     "amplify_after":              Option(0,            check_count,                          GROUP,     TAKE),
     "signal_boost":               Option(0.0,          check_number,                         GROUP,     TAKE),
+    "decay_boost":                Option(0.0,          check_number,                         GROUP,     TAKE),
     "amplify_by_signal":          Option(False,        one_of(True, False),                  OPTIMIZER, WARN),
     "window_size":                Option(None,         or_none(check_count, at_least=1),     OPTIMIZER, WARN),
     "window_dtype":               Option(None,         check_dtype,                          OPTIMIZER, KEEP),
@@ -171,13 +172,16 @@ class CycleNumbers(NamedTuple):
     beta1: float = 0.0
     beta2: float = 0.0
     gamma: float = 0.0
-    boost: Number = 1.0
+    boost: Number = 1.0  # the factor of lr and max_row_change
+    decay_boost: Number = 1.0  # the factor of weight_decay
 
     @classmethod
-    def of(cls, group: Mapping[str, Any], alpha: Number, amplification: float, boost: Number) -> CycleNumbers:
+    def of(
+        cls, group: Mapping[str, Any], alpha: Number, amplification: float, boosts: Iterable[Number] = ()
+    ) -> CycleNumbers:
         """Take λ, the betas and γ from a group."""
         beta1, beta2 = map(float, group["betas"])
-        return cls(alpha, amplification, float(group["lamb"]), beta1, beta2, float(group["gamma"]), boost)
+        return cls(alpha, amplification, float(group["lamb"]), beta1, beta2, float(group["gamma"]), *boosts)
 
 
 # the micro-batches of a cycle so far, and its numbers
@@ -255,7 +259,7 @@ def check_group(
 
 # Options, other options, and why: if one of the first differs from its default, none of the others may.
 _CONFLICTS = (
-    (("max_row_norm", "max_row_change", "signal_boost"), ("compat",), ", which has no such thing:"),
+    (("max_row_norm", "max_row_change", "signal_boost", "decay_boost"), ("compat",), ", which has no such thing:"),
     (("accumulation_steps", "window_size"), ("compat", "differentiable"), ":"),
     (("state_dtype", "master_weight_bits", "rounding"), ("compat", "differentiable"), ":"),
     (("state_dtype",), ("window_size",), ", which keeps gradients as they are:"),

@@ -35,6 +35,7 @@ OPTIONS: dict[str, Any] = {
     "gamma": 0.1,
     "gradient_clipping": 0.3,
     "signal_boost": 1.0,
+    "decay_boost": 4.0,
     "grokking_signal_decay_rate": 0.5,
 }
 

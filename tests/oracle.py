@@ -85,10 +85,12 @@ class Oracle:
         self._fix(group, group["alpha_init"], self.groups[0]["fixed"]["gate"] if self.groups else 1.0)
         self.groups.append(group)
 
-    def _fix(self, group: dict, alpha: float, gate: float, boost: float = 1.0) -> None:
+    def _fix(self, group: dict, alpha: float, gate: float, share: float = 0.0) -> None:
         """What holds for all micro-batches of a cycle."""
         group["fixed"] = {name: group[name] for name in ("betas", "gamma")}
-        group["fixed"] |= {"alpha": alpha, "lamb": group["lamb"], "gate": gate, "boost": boost}
+        group["fixed"] |= {"alpha": alpha, "lamb": group["lamb"], "gate": gate}
+        group["fixed"]["boost"] = 1 + group.get("signal_boost", 0.0) * share
+        group["fixed"]["decay_boost"] = 1 + group.get("decay_boost", 0.0) * share
 
     def rest(self) -> None:
         """No cycle is under way."""
@@ -115,7 +117,7 @@ class Oracle:
             for g in self.groups:
                 alpha = g["alpha_init"] * np.exp(-g["grokking_signal_decay_rate"] * max(signal or 0.0, 0.0))
                 gate = share if self.amplify_by_signal else 1.0
-                self._fix(g, alpha, gate, 1 + g.get("signal_boost", 0.0) * share)
+                self._fix(g, alpha, gate, share)
         self.alphas = [group["fixed"]["alpha"] for group in self.groups]
         if not np.isfinite(norm):
             self.skipped += 1
@@ -160,7 +162,7 @@ class Oracle:
             return
         state["t"] = t
         before, lr = group["values"][i], group["lr"] * fixed["boost"]
-        theta = before * (1 - lr * group["weight_decay"])
+        theta = before * (1 - lr * group["weight_decay"] * fixed["decay_boost"])
         group["values"][i] = theta - lr * m_hat / (np.sqrt(v_hat) + group["eps"])
         if group["has_rows"][i] and theta.size:
             rows, old = group["values"][i].reshape(len(theta), -1), before.reshape(len(theta), -1)

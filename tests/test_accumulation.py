@@ -150,7 +150,7 @@ def test_gradients_are_added_up_in_float32_in_memory_of_their_own(set_to_none: b
 def boosted(model: nn.Module) -> GrokAdamW:
     """The boost is that of the cycle's first micro-batch: when the run is resumed, nothing else knows it."""
     optimizer = GrokAdamW(
-        model.named_parameters(), lr=0.01, accumulation_steps=3, second_moment="raw", signal_boost=2.0
+        model.named_parameters(), lr=0.01, accumulation_steps=3, second_moment="raw", signal_boost=2.0, decay_boost=4.0
     )
     optimizer.record(train_loss=0.2, eval_loss=1.0)
     return optimizer

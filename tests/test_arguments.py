@@ -198,6 +198,8 @@ BAD = [
     ({"state_dtype": "int8", "window_size": 2}, ValueError, "state_dtype='int8' with window_size=2, which keeps"),
     ({"state_dtype": "int8", "compat": "0.1.2"}, ValueError, "state_dtype='int8' with compat='0.1.2'"),
     ({"state_dtype": "int8", "differentiable": True}, ValueError, "state_dtype='int8' with differentiable=True"),
+    ({"decay_boost": -1.0}, ValueError, "decay_boost=-1.0"),
+    ({"decay_boost": 1.0, "compat": "0.1.2"}, ValueError, r"decay_boost=1\.0 with compat='0\.1\.2', which has no"),
     ({"signal_boost": 1.0, "compat": "0.1.2"}, ValueError, r"signal_boost=1\.0 with compat='0\.1\.2', which has no"),
     ({"master_weight_bits": 16}, ValueError, "master_weight_bits=16 is unknown"),
     ({"rounding": "up"}, ValueError, "rounding='up' is unknown"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from grokadamw.backends.gpu_tables import Tables
 
 from .models import running
 
-BOOSTED = {"signal_boost": 1.0, "max_row_change": 0.05}
+BOOSTED = {"signal_boost": 1.0, "decay_boost": 2.0, "max_row_change": 0.05}
 
 
 def cuda(test: Any) -> Any:
@@ -79,6 +80,7 @@ def test_a_captured_step_hears_no_signal_and_reads_alpha_where_it_is_set(as_if_c
         eager.step()
         assert captured.metrics()["alpha"] == eager.metrics()["alpha"]
         assert captured.metrics()["boost"] == eager.metrics()["boost"] == 1 + alpha_of
+        assert captured.metrics()["decay_boost"] == eager.metrics()["decay_boost"] == 1 + 2 * alpha_of
         for p, twin in zip(params, twins, strict=True):
             torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-7)
             torch.testing.assert_close(
@@ -87,7 +89,7 @@ def test_a_captured_step_hears_no_signal_and_reads_alpha_where_it_is_set(as_if_c
 
 
 def test_what_a_graph_reads_and_writes_stays_in_its_place(as_if_captured: list[bool]) -> None:
-    """α, the boost, and the count of skipped steps, which reading it sets back to 0."""
+    """α, the boosts, and the count of skipped steps, which reading it sets back to 0."""
     params = parameters()
     optimizer = GrokAdamW([{"params": params}, {"params": []}], capturable=True, **BOOSTED)
     set_gradients(params, 0)
@@ -95,7 +97,7 @@ def test_what_a_graph_reads_and_writes_stays_in_its_place(as_if_captured: list[b
 
     def read() -> list[int]:
         run = optimizer._run
-        return [tensor.data_ptr() for tensor in (run.last.alphas[0], run.last.boosts[0], run.skipped)]
+        return [tensor.data_ptr() for tensor in (run.last.alphas[0], *run.last.boosts[0], run.skipped)]
 
     places = read()
     as_if_captured[0] = True
@@ -120,12 +122,13 @@ def test_a_boost_that_is_switched_off_ends_in_a_graph_and_in_copies(as_if_captur
     set_gradients(params, 0)
     optimizer.step()
     read = optimizer._run.last.boosts[0]
-    assert read == 2
-    optimizer.param_groups[0]["signal_boost"] = 0.0
+    assert read == (2, 3)
+    optimizer.param_groups[0].update(signal_boost=0.0, decay_boost=0.0)
     optimizer.update_signals()
-    assert read == 1
-    assert optimizer._run.last.boosts[0] is read
-    assert copy.deepcopy(optimizer).metrics()["boost"] == 1
+    assert read == (1, 1)
+    assert all(map(operator.is_, optimizer._run.last.boosts[0], read))
+    metrics = copy.deepcopy(optimizer).metrics()
+    assert metrics["boost"] == metrics["decay_boost"] == 1
 
 
 def to_float64(params: list[nn.Parameter]) -> None:

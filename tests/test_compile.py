@@ -60,7 +60,7 @@ def close(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float
 @pytest.mark.parametrize("foreach", [None, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])
 def test_one_graph_serves_changing_numbers(foreach: bool | None, dtype: torch.dtype, tolerance: float) -> None:
-    """Learning rates, signals and losses, which start late, change at every step: nothing is compiled again."""
+    """Rates, weight decay, signals and losses, which start late, change at every step: nothing is compiled again."""
     heard: list[int] = []  # at which steps
     now = [0]
 
@@ -71,13 +71,13 @@ def test_one_graph_serves_changing_numbers(foreach: bool | None, dtype: torch.dt
     def change(optimizer: GrokAdamW, i: int, loss: torch.Tensor) -> None:
         now[0] = i
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (1 + i % 7)
+            group["lr"], group["weight_decay"] = 1e-3 * (1 + i % 7), 0.1 * (1 + i % 3)
         if i > 3:
             optimizer.record(train_loss=loss, eval_loss=loss * (1.5 + 0.1 * i))
 
     signals = [rising, lambda train_loss, eval_loss: eval_loss - train_loss]
     options = {"grokking_signal_fns": signals, "foreach": foreach, "dtype": dtype}
-    options |= {"signal_boost": 1.0, "max_row_change": 0.05}
+    options |= {"signal_boost": 1.0, "max_row_change": 0.05, "decay_boost": 8.0}
     eager, reference, _ = run(None, 20, change, **options)
     assert heard == list(range(20))
     heard.clear()

@@ -53,6 +53,7 @@ hyper_parameters = st.fixed_dictionaries(
         "max_row_change": st.just(0.0) | between(1e-3, 0.5),
         "amplify_after": st.integers(0, 3),
         "signal_boost": st.just(0.0) | between(0, 3),
+        "decay_boost": st.just(0.0) | between(0, 30),
         "maximize": st.booleans(),
     }
 )

@@ -103,7 +103,7 @@ def test_each_embedding_has_a_group_and_long_ones_a_higher_lr() -> None:
         ["3.weight"],
     ]
     lengths = [1, *(each.weight.norm(dim=1).mean().item() for each in (long, longer)), 1, 1]
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-3 * x for x in lengths])  # no norms
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([3e-3 * x for x in lengths])
 
 
 def test_a_run_resumes_whose_embedding_has_become_short() -> None:
@@ -276,8 +276,8 @@ def test_norms_are_found_by_class_and_by_call(other: nn.Module, kind: str) -> No
     for name, _ in other.named_parameters("1"):
         if kind == "layer":
             assert decays[name] == pytest.approx(1.4 / 3)
-    assert decays["0.weight"] == (0.5 if kind == "none" else 1.4)
-    assert decays["0.bias"] == (0.5 if kind == "none" else 0)
+    assert decays["0.weight"] == (0.1 if kind == "none" else 1.4)
+    assert decays["0.bias"] == (0.1 if kind == "none" else 0)
 
 
 def test_who_knows_better_says_whether_there_are_norms() -> None:
@@ -288,14 +288,15 @@ def test_who_knows_better_says_whether_there_are_norms() -> None:
 
 def test_without_norms_the_preset_is_adamw() -> None:
     (group,) = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), nn.ReLU())).param_groups
-    assert (group["lr"], group["weight_decay"], group["signal_boost"]) == (2e-3, 0.5, 5)
+    assert (group["lr"], group["weight_decay"]) == (3e-3, 0.1)
+    assert (group["signal_boost"], group["decay_boost"]) == (5, 30)
     given = GrokAdamW.for_grokking(nn.Linear(4, 4), lamb=1.0, gamma=0.5, max_row_change=0.5).param_groups[0]
     assert (given["lamb"], given["gamma"], given["max_row_change"]) == (1, 0.5, 0.5)
 
     ours, theirs = network(), network()
     optimizers = (
         GrokAdamW.for_grokking(ours, gradient_clipping=0.0),
-        torch.optim.AdamW(theirs.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.5),
+        torch.optim.AdamW(theirs.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1),
     )
     for _ in range(5):
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
@@ -303,6 +304,19 @@ def test_without_norms_the_preset_is_adamw() -> None:
             optimizer.step()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_a_weight_decay_that_is_given_stays_as_it_is() -> None:
+    """Without norms the preset's own grows with the signal."""
+    for options, boost in (
+        ({}, 30.0),
+        ({"lr": 1e-3}, 30.0),
+        ({"weight_decay": 0.1}, 0.0),
+        ({"weight_decay": 1.0, "decay_boost": 2.0}, 2.0),
+        ({"norms": True}, 0.0),
+    ):
+        (group,) = GrokAdamW.for_grokking(nn.Linear(4, 4, bias=False), **options).param_groups
+        assert group["decay_boost"] == boost
 
 
 @pytest.mark.filterwarnings("ignore:a step found no gradient")  # as copies have none
@@ -344,14 +358,14 @@ def test_the_presets_groups() -> None:
     length = model[0].weight.norm(dim=1).mean().item()
     optimizer = GrokAdamW.for_grokking(model, lr=torch.tensor(0.1))
     assert [group["param_names"] for group in optimizer.param_groups] == [["1.weight", "1.bias"], ["0.weight"]]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.5 / length])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.1 / length])
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     for loss in (1.0, 2.0):
         scheduler.step(loss)
     # torch 2.6's scheduler makes numbers of tensors
     assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.1 / 2, 0.1 / 2 * length])
     optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(4)))]})
-    assert optimizer.param_groups[-1]["weight_decay"] == 0.5
+    assert optimizer.param_groups[-1]["weight_decay"] == 0.1
 
 
 def test_the_preset_warns_of_a_gamma_that_was_given() -> None:

@@ -42,6 +42,7 @@ OPTIONS: dict[str, Any] = {
     "gamma": 0.1,
     "gradient_clipping": 0.5,
     "signal_boost": 1.0,
+    "decay_boost": 4.0,
     "max_row_change": 0.1,
     "max_row_norm": 1.5,
 }

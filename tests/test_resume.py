@@ -369,8 +369,8 @@ def test_a_state_that_cannot_be_used_is_refused_before_anything_changes(name: st
         ({"eval_acc": "high"}, "eval_acc='high' is not one number"),
         ({"skipped_steps": None}, "skipped_steps=None is not one number"),
         ({"last_norm": "x"}, "last_norm='x' is not one number"),
-        ({"cycle": None}, "cycle=None is not a list of 7 numbers"),
-        ({"cycle": (0.9,)}, r"cycle=\(0.9,\) is not a list of 7 numbers"),
+        ({"cycle": None}, "cycle=None is not a list of 8 numbers"),
+        ({"cycle": (0.9,)}, r"cycle=\(0.9,\) is not a list of 8 numbers"),
     ],
 )
 @pytest.mark.parametrize("group", [0, 1])

@@ -113,6 +113,7 @@ OF_GROUPS = st.fixed_dictionaries(
         "alpha_init": st.sampled_from([0.98, 0.5]),
         "lamb": st.sampled_from([0.0, 2.0]),
         "signal_boost": st.sampled_from([0.0, 1.0]),
+        "decay_boost": st.sampled_from([0.0, 2.0]),
         "max_row_change": st.sampled_from([0.0, 0.05]),
         "foreach": st.sampled_from([None, True]),
         "maximize": st.booleans(),

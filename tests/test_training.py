@@ -68,12 +68,14 @@ def test_the_slow_gradient_can_be_freed_and_begins_again_at_zero() -> None:
         assert optimizer.state[p]["step"] == 5
 
 
-# lr and max_row_change, by the signal
+# lr, max_row_change and weight_decay, by the signal
+
+BOOSTED = {"signal_boost": 2.0, "max_row_change": 0.01, "decay_boost": 8.0, "weight_decay": 0.3}
 
 
 @pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}], ids=["float32", "int8"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_the_boost_is_a_higher_lr_and_a_wider_limit(implementation: str, options: dict[str, Any]) -> None:
+def test_boosts_are_a_higher_lr_a_wider_limit_and_more_decay(implementation: str, options: dict[str, Any]) -> None:
     """To the bit what a schedule by hand does; groups do not show it. A signal beyond [0, 1] counts as its end."""
     said: list[Any] = [None]
     with running(implementation, chunk=4096) as how:
@@ -81,35 +83,37 @@ def test_the_boost_is_a_higher_lr_and_a_wider_limit(implementation: str, options
         models[1].load_state_dict(models[0].state_dict())
         boosted, by_hand = (
             GrokAdamW(model.named_parameters(), lr=0.01, grokking_signal_fns=lambda: said[0], **how, **options, **given)
-            for model, given in zip(models, ({"signal_boost": 2.0, "max_row_change": 0.01}, {}), strict=True)
+            for model, given in zip(models, (BOOSTED, {}), strict=True)
         )
         for step, signal in enumerate([0.0, 0.25, torch.tensor(0.5), 1.0, 7.0, -3.0]):
             said[0], factor = signal, 1 + 2 * min(max(float(signal), 0.0), 1.0)
-            by_hand.param_groups[0].update(lr=0.01 * factor, max_row_change=0.01 * factor)
+            of_decay = 1 + 8 * min(max(float(signal), 0.0), 1.0)
+            by_hand.param_groups[0].update(lr=0.01 * factor, max_row_change=0.01 * factor, weight_decay=0.3 * of_decay)
             for model, optimizer in zip(models, (boosted, by_hand), strict=True):
                 set_gradients(list(model.parameters()), step, scale=10.0**-step)
                 optimizer.step()
             assert same(models[0].state_dict(), models[1].state_dict())
-            assert boosted.metrics()["boost"] == factor
-            assert (boosted.param_groups[0]["lr"], boosted.param_groups[0]["max_row_change"]) == (0.01, 0.01)
+            assert (boosted.metrics()["boost"], boosted.metrics()["decay_boost"]) == (factor, of_decay)
+            assert BOOSTED.items() <= boosted.param_groups[0].items()
+            assert boosted.param_groups[0]["lr"] == 0.01
 
 
 @pytest.mark.filterwarnings("ignore:the grokking signal")
 @pytest.mark.parametrize("said", [None, math.nan, torch.tensor(math.nan)])
 def test_without_a_usable_signal_there_is_no_boost(said: Any) -> None:
     params, twins = parameters(), parameters()
-    boosted = GrokAdamW(params, signal_boost=1.0, grokking_signal_fns=lambda: said)
+    boosted = GrokAdamW(params, signal_boost=1.0, decay_boost=1.0, grokking_signal_fns=lambda: said)
     plain = GrokAdamW(twins, grokking_signal_fns=[])
     for ps, optimizer in ((params, boosted), (twins, plain)):
         set_gradients(ps)
         optimizer.step()
     assert all(map(torch.equal, params, twins))
-    assert boosted.metrics()["boost"] == 1
+    assert boosted.metrics()["boost"] == boosted.metrics()["decay_boost"] == 1
 
 
 def test_groups_have_boosts_of_their_own() -> None:
     params = parameters()
-    groups = [{"params": params[:1], "signal_boost": 1.0}, {"params": params[1:]}]
+    groups = [{"params": params[:1], "signal_boost": 1.0}, {"params": params[1:], "decay_boost": 8.0}]
     optimizer = GrokAdamW(groups, **AS_ADAMW, lr=0.1, weight_decay=0.0, grokking_signal_fns=lambda: 1.0)
     before = [p.detach().clone() for p in params]
     for p in params:
@@ -117,6 +121,7 @@ def test_groups_have_boosts_of_their_own() -> None:
     optimizer.step()
     moved = [float((old - p).mean()) for old, p in zip(before, params, strict=True)]
     assert moved == pytest.approx([0.2, 0.1], rel=1e-5)
+    assert (optimizer.metrics()["boost"], optimizer.metrics()["decay_boost"]) == (2, 9)
 
 
 # what comes in training

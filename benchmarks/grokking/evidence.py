@@ -93,8 +93,8 @@ PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # else the grid's
 PAIR_SEEDS = range(100, 105)
 WIDE_LRS, WIDE_DECAYS = (3e-4, *LRS, 3e-2), (0.1, *DECAYS, 10.0)  # the grid, and one cell more on each side
 FIRST, BEHIND, FINALISTS = (3e-3, 1.0), 1.5, 3  # the race: a cell stops at 1.5 times the first cell's steps
-WITHOUT_NORMS: tuple[float, float] = (2e-3, 0.5)  # the preset's lr and wd for a model without norm layers
-QUICKER: tuple[float, float] = (5e-3, 2.0)  # what suits other kinds of models without norms better
+# the preset's lr, wd and d for a model without norm layers; where wd is given, d must be, too
+WITHOUT_NORMS: tuple[float, float, dict[str, Any]] = (3e-3, 0.1, {"decay_boost": 30.0})
 RECIPES = ((1e-3, 1.0), (1e-3, 0.01))  # lr and wd of AdamW in public code
 
 # real data, where the best score counts: lrs, decays and seeds of the grid, and the methods
@@ -295,13 +295,8 @@ def has_norms(pair: str) -> bool:
 
 def pair_untuned(pair: str, method: str) -> list[Run]:
     """Return runs with the method's own learning rate and weight decay."""
-    own = (None, None) if has_norms(pair) or method != PRESET else WITHOUT_NORMS
+    own = (None, None, {}) if has_norms(pair) or method != PRESET else WITHOUT_NORMS
     return [Run.of(pair, method, seed, *own) for seed in PAIR_SEEDS]
-
-
-def quicker(pair: str) -> list[Run]:
-    """Return runs of the preset with more learning rate and weight decay, for a model without norms."""
-    return [] if has_norms(pair) else [Run.of(pair, PRESET, seed, *QUICKER) for seed in PAIR_SEEDS]
 
 
 def pair_recipe(pair: str, cell: Cell) -> list[Run]:
@@ -395,7 +390,7 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
         yield [run for pair in of_problem for run in pair_untuned(pair, PRESET)]
         for part in PAIR_PARTS:
             yield [run for pair in of_problem for run in part(pair, "adamw", rows)]
-    yield [run for pair in KINDS for run in (*pair_untuned(pair, PRESET), *quicker(pair))]
+    yield [run for pair in KINDS for run in pair_untuned(pair, PRESET)]
     for part in PAIR_PARTS:
         yield [run for pair in KINDS for run in part(pair, "adamw", rows)]
     yield grid(PRESET)

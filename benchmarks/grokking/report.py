@@ -143,19 +143,13 @@ def pairs(names: list[str], rows: list[Row]) -> str:
             compared[1].extend(preset)
         shown_ratio = "" if found is None else f"{found:.2f}"
         lines.append([pair, cell(adamw), quartiles(adamw), quartiles(preset), shown_ratio])
-        if names is evidence.KINDS:
-            lines[-1].append(quartiles(select(rows, evidence.quicker(pair))))
     if ratios:
         failed = (f"{sum(map(math.isinf, steps(each)))} of {len(each)} failed" for each in compared)
         numbers = f"{min(ratios):.2f}, {float(np.median(ratios)):.2f}, {max(ratios):.2f}"
         mean = math.exp(float(np.mean(np.log(ratios))))
         lines.append([f"best, median, worst of {len(ratios)}", "", *failed, numbers])
         lines.append(["geometric mean", "", "", "", f"{mean:.2f}"])
-    heads = ["task/model", "AdamW: lr, wd", "AdamW, tuned", "preset, untuned", "ratio"]
-    if names is evidence.KINDS:
-        heads.append("preset, lr {:g}, wd {:g}".format(*evidence.QUICKER))
-        lines = [[*line, *[""] * (len(heads) - len(line))] for line in lines]
-    return markdown(heads, lines)
+    return markdown(["task/model", "AdamW: lr, wd", "AdamW, tuned", "preset, untuned", "ratio"], lines)
 
 
 def recipes(rows: list[Row]) -> str:

@@ -68,7 +68,7 @@ def step(batch: Batch, scalars: Scalars) -> None:
             lr=float(n.lr),
             beta1=block.beta1,
             beta2=n.beta2,
-            weight_decay=n.weight_decay,
+            weight_decay=float(n.weight_decay),
             eps=n.eps,
             amsgrad=False,
             maximize=False,

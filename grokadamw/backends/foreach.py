@@ -125,7 +125,7 @@ def _collect_(batch: Batch, n: Scalars, t: list[Any]) -> None:
     torch._foreach_addcmul_(v, g, g, (1 - n.beta2) * k * factor**2)  # exp_avg_sq
 
 
-def _add_(averages: list[Tensor], values: _TensorList, weight: Number) -> None:
+def _add_(averages: _TensorList, values: _TensorList, weight: Number) -> None:
     if isinstance(weight, Tensor):
         torch._foreach_add_(averages, _mul(values, weight))
     else:
@@ -143,13 +143,13 @@ def _move_(batch: Batch, n: Scalars, t: list[Any], root: list[Any], correction: 
     else:
         torch._foreach_div_(denominator, root)
         torch._foreach_add_(denominator, n.eps)
-    if not any(isinstance(number, Tensor) for number in (n.lr, active, t[0])):
+    if not any(isinstance(number, Tensor) for number in (n.lr, n.weight_decay, active, t[0])):
         torch._foreach_mul_(theta, 1 - n.lr * n.weight_decay)
         torch._foreach_addcdiv_(theta, m, denominator, [-n.lr / c for c in correction])
     else:
         torch._foreach_mul_(denominator, correction)
         move: _TensorList = torch._foreach_div(m, denominator)
-        torch._foreach_add_(move, theta, alpha=n.weight_decay)
+        _add_(move, theta, n.weight_decay)
         if isinstance(active, Tensor):
             move = [torch.where(active > 0, x, 0) for x in move]
         torch._foreach_sub_(theta, _mul(move, n.lr))

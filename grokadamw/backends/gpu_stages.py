@@ -5,10 +5,10 @@ import triton.language as tl
 
 from .rows import SHORT
 
-# words in a list's numbers, as `gpu_tables.words_of` packs them; the first four take two, an address and a value
-LR, ALPHA, CLIP, MAX_ROW_CHANGE = (tl.constexpr(i) for i in range(0, 8, 2))
-BETA2, LOG_BETA2, EPS, WEIGHT_DECAY, LAMB, AMPLIFY_AFTER, SIGN = (tl.constexpr(i) for i in range(8, 15))
-MICRO_STEPS, DECAYS, MAX_ROW_NORM, NTH, NUMBERS = (tl.constexpr(i) for i in range(15, 20))
+# words in a list's numbers, as `gpu_tables.words_of` packs them; the first five take two, an address and a value
+LR, ALPHA, CLIP, MAX_ROW_CHANGE, WEIGHT_DECAY = (tl.constexpr(i) for i in range(0, 10, 2))
+BETA2, LOG_BETA2, EPS, LAMB, AMPLIFY_AFTER, SIGN = (tl.constexpr(i) for i in range(10, 16))
+MICRO_STEPS, DECAYS, MAX_ROW_NORM, NTH, NUMBERS = (tl.constexpr(i) for i in range(16, 21))
 SHORTEST = tl.constexpr(SHORT)
 # columns of the table of tensors, as `gpu_tables.Tables` packs them; those of tensors in fewer bits come last
 AT_SIZE, AT_THETA, AT_M, AT_V, AT_MU, AT_STEP, AT_BETA1 = (tl.constexpr(i) for i in range(7))
@@ -51,7 +51,7 @@ def numbers_of(
     if EPS_FIRST:
         eps = eps * root
     lamb = tl.where(t > float64_at(of_batch, AMPLIFY_AFTER), float64_at(of_batch, LAMB), 0.0)
-    decay = 1 - lr * float64_at(of_batch, WEIGHT_DECAY)
+    decay = 1 - lr * number_at(of_batch, WEIGHT_DECAY)
     keep_mu = alpha
     keep_m = beta1
     keep_v = beta2

@@ -18,7 +18,7 @@ from .types import Addresses, Batch, Coded, Scalars, limited_widths
 _ANOTHER = "the captured step differs from the one before it: take a step before capturing"
 _KEPT = 64  # tables of which the device keeps a copy
 _COLUMNS = ("params", "exp_avgs", "exp_avg_sqs", "grok_emas", "steps")
-_NUMBERS = struct.Struct("QdQdQdQd11d")  # the numbers of a list, as `words_of` packs them
+_NUMBERS = struct.Struct("QdQdQdQdQd10d")  # the numbers of a list, as `words_of` packs them
 _ALIGNED = bytes(range(0, 256, 16))
 _SPARES = 4  # captures that may follow each other without an eager step in between
 
@@ -306,12 +306,12 @@ def misaligned(at: bytes) -> bool:
 
 
 def words_of(n: Scalars) -> bytes:
-    """Return the numbers of a list as the kernel reads them: each of the first four after its address, or 0."""
+    """Return the numbers of a list as the kernel reads them: each of the first five after its address, or 0."""
     first: list[Any] = []
-    for number in (n.lr, n.alpha, n.clip, n.max_row_change):  # asking for a Tensor takes longer
+    for number in (n.lr, n.alpha, n.clip, n.max_row_change, n.weight_decay):  # asking for a Tensor takes longer
         first += (0, number) if isinstance(number, (float, int)) else (number.data_ptr(), 0.0)
     log_beta2, micro = math.log(n.beta2) if n.beta2 else -math.inf, n.micro_step
-    rest = (n.beta2, log_beta2, n.eps, n.weight_decay, n.lamb, n.amplify_after, -1.0 if n.maximize else 1.0)
+    rest = (n.beta2, log_beta2, n.eps, n.lamb, n.amplify_after, -1.0 if n.maximize else 1.0)
     return _NUMBERS.pack(*first, *rest, micro.k, micro.decays, n.max_row_norm, micro.nth)
 
 

@@ -96,7 +96,7 @@ class Scalars(NamedTuple):
     lr: Number
     eps: float
     eps_before_correction: bool  # ε joins √v before v's bias correction, as in release 0.1.2
-    weight_decay: float
+    weight_decay: Number
     alpha: Number  # α_t
     lamb: Number  # λ; a tensor only as compiled
     amplify_after: int  # λ acts on a tensor's steps after this many

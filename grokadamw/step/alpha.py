@@ -1,4 +1,4 @@
-"""The stages signal and alpha: register signals, combine their values, agree between ranks; then α and the boost."""
+"""The stages signal and alpha: register signals, combine their values, agree between ranks; then α."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .._warn import warn
 from ..distributed import mean_over_ranks, ranks
 from ..options import Rules, recorded
 from ..signals import AccuracyGap, loss_gap, memorisation
+from .boosts import is_boosted
 
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -49,7 +50,7 @@ def hear(
     train_loss, eval_loss = recorded(groups, "train_loss"), recorded(groups, "eval_loss")
     signal = signals.evaluate(train_loss, eval_loss)
     elsewhere: Number = 0
-    is_asked_for = signals.are_given or any(group["signal_boost"] or group["amplify_by_signal"] for group in groups)
+    is_asked_for = signals.are_given or any(group["amplify_by_signal"] or is_boosted(group) for group in groups)
     # ask the other ranks, whatever this one recorded, as they may have recorded more. But not if the user neither chose
     # signals nor records losses, unless all ranks are known to take this step
     wanted = is_asked_for or (train_loss, eval_loss) != (None, None)
@@ -65,24 +66,6 @@ def alpha_of(group: dict[str, Any], signal: Number | None, rules: Rules) -> Numb
     initial = group["alpha_init"]
     initial = initial if type(initial) is float else as_number(initial)
     return filter_memory(initial, group["grokking_signal_decay_rate"], signal, rules.limits_alpha)
-
-
-def boost_of(group: dict[str, Any], signal: Number | None) -> Number:
-    """Return what the signal multiplies lr and max_row_change of a group by; 1 without a usable signal."""
-    strength = group["signal_boost"]
-    return 1.0 + strength * _share(signal) if strength and signal is not None else 1.0
-
-
-def amplification(signal: Number | None) -> float:
-    """Return what `amplify_by_signal` multiplies λ by: the signal, limited to [0, 1]; 0 without a usable signal."""
-    return 0.0 if signal is None else as_float(_share(signal))
-
-
-def _share(signal: Number) -> Number:
-    """Return a signal, limited to [0, 1]; 0 for NaN."""
-    if isinstance(signal, Tensor):
-        return torch.nan_to_num(signal, nan=0.0).clamp(0, 1)
-    return min(max(signal, 0.0), 1.0) if signal == signal else 0.0
 
 
 class Signals:
@@ -192,13 +175,13 @@ class Signals:
             self._train_losses_alone = 0
         elif "train_loss" in given:
             self._train_losses_alone += 1
-        heard = any(group["signal_boost"] and group["eval_loss"] is not None for group in groups)
+        heard = any(is_boosted(group) and group["eval_loss"] is not None for group in groups)
         is_old = self._train_losses_alone >= 100 and heard and any(self.takes_losses)
         if is_old and "an old eval_loss" not in self._warned:
             self._warned.add("an old eval_loss")
             warn(
                 "100 training losses were recorded since the last evaluation loss: a model that has learnt since then "
-                "seems to have memorised, and signal_boost makes its steps longer. Record both losses after an "
+                "seems to have memorised, and signal_boost or decay_boost acts on that. Record both losses after an "
                 "evaluation, optimizer.record(train_loss=…, eval_loss=…), and none in between",
                 UserWarning,
             )

@@ -6,7 +6,7 @@ They read nothing back, and values that change from step to step stay in the sam
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from ..state.slots import outgrown
 
 if TYPE_CHECKING:
     from .batches import Entry, Given
+
+
+Key = TypeVar("Key")
 
 
 def is_capturing(optimizer: Optimizer) -> bool:
@@ -65,14 +68,14 @@ def check_state(entries: Iterable[Entry], given: Given, has_alphas: bool) -> Non
             )
 
 
-def in_place(places: dict[int, Tensor], i: int, group: dict[str, Any], value: Number) -> Number:
-    """Return a number of the i-th group, for a capturable group in the tensor from which its graph reads it."""
+def in_place(places: dict[Key, Tensor], key: Key, group: dict[str, Any], value: Number) -> Number:
+    """Return a number of a group; if the group is capturable, in the tensor from which its graph reads it."""
     if not group["capturable"] or not group["params"]:
         return value
-    if i not in places:
+    if key not in places:
         device = group["params"][0].device
-        places[i] = torch.zeros((), dtype=accumulator(device), device=device)
-    return places[i].copy_(value, non_blocking=True) if isinstance(value, Tensor) else places[i].fill_(value)
+        places[key] = torch.zeros((), dtype=accumulator(device), device=device)
+    return places[key].copy_(value, non_blocking=True) if isinstance(value, Tensor) else places[key].fill_(value)
 
 
 def counter(groups: Sequence[dict[str, Any]]) -> Tensor | None:
@@ -99,4 +102,6 @@ def for_compiler(batch: Batch, scalars: Scalars) -> Scalars:
     scalars = scalars._replace(lr=lr, alpha=alpha, lamb=lamb, clip=clip)
     if scalars.limits_change:
         scalars = scalars._replace(max_row_change=on_device(scalars.max_row_change))
+    if scalars.weight_decay:
+        scalars = scalars._replace(weight_decay=on_device(scalars.weight_decay))
     return scalars

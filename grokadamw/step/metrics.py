@@ -12,6 +12,7 @@ from .. import layers
 from .._numbers import Number, as_float
 from ..options import Rules
 from .alpha import Signals
+from .boosts import Boosts
 
 
 class LastStep(NamedTuple):
@@ -21,7 +22,7 @@ class LastStep(NamedTuple):
     alphas: Sequence[Number] = ()  # α_t of each group
     norms: Sequence[Number | None] = ()  # N: the same for all batches; with compat, of each tensor
     clips: Sequence[Number] = ()  # c
-    boosts: Sequence[Number] = ()  # of each group: what the signal multiplied lr and max_row_change by
+    boosts: Sequence[Boosts] = ()  # of each group
 
 
 def as_floats(
@@ -39,7 +40,8 @@ def as_floats(
         "signal": math.nan if last.signal is None else as_float(last.signal),
         **{f"signal/{name}": as_float(value) for name, value in signals.values.items()},
         "alpha": min(map(as_float, last.alphas), default=math.nan),
-        "boost": max(map(as_float, last.boosts), default=math.nan),
+        "boost": max((as_float(boosts.lr) for boosts in last.boosts), default=math.nan),
+        "decay_boost": max((as_float(boosts.decay) for boosts in last.boosts), default=math.nan),
         "grad_norm": math.hypot(*norms) if norms else math.nan,
         "clip_coefficient": min(map(as_float, last.clips), default=math.nan),
         "skipped_steps": float(max((group["skipped_steps"] for group in groups), default=0)),

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._numbers import Number
 from ..options import CycleNumbers
 from ..state.slots import State
+from .boosts import Boosts
 
 
 class Cycle:
@@ -27,12 +28,12 @@ class Cycle:
         self.missing = {p for p in params if p.grad is None and state.get(p, {}).get("micro_step")}
 
     def numbers(
-        self, alphas: Sequence[Number], boosts: Sequence[Number], amplification: float
-    ) -> tuple[list[dict[str, Any]], list[Number], list[Number], float]:
-        """Return this cycle's numbers, fixed at its first micro-batch: groups, their α and boost, and λ's factor."""
+        self, alphas: Sequence[Number], boosts: Sequence[Boosts], amplification: float
+    ) -> tuple[list[dict[str, Any]], list[Number], list[Boosts], float]:
+        """Return this cycle's numbers, fixed at its first micro-batch: groups, their α and boosts, and λ's factor."""
         if self.is_first:
-            for group, alpha, boost in zip(self._groups, alphas, boosts, strict=True):
-                group["cycle"] = tuple(CycleNumbers.of(group, alpha, amplification, boost))
+            for group, alpha, of_group in zip(self._groups, alphas, boosts, strict=True):
+                group["cycle"] = tuple(CycleNumbers.of(group, alpha, amplification, of_group))
         cycles = [CycleNumbers(*group["cycle"]) for group in self._groups]
         groups = self._groups
         if not self.is_first:
@@ -40,7 +41,7 @@ class Cycle:
                 {**group, "lamb": fixed.lamb, "betas": (fixed.beta1, fixed.beta2), "gamma": fixed.gamma}
                 for group, fixed in zip(groups, cycles, strict=True)
             ]
-        boosts = [fixed.boost for fixed in cycles]
+        boosts = [Boosts(fixed.boost, fixed.decay_boost) for fixed in cycles]
         return groups, [fixed.alpha for fixed in cycles], boosts, float(cycles[0].amplification)
 
     def end(self, params: Iterable[Tensor]) -> bool:

@@ -28,8 +28,9 @@ from ..backends.types import WHOLE, Batch, MicroStep, Scalars
 from ..distributed import AllRanks, check_agreed, check_shard_group, divisions, part, state_is_asked_for
 from ..options import RECORDED, Rules, check_changed, recorded, rules_of
 from . import capture, metrics, norm
-from .alpha import Signals, alpha_of, amplification, boost_of, hear
+from .alpha import Signals, alpha_of, hear
 from .batches import Batches, Given, collect, forget_state, make_state
+from .boosts import Boosts, Places, amplification, boosts_of, in_places, placed
 from .cache import Cache
 from .micro_batches import Cycle
 
@@ -46,7 +47,7 @@ class Run:
     signals: Signals
     last: metrics.LastStep = metrics.LastStep()
     captured: dict[int, Tensor] = field(default_factory=dict)  # the α that a CUDA graph reads, by group
-    captured_boosts: dict[int, Tensor] = field(default_factory=dict)  # and the boosts that it reads
+    captured_boosts: Places = field(default_factory=dict)  # and the boosts that it reads
     layers_checked: bool = False
     checked: list[tuple[Any, ...]] = field(default_factory=list)  # each group's options when they were last checked
     checked_layers: list[list[int]] = field(default_factory=list)  # and its layers
@@ -90,7 +91,7 @@ class Run:
         )
         self.last = last._replace(
             alphas=[self.captured.get(i, alpha) for i, alpha in enumerate(last.alphas)],
-            boosts=[self.captured_boosts.get(i, boost) for i, boost in enumerate(last.boosts)],
+            boosts=[placed(self.captured_boosts, i, boosts) for i, boosts in enumerate(last.boosts)],
         )
         self.layers_checked, self.stepped = other.layers_checked, other.stepped
         self.shard_group = other.shard_group  # process groups cannot be copied
@@ -170,21 +171,16 @@ def begin(run: Run, given: Given, preset_gamma: float | None) -> None:
 
 
 def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> None:
-    """Evaluate the signals, and set α and the boost of every group from them."""
+    """Evaluate the signals, and set α and the boosts of every group from them."""
     rules = rules_of(options)
     signals = hear(run.signals, groups, rules, partial(run.all_ranks.meet, groups, run.shard_group))
     alphas = [alpha_of(group, signal, rules) for group, signal in zip(groups, signals, strict=True)]
-    boosts = [boost_of(group, signal) for group, signal in zip(groups, signals, strict=True)]
+    boosts = [boosts_of(group, signal) for group, signal in zip(groups, signals, strict=True)]
     if any(map(itemgetter("capturable"), groups)):
         if run.skipped is None:
             run.skipped = capture.counter(groups)
         alphas = [capture.in_place(run.captured, i, group, alphas[i]) for i, group in enumerate(groups)]
-        boosts = [
-            capture.in_place(run.captured_boosts, i, group, boosts[i])
-            if group["signal_boost"] or i in run.captured_boosts  # a graph reads it, even if it was switched off
-            else 1.0
-            for i, group in enumerate(groups)
-        ]
+        boosts = [in_places(run.captured_boosts, i, group, boosts[i]) for i, group in enumerate(groups)]
     run.last = run.last._replace(signal=signals[0] if signals else None, alphas=alphas, boosts=boosts)
 
 
@@ -223,7 +219,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     for batch, clip in zip(found.batches, stats.factors[: len(found.batches)], strict=True):
         group, device = cycle_groups[batch.group], batch.params[0].device
         beta1s = _beta1s(group["betas"][0], group["gamma"], batch.layers)
-        lr, change = _boosted(group, boosts[batch.group], device, options)
+        lr, change, decay = _boosted(group, boosts[batch.group], device, options)
         alpha = 1.0 if batch.windows is not None else alphas[batch.group]
         scalars = Scalars(
             beta1=beta1s,
@@ -232,7 +228,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
             lr=lr,
             eps=float(group["eps"]),
             eps_before_correction=rules.eps_before_correction,
-            weight_decay=float(group["weight_decay"]),
+            weight_decay=decay,
             alpha=alpha if type(alpha) is float else _number(alpha, device, options),
             lamb=float(group["lamb"]) * factor_of_lamb,
             amplify_after=int(group["amplify_after"]),
@@ -265,15 +261,15 @@ def _limits(found: Batches, groups: Sequence[dict[str, Any]], shard_group: Any, 
 
 
 def _boosted(
-    group: dict[str, Any], boost: Number, device: torch.device, options: dict[str, Any]
-) -> tuple[Number, Number]:
-    """Return lr and max_row_change of a group, both multiplied by the boost."""
-    lr, change = group["lr"], float(group["max_row_change"])
+    group: dict[str, Any], boosts: Boosts, device: torch.device, options: dict[str, Any]
+) -> tuple[Number, Number, Number]:
+    """Return lr, max_row_change and weight_decay of a group, multiplied by its boosts."""
+    lr, change, decay = group["lr"], float(group["max_row_change"]), float(group["weight_decay"])
     lr = lr if type(lr) is float else _number(lr, device, options)
-    if not isinstance(boost, Tensor) and boost == 1.0:
-        return lr, change
-    boost = _number(boost, device, options)
-    return lr * boost, change * boost if change else 0.0
+    if not any(isinstance(boost, Tensor) or boost != 1.0 for boost in boosts):
+        return lr, change, decay
+    of_lr, of_decay = (_number(boost, device, options) for boost in boosts)
+    return lr * of_lr, change * of_lr if change else 0.0, decay * of_decay if decay else 0.0
 
 
 def _warn_if_idle(run: Run, given: Given, norms: Sequence[Number | None]) -> None:

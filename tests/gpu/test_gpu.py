@@ -321,7 +321,7 @@ def test_launches(options: dict[str, Any], triton: dict[str, int], tensors_in_a_
 def test_replays_are_the_eager_run_bit_for_bit() -> None:
     said = [0.0]
     options: dict[str, Any] = {"grokking_signal_fns": lambda: said[0], "grokking_signal_decay_rate": 1.0}
-    options |= {"signal_boost": 1.0, "max_row_change": 0.05}
+    options |= {"signal_boost": 1.0, "max_row_change": 0.05, "decay_boost": 8.0}
     params, twins = parameters(), parameters()
     lr = torch.tensor(0.01, device="cuda", dtype=torch.float64)
     replayed, eager = GrokAdamW(params, lr=lr, capturable=True, **options), GrokAdamW(twins, lr=0.01, **options)
