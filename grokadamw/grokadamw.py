@@ -222,8 +222,8 @@ class GrokAdamW(Base):
         than 0.035 of its length in a step (``max_row_change``). Updates are up to five times as large while a model has
         memorised and evaluation lags (``signal_boost`` 4, of ``grokadamw.signals.memorisation``): for that, call
         ``record(train_loss=…, eval_loss=…)`` with both every few steps. For models without norms they are lr 3e-3,
-        weight decay 0.1, ``signal_boost`` 5 and ``decay_boost`` 30, so that weights decay by up to 3.1 times lr once
-        the model has memorised, and the filter, γ and the limit are off. Evidence:
+        weight decay 0.1, ``signal_boost`` 10 and ``decay_boost`` 30, so that lr rises to 0.033 and weight decay to 3.1
+        once the model has memorised, and the filter, γ and the limit are off. Evidence:
         benchmarks/results/GROKKING_REPORT.md.
 
         Args:

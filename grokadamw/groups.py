@@ -30,7 +30,7 @@ _WITHOUT_NORMS = {
     "decay_boost": 30.0,
     "lamb": 0.0,
     "gamma": 0.0,
-    "signal_boost": 5.0,
+    "signal_boost": 10.0,
 }
 
 

@@ -289,7 +289,7 @@ def test_who_knows_better_says_whether_there_are_norms() -> None:
 def test_without_norms_the_preset_is_adamw() -> None:
     (group,) = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), nn.ReLU())).param_groups
     assert (group["lr"], group["weight_decay"]) == (3e-3, 0.1)
-    assert (group["signal_boost"], group["decay_boost"]) == (5, 30)
+    assert (group["signal_boost"], group["decay_boost"]) == (10, 30)
     given = GrokAdamW.for_grokking(nn.Linear(4, 4), lamb=1.0, gamma=0.5, max_row_change=0.5).param_groups[0]
     assert (given["lamb"], given["gamma"], given["max_row_change"]) == (1, 0.5, 0.5)
 
