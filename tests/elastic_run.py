@@ -84,4 +84,5 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     train(Path(sys.argv[1]), dist.get_rank())
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo may abort while its threads end ("terminate called without an active exception")
