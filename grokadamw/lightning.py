@@ -43,7 +43,7 @@ class GrokAdamWCallback(Callback):
       optimizer as ``grok_alpha_1``, ….
 
     It warns once if Lightning clips gradients to another norm, to no effect, or each micro-batch alone; if no
-    validation is planned, or averaged weights are validated with ``signal_boost``; and if a value that it waits for is
+    validation is planned, or averaged weights are validated with a boost; and if a value that it waits for is
     not logged.
 
     Give signals where you make the optimizer, in ``configure_optimizers``.
@@ -115,8 +115,8 @@ class GrokAdamWCallback(Callback):
         if "WeightAveraging" in classes and boosts and self._says("averages"):
             warn(
                 "validation measures averaged weights, which lag behind those that train: the signal takes that for "
-                "memorising, and signal_boost goes on making large updates. Leave the averaging out, or give the "
-                "optimizer signal_boost=0",
+                "memorising, and updates stay large, or decay strong. Leave the averaging out, or give the "
+                "optimizer signal_boost=0 and decay_boost=0",
                 UserWarning,
             )
         if not trainer.enable_validation:

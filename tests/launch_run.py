@@ -218,7 +218,10 @@ def transformers_trainer(folder: Path, how: str) -> Run:
         arguments,
         train_dataset=sets[0],
         eval_dataset=sets[1],
-        callbacks=[GrokAdamWCallback(signals=gap, signal_boost=OPTIONS["signal_boost"]), Watches()],
+        callbacks=[
+            GrokAdamWCallback(signals=gap, **{name: OPTIONS[name] for name in ("signal_boost", "decay_boost")}),
+            Watches(),
+        ],
     )
     trainer.train()
     assert trainer.is_fsdp_enabled == (how == "fsdp")
