@@ -12,8 +12,6 @@ from .._numbers import Number, as_float
 from . import capture
 
 BOOSTS = ("signal_boost", "decay_boost")  # the options that say how much
-
-
 Places: TypeAlias = dict[tuple[int, str], Tensor]  # by group and option
 
 
