@@ -218,13 +218,13 @@ class GrokAdamW(Base):
     ) -> GrokAdamW:
         """Make an optimizer with the settings that worked best on small models that memorise before they generalise.
 
-        They are lr 3e-3, weight decay 1.4, α 0.9, γ 0.6 and betas (0.9, 0.98), and no row of a weight moves by more
-        than 0.035 of its length in a step (``max_row_change``). Updates are up to five times as large while a model has
-        memorised and evaluation lags (``signal_boost`` 4, of ``grokadamw.signals.memorisation``): for that, call
-        ``record(train_loss=…, eval_loss=…)`` with both every few steps. For models without norms they are lr 3e-3,
-        weight decay 0.1, ``signal_boost`` 10 and ``decay_boost`` 30, so that lr rises to 0.033 and weight decay to 3.1
-        once the model has memorised, and the filter, γ and the limit are off. Evidence:
-        benchmarks/results/GROKKING_REPORT.md.
+        They are lr 3e-3, weight decay 1, α 0.9, γ 0.6 and betas (0.9, 0.98), and no row of a weight moves by more than
+        0.035 of its length in a step (``max_row_change``). While a model has memorised and evaluation lags, updates are
+        up to five times as large (``signal_boost`` 4, of ``grokadamw.signals.memorisation``), and weight decay is up to
+        four times as strong (``decay_boost`` 3): for that, call ``record(train_loss=…, eval_loss=…)`` with both every
+        few steps. For models without norms they are lr 3e-3, weight decay 0.1, ``signal_boost`` 10 and ``decay_boost``
+        30, so that lr rises to 0.033 and weight decay to 3.1 once the model has memorised, and the filter, γ and the
+        limit are off. Evidence: benchmarks/results/GROKKING_REPORT.md.
 
         Args:
             model: its parameters that require gradients are optimized, under their names and in its layers, in groups:

@@ -23,7 +23,14 @@ Named: TypeAlias = list[tuple[str, nn.Parameter]]
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 # the preset for models with norm layers, and for those without, where the lengths of rows matter
-_WITH_NORMS = {"lr": 3e-3, "weight_decay": 1.4, "gamma": 0.6, "max_row_change": 0.035, "signal_boost": 4.0}
+_WITH_NORMS = {
+    "lr": 3e-3,
+    "weight_decay": 1.0,
+    "decay_boost": 3.0,
+    "gamma": 0.6,
+    "max_row_change": 0.035,
+    "signal_boost": 4.0,
+}
 _WITHOUT_NORMS = {
     "lr": 3e-3,
     "weight_decay": 0.1,

@@ -44,8 +44,8 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
     """Return the preset ``GrokAdamW.for_grokking`` as the Trainer's ``optimizer_cls_and_kwargs``.
 
     ```python
-    arguments = TrainingArguments(learning_rate=3e-3, weight_decay=1.4, ...)
-    Trainer(model, arguments, optimizer_cls_and_kwargs=for_grokking(arguments), ...)
+    arguments = TrainingArguments(learning_rate=3e-3, weight_decay=1.0, ...)
+    Trainer(model, arguments, optimizer_cls_and_kwargs=for_grokking(arguments, decay_boost=3), ...)
     ```
 
     Args:
@@ -67,8 +67,8 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
         if not is_given(arguments, name):
             raise ValueError(
                 f"{name}={getattr(arguments, name):g} is the Trainer's default, which is for fine-tuning: begin with "
-                "TrainingArguments(learning_rate=3e-3, weight_decay=1.4), which the preset was tested with "
-                "(3e-3 and 0.1, with for_grokking(…, decay_boost=30), if the model has no norms)"
+                "TrainingArguments(learning_rate=3e-3, weight_decay=1.0) and for_grokking(…, decay_boost=3), which the "
+                "preset was tested with (0.1 and 30, if the model has no norms)"
             )
     return functools.partial(_preset, arguments), options
 

@@ -39,7 +39,7 @@ def test_the_preset_takes_a_model_and_what_is_given_wins() -> None:
         assert (group["lamb"], group["max_row_norm"]) == (0.5, 0)
         assert group["max_row_change"] == (0 if group is biases else 0.035)
         assert (group["betas"], group["alpha_init"], group["gamma"]) == ((0.9, 0.98), 0.9, 0.6)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([1.4, 1.4 / 3, 0, 1.4 / length])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([1, 1 / 3, 0, 1 / length])
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.01, 0.01, 0.01 * length])
     set_gradients(list(model.parameters()))
     optimizer.step()  # whose low β1 is meant, and not warned of
@@ -56,9 +56,9 @@ def test_vectors_may_have_dimensions_of_1(shape: tuple[int, ...], decays: bool) 
     """As class tokens, gains of channels and scales of heads have. A weight of one output is a weight."""
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), Vector(shape), nn.Conv2d(4, 1, 1), nn.Linear(4, 1))
     groups = {name: group for group in GrokAdamW.for_grokking(model).param_groups for name in group["param_names"]}
-    assert groups["2.gain"]["weight_decay"] == (1.4 if decays else 0)
+    assert groups["2.gain"]["weight_decay"] == (1 if decays else 0)
     assert groups["2.gain"]["max_row_change"] == (0.035 if decays else 0)
-    assert groups["3.weight"]["weight_decay"] == groups["4.weight"]["weight_decay"] == 1.4
+    assert groups["3.weight"]["weight_decay"] == groups["4.weight"]["weight_decay"] == 1
 
 
 def test_parametrized_modules_are_of_their_kind() -> None:
@@ -67,8 +67,8 @@ def test_parametrized_modules_are_of_their_kind() -> None:
     groups = {name: group for group in GrokAdamW.for_grokking(model).param_groups for name in group["param_names"]}
     length = model[0].parametrizations.weight.original.norm(dim=1).mean().item()
     assert groups["0.parametrizations.weight.original"]["lr"] == pytest.approx(3e-3 * length)
-    assert groups["1.parametrizations.weight.original"]["weight_decay"] == pytest.approx(1.4 / 3)
-    assert groups["2.parametrizations.weight.original1"]["weight_decay"] == 1.4
+    assert groups["1.parametrizations.weight.original"]["weight_decay"] == pytest.approx(1 / 3)
+    assert groups["2.parametrizations.weight.original1"]["weight_decay"] == 1
     named = {name for group in decay_groups(model) for name, _ in group["params"] if group["weight_decay"]}
     assert named == {"2.parametrizations.weight.original0", "2.parametrizations.weight.original1"}
 
@@ -275,8 +275,8 @@ def test_norms_are_found_by_class_and_by_call(other: nn.Module, kind: str) -> No
     decays = {name: group["weight_decay"] for name, group in groups.items()}
     for name, _ in other.named_parameters("1"):
         if kind == "layer":
-            assert decays[name] == pytest.approx(1.4 / 3)
-    assert decays["0.weight"] == (0.1 if kind == "none" else 1.4)
+            assert decays[name] == pytest.approx(1 / 3)
+    assert decays["0.weight"] == (0.1 if kind == "none" else 1)
     assert decays["0.bias"] == (0.1 if kind == "none" else 0)
 
 
@@ -307,13 +307,14 @@ def test_without_norms_the_preset_is_adamw() -> None:
 
 
 def test_a_weight_decay_that_is_given_stays_as_it_is() -> None:
-    """Without norms the preset's own grows with the signal."""
+    """The preset's own grows with the signal."""
     for options, boost in (
         ({}, 30.0),
         ({"lr": 1e-3}, 30.0),
         ({"weight_decay": 0.1}, 0.0),
         ({"weight_decay": 1.0, "decay_boost": 2.0}, 2.0),
-        ({"norms": True}, 0.0),
+        ({"norms": True}, 3.0),
+        ({"norms": True, "weight_decay": 1.0}, 0.0),
     ):
         (group,) = GrokAdamW.for_grokking(nn.Linear(4, 4, bias=False), **options).param_groups
         assert group["decay_boost"] == boost

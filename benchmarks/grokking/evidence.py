@@ -93,7 +93,8 @@ PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # else the grid's
 PAIR_SEEDS = range(100, 105)
 WIDE_LRS, WIDE_DECAYS = (3e-4, *LRS, 3e-2), (0.1, *DECAYS, 10.0)  # the grid, and one cell more on each side
 FIRST, BEHIND, FINALISTS = (3e-3, 1.0), 1.5, 3  # the race: a cell stops at 1.5 times the first cell's steps
-# the preset's lr, wd and d for a model without norm layers; where wd is given, d must be, too
+# the preset's lr, wd and d for models with norm layers, and for those without; where wd is given, d must be, too
+WITH_NORMS: tuple[float, float, dict[str, Any]] = (3e-3, 1.0, {"decay_boost": 3.0})
 WITHOUT_NORMS: tuple[float, float, dict[str, Any]] = (3e-3, 0.1, {"decay_boost": 30.0})
 RECIPES = ((1e-3, 1.0), (1e-3, 0.01))  # lr and wd of AdamW in public code
 
@@ -120,7 +121,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "bfloat16 weights, stochastic rounding": ("grokadamw-bfloat16", {"rounding": "stochastic"}),
     "bfloat16 weights, rounded to nearest": ("grokadamw-bfloat16", {}),
 }
-FORMAT_TASKS = {"mul97": (None, None), "mnist-vit": (None, None), "hamlet": (0.1, 600)}  # weight decay and steps
+FORMAT_TASKS = {"mul97": (1.4, None), "mnist-vit": (1.4, None), "hamlet": (0.1, 600)}  # weight decay and steps
 
 # {filter} × {weight decay}: Grokfast's settings of its section 4 with and without one of the two
 TWO_BY_TWO = {
@@ -175,10 +176,10 @@ def finals(method: str, rows: list[Row]) -> list[Run]:
     ]
 
 
-def untuned(method: str) -> list[Run]:
-    """Return runs on the same seeds as `finals`, with the method's own learning rate and weight decay."""
+def untuned() -> list[Run]:
+    """Return runs of the preset as it comes, on the same seeds as `finals`."""
     pairs = product(MOD97, SEEDS)
-    return [Run.of(task, method, seed, budget=BUDGET, afterwards=AFTERWARDS) for task, seed in pairs]
+    return [Run.of(task, PRESET, seed, *WITH_NORMS, BUDGET, AFTERWARDS) for task, seed in pairs]
 
 
 def trials(task: str, method: str) -> list[Run]:
@@ -293,10 +294,10 @@ def has_norms(pair: str) -> bool:
     return pair.partition("/")[2] not in ("no-norm", *kinds.WITHOUT_NORMS)
 
 
-def pair_untuned(pair: str, method: str) -> list[Run]:
-    """Return runs with the method's own learning rate and weight decay."""
-    own = (None, None, {}) if has_norms(pair) or method != PRESET else WITHOUT_NORMS
-    return [Run.of(pair, method, seed, *own) for seed in PAIR_SEEDS]
+def pair_untuned(pair: str) -> list[Run]:
+    """Return runs of the preset as it comes."""
+    own = WITH_NORMS if has_norms(pair) else WITHOUT_NORMS
+    return [Run.of(pair, PRESET, seed, *own) for seed in PAIR_SEEDS]
 
 
 def pair_recipe(pair: str, cell: Cell) -> list[Run]:
@@ -384,13 +385,13 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
     def learnt(asked: list[Run]) -> list[Run]:  # x² + xy + y² takes longest, as it fails, and comes later
         return [run for run in asked if run.task != "quad97"]
 
-    yield learnt(untuned(PRESET))
+    yield learnt(untuned())
     for problem in PROBLEMS:
         of_problem = [pair for pair in PAIRS if pair.startswith(problem + "/")]
-        yield [run for pair in of_problem for run in pair_untuned(pair, PRESET)]
+        yield [run for pair in of_problem for run in pair_untuned(pair)]
         for part in PAIR_PARTS:
             yield [run for pair in of_problem for run in part(pair, "adamw", rows)]
-    yield [run for pair in KINDS for run in pair_untuned(pair, PRESET)]
+    yield [run for pair in KINDS for run in pair_untuned(pair)]
     for part in PAIR_PARTS:
         yield [run for pair in KINDS for run in part(pair, "adamw", rows)]
     yield grid(PRESET)
@@ -414,7 +415,7 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
         yield other_finals(task, method, rows)
     for cell in RECIPES:
         yield [run for pair in PAIRS for run in pair_recipe(pair, cell)]
-    yield untuned(PRESET)
+    yield untuned()
     for method in MOD97_METHODS:
         yield finals(method, rows)
     for method in OTHER_METHODS:

@@ -102,7 +102,7 @@ def untuned(rows: list[Row]) -> str:
     """Return the table of a tuned AdamW and of the preset with its own settings."""
     both = [
         ("AdamW, tuned", select(rows, evidence.finals("adamw", rows))),
-        ("the preset, untuned", select(rows, evidence.untuned(evidence.PRESET))),
+        ("the preset, untuned", select(rows, evidence.untuned())),
     ]
     by_task = [[[row for row in found if row.task == task] for task in MOD97] for _, found in both]
     lines = [[name, cell(found), *map(quartiles, there)] for (name, found), there in zip(both, by_task, strict=True)]
@@ -115,7 +115,7 @@ def both_of_pairs(rows: list[Row], names: Iterable[str] = evidence.PAIRS) -> dic
     return {
         pair: (
             evidence.pair_reported(pair, "adamw", rows),
-            select(rows, evidence.pair_untuned(pair, evidence.PRESET)),
+            select(rows, evidence.pair_untuned(pair)),
         )
         for pair in names
     }
@@ -169,7 +169,7 @@ Both = tuple[list[Row], list[Row]]  # AdamW's, and the preset's, on the same tas
 
 def summary(rows: list[Row]) -> str:
     """Return the preset's medians over a tuned AdamW's, and failures, for models and tasks whose runs are all done."""
-    home = select(rows, evidence.finals("adamw", rows)), select(rows, evidence.untuned(evidence.PRESET))
+    home = select(rows, evidence.finals("adamw", rows)), select(rows, evidence.untuned())
     tasks_at_home = [[[row for row in found if row.task == task] for found in home] for task in evidence.LEARNT]
     sets = [("two-block model, tasks mod 97", evidence.SEEDS, [(adamw, preset) for adamw, preset in tasks_at_home])]
     for problem in PROBLEMS:

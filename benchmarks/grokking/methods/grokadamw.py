@@ -52,7 +52,7 @@ def same_lr(model: nn.Module, lr: float, weight_decay: float, **settings: Any) -
     return optimizer
 
 
-LR, DECAY = 3e-3, 1.4  # of `for_grokking` where a model has norm layers
+LR, DECAY = 3e-3, 1.0  # of `for_grokking` where a model has norm layers
 
 METHODS = [
     Method("grokadamw", "GrokAdamW with its defaults", make, lr=3e-3, weight_decay=1.0),

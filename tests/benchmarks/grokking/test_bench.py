@@ -323,7 +323,7 @@ def test_evidence_comes_to_an_end_and_gives_every_method_the_same_trials() -> No
         rows += map(pretended, missing)
     assert missing == []
     finals = [row for row in rows if row.afterwards]
-    untuned = set(evidence.untuned(evidence.PRESET))
+    untuned = set(evidence.untuned())
     assert len([row for row in finals if row.run in untuned]) == 50
     for method in evidence.METHODS:
         mine = [row for row in finals if row.method == method and row.run not in untuned]
@@ -367,7 +367,7 @@ def test_the_best_cell() -> None:
 
 @pytest.mark.parametrize("name", [*(f"add97/{name}" for name in architectures.load()), *evidence.KINDS])
 def test_the_preset_as_it_comes_has_its_own_numbers(name: str) -> None:
-    run = evidence.pair_untuned(name, evidence.PRESET)[0]
+    run = evidence.pair_untuned(name)[0]
     defaults = GrokAdamW.for_grokking(tasks.load()[name].start(0).model).defaults
     run_of = {"decay_boost": 0.0, **run.settings}
     assert {name: run_of[name] for name in ("lr", "weight_decay", "decay_boost")}.items() <= defaults.items()
@@ -377,7 +377,7 @@ def test_the_summary_has_what_is_done_alone() -> None:
     rows = [
         replace(ROW, **asdict(run), sustained=300 if run.method == "adamw" else 100 + run.seed)
         for pair in evidence.PAIRS[:6]
-        for run in evidence.pair_untuned(pair, evidence.PRESET)
+        for run in evidence.pair_untuned(pair)
     ]
     assert report.summary(rows).count("\n") == 2  # AdamW's are not there
     while asked := [
