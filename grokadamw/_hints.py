@@ -88,7 +88,7 @@ def with_model(method: Callable[P, T]) -> Callable[P, T]:
         if len(args) < 2 and "model" not in options:
             raise TypeError(
                 "for_grokking needs the model: GrokAdamW.for_grokking(model). If the Trainer makes the optimizer, "
-                "give optimizer_cls_and_kwargs=grokadamw.huggingface.for_grokking(arguments)"
+                "give optimizer_cls_and_kwargs=grokadamw.huggingface.for_grokking(arguments, decay_boost=3)"
             )
         return method(*args, **options)
 

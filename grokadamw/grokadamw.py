@@ -317,7 +317,7 @@ class GrokAdamW(Base):
         """Evaluate the signals, and set the filter memory α and the boosts of lr and weight decay from them.
 
         ``step`` does so itself. The replay of a CUDA graph does not: call this between replays, whenever signals should
-        take effect; α and the boost stay as they are in between. With several processes, call it on all of them.
+        take effect; α and the boosts stay as they are in between. With several processes, call it on all of them.
         """
         self._complete_groups()
         stages.hear_signals(self._run, self.param_groups, self.defaults)

@@ -52,7 +52,8 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
         arguments: those of the Trainer, the same object. Their learning rate and weight decay go to
             ``GrokAdamW.for_grokking`` when the Trainer makes the optimizer, so ``hyperparameter_search`` can search
             them. Their schedule multiplies the learning rate of every group.
-        options: further arguments of ``GrokAdamW.for_grokking``.
+        options: further arguments of ``GrokAdamW.for_grokking``. Give ``decay_boost`` (3; 30 without norms): the weight
+            decay comes from the arguments, so it is constant without.
 
     Raises:
         TypeError: arguments are not TrainingArguments.
@@ -78,7 +79,7 @@ def _preset(arguments: TrainingArguments, *groups: Any, **options: Any) -> Calla
     if groups:
         raise TypeError(
             "this release of transformers makes optimizers without the model: give "
-            "Trainer(optimizers=(GrokAdamW.for_grokking(model, lr=…, weight_decay=…), None))"
+            "Trainer(optimizers=(GrokAdamW.for_grokking(model, lr=…, weight_decay=…, decay_boost=…), None))"
         )
     return functools.partial(GrokAdamW.for_grokking, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
 
@@ -88,7 +89,7 @@ class GrokAdamWCallback(TrainerCallback):
 
     - Layers are the model's modules, across decay and no-decay groups, and groups that are added later.
     - The loss of every evaluation during training, and the last training loss logged before it, go to the signals. They
-      adapt α and, with the preset, the size of updates.
+      adapt α and, with the preset, the size of updates and weight decay.
     - Accuracies go to the signals, too, if you give their keys: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
     - Every log of the training loss also has ``grok_alpha``, ``grok_boost``, ``grok_signal``, ``grok_grad_norm``,
       ``grok_clip_coefficient`` and ``grok_skipped_steps``, as far as they are known: on the console, in the history and

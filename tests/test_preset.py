@@ -448,7 +448,7 @@ def test_any_other_gamma_is_warned_of_once_the_layers_are_looked_at(
 
 
 def test_without_a_model_it_says_what_it_needs() -> None:
-    with pytest.raises(TypeError, match=r"GrokAdamW.for_grokking\(model\).*huggingface.for_grokking\(arguments\)"):
+    with pytest.raises(TypeError, match=r"GrokAdamW.for_grokking\(model\).*huggingface.for_grokking\(arguments, "):
         GrokAdamW.for_grokking()
 
 

@@ -44,6 +44,9 @@ OTHER_SEEDS_OF: dict[str, Iterable[int]] = {
     **dict.fromkeys(QUICK, SEEDS),
 }
 
+# the preset's lr, wd and d for models without norm layers; where wd is given, d must be, too
+WITHOUT_NORMS: tuple[float, float, dict[str, Any]] = (3e-3, 0.1, {"decay_boost": 30.0})
+
 # lr and wd of each of the other tasks
 OTHER_TASKS = {
     "parity": ((3e-3, 1e-2), (0.3, 1.0)),
@@ -54,9 +57,10 @@ OTHER_TASKS = {
     "add113": ((1e-3, 3e-3, 1e-2), (1.0, 3.0)),
 }
 
-# the preset with one thing changed: a method, and its options
+# the preset, with a constant weight decay, and with one thing changed: a method, and its options
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "as it is": (PRESET, {}),
+    "weight decay follows the signal": (PRESET, {"decay_boost": 3.0}),
     "without the filter": (PRESET, {"lamb": 0.0}),
     "without filter and γ": (PRESET, {"lamb": 0.0, "gamma": 0.0}),
     "without γ": (PRESET, {"gamma": 0.0}),
@@ -87,15 +91,12 @@ PAIR_METHODS = ["adamw", PRESET, "grokadamw"]
 # on these no setting of the preset was chosen
 UNSEEN = [pair for pair in PAIRS if pair.endswith("/wide")]
 UNSEEN += [f"s5/{name}" for name in ("dropout", "llama", "post-norm", "deep")]
-# other kinds of models, with a task each, and a grid of its own; on these, too, none was chosen
+# other kinds of models, with a task each, and a grid of its own; on those without norms none was chosen, either
 KINDS = [task.name for task in kinds.TASKS]
 PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # else the grid's
 PAIR_SEEDS = range(100, 105)
 WIDE_LRS, WIDE_DECAYS = (3e-4, *LRS, 3e-2), (0.1, *DECAYS, 10.0)  # the grid, and one cell more on each side
 FIRST, BEHIND, FINALISTS = (3e-3, 1.0), 1.5, 3  # the race: a cell stops at 1.5 times the first cell's steps
-# the preset's lr, wd and d for models with norm layers, and for those without; where wd is given, d must be, too
-WITH_NORMS: tuple[float, float, dict[str, Any]] = (3e-3, 1.0, {"decay_boost": 3.0})
-WITHOUT_NORMS: tuple[float, float, dict[str, Any]] = (3e-3, 0.1, {"decay_boost": 30.0})
 RECIPES = ((1e-3, 1.0), (1e-3, 0.01))  # lr and wd of AdamW in public code
 
 # real data, where the best score counts: lrs, decays and seeds of the grid, and the methods
@@ -179,7 +180,7 @@ def finals(method: str, rows: list[Row]) -> list[Run]:
 def untuned() -> list[Run]:
     """Return runs of the preset as it comes, on the same seeds as `finals`."""
     pairs = product(MOD97, SEEDS)
-    return [Run.of(task, PRESET, seed, *WITH_NORMS, BUDGET, AFTERWARDS) for task, seed in pairs]
+    return [Run.of(task, PRESET, seed, budget=BUDGET, afterwards=AFTERWARDS) for task, seed in pairs]
 
 
 def trials(task: str, method: str) -> list[Run]:
@@ -296,7 +297,7 @@ def has_norms(pair: str) -> bool:
 
 def pair_untuned(pair: str) -> list[Run]:
     """Return runs of the preset as it comes."""
-    own = WITH_NORMS if has_norms(pair) else WITHOUT_NORMS
+    own = (None, None, {}) if has_norms(pair) else WITHOUT_NORMS
     return [Run.of(pair, PRESET, seed, *own) for seed in PAIR_SEEDS]
 
 

@@ -83,13 +83,14 @@ class Run:
         t, m = tasks.load()[task], methods.load()[method]
         for name in {"lr", "weight_decay"} & set(options or {}):
             raise ValueError(f"{name} is not one of the options, which differ from a method's own: give it by itself")
-        lr, weight_decay = m.lr if lr is None else lr, m.weight_decay if weight_decay is None else weight_decay
+        if weight_decay is None:
+            options = {**m.with_its_decay, **(options or {})}
         return cls(
             task,
             method,
             seed,
-            lr,
-            weight_decay,
+            m.lr if lr is None else lr,
+            m.weight_decay if weight_decay is None else weight_decay,
             json.dumps(options or {}, sort_keys=True),
             budget or t.budget,
             afterwards,

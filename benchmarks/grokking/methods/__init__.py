@@ -24,6 +24,7 @@ class Method:
     weight_decay: float = 0.01
     options: Mapping[str, Any] = field(default_factory=dict)
     clip: float = 0.0  # torch's clip_grad_norm_ before each step, unless a run says otherwise; 0 is off
+    with_its_decay: Mapping[str, Any] = field(default_factory=dict)  # options with the method's own weight decay
 
     def optimizer(self, model: nn.Module, **settings: Any) -> Optimizer:
         return self.make(model, **{"lr": self.lr, "weight_decay": self.weight_decay, **self.options, **settings})

@@ -52,11 +52,11 @@ def same_lr(model: nn.Module, lr: float, weight_decay: float, **settings: Any) -
     return optimizer
 
 
-LR, DECAY = 3e-3, 1.0  # of `for_grokking` where a model has norm layers
+LR, DECAY, BOOST = 3e-3, 1.0, {"decay_boost": 3.0}  # of `for_grokking` where a model has norm layers
 
 METHODS = [
     Method("grokadamw", "GrokAdamW with its defaults", make, lr=3e-3, weight_decay=1.0),
-    Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, lr=LR, weight_decay=DECAY),
+    Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, LR, DECAY, with_its_decay=BOOST),
     Method(
         "grokadamw-no-filter",
         "GrokAdamW.for_grokking without filter and signal",

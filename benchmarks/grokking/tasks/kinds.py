@@ -1,4 +1,4 @@
-"""Other kinds of models, each small and quick to train, on which no setting of the preset was chosen."""
+"""Other kinds of models, each small and quick to train; of the preset they chose weight decay alone, with norms."""
 
 from __future__ import annotations
 
