@@ -31,7 +31,8 @@ PRESET = "grokadamw-grokking"
 METHODS = ["adamw", "adamw-matrices", PRESET, "grokadamw-no-filter", "adamw-row-limits", "grokadamw", "grokfast-adamw"]
 MOD97_METHODS = [*METHODS, "grokadamw-short-rows", "muon"]
 COMPARED = ["adamw", "grokfast-adamw", "grokadamw", PRESET]  # on the other tasks
-OTHER_METHODS = ["late-decay", "row-norm-cap", "orthograd", "muon"]
+RISING = "grokadamw-rising-decay"  # on the grid alone
+OTHER_METHODS = ["row-norm-cap", "orthograd", "muon"]
 
 GRID_TASKS, LRS, DECAYS = ["mul97", "sub97"], (1e-3, 3e-3, 1e-2), (0.3, 1.0, 3.0)
 DECAYS_OF = {"row-norm-cap": (0.0, 0.3, 1.0)}  # methods meant to do without weight decay
@@ -419,7 +420,7 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
     yield untuned()
     for method in MOD97_METHODS:
         yield finals(method, rows)
-    for method in OTHER_METHODS:
+    for method in [RISING, *OTHER_METHODS]:
         yield grid(method)
     for method, part in product(PAIR_METHODS, PAIR_PARTS):
         yield [run for pair in PAIRS for run in part(pair, method, rows)]

@@ -342,7 +342,7 @@ TABLES: dict[str, Table] = {
     "recipes": recipes,
     "summary": summary,
     "afterwards": partial(afterwards, MOD97_METHODS),
-    "reach": partial(reach, MOD97_METHODS),
+    "reach": partial(reach, [*MOD97_METHODS, evidence.RISING]),
     "reach, in short": partial(reach, ["adamw", evidence.PRESET]),
     "others": others,
     **{f"filter and decay, {task}": partial(two_by_two, task) for task in TWO_BY_TWO},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from statistics import fmean
 from typing import Any
 
 from torch import nn
@@ -12,26 +10,16 @@ from grokadamw import GrokAdamW
 
 from . import Method
 
+LR, DECAY, BOOST = 3e-3, 1.0, {"decay_boost": 3.0}  # of `for_grokking` where a model has norm layers
+
 
 def make(model: nn.Module, **settings: Any) -> GrokAdamW:
     return GrokAdamW(model.named_parameters(), **settings)
 
 
-def late_decay(model: nn.Module, weight_decay: float, **settings: Any) -> GrokAdamW:
-    """The preset, with weight decay times max(0, 1 − training loss), as it was in the mean of the last evaluations."""
-    optimizer = GrokAdamW.for_grokking(model, weight_decay=weight_decay, **settings)
-    strongest = [group["weight_decay"] for group in optimizer.param_groups]
-    losses: deque[float] = deque(maxlen=3)
-
-    def set_decay(*_: Any) -> None:
-        loss = optimizer.param_groups[0]["train_loss"]
-        if loss is not None and loss not in losses:
-            losses.append(loss)
-        for group, decay in zip(optimizer.param_groups, strongest, strict=True):
-            group["weight_decay"] = decay * max(0.0, 1 - fmean(losses)) if losses else 0.0
-
-    optimizer.register_step_pre_hook(set_decay)
-    return optimizer
+def rising_decay(model: nn.Module, weight_decay: float, **settings: Any) -> GrokAdamW:
+    """The preset, whose weight decay rises from a quarter of `weight_decay` to all, as its own does from 1 to 4."""
+    return GrokAdamW.for_grokking(model, weight_decay=weight_decay / 4, **BOOST, **settings)
 
 
 def norms_decay(model: nn.Module, weight_decay: float, share: float, **settings: Any) -> GrokAdamW:
@@ -51,8 +39,6 @@ def same_lr(model: nn.Module, lr: float, weight_decay: float, **settings: Any) -
             group.update(lr=lr, weight_decay=weight_decay)
     return optimizer
 
-
-LR, DECAY, BOOST = 3e-3, 1.0, {"decay_boost": 3.0}  # of `for_grokking` where a model has norm layers
 
 METHODS = [
     Method("grokadamw", "GrokAdamW with its defaults", make, lr=3e-3, weight_decay=1.0),
@@ -96,5 +82,11 @@ METHODS = [
         LR,
         DECAY,
     ),
-    Method("late-decay", "GrokAdamW.for_grokking, decay only while the training loss is low", late_decay, LR, DECAY),
+    Method(
+        "grokadamw-rising-decay",
+        "GrokAdamW.for_grokking, decay rising to wd by its signal",
+        rising_decay,
+        LR,
+        4 * DECAY,
+    ),
 ]
