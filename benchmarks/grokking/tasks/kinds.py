@@ -1,4 +1,4 @@
-"""Other kinds of models, each small and quick to train; of the preset they chose weight decay alone, with norms."""
+"""Other kinds of models, small and quick to train. Of the preset only weight decay with norms was chosen on them."""
 
 from __future__ import annotations
 
