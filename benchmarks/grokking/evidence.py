@@ -21,6 +21,7 @@ from itertools import product
 from typing import Any
 
 from . import architectures
+from .methods.grokadamw import BOOST
 from .runs import Row, Run
 from .tasks import kinds
 from .tasks.architectures import PROBLEMS
@@ -61,7 +62,7 @@ OTHER_TASKS = {
 # the preset, with a constant weight decay, and with one thing changed: a method, and its options
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "as it is": (PRESET, {}),
-    "weight decay follows the signal": (PRESET, {"decay_boost": 3.0}),
+    "weight decay follows the signal": (PRESET, BOOST),
     "without the filter": (PRESET, {"lamb": 0.0}),
     "without filter and γ": (PRESET, {"lamb": 0.0, "gamma": 0.0}),
     "without γ": (PRESET, {"gamma": 0.0}),
