@@ -33,6 +33,7 @@ METHODS = ["adamw", "adamw-matrices", PRESET, "grokadamw-no-filter", "adamw-row-
 MOD97_METHODS = [*METHODS, "grokadamw-short-rows", "muon"]
 COMPARED = ["adamw", "grokfast-adamw", "grokadamw", PRESET]  # on the other tasks
 RISING = "grokadamw-rising-decay"  # on the grid alone
+BY_ACCURACY = "grokadamw-by-accuracy"
 OTHER_METHODS = ["row-norm-cap", "orthograd", "muon"]
 
 GRID_TASKS, LRS, DECAYS = ["mul97", "sub97"], (1e-3, 3e-3, 1e-2), (0.3, 1.0, 3.0)
@@ -100,6 +101,11 @@ PAIR_SEEDS = range(100, 105)
 WIDE_LRS, WIDE_DECAYS = (3e-4, *LRS, 3e-2), (0.1, *DECAYS, 10.0)  # the grid, and one cell more on each side
 FIRST, BEHIND, FINALISTS = (3e-3, 1.0), 1.5, 3  # the race: a cell stops at 1.5 times the first cell's steps
 RECIPES = ((1e-3, 1.0), (1e-3, 0.01))  # lr and wd of AdamW in public code
+
+# where the preset runs with accuracies for its signal, too: models without norms, and the two-block model
+SHORT = ["mnist", "parity"]  # of the other tasks, those of quick models without norms
+SHORT_BUDGET = 3000
+BY_ACCURACY_TASKS = [*LEARNT, *KINDS, *(pair for pair in PAIRS if pair.endswith("/no-norm")), *SHORT]
 
 # real data, where the best score counts: lrs, decays and seeds of the grid, and the methods
 DATA_LRS, DATA_DECAYS = (3e-4, 1e-3, 3e-3), (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -303,6 +309,17 @@ def pair_untuned(pair: str) -> list[Run]:
     return [Run.of(pair, PRESET, seed, *own) for seed in PAIR_SEEDS]
 
 
+def by_accuracy(task: str) -> dict[str, list[Run]]:
+    """Return runs of the untuned preset by name of the method: its signal is of losses, or of accuracies."""
+    if task in LEARNT:
+        losses = [run for run in untuned() if run.task == task]
+    elif task in SHORT:
+        losses = [Run.of(task, PRESET, seed, *WITHOUT_NORMS, SHORT_BUDGET) for seed in OTHER_SEEDS_OF[task]]
+    else:
+        losses = pair_untuned(task)
+    return {PRESET: losses, BY_ACCURACY: [replace(run, method=BY_ACCURACY) for run in losses]}
+
+
 def pair_recipe(pair: str, cell: Cell) -> list[Run]:
     """Return runs of AdamW with the learning rate and weight decay of a public recipe."""
     return [Run.of(pair, "adamw", seed, *cell, budget=GRID_BUDGET) for seed in PAIR_SEEDS]
@@ -416,6 +433,7 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
         yield trials(task, method)
     for task, method in product(OTHER_TASKS, COMPARED):
         yield other_finals(task, method, rows)
+    yield [run for task in BY_ACCURACY_TASKS for runs in by_accuracy(task).values() for run in runs]
     for cell in RECIPES:
         yield [run for pair in PAIRS for run in pair_recipe(pair, cell)]
     yield untuned()

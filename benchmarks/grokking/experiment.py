@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from grokadamw import GrokAdamW
 
-from .tasks import Data, Split, Task
+from .tasks import Data, Split, Task, right
 
 IN_A_ROW = 6  # evaluations in a row that must be good for a task to count as learnt: *sustained*
 CHUNK = 1024  # examples evaluated at once; the first chunk alone if the task is far from learnt
@@ -101,7 +101,7 @@ def evaluations(
             model.eval()
             with torch.no_grad():
                 if grok:
-                    grok.record(train_loss=loss, eval_loss=task.loss(model(data.signal.inputs), data.signal.targets))
+                    grok.record(**values(task, loss, score, model(data.signal.inputs), data.signal.targets))
                 report = evaluate(task, model, data.report)
             model.train()
             train.hear()
@@ -119,6 +119,14 @@ def evaluations(
             if step >= (end or budget) and not (end is None and curve.report[-1] >= task.solved):
                 break  # but not in the middle of what may become six good evaluations
             start = time.process_time()
+
+
+def values(task: Task, loss: Tensor, score: Tensor, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Return what an optimizer records: losses, and accuracies if they are the task's score."""
+    losses = {"train_loss": loss, "eval_loss": task.loss(outputs, targets)}
+    if task.score is not right:
+        return losses
+    return {**losses, "train_acc": score.mean(), "eval_acc": right(outputs, targets).mean()}
 
 
 class Training:

@@ -15,6 +15,7 @@ from .evidence import (
     COMPARED,
     DECAYS,
     GRID_TASKS,
+    LEARNT,
     LRS,
     MOD97,
     MOD97_METHODS,
@@ -164,13 +165,30 @@ def recipes(rows: list[Row]) -> str:
     return markdown(["task/architecture", *heads, "AdamW, tuned", "preset, untuned"], lines)
 
 
+def by_accuracy(rows: list[Row]) -> str:
+    """Return the table of the untuned preset with a signal of losses and one of accuracies, beside a tuned AdamW."""
+    lines = []
+    for task in evidence.BY_ACCURACY_TASKS:
+        if task in LEARNT:
+            adamw = [row for row in select(rows, evidence.finals("adamw", rows)) if row.task == task]
+        elif task in evidence.SHORT:
+            adamw = select(rows, evidence.other_finals(task, "adamw", rows))
+        else:
+            adamw = evidence.pair_reported(task, "adamw", rows)
+        runs = evidence.by_accuracy(task)
+        found = {name: select(rows, asked) for name, asked in runs.items()}
+        if all(len(found[name]) == len(runs[name]) for name in runs):
+            lines.append([task, quartiles(adamw), *map(quartiles, found.values())])
+    return markdown(["task/model", "AdamW, tuned", "preset, by losses", "preset, by accuracies"], lines)
+
+
 Both = tuple[list[Row], list[Row]]  # AdamW's, and the preset's, on the same task
 
 
 def summary(rows: list[Row]) -> str:
     """Return the preset's medians over a tuned AdamW's, and failures, for models and tasks whose runs are all done."""
     home = select(rows, evidence.finals("adamw", rows)), select(rows, evidence.untuned())
-    tasks_at_home = [[[row for row in found if row.task == task] for found in home] for task in evidence.LEARNT]
+    tasks_at_home = [[[row for row in found if row.task == task] for found in home] for task in LEARNT]
     sets = [("two-block model, tasks mod 97", evidence.SEEDS, [(adamw, preset) for adamw, preset in tasks_at_home])]
     for problem in PROBLEMS:
         of_problem = [both for pair, both in both_of_pairs(rows).items() if pair.startswith(f"{problem}/")]
@@ -340,6 +358,7 @@ TABLES: dict[str, Table] = {
     "pairs": partial(pairs, evidence.PAIRS),
     "kinds": partial(pairs, evidence.KINDS),
     "recipes": recipes,
+    "by accuracy": by_accuracy,
     "summary": summary,
     "afterwards": partial(afterwards, MOD97_METHODS),
     "reach": partial(reach, [*MOD97_METHODS, evidence.RISING]),

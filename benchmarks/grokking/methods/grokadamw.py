@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from grokadamw import GrokAdamW
+from grokadamw.signals import AccuracyGap
 
 from . import Method
 
@@ -15,6 +16,10 @@ LR, DECAY, BOOST = 3e-3, 1.0, {"decay_boost": 3.0}  # of `for_grokking` where a 
 
 def make(model: nn.Module, **settings: Any) -> GrokAdamW:
     return GrokAdamW(model.named_parameters(), **settings)
+
+
+def by_accuracy(model: nn.Module, **settings: Any) -> GrokAdamW:
+    return GrokAdamW.for_grokking(model, grokking_signal_fns=AccuracyGap(), **settings)
 
 
 def rising_decay(model: nn.Module, weight_decay: float, **settings: Any) -> GrokAdamW:
@@ -43,6 +48,14 @@ def same_lr(model: nn.Module, lr: float, weight_decay: float, **settings: Any) -
 METHODS = [
     Method("grokadamw", "GrokAdamW with its defaults", make, lr=3e-3, weight_decay=1.0),
     Method("grokadamw-grokking", "GrokAdamW.for_grokking", GrokAdamW.for_grokking, LR, DECAY, with_its_decay=BOOST),
+    Method(
+        "grokadamw-by-accuracy",
+        "GrokAdamW.for_grokking, whose signal is the gap between accuracies",
+        by_accuracy,
+        LR,
+        DECAY,
+        with_its_decay=BOOST,
+    ),
     Method(
         "grokadamw-no-filter",
         "GrokAdamW.for_grokking without filter and signal",
