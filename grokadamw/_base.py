@@ -189,11 +189,12 @@ class Base(Optimizer):
         if "_run" not in self.__dict__:  # unpickled, or a copy
             self._say_whether_it_unscales()
             self._run = Run(Signals.from_pickle(signals, combine))
+            self._run.signals.bind(self)
             for group in self.param_groups[:1]:
                 self._run.signals.load(group["signal_state"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
-        """Copy the optimizer with all its signals. (A pickle keeps only `loss_gap` and `memorisation`.)"""
+        """Copy the optimizer with all its signals. (A pickle keeps only those of `Signals.for_pickle`.)"""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         state = {**self.__getstate__(), "_signals": None, "_combine": "mean", "_is_sharded": False}

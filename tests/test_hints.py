@@ -202,6 +202,42 @@ def test_an_evaluation_loss_of_long_ago_is_warned_of_once() -> None:
         assert steps(optimizer, 150, lambda optimizer=optimizer: optimizer.record(train_loss=1.0)) == []
 
 
+def test_squared_errors_that_are_not_scaled_are_warned_of_once() -> None:
+    """On 97 one-hot numbers they begin at 0.01, and the preset's signal would never notice that it memorised."""
+    optimizer = GrokAdamW.for_grokking(model())
+    optimizer.record(train_loss=0.01, eval_loss=0.01)
+    assert steps(optimizer, 5, lambda: optimizer.record(train_loss=0.002, eval_loss=0.012)) == []
+    (said,) = steps(optimizer, 5, lambda: optimizer.record(train_loss=0.001, eval_loss=0.012))
+    assert "train_loss=0.001 is far below eval_loss=0.012" in said
+    assert "Record both divided by the targets' variance" in said
+    assert "grokking_signal_fns=AccuracyGap()" in said
+
+
+@pytest.mark.parametrize(
+    ("losses", "options"),
+    [
+        ([(0.69, 0.69), (1e-3, 5.0), (1e-4, 0.02)], {}),  # cross entropy of two answers that are learnt
+        ([(1.0, 1.0), (0.01, 0.8), (0.01, 0.2)], {}),  # squared errors of scaled targets
+        ([(0.1, 0.1), (0.03, 0.08)], {}),  # training and evaluation fall together
+        ([(0.01, 0.01), (1e-4, 0.01)], {"grokking_signal_fns": AccuracyGap()}),
+        ([(0.01, 0.01), (1e-4, 0.01)], {"grokking_signal_fns": loss_gap}),
+        ([(0.01, 0.01), (1e-4, 0.01)], {"signal_boost": 0.0, "decay_boost": 0.0}),
+    ],
+)
+def test_other_losses_are_not_taken_for_them(losses: list[tuple[float, float]], options: dict[str, Any]) -> None:
+    optimizer = GrokAdamW.for_grokking(model(), **options)
+    for train_loss, eval_loss in losses:
+        assert steps(optimizer, 1, lambda t=train_loss, e=eval_loss: optimizer.record(train_loss=t, eval_loss=e)) == []
+
+
+def test_a_resumed_run_has_not_begun_with_small_losses() -> None:
+    optimizer = GrokAdamW.for_grokking(model())
+    optimizer.record(train_loss=0.69, eval_loss=0.69)
+    resumed = GrokAdamW.for_grokking(model())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert steps(resumed, 5, lambda: resumed.record(train_loss=1e-4, eval_loss=0.02)) == []
+
+
 def test_who_asked_for_no_signal_or_has_one_without_losses_hears_nothing() -> None:
     for options in ({}, {"grokking_signal_fns": lambda: 0.5}, {"grokking_signal_fns": []}):
         assert steps(GrokAdamW(model().parameters(), **options), 150) == []

@@ -111,12 +111,15 @@ def test_pickle_keeps_all_but_signals_of_ones_own(options: dict[str, float]) -> 
     _, optimizer = trained(grokking_signal_fns=signals, nonfinite="raise", second_moment="raw", **options)
     optimizer.record(train_loss=0.5, eval_loss=5.5)
     pickled = pickle.dumps(optimizer)
-    with pytest.warns(UserWarning, match="is without mine, AccuracyGap. Call optimizer.set_signals"):
+    with pytest.warns(UserWarning, match="is without mine. Call optimizer.set_signals"):
         copied = pickle.loads(pickled)
     assert same(copied.state_dict(), optimizer.state_dict())
     assert copied.defaults == optimizer.defaults
     copied.step()
     assert copied.metrics()["signal"] == pytest.approx(memorisation(0.5, 5.5))
+    copied.record(train_acc=1.0, eval_acc=0.25)  # the copy's AccuracyGap hears the copy
+    copied.step()
+    assert copied.metrics()["signal"] == pytest.approx((memorisation(0.5, 5.5) + 0.75) / 2)
     copied.set_signals(lambda: 0.25)
     copied.step()
     assert copied.metrics()["signal"] == 0.25

@@ -102,10 +102,10 @@ WIDE_LRS, WIDE_DECAYS = (3e-4, *LRS, 3e-2), (0.1, *DECAYS, 10.0)  # the grid, an
 FIRST, BEHIND, FINALISTS = (3e-3, 1.0), 1.5, 3  # the race: a cell stops at 1.5 times the first cell's steps
 RECIPES = ((1e-3, 1.0), (1e-3, 0.01))  # lr and wd of AdamW in public code
 
-# where the preset runs with accuracies for its signal, too: models without norms, and the two-block model
+# where the preset runs with accuracies for its signal, too: the two-block model, other kinds, and division
 SHORT = ["mnist", "parity"]  # of the other tasks, those of quick models without norms
 SHORT_BUDGET = 3000
-BY_ACCURACY_TASKS = [*LEARNT, *KINDS, *(pair for pair in PAIRS if pair.endswith("/no-norm")), *SHORT]
+BY_ACCURACY_TASKS = [*LEARNT, *KINDS, *(pair for pair in PAIRS if pair.startswith("div97/")), *SHORT]
 
 # real data, where the best score counts: lrs, decays and seeds of the grid, and the methods
 DATA_LRS, DATA_DECAYS = (3e-4, 1e-3, 3e-3), (0.1, 0.3, 1.0, 3.0, 10.0)

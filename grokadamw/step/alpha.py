@@ -103,6 +103,7 @@ class Signals:
         self._failures_on_device: dict[str, Tensor] = {}
         self._steps_without = 0
         self._train_losses_alone = 0  # recorded since the last evaluation loss
+        self._began_small = False  # whether the first evaluation loss was less than an untrained model's cross entropy
 
     def check_amplifies(self, amplify_by_signal: bool) -> None:
         """Raise ValueError if λ is to be multiplied by a signal and there is none."""
@@ -118,11 +119,12 @@ class Signals:
                 function.bind(optimizer)
 
     def for_pickle(self) -> list[Any] | None:
-        """Return loss_gap and memorisation themselves, and the names of other functions; None if none were given."""
+        """Return loss_gap, memorisation and AccuracyGap, and the names of other functions; None if none were given."""
         if not self.are_given:
             return None
-        named = zip(self.functions, self.names, strict=True)
-        return [function if function is loss_gap or function is memorisation else name for function, name in named]
+        known = [AccuracyGap if isinstance(function, AccuracyGap) else function for function in self.functions]
+        named = zip(known, self.names, strict=True)
+        return [function if function in (loss_gap, memorisation, AccuracyGap) else name for function, name in named]
 
     @classmethod
     def from_pickle(cls, kept: list[Any] | None, combine: Combine | None = "mean") -> Signals:
@@ -132,12 +134,14 @@ class Signals:
             lost.append("combine")
         if lost:
             warn(
-                "pickles and shallow copies keep only loss_gap and memorisation: this optimizer is without "
-                f"{', '.join(lost)}. Call optimizer.set_signals to restore what it had",
+                "pickles and shallow copies keep only loss_gap, memorisation and AccuracyGap: this optimizer is "
+                f"without {', '.join(lost)}. Call optimizer.set_signals to restore what it had",
                 UserWarning,
             )
-        functions = None if kept is None else [function for function in kept if not isinstance(function, str)]
-        return cls(functions, combine or "mean")
+        if kept is None:
+            return cls(None, combine or "mean")
+        found = [function for function in kept if not isinstance(function, str)]
+        return cls([AccuracyGap() if function is AccuracyGap else function for function in found], combine or "mean")
 
     def warn_of_missing(
         self, train_loss: Number | None, eval_loss: Number | None, is_asked_for: bool, elsewhere: Number = 0
@@ -183,6 +187,29 @@ class Signals:
                 "100 training losses were recorded since the last evaluation loss: a model that has learnt since then "
                 "seems to have memorised, and signal_boost or decay_boost acts on that. Record both losses after an "
                 "evaluation, optimizer.record(train_loss=…, eval_loss=…), and none in between",
+                UserWarning,
+            )
+
+    def warn_of_unscaled_losses(self, given: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+        """Warn once if `memorisation` gets losses too small to act. Call it before they are kept.
+
+        Cross entropy begins at ln 2 or more. Losses that stay on a GPU are not looked at.
+        """
+        loss = given.get("eval_loss")
+        if not isinstance(loss, float) or self.functions != [memorisation] or not any(map(is_boosted, groups)):
+            return
+        if recorded(groups, "eval_loss") is None:
+            self._began_small = loss < 0.5
+        train_loss = given.get("train_loss")
+        has_memorised = isinstance(train_loss, float) and train_loss < loss / 10
+        if self._began_small and has_memorised and "unscaled losses" not in self._warned:
+            self._warned.add("unscaled losses")
+            warn(
+                "the losses look like squared errors that are not scaled: the first eval_loss was below 0.5, and now "
+                f"train_loss={train_loss:.3g} is far below eval_loss={loss:.3g}. The signal `memorisation` is near 0 "
+                "for such losses, so neither signal_boost nor decay_boost acts. Record both divided by the targets' "
+                "variance; or give grokking_signal_fns=AccuracyGap(), from grokadamw.signals, and record train_acc and "
+                "eval_acc. If they are cross entropies of a model that was trained before, all is well",
                 UserWarning,
             )
 
