@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ._numbers import plain
 from .checkpoints import check_form
-from .state.loading import in_order
+from .state.loading import check_count_loaded, in_order
 from .state.slots import State
 
 _W = TypeVar("_W", bound="WrapperBase")
@@ -170,6 +170,7 @@ class WrapperBase(Optimizer):
                     f"state_dict: a parameter's state has {next(iter(state))} without {', '.join(missing)}: take "
                     f"{', '.join(self._state_names)} out of each state to start afresh"
                 )
+            self._check_kinds(state)
             self._check_state(param, state)
         groups = []
         for i, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
@@ -202,6 +203,14 @@ class WrapperBase(Optimizer):
             if not isinstance(state, dict) or state:
                 inner_states[key] = state
         return states, inner_states
+
+    def _check_kinds(self, state: State) -> None:
+        """Raise ValueError for a saved state with anything but tensors, and last the number of gradients in them."""
+        *tensors, count = self._state_names
+        for name in tensors:
+            if not isinstance(state[name], Tensor):
+                raise ValueError(f"state_dict: {name} of a parameter is {state[name]!r:.40}, not a tensor")
+        check_count_loaded(f"{count} of a parameter", state[count])
 
     def _check_groups(self, groups: list[dict[str, Any]]) -> None:
         """Raise ValueError if a saved run cannot be continued."""

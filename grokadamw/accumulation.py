@@ -19,6 +19,7 @@ from ._wrapper import Part, Wrapper, by_kind
 from ._wrapper_base import check_saved
 from .backends import fastest_sum_of_squares
 from .distributed import divisions
+from .state.loading import check_count_loaded
 from .state.slots import State
 from .step.norm import clip_coefficient, global_norm
 
@@ -170,6 +171,7 @@ class Accumulate(Wrapper):
     def _check_groups(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
             begun, steps = group.get("accumulated_steps", 0), group.get("accumulation_cycle")
+            check_count_loaded("accumulated_steps", begun)
             if begun and steps != self._steps:
                 raise ValueError(
                     f"state_dict was saved after {begun} of {steps} micro-batches, and the optimizer takes "

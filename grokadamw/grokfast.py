@@ -90,7 +90,7 @@ class _Filter(Wrapper):
         saved = self.param_groups[0]["grokfast_filter"]
         for group in self.param_groups:
             group["grokfast_filter"] = self._described()
-        if saved != self._described():
+        if str(saved) != self._described():
             warn(
                 f"state_dict is of a run with Grokfast's filter ({saved}), and this optimizer goes on with "
                 f"({self._described()}), as it was constructed",

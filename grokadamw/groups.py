@@ -153,7 +153,7 @@ def _mean_row_length(name: str, weight: Tensor) -> float:
     """Return the mean 2-norm of an embedding's rows; 0 if it has none."""
     if weight.numel() == 0:
         return 0.0
-    length = math.nan if weight.is_meta else as_float(whole(weight.float().norm(dim=1).mean()))
+    length = math.nan if weight.is_meta else as_float(whole(weight.abs().float().norm(dim=1).mean()))
     if not math.isfinite(length):
         what = "is on the meta device" if weight.is_meta else "holds numbers that are not finite"
         raise ValueError(f"model: the embedding {name} {what}, and has no length: give the model its weights first")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import pickle
 import sys
 import warnings
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -252,6 +254,36 @@ def test_a_part_of_what_is_kept_is_refused_before_anything_changes(keeper: str) 
         given["param_groups"][0]["lr"] = 7.0
         with pytest.raises(ValueError, match=f"state_dict: a parameter's state has .* without {name}: take"):
             optimizer.load_state_dict(given)
+    assert same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("keeper", ["Grokfast", "GrokfastMA", "Accumulate"])
+@pytest.mark.parametrize("kind", [lambda value: None, lambda value: [value], lambda value: np.array([1.0, 2.0])])
+def test_another_kind_of_what_is_kept_is_refused_before_anything_changes(
+    keeper: str, kind: Callable[[Any], Any]
+) -> None:
+    model = network()
+    optimizer = KEEPERS[keeper](model)
+    train(model, range(3), lambda step, loss: optimizer.step())
+    before = saved_and_loaded(optimizer.state_dict())
+    for name in optimizer._state_names:
+        given = saved_and_loaded(before)
+        given["state"][3][name] = kind(given["state"][3][name])
+        given["param_groups"][0]["lr"] = 7.0
+        with pytest.raises(ValueError, match=f"state_dict: {name} of a parameter"):
+            optimizer.load_state_dict(given)
+    assert same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("count", [math.nan, math.inf, -1, None, "two"])
+def test_a_cycle_of_no_number_of_micro_batches_is_refused_before_anything_changes(count: Any) -> None:
+    model = network()
+    optimizer = Accumulate(Adam(model.parameters(), lr=0.01), 2)
+    train(model, range(3), lambda step, loss: optimizer.step())
+    before, given = saved_and_loaded(optimizer.state_dict()), saved_and_loaded(optimizer.state_dict())
+    given["param_groups"][0].update(accumulated_steps=count, lr=7.0)
+    with pytest.raises(ValueError, match="state_dict: accumulated_steps"):
+        optimizer.load_state_dict(given)
     assert same(optimizer.state_dict(), before)
 
 

@@ -90,6 +90,14 @@ def test_an_embedding_moves_and_shrinks_as_far_for_its_length_as_if_it_were_shor
     torch.testing.assert_close(moved[2], moved[0], rtol=1e-4, atol=1e-6)
 
 
+def test_the_rows_of_a_complex_embedding_are_as_long_as_both_parts_make_them() -> None:
+    model = nn.Embedding(5, 16, dtype=torch.complex64)
+    with torch.no_grad():
+        model.weight.fill_(1j)
+    (group,) = GrokAdamW.for_grokking(model, lr=0.01, weight_decay=1.0).param_groups
+    assert (group["lr"], group["weight_decay"]) == pytest.approx((0.04, 0.25))
+
+
 def test_each_embedding_has_a_group_and_long_ones_a_higher_lr() -> None:
     long, longer, short = nn.Embedding(5, 16), nn.EmbeddingBag(5, 64), nn.Embedding(5, 16)
     with torch.no_grad():

@@ -196,12 +196,17 @@ def _check_kinds(state_dict: dict[str, Any]) -> None:
             if not isinstance(state[name], Tensor):
                 raise ValueError(f"state_dict: {name} of parameter {key} is {state[name]!r:.40}, not a tensor")
         for name in (name for name in ("step", "micro_step", WINDOW[-1]) if name in state):
-            try:
-                count = as_number(state[name], f"{name} of parameter {key}")
-            except TypeError as error:
-                raise ValueError(f"state_dict: {error}") from None
-            if isinstance(count, float) and not 0 <= count < math.inf:
-                raise ValueError(f"state_dict: {name} of parameter {key} is {count:g}: give a number of steps")
+            check_count_loaded(f"{name} of parameter {key}", state[name])
+
+
+def check_count_loaded(what: str, value: Any) -> None:
+    """Raise ValueError for a saved count of steps that is not a number from 0 on."""
+    try:
+        count = as_number(value, what)
+    except TypeError as error:
+        raise ValueError(f"state_dict: {error}") from None
+    if isinstance(count, float) and not 0 <= count < math.inf:
+        raise ValueError(f"state_dict: {what} is {count:g}: give a number of steps")
 
 
 def _check_codes(state_dict: dict[str, Any]) -> None:
