@@ -25,6 +25,7 @@ enum { PIECE = 1 << 16, /* elements that a thread takes at a time, and of which 
        ROW = ROW_BYTES / 4, /* elements of the longest row of a coded tensor that can be limited */
        BLOCK = 64,      /* elements of a row that share a scale */
        LANES = 16,      /* sums of squares that go side by side */
+       STACK = 1 << 20, /* bytes for a thread that the kernel starts: two rows, and what a chunk takes */
        AHEAD = 12 };    /* tensors that are fetched before they are looked at */
 enum dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum format { PLAIN, DITHERED, INT8 }; /* of a state: in its dtype; in bfloat16, rounded by a dither; in codes */
@@ -847,6 +848,7 @@ static void work_on(job alone, int64_t threads, gomp_parallel *parallel)
     pthread_attr_t detached;
     pthread_attr_init(&detached);
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&detached, STACK); /* macOS gives a thread no more than half of that */
     int64_t started = 1;
     for (pthread_t thread; started < threads && !pthread_create(&thread, &detached, help, j);) started++;
     pthread_attr_destroy(&detached);

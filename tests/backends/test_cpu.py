@@ -290,6 +290,33 @@ print("done")
     assert run(code) == "done"
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
+def test_its_own_threads_have_room_for_the_rows_that_they_limit(state_dtype: str) -> None:
+    """Also where a thread has half a MiB of stack unless it asks for more, as on macOS."""
+    code = f"""
+import ctypes, torch
+from grokadamw import GrokAdamW
+from grokadamw.backends import cpu
+libc, attributes = ctypes.CDLL(None), (ctypes.c_char * 256)()
+if not hasattr(libc, "pthread_setattr_default_np"):
+    raise SystemExit(print("skip"))
+assert libc.pthread_attr_init(attributes) == 0
+assert libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(1 << 19)) == 0
+assert libc.pthread_setattr_default_np(attributes) == 0
+cpu._openmp = lambda: None
+torch.set_num_threads(8)
+p = torch.nn.Parameter(torch.ones(2048, 512))
+optimizer = GrokAdamW([p], state_dtype={state_dtype!r}, max_row_change=0.03)
+for _ in range(20):
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+print("done")
+"""
+    if (found := run(code)) == "skip":
+        pytest.skip("needs glibc, which changes the default for all threads")
+    assert found == "done"
+
+
 def test_a_step_needs_no_memory() -> None:
     """Beyond parameters, gradients and state, limited or not; of the process's own peak, as Linux counts it."""
     code = """
