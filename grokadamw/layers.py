@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain, count
 from operator import is_
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ def unwrapped(name: str) -> str:
     return ".".join(parts)
 
 
+@lru_cache(maxsize=1 << 16)  # each group that is added asks for the paths of all groups before it
 def layer_path(name: str) -> str:
     """Return the module path that names a parameter's layer.
 
