@@ -49,12 +49,14 @@ class Entry(NamedTuple):
     number: int  # its place among all parameters of the optimizer
 
 
-class Owner(NamedTuple):
-    """The group whose options a parameter has, its layer, and its number."""
+class Member(NamedTuple):
+    """What is known about a parameter besides its tensors."""
 
-    group: int
+    group: int  # the one whose options it has
     layer: int
     number: int
+    is_matrix: bool  # has rows
+    begun: bool = False  # has begun its cycle of micro-batches
     blocks_before: int = 0  # blocks of it that lie on ranks before this one
 
 
@@ -162,51 +164,45 @@ def kind_of(
     return kind, backends.row_width(choice, row[0], coded) if has_rows else 0
 
 
-def coded_of(columns: Columns, places: Sequence[int], owners: Sequence[Owner], options: dict[str, Any]) -> Coded:
+def coded_of(columns: Columns, places: Sequence[int], members: Sequence[Member], options: dict[str, Any]) -> Coded:
     """Return the scales, low bits and dithers' numbers of the tensors at these places."""
     extras = [[column[i] for i in places] for column in columns.extras]
     m, v, mu, lows = (None if not column or column[0] is None else column for column in extras)
-    own = [owners[i] for i in places]
-    numbers, before = [owner.number for owner in own], [owner.blocks_before for owner in own]
+    own = [members[i] for i in places]
+    numbers, before = [member.number for member in own], [member.blocks_before for member in own]
     return Coded(m, v, mu, lows, numbers, options["rounding"] == "stochastic", before if any(before) else ())
 
 
 def assemble(
-    columns: Columns,
-    owners: Sequence[Owner],
-    kinds: Sequence[tuple[Kind, int]],
-    begun: Sequence[bool],
-    are_matrices: Sequence[bool],
-    options: dict[str, Any],
+    columns: Columns, members: Sequence[Member], kinds: Sequence[tuple[Kind, int]], options: dict[str, Any]
 ) -> tuple[list[tuple[Batch, list[int]]], Ranges | None]:
     """Return the batches, each with the places of its tensors, and the memory that is written by address.
 
-    The arguments say for each parameter: its tensors; its owner; its kind and the width of its rows; whether it has
-    begun its cycle of micro-batches (empty if there are none); and whether it has rows.
+    `kinds` has the kind of each parameter, and the width of its rows.
     """
     rules = rules_of(options)
     lists: dict[Any, list[int]] = {}
-    for i, (owner, (kind, _)) in enumerate(zip(owners, kinds, strict=True)):
-        apart = i if rules.clips_each_tensor else bool(begun) and begun[i]
-        lists.setdefault((owner.group, kind, apart), []).append(i)
+    for i, (member, (kind, _)) in enumerate(zip(members, kinds, strict=True)):
+        apart = i if rules.clips_each_tensor else member.begun
+        lists.setdefault((member.group, kind, apart), []).append(i)
     made = []
     seen: Counter[int] = Counter()
-    for (group, kind, apart), places in lists.items():
+    for (group, kind, _), places in lists.items():
         widths = [kinds[i][1] for i in places]
-        of_batch = [owners[i].layer for i in places]
+        of_batch = [members[i].layer for i in places]
         if rules.layers_by_place:
             of_batch, seen[group] = [seen[group]], seen[group] + 1
         p, g, m, v, mu, steps = ([column[i] for i in places] for column in columns[:6])
         batch = Batch(
             *(p, g, m, v, None if mu[0] is None else mu, steps),
             row_widths=widths if kind.choice.module in backends.LIMITS_ROWS else None,
-            unlimited=[j for j, i in enumerate(places) if are_matrices[i] and not widths[j]],
+            unlimited=[j for j, i in enumerate(places) if members[i].is_matrix and not widths[j]],
             choice=kind.choice,
             group=group,
             layers=tuple(of_batch),
             shards=kind.shards,
-            begun=bool(begun) and bool(apart),
-            coded=None if kind.coded is None else coded_of(columns, places, owners, options),
+            begun=members[places[0]].begun,
+            coded=None if kind.coded is None else coded_of(columns, places, members, options),
         )
         made.append((batch, places))
     ranges = _ranges(made, columns.grads)
@@ -251,7 +247,7 @@ def with_windows(batch: Batch, states: Sequence[State]) -> Batch:
 def found_anew(entries: Sequence[Entry], given: Given) -> Batches:
     """Return batches of tensors that no signature describes: complex ones, subclasses, traced ones, some DTensors."""
     groups, state, options = given[:3]
-    rows, kinds, dtensors, extras, owners = [], [], [], [], []
+    rows, kinds, dtensors, extras, members = [], [], [], [], []
     grads: dict[Shards | None, list[Tensor]] = {shards: [] for shards in divisions(groups)}
     for entry in entries:
         s, shards = state[entry.param], shards_of(entry.param)
@@ -263,14 +259,14 @@ def found_anew(entries: Sequence[Entry], given: Given) -> Batches:
         row = [None if x is None else as_real(local(x, shards)) for x in tensors]
         rows.append((*row, s["step"]))
         extras.append([None if x is None else local(x, shards) for x in map(s.get, EXTRAS)])
+        is_matrix, begun = entry.param.dim() > 1, bool(s.get("micro_step"))
         before = blocks_before(entry.param, BLOCK) if may_be_coded(options) else 0
-        owners.append(Owner(entry.group, entry.layer, entry.number, before))
-        kinds.append(kind_of(rows[-1], extras[-1], groups[entry.group], entry.param.dim() > 1, shards))
+        members.append(Member(entry.group, entry.layer, entry.number, is_matrix, begun, before))
+        kinds.append(kind_of(rows[-1], extras[-1], groups[entry.group], is_matrix, shards))
         grads.setdefault(shards, []).append(row[1])  # type: ignore[arg-type]
     columns = Columns(*map(list, zip(*rows, strict=True))) if rows else Columns([], [], [], [], [], [])
     columns = columns._replace(extras=list(map(list, zip(*extras, strict=True))))
-    begun = [bool(state[e.param].get("micro_step")) for e in entries] if options["accumulation_steps"] > 1 else []
-    made, _ = assemble(columns, owners, kinds, begun, [entry.param.dim() > 1 for entry in entries], options)
+    made, _ = assemble(columns, members, kinds, options)
     batches = [batch for batch, _ in made]
     if options["window_size"] is not None:
         batches = [with_windows(batch, [state[entries[i].param] for i in places]) for batch, places in made]

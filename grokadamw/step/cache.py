@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate, chain, compress, count
+from itertools import accumulate, chain, compress, count, repeat
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from ..options import GROUP_OPTIONS, STATES, may_be_coded, rules_of
 from ..state.formats import BLOCK, EXTRAS, is_coded
 from ..state.slots import WINDOW, State, step_device
 from . import batches
-from .batches import Batches, Columns, Given, Kind, Owner
+from .batches import Batches, Columns, Given, Kind, Member
 
 SETS = 8  # how many sets of parameters with a gradient have a plan
 _LOOKS = 1 << 12  # how many looks of parameters have their kind kept
@@ -111,48 +111,44 @@ class Cache:
         groups, options, columns, facts = given.groups, given.options, seen.columns, seen.facts
         if not _are_plain(columns, seen.written) or any(len(g["layers"]) != len(g["params"]) for g in groups):
             return None
-        numbers = count(given.first_number)
-        all_owners = [
-            Owner(i, layer, next(numbers))
-            for i, layers in zip(facts.first_alike, facts.layers, strict=True)
-            for layer in layers
-        ]
-        owners = list(compress(all_owners, seen.present))
         # for each parameter the specs of its tensors; the spec of a missing tensor is None, like a plain one's
         tensors_of = zip(columns.params, *columns[2:5], *columns.extras, columns.grads, strict=True)
         for tensors, specs in zip(tensors_of, zip(*facts.specs, strict=True), strict=False):
             if not alike([spec for x, spec in zip(tensors, specs, strict=True) if x is not None]):
                 return None
         shards = list(map(shards_of, seen.params))
-        if may_be_coded(options):
-            owners = [
-                owner._replace(blocks_before=blocks_before(param, BLOCK))
-                for owner, param in zip(owners, seen.params, strict=True)
-            ]
-        if any(mu is None and groups[o.group]["lamb"] > 0 for o, mu in zip(owners, columns.grok_emas, strict=True)):
+        before = [blocks_before(param, BLOCK) for param in seen.params] if may_be_coded(options) else repeat(0)
+        numbers = count(given.first_number)
+        places = [
+            (i, layer, next(numbers))
+            for i, layers in zip(facts.first_alike, facts.layers, strict=True)
+            for layer in layers
+        ]
+        about = zip(compress(places, seen.present), seen.params, facts.begun or repeat(False), before, strict=False)
+        members = [Member(*place, param.dim() > 1, begun, blocks) for place, param, begun, blocks in about]
+        if any(mu is None and groups[m.group]["lamb"] > 0 for m, mu in zip(members, columns.grok_emas, strict=True)):
             return None
         watched = [*seen.written, *columns.grads]
         signature = TensorSignature(watched, len(seen.written))
         look_of = dict(zip(map(id, watched), signature.looks(), strict=True)) | {id(None): None}
-        looks = _looks(columns, look_of, shards, [groups[owner.group] for owner in owners])
+        looks = _looks(columns, look_of, shards, [groups[member.group] for member in members])
         if checked:
             if len(self._kinds) > _LOOKS:
                 self._kinds.clear()
-            for i, (look, owner) in enumerate(zip(looks, owners, strict=True)):
+            for i, (look, member) in enumerate(zip(looks, members, strict=True)):
                 if look not in self._kinds:
                     row, extras = [column[i] for column in columns[:6]], [column[i] for column in columns.extras]
-                    kind = batches.kind_of(row, extras, groups[owner.group], row[0].dim() > 1, shards[i])
+                    kind = batches.kind_of(row, extras, groups[member.group], member.is_matrix, shards[i])
                     self._kinds[look] = kind
         kinds = [self._kinds[look] for look in looks]
-        are_matrices = [param.dim() > 1 for param in columns.params]
-        made, ranges = batches.assemble(columns, owners, kinds, facts.begun, are_matrices, options)
-        places: dict[Shards | None, list[int]] = {way: [] for way in divisions(groups)}
+        made, ranges = batches.assemble(columns, members, kinds, options)
+        divided: dict[Shards | None, list[int]] = {way: [] for way in divisions(groups)}
         for i, way in enumerate(shards):
-            places.setdefault(way, []).append(i)
+            divided.setdefault(way, []).append(i)
         self.plans.pop(seen.key, None)
         if len(self.plans) >= SETS:
             del self.plans[next(iter(self.plans))]
-        self.plans[seen.key] = plan = _Plan(seen, owners, made, ranges, signature, options, places)
+        self.plans[seen.key] = plan = _Plan(seen, members, made, ranges, signature, options, divided)
         return plan
 
 
@@ -279,7 +275,7 @@ class _Plan:
     def __init__(
         self,
         seen: Seen,
-        owners: Sequence[Owner],
+        members: Sequence[Member],
         made: Sequence[tuple[Batch, list[int]]],
         ranges: Ranges | None,
         signature: TensorSignature,
@@ -289,7 +285,7 @@ class _Plan:
         self._ranges, self._signature, self._has = ranges, signature, seen.has
         # copy the layers: the group's list may be changed in place
         self.facts = seen.facts._replace(layers=list(map(list, seen.facts.layers)))
-        self._places, self._owners, self._options = [places for _, places in made], owners, options
+        self._places, self._members, self._options = [places for _, places in made], members, options
         order = [place for _, places in made for place in places]
         self._order = None if order == list(range(len(order))) else order
         ends = list(accumulate(len(places) for _, places in made))
@@ -334,7 +330,7 @@ class _Plan:
             slow = mu[own] if has_mu else None
             made.append(Batch(p[own], g[own], m[own], v[own], slow, steps[own], addresses, **rest))
         for i in compress(range(len(made)), self._coded):
-            coded = batches.coded_of(columns, self._places[i], self._owners, self._options)
+            coded = batches.coded_of(columns, self._places[i], self._members, self._options)
             made[i] = made[i]._replace(coded=coded)
         lists_of_grads = [(self._divided[0][0], grads)]
         if len(self._divided) > 1:
@@ -348,5 +344,5 @@ class _Plan:
             return next((own for tables in self._tables.values() if (own := tables.captured())), None)
         tables = self._tables.setdefault(gpu.streams(self.gpus), Tables())
         if capturable:
-            tables.may_be_captured(len(self._owners), 2 * len(self._batches))
+            tables.may_be_captured(len(self._members), 2 * len(self._batches))
         return tables
