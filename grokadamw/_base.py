@@ -209,7 +209,7 @@ def _join(group: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
     group.update(CYCLE_AT_REST, skipped_steps=first["skipped_steps"])  # the group may be another optimizer's
     if first["micro_step"] > 0:  # it joins the current cycle, with its own numbers
         amplification = CycleNumbers(*first["cycle"]).amplification
-        group["cycle"] = tuple(CycleNumbers.of(group, as_number(group["alpha_init"]), amplification))
+        group["cycle"] = tuple(CycleNumbers.of(group, amplification, as_number(group["alpha_init"])))
         group["micro_step"] = first["micro_step"]
     group_layers = group.get("layers")
     if group_layers is None or len(group_layers) != len(group["params"]) or group["layer"] is not None:

@@ -14,7 +14,7 @@ from ._numbers import as_number
 from ._warn import warn
 from .accumulation import Accumulate
 from .grokadamw import GrokAdamW
-from .step.boosts import is_boosted
+from .step.effects import is_boosted
 
 _LOGGED = ("alpha", "boost", "signal", "grad_norm", "clip_coefficient", "skipped_steps")
 

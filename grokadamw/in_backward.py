@@ -220,7 +220,7 @@ class StepInBackward:
             alone = {**group, "skipped_steps": _QUIET}
             alone |= {name: [group[name][place]] for name in ("params", "layers", "param_names") if name in group}
             one.cache = self._caches.setdefault(param, Cache())
-            one.last = LastStep(run.last.signal, run.last.alphas[i : i + 1], boosts=run.last.boosts[i : i + 1])
+            one.last = LastStep(run.last.signal, run.last.effects[i : i + 1])
             one.skipped, one.names = run.skipped, run.names
             given = Given([alone], optimizer.state, optimizer.defaults, first_number=number)
             if optimizer.defaults["nonfinite"] == "raise":

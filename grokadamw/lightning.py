@@ -16,7 +16,7 @@ from . import _trainers as trainers
 from ._numbers import accumulator
 from ._warn import warn
 from .grokadamw import GrokAdamW
-from .step.boosts import is_boosted
+from .step.effects import is_boosted
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

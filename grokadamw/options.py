@@ -5,7 +5,7 @@ To add an option, add its row to `OPTIONS`, its argument to the constructor, and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import chain, compress, product
 from numbers import Real
@@ -176,9 +176,7 @@ class CycleNumbers(NamedTuple):
     decay_boost: Number = 1.0  # the factor of weight_decay
 
     @classmethod
-    def of(
-        cls, group: Mapping[str, Any], alpha: Number, amplification: float, boosts: Iterable[Number] = ()
-    ) -> CycleNumbers:
+    def of(cls, group: Mapping[str, Any], amplification: float, alpha: Number, *boosts: Number) -> CycleNumbers:
         """Take λ, the betas and γ from a group."""
         beta1, beta2 = map(float, group["betas"])
         return cls(alpha, amplification, float(group["lamb"]), beta1, beta2, float(group["gamma"]), *boosts)

@@ -97,7 +97,7 @@ def test_what_a_graph_reads_and_writes_stays_in_its_place(as_if_captured: list[b
 
     def read() -> list[int]:
         run = optimizer._run
-        return [tensor.data_ptr() for tensor in (run.last.alphas[0], *run.last.boosts[0], run.skipped)]
+        return [tensor.data_ptr() for tensor in (*run.last.effects[0], run.skipped)]
 
     places = read()
     as_if_captured[0] = True
@@ -121,12 +121,12 @@ def test_a_boost_that_is_switched_off_ends_in_a_graph_and_in_copies(as_if_captur
     optimizer = GrokAdamW(params, capturable=True, grokking_signal_fns=lambda: 1.0, **BOOSTED)
     set_gradients(params, 0)
     optimizer.step()
-    read = optimizer._run.last.boosts[0]
-    assert read == (2, 3)
+    _, *read = optimizer._run.last.effects[0]
+    assert read == [2, 3]
     optimizer.param_groups[0].update(signal_boost=0.0, decay_boost=0.0)
     optimizer.update_signals()
-    assert read == (1, 1)
-    assert all(map(operator.is_, optimizer._run.last.boosts[0], read))
+    assert read == [1, 1]
+    assert all(map(operator.is_, optimizer._run.last.effects[0][1:], read))
     metrics = copy.deepcopy(optimizer).metrics()
     assert metrics["boost"] == metrics["decay_boost"] == 1
 
@@ -271,7 +271,7 @@ def a_replay_is_the_next_step(as_if_captured: list[bool], after: str, how: dict[
             replayed.update_signals()
         if after == "a copy":
             original.update_signals()
-            original._run.last.alphas[0].zero_()
+            original._run.last.effects[0].alpha.zero_()
         if tape is None:
             tape = captured(replayed, as_if_captured)
         else:

@@ -21,7 +21,7 @@ from .._warn import warn
 from ..distributed import mean_over_ranks, ranks
 from ..options import Rules, recorded
 from ..signals import AccuracyGap, loss_gap, memorisation
-from .boosts import is_boosted
+from .effects import is_boosted
 
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -45,7 +45,7 @@ def check_devices(groups: Sequence[dict[str, Any]]) -> None:
             )
 
 
-def check_state(entries: Iterable[Entry], given: Given, has_alphas: bool) -> None:
+def check_state(entries: Iterable[Entry], given: Given, has_heard: bool) -> None:
     """Raise RuntimeError if a capture would read something back, or make state, which every replay would make anew."""
     if given.options["nonfinite"] == "raise":
         raise RuntimeError(
@@ -60,7 +60,7 @@ def check_state(entries: Iterable[Entry], given: Given, has_alphas: bool) -> Non
         changed = outgrown(state, entry.param, given.options)
         if may_be_coded(given.options):
             changed += misfits(state, entry.param, given.options)
-        if not has_alphas or needed - state.keys() or changed:
+        if not has_heard or needed - state.keys() or changed:
             raise RuntimeError(
                 "a CUDA graph of step() needs its state to be there: before capturing, take a few steps on a side "
                 "stream, as torch.cuda.graph requires anyway; also after loading a checkpoint, free_slow_gradient(), "

@@ -12,17 +12,16 @@ from .. import layers
 from .._numbers import Number, as_float
 from ..options import Rules
 from .alpha import Signals
-from .boosts import Boosts
+from .effects import Effect
 
 
 class LastStep(NamedTuple):
     """The numbers of one step, as it used them."""
 
     signal: Number | None = None  # s_t
-    alphas: Sequence[Number] = ()  # α_t of each group
+    effects: Sequence[Effect] = ()  # of each group
     norms: Sequence[Number | None] = ()  # N: the same for all batches; with compat, of each tensor
     clips: Sequence[Number] = ()  # c
-    boosts: Sequence[Boosts] = ()  # of each group
 
 
 def as_floats(
@@ -39,9 +38,9 @@ def as_floats(
         "step": most(state["step"] for state in states if "step" in state),
         "signal": math.nan if last.signal is None else as_float(last.signal),
         **{f"signal/{name}": as_float(value) for name, value in signals.values.items()},
-        "alpha": min(map(as_float, last.alphas), default=math.nan),
-        "boost": max((as_float(boosts.lr) for boosts in last.boosts), default=math.nan),
-        "decay_boost": max((as_float(boosts.decay) for boosts in last.boosts), default=math.nan),
+        "alpha": min((as_float(effect.alpha) for effect in last.effects), default=math.nan),
+        "boost": max((as_float(effect.lr) for effect in last.effects), default=math.nan),
+        "decay_boost": max((as_float(effect.decay) for effect in last.effects), default=math.nan),
         "grad_norm": math.hypot(*norms) if norms else math.nan,
         "clip_coefficient": min(map(as_float, last.clips), default=math.nan),
         "skipped_steps": float(max((group["skipped_steps"] for group in groups), default=0)),

@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .._numbers import Number
 from ..options import CycleNumbers
 from ..state.slots import State
-from .boosts import Boosts
+from .effects import Effect
 
 
 class Cycle:
@@ -28,12 +27,12 @@ class Cycle:
         self.missing = {p for p in params if p.grad is None and state.get(p, {}).get("micro_step")}
 
     def numbers(
-        self, alphas: Sequence[Number], boosts: Sequence[Boosts], amplification: float
-    ) -> tuple[list[dict[str, Any]], list[Number], list[Boosts], float]:
-        """Return this cycle's numbers, fixed at its first micro-batch: groups, their α and boosts, and λ's factor."""
+        self, effects: Sequence[Effect], amplification: float
+    ) -> tuple[list[dict[str, Any]], list[Effect], float]:
+        """Return this cycle's numbers, fixed at its first micro-batch: groups, their effects, and λ's factor."""
         if self.is_first:
-            for group, alpha, of_group in zip(self._groups, alphas, boosts, strict=True):
-                group["cycle"] = tuple(CycleNumbers.of(group, alpha, amplification, of_group))
+            for group, effect in zip(self._groups, effects, strict=True):
+                group["cycle"] = tuple(CycleNumbers.of(group, amplification, *effect))
         cycles = [CycleNumbers(*group["cycle"]) for group in self._groups]
         groups = self._groups
         if not self.is_first:
@@ -41,8 +40,8 @@ class Cycle:
                 {**group, "lamb": fixed.lamb, "betas": (fixed.beta1, fixed.beta2), "gamma": fixed.gamma}
                 for group, fixed in zip(groups, cycles, strict=True)
             ]
-        boosts = [Boosts(fixed.boost, fixed.decay_boost) for fixed in cycles]
-        return groups, [fixed.alpha for fixed in cycles], boosts, float(cycles[0].amplification)
+        effects = [Effect(fixed.alpha, fixed.boost, fixed.decay_boost) for fixed in cycles]
+        return groups, effects, float(cycles[0].amplification)
 
     def end(self, params: Iterable[Tensor]) -> bool:
         """Count this micro-batch, in which `params` had gradients, and return True if it was the last."""

@@ -30,8 +30,8 @@ from ..options import RECORDED, Rules, check_changed, recorded, rules_of
 from . import capture, metrics, norm
 from .alpha import Signals, alpha_of, hear
 from .batches import Batches, Given, collect, forget_state, make_state
-from .boosts import Boosts, Places, amplification, boosts_of, in_places, placed
 from .cache import Cache
+from .effects import Effect, Places, amplification, effect_on, in_places
 from .micro_batches import Cycle
 
 _beta1s = lru_cache(maxsize=1024)(layers.decayed)
@@ -46,8 +46,7 @@ class Run:
 
     signals: Signals
     last: metrics.LastStep = metrics.LastStep()
-    captured: dict[int, Tensor] = field(default_factory=dict)  # the α that a CUDA graph reads, by group
-    captured_boosts: Places = field(default_factory=dict)  # and the boosts that it reads
+    captured: Places = field(default_factory=dict)  # the α and boosts that a CUDA graph reads
     layers_checked: bool = False
     checked: list[tuple[Any, ...]] = field(default_factory=list)  # each group's options when they were last checked
     checked_layers: list[list[int]] = field(default_factory=list)  # and its layers
@@ -86,12 +85,8 @@ class Run:
 
     def follow(self, other: Run, memo: dict[int, Any]) -> None:
         """Become the run of a copy of the other run's optimizer, with its own tensors for CUDA graphs."""
-        self.signals, self.names, self.captured, self.captured_boosts, self.skipped, last = copy.deepcopy(
-            (other.signals, other.names, other.captured, other.captured_boosts, other.skipped, other.last), memo
-        )
-        self.last = last._replace(
-            alphas=[self.captured.get(i, alpha) for i, alpha in enumerate(last.alphas)],
-            boosts=[placed(self.captured_boosts, i, boosts) for i, boosts in enumerate(last.boosts)],
+        self.signals, self.names, self.captured, self.skipped, self.last = copy.deepcopy(
+            (other.signals, other.names, other.captured, other.skipped, other.last), memo
         )
         self.layers_checked, self.stepped = other.layers_checked, other.stepped
         self.shard_group = other.shard_group  # process groups cannot be copied
@@ -130,7 +125,7 @@ def check_given(run: Run, given: Given) -> bool:
         return True
     entries = collect(given, run.names)
     if given.capturing:
-        capture.check_state(entries, given, bool(run.last.alphas))
+        capture.check_state(entries, given, bool(run.last.effects))
     # torch.distributed.checkpoint has state made by a first step with lr 0 and gradients of 0. (A warm-up's first step
     # has other gradients.) If other ranks may have gradients that are not 0, this rank takes the step with them.
     if state or not entries or given.shard_group is not None or ways:
@@ -174,14 +169,12 @@ def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, 
     """Evaluate the signals, and set α and the boosts of every group from them."""
     rules = rules_of(options)
     signals = hear(run.signals, groups, rules, partial(run.all_ranks.meet, groups, run.shard_group))
-    alphas = [alpha_of(group, signal, rules) for group, signal in zip(groups, signals, strict=True)]
-    boosts = [boosts_of(group, signal) for group, signal in zip(groups, signals, strict=True)]
+    effects = [effect_on(group, alpha_of(group, x, rules), x) for group, x in zip(groups, signals, strict=True)]
     if any(map(itemgetter("capturable"), groups)):
         if run.skipped is None:
             run.skipped = capture.counter(groups)
-        alphas = [capture.in_place(run.captured, i, group, alphas[i]) for i, group in enumerate(groups)]
-        boosts = [in_places(run.captured_boosts, i, group, boosts[i]) for i, group in enumerate(groups)]
-    run.last = run.last._replace(signal=signals[0] if signals else None, alphas=alphas, boosts=boosts)
+        effects = [in_places(run.captured, i, group, effects[i]) for i, group in enumerate(groups)]
+    run.last = run.last._replace(signal=signals[0] if signals else None, effects=effects)
 
 
 def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables | None]:
@@ -189,10 +182,10 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     groups, state, options = given[:3]
     rules = rules_of(options)
     factor_of_lamb = amplification(run.last.signal) if options["amplify_by_signal"] else 1.0
-    alphas, boosts, cycle, cycle_groups = run.last.alphas, run.last.boosts, None, groups
+    effects, cycle, cycle_groups = run.last.effects, None, groups
     if options["accumulation_steps"] > 1:
         cycle = Cycle(options["accumulation_steps"], groups, state)
-        cycle_groups, alphas, boosts, factor_of_lamb = cycle.numbers(alphas, boosts, factor_of_lamb)
+        cycle_groups, effects, factor_of_lamb = cycle.numbers(effects, factor_of_lamb)
 
     missing = () if cycle is None else cycle.missing
     found = run.cache.batches(given if cycle is None else given._replace(groups=cycle_groups), run.names, missing)
@@ -207,7 +200,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
         _warn_if_idle(run, given, norms)
     if options["differentiable"]:
         norms, clips = detached(norms), detached(clips)
-    run.last = metrics.LastStep(run.last.signal, alphas, norms, clips, boosts)
+    run.last = metrics.LastStep(run.last.signal, effects, norms, clips)
     if stats.finite is False:
         count_skipped(groups, 1)
         if cycle is None:
@@ -219,8 +212,9 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     for batch, clip in zip(found.batches, stats.factors[: len(found.batches)], strict=True):
         group, device = cycle_groups[batch.group], batch.params[0].device
         beta1s = _beta1s(group["betas"][0], group["gamma"], batch.layers)
-        lr, change, decay = _boosted(group, boosts[batch.group], device, options)
-        alpha = 1.0 if batch.windows is not None else alphas[batch.group]
+        effect = effects[batch.group]
+        lr, change, decay = _boosted(group, effect, device, options)
+        alpha = 1.0 if batch.windows is not None else effect.alpha
         scalars = Scalars(
             beta1=beta1s,
             bias_beta1=beta1s if rules.decays_bias_correction else [float(group["betas"][0])] * len(beta1s),
@@ -261,11 +255,12 @@ def _limits(found: Batches, groups: Sequence[dict[str, Any]], shard_group: Any, 
 
 
 def _boosted(
-    group: dict[str, Any], boosts: Boosts, device: torch.device, options: dict[str, Any]
+    group: dict[str, Any], effect: Effect, device: torch.device, options: dict[str, Any]
 ) -> tuple[Number, Number, Number]:
     """Return lr, max_row_change and weight_decay of a group, multiplied by its boosts."""
     lr, change, decay = group["lr"], float(group["max_row_change"]), float(group["weight_decay"])
     lr = lr if type(lr) is float else _number(lr, device, options)
+    boosts = (effect.lr, effect.decay)
     if not any(isinstance(boost, Tensor) or boost != 1.0 for boost in boosts):
         return lr, change, decay
     of_lr, of_decay = (_number(boost, device, options) for boost in boosts)
