@@ -15,12 +15,12 @@ from ._numbers import as_number
 from ._warn import warn
 from .checkpoints import check_form
 from .distributed import ranks
-from .options import (
+from .options import check_group
+from .param_groups import (
     CYCLE_AT_REST,
     GROUP_KEYS,
     PROGRESS,
     CycleNumbers,
-    check_group,
     check_pickled,
     fill_in,
     group_defaults,

@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from ._warn import warn
-from .options import GROUP_KEYS, STATES
+from .options import STATES
+from .param_groups import GROUP_KEYS
 from .state.formats import unpacked
 
 __all__ = ["is_state_dict", "to_adamw", "to_float32", "to_grokadamw"]

@@ -20,7 +20,8 @@ from .backends import Batch, Scalars
 from .backends.gpu_tables import Tables
 from .distributed import check_shard_group, overflow_of_all
 from .groups import check_model, grokking_groups
-from .options import RECORDED, check_group, group_defaults, rules_of
+from .options import check_group, rules_of
+from .param_groups import RECORDED, group_defaults
 from .signals import memorisation
 from .state.sizes import sizes
 from .state.slots import WINDOW, states_of

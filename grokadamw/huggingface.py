@@ -26,7 +26,8 @@ from ._arguments import is_given, lost, unused
 from ._hints import meant
 from ._warn import warn
 from .grokadamw import GrokAdamW
-from .options import OPTIONS, TAKE, check_settings, recorded
+from .options import OPTIONS, TAKE, check_settings
+from .param_groups import recorded
 from .step.alpha import Combine, Signal, Signals
 
 try:

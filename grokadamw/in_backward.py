@@ -17,7 +17,7 @@ from .backends.gpu_tables import Tables
 from .ddp import why_not_early
 from .grokadamw import GrokAdamW
 from .layers import name_of
-from .options import check_changed
+from .param_groups import check_changed
 from .signals import SlowGradient
 from .step import stages
 from .step.alpha import Signals

@@ -14,7 +14,7 @@ from . import _trainers as trainers
 from ._checks import check_count, check_number
 from ._numbers import as_float
 from .grokadamw import GrokAdamW
-from .options import RECORDED, recorded
+from .param_groups import RECORDED, recorded
 from .state.slots import states_of
 from .step.capture import is_capturing
 from .step.metrics import most

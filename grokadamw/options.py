@@ -1,21 +1,19 @@
-"""All options of GrokAdamW in one table, and what follows from it: defaults, checks, what groups and checkpoints hold.
+"""All options of GrokAdamW in one table, and the checks of their values.
 
 To add an option, add its row to `OPTIONS`, its argument to the constructor, and a line to the class's docstring.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
-from itertools import chain, compress, product
+from itertools import product
 from numbers import Real
-from operator import is_, is_not, itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import layers
 from ._checks import (
     Check,
     check_betas,
@@ -27,7 +25,6 @@ from ._checks import (
     one_of,
     or_none,
 )
-from ._numbers import Number, as_float, as_number, plain
 
 STATES = ("exp_avg", "exp_avg_sq", "grok_ema")  # m, v and μ
 FORMATS = ("float32", "bfloat16", "int8")  # in which states can be kept
@@ -124,9 +121,8 @@ OPTIONS: dict[str, Option] = {
 GROUP_OPTIONS = [name for name, option in OPTIONS.items() if option.scope == GROUP]
 OF_NO_GROUP = [name for name, option in OPTIONS.items() if option.scope == RUNNING]
 # Groups hold no signals, but release 0.1.2 had their key there, and its users read it: the key stays, with None.
-_IN_GROUPS = [name for name, option in OPTIONS.items() if option.scope != RUNNING or name == "grokking_signal_fns"]
-_OPTIONS_IN = itemgetter(*_IN_GROUPS)
-KEPT = [name for name in _IN_GROUPS if OPTIONS[name].on_load != TAKE]  # as constructed, whatever is loaded
+IN_GROUPS = [name for name, option in OPTIONS.items() if option.scope != RUNNING or name == "grokking_signal_fns"]
+KEPT = [name for name in IN_GROUPS if OPTIONS[name].on_load != TAKE]  # as constructed, whatever is loaded
 
 
 class Rules(NamedTuple):
@@ -158,61 +154,6 @@ def may_be_coded(defaults: Mapping[str, Any]) -> bool:
     """Return True if an optimizer may keep state or parameters in fewer bits than a step computes with."""
     bits, rounding = defaults["master_weight_bits"], defaults["rounding"]
     return bool(defaults["state_dtype"] != "float32" or bits or rounding != "nearest")
-
-
-RECORDED = ("train_loss", "eval_loss", "train_acc", "eval_acc")  # by `GrokAdamW.record`
-
-
-class CycleNumbers(NamedTuple):
-    """What the first micro-batch of a cycle fixes for a group, which keeps it as a plain tuple, `cycle`."""
-
-    alpha: Number = 0.0
-    amplification: float = 0.0  # the factor of λ
-    lamb: float = 0.0
-    beta1: float = 0.0
-    beta2: float = 0.0
-    gamma: float = 0.0
-    boost: Number = 1.0  # the factor of lr and max_row_change
-    decay_boost: Number = 1.0  # the factor of weight_decay
-
-    @classmethod
-    def of(cls, group: Mapping[str, Any], amplification: float, alpha: Number, *boosts: Number) -> CycleNumbers:
-        """Take λ, the betas and γ from a group."""
-        beta1, beta2 = map(float, group["betas"])
-        return cls(alpha, amplification, float(group["lamb"]), beta1, beta2, float(group["gamma"]), *boosts)
-
-
-# the micro-batches of a cycle so far, and its numbers
-CYCLE_AT_REST: dict[str, Any] = {"micro_step": 0, "cycle": tuple(CycleNumbers())}
-# The progress of a run, which groups hold beside their options; "last_norm" is N of `step_in_backward`'s last pass.
-PROGRESS = {**dict.fromkeys(RECORDED), "signal_state": None, "skipped_steps": 0, **CYCLE_AT_REST, "last_norm": 0.0}
-GROUP_KEYS = (*_IN_GROUPS, *PROGRESS, "layers")
-
-
-def recorded(groups: Sequence[dict[str, Any]], name: str) -> Any:
-    """Return what `GrokAdamW.record` was last given under a name: the value of the first group that has one."""
-    for group in groups:
-        if group.get(name) is not None:
-            return group[name]
-    return None
-
-
-def check_pickled(state: Mapping[str, Any]) -> None:
-    """Raise ValueError for a pickled optimizer of release 0.1.2, which cannot be read."""
-    if "defaults" in state and "skipped_steps" not in state["defaults"]:
-        raise ValueError(
-            "this is a pickled optimizer of grokadamw 0.1.2, and cannot be read: under that release, save its "
-            "state_dict(), which load_state_dict can load"
-        )
-
-
-def group_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a group holds from the start, as plain data, from the constructor's arguments.
-
-    All keys are there from the start because sharded checkpoints need the same keys on both sides.
-    """
-    options = {name: arguments.get(name, OPTIONS[name].default) for name in _IN_GROUPS}
-    return {**options, "grokking_signal_fns": None, **PROGRESS}
 
 
 def check_group(
@@ -315,89 +256,3 @@ def check_settings(
     if isinstance(group["lr"], Real) and -1e-12 < float(group["lr"]) < 0:
         group = {**group, "lr": 0.0}  # a scheduler's 0, to rounding
     check_group(group, defaults, read_tensors=False, names=names)
-
-
-def check_changed(
-    groups: Sequence[dict[str, Any]],
-    defaults: Mapping[str, Any],
-    checked: list[tuple[Any, ...]],
-    checked_layers: list[list[int]],
-) -> None:
-    """Check options and layers set by hand since the last step; the lists hold their values, and are updated."""
-    layers.check_changed(groups, checked_layers)
-    # with the number of keys: a group that got another one may have an option that is not allowed in groups
-    now = [(len(group), *_OPTIONS_IN(group)) for group in groups]
-    if len(now) == len(checked) and all(map(is_, chain.from_iterable(now), chain.from_iterable(checked))):
-        return
-    kept = checked[: len(now)]
-    for i, (group, new) in enumerate(zip(groups, now, strict=True)):
-        different: Collection[str] = OPTIONS
-        if i < len(kept) and new[0] == kept[i][0]:
-            different = list(compress(_IN_GROUPS, map(is_not, new[1:], kept[i][1:])))
-        if different:
-            try:
-                check_settings(group, defaults, different)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise type(error)(f"in param_groups[{i}]: {error}") from None
-        if list in map(type, new):  # a list may be changed in place: check it at every step
-            now[i] = tuple([... if type(value) is list else value for value in new])
-    checked[:] = now
-
-
-def check_loaded(
-    saved: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]
-) -> None:
-    """Raise ValueError if a step would refuse the groups that `fill_in` makes of saved ones."""
-    for i, (old, own) in enumerate(zip(saved, groups, strict=True)):
-        group = {**defaults, **own, **old, **{name: own[name] for name in KEPT}}
-        try:
-            check_settings(group, defaults)
-            layers.as_integers("layers", group["layers"])
-            for name in (*RECORDED, "skipped_steps", "last_norm", "micro_step"):
-                if group[name] is not None or name not in RECORDED:
-                    as_number(group[name], name)
-            cycle, count = group["cycle"], len(CycleNumbers._fields)
-            if not isinstance(cycle, (tuple, list)) or len(cycle) != count:
-                raise ValueError(f"cycle={cycle!r} is not a list of {count} numbers")
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"state_dict: param_groups[{i}] cannot be loaded, as {error}") from None
-
-
-def make_savable(groups: Sequence[dict[str, Any]]) -> None:
-    """Replace NumPy's numbers by Python's, also in layers, and detach recorded values from their autograd graph."""
-    for group in groups:
-        for name, value in group.items():
-            group[name] = plain(value)  # a scheduler's may be NumPy's
-        for name in RECORDED:
-            if group[name] is not None:  # set by hand, it may have a graph, which cannot be copied
-                group[name] = as_number(group[name], name)
-        group["layers"] = layers.as_integers("layers", group["layers"])
-        group["cycle"] = tuple(map(as_float, group["cycle"]))
-        group["last_norm"] = as_float(group["last_norm"])
-
-
-def place_recorded(groups: Sequence[dict[str, Any]]) -> None:
-    """Move loaded losses and accuracies to the device where `record` keeps them, so that α is computed there."""
-    for group in groups:
-        for name in RECORDED:
-            if isinstance(group[name], Tensor) and group["params"]:
-                group[name] = as_number(group[name].to(group["params"][0].device), name)
-
-
-def fill_in(groups: list[dict[str, Any]], earlier: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-    """Complete loaded or unpickled groups: keys that they lack, and options that loading keeps, are as before.
-
-    They may be another optimizer's, or an older version's, and replace the `earlier` groups, if there are any.
-    """
-    for i, group in enumerate(groups):
-        before = defaults | (earlier[i] if i < len(earlier) else {})
-        for name, value in (before | {"signal_state": None, **CYCLE_AT_REST, "last_norm": 0.0}).items():
-            if name != "param_names":
-                group.setdefault(name, value)
-        if i < len(earlier):
-            group.update({name: before[name] for name in KEPT})
-        group.update(betas=tuple(group["betas"]), cycle=tuple(group["cycle"]))
-        if len(group.get("layers", ())) != len(group["params"]):
-            known = earlier[i].get("layers", ()) if i < len(earlier) else ()
-            fits = len(known) == len(group["params"])
-            group["layers"] = known if fits else layers.layers_of(group, groups[:i])

@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 from ._checks import check_count, check_number
 from ._numbers import Number, accumulator, as_float, as_number, as_real, as_share, reads_are_free
 from .distributed import Shards, divisions, local, shards_of
-from .options import recorded
+from .param_groups import recorded
 from .state.formats import unpacked
 
 __all__ = ["AccuracyGap", "Plateau", "SlowGradient", "loss_gap", "memorisation"]

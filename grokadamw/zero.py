@@ -14,7 +14,8 @@ from types import FrameType
 from typing import Any
 
 from .distributed import check_shard_group
-from .options import KEPT, OF_NO_GROUP, PROGRESS, fill_in, place_recorded, rules_of
+from .options import KEPT, OF_NO_GROUP, rules_of
+from .param_groups import PROGRESS, fill_in, place_recorded
 
 
 def caller() -> Any:

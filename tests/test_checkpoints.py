@@ -520,8 +520,8 @@ def test_what_cannot_be_written_leaves_the_old_file(
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_the_conversions_need_the_table_of_options_alone() -> None:
-    """No optimizer and nothing of a step: in a package without __init__ they load the table and the state's formats."""
+def test_the_conversions_need_no_optimizer() -> None:
+    """And nothing of a step: in a package without __init__ they load what groups hold, and the state's formats."""
     code = """
 import sys, types
 package = types.ModuleType("grokadamw")
@@ -532,7 +532,8 @@ print(*sorted(name for name in sys.modules if name.startswith("grokadamw.")))
 """
     folder = HERE.parent.parent / "grokadamw"
     loaded = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True).stdout
-    private, public = ("_checks", "_numbers", "_warn"), ("checkpoints", "ddp", "distributed", "layers", "options")
+    private = ("_checks", "_numbers", "_warn")
+    public = ("checkpoints", "ddp", "distributed", "layers", "options", "param_groups")
     needed = (*private, *public, "state", "state.formats")
     assert loaded.split() == [f"grokadamw.{name}" for name in needed]
 

@@ -19,7 +19,8 @@ import torch
 import grokadamw
 from grokadamw import GrokAdamW
 from grokadamw.checkpoints import to_adamw
-from grokadamw.options import GROUP_KEYS, OPTIONS, STATES, may_be_coded
+from grokadamw.options import OPTIONS, STATES, may_be_coded
+from grokadamw.param_groups import GROUP_KEYS
 
 from .models import parameters
 

@@ -18,7 +18,8 @@ from .._warn import warn
 from ..checkpoints import to_grokadamw
 from ..distributed import shards_of
 from ..layers import unwrapped
-from ..options import OPTIONS, STATES, WARN, check_loaded
+from ..options import OPTIONS, STATES, WARN
+from ..param_groups import check_loaded
 from . import formats, window
 from .slots import WINDOW, State, by_device, dtype_of, step_device
 

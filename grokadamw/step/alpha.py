@@ -19,7 +19,8 @@ from .._checks import check_keys
 from .._numbers import Number, as_float, as_number
 from .._warn import warn
 from ..distributed import mean_over_ranks, ranks
-from ..options import Rules, recorded
+from ..options import Rules
+from ..param_groups import recorded
 from ..signals import AccuracyGap, loss_gap, memorisation
 from .effects import is_boosted
 

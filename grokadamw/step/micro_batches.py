@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..options import CycleNumbers
+from ..param_groups import CycleNumbers
 from ..state.slots import State
 from .effects import Effect
 

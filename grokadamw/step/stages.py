@@ -26,7 +26,8 @@ from ..backends import foreach, gpu, rows
 from ..backends.gpu_tables import Tables
 from ..backends.types import WHOLE, Batch, MicroStep, Scalars
 from ..distributed import AllRanks, check_agreed, check_shard_group, divisions, part, state_is_asked_for
-from ..options import RECORDED, Rules, check_changed, recorded, rules_of
+from ..options import Rules, rules_of
+from ..param_groups import RECORDED, check_changed, recorded
 from . import capture, metrics, norm
 from .alpha import Signals, alpha_of, hear
 from .batches import Batches, Given, collect, forget_state, make_state
