@@ -1,4 +1,4 @@
-"""What GrokAdamW does between steps: groups that may be changed by hand, checkpoints, pickles and copies."""
+"""What GrokAdamW does between steps: groups that may be changed by hand, reports, checkpoints, pickles and copies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._numbers import as_number
 from ._warn import warn
 from .checkpoints import check_form
 from .distributed import ranks
-from .options import check_group
+from .options import check_group, rules_of
 from .param_groups import (
     CYCLE_AT_REST,
     GROUP_KEYS,
@@ -28,12 +28,16 @@ from .param_groups import (
     place_recorded,
 )
 from .state.loading import keeping_precision
+from .state.sizes import sizes
+from .state.slots import states_of
+from .step import metrics
 from .step.alpha import Signals
+from .step.batches import Given
 from .step.stages import Run
 
 
 class Base(Optimizer):
-    """GrokAdamW without `step`: its groups, checkpoints, pickles and copies."""
+    """GrokAdamW without `step`: its groups, reports, checkpoints, pickles and copies."""
 
     _run: Run
     _preset_gamma: float | None = None  # the γ that `for_grokking` chose, which needs no warning
@@ -114,9 +118,48 @@ class Base(Optimizer):
                 run.flattened = True  # warn once: DeepSpeed steps one group after the other
                 warn(sentence, UserWarning)
 
-    def _settle(self) -> None:
+    def implementation(self) -> str:
+        """Return which implementation updates the parameters, and why: a line for each, ``"name: reason"``.
+
+        ``gpu`` is one Triton launch for all tensors of a kind; ``cpu`` is the native kernel, one pass through memory;
+        ``blocks`` replaces it if it was not built; ``foreach`` uses torch's operations on lists of tensors,
+        ``reference`` on one at a time, ``decoded`` on float32 copies of fewer bits. Those three take parameters that
+        share memory, and all under torch.compile or FakeTensorMode. What is missing is taken to be like its parameter.
+        """
+        self._complete_groups()
+        return self._run.cache.describe(Given(self.param_groups, self.state, self.defaults))
+
+    def layer_table(self) -> list[layers.Layer]:
+        """Return a row for each layer, in order: ``layer``, the ``names`` of its parameters, ``beta1`` (its β1_l)."""
+        self._complete_groups()
+        return layers.table(self.param_groups, self._run.names)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the last step did, or a later ``update_signals``, as plain floats. This waits for the device.
+
+        ``step`` (steps taken, the most of any parameter), ``signal`` (s), ``signal/<name>`` (each function's last
+        usable value), ``alpha`` (α, which a window does not use), ``boost`` (what the signal multiplies lr by),
+        ``decay_boost`` (and ``weight_decay`` by), ``grad_norm`` (N, before clipping), ``clip_coefficient`` (c),
+        ``skipped_steps``, ``signal_failures``, ``beta1_min`` and ``beta1_max`` (of β1_l). If groups differ, ``alpha``
+        and ``clip_coefficient`` are the smallest, and the boosts the largest. NaN means unknown: before the first step,
+        without a usable signal, or for a norm that nothing needed.
+        """
+        self._complete_groups()
         self._run.settle(self.param_groups)
         zero.tell(self)
+        run, states = self._run, states_of(self.param_groups, self.state)
+        return metrics.as_floats(run.last, self.param_groups, states, run.signals, rules_of(self.defaults))
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes that training takes on this rank, by kind; before the first step, those that it will take.
+
+        ``parameters``, ``gradients`` (a missing one counts as its parameter), ``exp_avg``, ``exp_avg_sq`` and
+        ``grok_ema`` with their scales, ``param_low``, ``window`` and ``step``; ``total``, their sum; and beside it
+        ``adamw``, the total of ``torch.optim.AdamW`` on the same parameters. Activations, temporary memory of a step,
+        and parameters outside the optimizer are not included. ``python -m grokadamw memory`` needs no model.
+        """
+        self._complete_groups()
+        return sizes(self.param_groups, self.state, self.defaults)
 
     def state_dict(self) -> dict[str, Any]:
         """Return only tensors and plain data, as torch does, so that ``torch.load(weights_only=True)`` can read it.

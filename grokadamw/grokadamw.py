@@ -20,12 +20,11 @@ from .backends import Batch, Scalars
 from .backends.gpu_tables import Tables
 from .distributed import check_shard_group, overflow_of_all
 from .groups import check_model, grokking_groups
-from .options import check_group, rules_of
+from .options import check_group
 from .param_groups import RECORDED, group_defaults
 from .signals import memorisation
-from .state.sizes import sizes
 from .state.slots import WINDOW, states_of
-from .step import capture, metrics, stages
+from .step import capture, stages
 from .step.alpha import Combine, Signal, Signals
 from .step.batches import Given
 from .step.stages import Run
@@ -393,45 +392,3 @@ class GrokAdamW(Base):
         self._run.names = layers.take_from(model, self.param_groups, self._run.names)
         self._run.layers_checked = False
         zero.tell(self)
-
-    def implementation(self) -> str:
-        """Return which implementation updates the parameters, and why: a line for each, ``"name: reason"``.
-
-        ``gpu`` is one Triton launch for all tensors of a kind; ``cpu`` is the native kernel, one pass through memory;
-        ``blocks`` replaces it if it was not built; ``foreach`` uses torch's operations on lists of tensors,
-        ``reference`` on one at a time, ``decoded`` on float32 copies of fewer bits. Those three take parameters that
-        share memory, and all under torch.compile or FakeTensorMode. What is missing is taken to be like its parameter.
-        """
-        self._complete_groups()
-        return self._run.cache.describe(Given(self.param_groups, self.state, self.defaults))
-
-    def layer_table(self) -> list[layers.Layer]:
-        """Return a row for each layer, in order: ``layer``, the ``names`` of its parameters, ``beta1`` (its β1_l)."""
-        self._complete_groups()
-        return layers.table(self.param_groups, self._run.names)
-
-    def metrics(self) -> dict[str, float]:
-        """Return what the last step did, or a later ``update_signals``, as plain floats. This waits for the device.
-
-        ``step`` (steps taken, the most of any parameter), ``signal`` (s), ``signal/<name>`` (each function's last
-        usable value), ``alpha`` (α, which a window does not use), ``boost`` (what the signal multiplies lr by),
-        ``decay_boost`` (and ``weight_decay`` by), ``grad_norm`` (N, before clipping), ``clip_coefficient`` (c),
-        ``skipped_steps``, ``signal_failures``, ``beta1_min`` and ``beta1_max`` (of β1_l). If groups differ, ``alpha``
-        and ``clip_coefficient`` are the smallest, and the boosts the largest. NaN means unknown: before the first step,
-        without a usable signal, or for a norm that nothing needed.
-        """
-        self._complete_groups()
-        self._settle()
-        run, states = self._run, states_of(self.param_groups, self.state)
-        return metrics.as_floats(run.last, self.param_groups, states, run.signals, rules_of(self.defaults))
-
-    def memory(self) -> dict[str, int]:
-        """Return the bytes that training takes on this rank, by kind; before the first step, those that it will take.
-
-        ``parameters``, ``gradients`` (a missing one counts as its parameter), ``exp_avg``, ``exp_avg_sq`` and
-        ``grok_ema`` with their scales, ``param_low``, ``window`` and ``step``; ``total``, their sum; and beside it
-        ``adamw``, the total of ``torch.optim.AdamW`` on the same parameters. Activations, temporary memory of a step,
-        and parameters outside the optimizer are not included. ``python -m grokadamw memory`` needs no model.
-        """
-        self._complete_groups()
-        return sizes(self.param_groups, self.state, self.defaults)
