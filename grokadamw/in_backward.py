@@ -149,14 +149,11 @@ class StepInBackward:
                 return [], None
             if not self.is_open:
                 self._begin(optimizer)
-            groups, was_idle = optimizer.param_groups, run.idle
-            run.idle |= bool(self._updated)  # these had gradients: do not warn that there were none
+            groups = optimizer.param_groups
             left, tables = stages.prepare(run, given._replace(groups=groups, state=optimizer.state))
             calls = self._clipped(left, run.last, groups)
-            if self._updated:
-                run.idle = was_idle
-                if given.options["accumulation_steps"] == 1:
-                    run.stepped = bool(calls) or len(self._skipped) < len(self._updated)
+            if self._updated and given.options["accumulation_steps"] == 1:
+                run.stepped = bool(calls) or len(self._skipped) < len(self._updated)
             clips = [self._norm.clip(group["gradient_clipping"]) for group in groups]
             run.last = run.last._replace(norms=[self._norm.value], clips=clips)
             if self._skipped and groups[0]["skipped_steps"] == 0:

@@ -65,6 +65,11 @@ class Run:
     before_loading: list[dict[str, Any]] = field(default_factory=list)  # groups before `zero` loaded another rank's
     graphs: list[Any] = field(default_factory=list)  # what CUDA graphs of the step read, besides tensors that users see
 
+    @property
+    def has_updated_early(self) -> bool:
+        """True if the backward pass that the next step ends has updated parameters."""
+        return self.in_backward is not None and self.in_backward.has_updated
+
     def settle(self, groups: Sequence[dict[str, Any]]) -> None:
         """Read back the counts that are on a device."""
         if self.skipped is not None and (steps := int(self.skipped)) > 0:
@@ -272,7 +277,7 @@ def _warn_if_idle(run: Run, given: Given, norms: Sequence[Number | None]) -> Non
     """Warn once of a step in which no parameter of this rank, nor of its shard_group, has a gradient."""
     # with a shard_group another rank may have gradients; without any here the norm is Python's number, or unknown
     elsewhere = given.shard_group is not None and norms[:1] != [0.0]
-    if run.idle or elsewhere or not any(group["params"] for group in given.groups):
+    if run.idle or elsewhere or run.has_updated_early or not any(group["params"] for group in given.groups):
         return
     run.idle = True
     warn(
@@ -337,8 +342,7 @@ def _not_finite(run: Run, given: Given, params: Sequence[Tensor]) -> RuntimeErro
     names = ", ".join(layers.name_of(param, given.groups, run.names) for param in found)
     is_alone = given.shard_group is None and not divisions(given.groups)
     others = "their sum of squares overflows" if is_alone else "another rank's, or Σg² overflows"
-    early = run.in_backward is not None and run.in_backward.has_updated
-    what = "Earlier parameters of this pass were updated" if early else "Nothing was written"
+    what = "Earlier parameters of this pass were updated" if run.has_updated_early else "Nothing was written"
     return RuntimeError(
         f'the gradients are not finite: {names or others}. {what}; nonfinite="skip" goes on without such a step'
     )
