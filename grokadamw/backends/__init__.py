@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import blocks, cpu, decoded, foreach, gpu, memory, native, reference
-from .types import Batch, Choice, Scalars
+from .types import NOBODY, Batch, Choice, Scalars
 
 __all__ = ["BY_ADDRESS", "FUSED_ON", "LIMITS_ROWS", "Batch", "Choice", "Scalars", "choose"]
 __all__ += ["fastest_sum_of_squares", "is_fused_on", "keep", "row_width", "sum_of_squares"]
@@ -46,39 +46,29 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: 
         return Choice(reference, "torch.func transforms it, and has no rules for lists")
     if asked := asked_for(options):
         return asked._replace(module=decoded) if coded else asked
-    if coded:
-        return _chosen_for_codes(row, step)
-    if gpu.is_for(row[0].device):
-        reason = gpu.why_not(row, step)
-        return Choice(foreach, reason) if reason else Choice(gpu, _LAUNCH)
-    if not row[0].is_cpu:
-        return Choice(foreach, f"parameters on {row[0].device}")
-    if reason := memory.why_not(row, step):
-        return Choice(foreach, reason)
-    kernel = native.kernel()
-    if not isinstance(kernel, str):
-        return Choice(cpu, f"the native kernel, compiled for {kernel.instruction_set}")
-    if reason := blocks.why_not(row, options["second_moment"] == "raw", options["compat"] is not None):
-        return Choice(foreach, f"{kernel}, and {reason}")
-    return Choice(blocks, kernel)
-
-
-def _chosen_for_codes(row: Sequence[Tensor], step: Tensor) -> Choice:
-    """Return the backend for a parameter if it or its state is kept in fewer bits."""
-    reason: str | None
-    if gpu.is_for(row[0].device):
-        choice, reason = Choice(gpu, _LAUNCH), gpu.why_not(row, step, True)
-    elif not row[0].is_cpu:
-        return Choice(decoded, f"float32 copies, as there is no kernel for parameters on {row[0].device}")
-    else:
-        kernel = native.kernel()
-        instructions = "" if isinstance(kernel, str) else kernel.instruction_set
-        choice = Choice(cpu, f"the native kernel, compiled for {instructions}")
-        reason = memory.why_not(row, step, True) or (kernel if isinstance(kernel, str) else None)
+    choice, reason = _by_address(row, step, options, coded)
     is_matrix_of_halves = row[0].itemsize == 2 and row[0].dim() > 1 and row[0].numel() > 0
-    if reason is None and is_matrix_of_halves and not row_width(choice, row[0], True):
+    if coded and reason is None and is_matrix_of_halves and not row_width(choice, row[0], True):
         reason = "rows longer than those that the kernel limits"  # rows.py does not know of low bits
-    return choice if reason is None else Choice(decoded, f"float32 copies, as {reason}")
+    if reason is None:
+        return choice
+    return Choice(decoded, f"float32 copies, as {reason}") if coded else Choice(foreach, reason)
+
+
+def _by_address(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: bool) -> tuple[Choice, str | None]:
+    """Return the backend that gets addresses on this device, and why it cannot take the parameter: None if it can."""
+    device = row[0].device
+    if gpu.is_for(device):
+        return Choice(gpu, _LAUNCH), gpu.why_not(row, step, coded)
+    if not row[0].is_cpu:
+        return NOBODY, f"{'there is no kernel for ' if coded else ''}parameters on {device}"
+    reason, kernel = memory.why_not(row, step, coded), native.kernel()
+    if not isinstance(kernel, str):
+        return Choice(cpu, f"the native kernel, compiled for {kernel.instruction_set}"), reason
+    if reason or coded:
+        return NOBODY, reason or kernel
+    reason = blocks.why_not(row, options["second_moment"] == "raw", options["compat"] is not None)
+    return Choice(blocks, kernel), reason and f"{kernel}, and {reason}"
 
 
 def asked_for(options: dict[str, Any]) -> Choice | None:
