@@ -95,10 +95,11 @@ def average(
 
 
 def means(windows: Sequence[Window], grads: Sequence[Tensor]) -> list[Tensor]:
-    """Return the means of the windows once these gradients are in: new tensors, in the dtype of the sums."""
+    """Return the means of the windows once these gradients are in: new tensors, in the dtype of the sums.
+
+    The host reads the counts.
+    """
     values = _stored(windows, grads)
-    if not _is_known(windows):
-        return [_total(w, x) / (w.seen + 1).clamp(max=len(w.ring)) for w, x in zip(windows, values, strict=True)]
     totals = list(torch._foreach_sub([w.total for w in windows], _rows(windows)))
     torch._foreach_add_(totals, values)
     for i, w in enumerate(windows):
@@ -111,7 +112,8 @@ def means(windows: Sequence[Window], grads: Sequence[Tensor]) -> list[Tensor]:
 def push(windows: Sequence[Window], grads: Sequence[Tensor], finite: Tensor | None = None) -> None:
     """Put a real gradient into each window, in place of its oldest; not if `finite` is a False tensor."""
     values = _stored(windows, grads)
-    if finite is not None or not _is_known(windows):
+    is_known = not torch.compiler.is_compiling() and reads_are_free(windows[0].seen.device)
+    if finite is not None or not is_known:
         for w, x in zip(windows, values, strict=True):
             _push_unread(w, x, torch.ones_like(w.seen, dtype=torch.bool) if finite is None else finite)
         return
@@ -130,20 +132,13 @@ def push(windows: Sequence[Window], grads: Sequence[Tensor], finite: Tensor | No
 def _push_unread(w: Window, x: Tensor, finite: Tensor) -> None:
     """Push a gradient without reading back the count."""
     place, is_end = (w.seen % len(w.ring)).reshape(1), w.seen % len(w.ring) == len(w.ring) - 1
-    total = _total(w, x)
-    row = torch.where(finite, x, w.ring.index_select(0, place).squeeze(0))
-    w.ring.index_copy_(0, place, row.unsqueeze(0))
-    lap = torch.where(is_end, 0, w.lap + x)
-    news = [torch.where(finite, total, w.total), torch.where(finite, lap, w.lap)]
+    oldest = w.ring.index_select(0, place).squeeze(0)
+    lap = w.lap + x
+    total = torch.where(is_end, lap, w.total - oldest + x)
+    w.ring.index_copy_(0, place, torch.where(finite, x, oldest).unsqueeze(0))
+    news = [torch.where(finite, total, w.total), torch.where(finite, torch.where(is_end, 0, lap), w.lap)]
     torch._foreach_copy_([w.total, w.lap], news)  # as compiled, copy_ loses a 0-d float64 on a CPU
     w.seen.add_(finite)
-
-
-def _total(w: Window, x: Tensor) -> Tensor:
-    """Return the sum of the ring once x is in it, without reading back the count."""
-    place = w.seen % len(w.ring)
-    oldest = w.ring.index_select(0, place.reshape(1)).squeeze(0)
-    return torch.where(place == len(w.ring) - 1, w.lap + x, w.total - oldest + x)
 
 
 def _stored(windows: Sequence[Window], grads: Sequence[Tensor]) -> list[Tensor]:
@@ -158,8 +153,3 @@ def _rows(windows: Sequence[Window]) -> list[Tensor]:
 
 def _ends_lap(w: Window) -> bool:
     return (int(w.seen) + 1) % len(w.ring) == 0
-
-
-def _is_known(windows: Sequence[Window]) -> bool:
-    """Return True if the host can read the counts without waiting."""
-    return not torch.compiler.is_compiling() and reads_are_free(windows[0].seen.device)
