@@ -11,7 +11,7 @@ from torch import nn
 from . import zero
 from ._hints import meant
 from ._numbers import as_number
-from ._warn import warn
+from ._warn import is_new, warn
 from .accumulation import Accumulate
 from .grokadamw import GrokAdamW
 from .step.effects import is_boosted
@@ -89,8 +89,7 @@ def without_nan(values: Mapping[str, Any], said: set[str]) -> dict[str, Any]:
         number = as_number(value, name)
         if isinstance(number, float) and math.isnan(number):
             del found[name]
-            if f"{name} is NaN" not in said:
-                said.add(f"{name} is NaN")
+            if is_new(f"{name} is NaN", said):
                 warn(
                     f"{name}=nan is not recorded: the metric divided 0 by 0, or the model's outputs are NaN. "
                     "AccuracyGap and Monitor.grokked_at keep to the accuracies before",

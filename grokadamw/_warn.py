@@ -12,6 +12,13 @@ _FRAMEWORKS = (
 _NOT_THE_USERS = ("grokadamw", "torch", "contextlib", "copy", "functools", *_FRAMEWORKS)
 
 
+def is_new(what: str, said: set[str]) -> bool:
+    """Note that something was said, and return True if it was not before: most warnings come once."""
+    before = len(said)
+    said.add(what)
+    return len(said) > before
+
+
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the innermost frame that does not belong to this package, torch or a framework."""
     frame, level = sys._getframe(1), 2

@@ -24,7 +24,7 @@ from . import _trainers as trainers
 from . import zero
 from ._arguments import is_given, lost, unused
 from ._hints import meant
-from ._warn import warn
+from ._warn import is_new, warn
 from .grokadamw import GrokAdamW
 from .options import OPTIONS, TAKE, check_settings
 from .param_groups import recorded
@@ -205,8 +205,7 @@ class GrokAdamWCallback(TrainerCallback):
         is_evaluated = args.eval_strategy != "no" or args.eval_on_start
         if not is_evaluated:
             found._run.signals.silence_missing()  # the warning below says why
-        if "arguments" not in self._said:
-            self._said.add("arguments")
+        if is_new("arguments", self._said):
             trainers.say_who_clips(optimizer, args.max_grad_norm, "max_grad_norm")
             is_resumed = state.global_step > 0
             dropped = lost(args.optim_args, found, is_resumed, self._options)
@@ -289,8 +288,7 @@ class GrokAdamWCallback(TrainerCallback):
         last_step = logs[before - 1]["step"] if before else 0
         is_own = recorded(optimizer.param_groups, "train_loss") is not self._recorded
         goes_on = last_step < state.global_step < state.max_steps
-        if goes_on and not is_own and trainers.hears_losses(optimizer) and "no new loss" not in self._said:
-            self._said.add("no new loss")
+        if goes_on and not is_own and trainers.hears_losses(optimizer) and is_new("no new loss", self._said):
             optimizer._run.signals.silence_missing()
             logging, evaluation = (IntervalStrategy(x).value for x in (args.logging_strategy, args.eval_strategy))
             rarely = f"logging_steps={args.logging_steps:g}" if logging == "steps" else f'logging_strategy="{logging}"'
@@ -340,9 +338,10 @@ class GrokAdamWCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         is_last = state.global_step >= state.max_steps
         is_logged = self._logged_at == state.global_step
-        if self._optimizer is None or is_last or is_logged or args.save_only_model or "saves" in self._said:
+        if self._optimizer is None or is_last or is_logged or args.save_only_model:
             return  # a checkpoint of the model alone does not resume the optimizer
-        self._said.add("saves")
+        if not is_new("saves", self._said):
+            return
         warn(
             f"a checkpoint is saved at step {state.global_step}, and the training loss was last logged at step "
             f"{self._logged_at}: a run resumed from it records another mean of the losses, and its α and boost "

@@ -14,7 +14,7 @@ import torch
 
 from . import _trainers as trainers
 from ._numbers import accumulator
-from ._warn import warn
+from ._warn import is_new, warn
 from .grokadamw import GrokAdamW
 from .step.effects import is_boosted
 
@@ -36,7 +36,7 @@ class GrokAdamWCallback(Callback):
     - Layers are the module's, also in groups that are added in training. With several optimizers, each has the layers
       of the smallest module that contains all of its parameters.
     - The loss of every validation, and of the training batch before it, go to the signals. They adapt α and, with the
-      preset, the size of updates.
+      preset, the size of updates and weight decay.
     - Accuracies go to the signals, too, if you give their names: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
     - ``grok_alpha``, ``grok_boost``, ``grok_signal``, ``grok_grad_norm``, ``grok_clip_coefficient`` and
       ``grok_skipped_steps`` are logged every ``log_every_n_steps``, as far as they are known; those of a second
@@ -105,14 +105,14 @@ class GrokAdamWCallback(Callback):
         self._is_late = self._waits_for_loss = False
         self._heard.clear()
         limit = trainer.gradient_clip_val
-        if limit and self._says("clips"):
+        if limit and is_new("clips", self._said):
             by_norm = trainer.gradient_clip_algorithm != "value"
             for optimizer in trainer.optimizers[:1]:  # with several, Lightning leaves clipping to the module
                 trainers.say_who_clips(optimizer, float(limit), "gradient_clip_val", by_norm=by_norm)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # its connector sets it
         classes = {kind.__name__ for callback in callbacks for kind in type(callback).__mro__}
         boosts = any(is_boosted(group) for optimizer in self._optimizers for group in optimizer.param_groups)
-        if "WeightAveraging" in classes and boosts and self._says("averages"):
+        if "WeightAveraging" in classes and boosts and is_new("averages", self._said):
             warn(
                 "validation measures averaged weights, which lag behind those that train: the signal takes that for "
                 "memorising, and updates stay large, or decay strong. Leave the averaging out, or give the "
@@ -122,7 +122,7 @@ class GrokAdamWCallback(Callback):
         if not trainer.enable_validation:
             for optimizer in self._optimizers:
                 optimizer._run.signals.silence_missing()  # the warning below says why
-            if ("eval_acc" in self._evaluated or self._hears_losses()) and self._says("no validation"):
+            if ("eval_acc" in self._evaluated or self._hears_losses()) and is_new("no validation", self._said):
                 warn(
                     "no validation is planned, so signals that compare losses or accuracies stay silent, and neither α "
                     "nor the boost adapts. Give the module a validation_step, and fit data for it, or make the "
@@ -199,17 +199,17 @@ class GrokAdamWCallback(Callback):
             self._waits_for_loss = self._is_late
         self._record(**self._mean_over_ranks(found, trainer))
         for name, key in self._evaluated.items():
-            if key not in metrics and self._says(name):
+            if key not in metrics and is_new(name, self._said):
                 self._warn(name, key, trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, key in self._evaluated.items():
             is_needed = name == "eval_acc" or self._hears_losses()
-            if is_needed and name not in self._heard and trainer.enable_validation and self._says(name):
+            if is_needed and name not in self._heard and trainer.enable_validation and is_new(name, self._said):
                 self._warn(name, key, trainer)
-        if "train_loss" not in self._heard and self._says("train_loss"):
+        if "train_loss" not in self._heard and is_new("train_loss", self._said):
             self._warn("train_loss", self._train_loss, trainer)
-        if self._train_acc is not None and "train_acc" not in self._heard and self._says("train_acc"):
+        if self._train_acc is not None and "train_acc" not in self._heard and is_new("train_acc", self._said):
             self._warn("train_acc", self._train_acc, trainer)
         self._optimizers = []
 
@@ -251,9 +251,3 @@ class GrokAdamWCallback(Callback):
             why, way_out = "no validation took place", "validate more often, as by val_check_interval"
         silent = "signals of losses" if which.endswith("loss") else "AccuracyGap and Monitor.grokked_at"
         warn(f"GrokAdamWCallback {waited}, but {why}: {silent} stay silent; {way_out}", UserWarning)
-
-    def _says(self, what: str) -> bool:
-        """Return True the first time that this is asked of `what`."""
-        is_first = what not in self._said
-        self._said.add(what)
-        return is_first

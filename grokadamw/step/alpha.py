@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from .._checks import check_keys
 from .._numbers import Number, as_float, as_number
-from .._warn import warn
+from .._warn import is_new, warn
 from ..distributed import mean_over_ranks, ranks
 from ..options import Rules
 from ..param_groups import recorded
@@ -163,9 +163,8 @@ class Signals:
             return
         self._steps_without += 1
         limit = 100 if any(name.startswith("train") for name in missing) else 1000
-        if self._steps_without < limit or "missing values" in self._warned:
+        if self._steps_without < limit or not is_new("missing values", self._warned):
             return
-        self.silence_missing()
         if as_float(elsewhere) == 0:
             names = ", ".join(f"{name}=…" for name in missing)
             warn(
@@ -182,8 +181,7 @@ class Signals:
             self._train_losses_alone += 1
         heard = any(is_boosted(group) and group["eval_loss"] is not None for group in groups)
         is_old = self._train_losses_alone >= 100 and heard and any(self.takes_losses)
-        if is_old and "an old eval_loss" not in self._warned:
-            self._warned.add("an old eval_loss")
+        if is_old and is_new("an old eval_loss", self._warned):
             warn(
                 "100 training losses were recorded since the last evaluation loss: a model that has learnt since then "
                 "seems to have memorised, and signal_boost or decay_boost acts on that. Record both losses after an "
@@ -266,8 +264,7 @@ class Signals:
 
     def _left_out(self, who: str, what: str) -> None:
         self.failures += 1
-        if who not in self._warned:
-            self._warned.add(who)
+        if is_new(who, self._warned):
             where = ". metrics()['signal_failures'] counts them" if self.counted else ""
             warn(f"{who} {what}: it is left out of this step, and of any other where it fails{where}", RuntimeWarning)
 
