@@ -182,7 +182,7 @@ def check_group(
             )
         if option.scope != RUNNING:
             checked[name] = value
-    if not _TOGETHER.isdisjoint(names):
+    if not _ALONE.issuperset(names):
         _check_together({**group, **checked})
     if read_tensors:
         for name, value in checked.items():
@@ -205,12 +205,8 @@ _CONFLICTS = (
     (("rounding",), ("master_weight_bits",), ", which rounds at random what its bits do not hold:"),
     (("accumulation_steps", "amplify_by_signal"), ("capturable",), ": a CUDA graph does the same at every replay;"),
 )
-
-
-# all options that `_check_together` reads
-_TOGETHER = {"fused", "foreach", "nonfinite", "window_size", "window_dtype", "second_moment"}.union(
-    *(names + others for names, others, _ in _CONFLICTS)
-)
+# what schedulers change, at any step: these options go with all others, so `_check_together` need not look again
+_ALONE = frozenset(("lr", "betas", "weight_decay", "alpha_init", "lamb", "gamma"))
 
 
 def _check_together(options: Mapping[str, Any]) -> None:
