@@ -39,25 +39,23 @@ class Given(NamedTuple):
     shard_group: Any = None  # the ranks that plain parameters are divided over
 
 
-class Entry(NamedTuple):
-    """A parameter that has a gradient, with its group, layer and number."""
-
-    group: int
-    param: Tensor
-    grad: Tensor
-    layer: int
-    number: int  # its place among all parameters of the optimizer
-
-
 class Member(NamedTuple):
     """What is known about a parameter besides its tensors."""
 
     group: int  # the one whose options it has
     layer: int
-    number: int
+    number: int  # its place among all parameters of the optimizer
     is_matrix: bool  # has rows
     begun: bool = False  # has begun its cycle of micro-batches
     blocks_before: int = 0  # blocks of it that lie on ranks before this one
+
+
+class Entry(NamedTuple):
+    """A parameter that has a gradient."""
+
+    param: Tensor
+    grad: Tensor
+    member: Member
 
 
 class Kind(NamedTuple):
@@ -94,9 +92,10 @@ def collect(given: Given, names: Mapping[Tensor, str], missing: Collection[Tenso
     for i, group in enumerate(given.groups):
         layers.check_length(group, i)
         for j, (param, layer, number) in enumerate(zip(group["params"], group["layers"], numbers, strict=False)):
+            member = Member(i, layer, number, param.dim() > 1)
             if param.grad is None:
                 if param in missing:
-                    entries.append(Entry(i, param, torch.zeros_like(param), layer, number))
+                    entries.append(Entry(param, torch.zeros_like(param), member))
                 continue
             if param.grad.layout != torch.strided:
                 name = layers.names(group, i, names)[j]
@@ -104,13 +103,13 @@ def collect(given: Given, names: Mapping[Tensor, str], missing: Collection[Tenso
                     f"GrokAdamW does not support sparse gradients, and {name} has one: build its module with "
                     "sparse=False (torch.nn.Embedding), or give it to torch.optim.SparseAdam"
                 )
-            entries.append(Entry(i, param, param.grad.resolve_conj(), layer, number))
-    for entry in entries:
-        check(given.state.get(entry.param, {}), entry.param)
-        if given.groups[entry.group]["fused"] and not backends.is_fused_on(entry.param.device):
+            entries.append(Entry(param, param.grad.resolve_conj(), member))
+    for param, _, member in entries:
+        check(given.state.get(param, {}), param)
+        if given.groups[member.group]["fused"] and not backends.is_fused_on(param.device):
             raise RuntimeError(
                 "`fused=True` requires all the params to be floating point Tensors of supported devices: "
-                f"{backends.FUSED_ON}, and param_groups[{entry.group}] has one on {entry.param.device}: leave fused out"
+                f"{backends.FUSED_ON}, and param_groups[{member.group}] has one on {param.device}: leave fused out"
             )
     return entries
 
@@ -119,8 +118,8 @@ def make_state(entries: Iterable[Entry], given: Given) -> list[tuple[Tensor, lis
     """Make missing state, at zero, and return its names for each parameter; convert state that no longer fits it."""
     counts = {} if given.compiling else new_counts(given.state, [entry.param for entry in entries])
     made = []
-    for entry in entries:
-        with_mu, param = float(given.groups[entry.group]["lamb"]) > 0, entry.param
+    for param, _, member in entries:
+        with_mu = float(given.groups[member.group]["lamb"]) > 0
         made.append((param, prepare(given.state[param], param, given.options, with_mu, counts.get(param))))
         lay_out(given.state[param], param, given.options)
     return made
@@ -259,10 +258,9 @@ def found_anew(entries: Sequence[Entry], given: Given) -> Batches:
         row = [None if x is None else as_real(local(x, shards)) for x in tensors]
         rows.append((*row, s["step"]))
         extras.append([None if x is None else local(x, shards) for x in map(s.get, EXTRAS)])
-        is_matrix, begun = entry.param.dim() > 1, bool(s.get("micro_step"))
         before = blocks_before(entry.param, BLOCK) if may_be_coded(options) else 0
-        members.append(Member(entry.group, entry.layer, entry.number, is_matrix, begun, before))
-        kinds.append(kind_of(rows[-1], extras[-1], groups[entry.group], is_matrix, shards))
+        members.append(entry.member._replace(begun=bool(s.get("micro_step")), blocks_before=before))
+        kinds.append(kind_of(rows[-1], extras[-1], groups[entry.member.group], entry.member.is_matrix, shards))
         grads.setdefault(shards, []).append(row[1])  # type: ignore[arg-type]
     columns = Columns(*map(list, zip(*rows, strict=True))) if rows else Columns([], [], [], [], [], [])
     columns = columns._replace(extras=list(map(list, zip(*extras, strict=True))))

@@ -53,7 +53,7 @@ def check_state(entries: Iterable[Entry], given: Given, has_heard: bool) -> None
             'optimizer with nonfinite="skip", which counts such steps'
         )
     for entry in entries:
-        group, needed = given.groups[entry.group], {"step"}
+        group, needed = given.groups[entry.member.group], {"step"}
         if group["lamb"] > 0:
             needed |= {"grok_ema"} if group["window_size"] is None else {"grok_ema", "grok_ring"}
         state = given.state.get(entry.param, {})
