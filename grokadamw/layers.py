@@ -62,8 +62,8 @@ def layers_of(group: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> list[
         return list(range(len(group["params"])))
     known: dict[str, int] = {}
     for other in earlier:
-        if other["layer"] is None:
-            known.update(zip(map(layer_path, other["param_names"]), other["layers"], strict=True))
+        if other["layer"] is None:  # the next step raises an error if there is not a layer for each name
+            known.update(zip(map(layer_path, other["param_names"]), other["layers"], strict=False))
     return _numbered(group["param_names"], known)
 
 

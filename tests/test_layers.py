@@ -313,6 +313,17 @@ def test_parameters_changed_by_hand_are_noticed() -> None:
     optimizer.step()
 
 
+def test_a_group_is_added_whole_although_another_lacks_layers() -> None:
+    """The next step says what is wrong with the other one."""
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = GrokAdamW([("first.weight", p)])
+    optimizer.param_groups[0]["layers"] = []
+    optimizer.add_param_group({"params": [("second.weight", q)]})
+    assert len(optimizer.param_groups[1]["layers"]) == 1
+    with pytest.raises(RuntimeError, match=r"param_groups\[0\] has 1 parameters and 0 layers"):
+        optimizer.step()
+
+
 BAD = {
     "below 0": ([0, -1], ValueError, r"layers.*\[1\]=-1 is out of range: give an integer of at least 0"),
     "not whole": ([0.5, 1], TypeError, r"layers.*\[0\]=0.5 is not an integer"),
