@@ -40,6 +40,8 @@ def check_scalar(name: str, value: Any, *, at_most: float | None = None) -> floa
         return check_number(name, value, at_most=at_most)
     if value.numel() != 1:
         raise ValueError(f"Tensor {name} must be 1-element, and {name}={value!r} is not")
+    if value.is_complex():
+        raise TypeError(f"{name}={value!r} is complex: give a real number")
     return value
 
 
@@ -59,9 +61,12 @@ def check_count(name: str, value: Any, at_least: int = 0) -> int:
     return int(value)
 
 
+_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
 def check_dtype(name: str, value: Any) -> Any:
     """Check that gradients can be kept in a dtype, or that it is None."""
-    if value not in (None, torch.bfloat16, torch.float32, torch.float64):
+    if value is not None and (not isinstance(value, torch.dtype) or value not in _DTYPES):
         raise ValueError(
             f"{name}={value!r} cannot keep gradients: give torch.bfloat16, float32, float64, or None for a dtype that "
             "suits the parameter"

@@ -194,9 +194,9 @@ class GrokAdamW(Base):
         elif grokking_signal_fn is not None:
             raise ValueError("grokking_signal_fns and its alias grokking_signal_fn are both given: leave out the alias")
         signals = Signals(grokking_signal_fns, combine)
-        signals.check_amplifies(amplify_by_signal)
         defaults = group_defaults(arguments)
         defaults |= check_group(defaults, defaults)
+        signals.check_amplifies(amplify_by_signal)
         check_shard_group(shard_group, [defaults])
         self._run = Run(signals, shard_group=shard_group)
         if (outer := zero.caller()) is not None:

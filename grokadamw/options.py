@@ -25,6 +25,7 @@ from ._checks import (
     one_of,
     or_none,
 )
+from ._numbers import reads_are_free
 
 STATES = ("exp_avg", "exp_avg_sq", "grok_ema")  # m, v and μ
 FORMATS = ("float32", "bfloat16", "int8")  # in which states can be kept
@@ -164,8 +165,8 @@ def check_group(
 ) -> dict[str, Any]:
     """Check options of a group whose defaults are filled in, and return them with Python's own numbers.
 
-    Without `read_tensors` the value of a tensor, which may be on a GPU, is not read. Raises TypeError, ValueError or
-    RuntimeError if an option's value is not allowed, or not in a group, or not together with another option.
+    Without `read_tensors` the value of a tensor on a GPU is not read. Raises TypeError, ValueError or RuntimeError if
+    an option's value is not allowed, or not in a group, or not together with another option.
     """
     if group.get("amsgrad"):
         raise ValueError(
@@ -184,16 +185,18 @@ def check_group(
             checked[name] = value
     if not _ALONE.issuperset(names):
         _check_together({**group, **checked})
-    if read_tensors:
-        for name, value in checked.items():
-            if isinstance(value, Tensor):
-                OPTIONS[name].check(name, value.item())
-        if group["foreach"] and isinstance(group["lr"], Tensor) and not group["capturable"]:
-            raise ValueError(
-                "lr as a Tensor is not supported for capturable=False and foreach=True: leave foreach out, or give a "
-                "number"
-            )
+    for name, value in checked.items():
+        if isinstance(value, Tensor) and (read_tensors or _is_readable(value)):
+            OPTIONS[name].check(name, value.item())
+    if read_tensors and group["foreach"] and isinstance(group["lr"], Tensor) and not group["capturable"]:
+        raise ValueError(
+            "lr as a Tensor is not supported for capturable=False and foreach=True: leave foreach out, or give a number"
+        )
     return checked
+
+
+def _is_readable(value: Tensor) -> bool:
+    return reads_are_free(value.device) and not torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 # Options, other options, and why: if one of the first differs from its default, none of the others may.
@@ -249,6 +252,7 @@ def check_settings(
     group: Mapping[str, Any], defaults: Mapping[str, Any], names: Collection[str] = OPTIONS.keys()
 ) -> None:
     """Check the options of these names in a group, which were set by hand."""
-    if isinstance(group["lr"], Real) and -1e-12 < float(group["lr"]) < 0:
+    lr = group["lr"]
+    if isinstance(lr, Real) and -1e-12 < lr < 0:  # type: ignore[operator]  # no float(lr), which may overflow
         group = {**group, "lr": 0.0}  # a scheduler's 0, to rounding
     check_group(group, defaults, read_tensors=False, names=names)

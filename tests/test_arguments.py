@@ -97,6 +97,25 @@ def test_a_list_that_is_changed_in_place_and_an_array_are_looked_at() -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", 10**400),
+        ("lr", torch.tensor(1j)),
+        *(("lr", torch.tensor(wrong)) for wrong in (float("nan"), -0.1)),
+        *(("alpha_init", torch.tensor(wrong)) for wrong in (float("nan"), 1.5)),
+    ],
+)
+def test_wrong_numbers_set_by_hand_are_refused_as_the_constructor_refuses_them(name: str, value: Any) -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params)
+    set_gradients(params)
+    optimizer.step()
+    optimizer.param_groups[0][name] = value
+    with pytest.raises((TypeError, ValueError), match=rf"in param_groups\[0\]: {name}"):
+        optimizer.step()
+
+
 def test_groups_of_adamws_are_taken_over() -> None:
     params = parameters()
     adamw = torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.5}], lr=0.25)
@@ -162,6 +181,13 @@ BAD = [
     ({"maximize": 1}, ValueError, "maximize=1"),
     ({"combine": "median"}, ValueError, "combine='median'"),
     ({"combine": 3}, ValueError, "combine=3"),
+    ({"combine": ["mean"]}, ValueError, r"combine=\['mean'\] is unknown"),
+    ({"combine": np.zeros(2)}, ValueError, "combine=array"),
+    ({"amplify_by_signal": torch.zeros(2)}, ValueError, "amplify_by_signal=tensor"),
+    ({"window_size": 3, "window_dtype": np.zeros(2)}, ValueError, "window_dtype=array"),
+    ({"grokking_signal_fns": torch.tensor(0.5)}, TypeError, "grokking_signal_fns=tensor"),
+    ({"grokking_signal_fns": np.array(0.5)}, TypeError, "grokking_signal_fns=array"),
+    ({"lr": torch.tensor(1j)}, TypeError, "lr=tensor.* is complex"),
     ({"second_moment": "both"}, ValueError, "second_moment='both'"),
     ({"nonfinite": "ignore"}, ValueError, "nonfinite='ignore'"),
     ({"compat": "0.1.2", "nonfinite": "raise"}, ValueError, r"nonfinite='raise' with compat='0\.1\.2'"),

@@ -86,9 +86,9 @@ class Signals:
             functions = [loss_gap]
         elif callable(functions):
             functions = [functions]
-        elif not isinstance(functions, Iterable) or isinstance(functions, (str, Mapping)):
+        elif not isinstance(functions, Iterable) or isinstance(functions, (str, Mapping)) or hasattr(functions, "ndim"):
             raise TypeError(f"grokking_signal_fns={functions!r} is neither a callable nor a list of callables")
-        if not callable(combine) and combine not in _COMBINED:
+        if not callable(combine) and (not isinstance(combine, str) or combine not in _COMBINED):
             raise ValueError(
                 f'combine={combine!r} is unknown: give "mean", "max", "min" or a callable of a list of values'
             )
