@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,10 +21,7 @@ from ..options import Rules
 from ..param_groups import recorded
 from ..signals import AccuracyGap, loss_gap, memorisation
 from .effects import is_boosted
-
-_KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, _KEYWORD_ONLY)
+from .signatures import names_of, takes_losses
 
 Signal: TypeAlias = Callable[..., Any]
 Combine: TypeAlias = str | Callable[[list[Any]], Any]
@@ -93,8 +88,8 @@ class Signals:
                 f'combine={combine!r} is unknown: give "mean", "max", "min" or a callable of a list of values'
             )
         self.functions: list[Any] = list(functions)
-        self.takes_losses = [_takes_losses(function) for function in self.functions]  # "", "by name" or "in order"
-        self.names = _names(self.functions)
+        self.takes_losses = [takes_losses(function) for function in self.functions]  # "", "by name" or "in order"
+        self.names = names_of(self.functions)
         self.combine, self.counted = combine, counted
         self.values: dict[str, Number] = {}  # each function's last usable value
         self.failures = 0
@@ -221,16 +216,16 @@ class Signals:
     ) -> Number | None:
         """Call every function once, and return the usable values combined, s_t; None if no value is usable."""
         values: list[Number] = []
-        for name, function, takes_losses in zip(self.names, self.functions, self.takes_losses, strict=True):
-            if takes_losses and (train_loss is None or eval_loss is None):
+        for name, function, how in zip(self.names, self.functions, self.takes_losses, strict=True):
+            if how and (train_loss is None or eval_loss is None):
                 continue
             try:
                 if not getattr(function, "ready", True):
                     continue
-                if takes_losses == "by name":
+                if how == "by name":
                     result = function(train_loss=train_loss, eval_loss=eval_loss)
                 else:
-                    result = function(train_loss, eval_loss) if takes_losses else function()
+                    result = function(train_loss, eval_loss) if how else function()
                 value = None if result is None else as_number(result)
             except Exception as error:  # whatever a user's function raises, training goes on
                 self._left_out(f"the grokking signal {name}", f"raised {error!r}")
@@ -348,59 +343,6 @@ def _combined_on_device(combine: str, values: list[Number], like: Tensor) -> Ten
 def _remembers(function: Any) -> bool:
     """Return True if a signal has state to save. A module's weights are not: their owner saves them."""
     return hasattr(function, "state_dict") and not isinstance(function, torch.nn.Module)
-
-
-def _takes_losses(function: Any) -> str:
-    """Return how a signal takes (train_loss, eval_loss): "by name", "in order", or "" for not at all."""
-    if not callable(function) or isinstance(function, type):
-        raise TypeError(f"grokking_signal_fns holds {function!r}: give a function, or an object that can be called")
-    try:
-        called = function.forward if isinstance(function, torch.nn.Module) else function
-        parameters = inspect.signature(called).parameters
-    except (TypeError, ValueError):
-        return ""  # some built-in callables have no signature to read
-    bound = getattr(function, "keywords", {})  # by functools.partial
-    kinds = {name: parameter.kind for name, parameter in parameters.items()}
-    positional = [name for name in kinds if kinds[name] in _POSITIONAL]
-    by_name = {name for name in kinds if kinds[name] in _BY_NAME and name not in bound}
-    losses = ["train_loss", "eval_loss"]
-    if inspect.Parameter.VAR_KEYWORD in kinds.values() and inspect.Parameter.VAR_POSITIONAL not in kinds.values():
-        by_name |= {*losses} - {*kinds, *bound}  # (*args, **kwargs) may pass on anything, or nothing
-    required = [name for name in positional if parameters[name].default is inspect.Parameter.empty]
-    required += [n for n in kinds if kinds[n] is _KEYWORD_ONLY and parameters[n].default is inspect.Parameter.empty]
-    if set(required) <= set(losses):
-        if positional[:2] == losses and not bound:
-            return "in order"
-        if set(losses) <= by_name:
-            return "by name"
-    # losses go in order to arguments of other names, but not to one with the other loss's name
-    swapped = required[:1] == ["eval_loss"] or required[1:] == ["train_loss"]
-    if any("acc" in name for name in required):
-        way_out = "accuracies are not passed to signals; give grokadamw.signals.AccuracyGap()"
-    elif not required:
-        return ""
-    elif len(required) == 2 and required == positional[:2] and not swapped:
-        return "in order"
-    else:
-        way_out = (
-            "a signal takes no arguments, or (train_loss, eval_loss); give it all others with a lambda or "
-            "functools.partial"
-        )
-    raise TypeError(f"grokking_signal_fns holds {_name(function)}, which requires ({', '.join(required)}): {way_out}")
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", None) or type(function).__name__
-
-
-def _names(functions: Sequence[Any]) -> list[str]:
-    """Return a name for each function, numbered where several have the same."""
-    plain = [_name(function) for function in functions]
-    names: list[str] = []
-    for name in plain:
-        numbered = (f"{name}_{i}" for i in itertools.count(1))
-        names.append(name if plain.count(name) == 1 else next(n for n in numbered if n not in {*plain, *names}))
-    return names
 
 
 def _plain(value: Any) -> int | float:

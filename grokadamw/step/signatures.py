@@ -1,0 +1,67 @@
+"""How a signal is called, and what it is called."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, _KEYWORD_ONLY)
+
+
+def takes_losses(function: Any) -> str:
+    """Return how a signal takes (train_loss, eval_loss): "by name", "in order", or "" for not at all."""
+    if not callable(function) or isinstance(function, type):
+        raise TypeError(f"grokking_signal_fns holds {function!r}: give a function, or an object that can be called")
+    try:
+        called = function.forward if isinstance(function, torch.nn.Module) else function
+        parameters = inspect.signature(called).parameters
+    except (TypeError, ValueError):
+        return ""  # some built-in callables have no signature to read
+    bound = getattr(function, "keywords", {})  # by functools.partial
+    kinds = {name: parameter.kind for name, parameter in parameters.items()}
+    positional = [name for name in kinds if kinds[name] in _POSITIONAL]
+    by_name = {name for name in kinds if kinds[name] in _BY_NAME and name not in bound}
+    losses = ["train_loss", "eval_loss"]
+    if inspect.Parameter.VAR_KEYWORD in kinds.values() and inspect.Parameter.VAR_POSITIONAL not in kinds.values():
+        by_name |= {*losses} - {*kinds, *bound}  # (*args, **kwargs) may pass on anything, or nothing
+    required = [name for name in positional if parameters[name].default is inspect.Parameter.empty]
+    required += [n for n in kinds if kinds[n] is _KEYWORD_ONLY and parameters[n].default is inspect.Parameter.empty]
+    if set(required) <= set(losses):
+        if positional[:2] == losses and not bound:
+            return "in order"
+        if set(losses) <= by_name:
+            return "by name"
+    # losses go in order to arguments of other names, but not to one with the other loss's name
+    swapped = required[:1] == ["eval_loss"] or required[1:] == ["train_loss"]
+    if any("acc" in name for name in required):
+        way_out = "accuracies are not passed to signals; give grokadamw.signals.AccuracyGap()"
+    elif not required:
+        return ""
+    elif len(required) == 2 and required == positional[:2] and not swapped:
+        return "in order"
+    else:
+        way_out = (
+            "a signal takes no arguments, or (train_loss, eval_loss); give it all others with a lambda or "
+            "functools.partial"
+        )
+    raise TypeError(f"grokking_signal_fns holds {_name(function)}, which requires ({', '.join(required)}): {way_out}")
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def names_of(functions: Sequence[Any]) -> list[str]:
+    """Return a name for each function, numbered where several have the same."""
+    plain = [_name(function) for function in functions]
+    names: list[str] = []
+    for name in plain:
+        numbered = (f"{name}_{i}" for i in itertools.count(1))
+        names.append(name if plain.count(name) == 1 else next(n for n in numbered if n not in {*plain, *names}))
+    return names
