@@ -52,11 +52,11 @@ WITHOUT_NORMS: tuple[float, float, dict[str, Any]] = (3e-3, 0.1, {"decay_boost":
 
 # lr and wd of each of the other tasks
 OTHER_TASKS = {
-    "parity": ((3e-3, 1e-2), (0.3, 1.0)),
-    "mnist": ((1e-3, 3e-3), (0.3, 2.0)),
+    "parity": ((3e-3, 1e-2, 3e-2, 1e-1), (0.3, 1.0)),
+    "mnist": ((1e-3, 3e-3, 1e-2), (0.3, 2.0, 5.0)),
     "s5": ((1e-3, 3e-3), (1.0, 3.0)),
     "sentiment": ((3e-4, 1e-3), (1.0, 10.0)),
-    "qm9": ((3e-4, 1e-3), (1.0, 3.0)),
+    "qm9": ((3e-4, 1e-3, 3e-3), (1.0, 3.0, 10.0)),
     "add113": ((1e-3, 3e-3, 1e-2), (1.0, 3.0)),
 }
 
@@ -98,7 +98,7 @@ UNSEEN += [f"s5/{name}" for name in ("dropout", "llama", "post-norm", "deep")]
 KINDS = [task.name for task in kinds.TASKS]
 PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # else the grid's
 PAIR_SEEDS = range(100, 105)
-WIDE_LRS, WIDE_DECAYS = (3e-4, *LRS, 3e-2), (0.1, *DECAYS, 10.0)  # the grid, and one cell more on each side
+WIDE_LRS, WIDE_DECAYS = (3e-4, *LRS, 3e-2, 1e-1), (0.1, *DECAYS, 10.0)  # the grid, and the cells beyond it
 FIRST, BEHIND, FINALISTS = (3e-3, 1.0), 1.5, 3  # the race: a cell stops at 1.5 times the first cell's steps
 RECIPES = ((1e-3, 1.0), (1e-3, 0.01))  # lr and wd of AdamW in public code
 
@@ -250,13 +250,15 @@ def _of_best(rows: list[Row]) -> list[Row]:
 def pair_beyond(pair: str, method: str, rows: list[Row]) -> list[Run]:
     """Return runs of AdamW beyond its grid, if the best cell is on the grid's edge: all cells next to it, as a race.
 
-    They run on the first seed; the quickest of them then runs on the second seed, too.
+    They run on the first seed; the quickest of them then runs on the second seed, too. On other kinds of models, some
+    of which want very high learning rates, cells with two learning rates more are tried.
     """
     inside = {row.seed: row for row in pair_best(pair, method, rows)}
     if method != "adamw" or not inside:
         return []
     lr, wd = inside[GRID_SEEDS[0]].lr, inside[GRID_SEEDS[0]].weight_decay
-    near = [scale[i - 1 : i + 2] for scale, i in ((WIDE_LRS, WIDE_LRS.index(lr)), (WIDE_DECAYS, WIDE_DECAYS.index(wd)))]
+    i, j, more = WIDE_LRS.index(lr), WIDE_DECAYS.index(wd), 3 if pair in KINDS else 2
+    near = WIDE_LRS[i - 1 : i + more], WIDE_DECAYS[j - 1 : j + 2]
     cells = [cell for cell in product(*near) if cell[0] not in LRS or cell[1] not in DECAYS]
     longest = PAIR_BUDGETS.get(pair.partition("/")[0], GRID_BUDGET)
     limits = {seed: min(longest, math.ceil(BEHIND * (row.sustained or longest))) for seed, row in inside.items()}
