@@ -6,8 +6,8 @@ Every method gets the same trials:
 - every other task: four cells or six, one seed; then the best cell with three other seeds, or ten where runs are quick;
 - architectures, and other kinds of models: on each task the grid on one seed, as a race; then its three best cells on
   another seed, and the best of these on five more. If AdamW's best cell is on the grid's edge, the cells beyond it are
-  tried, too; if it fails on two of the five seeds, the second-best cell gets them, too, and the better of the two
-  counts;
+  tried, too; if it fails on two of the five seeds, the second-best cell gets them, too. Of several cells that ran on
+  the five seeds the best counts;
 - tasks on real data: a grid for each, then five seeds.
 """
 
@@ -201,6 +201,18 @@ def other_finals(task: str, method: str, rows: list[Row]) -> list[Run]:
     return [] if cell is None else [Run.of(task, method, seed, *cell) for seed in seeds]
 
 
+def other_reported(task: str, method: str, rows: list[Row]) -> list[Row]:
+    return _reported(task, method, OTHER_SEEDS_OF.get(task, OTHER_SEEDS), rows)
+
+
+def _reported(task: str, method: str, seeds: Iterable[int], rows: list[Row]) -> list[Row]:
+    """Return the rows on the reported seeds: of several cells that were run on all of them, the best one's."""
+    seeds = list(seeds)
+    cells = {(row.lr, row.weight_decay) for row in rows if (row.task, row.method) == (task, method)}
+    of_cells = [select(rows, [Run.of(task, method, seed, *cell) for seed in seeds]) for cell in cells]
+    return _of_best([row for found in of_cells if len(found) == len(seeds) for row in found])
+
+
 def pair_grid(pair: str, method: str, rows: list[Row]) -> list[Run]:
     """Return the grid on the first seed. The first cell runs alone; its steps then limit those of the others."""
     done = {row.run: row for row in rows if row.task == pair}
@@ -291,10 +303,7 @@ def pair_seconds(pair: str, method: str, rows: list[Row]) -> list[Run]:
 
 
 def pair_reported(pair: str, method: str, rows: list[Row]) -> list[Row]:
-    """Return the rows of the best cell on the reported seeds; or of the second-best, if that did better there."""
-    asked = pair_seconds(pair, method, rows)
-    second = select(rows, asked)
-    return _of_best([*select(rows, pair_finals(pair, method, rows)), *(second if len(second) == len(asked) else ())])
+    return _reported(pair, method, PAIR_SEEDS, rows)
 
 
 # the grid's first cell, then the others; the cells beyond it on the first seed, then the quickest on the second

@@ -172,7 +172,7 @@ def by_accuracy(rows: list[Row]) -> str:
         if task in LEARNT:
             adamw = [row for row in select(rows, evidence.finals("adamw", rows)) if row.task == task]
         elif task in evidence.SHORT:
-            adamw = select(rows, evidence.other_finals(task, "adamw", rows))
+            adamw = evidence.other_reported(task, "adamw", rows)
         else:
             adamw = evidence.pair_reported(task, "adamw", rows)
         runs = evidence.by_accuracy(task)
@@ -278,7 +278,7 @@ def reach(names: list[str], rows: list[Row]) -> str:
 def others(rows: list[Row]) -> str:
     lines = []
     for task in OTHER_TASKS:
-        finals = {name: select(rows, evidence.other_finals(task, name, rows)) for name in COMPARED}
+        finals = {name: evidence.other_reported(task, name, rows) for name in COMPARED}
         for name, found in finals.items():
             if found:
                 score = f"{np.median([row.best for row in found]):.3f}"
