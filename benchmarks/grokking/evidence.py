@@ -3,11 +3,11 @@
 Every method gets the same trials:
 
 - tasks mod 97: a grid of lr × wd on two tasks, two seeds a cell; then the best cell on all five, with ten other seeds;
-- every other task: four cells or six, one seed; then the best cell with three other seeds, or ten where runs are quick;
+- every other task: four to nine cells, one seed; then the best with three other seeds, or ten where runs are quick;
 - architectures, and other kinds of models: on each task the grid on one seed, as a race; then its three best cells on
   another seed, and the best of these on five more. If AdamW's best cell is on the grid's edge, the cells beyond it are
-  tried, too; if it fails on two of the five seeds, the second-best cell gets them, too. Of several cells that ran on
-  the five seeds the best counts;
+  tried, too; if it fails on two of the five seeds, the second-best cell gets them, too. Of several of
+  AdamW's cells that ran on the five seeds the best counts;
 - tasks on real data: a grid for each, then five seeds.
 """
 
@@ -202,15 +202,20 @@ def other_finals(task: str, method: str, rows: list[Row]) -> list[Run]:
 
 
 def other_reported(task: str, method: str, rows: list[Row]) -> list[Row]:
-    return _reported(task, method, OTHER_SEEDS_OF.get(task, OTHER_SEEDS), rows)
+    return _reported(other_finals(task, method, rows), rows)
 
 
-def _reported(task: str, method: str, seeds: Iterable[int], rows: list[Row]) -> list[Row]:
-    """Return the rows on the reported seeds: of several cells that were run on all of them, the best one's."""
-    seeds = list(seeds)
-    cells = {(row.lr, row.weight_decay) for row in rows if (row.task, row.method) == (task, method)}
-    of_cells = [select(rows, [Run.of(task, method, seed, *cell) for seed in seeds]) for cell in cells]
-    return _of_best([row for found in of_cells if len(found) == len(seeds) for row in found])
+def _reported(asked: list[Run], rows: list[Row]) -> list[Row]:
+    """Return the rows of the chosen cell on the reported seeds.
+
+    If several of AdamW's cells were run on these seeds, the best counts. That favours AdamW: no other method chooses on
+    seeds that are reported.
+    """
+    if not asked or asked[0].method != "adamw":
+        return select(rows, asked)
+    cells = sorted({(row.lr, row.weight_decay) for row in rows if (row.task, row.method) == (asked[0].task, "adamw")})
+    of_cells = [select(rows, [replace(run, lr=lr, weight_decay=wd) for run in asked]) for lr, wd in cells]
+    return _of_best([row for found in of_cells if len(found) == len(asked) for row in found])
 
 
 def pair_grid(pair: str, method: str, rows: list[Row]) -> list[Run]:
@@ -303,7 +308,7 @@ def pair_seconds(pair: str, method: str, rows: list[Row]) -> list[Run]:
 
 
 def pair_reported(pair: str, method: str, rows: list[Row]) -> list[Row]:
-    return _reported(pair, method, PAIR_SEEDS, rows)
+    return _reported(pair_finals(pair, method, rows), rows)
 
 
 # the grid's first cell, then the others; the cells beyond it on the first seed, then the quickest on the second
