@@ -22,7 +22,7 @@ __all__ = ["decay_groups"]
 Named: TypeAlias = list[tuple[str, nn.Parameter]]
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
-# the preset for models with norm layers, and for those without, where the lengths of rows matter
+# the preset for models with norm layers; and for those without, where the lengths of rows matter, shallow or deep
 _WITH_NORMS = {
     "lr": 3e-3,
     "weight_decay": 1.0,
@@ -31,14 +31,23 @@ _WITH_NORMS = {
     "max_row_change": 0.035,
     "signal_boost": 4.0,
 }
-_WITHOUT_NORMS = {
+_SHALLOW = {
+    "lr": 1e-2,
+    "weight_decay": 1.0,
+    "decay_boost": 3.0,
+    "signal_boost": 4.0,
+    "lamb": 0.0,
+    "gamma": 0.0,
+}
+_DEEP = {
     "lr": 3e-3,
     "weight_decay": 0.1,
     "decay_boost": 30.0,
+    "signal_boost": 10.0,
     "lamb": 0.0,
     "gamma": 0.0,
-    "signal_boost": 10.0,
 }
+_SHALLOW_WEIGHTS = 3  # at most, without embeddings
 
 
 def decay_groups(
@@ -100,7 +109,8 @@ def grokking_groups(
     The groups are: weights; the parameters of norm layers, which decay a third as fast; other vectors, which neither
     decay nor have limits; and a group for each embedding. If the mean length of an embedding's rows is above 1, its lr
     is multiplied by that length and its weight decay divided by it. In a model without norms vectors count as weights.
-    `norms` says whether it has some; None looks. The modules alone decide which groups there are: a model with loaded
+    `norms` says whether it has some; None looks. Without norms the numbers depend on how many weights the model has, as
+    more of them in a row bear a lower lr. The modules alone decide which groups there are: a model with loaded
     weights has the groups of their source.
     """
     _check_modules(model)
@@ -114,7 +124,16 @@ def grokking_groups(
             "FSDP2 (torch.distributed.fsdp.fully_shard), or GrokAdamW(...) with groups of your own"
         )
     normed = has_norms(model) if norms is None else norms
-    preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, **(_WITH_NORMS if normed else _WITHOUT_NORMS)}
+    embeddings = of_modules(model, lambda module: isinstance(module, _EMBEDDINGS))
+    of_convolutions = of_modules(model, lambda module: isinstance(module, nn.modules.conv._ConvNd))
+
+    def is_weight(param: Tensor) -> bool:
+        """A vector may have further dimensions of 1, as a class token; a matrix of one row is a weight."""
+        return param.dim() == 2 or (param.dim() > 2 and (not is_vector(param) or param in of_convolutions))
+
+    count = sum(is_weight(param) and param not in embeddings for _, param in named)
+    without = _SHALLOW if count <= _SHALLOW_WEIGHTS and not is_flat(model) else _DEEP
+    preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, **(_WITH_NORMS if normed else without)}
     lr = preset["lr"] if lr is None else lr
     decay = preset["weight_decay"] if weight_decay is None else weight_decay
     if not isinstance(lr, Tensor):
@@ -123,9 +142,7 @@ def grokking_groups(
     preset |= {"lr": lr, "weight_decay": decay}
     if weight_decay is not None:
         preset.pop("decay_boost", None)  # the user's decay is meant as it is
-    embeddings = of_modules(model, lambda module: isinstance(module, _EMBEDDINGS))
     of_norms, all_are_weights = of_modules(model, is_norm), is_flat(model) or not normed
-    of_convolutions = of_modules(model, lambda module: isinstance(module, nn.modules.conv._ConvNd))
     weights, gains, vectors = list[Any](), list[Any](), list[Any]()
     groups: list[dict[str, Any]] = [
         {"params": weights, "lr": lr, "weight_decay": decay},
@@ -139,9 +156,7 @@ def grokking_groups(
         elif param in of_norms and not all_are_weights:
             gains.append((name, param))
         else:
-            # a vector may have further dimensions of 1, as a class token; a matrix of one row is a weight
-            is_weight = param.dim() == 2 or (param.dim() > 2 and (not is_vector(param) or param in of_convolutions))
-            (weights if is_weight or all_are_weights else vectors).append((name, param))
+            (weights if all_are_weights or is_weight(param) else vectors).append((name, param))
     groups = [group for group in groups if group["params"]]
     for group in groups if isinstance(lr, Tensor) else ():
         group["lr"] = torch.clone(group["lr"])  # schedulers write into it, so each group needs its own

@@ -111,7 +111,7 @@ def test_each_embedding_has_a_group_and_long_ones_a_higher_lr() -> None:
         ["3.weight"],
     ]
     lengths = [1, *(each.weight.norm(dim=1).mean().item() for each in (long, longer)), 1, 1]
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([3e-3 * x for x in lengths])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-2 * x for x in lengths])
 
 
 def test_a_run_resumes_whose_embedding_has_become_short() -> None:
@@ -284,8 +284,8 @@ def test_norms_are_found_by_class_and_by_call(other: nn.Module, kind: str) -> No
     for name, _ in other.named_parameters("1"):
         if kind == "layer":
             assert decays[name] == pytest.approx(1 / 3)
-    assert decays["0.weight"] == (0.1 if kind == "none" else 1)
-    assert decays["0.bias"] == (0.1 if kind == "none" else 0)
+    assert decays["0.weight"] == 1
+    assert decays["0.bias"] == (1 if kind == "none" else 0)
 
 
 def test_who_knows_better_says_whether_there_are_norms() -> None:
@@ -295,16 +295,13 @@ def test_who_knows_better_says_whether_there_are_norms() -> None:
 
 
 def test_without_norms_the_preset_is_adamw() -> None:
-    (group,) = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), nn.ReLU())).param_groups
-    assert (group["lr"], group["weight_decay"]) == (3e-3, 0.1)
-    assert (group["signal_boost"], group["decay_boost"]) == (10, 30)
     given = GrokAdamW.for_grokking(nn.Linear(4, 4), lamb=1.0, gamma=0.5, max_row_change=0.5).param_groups[0]
     assert (given["lamb"], given["gamma"], given["max_row_change"]) == (1, 0.5, 0.5)
 
     ours, theirs = network(), network()
     optimizers = (
         GrokAdamW.for_grokking(ours, gradient_clipping=0.0),
-        torch.optim.AdamW(theirs.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1),
+        torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.98), weight_decay=1.0),
     )
     for _ in range(5):
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
@@ -312,6 +309,30 @@ def test_without_norms_the_preset_is_adamw() -> None:
             optimizer.step()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+SHALLOW = nn.Sequential(nn.Embedding(9, 4, _weight=torch.zeros(9, 4)), *(nn.Linear(4, 4) for _ in range(3)))
+DEEP = nn.Sequential(SHALLOW, nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("model", "numbers"),
+    [
+        (SHALLOW, (1e-2, 1, 4, 3)),
+        (DEEP, (3e-3, 0.1, 10, 30)),
+        (nn.Sequential(nn.LSTM(4, 4), nn.Linear(4, 4)), (1e-2, 1, 4, 3)),
+        (nn.Sequential(nn.LSTM(4, 4, num_layers=2), nn.Linear(4, 4)), (3e-3, 0.1, 10, 30)),
+        (nn.Sequential(*(nn.Conv1d(1, 1, 1) for _ in range(4))), (3e-3, 0.1, 10, 30)),
+        (Vector((4,)), (3e-3, 0.1, 10, 30)),  # which may be a whole model, flattened
+    ],
+    ids=["shallow", "deep", "LSTM", "two LSTMs", "convolutions", "vector"],
+)
+def test_without_norms_the_numbers_depend_on_how_many_weights_there_are(
+    model: nn.Module, numbers: tuple[float, ...]
+) -> None:
+    for group in GrokAdamW.for_grokking(model).param_groups:
+        found = tuple(group[name] for name in ("lr", "weight_decay", "signal_boost", "decay_boost"))
+        assert (found, group["lamb"], group["gamma"], group["max_row_change"]) == (numbers, 0, 0, 0)
 
 
 def test_a_weight_decay_that_is_given_stays_as_it_is() -> None:
@@ -324,7 +345,7 @@ def test_a_weight_decay_that_is_given_stays_as_it_is() -> None:
         ({"norms": True}, 3.0),
         ({"norms": True, "weight_decay": 1.0}, 0.0),
     ):
-        (group,) = GrokAdamW.for_grokking(nn.Linear(4, 4, bias=False), **options).param_groups
+        group = GrokAdamW.for_grokking(DEEP, **options).param_groups[0]
         assert group["decay_boost"] == boost
 
 
@@ -367,14 +388,14 @@ def test_the_presets_groups() -> None:
     length = model[0].weight.norm(dim=1).mean().item()
     optimizer = GrokAdamW.for_grokking(model, lr=torch.tensor(0.1))
     assert [group["param_names"] for group in optimizer.param_groups] == [["1.weight", "1.bias"], ["0.weight"]]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.1 / length])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([1, 1 / length])
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     for loss in (1.0, 2.0):
         scheduler.step(loss)
     # torch 2.6's scheduler makes numbers of tensors
     assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.1 / 2, 0.1 / 2 * length])
     optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(4)))]})
-    assert optimizer.param_groups[-1]["weight_decay"] == 0.1
+    assert optimizer.param_groups[-1]["weight_decay"] == 1
 
 
 def test_the_preset_warns_of_a_gamma_that_was_given() -> None:

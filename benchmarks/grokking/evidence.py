@@ -48,7 +48,8 @@ OTHER_SEEDS_OF: dict[str, Iterable[int]] = {
 }
 
 # the preset's lr, wd and d for models without norm layers; where wd is given, d must be, too
-WITHOUT_NORMS: tuple[float, float, dict[str, Any]] = (3e-3, 0.1, {"decay_boost": 30.0})
+SHALLOW: tuple[float, float, dict[str, Any]] = (1e-2, 1.0, {"decay_boost": 3.0})
+DEEP: tuple[float, float, dict[str, Any]] = (3e-3, 0.1, {"decay_boost": 30.0})
 
 # lr and wd of each of the other tasks
 OTHER_TASKS = {
@@ -316,12 +317,13 @@ PAIR_PARTS = [pair_grid, pair_grid, pair_semifinals, pair_beyond, pair_beyond, p
 
 
 def has_norms(pair: str) -> bool:
-    return pair.partition("/")[2] not in ("no-norm", *kinds.WITHOUT_NORMS)
+    return pair.partition("/")[2] not in kinds.SHALLOW | kinds.DEEP
 
 
 def pair_untuned(pair: str) -> list[Run]:
     """Return runs of the preset as it comes."""
-    own = (None, None, {}) if has_norms(pair) else WITHOUT_NORMS
+    model = pair.partition("/")[2]
+    own = SHALLOW if model in kinds.SHALLOW else DEEP if model in kinds.DEEP else (None, None, {})
     return [Run.of(pair, PRESET, seed, *own) for seed in PAIR_SEEDS]
 
 
@@ -330,7 +332,7 @@ def by_accuracy(task: str) -> dict[str, list[Run]]:
     if task in LEARNT:
         losses = [run for run in untuned() if run.task == task]
     elif task in SHORT:
-        losses = [Run.of(task, PRESET, seed, *WITHOUT_NORMS, SHORT_BUDGET) for seed in OTHER_SEEDS_OF[task]]
+        losses = [Run.of(task, PRESET, seed, *SHALLOW, SHORT_BUDGET) for seed in OTHER_SEEDS_OF[task]]
     else:
         losses = pair_untuned(task)
     return {PRESET: losses, BY_ACCURACY: [replace(run, method=BY_ACCURACY) for run in losses]}

@@ -235,4 +235,5 @@ TASKS = [
     ),
     Task("connected10/gnn", "whether a graph is connected, a GNN with BatchNorm", starts(Isomorphism, graphs, 128)),
 ]
-WITHOUT_NORMS = {"mlp", "quadratic", "lstm", "gru", "cnn"}
+# without norms: with at most three weights, and with more
+SHALLOW, DEEP = {"mlp", "quadratic", "lstm", "gru"}, {"cnn", "no-norm"}
