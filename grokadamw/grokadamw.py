@@ -222,9 +222,9 @@ class GrokAdamW(Base):
         0.035 of its length in a step (``max_row_change``). While a model has memorised and evaluation lags, updates are
         up to five times as large (``signal_boost`` 4, of ``grokadamw.signals.memorisation``), and weight decay is up to
         four times as strong (``decay_boost`` 3): for that, call ``record(train_loss=…, eval_loss=…)`` with both every
-        few steps. For models without norms they are lr 3e-3, weight decay 0.1, ``signal_boost`` 10 and ``decay_boost``
-        30, so that lr rises to 0.033 and weight decay to 3.1 once the model has memorised, and the filter, γ and the
-        limit are off. Evidence: benchmarks/results/GROKKING_REPORT.md.
+        few steps. For models without norms the filter, γ and the limit are off. If such a model has at most three
+        weights besides embeddings, lr is 1e-2. If it has more, they are lr 3e-3, weight decay 0.1, ``signal_boost`` 10
+        and ``decay_boost`` 30. Evidence: benchmarks/results/GROKKING_REPORT.md.
 
         Args:
             model: its parameters that require gradients are optimized, under their names and in its layers, in groups:

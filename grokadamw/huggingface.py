@@ -53,8 +53,8 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
         arguments: those of the Trainer, the same object. Their learning rate and weight decay go to
             ``GrokAdamW.for_grokking`` when the Trainer makes the optimizer, so ``hyperparameter_search`` can search
             them. Their schedule multiplies the learning rate of every group.
-        options: further arguments of ``GrokAdamW.for_grokking``. Give ``decay_boost`` (3; 30 without norms): the weight
-            decay comes from the arguments, so it is constant without.
+        options: further arguments of ``GrokAdamW.for_grokking``. Give ``decay_boost``: the weight decay comes from the
+            arguments, so it is constant without. docs/huggingface.md says which numbers suit which model.
 
     Raises:
         TypeError: arguments are not TrainingArguments.
@@ -70,7 +70,7 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
             raise ValueError(
                 f"{name}={getattr(arguments, name):g} is the Trainer's default, which is for fine-tuning: begin with "
                 "TrainingArguments(learning_rate=3e-3, weight_decay=1.0) and for_grokking(…, decay_boost=3), which the "
-                "preset was tested with (0.1 and 30, if the model has no norms)"
+                "preset was tested with; if the model has no norms, with those of GrokAdamW.for_grokking's docstring"
             )
     return functools.partial(_preset, arguments), options
 

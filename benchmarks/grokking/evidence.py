@@ -95,7 +95,7 @@ PAIR_METHODS = ["adamw", PRESET, "grokadamw"]
 # on these no setting of the preset was chosen
 UNSEEN = [pair for pair in PAIRS if pair.endswith("/wide")]
 UNSEEN += [f"s5/{name}" for name in ("dropout", "llama", "post-norm", "deep")]
-# other kinds of models, with a task each, and a grid of its own; on those without norms none was chosen, either
+# other kinds of models, with a task each, and a grid of its own
 KINDS = [task.name for task in kinds.TASKS]
 PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # else the grid's
 PAIR_SEEDS = range(100, 105)

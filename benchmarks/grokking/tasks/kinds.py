@@ -1,4 +1,4 @@
-"""Other kinds of models, small and quick to train. Of the preset only weight decay with norms was chosen on them."""
+"""Other kinds of models, small and quick to train."""
 
 from __future__ import annotations
 
