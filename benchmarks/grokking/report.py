@@ -130,6 +130,11 @@ def ratio(preset: list[Row], adamw: list[Row]) -> float | None:
     return ours / min(adamws, adamw[0].budget)
 
 
+def two_digits(ratio: float) -> str:
+    """Return a ratio for a table; it is infinite if the median run failed."""
+    return "–" if math.isinf(ratio) else f"{ratio:.2f}"
+
+
 def pairs(names: list[str], rows: list[Row]) -> str:
     """Return a table of models × tasks: AdamW tuned on each, where that is done, and the untuned preset."""
     lines, ratios = list[list[str]](), list[float]()
@@ -142,7 +147,7 @@ def pairs(names: list[str], rows: list[Row]) -> str:
             ratios.append(found)
             compared[0].extend(adamw)
             compared[1].extend(preset)
-        shown_ratio = "" if found is None else f"{found:.2f}"
+        shown_ratio = "" if found is None else two_digits(found)
         lines.append([pair, cell(adamw), quartiles(adamw), quartiles(preset), shown_ratio])
     if ratios:
         failed = (f"{sum(map(math.isinf, steps(each)))} of {len(each)} failed" for each in compared)
@@ -163,6 +168,20 @@ def recipes(rows: list[Row]) -> str:
             lines.append([pair, *done, quartiles(adamw), quartiles(preset)])
     heads = [f"AdamW, {lr:g}, {decay:g}" for lr, decay in evidence.RECIPES]
     return markdown(["task/architecture", *heads, "AdamW, tuned", "preset, untuned"], lines)
+
+
+def defaults(rows: list[Row]) -> str:
+    """Return the table of GrokAdamW's defaults, tuned, beside a tuned AdamW, where all their runs are done."""
+    lines, ratios = list[list[str]](), list[float]()
+    for pair, (adamw, _) in both_of_pairs(rows).items():
+        found = evidence.pair_reported(pair, "grokadamw", rows)
+        if len(found) == len(evidence.PAIR_SEEDS) and (shown_ratio := ratio(found, adamw)) is not None:
+            ratios.append(shown_ratio)
+            lines.append([pair, quartiles(adamw), cell(found), quartiles(found), two_digits(shown_ratio)])
+    if ratios:
+        numbers = ", ".join(map(two_digits, (min(ratios), float(np.median(ratios)), max(ratios))))
+        lines.append([f"best, median, worst of {len(ratios)}", "", "", "", numbers])
+    return markdown(["task/architecture", "AdamW, tuned", "defaults: lr, wd", "defaults, tuned", "ratio"], lines)
 
 
 def by_accuracy(rows: list[Row]) -> str:
@@ -356,6 +375,7 @@ TABLES: dict[str, Table] = {
     "mod97": partial(mod97, MOD97_METHODS),
     "untuned": untuned,
     "pairs": partial(pairs, evidence.PAIRS),
+    "defaults": defaults,
     "kinds": partial(pairs, evidence.KINDS),
     "recipes": recipes,
     "by accuracy": by_accuracy,
