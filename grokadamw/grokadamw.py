@@ -223,8 +223,8 @@ class GrokAdamW(Base):
         up to five times as large (``signal_boost`` 4, of ``grokadamw.signals.memorisation``), and weight decay is up to
         four times as strong (``decay_boost`` 3): for that, call ``record(train_loss=…, eval_loss=…)`` with both every
         few steps. For models without norms the filter, γ and the limit are off. If such a model has at most three
-        weights besides embeddings, lr is 1e-2. If it has more, they are lr 3e-3, weight decay 0.1, ``signal_boost`` 10
-        and ``decay_boost`` 30. Evidence: benchmarks/results/GROKKING_REPORT.md.
+        weight matrices (kernels of convolutions count, embeddings do not), lr is 1e-2. If it has more, lr is 3e-3,
+        weight decay 0.1, ``signal_boost`` 10 and ``decay_boost`` 30. Evidence: benchmarks/results/GROKKING_REPORT.md.
 
         Args:
             model: its parameters that require gradients are optimized, under their names and in its layers, in groups:
