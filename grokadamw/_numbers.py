@@ -38,6 +38,15 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def resolved(tensor: Tensor) -> Tensor:
+    """Return a tensor with its elements in memory: a conjugate view, or zeros without memory, as a copy.
+
+    Autograd returns such gradients; zeros without memory, ZeroTensors, for torch.sgn.
+    """
+    tensor = tensor.resolve_conj()
+    return tensor.clone() if tensor._is_zerotensor() else tensor
+
+
 def as_number(value: Any, name: str = "the value") -> Number:
     """Return a user's number as a float, or as a detached 0-d copy if reading it would make the host wait.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing the compiler
 from torch.optim import Optimizer
 
-from ._numbers import as_real
+from ._numbers import as_real, resolved
 from ._warn import warn
 from ._wrapper_base import WrapperBase
 from .distributed import check_agreed, mesh_of, overflow_of_all, state_is_asked_for
@@ -190,7 +190,7 @@ class Wrapper(WrapperBase):
                         f"parameter {j} of group {i} has a float16 gradient, which cannot be divided by GradScaler's "
                         "scale: under GradScaler keep parameters in float32, and compute in float16 by torch.autocast"
                     )
-                grad = as_real(param.grad.resolve_conj())
+                grad = as_real(resolved(param.grad))
                 if scale is not None:
                     grad = grad / (scale.to(grad.device) if isinstance(scale, Tensor) else scale)
                 parts.append(Part(param, grad, self.state.get(param, {}), group))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_count, check_number
-from ._numbers import as_real, wide
+from ._numbers import as_real, resolved, wide
 from .distributed import mesh_of
 from .state import window
 
@@ -153,8 +153,8 @@ def _gradients(m: nn.Module) -> dict[str, Tensor]:
                     f"the gradient of {name} is sparse, which no filter supports: build its module with sparse=False "
                     "(torch.nn.Embedding)"
                 )
-            if param.grad.is_conj():  # autograd may leave a conjugate view, which cannot be written to as real numbers
-                param.grad = param.grad.resolve_conj()
+            if (grad := resolved(param.grad)) is not param.grad:  # which could not be written to
+                param.grad = grad
             found[name] = param.grad.detach()
     return found
 

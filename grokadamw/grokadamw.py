@@ -389,6 +389,6 @@ class GrokAdamW(Base):
         """
         check_model(model)
         self._complete_groups()
-        self._run.names = layers.take_from(model, self.param_groups, self._run.names)
+        self._run.name(layers.take_from(model, self.param_groups, self._run.names))
         self._run.layers_checked = False
         zero.tell(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -48,6 +49,8 @@ _DEEP = {
     "gamma": 0.0,
 }
 _SHALLOW_WEIGHTS = 3  # at most, without embeddings
+# names of matrices that do not make a model deeper: weight_norm's lengths, and a recurrent layer's other direction
+_BESIDE = re.compile(r"\bweight\w*_g$|\bweight\w*\.original0$|\bweight\w*_reverse$")
 
 
 def decay_groups(
@@ -131,7 +134,7 @@ def grokking_groups(
         """A vector may have further dimensions of 1, as a class token; a matrix of one row is a weight."""
         return param.dim() == 2 or (param.dim() > 2 and (not is_vector(param) or param in of_convolutions))
 
-    count = sum(is_weight(param) and param not in embeddings for _, param in named)
+    count = sum(is_weight(param) and param not in embeddings and not _BESIDE.search(name) for name, param in named)
     without = _SHALLOW if count <= _SHALLOW_WEIGHTS and not is_flat(model) else _DEEP
     preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, **(_WITH_NORMS if normed else without)}
     lr = preset["lr"] if lr is None else lr
@@ -201,6 +204,11 @@ def _check_modules(model: Any) -> None:
         raise TypeError(
             "model is TorchScript, which does not show its embeddings and norm layers: give the model that it was made "
             "from, whose parameters it shares"
+        )
+    if any(kind.__module__.startswith("torch.export.") for module in model.modules() for kind in type(module).__mro__):
+        raise TypeError(
+            "model comes from torch.export, whose modules do not show which parameters are embeddings and norm layers: "
+            "make the optimizer from the model that was exported"
         )
     for name, param in model.named_parameters():
         if isinstance(param, nn.parameter.UninitializedParameter):

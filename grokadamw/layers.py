@@ -132,6 +132,8 @@ def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping
     for group in groups:
         if group["layer"] is None:
             group["layers"] = [numbers[param] for param in group["params"]]
+            if len(group.get("param_names", group["params"])) != len(group["params"]):  # the list was changed by hand
+                group["param_names"] = [named[param] for param in group["params"]]
     return {param: unwrapped(named[param]) for param in params if param in named}
 
 
@@ -178,7 +180,9 @@ def beta1s(group: dict[str, Any]) -> tuple[float, ...]:
 
 def names(group: dict[str, Any], i: int, known: Mapping[Tensor, str]) -> list[str]:
     """Return the names of the i-th group's parameters: those known from a model, else the group's own."""
-    own = group.get("param_names") or [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
+    own = group.get("param_names", ())
+    if len(own) != len(group["params"]):  # there are none, or the list of parameters was changed by hand
+        own = [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
     return [known.get(param, name) for param, name in zip(group["params"], own, strict=True)]
 
 

@@ -5,9 +5,11 @@ Both show in the names of its modules' classes, and in their code, by calls of t
 
 from __future__ import annotations
 
+import dis
 import inspect
 import re
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -22,6 +24,7 @@ _NAME = re.compile(r"(?<!no)norm(?!al(?!i[sz])|_?free)|^ln$", re.IGNORECASE)
 _KIND = re.compile(r"(?<!no)(?<!without)(layer|rms|batch|group|instance)_?norm(?!_?free)", re.IGNORECASE)
 _FUNCTIONS = frozenset({"layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm"})
 _FUNCTIONS |= {f"native_{name}" for name in ("layer_norm", "batch_norm", "group_norm")}
+_BETWEEN = {"EXTENDED_ARG", "PUSH_NULL"}  # instructions that may stand between a name and its attribute
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -63,10 +66,11 @@ def _calls_norms(module: nn.Module) -> bool:
         if not isinstance(function, FunctionType) or function in seen or str(function.__module__).startswith("torch."):
             continue
         seen.add(function)
-        names = set(_names(function.__code__))
-        # a norm's name is a call as in F.layer_norm, or else a method, a submodule or a flag
-        if any(not hasattr(module, name) for name in names & _FUNCTIONS):
+        codes = list(_codes(function.__code__))
+        known = ChainMap(_closure(function), function.__globals__)
+        if any(_uses_norm(code, known) for code in codes):
             return True
+        names = {name for code in codes for name in code.co_names}
         found.extend(_values(names, function, module))
     return False
 
@@ -91,12 +95,42 @@ def _values(names: set[str], function: FunctionType, module: nn.Module) -> Itera
         yield (value := function.__globals__.get(name))
         if isinstance(value, ModuleType):
             yield from map(vars(value).get, names - _FUNCTIONS)
-    for cell in function.__closure__ or ():
+    yield from _closure(function).values()
+
+
+def _closure(function: FunctionType) -> dict[str, Any]:
+    """Return the variables of enclosing functions that a function uses."""
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # the cell is empty
-            yield cell.cell_contents
+            found[name] = cell.cell_contents
+    return found
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    """Yield the names that a function's code uses, also inside the functions in it."""
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Yield a function's code, and that of the functions in it."""
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return chain(code.co_names, chain.from_iterable(map(_names, inner)))
+    return chain([code], chain.from_iterable(map(_codes, inner)))
+
+
+def _uses_norm(code: CodeType, known: Mapping[str, Any]) -> bool:
+    """Return True for code that uses a norm of a Python module, as in F.layer_norm; `known` are variables outside.
+
+    Attributes of anything else, such as self.layer_norm and config.layer_norm, are methods, submodules or flags.
+    """
+    instructions = [each for each in dis.get_instructions(code) if each.opname not in _BETWEEN]
+    imports = any(each.opname.startswith("IMPORT") for each in instructions)
+    of_module = False  # whether the last value was a Python module, or came from one
+    for kind, name in ((each.opname, each.argval) for each in instructions):
+        if kind in ("LOAD_ATTR", "LOAD_METHOD"):
+            if of_module and name in _FUNCTIONS:
+                return True
+        elif kind in ("LOAD_GLOBAL", "LOAD_DEREF"):
+            of_module = isinstance(known.get(name), ModuleType)
+            if name in _FUNCTIONS and inspect.isroutine(known.get(name)):
+                return True
+        else:  # a local name may be a module, or a norm, that the function imports
+            of_module = imports and kind.startswith("LOAD_FAST") and name not in code.co_varnames[: code.co_argcount]
+            if of_module and name in _FUNCTIONS:
+                return True
+    return False

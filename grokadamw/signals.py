@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._checks import check_count, check_number
-from ._numbers import Number, accumulator, as_float, as_number, as_real, as_share, reads_are_free
+from ._numbers import Number, accumulator, as_float, as_number, as_real, as_share, reads_are_free, resolved
 from .distributed import Shards, divisions, local, shards_of
 from .param_groups import recorded
 from .state.formats import unpacked
@@ -197,7 +197,7 @@ class SlowGradient:
                 name = next((name for name in _SLOW if name in state), None)
                 if name is not None and param.grad is not None:
                     is_negated = name == "grok_ema" and group["maximize"]  # wrappers average gradients as they are
-                    shards, g = shards_of(param), (-param.grad if is_negated else param.grad).resolve_conj()
+                    shards, g = shards_of(param), resolved(-param.grad if is_negated else param.grad)
                     pair = [as_real(local(x, shards)).flatten() for x in (unpacked(state, name), g)]
                     # widened: products of small float32 numbers vanish
                     both = torch.stack([x.to(accumulator(x.device)) for x in pair])

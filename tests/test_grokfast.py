@@ -608,6 +608,15 @@ def test_complex_gradients_as_autograd_leaves_them(function: Callable[..., Any])
     torch.testing.assert_close(model[0].grad, 2 * before)
 
 
+@pytest.mark.parametrize("function", [gradfilter_ema, gradfilter_ma])
+def test_a_gradient_without_memory_is_zero(function: Callable[..., Any]) -> None:
+    model = nn.ParameterList([nn.Parameter(torch.ones(2))])
+    torch.sgn(model[0]).sum().backward()
+    assert model[0].grad._is_zerotensor()
+    function(model)
+    assert torch.equal(model[0].grad, torch.zeros(2))
+
+
 def test_a_signals_memory_is_found_when_groups_are() -> None:
     """By their names, in another order."""
     model = network()

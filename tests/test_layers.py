@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import linecache
 import re
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
@@ -222,6 +224,40 @@ def test_the_warning_comes_for_layers_that_are_set_later() -> None:
     with pytest.warns(UserWarning, match="less than half") as caught:
         step(optimizer, model)
     assert "set_layers" not in str(caught[0].message)  # which was done
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("change", ["more", "less"])
+def test_set_layers_mends_a_list_of_parameters_that_was_changed(named: bool, change: str) -> None:
+    model = network()
+    optimizer = GrokAdamW(model.named_parameters() if named else model.parameters())
+    set_gradients(list(model.parameters()))
+    optimizer.step()
+    params = optimizer.param_groups[0]["params"]
+    if change == "less":
+        optimizer.state.pop(params.pop(0))
+    else:
+        model.more = nn.Linear(2, 2)
+        params.append(model.more.weight)
+    with pytest.raises(RuntimeError, match="set_layers"):
+        optimizer.step()
+    optimizer.set_layers(model)
+    optimizer.step()
+    names = {p: name for name, p in model.named_parameters()}
+    assert [name for row in optimizer.layer_table() for name in row.names] == [names[p] for p in params]
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_names_keep_no_parameter_alive() -> None:
+    model = network()
+    optimizer = GrokAdamW(model.parameters())
+    optimizer.set_layers(model)
+    optimizer = copy.deepcopy(optimizer)
+    old = weakref.ref(optimizer.param_groups[0]["params"][0])
+    assert optimizer.layer_table()[0].names[0] == next(name for name, _ in model.named_parameters())
+    optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(2))
+    gc.collect()
+    assert old() is None
 
 
 def test_set_layers_refuses_another_model_and_changes_nothing() -> None:

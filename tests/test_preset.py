@@ -7,7 +7,7 @@ import math
 import pickle
 import warnings
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import layer_norm
+from torch.nn.utils import weight_norm as old_weight_norm
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
@@ -153,6 +154,8 @@ def test_what_does_not_show_its_parameters_is_refused() -> None:
     for make in (GrokAdamW.for_grokking, decay_groups):
         with pytest.raises(TypeError, match="model is TorchScript.*give the model that it was made from"):
             make(torch.jit.script(nn.Linear(2, 2)))
+        with pytest.raises(TypeError, match=r"model comes from torch.export.*from the model that was exported"):
+            make(torch.export.export(nn.Linear(2, 2), (torch.ones(2),)).module())
         with pytest.raises(ValueError, match="weight has no shape yet: run the model once"):
             make(nn.LazyLinear(2))
     with pytest.raises(TypeError, match="norms='yes' is neither True, False nor None"):
@@ -215,7 +218,9 @@ class ByAttribute(nn.Module):
         return self.normed(x)
 
 
-def by_closure() -> nn.Module:
+def by_closure() -> list[nn.Module]:
+    f = functional
+
     def normed(x: Tensor) -> Tensor:
         return torch.native_layer_norm(x, (4,), None, None, 1e-5)[0]
 
@@ -223,7 +228,11 @@ def by_closure() -> nn.Module:
         def forward(self, x: Tensor) -> Tensor:
             return normed(x)
 
-    return ByClosure()
+    class ByModuleInClosure(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return f.group_norm(x, 1)
+
+    return [ByClosure(), ByModuleInClosure()]
 
 
 helpers = ModuleType("helpers")
@@ -235,6 +244,39 @@ class ByTrainingStep(nn.Module):
 
     def training_step(self, batch: Tensor) -> Tensor:
         return helpers.normed(batch)
+
+
+class ByImport(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
+        return F.batch_norm(x, None, None, training=True)
+
+
+class BesideAFlag(nn.Module):
+    """The flag has the function's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_norm = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(x, (4,)) if self.layer_norm else x
+
+
+class WithoutByConfig(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(batch_norm=False, layer_norm=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        config = self.config
+        if self.config.batch_norm or config.layer_norm or options.group_norm:
+            x = self.normed(x)
+        return functional.relu(x)
+
+
+options = SimpleNamespace(group_norm=False)
 
 
 class Without(nn.Module):
@@ -260,17 +302,15 @@ class Without(nn.Module):
             (layer, "inside")
             for layer in (ByFunction(), ByMethod(), ByName(), called("LayerNormLinear", nn.Linear, 4, 4))
         ],
-        *[(layer, "inside") for layer in (BySuper(), by_closure(), ByTrainingStep())],
+        *[(layer, "inside") for layer in (BySuper(), *by_closure(), ByTrainingStep(), ByImport(), BesideAFlag())],
         *[(ByAttribute(norm), "inside") for norm in (layer_norm, partial(layer_norm, normalized_shape=(4,)))],
         *[(called(name, Vector), "none") for name in ("NoNorm", "Normal", "NormFreeGain", "Vector")],
         *[(called(name, nn.Module), "none") for name in ("L2Norm", "RunningNorm", "WithoutBatchNorm")],
         (called("NormLinear", nn.Linear, 4, 4), "none"),
         (called("PreNormBlock", nn.Sequential, nn.Linear(4, 4)), "none"),
         *[(parametrize(nn.Linear(4, 4)), "none") for parametrize in (weight_norm, spectral_norm)],
-        *[
-            (layer, "none")
-            for layer in (nn.ReLU(), Without(), ByAttribute(functional.relu), nn.Embedding(4, 4, max_norm=1.0))
-        ],
+        (nn.Embedding(4, 4, max_norm=1.0), "none"),
+        *[(layer, "none") for layer in (nn.ReLU(), Without(), WithoutByConfig(), ByAttribute(functional.relu))],
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else value,
 )
@@ -322,10 +362,13 @@ DEEP = nn.Sequential(SHALLOW, nn.Linear(4, 4))
         (DEEP, (3e-3, 0.1, 10, 30)),
         (nn.Sequential(nn.LSTM(4, 4), nn.Linear(4, 4)), (1e-2, 1, 4, 3)),
         (nn.Sequential(nn.LSTM(4, 4, num_layers=2), nn.Linear(4, 4)), (3e-3, 0.1, 10, 30)),
+        (nn.Sequential(nn.LSTM(4, 4, bidirectional=True), nn.Linear(8, 4)), (1e-2, 1, 4, 3)),
+        (nn.Sequential(*(weight_norm(nn.Linear(4, 4)) for _ in range(3))), (1e-2, 1, 4, 3)),
+        (nn.Sequential(*(old_weight_norm(nn.Linear(4, 4)) for _ in range(3))), (1e-2, 1, 4, 3)),
         (nn.Sequential(*(nn.Conv1d(1, 1, 1) for _ in range(4))), (3e-3, 0.1, 10, 30)),
         (Vector((4,)), (3e-3, 0.1, 10, 30)),  # which may be a whole model, flattened
     ],
-    ids=["shallow", "deep", "LSTM", "two LSTMs", "convolutions", "vector"],
+    ids=["shallow", "deep", "LSTM", "two LSTMs", "both ways", "weight_norm", "old one", "convolutions", "vector"],
 )
 def test_without_norms_the_numbers_depend_on_how_many_weights_there_are(
     model: nn.Module, numbers: tuple[float, ...]

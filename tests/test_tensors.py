@@ -14,6 +14,8 @@ from torch import nn
 
 from grokadamw import GrokAdamW
 from grokadamw import backends as update
+from grokadamw.backends import native
+from grokadamw.signals import SlowGradient
 
 from .models import AS_ADAMW, parameters, set_gradients
 
@@ -163,6 +165,41 @@ def test_a_conjugate_gradient_is_taken_for_what_it_is() -> None:
         optimizer.step()
         other.step()
     assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_clipping": 0.0, "nonfinite": "propagate"},
+        {"nonfinite": "raise"},
+        {"state_dtype": "int8"},
+        {"foreach": True},
+        {"window_size": 2},
+        {"accumulation_steps": 2, "second_moment": "raw"},
+        {"grokking_signal_fns": SlowGradient(every=1)},
+    ],
+    ids=["default", "not clipped", "raise", "int8", "foreach", "window", "accumulated", "a signal of gradients"],
+)
+@pytest.mark.parametrize("at_first", [True, False])
+@pytest.mark.parametrize("without_library", [True, False])
+def test_a_gradient_without_memory_is_zero(
+    options: dict[str, Any], at_first: bool, without_library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.sgn has such a gradient, a ZeroTensor, whose address is 0."""
+    if without_library:
+        monkeypatch.setattr(native, "signature", lambda: None)
+    p, q = (nn.Parameter(torch.linspace(-1, 1, 4096).view(64, 64)) for _ in range(2))
+    optimizers = [GrokAdamW([param], **copy.deepcopy(options)) for param in (p, q)]
+    for step in range(6):
+        p.grad = q.grad = torch.full_like(p, 0.1)
+        if at_first == (step in (0, 1, 3)):
+            p.grad, q.grad = None, torch.zeros_like(q)
+            torch.sgn(p).sum().backward()
+            assert p.grad._is_zerotensor()  # type: ignore[attr-defined]
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(p, q)
 
 
 def test_a_group_is_not_written_into() -> None:

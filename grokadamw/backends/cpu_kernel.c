@@ -911,6 +911,8 @@ typedef struct {
     int (*look)(void *object, dl_tensor *);     /* torch's `dltensor_from_py_object_no_sync` */
 } python;
 
+#define NO_MEMORY (1 << 16) /* beyond any number of dimensions */
+
 /* Describe `count` torch.Tensors of a list: three words for each, two words for each of its dimensions, and its address. With
  * `compare`, compare the words, and the addresses of the first `fixed` tensors, instead of writing them, and return 0 at the
  * first difference, before looking into an object of another type. Between steps all of this leaves the caches: `hints` say
@@ -929,8 +931,9 @@ int NAME(signature)(const python *python, void *list, int64_t count, int64_t fix
         if (compare && *words != (int64_t)(intptr_t)type) return 0;
         if (python->look(object, &x)) return -1;
         hints[i] = (const char *)x.shape;
+        const int64_t code = (int64_t)x.code << 56 | (int64_t)x.bits << 48 | (int64_t)x.lanes << 32 | x.dimensions;
         const int64_t kind[] = {(intptr_t)type, (int64_t)x.device_type << 32 | (uint32_t)x.device,
-                                (int64_t)x.code << 56 | (int64_t)x.bits << 48 | (int64_t)x.lanes << 32 | x.dimensions};
+                                code | (x.data ? 0 : NO_MEMORY)};
         const int64_t *parts[] = {kind, x.shape, x.strides};
         for (int part = 0; part < 3; part++) {
             const int64_t length = part ? x.dimensions : 3;

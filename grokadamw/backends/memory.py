@@ -24,13 +24,16 @@ from .types import Addresses, Batch, written
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the native kernel's order
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_LOOKS: tuple[Callable[[Tensor], Any], ...] = (type, attrgetter("dtype"), Tensor.size, Tensor.stride, Tensor.get_device)
+_LOOKS: tuple[Callable[[Tensor], Any], ...] = (
+    *(type, attrgetter("dtype"), Tensor.size, Tensor.stride, Tensor.get_device),
+    Tensor._is_zerotensor,
+)
 
 
 class TensorSignature:
     """The type, device, dtype, shape and strides of each tensor of a list; of the first `fixed`, the address, too.
 
-    Tensors have to be of type Tensor or Parameter.
+    Tensors have to be of type Tensor or Parameter. One without memory has another signature than one with memory.
     """
 
     def __init__(self, tensors: list[Tensor], fixed: int) -> None:

@@ -46,14 +46,15 @@ def hear(
     train_loss, eval_loss = recorded(groups, "train_loss"), recorded(groups, "eval_loss")
     signal = signals.evaluate(train_loss, eval_loss)
     elsewhere: Number = 0
-    is_asked_for = signals.are_given or any(group["amplify_by_signal"] or is_boosted(group) for group in groups)
+    boosts = any(map(is_boosted, groups))
+    is_asked_for = signals.are_given or boosts or any(group["amplify_by_signal"] for group in groups)
     # ask the other ranks, whatever this one recorded, as they may have recorded more. But not if the user neither chose
     # signals nor records losses, unless all ranks are known to take this step
     wanted = is_asked_for or (train_loss, eval_loss) != (None, None)
     if signals.functions and ranks() > 1 and ranks_meet(wanted):
         signal, elsewhere = mean_over_ranks(signal, groups, signals.losses_are_loaded)
         signal = as_number(signal) if isinstance(signal, Tensor) else signal
-    signals.warn_of_missing(train_loss, eval_loss, is_asked_for, elsewhere)
+    signals.warn_of_missing(train_loss, eval_loss, is_asked_for, boosts, elsewhere)
     return [signal] * len(groups)
 
 
@@ -140,12 +141,18 @@ class Signals:
         return cls([AccuracyGap() if function is AccuracyGap else function for function in found], combine or "mean")
 
     def warn_of_missing(
-        self, train_loss: Number | None, eval_loss: Number | None, is_asked_for: bool, elsewhere: Number = 0
+        self,
+        train_loss: Number | None,
+        eval_loss: Number | None,
+        is_asked_for: bool,
+        boosts: bool,
+        elsewhere: Number,
     ) -> None:
         """Warn once if functions do not get the losses or accuracies that they need, as nothing adapts meanwhile.
 
-        That is after 100 steps, or 1,000 if only evaluation is missing. There is no warning if nothing is given and no
-        signal was asked for, or if other ranks had a signal: `elsewhere` is their number.
+        That is after 100 steps; or after 1,000 if only evaluation is missing and updates do not grow with the signal,
+        as `boosts` says. There is no warning if nothing is given and no signal was asked for, or if other ranks had a
+        signal: `elsewhere` is their number.
         """
         needed: dict[str, Number | None] = {}
         if any(self.takes_losses):
@@ -157,7 +164,7 @@ class Signals:
         if not missing or (len(missing) == len(needed) and not is_asked_for):
             return
         self._steps_without += 1
-        limit = 100 if any(name.startswith("train") for name in missing) else 1000
+        limit = 100 if boosts or any(name.startswith("train") for name in missing) else 1000
         if self._steps_without < limit or not is_new("missing values", self._warned):
             return
         if as_float(elsewhere) == 0:

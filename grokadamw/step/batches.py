@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, layers
-from .._numbers import as_real
+from .._numbers import as_real, resolved
 from ..backends import BY_ADDRESS, Batch, Choice, decoded, foreach, gpu, memory, reference
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges
@@ -103,7 +103,7 @@ def collect(given: Given, names: Mapping[Tensor, str], missing: Collection[Tenso
                     f"GrokAdamW does not support sparse gradients, and {name} has one: build its module with "
                     "sparse=False (torch.nn.Embedding), or give it to torch.optim.SparseAdam"
                 )
-            entries.append(Entry(param, param.grad.resolve_conj(), member))
+            entries.append(Entry(param, resolved(param.grad), member))
     for param, _, member in entries:
         check(given.state.get(param, {}), param)
         if given.groups[member.group]["fused"] and not backends.is_fused_on(param.device):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from .._numbers import as_real, reads_are_free
+from .._numbers import as_real, reads_are_free, resolved
 from ..backends import Batch, Choice, cpu, gpu, memory
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges, TensorSignature
@@ -155,7 +155,7 @@ class Cache:
 def _likely_choice(param: Tensor, state: State, group: dict[str, Any]) -> Choice:
     """Return the backend for a parameter; a gradient or state that it lacks is taken to be like the parameter."""
     shards = shards_of(param)
-    grad = None if param.grad is None else param.grad.resolve_conj()
+    grad = None if param.grad is None else resolved(param.grad)
     row = [param if x is None else x for x in (param, grad, *map(state.get, STATES))]
     tensors, extras = [as_real(local(x, shards)) for x in row], list(map(state.get, EXTRAS))
     step = state.get("step", torch.zeros((), device=step_device(param)))
@@ -252,7 +252,9 @@ def _are_plain(columns: Columns, written: list[Tensor]) -> bool:
     """Return True if a signature describes these tensors completely."""
     if not set(map(type, written)) <= _PLAIN or not set(map(type, columns.grads)) <= {Tensor}:
         return False
-    return not any(map(torch.is_complex, columns.params)) and not any(map(Tensor.is_neg, [*written, *columns.grads]))
+    if any(map(torch.is_complex, columns.params)) or any(map(Tensor._is_zerotensor, columns.grads)):
+        return False
+    return not any(map(Tensor.is_neg, [*written, *columns.grads]))
 
 
 def _looks(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from operator import itemgetter
@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import backends, layers
-from .._numbers import Number, accumulator, as_float, detached, reads_are_free
+from .._numbers import Number, accumulator, as_float, detached, reads_are_free, resolved
 from .._warn import warn
 from ..backends import foreach, gpu, rows
 from ..backends.gpu_tables import Tables
@@ -52,7 +53,7 @@ class Run:
     checked: list[tuple[Any, ...]] = field(default_factory=list)  # each group's options when they were last checked
     checked_layers: list[list[int]] = field(default_factory=list)  # and its layers
     skipped: Tensor | None = None  # counts steps that were skipped on a device and not read back yet
-    names: dict[Tensor, str] = field(default_factory=dict)  # of parameters, as set_layers found them
+    names: MutableMapping[Tensor, str] = field(default_factory=WeakTensorKeyDictionary)  # as set_layers found them
     idle: bool = False  # whether a step had no gradient at all: that is warned of once
     stepped: bool = False  # whether the last step was a whole one, or the last of its micro-batches
     cache: Cache = field(default_factory=Cache)  # the batches of earlier steps
@@ -69,6 +70,10 @@ class Run:
     def has_updated_early(self) -> bool:
         """True if the backward pass that the next step ends has updated parameters."""
         return self.in_backward is not None and self.in_backward.has_updated
+
+    def name(self, names: Mapping[Tensor, str]) -> None:
+        """Keep names of parameters, but none of the parameters alive."""
+        self.names = WeakTensorKeyDictionary(names)
 
     def settle(self, groups: Sequence[dict[str, Any]]) -> None:
         """Read back the counts that are on a device."""
@@ -91,9 +96,10 @@ class Run:
 
     def follow(self, other: Run, memo: dict[int, Any]) -> None:
         """Become the run of a copy of the other run's optimizer, with its own tensors for CUDA graphs."""
-        self.signals, self.names, self.captured, self.skipped, self.last = copy.deepcopy(
-            (other.signals, other.names, other.captured, other.skipped, other.last), memo
+        self.signals, self.captured, self.skipped, self.last = copy.deepcopy(
+            (other.signals, other.captured, other.skipped, other.last), memo
         )
+        self.name({copy.deepcopy(param, memo): found for param, found in other.names.items()})
         self.layers_checked, self.stepped = other.layers_checked, other.stepped
         self.shard_group = other.shard_group  # process groups cannot be copied
 
@@ -147,7 +153,7 @@ def check_given(run: Run, given: Given) -> bool:
 def check_finite(run: Run, given: Given) -> None:
     """Raise RuntimeError if gradients are not finite."""
     params = [p for group in given.groups for p in group["params"] if p.grad is not None]
-    if not math.isfinite(_norm_now([p.grad.resolve_conj() for p in params if not p.grad.is_sparse], given)):
+    if not math.isfinite(_norm_now([resolved(p.grad) for p in params if not p.grad.is_sparse], given)):
         raise _not_finite(run, given, params)
 
 
