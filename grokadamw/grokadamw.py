@@ -223,8 +223,9 @@ class GrokAdamW(Base):
         up to five times as large (``signal_boost`` 4, of ``grokadamw.signals.memorisation``), and weight decay is up to
         four times as strong (``decay_boost`` 3): for that, call ``record(train_loss=…, eval_loss=…)`` with both every
         few steps. For models without norms the filter, γ and the limit are off. If such a model has at most three
-        weight matrices (kernels of convolutions count, embeddings do not), lr is 1e-2. If it has more, lr is 3e-3,
-        weight decay 0.1, ``signal_boost`` 10 and ``decay_boost`` 30. Evidence: benchmarks/results/GROKKING_REPORT.md.
+        weight matrices (kernels of convolutions count, embeddings do not), lr is 1e-2; if at most two, weight decay is
+        0.5, too. If it has more than three, lr is 3e-3, weight decay 0.1, ``signal_boost`` 10 and ``decay_boost`` 30.
+        Evidence: benchmarks/results/GROKKING_REPORT.md.
 
         Args:
             model: its parameters that require gradients are optimized, under their names and in its layers, in groups:
@@ -244,8 +245,8 @@ class GrokAdamW(Base):
                 slows the embeddings down: give it a list, one lr per group.
 
         Raises:
-            TypeError, ValueError: model is no module, or TorchScript, or all of it is frozen; a parameter has no shape,
-                or an embedding no finite numbers yet; or an argument is not allowed.
+            TypeError, ValueError: model is no module, or one of TorchScript or torch.export, or all of it is frozen; a
+                parameter has no shape, or an embedding no finite numbers yet; or an argument is not allowed.
         """
         groups, preset = grokking_groups(model, lr, weight_decay, norms)
         if options.get("grokking_signal_fns") is None and options.get("grokking_signal_fn") is None:

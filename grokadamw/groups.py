@@ -23,7 +23,7 @@ __all__ = ["decay_groups"]
 Named: TypeAlias = list[tuple[str, nn.Parameter]]
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
-# the preset for models with norm layers; and for those without, where the lengths of rows matter, shallow or deep
+# the preset for models with norm layers
 _WITH_NORMS = {
     "lr": 3e-3,
     "weight_decay": 1.0,
@@ -32,23 +32,12 @@ _WITH_NORMS = {
     "max_row_change": 0.035,
     "signal_boost": 4.0,
 }
-_SHALLOW = {
-    "lr": 1e-2,
-    "weight_decay": 1.0,
-    "decay_boost": 3.0,
-    "signal_boost": 4.0,
-    "lamb": 0.0,
-    "gamma": 0.0,
+# and for those without, where the lengths of rows matter, from this number of weights on; embeddings do not count
+_WITHOUT_NORMS = {
+    0: {"lr": 1e-2, "weight_decay": 0.5, "decay_boost": 3.0, "signal_boost": 4.0, "lamb": 0.0, "gamma": 0.0},
+    3: {"lr": 1e-2, "weight_decay": 1.0, "decay_boost": 3.0, "signal_boost": 4.0, "lamb": 0.0, "gamma": 0.0},
+    4: {"lr": 3e-3, "weight_decay": 0.1, "decay_boost": 30.0, "signal_boost": 10.0, "lamb": 0.0, "gamma": 0.0},
 }
-_DEEP = {
-    "lr": 3e-3,
-    "weight_decay": 0.1,
-    "decay_boost": 30.0,
-    "signal_boost": 10.0,
-    "lamb": 0.0,
-    "gamma": 0.0,
-}
-_SHALLOW_WEIGHTS = 3  # at most, without embeddings
 # names of matrices that do not make a model deeper: weight_norm's lengths, and a recurrent layer's other direction
 _BESIDE = re.compile(r"\bweight\w*_g$|\bweight\w*\.original0$|\bweight\w*_reverse$")
 
@@ -112,9 +101,9 @@ def grokking_groups(
     The groups are: weights; the parameters of norm layers, which decay a third as fast; other vectors, which neither
     decay nor have limits; and a group for each embedding. If the mean length of an embedding's rows is above 1, its lr
     is multiplied by that length and its weight decay divided by it. In a model without norms vectors count as weights.
-    `norms` says whether it has some; None looks. Without norms the numbers depend on how many weights the model has, as
-    more of them in a row bear a lower lr. The modules alone decide which groups there are: a model with loaded
-    weights has the groups of their source.
+    `norms` says whether it has some; None looks. Without norms the numbers depend on how many weights the model has:
+    more of them in a row bear a lower lr, and the rows of few have to be longer. The modules alone decide which groups
+    there are: a model with loaded weights has the groups of their source.
     """
     _check_modules(model)
     if norms is not None and not isinstance(norms, bool):
@@ -135,8 +124,9 @@ def grokking_groups(
         return param.dim() == 2 or (param.dim() > 2 and (not is_vector(param) or param in of_convolutions))
 
     count = sum(is_weight(param) and param not in embeddings and not _BESIDE.search(name) for name, param in named)
-    without = _SHALLOW if count <= _SHALLOW_WEIGHTS and not is_flat(model) else _DEEP
-    preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, **(_WITH_NORMS if normed else without)}
+    of_count = max(least for least in _WITHOUT_NORMS if least <= count or is_flat(model))
+    numbers = _WITH_NORMS if normed else _WITHOUT_NORMS[of_count]
+    preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, **numbers}
     lr = preset["lr"] if lr is None else lr
     decay = preset["weight_decay"] if weight_decay is None else weight_decay
     if not isinstance(lr, Tensor):

@@ -315,7 +315,7 @@ class Without(nn.Module):
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else value,
 )
 def test_norms_are_found_by_class_and_by_call(other: nn.Module, kind: str) -> None:
-    optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), other))
+    optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), other), weight_decay=1.0)
     groups = {name: group for group in optimizer.param_groups for name in group["param_names"]}
     for group in groups.values():
         assert (group["lamb"], group["gamma"]) == ((2, 0.6) if kind != "none" else (0, 0))
@@ -360,6 +360,8 @@ DEEP = nn.Sequential(SHALLOW, nn.Linear(4, 4))
     [
         (SHALLOW, (1e-2, 1, 4, 3)),
         (DEEP, (3e-3, 0.1, 10, 30)),
+        (SHALLOW[:3], (1e-2, 0.5, 4, 3)),
+        (nn.Linear(4, 4), (1e-2, 0.5, 4, 3)),
         (nn.Sequential(nn.LSTM(4, 4), nn.Linear(4, 4)), (1e-2, 1, 4, 3)),
         (nn.Sequential(nn.LSTM(4, 4, num_layers=2), nn.Linear(4, 4)), (3e-3, 0.1, 10, 30)),
         (nn.Sequential(nn.LSTM(4, 4, bidirectional=True), nn.Linear(8, 4)), (1e-2, 1, 4, 3)),
@@ -368,7 +370,10 @@ DEEP = nn.Sequential(SHALLOW, nn.Linear(4, 4))
         (nn.Sequential(*(nn.Conv1d(1, 1, 1) for _ in range(4))), (3e-3, 0.1, 10, 30)),
         (Vector((4,)), (3e-3, 0.1, 10, 30)),  # which may be a whole model, flattened
     ],
-    ids=["shallow", "deep", "LSTM", "two LSTMs", "both ways", "weight_norm", "old one", "convolutions", "vector"],
+    ids=[
+        *("shallow", "deep", "two", "one", "LSTM", "two LSTMs", "both ways", "weight_norm", "old weight_norm"),
+        *("convolutions", "vector"),
+    ],
 )
 def test_without_norms_the_numbers_depend_on_how_many_weights_there_are(
     model: nn.Module, numbers: tuple[float, ...]
@@ -431,14 +436,14 @@ def test_the_presets_groups() -> None:
     length = model[0].weight.norm(dim=1).mean().item()
     optimizer = GrokAdamW.for_grokking(model, lr=torch.tensor(0.1))
     assert [group["param_names"] for group in optimizer.param_groups] == [["1.weight", "1.bias"], ["0.weight"]]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([1, 1 / length])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.5 / length])
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     for loss in (1.0, 2.0):
         scheduler.step(loss)
     # torch 2.6's scheduler makes numbers of tensors
     assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.1 / 2, 0.1 / 2 * length])
     optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(4)))]})
-    assert optimizer.param_groups[-1]["weight_decay"] == 1
+    assert optimizer.param_groups[-1]["weight_decay"] == 0.5
 
 
 def test_the_preset_warns_of_a_gamma_that_was_given() -> None:

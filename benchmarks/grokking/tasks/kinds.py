@@ -235,5 +235,5 @@ TASKS = [
     ),
     Task("connected10/gnn", "whether a graph is connected, a GNN with BatchNorm", starts(Isomorphism, graphs, 128)),
 ]
-# without norms: with at most three weights, and with more
-SHALLOW, DEEP = {"mlp", "quadratic", "lstm", "gru"}, {"cnn", "no-norm"}
+# without norms: with two weights, with three, and with more
+SHALLOWEST, SHALLOW, DEEP = {"quadratic"}, {"mlp", "lstm", "gru"}, {"cnn", "no-norm"}

@@ -365,9 +365,11 @@ def test_the_best_cell() -> None:
     assert evidence.best([]) is None
 
 
-@pytest.mark.parametrize("name", [*(f"add97/{name}" for name in architectures.load()), *evidence.KINDS])
+@pytest.mark.parametrize(
+    "name", [*(f"add97/{name}" for name in architectures.load()), *evidence.KINDS, *evidence.SHORT]
+)
 def test_the_preset_as_it_comes_has_its_own_numbers(name: str) -> None:
-    run = evidence.pair_untuned(name)[0]
+    run = evidence.by_accuracy(name)[evidence.PRESET][0]
     defaults = GrokAdamW.for_grokking(tasks.load()[name].start(0).model).defaults
     run_of = {"decay_boost": 0.0, **run.settings}
     assert {name: run_of[name] for name in ("lr", "weight_decay", "decay_boost")}.items() <= defaults.items()
