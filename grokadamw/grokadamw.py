@@ -222,10 +222,10 @@ class GrokAdamW(Base):
         0.035 of its length in a step (``max_row_change``). While a model has memorised and evaluation lags, updates are
         up to five times as large (``signal_boost`` 4, of ``grokadamw.signals.memorisation``), and weight decay is up to
         four times as strong (``decay_boost`` 3): for that, call ``record(train_loss=…, eval_loss=…)`` with both every
-        few steps. For models without norms the filter, γ and the limit are off. If such a model has at most three
-        weight matrices (kernels of convolutions count, embeddings do not), lr is 1e-2; if at most two, weight decay is
-        0.5, too. If it has more than three, lr is 3e-3, weight decay 0.1, ``signal_boost`` 10 and ``decay_boost`` 30.
-        Evidence: benchmarks/results/GROKKING_REPORT.md.
+        few steps. For models without norms the filter, γ and the limit are off, and other numbers depend on how many
+        weight matrices there are (kernels of convolutions count, embeddings do not). Up to two: lr 2e-2, weight decay
+        0.5, ``signal_boost`` 2, ``decay_boost`` 1. Three: lr 1e-2. More: lr 3e-3, weight decay 0.1, ``signal_boost``
+        10, ``decay_boost`` 30. Evidence: benchmarks/results/GROKKING_REPORT.md.
 
         Args:
             model: its parameters that require gradients are optimized, under their names and in its layers, in groups:

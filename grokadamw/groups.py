@@ -34,7 +34,7 @@ _WITH_NORMS = {
 }
 # and for those without, where the lengths of rows matter, from this number of weights on; embeddings do not count
 _WITHOUT_NORMS = {
-    0: {"lr": 1e-2, "weight_decay": 0.5, "decay_boost": 3.0, "signal_boost": 4.0, "lamb": 0.0, "gamma": 0.0},
+    0: {"lr": 2e-2, "weight_decay": 0.5, "decay_boost": 1.0, "signal_boost": 2.0, "lamb": 0.0, "gamma": 0.0},
     3: {"lr": 1e-2, "weight_decay": 1.0, "decay_boost": 3.0, "signal_boost": 4.0, "lamb": 0.0, "gamma": 0.0},
     4: {"lr": 3e-3, "weight_decay": 0.1, "decay_boost": 30.0, "signal_boost": 10.0, "lamb": 0.0, "gamma": 0.0},
 }
@@ -102,8 +102,8 @@ def grokking_groups(
     decay nor have limits; and a group for each embedding. If the mean length of an embedding's rows is above 1, its lr
     is multiplied by that length and its weight decay divided by it. In a model without norms vectors count as weights.
     `norms` says whether it has some; None looks. Without norms the numbers depend on how many weights the model has:
-    more of them in a row bear a lower lr, and the rows of few have to be longer. The modules alone decide which groups
-    there are: a model with loaded weights has the groups of their source.
+    more of them in a row bear only a lower lr, and the rows of few have to be longer. The modules alone decide which
+    groups there are: a model with loaded weights has the groups of their source.
     """
     _check_modules(model)
     if norms is not None and not isinstance(norms, bool):

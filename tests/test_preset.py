@@ -112,7 +112,7 @@ def test_each_embedding_has_a_group_and_long_ones_a_higher_lr() -> None:
         ["3.weight"],
     ]
     lengths = [1, *(each.weight.norm(dim=1).mean().item() for each in (long, longer)), 1, 1]
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-2 * x for x in lengths])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-2 * x for x in lengths])
 
 
 def test_a_run_resumes_whose_embedding_has_become_short() -> None:
@@ -360,8 +360,8 @@ DEEP = nn.Sequential(SHALLOW, nn.Linear(4, 4))
     [
         (SHALLOW, (1e-2, 1, 4, 3)),
         (DEEP, (3e-3, 0.1, 10, 30)),
-        (SHALLOW[:3], (1e-2, 0.5, 4, 3)),
-        (nn.Linear(4, 4), (1e-2, 0.5, 4, 3)),
+        (SHALLOW[:3], (2e-2, 0.5, 2, 1)),
+        (nn.Linear(4, 4), (2e-2, 0.5, 2, 1)),
         (nn.Sequential(nn.LSTM(4, 4), nn.Linear(4, 4)), (1e-2, 1, 4, 3)),
         (nn.Sequential(nn.LSTM(4, 4, num_layers=2), nn.Linear(4, 4)), (3e-3, 0.1, 10, 30)),
         (nn.Sequential(nn.LSTM(4, 4, bidirectional=True), nn.Linear(8, 4)), (1e-2, 1, 4, 3)),

@@ -48,7 +48,7 @@ OTHER_SEEDS_OF: dict[str, Iterable[int]] = {
 }
 
 # the preset's lr, wd and d for models without norm layers; where wd is given, d must be, too
-SHALLOWEST: tuple[float, float, dict[str, Any]] = (1e-2, 0.5, {"decay_boost": 3.0})
+SHALLOWEST: tuple[float, float, dict[str, Any]] = (2e-2, 0.5, {"decay_boost": 1.0})
 SHALLOW: tuple[float, float, dict[str, Any]] = (1e-2, 1.0, {"decay_boost": 3.0})
 DEEP: tuple[float, float, dict[str, Any]] = (3e-3, 0.1, {"decay_boost": 30.0})
 
