@@ -114,23 +114,21 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _uses_norm(code: CodeType, known: Mapping[str, Any]) -> bool:
-    """Return True for code that uses a norm of a Python module, as in F.layer_norm; `known` are variables outside.
+    """Return True for code that uses a norm's function, as in F.layer_norm; `known` are the variables outside of it.
 
-    Attributes of anything else, such as self.layer_norm and config.layer_norm, are methods, submodules or flags.
+    Behind a local variable, as in self.layer_norm, it may be a method, a submodule or a flag.
     """
     instructions = [each for each in dis.get_instructions(code) if each.opname not in _BETWEEN]
     imports = any(each.opname.startswith("IMPORT") for each in instructions)
-    of_module = False  # whether the last value was a Python module, or came from one
+    value: Any = None  # the last one; of what the function imports, any module
     for kind, name in ((each.opname, each.argval) for each in instructions):
         if kind in ("LOAD_ATTR", "LOAD_METHOD"):
-            if of_module and name in _FUNCTIONS:
-                return True
+            value = inspect.getattr_static(value, name, value if isinstance(value, ModuleType) else None)
         elif kind in ("LOAD_GLOBAL", "LOAD_DEREF"):
-            of_module = isinstance(known.get(name), ModuleType)
-            if name in _FUNCTIONS and inspect.isroutine(known.get(name)):
-                return True
-        else:  # a local name may be a module, or a norm, that the function imports
-            of_module = imports and kind.startswith("LOAD_FAST") and name not in code.co_varnames[: code.co_argcount]
-            if of_module and name in _FUNCTIONS:
-                return True
+            value = known.get(name)
+        else:
+            is_local = kind.startswith("LOAD_FAST") and name not in code.co_varnames[: code.co_argcount]
+            value = inspect if imports and is_local else None
+        if (isinstance(value, ModuleType) or inspect.isroutine(value)) and name in _FUNCTIONS:
+            return True
     return False

@@ -264,6 +264,15 @@ class BesideAFlag(nn.Module):
         return torch.nn.functional.layer_norm(x, (4,)) if self.layer_norm else x
 
 
+class Functions:
+    group_norm = staticmethod(functional.group_norm)
+
+
+class ByNamespace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Functions.group_norm(x, 1)
+
+
 class WithoutByConfig(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -271,12 +280,14 @@ class WithoutByConfig(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         config = self.config
-        if self.config.batch_norm or config.layer_norm or options.group_norm:
+        if self.config.batch_norm or config.layer_norm or options.group_norm or settings.rms_norm:
             x = self.normed(x)
         return functional.relu(x)
 
 
 options = SimpleNamespace(group_norm=False)
+settings = ModuleType("settings")
+settings.rms_norm = False  # type: ignore[attr-defined]
 
 
 class Without(nn.Module):
@@ -303,6 +314,7 @@ class Without(nn.Module):
             for layer in (ByFunction(), ByMethod(), ByName(), called("LayerNormLinear", nn.Linear, 4, 4))
         ],
         *[(layer, "inside") for layer in (BySuper(), *by_closure(), ByTrainingStep(), ByImport(), BesideAFlag())],
+        (ByNamespace(), "inside"),
         *[(ByAttribute(norm), "inside") for norm in (layer_norm, partial(layer_norm, normalized_shape=(4,)))],
         *[(called(name, Vector), "none") for name in ("NoNorm", "Normal", "NormFreeGain", "Vector")],
         *[(called(name, nn.Module), "none") for name in ("L2Norm", "RunningNorm", "WithoutBatchNorm")],
