@@ -47,10 +47,12 @@ OTHER_SEEDS_OF: dict[str, Iterable[int]] = {
     **dict.fromkeys(QUICK, SEEDS),
 }
 
-# the preset's lr, wd and d for models without norm layers; where wd is given, d must be, too
-SHALLOWEST: tuple[float, float, dict[str, Any]] = (2e-2, 0.5, {"decay_boost": 1.0})
-SHALLOW: tuple[float, float, dict[str, Any]] = (1e-2, 1.0, {"decay_boost": 3.0})
-DEEP: tuple[float, float, dict[str, Any]] = (3e-3, 0.1, {"decay_boost": 30.0})
+# the preset's lr, wd and d for models without norms, by `kinds.WEIGHTS`; where wd is given, d must be, too
+WITHOUT_NORMS: dict[int, tuple[float, float, dict[str, Any]]] = {
+    2: (2e-2, 0.5, {"decay_boost": 1.0}),
+    3: (1e-2, 1.0, {"decay_boost": 3.0}),
+    4: (3e-3, 0.1, {"decay_boost": 30.0}),
+}
 
 # lr and wd of each of the other tasks
 OTHER_TASKS = {
@@ -105,7 +107,7 @@ FIRST, BEHIND, FINALISTS = (3e-3, 1.0), 1.5, 3  # the race: a cell stops at 1.5 
 RECIPES = ((1e-3, 1.0), (1e-3, 0.01))  # lr and wd of AdamW in public code
 
 # where the preset runs with accuracies for its signal, too: the two-block model, other kinds, and division
-SHORT = {"mnist": SHALLOW, "parity": SHALLOWEST}  # of the other tasks, those of quick models without norms
+SHORT = {"mnist": 3, "parity": 2}  # of the other tasks, those of quick models without norms, and their weights
 SHORT_BUDGET = 3000
 BY_ACCURACY_TASKS = [*LEARNT, *KINDS, *(pair for pair in PAIRS if pair.startswith("div97/")), *SHORT]
 
@@ -318,15 +320,12 @@ PAIR_PARTS = [pair_grid, pair_grid, pair_semifinals, pair_beyond, pair_beyond, p
 
 
 def has_norms(pair: str) -> bool:
-    return pair.partition("/")[2] not in kinds.SHALLOWEST | kinds.SHALLOW | kinds.DEEP
+    return pair.partition("/")[2] not in kinds.WEIGHTS
 
 
 def pair_untuned(pair: str) -> list[Run]:
     """Return runs of the preset as it comes."""
-    model = pair.partition("/")[2]
-    own: tuple[float | None, float | None, dict[str, Any]] = (None, None, {})
-    for models, numbers in ((kinds.SHALLOWEST, SHALLOWEST), (kinds.SHALLOW, SHALLOW), (kinds.DEEP, DEEP)):
-        own = numbers if model in models else own
+    own = () if has_norms(pair) else WITHOUT_NORMS[kinds.WEIGHTS[pair.partition("/")[2]]]
     return [Run.of(pair, PRESET, seed, *own) for seed in PAIR_SEEDS]
 
 
@@ -335,7 +334,9 @@ def by_accuracy(task: str) -> dict[str, list[Run]]:
     if task in LEARNT:
         losses = [run for run in untuned() if run.task == task]
     elif task in SHORT:
-        losses = [Run.of(task, PRESET, seed, *SHORT[task], SHORT_BUDGET) for seed in OTHER_SEEDS_OF[task]]
+        losses = [
+            Run.of(task, PRESET, seed, *WITHOUT_NORMS[SHORT[task]], SHORT_BUDGET) for seed in OTHER_SEEDS_OF[task]
+        ]
     else:
         losses = pair_untuned(task)
     return {PRESET: losses, BY_ACCURACY: [replace(run, method=BY_ACCURACY) for run in losses]}

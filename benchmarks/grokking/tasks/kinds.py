@@ -235,5 +235,5 @@ TASKS = [
     ),
     Task("connected10/gnn", "whether a graph is connected, a GNN with BatchNorm", starts(Isomorphism, graphs, 128)),
 ]
-# without norms: with two weights, with three, and with more
-SHALLOWEST, SHALLOW, DEEP = {"quadratic"}, {"mlp", "lstm", "gru"}, {"cnn", "no-norm"}
+# models without norms, and how many weights they have; 4 stands for more, too
+WEIGHTS = {"quadratic": 2, "mlp": 3, "lstm": 3, "gru": 3, "cnn": 4, "no-norm": 4}
