@@ -123,8 +123,9 @@ class Base(Optimizer):
 
         ``gpu`` is one Triton launch for all tensors of a kind; ``cpu`` is the native kernel, one pass through memory;
         ``blocks`` replaces it if it was not built; ``foreach`` uses torch's operations on lists of tensors,
-        ``reference`` on one at a time, ``decoded`` on float32 copies of fewer bits. Those three take parameters that
-        share memory, and all under torch.compile or FakeTensorMode. What is missing is taken to be like its parameter.
+        ``reference`` on one at a time, ``decoded`` on float32 copies of fewer bits. Those three also take
+        parameters that share memory, and under torch.compile or FakeTensorMode all parameters. A gradient or state that
+        does not exist yet is assumed to look like its parameter.
         """
         self._complete_groups()
         return self._run.cache.describe(Given(self.param_groups, self.state, self.defaults))
@@ -188,7 +189,7 @@ class Base(Optimizer):
             ValueError: groups, parameters or shapes differ from the saved ones, an option's saved value is not allowed,
                 or the run cannot be continued. Then nothing was loaded.
         """
-        if not isinstance(state_dict, dict):  # of which torch would make a copy, before its hooks see it
+        if not isinstance(state_dict, dict):  # torch would copy it before our hook can refuse it
             check_form(state_dict)
         self._complete_groups()
         with keeping_precision(self):

@@ -101,7 +101,7 @@ def as_share(value: Any, name: str) -> Number:
 
 
 def product(a: Number, b: Number) -> Number:
-    """Return a · b, on a's device; without computing anything if b is the number 1."""
+    """Return a · b, on a's device if a is a tensor; without computing anything if b is the number 1."""
     if isinstance(b, Tensor):
         return a * (b.to(a.device, non_blocking=True) if isinstance(a, Tensor) else b)
     return a if b == 1 else a * b

@@ -64,15 +64,16 @@ class Wrapper(WrapperBase):
         # groups and states that another wrapper of this kind had
         groups = [group for group in optimizer.param_groups if self._mark in group]
         states = [optimizer.state.get(param, {}) for group in groups for param in group["params"]]
-        if any(int(state.get(self._state_names[-1], 0)) > 0 for state in states):
+        entries = (self._state_names, *self._others)
+        if any(int(state.get(names[-1], 0)) > 0 for state, names in product(states, entries)):
             warn(
-                f"the optimizer has what another {type(self).__name__} collected, which is dropped: to continue a run, "
-                "wrap the optimizer first, and call this wrapper's load_state_dict",
+                "the optimizer has what another wrapper collected, which is dropped: to continue a run, put the same "
+                "wrapper around a new optimizer first, and call the wrapper's load_state_dict",
                 UserWarning,
             )
         for group in groups:
             group.update(group_defaults)
-        for state, name in product(states, (*self._state_names, *self._others)):
+        for state, name in product(states, chain(*entries)):
             state.pop(name, None)
         self._fill_groups()
         self._begin()
@@ -199,8 +200,8 @@ class Wrapper(WrapperBase):
     def _is_for_state_alone(self, parts: list[Part]) -> bool:
         """Return True if torch.distributed.checkpoint takes this step only to create the state that it loads into.
 
-        There is no state yet then, and the learning rate and all gradients are 0. With a shard_group its caller tells,
-        as all ranks must agree, whatever gradients they have.
+        There is no state yet then, and the learning rate and all gradients are 0. With a shard_group the caller
+        decides, because all ranks must agree, whatever gradients they have.
         """
         if any(not isinstance(state, dict) or state for state in self.state.values()):
             return False

@@ -32,7 +32,7 @@ class WrapperBase(Optimizer):
     _state_names: tuple[str, ...]  # its entries in each parameter's state
     _settings: tuple[str, ...] = ()  # attributes that pickle and deepcopy keep
     _runs: tuple[str, ...] = ()  # its group keys that are no settings, but the progress of a run
-    _others: tuple[str, ...] = ()  # state entries of other wrappers of its kind
+    _others: tuple[tuple[str, ...], ...] = ()  # those of each other wrapper of its kind; a count comes last in all
     _mark: str  # a group key which shows that a wrapper of its kind was around the optimizer
     _rank: int  # it may only wrap wrappers of lower rank
 
@@ -192,7 +192,7 @@ class WrapperBase(Optimizer):
         """Divide a saved state into this wrapper's, by parameter, and the inner optimizer's, by key."""
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = dict(zip(keys, chain.from_iterable(group["params"] for group in self.param_groups), strict=False))
-        not_inner = {*self._state_names, *self._others}
+        not_inner = {*self._state_names, *chain(*self._others)}
         states: dict[Tensor, State] = {}
         inner_states: dict[Any, Any] = {}
         for key, state in state_dict["state"].items():

@@ -179,7 +179,7 @@ def blocks_before(tensor: Tensor, block: int) -> int:
     return starts[0] * -(-width // block) + rows * (inside // block)
 
 
-def local_parts(tensors: Iterable[Tensor], ways: Iterable[Shards] = ()) -> list[tuple[Shards | None, list[Tensor]]]:
+def local_parts(tensors: Iterable[Tensor], ways: Iterable[Shards]) -> list[tuple[Shards | None, list[Tensor]]]:
     """Return this rank's parts in lists that are divided alike: one list for each of `ways`, and for any other way."""
     lists: dict[Shards | None, list[Tensor]] = {shards: [] for shards in ways}
     for tensor in tensors:
@@ -216,9 +216,9 @@ def span_all_ranks(groups: Iterable[Mapping[str, Any]]) -> bool:
 def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]], is_loaded: bool = False) -> tuple[Any, Any]:
     """Return the mean of a signal over the ranks that have one, and how many other ranks have one.
 
-    One that `is_loaded`, of losses that came with a checkpoint and maybe from another rank, only counts while there is
-    no other. All ranks must call it, even one without a signal or parameters: the others would wait for it. If no rank
-    has a signal the mean is None, or 0 on a GPU, which is not read back.
+    A signal that `is_loaded` comes from values in a checkpoint, perhaps another rank's. It counts only while no rank
+    has a signal from values recorded since. All ranks must call it, even one without a signal or parameters: the others
+    would wait for it. If no rank has a signal the mean is None, or 0 on a GPU, which is not read back.
     """
     if ranks() == 1:
         return signal, 0

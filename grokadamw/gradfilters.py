@@ -95,9 +95,9 @@ def gradfilter_ma(
         trigger: keep gradients, but add nothing.
 
     Returns:
-        For each parameter name a dict with ``ring`` (w, *shape), in the gradient's dtype, ``ring_sum`` and ``ring_lap``
-        (shape), at least float32, and ``ring_count``, 0-d int64. Complex gradients are kept as two real numbers per
-        element.
+        For each parameter name a dict with ``ring`` (w, *shape), in the gradient's dtype (float32 for float16),
+        ``ring_sum`` and ``ring_lap`` (shape), at least float32, and ``ring_count``, 0-d int64. Complex gradients are
+        kept as two real numbers per element.
 
     Raises:
         TypeError, ValueError: an argument is not as described above, or `grads` is of other parameters or of another
@@ -106,7 +106,8 @@ def gradfilter_ma(
     """
     check_window(window_size, filter_type)
     check_number("lamb", lamb)
-    found = {name: as_real(grad) for name, grad in _gradients(m).items()}
+    given = _gradients(m)
+    found = {name: as_real(grad) for name, grad in given.items()}
     memory = _memory(m, grads)
     for name, grad in found.items():
         kept = memory.get(name)
@@ -114,7 +115,7 @@ def gradfilter_ma(
             if kept.maxlen != window_size:
                 raise ValueError(f"grads[{name!r}] is of window_size={kept.maxlen}: give that, or None to start afresh")
             for old in kept:
-                _check_kept(f"grads[{name!r}]", old, grad.shape)
+                _check_kept(f"grads[{name!r}]", old, given[name].shape)
         elif kept is not None:
             ring = kept.get("ring") if isinstance(kept, Mapping) else kept
             _check_kept(f"grads[{name!r}]['ring']", ring, (window_size, *grad.shape))

@@ -344,8 +344,8 @@ class GrokAdamW(Base):
         """Record losses and accuracies for the signals. Groups, and so checkpoints, hold them under these names.
 
         The next step evaluates the signals. With several processes, call it on all of them, or on one if all of them
-        are known to take every step, as with DDP and FSDP. A ``Monitor`` counts each
-        evaluation accuracy as one evaluation, and reads it.
+        are known to take every step, as with DDP and FSDP. A ``Monitor`` counts each evaluation accuracy as one
+        evaluation, and reads it.
 
         Args:
             train_loss, eval_loss: a number, or a tensor or NumPy array of one element. A tensor on a GPU stays there,
@@ -364,7 +364,7 @@ class GrokAdamW(Base):
         for group in self.param_groups:
             group.update(given)
         zero.tell(self)
-        self._run.signals.losses_are_loaded &= not given
+        self._run.signals.records_are_loaded &= not given
         self._run.signals.warn_of_old_eval_loss(given, self.param_groups)
         if eval_acc is not None:
             for listener in self._run.evaluation_listeners:
@@ -379,7 +379,7 @@ class GrokAdamW(Base):
             self._run.in_backward.check_signals(signals)
         signals.bind(self)
         signals.restore(old.waiting)
-        signals.losses_are_loaded = old.losses_are_loaded
+        signals.records_are_loaded = old.records_are_loaded
         self._run.signals = signals
 
     def set_layers(self, model: nn.Module) -> None:

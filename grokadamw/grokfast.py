@@ -153,7 +153,7 @@ class Grokfast(_Filter):
     """
 
     _state_names: tuple[str, ...] = _OF_EMA
-    _others = (*_OF_MA, *Accumulate._state_names)
+    _others = (_OF_MA, Accumulate._state_names)
 
     @with_hints
     def __init__(
@@ -250,7 +250,7 @@ class GrokfastMA(_Filter):
     """
 
     _state_names = _OF_MA
-    _others = (*_OF_EMA, *Accumulate._state_names)
+    _others = (_OF_EMA, Accumulate._state_names)
     _settings: tuple[str, ...] = ("_signals", "_size", "_filter_type", "_warmup", "_dtype")
 
     @with_hints

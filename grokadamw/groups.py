@@ -32,7 +32,7 @@ _WITH_NORMS = {
     "max_row_change": 0.035,
     "signal_boost": 4.0,
 }
-# and for those without, where the lengths of rows matter, from this number of weights on; embeddings do not count
+# and without, where the lengths of rows matter. The keys: from how many weights on, not counting embeddings
 _WITHOUT_NORMS = {
     0: {"lr": 2e-2, "weight_decay": 0.5, "decay_boost": 1.0, "signal_boost": 2.0, "lamb": 0.0, "gamma": 0.0},
     3: {"lr": 1e-2, "weight_decay": 1.0, "decay_boost": 3.0, "signal_boost": 4.0, "lamb": 0.0, "gamma": 0.0},
@@ -102,8 +102,8 @@ def grokking_groups(
     decay nor have limits; and a group for each embedding. If the mean length of an embedding's rows is above 1, its lr
     is multiplied by that length and its weight decay divided by it. In a model without norms vectors count as weights.
     `norms` says whether it has some; None looks. Without norms the numbers depend on how many weights the model has:
-    more of them in a row bear only a lower lr, and the rows of few have to be longer. The modules alone decide which
-    groups there are: a model with loaded weights has the groups of their source.
+    deep models need a lower lr, and shallow ones longer rows. The modules alone decide which groups there are: a model
+    with loaded weights has the groups of their source.
     """
     _check_modules(model)
     if norms is not None and not isinstance(norms, bool):
@@ -124,7 +124,8 @@ def grokking_groups(
         return param.dim() == 2 or (param.dim() > 2 and (not is_vector(param) or param in of_convolutions))
 
     count = sum(is_weight(param) and param not in embeddings and not _BESIDE.search(name) for name, param in named)
-    of_count = max(least for least in _WITHOUT_NORMS if least <= count or is_flat(model))
+    flat = is_flat(model)  # then nobody knows how many weights it has: take the numbers for many, with the lowest lr
+    of_count = max(least for least in _WITHOUT_NORMS if least <= count or flat)
     numbers = _WITH_NORMS if normed else _WITHOUT_NORMS[of_count]
     preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, **numbers}
     lr = preset["lr"] if lr is None else lr
@@ -135,7 +136,7 @@ def grokking_groups(
     preset |= {"lr": lr, "weight_decay": decay}
     if weight_decay is not None:
         preset.pop("decay_boost", None)  # the user's decay is meant as it is
-    of_norms, all_are_weights = of_modules(model, is_norm), is_flat(model) or not normed
+    of_norms, all_are_weights = of_modules(model, is_norm), flat or not normed
     weights, gains, vectors = list[Any](), list[Any](), list[Any]()
     groups: list[dict[str, Any]] = [
         {"params": weights, "lr": lr, "weight_decay": decay},

@@ -29,7 +29,7 @@ from .step.norm import NormSoFar
 __all__ = ["StepInBackward", "step_in_backward"]
 
 _Calls = Sequence[tuple[Batch, Scalars]]
-_QUIET = 1  # a group's skipped steps from which on the stages do not warn: only `end` does
+_QUIET = 1  # `count_skipped` warns of a group's first skipped step: a count that begins here keeps it silent for `end`
 _SCALED = (
     "GradScaler with step_in_backward: this pass has used gradients before they could be unscaled. Compute in "
     "bfloat16, which needs no GradScaler, and start from the last checkpoint; or call the handle's remove()"
@@ -63,9 +63,9 @@ def step_in_backward(optimizer: GrokAdamW, *, clip_by: str | None = None) -> Ste
 
     Signals are evaluated once a pass, before its first update: call ``record`` before ``backward``. The pass has no
     other gradients then, so signals must not read them: ``SlowGradient`` is refused. With ``accumulation_steps`` each
-    backward pass is a micro-batch. ``nonfinite`` acts on each parameter alone: ``"skip"``
-    leaves out that parameter, and ``metrics()["skipped_steps"]`` counts how often that happened; ``"raise"`` stops
-    after earlier parameters of the pass were written.
+    backward pass is a micro-batch. ``nonfinite`` acts on each parameter alone: ``"skip"`` leaves out that parameter,
+    and ``metrics()["skipped_steps"]`` counts how often that happened; ``"raise"`` stops after earlier parameters of
+    the pass were written.
 
     Args:
         optimizer: a GrokAdamW, without ``Grokfast`` or ``Accumulate`` around it. Its parameters must not be DTensors,
@@ -88,7 +88,7 @@ def step_in_backward(optimizer: GrokAdamW, *, clip_by: str | None = None) -> Ste
 class StepInBackward:
     """The handle that ``step_in_backward`` returns. Its ``remove()`` restores the usual ``step()``."""
 
-    def __init__(self, optimizer: GrokAdamW, clip_by: str | None = None) -> None:
+    def __init__(self, optimizer: GrokAdamW, clip_by: str | None) -> None:
         if not isinstance(optimizer, GrokAdamW):
             raise TypeError(f"optimizer is of type {type(optimizer).__name__}: give the GrokAdamW itself")
         if clip_by not in (None, "last"):
@@ -247,10 +247,13 @@ class StepInBackward:
             if (alive := handle()) is not None:
                 alive._update(param)
 
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                if param.requires_grad and param not in self._hooks:
-                    self._hooks[param] = param.register_post_accumulate_grad_hook(hook)
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        for param in self._hooks.keys() - {*params}:  # taken out of the groups
+            self._hooks.pop(param).remove()
+            self._caches.pop(param, None)
+        for param in params:
+            if param.requires_grad and param not in self._hooks:
+                self._hooks[param] = param.register_post_accumulate_grad_hook(hook)
 
     def _check(self, optimizer: GrokAdamW, and_wrappers: bool) -> None:
         """Raise ValueError for anything that does not work with updates in the backward pass."""

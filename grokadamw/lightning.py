@@ -43,8 +43,8 @@ class GrokAdamWCallback(Callback):
       optimizer as ``grok_alpha_1``, ….
 
     It warns once if Lightning clips gradients to another norm, to no effect, or each micro-batch alone; if no
-    validation is planned, or averaged weights are validated with a boost; and if a value that it waits for is
-    not logged.
+    validation is planned, or averaged weights are validated with a boost; and if a value that it waits for is not
+    logged.
 
     Give signals where you make the optimizer, in ``configure_optimizers``.
 

@@ -81,7 +81,7 @@ def check_changed(
 ) -> None:
     """Check options and layers set by hand since the last step; the lists hold their values, and are updated."""
     layers.check_changed(groups, checked_layers)
-    # with the number of keys: a group that got another one may have an option that is not allowed in groups
+    # the number of keys, too: a key that was added may be an option that groups must not set
     now = [(len(group), *_OPTIONS_IN(group)) for group in groups]
     if len(now) == len(checked) and all(map(is_, chain.from_iterable(now), chain.from_iterable(checked))):
         return

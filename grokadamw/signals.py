@@ -1,7 +1,7 @@
 """Grokking signals: how far generalisation lags behind memorisation, and the filter memory α that follows.
 
 A signal is a callable of no arguments, or of `(train_loss, eval_loss)`, that returns a number: 0 or less if
-generalisation does not lag, and the larger the more it lags. α_t = α_init · exp(−κ · max(signal, 0)): the larger the
+generalisation does not lag, and larger the more it lags. α_t = α_init · exp(−κ · max(signal, 0)): the larger the
 signal, the shorter the filter's memory. A signal gets the losses if it has arguments named `train_loss` and
 `eval_loss`, in any order or as `**kwargs`, or if it requires two arguments. It is not called before both losses are
 there.

@@ -209,6 +209,14 @@ def test_the_published_memory_of_a_window_can_be_gone_on_from() -> None:
             np.testing.assert_allclose(g, expected[name][i], rtol=1e-12)
 
 
+def test_the_published_memory_of_complex_gradients_can_be_gone_on_from() -> None:
+    layer = nn.Linear(3, 2, bias=False, dtype=torch.complex64)
+    grads = [torch.randn(2, 3, dtype=torch.complex64) for _ in range(3)]
+    layer.weight.grad = grads[2].clone()
+    gradfilter_ma(layer, {"weight": deque(grads[:2], maxlen=3)}, window_size=3, lamb=2.0)
+    torch.testing.assert_close(layer.weight.grad, grads[2] + 2 * torch.stack(grads).mean(0))
+
+
 def test_half_precision_gradients_are_averaged_in_float32() -> None:
     model, memory, ring = Holder(torch.bfloat16), None, None
     for grads in recorded(50):

@@ -9,6 +9,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -702,21 +703,25 @@ class WithModes(SGD):
         self.mode = "eval"
 
 
+KEEPING: list[Callable[[Any], Any]] = [Grokfast, lambda inner: GrokfastMA(inner, window_size=3)]
+
+
 @pytest.mark.parametrize(
-    "wrap", [Grokfast, lambda inner: GrokfastMA(inner, window_size=3), lambda inner: Accumulate(inner, 2)]
+    ("wrap", "wrap_anew"),
+    [*product(KEEPING, KEEPING), *[2 * (lambda inner: Accumulate(inner, 2),)]],
 )
-def test_what_is_dropped_is_missed(wrap: Callable[[Any], Any]) -> None:
-    """Loaded into the inner optimizer, and wrapped after that, it was dropped without a word."""
+def test_what_is_dropped_is_missed(wrap: Callable[[Any], Any], wrap_anew: Callable[[Any], Any]) -> None:
+    """Loaded into the inner optimizer, and wrapped after that, also by the other filter, it was dropped silently."""
     model = network()
     optimizer = wrap(SGD(model.parameters(), lr=0.1))
     train(model, range(3), lambda step, loss: optimizer.step())
     inner = SGD(model.parameters(), lr=0.1)
     inner.load_state_dict(optimizer.state_dict())
-    with pytest.warns(UserWarning, match="wrap the optimizer first, and call this wrapper's load_state_dict"):
-        wrap(inner)
+    with pytest.warns(UserWarning, match="put the same wrapper around .* and call the wrapper's load_state_dict"):
+        wrap_anew(inner)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        wrap(inner)  # with nothing left to drop
+        wrap_anew(inner)  # with nothing left to drop
         again = wrap(SGD(model.parameters(), lr=0.1))
         again.load_state_dict(optimizer.state_dict())
 

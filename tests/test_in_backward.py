@@ -848,6 +848,27 @@ def test_copies_are_plain_and_nothing_is_kept_alive() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_a_parameter_that_leaves_the_groups_is_forgotten() -> None:
+    """It stays as it is, gets gradients as without the optimizer, and is not kept alive."""
+    stays, leaves, new = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    optimizer = GrokAdamW([stays, leaves], **FREE)
+    step_in_backward(optimizer)
+    (stays + leaves).sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["params"][1] = new
+    del optimizer.state[leaves]
+    (stays + new).sum().backward()
+    optimizer.step()
+    before = leaves.detach().clone()
+    leaves.sum().backward()
+    assert leaves.grad is not None
+    assert torch.equal(leaves, before)
+    alive = weakref.ref(leaves)
+    del leaves
+    gc.collect()
+    assert alive() is None
+
+
 @pytest.mark.parametrize("options", [{}, K3], ids=["steps", "micro-batches"])
 def test_a_models_worth_of_gradients_is_never_there(options: dict[str, Any]) -> None:
     """Counted are all tensors that were a gradient and still live: 12 blocks, whose largest matrix is a 37th of all."""

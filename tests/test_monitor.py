@@ -455,6 +455,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     model, optimizer, monitor = monitored()
+    other = Monitor(optimizer, every=1)
     with SummaryWriter(tmp_path) as writer:
         train(model, range(3), lambda step, loss: optimizer.step())
         monitor.to_tensorboard(writer)
@@ -462,10 +463,12 @@ def test_tensorboard(tmp_path: Path) -> None:
         train(model, range(2), lambda step, loss: optimizer.step())
         monitor.to_tensorboard(writer)
         monitor.to_tensorboard(writer)
+        other.to_tensorboard(writer, prefix="other/")
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     norms = [(event.step, event.value) for event in events.Scalars("grokadamw/grad_norm")]
     assert [step for step, _ in norms] == [1, 2, 3, 4, 5]
+    assert [event.step for event in events.Scalars("other/grad_norm")] == [1, 2, 3, 4, 5]
     assert [value for _, value in norms] == pytest.approx([row["grad_norm"] for row in monitor.rows], rel=1e-6)
     assert [event.step for event in events.Scalars("grokadamw/signal")] == [4, 5]  # nothing was recorded before
 

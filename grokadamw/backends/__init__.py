@@ -5,8 +5,9 @@ A backend is two functions:
     sum_of_squares(tensors) -> 0-d float64 tensor
     step(Batch, Scalars) -> None
 
-A new backend is one new file, a few lines in `choose`, and its name in `BY_ADDRESS` if it reads memory by address, or
-in `LIMITS_ROWS` if it limits rows: then it also has `row_width`.
+A new backend is one new file, a few lines in `choose`, and its name in `BY_ADDRESS` if its tensors must not share
+memory, or in `LIMITS_ROWS` if it limits rows: then it also has `row_width`. One that reads memory by address also has
+`keep`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _LAUNCH = "one Triton launch for all tensors of a kind"
 FUSED_ON = ["cpu", "cuda"]  # device types with a backend that does everything in one pass
 
 
-def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: bool = False) -> Choice:
+def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: bool) -> Choice:
     """Return the backend for one parameter, under the options of its group.
 
     Only `reference` supports autograd and torch.func's transforms, because its results are new tensors. foreach=False
@@ -85,7 +86,7 @@ def is_fused_on(device: torch.device) -> bool:
     return device.type in FUSED_ON
 
 
-def row_width(choice: Choice, param: Tensor, coded: bool = False) -> int:
+def row_width(choice: Choice, param: Tensor, coded: bool) -> int:
     """Return the elements in a row of the parameter if the chosen backend limits its rows, otherwise 0."""
     width: int = choice.module.row_width(param, coded) if choice.module in LIMITS_ROWS else 0
     return width
@@ -93,9 +94,8 @@ def row_width(choice: Choice, param: Tensor, coded: bool = False) -> int:
 
 def keep(batch: Batch) -> Batch:
     """Return the batch with the data that its backend can reuse until a parameter or state moves."""
-    if batch.choice.module not in (cpu, gpu):
-        return batch
-    return batch._replace(addresses=batch.choice.module.keep(batch))
+    kept = getattr(batch.choice.module, "keep", None)
+    return batch if kept is None else batch._replace(addresses=kept(batch))
 
 
 def sum_of_squares(options: dict[str, Any], compiling: bool) -> Callable[[Sequence[Tensor]], Tensor]:

@@ -78,7 +78,7 @@ def _can_be_summed(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cpu and x.dtype in DTYPES and has_no_gaps(x)
 
 
-def row_width(param: Tensor, coded: bool = False) -> int:
+def row_width(param: Tensor, coded: bool) -> int:
     """Return the elements in a row of a parameter that `why_not` has cleared; 0 if `step` cannot limit its rows."""
     found = native.kernel()
     return 0 if isinstance(found, str) else memory.row_width(param, found.row_bytes // (4 if coded else param.itemsize))
@@ -93,9 +93,8 @@ def keep(batch: Batch) -> Addresses:
     at = where(batch)
     count, (elements,) = len(batch.params), struct.unpack("q", at.ends[-8:])
     columns = dict(zip(at._fields[:7], at, strict=False))
-    param, grad, state = (
-        DTYPES.index(torch.float32 if column[0].dtype == torch.int8 else column[0].dtype) for column in batch[:3]
-    )
+    kept = torch.float32 if batch.coded is not None else batch.exp_avgs[0].dtype
+    param, grad, state = map(DTYPES.index, (batch.params[0].dtype, batch.grads[0].dtype, kept))
     table = native.Table(count=count, **columns, param=param, grad=grad, state=state)
     table.elements, table.betas, table.limits = elements, (), False  # only Python reads these
     if batch.coded is not None:
@@ -106,7 +105,6 @@ def keep(batch: Batch) -> Addresses:
 def _add_codes(table: Any, batch: Batch, coded: Coded) -> None:
     """Tell the kernel how state and parameters are coded."""
     table.coded, table.rounds, table.low_bits = 1, coded.rounds, 8 * coded.lows[0].itemsize if coded.lows else 0
-    table.state = DTYPES.index(torch.float32)
     for i, (column, scales) in enumerate(zip(batch[2:5], coded[:3], strict=True)):
         dtype = column[0].dtype if column else torch.float32
         table.formats[i] = (torch.float32, torch.bfloat16, torch.int8).index(

@@ -34,7 +34,7 @@ enum state { EXP_AVG, EXP_AVG_SQ, GROK_EMA, STATES };
 /* A list of tensors, and the numbers for them; `Table` in native.py is the same. */
 typedef struct {
     int64_t count;                 /* of tensors */
-    const int64_t *ends;           /* elements of all tensors up to and with each */
+    const int64_t *ends;           /* elements of all tensors up to and including each */
     char *const *params, *const *grads, *const *exp_avgs, *const *exp_avg_sqs, *const *grok_emas; /* grok_emas may be NULL */
     float *const *steps;
     const double *beta1, *bias_beta1;
@@ -391,7 +391,7 @@ static void store_param(const table *t, const float *restrict x, int64_t tensor,
     }
     if (!dropped) memcpy(words, from, n * sizeof(float));
     uint16_t *restrict out = (uint16_t *)t->params[tensor] + i;
-    if (t->low_bits && t->param == BFLOAT16) /* up where two are as near: the low bits are in [-2¹⁵, 2¹⁵) */
+    if (t->low_bits && t->param == BFLOAT16) /* ties go up: the low bits are in [-2¹⁵, 2¹⁵) */
         for (int j = 0; j < n; j++) out[j] = (words[j] + 0x8000) >> 16;
     else store(memcpy(room, words, n * sizeof(float)), t->params[tensor], i, n, t->param);
     for (int j = 0; has_tiny && j < n; j++) {
@@ -744,7 +744,7 @@ static void step_coded_rows(const table *t, const numbers *k, int64_t tensor, in
     const int64_t width = t->row_widths[tensor], rows = width < CHUNK ? CHUNK / width : 1; /* at a time */
     float x[ROW] __attribute__((aligned(64))), y[ROW] __attribute__((aligned(64)));
     table of_floats = *t;
-    of_floats.param = FLOAT32;
+    of_floats.param = FLOAT32; /* which is read in place: add_squares has no room for a whole row */
     for (int64_t start = from, n; start < to; start += n) {
         n = to - start < rows * width ? to - start : rows * width;
         step_coded(t, k, tensor, start, start + n, x, y);

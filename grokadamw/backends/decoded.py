@@ -21,7 +21,7 @@ from .types import Batch, Scalars
 _PIECE = 1 << 18  # elements at a time
 
 
-def row_width(param: Tensor, coded: bool = False) -> int:
+def row_width(param: Tensor, coded: bool) -> int:
     """Return the elements in a row, or 0 if there are no rows: this backend limits all of them."""
     return width_of(param) if param.dim() > 1 else 0
 

@@ -93,7 +93,7 @@ def is_for(device: torch.device) -> bool:
     return device.type == _DEVICE_TYPE
 
 
-def why_not(row: Sequence[Tensor], step: Tensor, coded: bool = False) -> str | None:
+def why_not(row: Sequence[Tensor], step: Tensor, coded: bool) -> str | None:
     """Return why the kernels cannot take a parameter on a device of `is_for`, or None; see `memory.why_not`."""
     device = row[0].device
     reason = memory.why_not(row, step, coded)  # comes first: a fake tensor may have no device
@@ -279,7 +279,7 @@ def judge(
 # slow_grad to limit_rows
 
 
-def row_width(param: Tensor, coded: bool = False) -> int:
+def row_width(param: Tensor, coded: bool) -> int:
     """Return the elements in a row of a parameter that `why_not` has cleared; 0 if `step` cannot limit its rows."""
     return memory.row_width(param, LONGEST)
 
@@ -316,7 +316,7 @@ def steps(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None = None) 
     by_device: dict[torch.device, list[Call]] = {}
     for kind, of_kind in kinds.items():
         by_device.setdefault(kind[0], []).extend(of_kind)
-    counts = [(_counts(on_device, tables), on_device[0].scalars) for on_device in by_device.values()]
+    counts = [(_step_counts(on_device, tables), on_device[0].scalars) for on_device in by_device.values()]
     for kind, of_kind in kinds.items():
         _update(kind, of_kind, tables)
     for vectors, scalars in counts:  # once all kernels have read the counts
@@ -374,7 +374,7 @@ def _update(kind: Any, calls: list[Call], tables: Tables) -> None:
     )
 
 
-def _counts(calls: list[Call], tables: Tables) -> list[Tensor]:
+def _step_counts(calls: list[Call], tables: Tables) -> list[Tensor]:
     """Return the step counts, as one vector if they are adjacent in memory, as state/slots.py makes them."""
     counts = list(chain.from_iterable([x.batch.steps for x in calls]))
     return tables.vectors(counts, b"".join([x.at.steps for x in calls]))

@@ -10,6 +10,7 @@ body with masks. TAIL=False leaves that body out if no chunk needs it.
 import triton
 import triton.language as tl
 
+# `gpu._launch` finds all kernels in this module, by name
 from .gpu_coded_kernel import update_coded  # noqa: F401
 from .gpu_norm import chunk, judge, load, pointer_to, squares, store  # noqa: F401
 from .gpu_stages import (

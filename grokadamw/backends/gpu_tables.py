@@ -167,8 +167,9 @@ class Tables:
 
     def _made(self, key: list[_Key], calls: Sequence[Call], before: Static | None) -> Static:
         tensors, codes = calls[0].batch, [x.codes for x in key if x.codes is not None]
-        device, shape = tensors.params[0].device, SHAPES[max(tensors.exp_avgs[0].element_size(), 4)]
-        shape, chunk = (CODED, CODED.chunk) if codes else (shape, shape.chunk)
+        device = tensors.params[0].device
+        shape = CODED if codes else SHAPES[max(tensors.exp_avgs[0].element_size(), 4)]  # computed in float32 at least
+        chunk = shape.chunk
         sizes = [size for x in calls for size in _sizes(x.at.ends)]
         widths = [width for x in key for width in x.widths]
         coded_widths = [width for x in codes for width in x.widths]
@@ -193,7 +194,7 @@ class Tables:
         aligned = not any(misaligned(column) for column in (*places[:4], *coded_places[3:]))
         counted = list(map(_padded, sizes, coded_widths)) if codes else sizes
         same = before is not None and [x.cut for x in before.key] == [x.cut for x in key]
-        counts = _counts(sizes, counted, widths, chunk)
+        counts = _chunk_counts(sizes, counted, widths, chunk)
         chunks = before.chunks if before and same else self._send(_chunks(counts), device)
         tail = not aligned or any(
             n % chunk or n != size for n, size, width in zip(counted, sizes, widths, strict=True) if not width
@@ -243,7 +244,7 @@ def _sizes(ends: bytes) -> list[int]:
     return [end - start for start, end in zip((0, *numbers), numbers, strict=False)]
 
 
-def _counts(sizes: Sequence[int], counted: Sequence[int], widths: Sequence[int], chunk: int) -> list[int]:
+def _chunk_counts(sizes: Sequence[int], counted: Sequence[int], widths: Sequence[int], chunk: int) -> list[int]:
     """Return how many chunks each tensor has: of the elements that are counted, or of whole rows."""
     return [
         -(-n // chunk) if not width else -(-(size // width) // rows_of_a_chunk(width, chunk))
@@ -278,7 +279,7 @@ def rows_of_a_chunk(width: int, chunk: int) -> int:
     return 1 if width > WIDTHS[-1] else max(chunk // WIDTHS[bisect_left(WIDTHS, width)], 1)
 
 
-def sizes_of_rows(widths: Iterable[int], aligned: bool, straight: int = STRAIGHT) -> int:
+def sizes_of_rows(widths: Iterable[int], aligned: bool, straight: int) -> int:
     """Return the sizes of rows that occur, as bits: those of WIDTHS, longer ones, and both again for odd rows.
 
     Unless all tensors are `aligned`, rows of each size may be odd in one tensor and straight in another.

@@ -78,7 +78,7 @@ def memory_is_all(compiling: bool) -> bool:
     )
 
 
-def why_not(row: Sequence[Tensor], step: Tensor, coded: bool = False) -> str | None:
+def why_not(row: Sequence[Tensor], step: Tensor, coded: bool) -> str | None:
     """Return why no backend that gets addresses can take a parameter, or None if one can; arguments as in `choose`."""
     dtypes = [x.dtype for x in row]
     if coded:

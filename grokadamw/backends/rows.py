@@ -23,8 +23,8 @@ def before(batch: Batch, scalars: Scalars) -> list[Tensor]:
     return [batch.params[i].clone() for i in batch.unlimited] if wanted else []
 
 
-def limit(batch: Batch, scalars: Scalars, before: Sequence[Tensor]) -> None:
-    """Limit the rows that the backend has left, after a step. `before` is what this module's `before` returned.
+def limit(batch: Batch, scalars: Scalars, old_params: Sequence[Tensor]) -> None:
+    """Limit the rows that the backend has left, after a step. `old_params` is what `before` returned.
 
     θ_r ← θ'_r + (θ_r − θ'_r) / max(1, ‖θ_r − θ'_r‖ / (change · ‖θ'_r‖)) for each row r, in place; then
     θ_r ← θ_r / max(1, ‖θ_r‖ / norm). A row within its limits stays as it is, bit for bit, and so does one whose norm
@@ -33,7 +33,7 @@ def limit(batch: Batch, scalars: Scalars, before: Sequence[Tensor]) -> None:
     params = [batch.params[i] for i in batch.unlimited] if scalars.micro_step.moves else []
     add_up = batch.shards.sum if batch.shards is not None and batch.shards.cut_rows else None
     if scalars.limits_change:
-        for param, old in zip(params, before, strict=True):
+        for param, old in zip(params, old_params, strict=True):
             dtype = wide(param.dtype)
             moved = torch.nan_to_num(param.to(dtype) - old.to(dtype), 0.0, 0.0, 0.0)
             longest = scalars.max_row_change * _norms(old, add_up).clamp(min=SHORT)

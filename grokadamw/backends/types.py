@@ -24,6 +24,7 @@ NOBODY = Choice(ModuleType("none"), "")
 class Addresses(NamedTuple):
     """The addresses of a batch's tensors, 8 bytes each, and the sizes of the tensors."""
 
+    # code takes slices, so the order counts: up to `ends` is what stays from step to step
     params: bytes
     exp_avgs: bytes
     exp_avg_sqs: bytes
@@ -40,6 +41,7 @@ class Coded(NamedTuple):
     Lists are parallel to the batch's. See `state/formats.py`.
     """
 
+    # code takes slices, so the order counts: scales are in the order of `STATES`
     exp_avg_scales: list[Tensor] | None
     exp_avg_sq_scales: list[Tensor] | None
     grok_ema_scales: list[Tensor] | None
@@ -57,6 +59,8 @@ class Batch(NamedTuple):
     views, DTensors as this rank's shard. Arithmetic is done in the state's dtype, or in float32 if the state is coded.
     """
 
+    # code takes slices, so the order counts: the first six are `Columns`'s, and `exp_avgs` to `grok_emas` in the order
+    # of `STATES`
     params: list[Tensor]
     grads: list[Tensor]
     exp_avgs: list[Tensor]

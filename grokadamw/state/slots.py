@@ -1,4 +1,4 @@
-"""A parameter's state, `optimizer.state[p]`: making it at zero, and keeping it as the parameter is.
+"""A parameter's state, `optimizer.state[p]`: making it at zero, and keeping it fit for its parameter.
 
 `step` is a 0-d float32 tensor, on the CPU or on the accelerator that the parameter is on. `exp_avg` (m),
 `exp_avg_sq` (v) and `grok_ema` (μ) have the parameter's shape. Their dtype is the parameter's, but at least float32
@@ -60,7 +60,10 @@ def check_shapes(state: State, names: Iterable[str], param: Tensor) -> None:
         found = as_real(kept).shape[1 if name.endswith("_ring") else 0 :]
         is_scale = name.endswith("_scale")
         if is_scale and (kept.dtype != torch.float32 or not kept.is_contiguous()):
-            raise RuntimeError(f"state[{name!r}] is not contiguous, or of {kept.dtype}: a scale is of torch.float32")
+            raise RuntimeError(
+                f"state[{name!r}] must be contiguous and torch.float32, and is {kept.dtype} with strides "
+                f"{kept.stride()}: delete optimizer.state[parameter] to start it afresh"
+            )
         if found != (formats.shape_of_scales(param) if is_scale else shape):
             raise RuntimeError(
                 f"state[{name!r}] of a parameter of shape {tuple(param.shape)} has shape {tuple(kept.shape)}: the "

@@ -52,7 +52,7 @@ def hear(
     # signals nor records losses, unless all ranks are known to take this step
     wanted = is_asked_for or (train_loss, eval_loss) != (None, None)
     if signals.functions and ranks() > 1 and ranks_meet(wanted):
-        signal, elsewhere = mean_over_ranks(signal, groups, signals.losses_are_loaded)
+        signal, elsewhere = mean_over_ranks(signal, groups, signals.records_are_loaded)
         signal = as_number(signal) if isinstance(signal, Tensor) else signal
     signals.warn_of_missing(train_loss, eval_loss, is_asked_for, boosts, elsewhere)
     return [signal] * len(groups)
@@ -75,7 +75,7 @@ class Signals:
     """
 
     def __init__(
-        self, functions: Signal | Iterable[Signal] | None = None, combine: Combine = "mean", counted: bool = True
+        self, functions: Signal | Iterable[Signal] | None, combine: Combine = "mean", counted: bool = True
     ) -> None:
         self.are_given = functions is not None
         if functions is None:
@@ -96,7 +96,7 @@ class Signals:
         self.failures = 0
         self.waiting: dict[str, Any] = {}  # states from a checkpoint, for functions that are not registered yet
         self._warned: set[str] = set()
-        self.losses_are_loaded = False  # whether losses came with a checkpoint, and none was recorded since
+        self.records_are_loaded = False  # whether recorded values came with a checkpoint, and none was recorded since
         self._failures_on_device: dict[str, Tensor] = {}
         self._steps_without = 0
         self._train_losses_alone = 0  # recorded since the last evaluation loss
@@ -124,7 +124,7 @@ class Signals:
         return [function if function in (loss_gap, memorisation, AccuracyGap) else name for function, name in named]
 
     @classmethod
-    def from_pickle(cls, kept: list[Any] | None, combine: Combine | None = "mean") -> Signals:
+    def from_pickle(cls, kept: list[Any] | None, combine: Combine | None) -> Signals:
         """Return the signals of a pickle. Leave out those of which it has only the name, and warn about them."""
         lost = [name for name in kept or () if isinstance(name, str)]
         if combine is None:

@@ -77,7 +77,7 @@ class Batches(NamedTuple):
     devices: list[torch.device]  # of the gradients
     tables: Tables | None = None  # what the GPU's backend keeps for these batches
     at: bytes | None = None  # the gradients' addresses, if they are known
-    squares: Callable[[bytes], float] | None = None  # returns Σ g² of the gradients at these addresses
+    squares: Callable[[], float] | None = None  # returns Σ g² of all gradients
     can_be_judged: bool = False  # whether the GPU's backend can measure all gradients at once
     dtensors: Sequence[Tensor] = ()  # DTensors that are written through their shards
     made: Sequence[tuple[Tensor, list[str]]] = ()  # state that this step made

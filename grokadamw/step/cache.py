@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, chain, compress, count, repeat
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ class Cache:
     """
 
     def __init__(self) -> None:
-        # keyed by which parameters have a gradient, and which of them have begun a cycle; the oldest comes first
+        # by which parameters have a gradient, and which of them have begun a cycle; the least recently used comes first
         self.plans: dict[tuple[tuple[bool, ...], ...], _Plan] = {}
         self._kinds: dict[Any, tuple[Kind, int]] = {}  # kind and width of rows by look
 
@@ -101,6 +102,8 @@ class Cache:
             return None
         if found is None or plan is None:
             return None
+        if len(self.plans) > 1:
+            self.plans[seen.key] = self.plans.pop(seen.key)
         if windows:
             of_batches = [[given.state[p] for p in batch.params] for batch in found.batches]
             found = found._replace(batches=list(map(batches.with_windows, found.batches, of_batches)))
@@ -111,7 +114,8 @@ class Cache:
         groups, options, columns, facts = given.groups, given.options, seen.columns, seen.facts
         if not _are_plain(columns, seen.written) or any(len(g["layers"]) != len(g["params"]) for g in groups):
             return None
-        # for each parameter the specs of its tensors; the spec of a missing tensor is None, like a plain one's
+        # For each parameter the specs of its tensors. The spec of a missing tensor is None, like a plain one's. Without
+        # DTensors there are no specs, and this loop does nothing.
         tensors_of = zip(columns.params, *columns[2:5], *columns.extras, columns.grads, strict=True)
         for tensors, specs in zip(tensors_of, zip(*facts.specs, strict=True), strict=False):
             if not alike([spec for x, spec in zip(tensors, specs, strict=True) if x is not None]):
@@ -200,7 +204,7 @@ def _seen(given: Given) -> Seen:
     present = tuple([grad is not None for grad in grads])
     if not all(present):
         params, grads = list(compress(params, present)), list(compress(grads, present))
-    # looking up a parameter takes a hash in Python: avoid it if the state is theirs alone, and in their order
+    # Hashing a parameter runs Python code. Skip the lookups if `state` holds exactly these parameters, in this order.
     in_order = len(state) == len(params) and all(map(is_, state, params))
     states: list[State] = list(state.values() if in_order else map(state.get, params))  # type: ignore[arg-type]
     if options["window_size"] is not None and not (
@@ -298,7 +302,8 @@ class _Plan:
             self._batches.append((batch.grok_emas is not None, backends.keep(batch).addresses, rest))
         self._coded = [batch.coded is not None for batch, _ in made]
         grads, gpus = seen.columns.grads, [batch.params[0].device for batch, _ in made if batch.choice.module is gpu]
-        # a real tensor with a pending negation is the imaginary part of another: it has gaps, or one element
+        # A signature does not show `is_neg`. Only the imaginary part of a tensor has it, and that has gaps, unless it
+        # is one element: check those at each step.
         self._of_one = [i for i, grad in enumerate(grads) if grad.numel() == 1]
         self.gpus, self._tables = list(dict.fromkeys(gpus)), dict[Any, Tables]()
         self._devices = list(dict.fromkeys(grad.device for grad in grads))
@@ -337,7 +342,8 @@ class _Plan:
         lists_of_grads = [(self._divided[0][0], grads)]
         if len(self._divided) > 1:
             lists_of_grads = [(shards, [grads[i] for i in places]) for shards, places in self._divided]
-        known = lists_of_grads, self._devices, None, at, self._squares, self._can_be_judged
+        squares = None if self._squares is None else partial(self._squares, at)
+        known = lists_of_grads, self._devices, None, at, squares, self._can_be_judged
         return Batches(seen.params, made, *known, seen.dtensors)
 
     def tables(self, capturing: bool, capturable: bool) -> Tables | None:

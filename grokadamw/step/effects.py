@@ -19,8 +19,8 @@ class Effect(NamedTuple):
     """What the signal makes of a group's numbers."""
 
     alpha: Number  # α_t
-    lr: Number = 1.0  # the factor of lr and max_row_change
-    decay: Number = 1.0  # the factor of weight_decay
+    boost: Number = 1.0  # the factor of lr and max_row_change
+    decay_boost: Number = 1.0  # the factor of weight_decay
 
 
 def is_boosted(group: Mapping[str, Any]) -> bool:

@@ -24,7 +24,7 @@ class GradStats(NamedTuple):
     clips: list[Number]  # c
     factors: list[Number]  # c divided by the loss scale
     finite: bool | Tensor  # whether the step may be written; a tensor if reading it would make the host wait
-    skipped: Tensor | None = None  # on such a device: whether it may not, unless GradScaler counts that itself
+    skipped: Tensor | None = None  # if `finite` is a tensor: whether this counts as a skipped step; GradScaler's do not
 
 
 def measure(
@@ -48,8 +48,8 @@ def measure(
     norms: list[Number | None]
     if not norm_is_wanted(limits, nonfinite):
         norms = [None] * len(limits)
-    elif sum_of_squares is None and found.squares is not None and found.at is not None:
-        squares, ((shards, _),) = found.squares(found.at), found.grads
+    elif found.squares is not None:
+        squares, ((shards, _),) = found.squares(), found.grads
         if shards is not None:
             squares = shards.total([squares]).item()
         if given.shard_group is not None:

@@ -36,7 +36,7 @@ from .cache import Cache
 from .effects import Effect, Places, amplification, effect_on, in_places
 from .micro_batches import Cycle
 
-_beta1s = lru_cache(maxsize=1024)(layers.decayed)
+_beta1s = lru_cache(maxsize=64)(layers.decayed)  # few: a schedule of β1 makes a new entry at every step
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Run:
     in_backward: Any = None  # `step_in_backward`'s handle, while parameters are updated in the backward pass
     all_ranks: AllRanks = field(default_factory=AllRanks)
     shard_group: Any = None  # the ranks that plain parameters are divided over
-    flattened: bool = False  # whether a flat tensor instead of parameters was warned of
+    flattened: bool = False  # whether the warning about flat parameters was given
     zero: Callable[[], Any] = lambda: None  # the ZeroRedundancyOptimizer around this one, if any
     before_loading: list[dict[str, Any]] = field(default_factory=list)  # groups before `zero` loaded another rank's
     graphs: list[Any] = field(default_factory=list)  # what CUDA graphs of the step read, besides tensors that users see
@@ -92,7 +92,7 @@ class Run:
             self.in_backward.is_open = False  # drop an open pass
         self.signals.values.clear()
         self.signals.load(groups[0]["signal_state"])
-        self.signals.losses_are_loaded = any(recorded(groups, name) is not None for name in RECORDED)
+        self.signals.records_are_loaded = any(recorded(groups, name) is not None for name in RECORDED)
 
     def follow(self, other: Run, memo: dict[int, Any]) -> None:
         """Become the run of a copy of the other run's optimizer, with its own tensors for CUDA graphs."""
@@ -272,7 +272,7 @@ def _boosted(
     """Return lr, max_row_change and weight_decay of a group, multiplied by its boosts."""
     lr, change, decay = group["lr"], float(group["max_row_change"]), float(group["weight_decay"])
     lr = lr if type(lr) is float else _number(lr, device, options)
-    boosts = (effect.lr, effect.decay)
+    boosts = (effect.boost, effect.decay_boost)
     if not any(isinstance(boost, Tensor) or boost != 1.0 for boost in boosts):
         return lr, change, decay
     of_lr, of_decay = (_number(boost, device, options) for boost in boosts)
@@ -281,7 +281,8 @@ def _boosted(
 
 def _warn_if_idle(run: Run, given: Given, norms: Sequence[Number | None]) -> None:
     """Warn once of a step in which no parameter of this rank, nor of its shard_group, has a gradient."""
-    # with a shard_group another rank may have gradients; without any here the norm is Python's number, or unknown
+    # With a shard_group N is over all its ranks. Without gradients here `norms` has one entry: 0.0 if no rank has any,
+    # None if nothing needed N.
     elsewhere = given.shard_group is not None and norms[:1] != [0.0]
     if run.idle or elsewhere or run.has_updated_early or not any(group["params"] for group in given.groups):
         return
@@ -319,6 +320,7 @@ def _measured(run: Run, given: Given, found: Batches, limits: list[float], rules
     groups, _, options = given[:3]
     nonfinite = options["nonfinite"] if rules.knows_nonfinite else "propagate"
     is_scaled = given.scale is not None or given.found_inf is not None
+    # the native kernel knows all addresses, or nothing needs N: there is no choice to make
     if found.squares is not None or not (is_scaled or norm.norm_is_wanted(limits, nonfinite)):
         return norm.measure(found, limits, given, nonfinite)
 
@@ -328,13 +330,13 @@ def _measured(run: Run, given: Given, found: Batches, limits: list[float], rules
     home = next((device for device in found.devices if not _on_host(device, options)), None)
     on_one_gpu = home is not None and len(found.devices) == 1 and not rules.clips_each_tensor
     if sum_of_squares is backends.fastest_sum_of_squares:
-        # memory that a graph reads must stay
+        # A graph reads the verdict at each replay: capture `judge` only with tables, which outlive the step.
         judges = on_one_gpu and nonfinite != "raise" and given.shard_group is None
         if judges and (found.tables or not given.capturing):
             judged = norm.judge(found, limits, given, nonfinite, counter)
             if judged is not None:
                 return judged
-        if given.capturing:
+        if given.capturing:  # the GPU's own sum would use tables that are gone after the call
             sum_of_squares = foreach.sum_of_squares
     stats = norm.measure(found, limits, given, nonfinite, sum_of_squares, apart=rules.clips_each_tensor, home=home)
     if stats.skipped is not None:

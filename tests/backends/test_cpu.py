@@ -496,7 +496,7 @@ def some_with_rows(dtype: torch.dtype) -> Batch:
     columns = [[x.view(shape) for x, shape in zip(column, SHAPES, strict=True)] for column in tensors[:5]]
     for theta in columns[0]:
         theta *= 3 * torch.rand(theta.shape[:1] + (1,) * (theta.dim() - 1), generator=generator)
-    widths = [cpu.row_width(theta) for theta in columns[0]]
+    widths = [cpu.row_width(theta, coded=False) for theta in columns[0]]
     assert [width > 0 for width in widths] == [theta.dim() > 1 and theta.numel() > 0 for theta in columns[0]]
     return Batch(*columns, tensors.steps, row_widths=widths)
 

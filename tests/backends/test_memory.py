@@ -649,7 +649,10 @@ def test_sets_of_gradients_that_come_back_are_not_looked_at_anew(monkeypatch: py
                 assert len(made) == (turn == 0)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
-    for p in ours:
-        p.grad = torch.ones(3, 2)
-    optimizers[0].step()  # one more set: the plan that was made first goes
+    for without, is_new in ((0, False), (None, True), (0, False), (1, True)):  # one more set, and 1 goes: not 0
+        for j, p in enumerate(ours):
+            p.grad = torch.ones(3, 2) if j != without else None
+        made.clear()
+        optimizers[0].step()
+        assert len(made) == is_new
     assert len(optimizers[0]._run.cache.plans) == cache.SETS
