@@ -100,7 +100,7 @@ def check_params(params: Any) -> Any:
 
     Raises TypeError if it is a model, and ValueError if it is empty.
     """
-    if isinstance(params, nn.Module):
+    if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
         raise TypeError(f"params is a {type(params).__name__}: give its parameters, model.named_parameters()")
     if isinstance(params, Iterator):
         params = list(params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from operator import is_
@@ -108,8 +109,10 @@ def product(a: Number, b: Number) -> Number:
 
 
 def as_float(number: Number) -> float:
-    """Return a number as a float, read back if it is a tensor."""
-    return float(number.item() if isinstance(number, Tensor) else number)
+    """Return a number as a float, read back if it is a tensor; NaN for one on the meta device."""
+    if isinstance(number, Tensor):
+        return math.nan if number.is_meta else float(number.item())
+    return float(number)
 
 
 def detached(numbers: Sequence[_N]) -> list[_N]:

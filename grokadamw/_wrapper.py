@@ -212,7 +212,7 @@ class Wrapper(WrapperBase):
         lrs = [group.get("lr") for group in self.param_groups]  # with None some optimizers choose their own
         if any(lr is None or float(lr) != 0 for lr in lrs):
             return False
-        return not any(part.grad.any() for part in parts)
+        return not any(not part.grad.is_meta and part.grad.any() for part in parts)
 
     @property
     def _shard_group(self) -> Any:

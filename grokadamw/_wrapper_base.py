@@ -96,12 +96,13 @@ class WrapperBase(Optimizer):
         Many optimizers ask whether a parameter's state is empty.
         """
         states = {param: state for param, state in self.state.items() if isinstance(state, dict)}
-        hidden: dict[Tensor, State] = {}
-        for param, state in states.items():
-            hidden[param] = {name: state.pop(name) for name in self._state_names if name in state}
-            if not state:
-                del self.state[param]
+        hidden = {p: {name: state[name] for name in self._state_names if name in state} for p, state in states.items()}
         try:
+            for param, ours in hidden.items():
+                for name in ours:
+                    del states[param][name]
+                if not states[param]:
+                    del self.state[param]
             yield hidden
         finally:
             for param, ours in hidden.items():
@@ -181,10 +182,11 @@ class WrapperBase(Optimizer):
                 self._check(groups[i])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"state_dict: param_groups[{i}] cannot be loaded, as {error}") from None
+        placed = {p: {name: self._placed(name, x, p) for name, x in state.items()} for p, state in states.items()}
         self._inner.load_state_dict({**state_dict, "state": inner_states, "param_groups": groups})
         self._drop_none()
-        for param, state in states.items():
-            self.state[param].update({name: self._placed(name, value, param) for name, value in state.items()})
+        for param, state in placed.items():
+            self.state[param].update(state)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

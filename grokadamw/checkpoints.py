@@ -28,7 +28,8 @@ _ADAMW: _Group = {"amsgrad": False, "decoupled_weight_decay": True}
 _ADAMW |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 # keys of GrokAdamW's groups that AdamW does not share, and state entries that AdamW lacks
 _OURS = {*GROUP_KEYS} - {"lr", "betas", "eps", "weight_decay", "maximize", *_ADAMW}
-_OF_WRAPPERS = ("accumulated_steps", "accumulation_cycle", "grokfast_")  # how names of their keys begin
+_OF_WRAPPERS = ("accumulated", "accumulation_cycle", "grokfast_")  # how names of their keys and state entries begin
+_COUNTS = ("accumulated_grads", "grokfast_step", "grokfast_ring_count")  # how many gradients those are of
 _OUR_STATE = ("grok_ema", "grok_ring", "grok_ring_sum", "grok_ring_lap", "grok_ring_count", "micro_step", "param_low")
 _NEEDED = ("step", "exp_avg", "exp_avg_sq")  # all of AdamW's state
 _KINDS = (
@@ -62,11 +63,13 @@ def to_grokadamw(state_dict: StateDict) -> StateDict:
 
     From `torch.optim.AdamW` or `Adam` it takes moments, step counts and the options that both have; the slow gradient
     μ, which they lack, starts at 0. From grokadamw 0.1.2 it takes everything. GrokAdamW's own is returned as it is.
+    What `Accumulate` or `Grokfast` around the optimizer has collected is left out, with a warning.
 
     Raises:
         ValueError: the run cannot be continued without loss. The message says why, and what to do.
     """
     check_form(state_dict)
+    state_dict = _without_wrappers(state_dict)
     groups = state_dict["param_groups"]
     if any("state" in group for group in groups):
         return _from_0_1_2(state_dict)
@@ -80,6 +83,27 @@ def to_grokadamw(state_dict: StateDict) -> StateDict:
                 + _KINDS
             )
     return _from_adam(state_dict) if of_adam else state_dict
+
+
+def _without_wrappers(state_dict: StateDict) -> StateDict:
+    """Leave out what wrappers keep, unless a wrapper has already taken its state: then it needs its keys, too."""
+    states = {key: state for key, state in _states(state_dict) if isinstance(state, dict)}
+    if not any(name.startswith(_OF_WRAPPERS) for state in states.values() for name in state):
+        return state_dict
+    if any(int(state.get(name, 0)) > 0 for state in states.values() for name in _COUNTS):
+        warn(
+            "state_dict holds what Accumulate or Grokfast around the optimizer collected, which is dropped: to "
+            "continue that run, load it into the same wrapper",
+            UserWarning,
+        )
+
+    def rest(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if not name.startswith(_OF_WRAPPERS)}
+
+    kept = {key: rest(state) if key in states else state for key, state in state_dict["state"].items()}
+    # before its first step the optimizer has no state of its own
+    kept = {key: state for key, state in kept.items() if state or not states.get(key)}
+    return {**state_dict, "state": kept, "param_groups": list(map(rest, state_dict["param_groups"]))}
 
 
 def to_float32(state_dict: StateDict) -> StateDict:
@@ -105,7 +129,7 @@ def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
 def to_adamw(state_dict: StateDict) -> StateDict:
     """Convert a state dict to `torch.optim.AdamW`'s form: moments, steps and AdamW's options.
 
-    Everything else is left out: μ, signals, layers and their group keys, and what wrappers keep. AdamW has one β1 for
+    Everything else is left out: μ, signals, layers and their group keys. AdamW has one β1 for
     all layers; if γ is not 0, the first moments of deep layers were made with a smaller one, and adapt within a few
     steps. There is a warning if weights lose their low bits, which `full_precision_state_dict` saves; and if moments
     hold some of a step's micro-batches, because AdamW takes those for a whole step.

@@ -365,7 +365,7 @@ class GrokAdamW(Base):
             group.update(given)
         zero.tell(self)
         self._run.signals.records_are_loaded &= not given
-        self._run.signals.warn_of_old_eval_loss(given, self.param_groups)
+        self._run.signals.warn_of_old_evaluation(given, self.param_groups)
         if eval_acc is not None:
             for listener in self._run.evaluation_listeners:
                 listener()
@@ -390,6 +390,6 @@ class GrokAdamW(Base):
         """
         check_model(model)
         self._complete_groups()
-        self._run.name(layers.take_from(model, self.param_groups, self._run.names))
+        self._run.names = layers.take_from(model, self.param_groups, self._run.names)
         self._run.layers_checked = False
         zero.tell(self)

@@ -170,6 +170,8 @@ class GrokAdamWCallback(TrainerCallback):
         self._skipped, self._is_nan = 0.0, False  # steps skipped until the last log, and whether its loss is NaN
         self._logs_before = 0  # how many logs there were at the last evaluation that was recorded
         self._recorded: Any = None  # the training loss of that evaluation
+        self._train_accuracy: float | None = None  # the last that was logged and is a number
+        self._evaluated_at = -1  # the step of the last evaluation with an accuracy
         self._metrics: set[str] = set()  # names of metrics that evaluations had
         self._said: set[str] = set()
 
@@ -200,6 +202,7 @@ class GrokAdamWCallback(TrainerCallback):
         self._logs_before = next((i for i in range(len(logs), 0, -1) if key in logs[i - 1]), 0)
         self._recorded = recorded(found.param_groups, "train_loss")
         self._goes_on = state.global_step == 0
+        self._train_accuracy, self._evaluated_at = None, -1
         self._metrics.clear()
         self._go_first()
         is_evaluated = args.eval_strategy != "no" or args.eval_on_start
@@ -214,8 +217,8 @@ class GrokAdamWCallback(TrainerCallback):
             if not is_evaluated and ("eval_acc" in self._evaluated or trainers.hears_losses(found)):
                 warn(
                     'eval_strategy="no": no evaluation is planned, so signals that compare losses or accuracies stay '
-                    'silent, and neither α nor the boost adapts. Give eval_strategy="steps" and an eval_dataset, or '
-                    "do without: GrokAdamWCallback(signals=[])",
+                    "silent, and neither α nor the boost adapts, unless you call optimizer.record yourself. Give "
+                    'eval_strategy="steps" and an eval_dataset, or do without: GrokAdamWCallback(signals=[])',
                     UserWarning,
                 )
 
@@ -246,8 +249,11 @@ class GrokAdamWCallback(TrainerCallback):
         if self._optimizer is None:
             return
         if self._train_acc in logs and self._goes_on:
-            self._record(self._optimizer, train_acc=logs[self._train_acc])
             self._said.add("train_acc")
+            found = trainers.without_nan({"train_acc": logs[self._train_acc]}, self._said)
+            self._train_accuracy = found.get("train_acc", self._train_accuracy)
+            if "eval_acc" not in self._evaluated or self._evaluated_at == state.global_step:
+                self._record(self._optimizer, train_acc=self._train_accuracy)
         if "loss" not in logs:
             return
         new = trainers.readings(self._optimizer)
@@ -267,8 +273,11 @@ class GrokAdamWCallback(TrainerCallback):
         found: dict[str, float | None] = {name: metrics[key] for name, key in self._evaluated.items() if key in metrics}
         self._said.update(found)
         self._metrics.update(metrics)
-        if "eval_loss" in found:  # only here: later, lower training losses must not be compared with this one
+        # only here: what is learnt later must not be compared with this evaluation
+        if "eval_loss" in found:
             found["train_loss"] = self._new_loss(args, state, self._optimizer)
+        if "eval_acc" in found:
+            found["train_acc"], self._evaluated_at = self._train_accuracy, state.global_step
         self._record(self._optimizer, **found)
         self._recorded = recorded(self._optimizer.param_groups, "train_loss")
 

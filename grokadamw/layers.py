@@ -116,8 +116,8 @@ def layers_in(named: Mapping[Tensor, str]) -> dict[Tensor, int]:
     return dict(zip(named, _numbered(named.values(), {}), strict=True))
 
 
-def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> dict[Tensor, str]:
-    """Set the layers of all groups without `layer` from a model, and return the names of their parameters."""
+def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping[int, str]) -> dict[int, str]:
+    """Set the layers of all groups without `layer` from a model, and return their parameters' names, by id."""
     fixed = {param for group in groups if group["layer"] is not None for param in group["params"]}
     named: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p not in fixed}
     numbers = layers_in(named)
@@ -134,7 +134,7 @@ def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping
             group["layers"] = [numbers[param] for param in group["params"]]
             if len(group.get("param_names", group["params"])) != len(group["params"]):  # the list was changed by hand
                 group["param_names"] = [named[param] for param in group["params"]]
-    return {param: unwrapped(named[param]) for param in params if param in named}
+    return {id(param): unwrapped(named[param]) for param in params if param in named}
 
 
 def make_one(groups: Sequence[dict[str, Any]], are_shards: bool) -> str | None:
@@ -178,15 +178,15 @@ def beta1s(group: dict[str, Any]) -> tuple[float, ...]:
     return decayed(group["betas"][0], group["gamma"], group["layers"])
 
 
-def names(group: dict[str, Any], i: int, known: Mapping[Tensor, str]) -> list[str]:
+def names(group: dict[str, Any], i: int, known: Mapping[int, str]) -> list[str]:
     """Return the names of the i-th group's parameters: those known from a model, else the group's own."""
     own = group.get("param_names", ())
     if len(own) != len(group["params"]):  # there are none, or the list of parameters was changed by hand
         own = [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
-    return [known.get(param, name) for param, name in zip(group["params"], own, strict=True)]
+    return [known.get(id(param), name) for param, name in zip(group["params"], own, strict=True)]
 
 
-def name_of(param: Tensor, groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> str:
+def name_of(param: Tensor, groups: Sequence[dict[str, Any]], known: Mapping[int, str]) -> str:
     """Return the name that `names` gives a parameter of the groups."""
     places = ((i, j) for i, group in enumerate(groups) for j, p in enumerate(group["params"]) if p is param)
     for i, j in places:
@@ -194,7 +194,7 @@ def name_of(param: Tensor, groups: Sequence[dict[str, Any]], known: Mapping[Tens
     raise KeyError(param)
 
 
-def table(groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> list[Layer]:
+def table(groups: Sequence[dict[str, Any]], known: Mapping[int, str]) -> list[Layer]:
     """Return one row for each layer, in order."""
     rows: dict[int, Layer] = {}
     for i, group in enumerate(groups):
@@ -206,7 +206,7 @@ def table(groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str]) -> list
 
 
 def warnings_for(
-    groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str], preset_gamma: float | None = None
+    groups: Sequence[dict[str, Any]], known: Mapping[int, str], preset_gamma: float | None = None
 ) -> Iterator[str]:
     """Yield a warning if two layers may count as one by mistake, and one if γ lowers some β1_l below half of β1.
 
@@ -226,7 +226,7 @@ def warnings_for(
             deepest = max(group["layers"])
             largest = math.floor((1 - 0.5 ** (1 / deepest)) * 1000) / 1000
             ways_out = f"choose a gamma of at most {largest:g}"
-            if "param_names" not in group and not all(param in known for param in group["params"]):
+            if "param_names" not in group and not all(id(param) in known for param in group["params"]):
                 ways_out = (
                     "pass model.named_parameters() or call optimizer.set_layers(model), so that the layers are its "
                     f"modules; or {ways_out}"

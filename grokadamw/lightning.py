@@ -16,6 +16,7 @@ from . import _trainers as trainers
 from ._numbers import accumulator
 from ._warn import is_new, warn
 from .grokadamw import GrokAdamW
+from .param_groups import RECORDED, recorded
 from .step.effects import is_boosted
 
 try:
@@ -84,6 +85,8 @@ class GrokAdamWCallback(Callback):
         self._epochs_loss: Any = None  # what train_loss was when the epoch began
         self._is_late = False  # whether train_loss is still the one before this epoch
         self._waits_for_loss = False  # whether a validation in this epoch came before its train_loss was logged
+        self._train_accuracy: Any = None  # the last that was logged and is a number
+        self._validated_at = -1  # the step of the last validation with an accuracy
         self._before: dict[str, Any] = {}  # what was logged before a validation, which Lightning keeps
         self._heard: set[str] = set()  # which of the values were there
         self._said: set[str] = set()
@@ -103,6 +106,7 @@ class GrokAdamWCallback(Callback):
         self._logged_at = trainer.global_step
         self._last_train_loss = self._epochs_loss = None
         self._is_late = self._waits_for_loss = False
+        self._train_accuracy, self._validated_at = None, -1
         self._heard.clear()
         limit = trainer.gradient_clip_val
         if limit and is_new("clips", self._said):
@@ -125,8 +129,8 @@ class GrokAdamWCallback(Callback):
             if ("eval_acc" in self._evaluated or self._hears_losses()) and is_new("no validation", self._said):
                 warn(
                     "no validation is planned, so signals that compare losses or accuracies stay silent, and neither α "
-                    "nor the boost adapts. Give the module a validation_step, and fit data for it, or make the "
-                    "optimizer with grokking_signal_fns=[]",
+                    "nor the boost adapts, unless you call optimizer.record yourself. Give the module a "
+                    "validation_step, and fit data for it, or make the optimizer with grokking_signal_fns=[]",
                     UserWarning,
                 )
 
@@ -194,15 +198,21 @@ class GrokAdamWCallback(Callback):
         }
         self._before = {}
         self._heard.update(found, ["validation"])
-        if "eval_loss" in found:  # only here: later, lower training losses must not be compared with this one
+        # only here: what is learnt later must not be compared with this evaluation
+        if "eval_loss" in found:
             found["train_loss"] = self._last_train_loss
             self._waits_for_loss = self._is_late
+        if "eval_acc" in found:
+            found["train_acc"], self._validated_at = self._train_accuracy, trainer.global_step
         self._record(**self._mean_over_ranks(found, trainer))
         for name, key in self._evaluated.items():
             if key not in metrics and is_new(name, self._said):
                 self._warn(name, key, trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name in RECORDED:  # a user may have recorded a value
+            if any(recorded(optimizer.param_groups, name) is not None for optimizer in self._optimizers):
+                self._heard.add(name)
         for name, key in self._evaluated.items():
             is_needed = name == "eval_acc" or self._hears_losses()
             if is_needed and name not in self._heard and trainer.enable_validation and is_new(name, self._said):
@@ -214,9 +224,13 @@ class GrokAdamWCallback(Callback):
         self._optimizers = []
 
     def _record_training_accuracy(self, trainer: Trainer) -> None:
+        """Record it, unless it has to wait for the next validation."""
         if self._train_acc in trainer.callback_metrics:
             self._heard.add("train_acc")
-            self._record(train_acc=trainer.callback_metrics[self._train_acc])
+            found = trainers.without_nan({"train_acc": trainer.callback_metrics[self._train_acc]}, self._said)
+            self._train_accuracy = found.get("train_acc", self._train_accuracy)
+            if "eval_acc" not in self._evaluated or self._validated_at == trainer.global_step:
+                self._record(train_acc=self._train_accuracy)
 
     def _hears_losses(self) -> bool:
         return any(map(trainers.hears_losses, self._optimizers))
@@ -233,7 +247,7 @@ class GrokAdamWCallback(Callback):
         """
         if trainer.world_size == 1:
             return values
-        names = ("train_loss", *self._evaluated)
+        names = ("train_loss", "train_acc", *self._evaluated)
         found = [(0.0, 0.0) if (value := values.get(name)) is None else (float(value), 1.0) for name in names]
         device = trainer.strategy.root_device
         sums = torch.tensor(found, dtype=accumulator(device), device=device)

@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from grokadamw import GrokAdamW
+from grokadamw import Accumulate, GrokAdamW, Grokfast
 from grokadamw.__main__ import main
 from grokadamw.checkpoints import to_adamw, to_float32, to_grokadamw
 from grokadamw.options import STATES
@@ -225,6 +226,36 @@ def test_what_else_is_kept_is_left_behind(keeper: str) -> None:
     assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in exported["state"].values())
     known = torch.optim.AdamW(model.named_parameters()).param_groups[0].keys() | {"decoupled_weight_decay"}
     assert exported["param_groups"][0].keys() == known
+
+
+@pytest.mark.parametrize("wrap", [lambda inner: Accumulate(inner, 3), lambda inner: Grokfast(inner)])
+def test_what_a_wrapper_collected_is_dropped_with_a_warning(wrap: Callable[[Any], Any]) -> None:
+    """Else a later wrapper would go on with gradients of long ago."""
+    model = network()
+    wrapped, plain, again = (
+        wrap(GrokAdamW(model.parameters(), lamb=0.0)),
+        *(GrokAdamW(model.parameters(), lamb=0.0) for _ in range(2)),
+    )
+    train(model, range(5), lambda step, loss: wrapped.step())
+    with pytest.warns(UserWarning, match="is dropped: to continue that run, load it into the same wrapper"):
+        plain.load_state_dict(wrapped.state_dict())
+    of_plain = set(GrokAdamW(network().parameters()).param_groups[0])
+    saved = plain.state_dict()
+    assert set(saved["param_groups"][0]) == of_plain
+    assert all(set(state) <= {"step", *STATES} for state in saved["state"].values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrap(again).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("convert", [to_adamw, to_grokadamw])
+def test_a_cycle_before_the_first_step_has_no_moments_yet(convert: Callable[[Any], Any]) -> None:
+    model = network()
+    optimizer = Accumulate(GrokAdamW(model.parameters()), steps=3)
+    train(model, range(2), lambda step, loss: optimizer.step())
+    with pytest.warns(UserWarning, match="holds what Accumulate or Grokfast around the optimizer collected"):
+        converted = convert(optimizer.state_dict())
+    assert converted["state"] == {}
 
 
 def test_a_loss_that_adamw_cannot_help_is_warned_of() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from grokadamw import GrokAdamW
+from grokadamw import GrokAdamW, Grokfast
 from grokadamw.options import STATES
 from grokadamw.signals import AccuracyGap, SlowGradient
 
@@ -105,6 +106,24 @@ def test_a_first_step_that_is_one(real: str) -> None:
     optimizer.step()
     assert signal.calls == 1
     assert optimizer.metrics()["step"] == (4 if real == "a state" else 1)
+
+
+@pytest.mark.parametrize("make", [GrokAdamW, lambda params: Grokfast(torch.optim.AdamW(params))])
+def test_on_meta(make: Callable[[Any], Any]) -> None:
+    """Where numbers cannot be read."""
+    model = network()
+    optimizer = make(model.parameters())
+    train(model, range(3), lambda step, loss: optimizer.step())
+    saved = get_optimizer_state_dict(model, optimizer)
+    with torch.device("meta"):
+        shapes = network()
+    optimizer = make(shapes.parameters())
+    assert set(get_optimizer_state_dict(shapes, optimizer)["state"]) == set(saved["state"])
+    set_optimizer_state_dict(shapes, make(shapes.parameters()), saved)
+    for p in shapes.parameters():
+        p.grad = torch.empty_like(p)
+    optimizer.step()
+    assert all(x["exp_avg"].is_meta for x in optimizer.state_dict()["state"].values())
 
 
 def test_without_gradients_there_is_nothing_to_build() -> None:

@@ -726,6 +726,28 @@ def test_what_is_dropped_is_missed(wrap: Callable[[Any], Any], wrap_anew: Callab
         again.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize("wrap", [*KEEPING, lambda inner: Accumulate(inner, 2)])
+def test_an_interrupt_loses_nothing(wrap: Callable[[Any], Any]) -> None:
+    """A wrapper takes its entries out of the state while the inner optimizer steps."""
+
+    class Interrupted(dict[str, Any]):
+        def pop(self, *_: Any) -> Any:
+            raise KeyboardInterrupt
+
+        def __delitem__(self, _: str) -> None:
+            raise KeyboardInterrupt
+
+    model = network()
+    optimizer = wrap(SGD(model.parameters(), lr=0.1, momentum=0.9))
+    train(model, range(4), lambda step, loss: optimizer.step())
+    *_, last = optimizer.state
+    optimizer.state[last] = Interrupted(optimizer.state[last])
+    before = {param: set(state) for param, state in optimizer.state.items()}
+    with pytest.raises(KeyboardInterrupt):
+        train(model, range(2), lambda step, loss: optimizer.step())
+    assert {param: set(state) for param, state in optimizer.state.items()} == before
+
+
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("inner", [SGD, *filter(None, [getattr(torch.optim, "Muon", None)])])
 @pytest.mark.parametrize("wrap", [Grokfast, lambda inner, **how: GrokfastMA(inner, window_size=3, **how)])

@@ -187,18 +187,26 @@ def test_a_signal_of_accuracies_that_gets_losses_is_warned_of_once() -> None:
     assert steps(heard, 1200, lambda: heard.record(train_loss=1.0, eval_loss=2.0)) == []
 
 
-def test_an_evaluation_loss_of_long_ago_is_warned_of_once() -> None:
-    """As a training loss that falls after it would look like memorising, and make steps longer."""
-    optimizer = GrokAdamW(model().parameters(), signal_boost=1.0)
-    optimizer.record(train_loss=2.0, eval_loss=2.0)
-    assert steps(optimizer, 99, lambda: optimizer.record(train_loss=1.0)) == []
-    optimizer.record(train_loss=1.0, eval_loss=2.0)
-    assert steps(optimizer, 99, lambda: optimizer.record(train_loss=1.0)) == []
-    (said,) = steps(optimizer, 1, lambda: optimizer.record(train_loss=1.0))
-    assert "Record both losses after an evaluation, optimizer.record(train_loss=…, eval_loss=…)" in said
-    optimizer.record(train_loss=1.0, eval_loss=2.0)
-    assert steps(optimizer, 300, lambda: optimizer.record(train_loss=1.0)) == []
-    assert steps(copied := copy.deepcopy(optimizer), 300, lambda: copied.record(train_loss=1.0)) == []
+@pytest.mark.parametrize(
+    ("kind", "before", "words", "signal"),
+    [("loss", 2.0, "Record both losses after", None), ("acc", 0.5, "Record both accuracies after", AccuracyGap())],
+)
+def test_an_evaluation_of_long_ago_is_warned_of_once(kind: str, before: float, words: str, signal: Any) -> None:
+    """As a model that has learnt since then would look like memorising, and its steps would be longer."""
+    optimizer = GrokAdamW(model().parameters(), signal_boost=1.0, grokking_signal_fns=signal)
+    train, both = {f"train_{kind}": 1.0}, {f"train_{kind}": 1.0, f"eval_{kind}": before}
+    optimizer.record(**both)
+    assert steps(optimizer, 99, lambda: optimizer.record(**train)) == []
+    optimizer.record(**both)
+    assert steps(optimizer, 99, lambda: optimizer.record(**train)) == []
+    (said,) = steps(optimizer, 1, lambda: optimizer.record(**train))
+    assert f"{words} an evaluation, optimizer.record(train_{kind}=…, eval_{kind}=…)" in said
+    optimizer.record(**both)
+    assert steps(optimizer, 300, lambda: optimizer.record(**train)) == []
+    assert steps(copied := copy.deepcopy(optimizer), 300, lambda: copied.record(**train)) == []
+
+
+def test_who_does_not_use_an_old_evaluation_hears_nothing_of_it() -> None:
     for options in ({}, {"signal_boost": 1.0, "grokking_signal_fns": []}):
         optimizer = GrokAdamW(model().parameters(), **options)
         optimizer.record(train_loss=2.0, eval_loss=2.0)
@@ -222,6 +230,8 @@ def test_squared_errors_that_are_not_scaled_are_warned_of_once() -> None:
         ([(0.69, 0.69), (1e-3, 5.0), (1e-4, 0.02)], {}),  # cross entropy of two answers that are learnt
         ([(1.0, 1.0), (0.01, 0.8), (0.01, 0.2)], {}),  # squared errors of scaled targets
         ([(0.1, 0.1), (0.03, 0.08)], {}),  # training and evaluation fall together
+        ([(0.3, 0.4), (0.02, 1.5)], {}),  # cross entropy that is first evaluated after an epoch
+        ([(-1.0, -1.0)], {}),  # log likelihood of densities
         ([(0.01, 0.01), (1e-4, 0.01)], {"grokking_signal_fns": AccuracyGap()}),
         ([(0.01, 0.01), (1e-4, 0.01)], {"grokking_signal_fns": loss_gap}),
         ([(0.01, 0.01), (1e-4, 0.01)], {"signal_boost": 0.0, "decay_boost": 0.0}),

@@ -645,6 +645,23 @@ def test_a_training_accuracy_that_is_logged(tmp_path: Path) -> None:
     assert len(alphas(it)) == STEPS // 2  # a log without the loss has no readings
 
 
+def test_a_training_accuracy_waits_for_the_evaluation(tmp_path: Path) -> None:
+    """What is learnt after an evaluation is no gap."""
+    recorded = []
+
+    class Logs(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            recorded.append(grokadamw_of(it).param_groups[0]["train_acc"])
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            it.log({"right": state.global_step / 100})
+
+    callback = GrokAdamWCallback(eval_acc="eval_accuracy", train_acc="right", signals=AccuracyGap())
+    it = trainer(tmp_path, callback, Logs(), compute_metrics=accuracy, save_strategy="no", eval_steps=4, max_steps=10)
+    it.train()
+    assert recorded == [None] * 4 + [0.04] * 4 + [0.08] * 2
+
+
 def test_accuracies_that_do_not_come(tmp_path: Path) -> None:
     callback = GrokAdamWCallback(eval_acc="eval_acuracy", train_acc="right")
     it = trainer(tmp_path, callback, compute_metrics=accuracy, save_strategy="no")

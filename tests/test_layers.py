@@ -480,3 +480,21 @@ def test_a_flat_tensor_is_one_layer_and_says_so_once() -> None:
         assert [row.layer for row in at_once.layer_table()] == [3]
     (flat,), (same,) = (each.param_groups[0]["params"] for each in (optimizer, quiet))
     assert quiet.state[same]["step"] == optimizer.state[flat]["step"] + 1
+
+
+@pytest.mark.parametrize("named_by", ["for_grokking", "set_layers"])
+def test_named_parameters_can_be_swapped(named_by: str) -> None:
+    """As torch does to move an FSDP2 model: it refuses to swap a tensor that has a weak reference."""
+    model = network()
+    if named_by == "for_grokking":
+        optimizer = GrokAdamW.for_grokking(model)
+    else:
+        optimizer = GrokAdamW(model.parameters())
+        optimizer.set_layers(model)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    names = [name for row in optimizer.layer_table() for name in row.names]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())

@@ -558,8 +558,8 @@ def test_accuracies_are_recorded(tmp_path: Path, trainer: Callable[..., Any]) ->
         it.fit(module, data(), data())
     rows = module.monitor.rows
     assert len(rows) == 4 * BATCHES
-    for i, row in enumerate(rows):  # a row is of what was recorded before its step
-        assert row["train_acc"] == pytest.approx(min(i / 8, 1.0) if i else math.nan, nan_ok=True)
+    for i, row in enumerate(rows):  # a row is of what was recorded before its step: both, after every third
+        assert row["train_acc"] == pytest.approx(min(i // 3 * 3 / 8, 1.0) if i >= 3 else math.nan, nan_ok=True)
         assert row["eval_acc"] == pytest.approx(min((i // 3) / 8, 1.0) if i >= 3 else math.nan, nan_ok=True)
         if i >= 3:
             assert row["signal"] == pytest.approx(row["train_acc"] - row["eval_acc"])
@@ -589,6 +589,20 @@ def test_accuracies_that_are_nan_are_warned_of_once(trainer: Callable[..., Any])
     ]
     group = it.optimizers[0].param_groups[0]
     assert (group["train_acc"], group["eval_acc"]) == (0.75, 0.5)
+
+
+def test_who_records_by_hand_is_not_told_that_nothing_came(trainer: Callable[..., Any]) -> None:
+    class ByHand(Measured):
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.trainer.optimizers[0].record(train_loss=0.1, eval_loss=2.0)
+
+        def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+            self.log("another", 1.0)
+
+    it = trainer(max_epochs=1, callbacks=[GrokAdamWCallback(eval_loss="missing")], check_val_every_n_epoch=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="GrokAdamWCallback")
+        it.fit(ByHand(grokadamw), data(), data())
 
 
 def test_an_accuracy_that_is_logged_for_the_epoch(tmp_path: Path, trainer: Callable[..., Any]) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from grokadamw import GrokAdamW
+from grokadamw import Accumulate, GrokAdamW, Grokfast
 from grokadamw.signals import AccuracyGap, SlowGradient, loss_gap, memorisation
 
 from .models import network, parameters, same, saved_and_loaded, set_gradients, train, trained
@@ -551,3 +552,27 @@ def test_what_was_loaded_in_memory_is_a_copy(options: dict[str, Any]) -> None:
     other.step()
     assert same(optimizer.state_dict(), before)
     assert not same(other.state_dict()["state"], before["state"])
+
+
+@pytest.mark.parametrize(
+    ("make", "entry"),
+    [
+        (GrokAdamW, "exp_avg"),
+        (lambda params: Grokfast(torch.optim.AdamW(params)), "grokfast_ema"),
+        (lambda params: Accumulate(GrokAdamW(params), steps=2), "accumulated"),
+        (lambda params: Accumulate(GrokAdamW(params), steps=2), "exp_avg"),
+    ],
+)
+def test_a_load_that_fails_changes_nothing(make: Callable[[Any], Any], entry: str) -> None:
+    """For want of memory, say: here a tensor without any is copied."""
+    model = network()
+    optimizer = make(list(model.parameters()))
+    train(model, range(5), lambda step, loss: optimizer.step())
+    before = copy.deepcopy(optimizer.state_dict())
+    broken = copy.deepcopy(before)
+    broken["param_groups"][0]["lr"] = 0.5
+    last = max(broken["state"])
+    broken["state"][last][entry] = broken["state"][last][entry].to("meta")
+    with pytest.raises(NotImplementedError, match="meta"):
+        optimizer.load_state_dict(broken)
+    assert same(optimizer.state_dict(), before)

@@ -28,6 +28,7 @@ from .slots import WINDOW, State, by_device, dtype_of, step_device
 def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
     """Make optimizer.load_state_dict keep the state as it was saved: torch would cast it to its parameter's dtype.
 
+    All copies are made before anything is replaced, so that a shortage of memory leaves the optimizer as it was.
     Inside, it takes the state dicts that `to_grokadamw` takes, and matches parameters by name if both sides have names.
     It warns if the run will not continue as it was.
 
@@ -35,7 +36,7 @@ def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
         ValueError: a state has another shape than its parameter, or cannot be continued, or an option is not allowed.
             Then nothing was loaded.
     """
-    loaded: list[tuple[Tensor, State]] = []
+    placed: dict[Tensor, State] = {}
 
     def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         state_dict = in_order(to_grokadamw(state_dict), optimizer.param_groups)
@@ -43,21 +44,21 @@ def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
         _check_cycle(state_dict, optimizer.defaults["accumulation_steps"])
         _check_kinds(state_dict)
         _check_codes(state_dict)
-        loaded.extend(_states(state_dict, optimizer.param_groups, optimizer.defaults))
+        loaded = list(_states(state_dict, optimizer.param_groups, optimizer.defaults))
         for sentence in _doubts(state_dict, loaded, optimizer.defaults):  # now, as a warning may be made an error
             warn(sentence, UserWarning)
+        placed.update((param, _placed(param, state, optimizer.defaults)) for param, state in loaded)
+        for params in by_device(param for param, state in placed.items() if "step" in state).values():
+            counts = torch.stack([placed[param]["step"] for param in params]).unbind()
+            for param, count in zip(params, counts, strict=True):
+                placed[param]["step"] = count
         # hide our state from torch, which would copy it to the parameters' dtype: that may be four times as large
         ours = set(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         others = {key: value for key, value in state_dict["state"].items() if key not in ours}
         return {**state_dict, "state": others}
 
     def restore(_: Optimizer) -> None:
-        for param, state in loaded:
-            optimizer.state[param] = _placed(param, state, optimizer.defaults)
-        for params in by_device(param for param, state in loaded if "step" in state).values():
-            states = [optimizer.state[param] for param in params]
-            for state, count in zip(states, torch.stack([state["step"] for state in states]).unbind(), strict=True):
-                state["step"] = count
+        optimizer.state.update(placed)
 
     # after the user's own pre-hooks, and before their post-hooks
     before = optimizer.register_load_state_dict_pre_hook(keep)

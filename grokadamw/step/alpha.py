@@ -99,7 +99,7 @@ class Signals:
         self.records_are_loaded = False  # whether recorded values came with a checkpoint, and none was recorded since
         self._failures_on_device: dict[str, Tensor] = {}
         self._steps_without = 0
-        self._train_losses_alone = 0  # recorded since the last evaluation loss
+        self._alone = {"loss": 0, "acc": 0}  # training losses and accuracies recorded since one of an evaluation
         self._began_small = False  # whether the first evaluation loss was less than an untrained model's cross entropy
 
     def check_amplifies(self, amplify_by_signal: bool) -> None:
@@ -169,27 +169,37 @@ class Signals:
             return
         if as_float(elsewhere) == 0:
             names = ", ".join(f"{name}=…" for name in missing)
+            by_callback = any(name.endswith("acc") for name in missing)
+            or_name = ", give a trainer's callback their names as train_acc= and eval_acc=" if by_callback else ""
             warn(
-                f"the grokking signals wait for {' and '.join(missing)}: call optimizer.record({names}), or pass "
-                "grokking_signal_fns=[] to do without",
+                f"the grokking signals wait for {' and '.join(missing)}: call optimizer.record({names}){or_name}, or "
+                "pass grokking_signal_fns=[] to do without",
                 UserWarning,
             )
 
-    def warn_of_old_eval_loss(self, given: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
-        """Warn once if 100 training losses followed an evaluation loss: what was learnt since looks memorised."""
-        if "eval_loss" in given:
-            self._train_losses_alone = 0
-        elif "train_loss" in given:
-            self._train_losses_alone += 1
-        heard = any(is_boosted(group) and group["eval_loss"] is not None for group in groups)
-        is_old = self._train_losses_alone >= 100 and heard and any(self.takes_losses)
-        if is_old and is_new("an old eval_loss", self._warned):
-            warn(
-                "100 training losses were recorded since the last evaluation loss: a model that has learnt since then "
-                "seems to have memorised, and signal_boost or decay_boost acts on that. Record both losses after an "
-                "evaluation, optimizer.record(train_loss=…, eval_loss=…), and none in between",
-                UserWarning,
-            )
+    def warn_of_old_evaluation(self, given: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+        """Warn once if 100 training losses followed an evaluation's: what was learnt since looks memorised.
+
+        Accuracies likewise.
+        """
+        by_accuracy = any(isinstance(function, AccuracyGap) for function in self.functions)
+        for kind, one, many, heard in (
+            ("loss", "loss", "losses", any(self.takes_losses)),
+            ("acc", "accuracy", "accuracies", by_accuracy),
+        ):
+            train, evaluation = f"train_{kind}", f"eval_{kind}"
+            if evaluation in given:
+                self._alone[kind] = 0
+            elif train in given:
+                self._alone[kind] += 1
+            is_used = heard and any(is_boosted(group) and group[evaluation] is not None for group in groups)
+            if is_used and self._alone[kind] >= 100 and is_new("an old evaluation", self._warned):
+                warn(
+                    f"100 training {many} were recorded since the last evaluation {one}: a model that has learnt since "
+                    f"then seems to have memorised, and signal_boost or decay_boost acts on that. Record both {many} "
+                    f"after an evaluation, optimizer.record({train}=…, {evaluation}=…), and none in between",
+                    UserWarning,
+                )
 
     def warn_of_unscaled_losses(self, given: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
         """Warn once if `memorisation` gets losses too small to act. Call it before they are kept.
@@ -202,9 +212,9 @@ class Signals:
         if recorded(groups, "eval_loss") is None:
             self._began_small = loss < 0.5
         train_loss = given.get("train_loss")
-        has_memorised = isinstance(train_loss, float) and train_loss < loss / 10
-        if self._began_small and has_memorised and "unscaled losses" not in self._warned:
-            self._warned.add("unscaled losses")
+        if not self._began_small or not isinstance(train_loss, float) or not 0 <= train_loss < loss / 10:
+            return
+        if as_float(memorisation(train_loss, loss)) < 0.25 and is_new("unscaled losses", self._warned):
             warn(
                 "the losses look like squared errors that are not scaled: the first eval_loss was below 0.5, and now "
                 f"train_loss={train_loss:.3g} is far below eval_loss={loss:.3g}. The signal `memorisation` is near 0 "

@@ -83,7 +83,7 @@ class Batches(NamedTuple):
     made: Sequence[tuple[Tensor, list[str]]] = ()  # state that this step made
 
 
-def collect(given: Given, names: Mapping[Tensor, str], missing: Collection[Tensor] = ()) -> list[Entry]:
+def collect(given: Given, names: Mapping[int, str], missing: Collection[Tensor] = ()) -> list[Entry]:
     """Return the parameters that have a gradient, in the order of the groups; those in `missing` get a gradient of 0.
 
     Raises RuntimeError for a gradient, a parameter or state that a step cannot use. `names` are those of `set_layers`.

@@ -50,7 +50,7 @@ class Cache:
         self.plans: dict[tuple[tuple[bool, ...], ...], _Plan] = {}
         self._kinds: dict[Any, tuple[Kind, int]] = {}  # kind and width of rows by look
 
-    def batches(self, given: Given, names: Mapping[Tensor, str], missing: Collection[Tensor] = ()) -> Batches:
+    def batches(self, given: Given, names: Mapping[int, str], missing: Collection[Tensor] = ()) -> Batches:
         """Return the batches of this step; see `collect`. Missing state is made."""
         made: list[tuple[Tensor, list[str]]] = []
         known = None if missing else self._recall(given)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from operator import itemgetter
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import backends, layers
 from .._numbers import Number, accumulator, as_float, detached, reads_are_free, resolved
@@ -53,7 +52,8 @@ class Run:
     checked: list[tuple[Any, ...]] = field(default_factory=list)  # each group's options when they were last checked
     checked_layers: list[list[int]] = field(default_factory=list)  # and its layers
     skipped: Tensor | None = None  # counts steps that were skipped on a device and not read back yet
-    names: MutableMapping[Tensor, str] = field(default_factory=WeakTensorKeyDictionary)  # as set_layers found them
+    # as set_layers found them, by id: torch cannot swap a tensor with weak references, as FSDP2's model.cpu() does
+    names: dict[int, str] = field(default_factory=dict)
     idle: bool = False  # whether a step had no gradient at all: that is warned of once
     stepped: bool = False  # whether the last step was a whole one, or the last of its micro-batches
     cache: Cache = field(default_factory=Cache)  # the batches of earlier steps
@@ -71,13 +71,9 @@ class Run:
         """True if the backward pass that the next step ends has updated parameters."""
         return self.in_backward is not None and self.in_backward.has_updated
 
-    def name(self, names: Mapping[Tensor, str]) -> None:
-        """Keep names of parameters, but none of the parameters alive."""
-        self.names = WeakTensorKeyDictionary(names)
-
     def settle(self, groups: Sequence[dict[str, Any]]) -> None:
         """Read back the counts that are on a device."""
-        if self.skipped is not None and (steps := int(self.skipped)) > 0:
+        if self.skipped is not None and not self.skipped.is_meta and (steps := int(self.skipped)) > 0:
             self.skipped.zero_()
             count_skipped(groups, steps)
         self.signals.settle()
@@ -99,7 +95,7 @@ class Run:
         self.signals, self.captured, self.skipped, self.last = copy.deepcopy(
             (other.signals, other.captured, other.skipped, other.last), memo
         )
-        self.name({copy.deepcopy(param, memo): found for param, found in other.names.items()})
+        self.names = {id(memo[i]): name for i, name in other.names.items() if i in memo}
         self.layers_checked, self.stepped = other.layers_checked, other.stepped
         self.shard_group = other.shard_group  # process groups cannot be copied
 
@@ -144,7 +140,8 @@ def check_given(run: Run, given: Given) -> bool:
         return True
     if any(as_float(group["lr"]) != 0 for group in groups):
         return True
-    if _norm_now([entry.grad for entry in entries], given) != 0:
+    grads = [entry.grad for entry in entries]
+    if not any(grad.is_meta for grad in grads) and _norm_now(grads, given) != 0:
         return True
     make_state(entries, given)
     return False
