@@ -131,8 +131,8 @@ def to_adamw(state_dict: StateDict) -> StateDict:
 
     Everything else is left out: μ, signals, layers and their group keys. AdamW has one β1 for
     all layers; if γ is not 0, the first moments of deep layers were made with a smaller one, and adapt within a few
-    steps. There is a warning if weights lose their low bits, which `full_precision_state_dict` saves; and if moments
-    hold some of a step's micro-batches, because AdamW takes those for a whole step.
+    steps. There is a warning if weights lose their low bits, which `full_precision_state_dict` saves; if moments hold
+    some of a step's micro-batches, because AdamW takes those for a whole step; and as in `to_grokadamw`.
 
     Raises:
         ValueError: as `to_grokadamw`.

@@ -223,9 +223,9 @@ class GrokAdamW(Base):
         up to five times as large (``signal_boost`` 4, of ``grokadamw.signals.memorisation``), and weight decay is up to
         four times as strong (``decay_boost`` 3): for that, call ``record(train_loss=…, eval_loss=…)`` with both every
         few steps. For models without norms the filter, γ and the limit are off, and other numbers depend on how many
-        weight matrices there are (kernels of convolutions count, embeddings do not). Up to two: lr 2e-2, weight decay
-        0.5, ``signal_boost`` 2, ``decay_boost`` 1. Three: lr 1e-2. More: lr 3e-3, weight decay 0.1, ``signal_boost``
-        10, ``decay_boost`` 30. Evidence: benchmarks/results/GROKKING_REPORT.md.
+        weight matrices there are (kernels of convolutions count, embeddings do not). One or two: lr 2e-2, weight decay
+        0.5, ``signal_boost`` 2, ``decay_boost`` 1. Three: lr 1e-2. More, or none: lr 3e-3, weight decay 0.1,
+        ``signal_boost`` 10, ``decay_boost`` 30. Evidence: benchmarks/results/GROKKING_REPORT.md.
 
         Args:
             model: its parameters that require gradients are optimized, under their names and in its layers, in groups:

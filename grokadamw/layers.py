@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain, count
+from itertools import chain, count, islice
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from ._checks import check_count
 
 # what wrappers add to parameter names: torch.compile, FSDP1 and activation checkpointing; and, in front, DDP
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-_IN_FRONT = "module"
+_IN_FRONT = "module."
 
 
 class Layer(NamedTuple):
@@ -30,23 +30,31 @@ class Layer(NamedTuple):
     beta1: float  # β1_l; the smallest, if groups of different β1 or γ share the layer
 
 
-def unwrapped(name: str) -> str:
-    """Return a parameter's name without the parts that wrappers add: "module.layers.3.weight" → "layers.3.weight"."""
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while len(parts) > 1 and parts[0] == _IN_FRONT:
-        del parts[0]
-    return ".".join(parts)
+def unwrapped(names: Iterable[str]) -> list[str]:
+    """Return a model's parameter names without the parts that wrappers add: "_orig_mod.layers.3.q" → "layers.3.q".
+
+    DDP's "module." in front goes if all names have it: else it is a module of the model.
+    """
+    found = list(map(_inside, names))
+    while found and all(name.startswith(_IN_FRONT) for name in found):
+        found = [name.removeprefix(_IN_FRONT) for name in found]
+    return found
 
 
-@lru_cache(maxsize=1 << 16)  # each group that is added asks for the paths of all groups before it
+@lru_cache(maxsize=1 << 16)  # each group that is added asks for the names of all groups before it
+def _inside(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+@lru_cache(maxsize=1 << 16)
 def layer_path(name: str) -> str:
-    """Return the module path that names a parameter's layer.
+    """Return the module path that names the layer of a parameter with this `unwrapped` name.
 
     It goes up to and including the first all-digit component ("layers.3.attn.q.weight" → "layers.3"), else it is the
     whole module path ("head.weight" → "head"). A parametrized weight is in its module's layer. A parameter of the model
     itself ("scale" → "") is in layer 0, with the first module.
     """
-    parts = unwrapped(name).split(".")
+    parts = name.split(".")
     path = parts[: parts.index("parametrizations")] if "parametrizations" in parts else parts[:-1]
     for i, part in enumerate(path):
         if part.isdigit():
@@ -60,11 +68,19 @@ def layers_of(group: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> list[
         return [group["layer"]] * len(group["params"])
     if "param_names" not in group:
         return list(range(len(group["params"])))
+    others = [other for other in earlier if other["layer"] is None]
+    *of_others, own = unwrapped_in([*others, group])
     known: dict[str, int] = {}
-    for other in earlier:
-        if other["layer"] is None:  # the next step raises an error if there is not a layer for each name
-            known.update(zip(map(layer_path, other["param_names"]), other["layers"], strict=False))
-    return _numbered(group["param_names"], known)
+    for other, names in zip(others, of_others, strict=True):  # the next step raises an error if a name has no layer
+        known.update(zip(map(layer_path, names), other["layers"], strict=False))
+    return _numbered(own, known)
+
+
+def unwrapped_in(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the `unwrapped` names of each group's parameters; an empty list for a group without names."""
+    own = [group.get("param_names", ()) for group in groups]
+    names = iter(unwrapped(chain.from_iterable(own)))
+    return [list(islice(names, len(each))) for each in own]
 
 
 def _numbered(names: Iterable[str], known: Mapping[str, int]) -> list[int]:
@@ -113,7 +129,7 @@ def check_changed(groups: Sequence[dict[str, Any]], checked: list[list[int]]) ->
 
 def layers_in(named: Mapping[Tensor, str]) -> dict[Tensor, int]:
     """Return the layer of each of a model's parameters, numbered in order of appearance."""
-    return dict(zip(named, _numbered(named.values(), {}), strict=True))
+    return dict(zip(named, _numbered(unwrapped(named.values()), {}), strict=True))
 
 
 def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping[int, str]) -> dict[int, str]:
@@ -134,7 +150,8 @@ def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping
             group["layers"] = [numbers[param] for param in group["params"]]
             if len(group.get("param_names", group["params"])) != len(group["params"]):  # the list was changed by hand
                 group["param_names"] = [named[param] for param in group["params"]]
-    return {id(param): unwrapped(named[param]) for param in params if param in named}
+    names = dict(zip(named, unwrapped(named.values()), strict=True))
+    return {id(param): names[param] for param in params if param in named}
 
 
 def make_one(groups: Sequence[dict[str, Any]], are_shards: bool) -> str | None:

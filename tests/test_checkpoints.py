@@ -461,8 +461,8 @@ def test_names_that_leave_a_doubt_are_refused(change: str) -> None:
 
 
 def test_names_that_are_there_twice_are_refused_in_another_order() -> None:
-    """Such as those of a parameter, and of a submodule that is called as DDP calls its model."""
-    params = [(name, nn.Parameter(torch.ones(3))) for name in ("weight", "module.weight", "bias")]
+    """Such as those of a parameter, and of a submodule that is called as torch.compile calls its model."""
+    params = [(name, nn.Parameter(torch.ones(3))) for name in ("weight", "_orig_mod.weight", "bias")]
     saved = GrokAdamW(params).state_dict()
     GrokAdamW(params).load_state_dict(saved)
     with pytest.raises(ValueError, match="both name 'weight' twice, and others in another order"):

@@ -8,6 +8,7 @@ import linecache
 import re
 import warnings
 import weakref
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from .oracle import layer_numbers
         ("module.layers.3.weight", "layers.3"),
         ("module.module.layers.3.weight", "layers.3"),
         ("_orig_mod.module.layers.3.weight", "layers.3"),
+        ("module._orig_mod.layers.3.weight", "layers.3"),
         ("layers.3._fsdp_wrapped_module.attn._checkpoint_wrapped_module.q.weight", "layers.3"),
         ("experts.0.layers.7.weight", "experts.0"),
         ("embed.weight", "embed"),
@@ -43,28 +45,62 @@ from .oracle import layer_numbers
         ("0.weight", "0"),
         ("residual.module.weight", "residual.module"),
         ("module.module", ""),
+        ("module", ""),
         ("fc.parametrizations.weight.original0", "fc"),
         ("fc.bias", "fc"),
         ("layers.3.fc.parametrizations.weight.0.base", "layers.3"),
     ],
 )
 def test_layer_path(name: str, path: str) -> None:
-    assert layer_path(name) == path
+    (plain,) = unwrapped([name])
+    assert layer_path(plain) == path
 
 
-component = st.sampled_from(["a", "fc1", "0", "12", "layers", "module", "_orig_mod", "_fsdp_wrapped_module"])
+components = ["a", "fc1", "0", "12", "layers", "module", "_orig_mod", "_fsdp_wrapped_module"]
+of_models = st.lists(st.sampled_from(components), max_size=4).filter(
+    lambda path: [part for part in path if part[0] != "_"][:1] != ["module"]
+)
 
 
-@given(st.lists(st.lists(component, max_size=4), min_size=1, max_size=6, unique_by=tuple))
-def test_numbering_is_by_first_appearance_over_all_groups(paths: list[list[str]]) -> None:
-    names = [".".join([*path, f"p{i}"]) for i, path in enumerate(paths)]
+@given(st.lists(of_models, min_size=1, max_size=6, unique_by=tuple), st.integers(0, 2))
+def test_numbering_is_by_first_appearance_over_all_groups(paths: list[list[str]], in_ddp: int) -> None:
+    names = [".".join([*in_ddp * ["module"], *path, f"p{i}"]) for i, path in enumerate(paths)]
     params = [nn.Parameter(torch.zeros(1)) for _ in names]
     pairs = list(zip(names, params, strict=True))
     groups = [pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]]
     optimizer = GrokAdamW([{"params": group} for group in groups if group])
     ours = [layer for group in optimizer.param_groups for layer in group["layers"]]
     assert ours == [layer for group in layer_numbers([[n for n, _ in pairs]]) for layer in group]
-    assert unwrapped(names[0]).split(".")[0] != "module"
+    assert unwrapped(names)[0].split(".")[0] != "module"
+
+
+class WithModule(nn.Module):
+    """Which has called one of its parts as DDP calls what it wraps."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.add_module(name, nn.Sequential(OrderedDict(conv=nn.Linear(4, 4), fc=nn.Linear(4, 4))))
+        self.fc = nn.Linear(4, 2)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_a_module_that_is_called_module_is_one(prefix: str) -> None:
+    optimizers = []
+    for name in ("module", "body"):
+        weights, biases = [], []
+        for full, p in WithModule(name).named_parameters():
+            (weights if p.dim() > 1 else biases).append((prefix + full, p))
+        optimizers.append(GrokAdamW([{"params": weights}, {"params": biases}]))
+        for p in (p for _, p in (*weights, *biases)):
+            p.grad = torch.ones_like(p)
+        optimizers[-1].step()
+        GrokAdamW([{"params": biases}, {"params": weights}]).load_state_dict(optimizers[-1].state_dict())
+    ours, theirs = ([group["layers"] for group in optimizer.param_groups] for optimizer in optimizers)
+    assert ours == theirs == [[0, 1, 2], [0, 1, 2]]
+    model = WithModule("module")
+    preset = GrokAdamW.for_grokking(model)
+    assert [row.names[0] for row in preset.layer_table()] == ["module.conv.weight", "module.fc.weight", "fc.weight"]
+    assert not list(layers.warnings_for(preset.param_groups, preset._run.names))
 
 
 def test_what_has_no_module_takes_nothing_from_the_first_module() -> None:

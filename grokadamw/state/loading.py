@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, zip_longest
 from typing import Any
@@ -17,7 +17,7 @@ from .._numbers import as_number
 from .._warn import warn
 from ..checkpoints import to_grokadamw
 from ..distributed import shards_of
-from ..layers import unwrapped
+from ..layers import unwrapped_in
 from ..options import OPTIONS, STATES, WARN
 from ..param_groups import check_loaded
 from . import formats, window
@@ -81,7 +81,7 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
             f"state_dict has a different number of parameter groups: {len(saved)}, and the optimizer {len(groups)}: "
             "construct it as it was when this was saved. (for_grokking makes groups of its own, and loads those alone.)"
         )
-    saved = [_as_listed(group) for group in saved]
+    saved = list(map(_as_listed, saved, unwrapped_in(saved)))
     state_dict = {**state_dict, "param_groups": saved}
     saved_names, own_names = _named(saved), _named(groups)
     if saved_names is None or own_names is None or saved_names == own_names:
@@ -94,10 +94,13 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
             f"state_dict and the optimizer both name {max(flat_own, key=flat_own.count)!r} twice, and others in "
             "another order: nothing says which state is whose. Give the optimizer its parameters in the saved order"
         )
-    by_names = {frozenset(names): group for names, group in zip(saved_names, saved, strict=True)}
+    by_names = {frozenset(names): (group, names) for names, group in zip(saved_names, saved, strict=True)}
     if all(frozenset(names) in by_names for names in own_names):
-        found = [by_names[frozenset(names)] for names in own_names]
-        ordered = [_reordered(old, group) for old, group in zip(found, groups, strict=True)]
+        ordered = []
+        for group, own in zip(groups, own_names, strict=True):
+            old, names = by_names[frozenset(own)]
+            places = {name: i for i, name in enumerate(names)}
+            ordered.append(_reordered(old, [places[name] for name in own], group))
         for group, first in zip(ordered, saved, strict=True):
             for name in ("signal_state", "grokfast_signal_state"):  # only the first group keeps these
                 if name in first:
@@ -114,12 +117,13 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
     return {**state_dict, "param_groups": [{**old, "param_names": group["param_names"]} for old, group in pairs]}
 
 
-def _as_listed(old: dict[str, Any]) -> dict[str, Any]:
+def _as_listed(old: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """Put a group in one order: torch.distributed.checkpoint lists names as params, and the rest in another order.
 
-    If that has regrouped parameters, the rest is another group's: then names and layers are left out.
+    `names` are the group's, without the parts that wrappers add. If that has regrouped parameters, the rest is another
+    group's: then names and layers are left out.
     """
-    keys, names = old["params"], [unwrapped(name) for name in old.get("param_names", ())]
+    keys = old["params"]
     if all(isinstance(key, str) for key in keys) and set(keys) != set(names):
         return {key: value for key, value in old.items() if key not in ("param_names", "layers")}
     if len(names) != len(keys):
@@ -132,10 +136,8 @@ def _as_listed(old: dict[str, Any]) -> dict[str, Any]:
     return {**old, **{name: [old[name][i] for i in order] for name in listed}}
 
 
-def _reordered(old: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+def _reordered(old: dict[str, Any], order: Sequence[int], group: dict[str, Any]) -> dict[str, Any]:
     """Return a saved group with its parameters in the order of ours, which has the same names."""
-    places = {unwrapped(name): i for i, name in enumerate(old["param_names"])}
-    order = [places[unwrapped(name)] for name in group["param_names"]]
     new = {**old, "params": [old["params"][i] for i in order], "param_names": group["param_names"]}
     if len(old.get("layers", ())) == len(order):
         new["layers"] = [old["layers"][i] for i in order]
@@ -146,7 +148,7 @@ def _named(groups: list[dict[str, Any]]) -> list[list[str]] | None:
     """Return the names of each group's parameters, without the parts that wrappers add; None if a group has none."""
     if not all(len(group.get("param_names", ())) == len(group["params"]) > 0 for group in groups):
         return None
-    return [[unwrapped(name) for name in group["param_names"]] for group in groups]
+    return unwrapped_in(groups)
 
 
 def _states(

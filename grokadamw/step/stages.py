@@ -286,7 +286,8 @@ def _warn_if_idle(run: Run, given: Given, norms: Sequence[Number | None]) -> Non
     run.idle = True
     warn(
         "a step found no gradient, and changed nothing: call loss.backward() before optimizer.step(). If you did, "
-        "the model has other parameters than the optimizer by now: make the optimizer anew",
+        "the model has other parameters than the optimizer by now: make the optimizer anew. If a batch was skipped on "
+        "purpose, all is well",
         UserWarning,
     )
 
