@@ -15,8 +15,9 @@ _found: weakref.WeakSet[Any] = weakref.WeakSet()  # the wrappers that there are,
 
 
 def kind_of(module: object) -> str | None:
-    """Return the name of DDP or FSDP1 if a module is one of them, or of a subclass; None for any other."""
-    return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in (DDP, FSDP1)), None)
+    """Return the name of torch's DDP or FSDP1 if a module is one of them, or of a subclass; None for any other."""
+    of_torch = (kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch."))
+    return next((name for name in of_torch if name in (DDP, FSDP1)), None)
 
 
 def wrappers_of(params: set[Tensor]) -> list[Any]:
@@ -53,7 +54,15 @@ def holds_whole(wrapper: Any) -> bool:
 def own_parameters(wrapper: Any) -> set[Tensor]:
     """Return the parameters that a wrapper averages or divides: those in it, and in no wrapper inside it."""
     inner = (module for module in wrapper.modules() if module is not wrapper and kind_of(module))
-    return {*wrapper.parameters()} - {param for module in inner for param in module.parameters()}
+    own = {*wrapper.parameters()} - {param for module in inner for param in module.parameters()}
+    return own - ignored_by(wrapper)
+
+
+def ignored_by(wrapper: Any) -> set[Tensor]:
+    """Return the parameters that a wrapper was told to leave alone: each rank has gradients of its own for them."""
+    names = getattr(wrapper, "parameters_to_ignore", ())
+    of_ddp = {param for name, param in wrapper.module.named_parameters() if name in names} if names else set()
+    return of_ddp | {*getattr(wrapper, "_ignored_params", ())}
 
 
 def copies_of(wrapper: Any) -> set[int]:

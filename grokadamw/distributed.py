@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .ddp import copies_of, holds_whole, kind_of, own_parameters, wrappers_of
+from .ddp import copies_of, holds_whole, ignored_by, kind_of, own_parameters, wrappers_of
 
 _PLAIN = {Tensor, nn.Parameter}
 
@@ -213,21 +213,42 @@ def span_all_ranks(groups: Iterable[Mapping[str, Any]]) -> bool:
     return False
 
 
-def mean_over_ranks(signal: Any, groups: Sequence[dict[str, Any]], is_loaded: bool = False) -> tuple[Any, Any]:
+def mean_over_ranks(
+    signal: Any, groups: Sequence[dict[str, Any]], is_loaded: bool = False, are_copies: bool = False
+) -> tuple[Any, Any]:
     """Return the mean of a signal over the ranks that have one, and how many other ranks have one.
 
     A signal that `is_loaded` comes from values in a checkpoint, perhaps another rank's. It counts only while no rank
     has a signal from values recorded since. All ranks must call it, even one without a signal or parameters: the others
     would wait for it. If no rank has a signal the mean is None, or 0 on a GPU, which is not read back.
+
+    Raises:
+        RuntimeError: `are_copies` says that all ranks hold the same model, and their groups differ in lr or
+            weight_decay.
     """
     if ranks() == 1:
         return signal, 0
     device = _meeting_place(groups)
-    sums = torch.zeros(2, 2, dtype=torch.float64, device=device)  # (own, loaded) × (sum, count)
+    sums = torch.zeros(
+        3, 2, dtype=torch.float64, device=device
+    )  # (own, loaded) × (sum, count), and the groups' numbers
     sums[int(is_loaded), 0] += 0.0 if signal is None else signal
     sums[int(is_loaded), 1] += signal is not None
+    numbers = [group.get(name) for group in groups for name in ("initial_lr", "lr", "weight_decay")]
+    digest = sum(i * number for i, number in enumerate(numbers, 1) if isinstance(number, float))
+    sums[2, 0] += digest
+    sums[2, 1] += digest * digest
     dist.all_reduce(sums)
-    own, loaded = sums
+    own, loaded, digests = sums
+    if are_copies:
+        total, squares = digests.tolist()
+        if ranks() * squares - total * total > 1e-12 * squares:  # the digests' variance
+            raise RuntimeError(
+                "the ranks' parameter groups differ in lr or weight_decay, so that their copies of the model would "
+                "drift apart. for_grokking looks at the initial weights of embeddings, and DDP makes these equal only "
+                "later: give all ranks the same seed before the model is made, or call for_grokking(model) after "
+                "DistributedDataParallel(model)"
+            )
     total, count = torch.where(own[1] > 0, own, loaded)
     others = own[1] + loaded[1] - int(signal is not None)
     if device.type == "cpu" and count == 0:
@@ -314,6 +335,12 @@ class AllRanks:
     def __init__(self) -> None:
         self._wrappers: list[Callable[[], Any]] = []  # weak references to DDP and FSDP1 around the parameters
         self._wait, self._pause = 0, 1  # how many steps to the next look, and from there to the one after it
+        self._are_copies = self._compared = False  # whether all ranks hold the same model; whether groups were compared
+
+    def compares(self) -> bool:
+        """Return True once: in the first step in which all ranks are known to hold the same model."""
+        is_first, self._compared = self._are_copies and not self._compared, self._compared or self._are_copies
+        return is_first
 
     def _look(self, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
         found = wrappers_of({param for group in groups for param in group["params"]})
@@ -355,7 +382,9 @@ class AllRanks:
                     "grokking_signal_fns=[], or give all ranks the same number of batches"
                 )
             return False
-        return wanted or any(dist.get_world_size(wrapper.process_group) == ranks() for wrapper in wrappers)
+        over_all = any(dist.get_world_size(wrapper.process_group) == ranks() for wrapper in wrappers)
+        self._are_copies = over_all and all(map(holds_whole, wrappers))
+        return wanted or over_all
 
     def doubts(self, groups: Sequence[Mapping[str, Any]], shard_group: Any, is_own: bool) -> list[str]:
         """Return warnings if FSDP1 has divided parameters, and the optimizer takes its shards for whole parameters.
@@ -367,7 +396,8 @@ class AllRanks:
         if ranks() == 1 or torch._C._current_graph_task_id() != -1:
             return []
         params = {param for group in groups for param in group["params"]}
-        wrappers = [wrapper for wrapper in self._look(groups) if not params.isdisjoint(own_parameters(wrapper))]
+        around = self._look(groups)
+        wrappers = [wrapper for wrapper in around if not params.isdisjoint(own_parameters(wrapper))]
         divided = [wrapper for wrapper in wrappers if not holds_whole(wrapper)]
         for wrapper in wrappers if is_own else []:
             if len(copies_of(wrapper) & {*dist.get_process_group_ranks(shard_group)}) < 2:
@@ -381,11 +411,18 @@ class AllRanks:
                 f"shard_group with {kind_of(wrapper)}, whose ranks hold {what}: the norm of the gradients would count "
                 f"them several times. {way_out}"
             )
+        found, needs_norm = list[str](), any(group["gradient_clipping"] for group in groups)
+        needs_norm |= groups[0]["nonfinite"] != "propagate"
+        ignored = {param for wrapper in around for param in ignored_by(wrapper)} & params
+        if ignored and len(ignored) < len(params) and shard_group is None and needs_norm:
+            found.append(
+                "DDP or FSDP1 ignores some of the parameters, so that each rank has other gradients of them, and clips "
+                "and skips all parameters by its own norm. Give these an optimizer of their own: if each rank has "
+                "other parameters there, with shard_group=torch.distributed.group.WORLD"
+            )
         if not divided:
-            return []
-        found, first = [], groups[0]
-        clips = any(group["gradient_clipping"] for group in groups)
-        if shard_group is None and (clips or first["nonfinite"] != "propagate"):
+            return found
+        if shard_group is None and needs_norm:
             apart = "" if len(divided) == len(wrappers) else ", in an optimizer without the parameters that are whole"
             found.append(
                 "FSDP1 has divided the parameters, and shard_group is not given: each rank clips and skips by the norm "

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing the compiler
 from torch.utils.hooks import RemovableHandle
 
 from ._warn import warn
@@ -102,7 +103,7 @@ class StepInBackward:
         self._one = stages.Run(Signals([]), in_backward=weakref.proxy(self))  # the run of one parameter's step
         self._caches, self._hooks = dict[Tensor, Cache](), dict[Tensor, RemovableHandle]()
         self._lock = threading.RLock()  # autograd has a thread for each device
-        self._has_begun = self.is_open = False  # whether the first pass has begun, and whether a pass is open
+        self._begun, self.is_open = 0, False  # how many passes have begun, and whether a pass is open
         self._places: dict[Tensor, tuple[int, int, int]] = {}  # group, place in it, and number of each parameter
         self._updated, self._norm = set[Tensor](), NormSoFar(0.0)  # in this pass
         self._skipped = list[str]()  # names of updated parameters whose gradients were not finite
@@ -187,7 +188,8 @@ class StepInBackward:
         optimizer._complete_groups()
         groups, run = optimizer.param_groups, optimizer._run
         check_changed(groups, optimizer.defaults, run.checked, run.checked_layers)
-        self._check(optimizer, and_wrappers=not self._has_begun)
+        # a model may be wrapped later, and looking for wrappers may take 50 ms: look in passes 1, 2, 4, 8 and so on
+        self._check(optimizer, and_wrappers=self._begun & (self._begun + 1) == 0)
         stages.begin(run, Given(groups, optimizer.state, optimizer.defaults), optimizer._preset_gamma)
         numbers, self._places = 0, {}
         for i, group in enumerate(optimizer.param_groups):  # after signals, which may load others
@@ -197,8 +199,9 @@ class StepInBackward:
         self._updated.clear()
         self._skipped.clear()
         self._norm = NormSoFar(optimizer.param_groups[0]["last_norm"])
-        self._has_begun = self.is_open = True
+        self._begun, self.is_open = self._begun + 1, True
 
+    @_disable_dynamo  # compiled autograd would trace the hook
     def _update(self, param: Tensor) -> None:
         """Update one parameter whose gradient is there, and free the gradient."""
         optimizer = self._optimizer()

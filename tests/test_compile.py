@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from grokadamw import GrokAdamW
+from grokadamw import GrokAdamW, step_in_backward
 from grokadamw.signals import AccuracyGap
 
 from .models import KEEPERS, batch, network, train
@@ -263,3 +264,24 @@ def test_around_other_optimizers(keeper: str) -> None:
         train(model, range(7), lambda i, loss, step=step: step())
         runs.append([p.detach() for p in model.parameters()])
     close(*runs)
+
+
+def test_compiled_autograd_does_not_trace_updates_in_the_backward_pass() -> None:
+    model, twin = network(), network()
+    optimizers = [GrokAdamW(each.named_parameters(), gradient_clipping=0.0) for each in (model, twin)]
+    for optimizer in optimizers:
+        step_in_backward(optimizer)
+
+    @torch.compile(backend="aot_eager")
+    def backward(x: torch.Tensor) -> None:
+        model(x).square().mean().backward()
+
+    for step in range(3):
+        x = batch(step)[0]
+        with patch.object(torch._dynamo.config, "compiled_autograd", True):
+            backward(x)
+        twin(x).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)

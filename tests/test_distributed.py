@@ -1110,3 +1110,124 @@ def test_what_is_no_process_group_is_refused() -> None:
     for wrong in (2, "world", [0, 1]):
         with pytest.raises(TypeError, match="is no process group: give one that this rank is in"):
             GrokAdamW([torch.nn.Parameter(torch.ones(3))], shard_group=wrong)  # type: ignore[arg-type]
+
+
+def _copies_that_differ(rank: int) -> list[str]:
+    """What is said of a preset whose model had other weights on each rank when it was made, and of one that had not."""
+    said = []
+    for seed in (0, rank):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Embedding(9, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 9))
+        optimizer = GrokAdamW.for_grokking(model)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)  # begins with lr 0
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        before = copy.deepcopy(model.state_dict())
+        wrapped(torch.arange(9)).square().mean().backward()
+        try:
+            optimizer.step()
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+            assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    return said
+
+
+def test_copies_of_a_model_with_other_learning_rates_are_refused(tmp_path: Path) -> None:
+    """They drifted apart, as the preset measures embeddings before DDP has made them equal."""
+    for said in in_processes(_copies_that_differ, tmp_path):
+        assert said[0] == ""
+        assert "give all ranks the same seed before the model is made" in said[1]
+
+
+def _rows_of_other_layouts(rank: int) -> list[float]:
+    """How far cut rows are from one process's, if one gradient lies in another order on one rank alone."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    torch.manual_seed(0)
+    weights, grads = ([scale * torch.randn(4, 3) for scale in (1, 3, 1)] for _ in range(2))
+    whole = [torch.nn.Parameter(w.clone()) for w in weights]
+    cut = [torch.nn.Parameter(distribute_tensor(w.clone(), mesh, [Shard(1)])) for w in weights]
+    optimizers = [GrokAdamW(params, lr=0.5, gamma=0.0, max_row_change=0.01) for params in (whole, cut)]
+    for _ in range(2):
+        for i, (p, q, grad) in enumerate(zip(whole, cut, grads, strict=True)):
+            p.grad, q.grad = grad.clone(), distribute_tensor(grad, mesh, [Shard(1)])
+            if i == 1:  # by columns: rank 1 has one, whose elements are in order all the same
+                local = q.grad.to_local().t().contiguous().t()
+                q.grad = DTensor.from_local(local, mesh, [Shard(1)], shape=grad.shape, stride=grad.stride())
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (optimizers[1].implementation().count("\n") > 0) == (rank == 0)  # batches differ
+    return [(a - b.full_tensor()).abs().max().item() for a, b in zip(whole, cut, strict=True)]
+
+
+def test_cut_rows_are_added_up_in_one_order(tmp_path: Path) -> None:
+    """Whatever a rank's batches: else ranks added up rows of different tensors."""
+    for differences in in_processes(_rows_of_other_layouts, tmp_path):
+        assert max(differences) < 1e-6
+
+
+def _ignored(rank: int) -> list[Any]:
+    """Warnings of an optimizer for all parameters; and how far apart two optimizers leave the shared weights."""
+    torch.manual_seed(0)
+    shared = torch.nn.Linear(6, 8)
+    torch.manual_seed(rank)
+    model = torch.nn.Sequential(shared, torch.nn.Linear(8, 3))  # the second is this rank's own
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    wrapper._set_params_and_buffers_to_ignore_for_model(model, ["1.weight", "1.bias"])
+    wrapped = wrapper(model)
+
+    def step(*optimizers: GrokAdamW) -> None:
+        model.zero_grad()
+        (8 * wrapped(torch.randn(8, 6)) - 1).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step(GrokAdamW(copied := list(model.parameters()), gamma=0.0))
+    said = [str(each.message) for each in caught if "ignores" in str(each.message)]
+    dist.broadcast(shared.weight.detach(), 0)
+    dist.broadcast(shared.bias.detach(), 0)
+    group = dist.group.WORLD
+    apart = [GrokAdamW(copied[:2], gamma=0.0), GrokAdamW(copied[2:], gamma=0.0, shard_group=group)]
+    for _ in range(5):
+        step(*apart)
+    first = shared.weight.detach().clone()
+    dist.broadcast(first, 0)
+    return [said, (first - shared.weight).abs().max().item()]
+
+
+def test_parameters_that_ddp_ignores_have_an_optimizer_of_their_own(tmp_path: Path) -> None:
+    for said, difference in in_processes(_ignored, tmp_path):
+        assert len(said) == 1
+        assert "shard_group=torch.distributed.group.WORLD" in said[0]
+        assert difference == 0
+
+
+def _wrappers_of_others(rank: int) -> None:
+    """They are called as torch's, and have nothing else of theirs."""
+    for name in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        model = type(name, (torch.nn.Sequential,), {})(network())
+        optimizer = GrokAdamW.for_grokking(model)
+        train(model, range(2), lambda step, loss, optimizer=optimizer: optimizer.step())
+
+
+def test_wrappers_of_others_are_no_wrappers(tmp_path: Path) -> None:
+    in_processes(_wrappers_of_others, tmp_path)
+
+
+def _wrapped_after_a_pass(rank: int) -> str:
+    model = network()
+    optimizer = GrokAdamW(model.named_parameters(), gradient_clipping=0.0)
+    step_in_backward(optimizer)
+    train(model, range(1), lambda step, loss: optimizer.step())
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    try:
+        train(wrapped, range(1), lambda step, loss: optimizer.step())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_wrapper_after_the_first_pass_is_refused(tmp_path: Path) -> None:
+    for said in in_processes(_wrapped_after_a_pass, tmp_path):
+        assert "in DistributedDataParallel, which averages their gradients later" in said

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from .._checks import check_keys
 from .._numbers import Number, as_float, as_number
 from .._warn import is_new, warn
-from ..distributed import mean_over_ranks, ranks
+from ..distributed import AllRanks, mean_over_ranks, ranks
 from ..options import Rules
 from ..param_groups import recorded
 from ..signals import AccuracyGap, loss_gap, memorisation
@@ -37,9 +37,9 @@ def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, 
 
 
 def hear(
-    signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules, ranks_meet: Callable[[bool], bool]
+    signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules, all_ranks: AllRanks, shard_group: Any
 ) -> list[Number | None]:
-    """Evaluate the signals, and return s_t for every group. `ranks_meet` is `AllRanks.meet` for these groups."""
+    """Evaluate the signals, and return s_t for every group."""
     if rules.signals_for_each_group:
         losses = [[x if x == x else None for x in (group["train_loss"], group["eval_loss"])] for group in groups]
         return [signals.evaluate(train, evaluation, keep_nonfinite=True) for train, evaluation in losses]
@@ -51,8 +51,8 @@ def hear(
     # ask the other ranks, whatever this one recorded, as they may have recorded more. But not if the user neither chose
     # signals nor records losses, unless all ranks are known to take this step
     wanted = is_asked_for or (train_loss, eval_loss) != (None, None)
-    if signals.functions and ranks() > 1 and ranks_meet(wanted):
-        signal, elsewhere = mean_over_ranks(signal, groups, signals.records_are_loaded)
+    if signals.functions and ranks() > 1 and all_ranks.meet(groups, shard_group, wanted):
+        signal, elsewhere = mean_over_ranks(signal, groups, signals.records_are_loaded, all_ranks.compares())
         signal = as_number(signal) if isinstance(signal, Tensor) else signal
     signals.warn_of_missing(train_loss, eval_loss, is_asked_for, boosts, elsewhere)
     return [signal] * len(groups)

@@ -199,6 +199,7 @@ def assemble(
             choice=kind.choice,
             group=group,
             layers=tuple(of_batch),
+            numbers=tuple([members[i].number for i in places]),
             shards=kind.shards,
             begun=members[places[0]].begun,
             coded=None if kind.coded is None else coded_of(columns, places, members, options),

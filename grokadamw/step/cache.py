@@ -34,7 +34,7 @@ _EXP_AVG, _EXP_AVG_SQ, _STEP = itemgetter("exp_avg"), itemgetter("exp_avg_sq"), 
 _PARAMS, _LAYERS = itemgetter("params"), itemgetter("layers")
 _OPTIONS = itemgetter(*[name for name in GROUP_OPTIONS if name not in ("betas", "layer")])
 # fields of a batch that a plan keeps as they are; the others hold tensors, or are made from them
-_WITHOUT_TENSORS = ("row_widths", "unlimited", "choice", "group", "layers", "shards", "begun")
+_WITHOUT_TENSORS = ("row_widths", "unlimited", "choice", "group", "layers", "numbers", "shards", "begun")
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
 

@@ -177,7 +177,7 @@ def begin(run: Run, given: Given, preset_gamma: float | None) -> None:
 def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> None:
     """Evaluate the signals, and set α and the boosts of every group from them."""
     rules = rules_of(options)
-    signals = hear(run.signals, groups, rules, partial(run.all_ranks.meet, groups, run.shard_group))
+    signals = hear(run.signals, groups, rules, run.all_ranks, run.shard_group)
     effects = [effect_on(group, alpha_of(group, x, rules), x) for group, x in zip(groups, signals, strict=True)]
     if any(map(itemgetter("capturable"), groups)):
         if run.skipped is None:
@@ -308,9 +308,29 @@ def write(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None) -> None
             batch.choice.module.step(batch, scalars)
     if on_gpu:
         gpu.steps(on_gpu, tables)
+    for batch, scalars, old in _left_to_limit(calls, before):
+        rows.limit(batch, scalars, old)
+
+
+def _left_to_limit(
+    calls: Sequence[tuple[Batch, Scalars]], before: Sequence[list[Tensor]]
+) -> list[tuple[Batch, Scalars, list[Tensor]]]:
+    """Return what `rows.limit` gets.
+
+    Ranks that have parts of rows add these up one parameter at a time, in the optimizer's order: batches depend on how
+    a rank's tensors lie in memory.
+    """
+    whole: list[tuple[Batch, Scalars, list[Tensor]]] = []
+    cut: dict[int, tuple[Batch, Scalars, list[Tensor]]] = {}
     for (batch, scalars), old in zip(calls, before, strict=True):
-        if batch.unlimited and scalars.limits_rows:
-            rows.limit(batch, scalars, old)
+        if not batch.unlimited or not scalars.limits_rows:
+            continue
+        if batch.shards is None or not batch.shards.cut_rows:
+            whole.append((batch, scalars, old))
+            continue
+        for j, i in enumerate(batch.unlimited):
+            cut[batch.numbers[i]] = batch._replace(unlimited=[i]), scalars, old[j : j + 1]
+    return [*whole, *(cut[number] for number in sorted(cut))]
 
 
 def _measured(run: Run, given: Given, found: Batches, limits: list[float], rules: Rules) -> norm.GradStats:
