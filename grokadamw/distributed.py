@@ -411,9 +411,11 @@ class AllRanks:
                 f"shard_group with {kind_of(wrapper)}, whose ranks hold {what}: the norm of the gradients would count "
                 f"them several times. {way_out}"
             )
+        ignored = {param for wrapper in around for param in ignored_by(wrapper)} & params
+        if not divided and not ignored:
+            return []
         found, needs_norm = list[str](), any(group["gradient_clipping"] for group in groups)
         needs_norm |= groups[0]["nonfinite"] != "propagate"
-        ignored = {param for wrapper in around for param in ignored_by(wrapper)} & params
         if ignored and len(ignored) < len(params) and shard_group is None and needs_norm:
             found.append(
                 "DDP or FSDP1 ignores some of the parameters, so that each rank has other gradients of them, and clips "
