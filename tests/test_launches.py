@@ -89,7 +89,7 @@ def launched(way: str, folder: Path) -> list[Run]:
     return [Run(*torch.load(folder / f"{rank}.pt")) for rank in range(RANKS)]
 
 
-QUICKEST = ("Accelerate, DDP", "Accelerate, FSDP2")
+QUICKEST = ("Accelerate, FSDP2",)
 
 
 @pytest.mark.parametrize("way", [way if way in QUICKEST else pytest.param(way, marks=pytest.mark.long) for way in WAYS])

@@ -21,12 +21,12 @@ from .oracle import Oracle, combined_signal, layer_numbers
 
 NAMES = [
     "embed.weight",
-    "module.embed.bias",
+    "embed.bias",
     "_orig_mod.layers.0.attn.weight",
     "layers.0.mlp.2.weight",
     "layers.1.norm.weight",
     "layers.10._checkpoint_wrapped_module.mlp.bias",
-    "module._orig_mod.layers.1.norm.bias",
+    "_orig_mod.layers.1.norm.bias",
     "head.out.weight",
     "scale",
 ]
@@ -96,7 +96,8 @@ def problems(draw: Any, shapes: st.SearchStrategy = shapes) -> dict[str, Any]:
     """Groups with hyper-parameters, shapes and layers, and what happens at each step."""
     count = draw(st.integers(1, 3))
     named = draw(st.booleans())
-    names = list(draw(st.permutations(NAMES)))
+    in_ddp = draw(st.sampled_from(["", "module."]))
+    names = [in_ddp + name for name in draw(st.permutations(NAMES))]
     groups = []
     for _ in range(count):
         group = draw(hyper_parameters)

@@ -69,6 +69,7 @@ def test_the_first_stages_are_whole(
     assert [line[0] for line in capsys.readouterr().out.splitlines()[-3:]] == ["0", "1", "2"]
 
 
+@pytest.mark.long
 def test_smoke_compares_what_the_kernels_compute() -> None:
     """Interpreted, to tolerances that right kernels keep."""
     skip_unless_interpreted()
@@ -92,6 +93,7 @@ def test_numbers_and_none_are_infinitely_far_apart() -> None:
     assert set(found.values()) == {0.0}
 
 
+@pytest.mark.long
 def test_a_check_takes_no_other_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One that fails, dies, hangs, or leaves an error of the device that stays with the process."""
     with pytest.raises(SystemExit):
