@@ -110,7 +110,7 @@ class Base(Optimizer):
                 group.update(whole | check_group(whole, self.defaults))
                 _join(group, self.param_groups[:i])
                 run.layers_checked = False
-            if isinstance(group["layers"], Sized):  # else the next step raises an error
+            if hasattr(group["layers"], "__len__"):  # else the next step raises an error
                 fits &= len(group["layers"]) == len(group["params"])
         if not fits:
             sentence = layers.make_one(self.param_groups, run.shard_group is None and ranks() > 1)

@@ -14,7 +14,7 @@ from ._numbers import as_number
 from ._warn import is_new, warn
 from .accumulation import Accumulate
 from .grokadamw import GrokAdamW
-from .step.effects import is_boosted
+from .step.effects import are_boosted
 
 _LOGGED = ("alpha", "boost", "signal", "grad_norm", "clip_coefficient", "skipped_steps")
 
@@ -100,7 +100,7 @@ def without_nan(values: Mapping[str, Any], said: set[str]) -> dict[str, Any]:
 
 def hears_losses(optimizer: GrokAdamW) -> bool:
     """Return True if losses change what the optimizer does: a signal compares them, and an option uses the signal."""
-    adapts = any(group["lamb"] or is_boosted(group) for group in optimizer.param_groups)
+    adapts = are_boosted(optimizer.param_groups) or any(group["lamb"] for group in optimizer.param_groups)
     return adapts and any(optimizer._run.signals.takes_losses)
 
 

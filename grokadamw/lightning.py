@@ -17,7 +17,7 @@ from ._numbers import accumulator
 from ._warn import is_new, warn
 from .grokadamw import GrokAdamW
 from .param_groups import RECORDED, recorded
-from .step.effects import is_boosted
+from .step.effects import are_boosted
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -115,7 +115,7 @@ class GrokAdamWCallback(Callback):
                 trainers.say_who_clips(optimizer, float(limit), "gradient_clip_val", by_norm=by_norm)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # its connector sets it
         classes = {kind.__name__ for callback in callbacks for kind in type(callback).__mro__}
-        boosts = any(is_boosted(group) for optimizer in self._optimizers for group in optimizer.param_groups)
+        boosts = any(are_boosted(optimizer.param_groups) for optimizer in self._optimizers)
         if "WeightAveraging" in classes and boosts and is_new("averages", self._said):
             warn(
                 "validation measures averaged weights, which lag behind those that train: the signal takes that for "

@@ -621,3 +621,17 @@ def test_a_negative_signal_on_a_device_acts_as_one_that_the_host_reads(compat: s
     optimizer = GrokAdamW([nn.Parameter(torch.ones(3))], compat=compat, grokking_signal_fns=lambda: torch.tensor(-1.0))
     optimizer.update_signals()
     assert optimizer.metrics()["alpha"] == pytest.approx(alpha, rel=1e-6)
+
+
+@pytest.mark.usefixtures("nothing_is_free_to_read")
+def test_groups_share_what_a_device_computes() -> None:
+    params = [*parameters(), *parameters()]
+    options: list[dict[str, Any]] = [{}, {"lr": 0.1}, {"signal_boost": 2.0}, {"alpha_init": 0.5}]
+    groups = [{"params": [param], **own} for param, own in zip(params, options, strict=True)]
+    optimizer = GrokAdamW(groups, grokking_signal_fns=lambda: torch.tensor(0.5))
+    set_gradients(params, 0)
+    optimizer.step()
+    alike, other_lr, boosted, forgetful = optimizer._run.last.effects  # α and a boost each
+    assert alike is other_lr
+    assert float(alike.alpha) == float(boosted.alpha) == pytest.approx(0.98 * math.exp(-0.05))
+    assert (float(boosted.boost), float(forgetful.alpha)) == (2.0, pytest.approx(0.5 * math.exp(-0.05)))

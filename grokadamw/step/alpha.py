@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -20,11 +21,12 @@ from ..distributed import AllRanks, mean_over_ranks, ranks
 from ..options import Rules
 from ..param_groups import recorded
 from ..signals import AccuracyGap, loss_gap, memorisation
-from .effects import is_boosted
+from .effects import BOOSTS, Effect, are_boosted, effect_on
 from .signatures import names_of, takes_losses
 
 Signal: TypeAlias = Callable[..., Any]
 Combine: TypeAlias = str | Callable[[list[Any]], Any]
+_HEARING = itemgetter("alpha_init", "grokking_signal_decay_rate", *BOOSTS)  # the options that the signal acts on
 
 
 def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, clamp: bool = True) -> Number:
@@ -46,7 +48,7 @@ def hear(
     train_loss, eval_loss = recorded(groups, "train_loss"), recorded(groups, "eval_loss")
     signal = signals.evaluate(train_loss, eval_loss)
     elsewhere: Number = 0
-    boosts = any(map(is_boosted, groups))
+    boosts = are_boosted(groups)
     is_asked_for = signals.are_given or boosts or any(group["amplify_by_signal"] for group in groups)
     # ask the other ranks, whatever this one recorded, as they may have recorded more. But not if the user neither chose
     # signals nor records losses, unless all ranks are known to take this step
@@ -58,7 +60,19 @@ def hear(
     return [signal] * len(groups)
 
 
-def alpha_of(group: dict[str, Any], signal: Number | None, rules: Rules) -> Number:
+def effects_of(signals: Sequence[Number | None], groups: Sequence[dict[str, Any]], rules: Rules) -> list[Effect]:
+    """Return what each group's signal makes of its numbers. Groups with the same options and signal share it."""
+    made: dict[Any, Effect] = {}
+    effects = []
+    for group, signal in zip(groups, signals, strict=True):
+        key = (*_HEARING(group), id(signal))
+        if key not in made:
+            made[key] = effect_on(group, _alpha(group, signal, rules), signal)
+        effects.append(made[key])
+    return effects
+
+
+def _alpha(group: dict[str, Any], signal: Number | None, rules: Rules) -> Number:
     """Return α_t of a group."""
     initial = group["alpha_init"]
     initial = initial if type(initial) is float else as_number(initial)
@@ -192,7 +206,7 @@ class Signals:
                 self._alone[kind] = 0
             elif train in given:
                 self._alone[kind] += 1
-            is_used = heard and any(is_boosted(group) and group[evaluation] is not None for group in groups)
+            is_used = heard and are_boosted(group for group in groups if group[evaluation] is not None)
             if is_used and self._alone[kind] >= 100 and is_new("an old evaluation", self._warned):
                 warn(
                     f"100 training {many} were recorded since the last evaluation {one}: a model that has learnt since "
@@ -207,7 +221,7 @@ class Signals:
         Cross entropy begins at ln 2 or more. Losses that stay on a GPU are not looked at.
         """
         loss = given.get("eval_loss")
-        if not isinstance(loss, float) or self.functions != [memorisation] or not any(map(is_boosted, groups)):
+        if not isinstance(loss, float) or self.functions != [memorisation] or not are_boosted(groups):
             return
         if recorded(groups, "eval_loss") is None:
             self._began_small = loss < 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -23,8 +23,9 @@ class Effect(NamedTuple):
     decay_boost: Number = 1.0  # the factor of weight_decay
 
 
-def is_boosted(group: Mapping[str, Any]) -> bool:
-    return any(group[name] for name in BOOSTS)
+def are_boosted(groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Return True if the signal boosts anything in any of these groups."""
+    return any(group[name] for group in groups for name in BOOSTS)
 
 
 def effect_on(group: Mapping[str, Any], alpha: Number, signal: Number | None) -> Effect:

@@ -29,10 +29,10 @@ from ..distributed import AllRanks, check_agreed, check_shard_group, divisions, 
 from ..options import Rules, rules_of
 from ..param_groups import RECORDED, check_changed, recorded
 from . import capture, metrics, norm
-from .alpha import Signals, alpha_of, hear
+from .alpha import Signals, effects_of, hear
 from .batches import Batches, Given, collect, forget_state, make_state
 from .cache import Cache
-from .effects import Effect, Places, amplification, effect_on, in_places
+from .effects import Effect, Places, amplification, in_places
 from .micro_batches import Cycle
 
 _beta1s = lru_cache(maxsize=64)(layers.decayed)  # few: a schedule of β1 makes a new entry at every step
@@ -178,7 +178,7 @@ def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, 
     """Evaluate the signals, and set α and the boosts of every group from them."""
     rules = rules_of(options)
     signals = hear(run.signals, groups, rules, run.all_ranks, run.shard_group)
-    effects = [effect_on(group, alpha_of(group, x, rules), x) for group, x in zip(groups, signals, strict=True)]
+    effects = effects_of(signals, groups, rules)
     if any(map(itemgetter("capturable"), groups)):
         if run.skipped is None:
             run.skipped = capture.counter(groups)
