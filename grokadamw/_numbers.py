@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from .distributed import whole
+from .shards import whole
 
 # A Python float, or a 0-d tensor on the parameters' device if reading it back would make the host wait.
 Number: TypeAlias = float | Tensor
@@ -106,6 +106,23 @@ def product(a: Number, b: Number) -> Number:
     if isinstance(b, Tensor):
         return a * (b.to(a.device, non_blocking=True) if isinstance(a, Tensor) else b)
     return a if b == 1 else a * b
+
+
+def number_on(device: torch.device, value: Number, differentiable: bool) -> Number:
+    """Return a number for parameters on a device: a tensor is moved there, or read if that is free."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    if is_on_host(value.device, differentiable) or is_on_host(device, differentiable):
+        return value.item()
+    dtype = accumulator(device)
+    if value.dim() == 0 and value.dtype == dtype and value.device == device:
+        return value
+    return value.reshape(()).to(device, dtype, non_blocking=True)
+
+
+def is_on_host(device: torch.device, differentiable: bool) -> bool:
+    """Return True if numbers for parameters on a device are Python's: reading is free, and loses no derivative."""
+    return reads_are_free(device) and not differentiable
 
 
 def as_float(number: Number) -> float:

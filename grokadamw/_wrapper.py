@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from ._numbers import as_real, resolved
 from ._warn import warn
 from ._wrapper_base import WrapperBase
-from .distributed import check_agreed, mesh_of, overflow_of_all, state_is_asked_for
+from .distributed import check_agreed, overflow_of_all, state_is_asked_for
+from .shards import mesh_of
 from .state.slots import State, check_shapes
 
 _Kind = TypeVar("_Kind")

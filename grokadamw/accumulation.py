@@ -18,7 +18,7 @@ from ._numbers import as_real, reads_are_free, wide
 from ._wrapper import Part, Wrapper, by_kind
 from ._wrapper_base import check_saved
 from .backends import fastest_sum_of_squares
-from .distributed import divisions
+from .shards import divisions
 from .state.loading import check_count_loaded
 from .state.slots import State
 from .step.norm import clip_coefficient, global_norm

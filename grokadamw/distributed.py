@@ -1,8 +1,4 @@
-"""All code that knows about ranks, device meshes and DTensors.
-
-A step takes this rank's shard out of each DTensor, and works on plain tensors from there on. This module sums over
-ranks the norm of all gradients, the norms of rows that are cut, and the signal, so that every rank uses the same α and
-the same step length.
+"""What ranks tell one another: the norm of all gradients and the signal, so that all use the same α and step length.
 
 Plain tensors count as whole, unless the optimizer has a `shard_group`: then each rank has different ones, as with
 FSDP1, pipeline stages, and torch's ZeroRedundancyOptimizer, which is detected as the optimizer's caller.
@@ -14,183 +10,14 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .ddp import copies_of, holds_whole, ignored_by, kind_of, own_parameters, wrappers_of
-
-_PLAIN = {Tensor, nn.Parameter}
-
-
-def mesh_of(tensor: Tensor) -> Any:
-    """Return a DTensor's mesh; None for a plain tensor. (torch's list operations refuse lists that mix them.)"""
-    return getattr(tensor, "device_mesh", None)
-
-
-def whole(value: Tensor) -> Tensor:
-    """Return the full tensor behind a DTensor; any other tensor as it is."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-class Shards(NamedTuple):
-    """How DTensors are divided. Hashable, and equal for all DTensors that are divided in the same way."""
-
-    mesh: Any
-    placements: tuple[Any, ...]
-
-    @property
-    def cut_rows(self) -> bool:
-        """Return True if a row, a slice along the first dimension, may lie on several ranks."""
-        return any(dim > 0 for _, dim in self.cuts())
-
-    def sum(self, value: Tensor, rows: bool = False) -> Tensor:
-        """Return the sum over all ranks that have another shard: of one number, or with `rows` of one for each row."""
-        for i, dim in self.cuts():
-            if dim > 0 or not rows:
-                value = value.clone()
-                dist.all_reduce(value, group=self.mesh.get_group(i))
-        return value
-
-    def total(self, values: Iterable[Any], size: Sequence[int] = ()) -> Tensor:
-        """Return the float64 sum of these tensors, all of one size, over this rank and ranks that have another shard.
-
-        All these ranks must call it, even one that has no such tensor.
-        """
-        return self.sum(_added(values, torch.device(self.mesh.device_type), size))
-
-    def ranks_in(self, group: Any) -> int:
-        """Return how many ranks of a process group are on the mesh, including this one."""
-        return len({*self.mesh.mesh.flatten().tolist()} & {*dist.get_process_group_ranks(group)})
-
-    def cuts(self) -> Iterable[tuple[int, int]]:
-        """Yield each mesh dimension that tensors are divided over, with the tensor dimension that it divides."""
-        for i, placement in enumerate(self.placements):
-            if not placement.is_replicate() and not placement.is_partial() and self.mesh.size(i) > 1:
-                yield i, placement.dim
-
-
-def shards_of(tensor: Tensor) -> Shards | None:
-    """Return how a DTensor is divided; None for a plain tensor."""
-    mesh = mesh_of(tensor)
-    return None if mesh is None else Shards(mesh, tuple(tensor.placements))  # type: ignore[attr-defined]
-
-
-def divisions(groups: Iterable[Mapping[str, Any]]) -> list[Shards]:
-    """Return the ways in which the groups' parameters are divided, in the same order on all ranks."""
-    ways = (shards_of(param) for group in groups for param in group["params"])
-    return list(dict.fromkeys(shards for shards in ways if shards is not None))
-
-
-def local(tensor: Tensor, shards: Shards | None) -> Tensor:
-    """Return this rank's part of a DTensor, redistributed to `shards` if needed; a plain tensor as it is."""
-    return tensor if shards is None else part(placed(tensor, shards))
-
-
-def placed(tensor: Tensor, shards: Shards) -> Tensor:
-    """Return the DTensor divided like `shards`. Unless it already is, this communicates: all ranks must call it."""
-    dtensor: Any = tensor
-    if mesh_of(tensor) is None or tuple(dtensor.placements) == shards.placements:
-        return tensor
-    return dtensor.redistribute(placements=shards.placements)  # type: ignore[no-any-return]
-
-
-def part(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a DTensor; a plain tensor as it is."""
-    if mesh_of(tensor) is None:
-        return tensor
-    inner: Any = tensor._local_tensor  # type: ignore[attr-defined]
-    return inner.wait() if hasattr(inner, "trigger_wait") else inner  # type: ignore[no-any-return]
-
-
-def parts(lists: Iterable[Sequence[Any]]) -> tuple[list[list[Any]], list[list[Any]]]:
-    """Return torch's specs of how the tensors in some lists are divided, and this rank's parts of the tensors.
-
-    A plain tensor, or None, stays as it is, and its spec is None. Compare specs with `alike`.
-    """
-    specs, all_parts = [], []
-    for tensors in lists:
-        try:  # list comprehensions: from Python 3.11 on they read slots in two thirds of attrgetter's time
-            described, own = [x._spec for x in tensors], [x._local_tensor for x in tensors]
-        except AttributeError:
-            described = [getattr(x, "_spec", None) for x in tensors]
-            own = [x if spec is None else x._local_tensor for x, spec in zip(tensors, described, strict=True)]
-        if not set(map(type, own)) <= {*_PLAIN, type(None)}:  # an asynchronous result
-            own = [x if spec is None else part(x) for x, spec in zip(tensors, described, strict=True)]
-        specs.append(described)
-        all_parts.append(own)
-    return specs, all_parts
-
-
-def alike(specs: Sequence[Any]) -> bool:
-    """Return True if tensors with these specs are all divided in the same way, or are all plain."""
-    ways = [(spec.mesh, spec.placements) for spec in specs if spec is not None]
-    return not ways or (len(ways) == len(specs) and all(way == ways[0] for way in ways))
-
-
-def like(value: Tensor, shape: Sequence[int], tensor: Tensor) -> Tensor:
-    """Return a DTensor of this shape, divided like `tensor`, from this rank's part; the part if `tensor` is plain."""
-    shards = shards_of(tensor)
-    if shards is None:
-        return value
-    from torch.distributed.tensor import DTensor
-
-    size = torch.Size(shape)
-    stride = tensor.stride() if size == tensor.shape else torch.empty(size, device="meta").stride()
-    return DTensor.from_local(value, shards.mesh, shards.placements, run_check=False, shape=size, stride=stride)
-
-
-def cuts_blocks(tensor: Tensor, block: int) -> bool:
-    """Return True if a block of `block` elements of a row (of a vector: of all elements) may lie on two ranks.
-
-    All ranks get the same answer, whatever their own part is.
-    """
-    shards = shards_of(tensor)
-    cuts = [] if shards is None else [cut for cut in shards.cuts() if cut[1] > 0 or tensor.dim() == 1]
-    if shards is None or not cuts:
-        return False
-    from torch.distributed.tensor import Shard
-
-    i, dim = cuts[0]
-    is_even = -(-tensor.shape[dim] // shards.mesh.size(i)) % block == 0
-    return len(cuts) > 1 or tensor.dim() > 2 or type(shards.placements[i]) is not Shard or not is_even
-
-
-def blocks_before(tensor: Tensor, block: int) -> int:
-    """Return how many blocks of a parameter's rows (of a vector: of all elements) lie on ranks before this one.
-
-    For parts of rows, and for torch's strided shards, the number is not exact. Ranks may have the same one if their
-    parts of a row begin within one block.
-    """
-    shards = shards_of(tensor)
-    if shards is None or not tensor.dim() or not tensor.numel():
-        return 0
-    starts, sizes, place = [0] * tensor.dim(), list(tensor.shape), shards.mesh.get_coordinate()
-    for i, dim in shards.cuts():
-        size = -(-sizes[dim] // shards.mesh.size(i))
-        start = min(place[i] * size, sizes[dim])
-        starts[dim], sizes[dim] = starts[dim] + start, min(size, sizes[dim] - start)
-    if tensor.dim() == 1:
-        return starts[0] // block
-    rows, width = tensor.shape[0], tensor.numel() // tensor.shape[0]
-    inside = sum(start * (width // size) for start, size in zip(starts[1:], tensor.shape[1:], strict=True))
-    return starts[0] * -(-width // block) + rows * (inside // block)
-
-
-def local_parts(tensors: Iterable[Tensor], ways: Iterable[Shards]) -> list[tuple[Shards | None, list[Tensor]]]:
-    """Return this rank's parts in lists that are divided alike: one list for each of `ways`, and for any other way."""
-    lists: dict[Shards | None, list[Tensor]] = {shards: [] for shards in ways}
-    for tensor in tensors:
-        shards = shards_of(tensor)
-        if shards is not None and any(placement.is_partial() for placement in shards.placements):
-            from torch.distributed.tensor import Replicate
-
-            summed = tuple(Replicate() if placement.is_partial() else placement for placement in shards.placements)
-            shards = Shards(shards.mesh, summed)
-        lists.setdefault(shards, []).append(local(tensor, shards))
-    return list(lists.items())
+from .shards import PLAIN, Shards, added, mesh_of
 
 
 def ranks() -> int:
@@ -205,7 +32,7 @@ def span_all_ranks(groups: Iterable[Mapping[str, Any]]) -> bool:
     last = None  # so that each mesh is asked once: all parameters may be on one smaller mesh
     for group in groups:
         for param in group["params"]:
-            mesh = None if type(param) in _PLAIN else mesh_of(param)
+            mesh = None if type(param) in PLAIN else mesh_of(param)
             if mesh is not None and mesh is not last:
                 if mesh.size() == ranks():
                     return True
@@ -268,7 +95,7 @@ def _meeting_place(groups: Sequence[Mapping[str, Any]], group: Any = None) -> to
 
 def sum_over_ranks(values: Iterable[Any], groups: Sequence[Mapping[str, Any]], shard_group: Any) -> Tensor:
     """Return the float64 sum of numbers over these ranks. All of them must call it, even one that has no number."""
-    total = _added(values, _meeting_place(groups, shard_group))
+    total = added(values, _meeting_place(groups, shard_group))
     if dist.get_world_size(shard_group) > 1:
         dist.all_reduce(total, group=shard_group)
     return total
@@ -294,13 +121,6 @@ def check_agreed(found: float, shard_group: Any) -> None:
             "on with a loss scale of its own; nothing was written. Use ShardedGradScaler, and call "
             "scaler.unscale_(optimizer) before scaler.step(optimizer): all ranks then find what one of them finds"
         )
-
-
-def _added(values: Iterable[Any], device: torch.device, size: Sequence[int] = ()) -> Tensor:
-    total = torch.zeros(size, dtype=torch.float64, device=device)
-    for value in values:
-        total += value.detach().to(device).reshape(size) if isinstance(value, Tensor) else value
-    return total
 
 
 def check_shard_group(shard_group: Any, groups: Sequence[Mapping[str, Any]]) -> None:

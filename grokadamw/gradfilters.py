@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._checks import check_count, check_number
 from ._numbers import as_real, resolved, wide
-from .distributed import mesh_of
+from .shards import mesh_of
 from .state import window
 
 __all__ = ["gradfilter_ema", "gradfilter_ma"]

@@ -14,9 +14,9 @@ from ._checks import check_number
 from ._numbers import as_float
 from ._warn import warn
 from .ddp import FSDP1, kind_of
-from .distributed import whole
 from .layers import layers_in
 from .norms import has_norms, is_norm, is_vector
+from .shards import whole
 
 __all__ = ["decay_groups"]
 

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from . import zero
 from ._trainers import grokadamw_in
-from .distributed import like, local, part, shards_of
 from .grokadamw import GrokAdamW
 from .groups import check_model
+from .shards import like, local, part, shards_of
 from .state.formats import HALVES, full, low_dtype, split
 from .state.slots import prepare
 

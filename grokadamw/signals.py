@@ -35,8 +35,8 @@ from torch.optim import Optimizer
 
 from ._checks import check_count, check_number
 from ._numbers import Number, accumulator, as_float, as_number, as_real, as_share, reads_are_free, resolved
-from .distributed import Shards, divisions, local, shards_of
 from .param_groups import recorded
+from .shards import Shards, divisions, local, shards_of
 from .state.formats import unpacked
 
 __all__ = ["AccuracyGap", "Plateau", "SlowGradient", "loss_gap", "memorisation"]

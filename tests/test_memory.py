@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from grokadamw import GrokAdamW
 from grokadamw.__main__ import main
-from grokadamw.distributed import part
+from grokadamw.shards import part
 
 from . import test_precision as formats
 from . import test_sharded_formats as sharded

@@ -27,8 +27,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from grokadamw import GrokAdamW, full_precision_state_dict, load_full_precision_state_dict
 from grokadamw.checkpoints import to_float32
-from grokadamw.distributed import blocks_before
 from grokadamw.options import STATES
+from grokadamw.shards import blocks_before
 from grokadamw.state.formats import BLOCK
 
 from .test_distributed import RANKS, in_processes, whole

@@ -74,7 +74,7 @@ class Batch(NamedTuple):
     group: int = 0  # index of the first parameter group with these options
     layers: tuple[int, ...] = ()
     numbers: tuple[int, ...] = ()  # the parameters' places in the optimizer
-    shards: Any = None  # a `distributed.Shards`, if the tensors are parts of DTensors
+    shards: Any = None  # a `Shards`, if the tensors are parts of DTensors
     begun: bool = False  # whether the averages have begun this cycle of micro-batches
     windows: Any = None  # a list of `window.Window`, if μ is a window's mean
     coded: Coded | None = None  # None: no tensor is coded

@@ -81,8 +81,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._numbers import accumulator
-from ..distributed import blocks_before, cuts_blocks, like, part
 from ..options import STATES, may_be_coded
+from ..shards import blocks_before, cuts_blocks, like, part
 
 EXTRAS = (*(f"{name}_scale" for name in STATES), "param_low")  # entries that a state may hold beside STATES
 SMALL = 4096  # the state of a parameter with fewer elements is not worth coding

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import distributed
 from .._numbers import as_number
 from .._warn import warn
 from ..checkpoints import to_grokadamw
-from ..distributed import shards_of
 from ..layers import unwrapped_in
 from ..options import OPTIONS, STATES, WARN
 from ..param_groups import check_loaded
+from ..shards import cuts_blocks, mesh_of, part, placed, shards_of
 from . import formats, window
 from .slots import WINDOW, State, by_device, dtype_of, step_device
 
@@ -168,7 +167,7 @@ def _states(
                     f"state_dict: {name} of parameter {key} has shape {tuple(state[name].shape)}, the parameter itself "
                     f"{tuple(param.shape)}; parameters must come in the order that they were saved in"
                 )
-            if name in state and distributed.mesh_of(state[name]) is None and is_cut:
+            if name in state and mesh_of(state[name]) is None and is_cut:
                 raise ValueError(
                     f"state_dict: {name} of parameter {key} is whole, and this rank has a part of the parameter. Save "
                     "by get_optimizer_state_dict, and load by set_optimizer_state_dict(model, optimizer, saved, options"
@@ -223,11 +222,11 @@ def _check_codes(state_dict: dict[str, Any]) -> None:
                 kept, was_coded = state[name], (asked.get(name) if isinstance(asked, dict) else asked) == "int8"
                 if kept.is_complex():
                     continue
-                own = distributed.part(kept)
+                own = part(kept)
                 may_be_codes = was_coded and kept.numel() >= formats.SMALL
                 if not kept.is_floating_point() or (may_be_codes and own.any() and own.equal(own.round())):
                     way = f"optimizer with state_dtype={asked!r}, and then its state_dict() into a new one of this kind"
-                    if distributed.cuts_blocks(kept, formats.BLOCK):
+                    if cuts_blocks(kept, formats.BLOCK):
                         way = "optimizer on as many ranks as saved it: these cut its blocks of 64; or save with float32"
                     raise ValueError(
                         f"state_dict: {name} of parameter {key} holds codes without their scales. "
@@ -266,24 +265,24 @@ def _placed(param: Tensor, state: State, options: dict[str, Any]) -> State:
     shards, ours = shards_of(param), (*STATES, *formats.EXTRAS)
     state = {name: x.to(param.device) if name in ours else x for name, x in state.items()}
     if shards is not None:
-        state = {name: distributed.placed(x, shards) if name in ours else x for name, x in state.items()}
-    placed: State = {}
+        state = {name: placed(x, shards) if name in ours else x for name, x in state.items()}
+    fit: State = {}
     for name, value in state.items():
         if name in STATES:
-            placed |= formats.packed(state, name, param, options, dtype_of(param, options))
+            fit |= formats.packed(state, name, param, options, dtype_of(param, options))
         elif name in formats.EXTRAS:  # scales come with their codes
             if name == "param_low" and (low := formats.low_dtype(param, options)):
-                placed[name] = formats.low_bits(value, low).clone()
+                fit[name] = formats.low_bits(value, low).clone()
         elif name == "step":
-            placed[name] = torch.as_tensor(value, dtype=torch.float32, device=step_device(param)).reshape(()).clone()
+            fit[name] = torch.as_tensor(value, dtype=torch.float32, device=step_device(param)).reshape(()).clone()
         elif name == WINDOW[-1]:
-            placed[name] = torch.as_tensor(value, dtype=torch.int64, device=step_device(param)).reshape(()).clone()
+            fit[name] = torch.as_tensor(value, dtype=torch.int64, device=step_device(param)).reshape(()).clone()
         elif name == WINDOW[0]:
-            placed[name] = value.to(param.device, window.dtype_of(param, options["window_dtype"]), copy=True)
+            fit[name] = value.to(param.device, window.dtype_of(param, options["window_dtype"]), copy=True)
         elif name in WINDOW:
-            placed[name] = value.to(param.device, copy=True)
+            fit[name] = value.to(param.device, copy=True)
         elif isinstance(value, Tensor):
-            placed[name] = value.to(param.device, dtype_of(param, options), copy=True)
+            fit[name] = value.to(param.device, dtype_of(param, options), copy=True)
         else:
-            placed[name] = value
-    return placed
+            fit[name] = value
+    return fit

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import like, part
+from ..shards import like, part
 from .slots import WINDOW, State, prepare
 
 KINDS = ("parameters", "gradients", "exp_avg", "exp_avg_sq", "grok_ema", "param_low", "window", "step")

@@ -13,10 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .. import distributed
 from .._numbers import as_real, reads_are_free, wide
-from ..distributed import shards_of
 from ..options import STATES, may_be_coded, rules_of
+from ..shards import part, placed, shards_of
 from . import formats, window
 
 State: TypeAlias = dict[str, Any]
@@ -116,11 +115,11 @@ def lay_out(state: State, param: Tensor, options: dict[str, Any]) -> None:
     shards = shards_of(param)
     if shards is not None:
         kept = [name for name in (*STATES, *formats.EXTRAS) if name in state]
-        state.update({name: distributed.placed(state[name], shards) for name in kept})
+        state.update({name: placed(state[name], shards) for name in kept})
     for name in formats.misfits(state, param, options):
         if name == "param_low":
             low = torch.empty_like(param, dtype=state[name].dtype, memory_format=torch.preserve_format)
-            distributed.part(low).copy_(distributed.part(state[name]))
+            part(low).copy_(part(state[name]))
             state[name] = low
         else:
             new = formats.packed(state, name, param, options, dtype_of(param, options))

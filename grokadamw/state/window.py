@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._numbers import as_real, reads_are_free, wide
-from ..distributed import mesh_of
+from ..shards import mesh_of
 
 
 class Window(NamedTuple):

@@ -16,8 +16,8 @@ from ..backends import BY_ADDRESS, Batch, Choice, decoded, foreach, gpu, memory,
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges
 from ..backends.types import Coded, written
-from ..distributed import Shards, blocks_before, divisions, local, part, placed, shards_of
 from ..options import STATES, may_be_coded, rules_of
+from ..shards import Shards, blocks_before, divisions, local, part, placed, shards_of
 from ..state import window
 from ..state.formats import BLOCK, EXTRAS, is_coded
 from ..state.slots import State, check, lay_out, new_counts, prepare

@@ -21,8 +21,8 @@ from .._numbers import as_real, reads_are_free, resolved
 from ..backends import Batch, Choice, cpu, gpu, memory
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges, TensorSignature
-from ..distributed import Shards, alike, blocks_before, divisions, local, parts, shards_of
 from ..options import GROUP_OPTIONS, STATES, may_be_coded, rules_of
+from ..shards import Shards, alike, blocks_before, divisions, local, parts, shards_of
 from ..state.formats import BLOCK, EXTRAS, is_coded
 from ..state.slots import WINDOW, State, step_device
 from . import batches

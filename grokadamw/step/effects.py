@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .._numbers import Number, as_float
+from .._numbers import Number, as_float, number_on
 from . import capture
 
 BOOSTS = ("signal_boost", "decay_boost")  # the options that say how much
@@ -46,6 +46,19 @@ def in_places(places: Places, i: int, group: dict[str, Any], effect: Effect) -> 
 def amplification(signal: Number | None) -> float:
     """Return what `amplify_by_signal` multiplies λ by: the signal, limited to [0, 1]; 0 without a usable signal."""
     return 0.0 if signal is None else as_float(_share(signal))
+
+
+def boosted(
+    group: Mapping[str, Any], effect: Effect, device: torch.device, differentiable: bool
+) -> tuple[Number, Number, Number]:
+    """Return lr, max_row_change and weight_decay of a group, multiplied by its boosts, for parameters on a device."""
+    lr, change, decay = group["lr"], float(group["max_row_change"]), float(group["weight_decay"])
+    lr = lr if type(lr) is float else number_on(device, lr, differentiable)
+    boosts = (effect.boost, effect.decay_boost)
+    if not any(isinstance(boost, Tensor) or boost != 1.0 for boost in boosts):
+        return lr, change, decay
+    of_lr, of_decay = (number_on(device, boost, differentiable) for boost in boosts)
+    return lr * of_lr, change * of_lr if change else 0.0, decay * of_decay if decay else 0.0
 
 
 def _share(signal: Number) -> Number:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .._numbers import Number, accumulator, as_float, as_number, as_real, product, reads_are_free
 from ..backends import gpu
-from ..distributed import Shards, divisions, local_parts, share_of, sum_over_ranks
+from ..distributed import share_of, sum_over_ranks
+from ..shards import Shards, divisions, local_parts
 from .batches import Batches, Given
 
 SumOfSquares = Callable[[Sequence[Tensor]], Tensor]

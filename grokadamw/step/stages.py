@@ -20,19 +20,20 @@ import torch
 from torch import Tensor
 
 from .. import backends, layers
-from .._numbers import Number, accumulator, as_float, detached, reads_are_free, resolved
+from .._numbers import Number, as_float, detached, is_on_host, number_on, resolved
 from .._warn import warn
 from ..backends import foreach, gpu, rows
 from ..backends.gpu_tables import Tables
 from ..backends.types import WHOLE, Batch, MicroStep, Scalars
-from ..distributed import AllRanks, check_agreed, check_shard_group, divisions, part, state_is_asked_for
+from ..distributed import AllRanks, check_agreed, check_shard_group, state_is_asked_for
 from ..options import Rules, rules_of
 from ..param_groups import RECORDED, check_changed, recorded
+from ..shards import divisions, part
 from . import capture, metrics, norm
 from .alpha import Signals, effects_of, hear
 from .batches import Batches, Given, collect, forget_state, make_state
 from .cache import Cache
-from .effects import Effect, Places, amplification, in_places
+from .effects import Places, amplification, boosted, in_places
 from .micro_batches import Cycle
 
 _beta1s = lru_cache(maxsize=64)(layers.decayed)  # few: a schedule of β1 makes a new entry at every step
@@ -108,7 +109,7 @@ def is_overflow(given: Given) -> bool | None:
     found_inf, options = given.found_inf, given.options
     if not isinstance(found_inf, Tensor):  # 0 if there are no gradients
         return False
-    readable = _on_host(found_inf.device, options) or options["nonfinite"] == "raise"
+    readable = is_on_host(found_inf.device, options["differentiable"]) or options["nonfinite"] == "raise"
     if not readable and options["accumulation_steps"] == 1:
         return None
     found = found_inf.item()
@@ -207,7 +208,8 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     norms, clips = stats.norms, stats.clips
     if not found.params:
         _warn_if_idle(run, given, norms)
-    if options["differentiable"]:
+    differentiable = options["differentiable"]
+    if differentiable:
         norms, clips = detached(norms), detached(clips)
     run.last = metrics.LastStep(run.last.signal, effects, norms, clips)
     if stats.finite is False:
@@ -222,7 +224,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
         group, device = cycle_groups[batch.group], batch.params[0].device
         beta1s = _beta1s(group["betas"][0], group["gamma"], batch.layers)
         effect = effects[batch.group]
-        lr, change, decay = _boosted(group, effect, device, options)
+        lr, change, decay = boosted(group, effect, device, differentiable)
         alpha = 1.0 if batch.windows is not None else effect.alpha
         scalars = Scalars(
             beta1=beta1s,
@@ -232,10 +234,10 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
             eps=float(group["eps"]),
             eps_before_correction=rules.eps_before_correction,
             weight_decay=decay,
-            alpha=alpha if type(alpha) is float else _number(alpha, device, options),
+            alpha=alpha if type(alpha) is float else number_on(device, alpha, differentiable),
             lamb=float(group["lamb"]) * factor_of_lamb,
             amplify_after=int(group["amplify_after"]),
-            clip=clip if type(clip) is float else _number(clip, device, options),
+            clip=clip if type(clip) is float else number_on(device, clip, differentiable),
             raw_second_moment=options["second_moment"] == "raw",
             maximize=group["maximize"],
             finite=None if finite is None else finite.to(device),
@@ -261,19 +263,6 @@ def _limits(found: Batches, groups: Sequence[dict[str, Any]], shard_group: Any, 
         of_groups = (float(group["gradient_clipping"]) for group in groups)
         limits.append(min((limit for limit in of_groups if limit > 0), default=0.0))
     return limits
-
-
-def _boosted(
-    group: dict[str, Any], effect: Effect, device: torch.device, options: dict[str, Any]
-) -> tuple[Number, Number, Number]:
-    """Return lr, max_row_change and weight_decay of a group, multiplied by its boosts."""
-    lr, change, decay = group["lr"], float(group["max_row_change"]), float(group["weight_decay"])
-    lr = lr if type(lr) is float else _number(lr, device, options)
-    boosts = (effect.boost, effect.decay_boost)
-    if not any(isinstance(boost, Tensor) or boost != 1.0 for boost in boosts):
-        return lr, change, decay
-    of_lr, of_decay = (_number(boost, device, options) for boost in boosts)
-    return lr * of_lr, change * of_lr if change else 0.0, decay * of_decay if decay else 0.0
 
 
 def _warn_if_idle(run: Run, given: Given, norms: Sequence[Number | None]) -> None:
@@ -345,7 +334,7 @@ def _measured(run: Run, given: Given, found: Batches, limits: list[float], rules
     movable = not given.capturing and not any(group["capturable"] for group in groups)
     counter = partial(skip_counter, run, movable=movable)
     sum_of_squares = backends.sum_of_squares(options, given.compiling)
-    home = next((device for device in found.devices if not _on_host(device, options)), None)
+    home = next((device for device in found.devices if not is_on_host(device, options["differentiable"])), None)
     on_one_gpu = home is not None and len(found.devices) == 1 and not rules.clips_each_tensor
     if sum_of_squares is backends.fastest_sum_of_squares:
         # A graph reads the verdict at each replay: capture `judge` only with tables, which outlive the step.
@@ -372,23 +361,6 @@ def _not_finite(run: Run, given: Given, params: Sequence[Tensor]) -> RuntimeErro
     return RuntimeError(
         f'the gradients are not finite: {names or others}. {what}; nonfinite="skip" goes on without such a step'
     )
-
-
-def _number(value: Number, device: torch.device, options: dict[str, Any]) -> Number:
-    """Return a number for parameters on this device: a tensor is moved there, or read if that is free."""
-    if not isinstance(value, Tensor):
-        return float(value)
-    if _on_host(value.device, options) or _on_host(device, options):
-        return value.item()
-    dtype = accumulator(device)
-    if value.dim() == 0 and value.dtype == dtype and value.device == device:
-        return value
-    return value.reshape(()).to(device, dtype, non_blocking=True)
-
-
-def _on_host(device: torch.device, options: dict[str, Any]) -> bool:
-    """Return True if numbers for parameters on this device are Python's: reading is free, and loses no derivative."""
-    return reads_are_free(device) and not options["differentiable"]
 
 
 def skip_counter(run: Run, device: torch.device, movable: bool) -> Tensor:
