@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._numbers import plain
-from .checkpoints import check_form
+from .checkpoints import check_form, without_wrappers
 from .state.loading import check_count_loaded, in_order
 from .state.slots import State
 
@@ -31,6 +31,7 @@ class WrapperBase(Optimizer):
     _group_defaults: dict[str, Any]
     _state_names: tuple[str, ...]  # its entries in each parameter's state
     _settings: tuple[str, ...] = ()  # attributes that pickle and deepcopy keep
+    _prefixes: tuple[str, ...]  # how names of its group keys and state entries begin
     _runs: tuple[str, ...] = ()  # its group keys that are no settings, but the progress of a run
     _others: tuple[tuple[str, ...], ...] = ()  # those of each other wrapper of its kind; a count comes last in all
     _mark: str  # a group key which shows that a wrapper of its kind was around the optimizer
@@ -62,6 +63,11 @@ class WrapperBase(Optimizer):
         """Look up attributes that this class lacks, such as schedule-free's ``train``, in the inner optimizer."""
         if name.startswith("_") or "_inner" not in self.__dict__:  # copying and pickling ask before it is there
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name == "memory":
+            raise AttributeError(
+                f"memory() of {type(self._inner).__name__} does not know what {type(self).__name__} keeps: call "
+                "optimizer.optimizer.memory(), and add up the tensors of optimizer.state"
+            )
         return getattr(self._inner, name)
 
     @property
@@ -163,6 +169,8 @@ class WrapperBase(Optimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         state_dict = in_order(state_dict, self.param_groups)
+        if not isinstance(self._inner, WrapperBase):  # wrappers outside have already taken what is theirs
+            state_dict = without_wrappers(state_dict, but=self._prefixes)
         states, inner_states = self._divided(state_dict)
         self._check_groups(state_dict["param_groups"])
         for param, state in states.items():
@@ -251,7 +259,9 @@ class WrapperBase(Optimizer):
             return {**self._own(), "_inner": inner, "_hidden_state": hidden}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({name: value for name, value in state.items() if name != "_hidden_state"})
+        for name, value in state.items():
+            if name != "_hidden_state":
+                setattr(self, name, value)
         for param, hidden in state.get("_hidden_state", {}).items():
             if hidden:
                 self.state[param].update(hidden)

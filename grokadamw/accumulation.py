@@ -18,6 +18,7 @@ from ._numbers import as_real, reads_are_free, wide
 from ._wrapper import Part, Wrapper, by_kind
 from ._wrapper_base import check_saved
 from .backends import fastest_sum_of_squares
+from .checkpoints import OF_ACCUMULATE
 from .shards import divisions
 from .state.loading import check_count_loaded
 from .state.slots import State
@@ -65,6 +66,7 @@ class Accumulate(Wrapper):
     """
 
     _state_names = ("accumulated", "accumulated_grads")
+    _prefixes = OF_ACCUMULATE
     _settings = ("_steps", "_clipping", "_last")
     _runs = ("accumulated_steps",)
     _mark, _rank = "accumulation_cycle", 2

@@ -28,7 +28,8 @@ _ADAMW: _Group = {"amsgrad": False, "decoupled_weight_decay": True}
 _ADAMW |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 # keys of GrokAdamW's groups that AdamW does not share, and state entries that AdamW lacks
 _OURS = {*GROUP_KEYS} - {"lr", "betas", "eps", "weight_decay", "maximize", *_ADAMW}
-_OF_WRAPPERS = ("accumulated", "accumulation_cycle", "grokfast_")  # how names of their keys and state entries begin
+# how names of the group keys and state entries of wrappers begin
+OF_ACCUMULATE, OF_FILTERS = ("accumulated", "accumulation_cycle"), ("grokfast_",)
 _COUNTS = ("accumulated_grads", "grokfast_step", "grokfast_ring_count")  # how many gradients those are of
 _OUR_STATE = ("grok_ema", "grok_ring", "grok_ring_sum", "grok_ring_lap", "grok_ring_count", "micro_step", "param_low")
 _NEEDED = ("step", "exp_avg", "exp_avg_sq")  # all of AdamW's state
@@ -69,7 +70,7 @@ def to_grokadamw(state_dict: StateDict) -> StateDict:
         ValueError: the run cannot be continued without loss. The message says why, and what to do.
     """
     check_form(state_dict)
-    state_dict = _without_wrappers(state_dict)
+    state_dict = without_wrappers(state_dict)
     groups = state_dict["param_groups"]
     if any("state" in group for group in groups):
         return _from_0_1_2(state_dict)
@@ -85,12 +86,17 @@ def to_grokadamw(state_dict: StateDict) -> StateDict:
     return _from_adam(state_dict) if of_adam else state_dict
 
 
-def _without_wrappers(state_dict: StateDict) -> StateDict:
-    """Leave out what wrappers keep, unless a wrapper has already taken its state: then it needs its keys, too."""
+def without_wrappers(state_dict: StateDict, but: tuple[str, ...] = ()) -> StateDict:
+    """Leave out what wrappers keep, with a warning, but for names that begin so.
+
+    If a wrapper has already taken its state, it needs its keys, too: they stay.
+    """
+    theirs = tuple(prefix for prefix in (*OF_ACCUMULATE, *OF_FILTERS) if prefix not in but)
     states = {key: state for key, state in _states(state_dict) if isinstance(state, dict)}
-    if not any(name.startswith(_OF_WRAPPERS) for state in states.values() for name in state):
+    if not any(name.startswith(theirs) for state in states.values() for name in state):
         return state_dict
-    if any(int(state.get(name, 0)) > 0 for state in states.values() for name in _COUNTS):
+    counts = [name for name in _COUNTS if name.startswith(theirs)]
+    if any(int(state.get(name, 0)) > 0 for state in states.values() for name in counts):
         warn(
             "state_dict holds what Accumulate or Grokfast around the optimizer collected, which is dropped: to "
             "continue that run, load it into the same wrapper",
@@ -98,7 +104,7 @@ def _without_wrappers(state_dict: StateDict) -> StateDict:
         )
 
     def rest(values: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if not name.startswith(_OF_WRAPPERS)}
+        return {name: value for name, value in values.items() if not name.startswith(theirs)}
 
     kept = {key: rest(state) if key in states else state for key, state in state_dict["state"].items()}
     # before its first step the optimizer has no state of its own
@@ -140,7 +146,7 @@ def to_adamw(state_dict: StateDict) -> StateDict:
     ours, groups, states = to_float32(state_dict), [], {}
     _warn_of_loss(ours)
     for group in ours["param_groups"]:
-        left_out = {*_OURS, *_ADAMW, *(name for name in group if name.startswith(_OF_WRAPPERS))}
+        left_out = {*_OURS, *_ADAMW, *(name for name in group if name.startswith((*OF_ACCUMULATE, *OF_FILTERS)))}
         groups.append({**_ADAMW, "maximize": False, **_without(group, left_out)})
     for key, state in ours["state"].items():
         states[key] = {n: state[n] for n in _NEEDED if n in state} if isinstance(state, dict) else state

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._checks import check_count, check_number
 from ._numbers import as_real, resolved, wide
-from .shards import mesh_of
+from .shards import mesh_of, part
 from .state import window
 
 __all__ = ["gradfilter_ema", "gradfilter_ma"]
@@ -146,7 +146,7 @@ def _gradients(m: nn.Module) -> dict[str, Tensor]:
     """Return the gradients of a model's parameters by name."""
     if not isinstance(m, nn.Module):
         raise TypeError(f"m is a {type(m).__name__}, and not a torch.nn.Module: give the model itself")
-    found = {}
+    found, places = {}, set[tuple[Any, Any]]()
     for name, param in m.named_parameters():
         if param.requires_grad and param.grad is not None:
             if param.grad.layout != torch.strided:
@@ -154,9 +154,15 @@ def _gradients(m: nn.Module) -> dict[str, Tensor]:
                     f"the gradient of {name} is sparse, which no filter supports: build its module with sparse=False "
                     "(torch.nn.Embedding)"
                 )
-            if (grad := resolved(param.grad)) is not param.grad:  # which could not be written to
+            grad = resolved(param.grad)  # one that can be written to
+            own = part(grad)
+            place = own.untyped_storage()._cdata, own.storage_offset()
+            if place in places:  # autograd gives summands one gradient: it must not be amplified twice
+                grad = grad.clone()
+            places.add(place)
+            if grad is not param.grad:
                 param.grad = grad
-            found[name] = param.grad.detach()
+            found[name] = grad.detach()
     return found
 
 

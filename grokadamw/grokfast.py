@@ -26,6 +26,7 @@ from ._warn import warn
 from ._wrapper import Part, Wrapper, by_kind
 from ._wrapper_base import check_saved
 from .accumulation import Accumulate
+from .checkpoints import OF_FILTERS
 from .distributed import mean_over_ranks
 from .gradfilters import check_window, gradfilter_ema, gradfilter_ma
 from .state import window
@@ -43,6 +44,7 @@ _OF_MA = tuple(window.names("grokfast_"))
 class _Filter(Wrapper):
     """A filter in front of an optimizer."""
 
+    _prefixes = OF_FILTERS
     _settings: tuple[str, ...] = ("_signals",)
     _runs = ("grokfast_signal_state",)
     _mark, _rank = "grokfast_filter", 1
@@ -76,7 +78,8 @@ class _Filter(Wrapper):
         """Return what λ is multiplied by, in [0, 1]: the same on all ranks."""
         if self._signals is None:
             return 1.0
-        signal, _ = mean_over_ranks(self._signals.evaluate(None, None), self.param_groups)
+        signal, elsewhere = mean_over_ranks(self._signals.evaluate(None, None), self.param_groups)
+        self._signals.warn_of_missing(None, None, True, True, elsewhere)
         value = 0.0 if signal is None else as_float(signal)
         return 0.0 if math.isnan(value) else min(max(value, 0.0), 1.0)
 

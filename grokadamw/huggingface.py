@@ -194,6 +194,7 @@ class GrokAdamWCallback(TrainerCallback):
             self._begin_signals(found)
         for group in (*found.param_groups, *zero.groups_of_all_ranks(found)):  # a step takes the latter's options
             group.update(self._options)
+        found.defaults.update(self._options)  # for groups that are added in training
         trainers.name_layers(found, model)
         self._group_sizes = trainers.group_sizes(found)
         self._optimizer, self._trained, self._logged_at = found, weakref.ref(found), state.global_step
@@ -217,8 +218,9 @@ class GrokAdamWCallback(TrainerCallback):
             if not is_evaluated and ("eval_acc" in self._evaluated or trainers.hears_losses(found)):
                 warn(
                     'eval_strategy="no": no evaluation is planned, so signals that compare losses or accuracies stay '
-                    "silent, and neither α nor the boost adapts, unless you call optimizer.record yourself. Give "
-                    'eval_strategy="steps" and an eval_dataset, or do without: GrokAdamWCallback(signals=[])',
+                    "silent, and neither α nor the boost adapts, unless a callback evaluates, or you call "
+                    'optimizer.record. Give eval_strategy="steps" and an eval_dataset, or do without: '
+                    "GrokAdamWCallback(signals=[])",
                     UserWarning,
                 )
 
@@ -297,9 +299,11 @@ class GrokAdamWCallback(TrainerCallback):
         last_step = logs[before - 1]["step"] if before else 0
         is_own = recorded(optimizer.param_groups, "train_loss") is not self._recorded
         goes_on = last_step < state.global_step < state.max_steps
+        logging, evaluation = (IntervalStrategy(x).value for x in (args.logging_strategy, args.eval_strategy))
+        if logging == evaluation == "steps" and state.logging_steps <= state.eval_steps:
+            return None  # the evaluation is beside its schedule, which is right
         if goes_on and not is_own and trainers.hears_losses(optimizer) and is_new("no new loss", self._said):
             optimizer._run.signals.silence_missing()
-            logging, evaluation = (IntervalStrategy(x).value for x in (args.logging_strategy, args.eval_strategy))
             rarely = f"logging_steps={args.logging_steps:g}" if logging == "steps" else f'logging_strategy="{logging}"'
             stale = "stay silent" if self._recorded is None else "compare its loss with an older one"
             steps = "" if logging == "steps" else 'logging_strategy="steps" and '

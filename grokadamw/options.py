@@ -136,12 +136,14 @@ class Rules(NamedTuple):
     signals_for_each_group: bool = False  # instead of once a step
     limits_alpha: bool = True  # a negative signal does not raise α
     state_is_wide: bool = True  # at least float32, whatever the parameter's dtype
+    mu_waits_for_lamb: bool = True  # there is no μ until λ is above 0
     knows_nonfinite: bool = True  # `nonfinite` acts
 
 
 _OF_0_1_2 = Rules(
     decays_bias_correction=False, eps_before_correction=True, clips_each_tensor=True, layers_by_place=True,
-    signals_for_each_group=True, limits_alpha=False, state_is_wide=False, knows_nonfinite=False,
+    signals_for_each_group=True, limits_alpha=False, state_is_wide=False, mu_waits_for_lamb=False,
+    knows_nonfinite=False,
 )  # fmt: skip
 _RULES = {None: Rules(), "0.1.2": _OF_0_1_2}
 

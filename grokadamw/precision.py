@@ -63,7 +63,7 @@ def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state
             continue
         state = optimizer.state[param]
         # all of it, so that the optimizer can be saved before its first step
-        prepare(state, param, optimizer.defaults, with_slow_gradient=float(groups[param]["lamb"]) > 0)
+        prepare(state, param, optimizer.defaults, lamb=groups[param]["lamb"])
         weights: Tensor = local(state_dict[name].detach().to(param.device, torch.float32), shards_of(param))
         half = torch.full((), 1 << 31, dtype=torch.int64, device=param.device)  # rounds to nearest
         rounded, bits = split(weights.contiguous(), param.dtype, low, half, False)

@@ -31,6 +31,8 @@ def run(problem: dict[str, Any], make: Any) -> list[list[list[torch.Tensor]]]:
         step[0] += 1
         for group, loss in zip(optimizer.param_groups, losses, strict=True):
             group["train_loss"], group["eval_loss"] = loss
+            if step[0] == problem["switches_on_at"]:
+                group["lamb"] = 2.0
         for ps, gs in zip(params, grads, strict=True):
             for p, g in zip(ps, gs, strict=True):
                 p.grad = None if g is None else g.clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import pickle
 import re
 import runpy
@@ -18,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from grokadamw import Accumulate, GrokAdamW, Grokfast
+from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA
 from grokadamw.__main__ import main
 from grokadamw.checkpoints import to_adamw, to_float32, to_grokadamw
 from grokadamw.options import STATES
@@ -226,6 +227,36 @@ def test_what_else_is_kept_is_left_behind(keeper: str) -> None:
     assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in exported["state"].values())
     known = torch.optim.AdamW(model.named_parameters()).param_groups[0].keys() | {"decoupled_weight_decay"}
     assert exported["param_groups"][0].keys() == known
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "Accumulate": lambda inner: Accumulate(inner, 3),
+    "Grokfast": Grokfast,
+    "GrokfastMA": lambda inner: GrokfastMA(inner, 2),
+    "both": lambda inner: Accumulate(Grokfast(inner), 3),
+}
+
+
+@pytest.mark.parametrize("inner", [torch.optim.AdamW, functools.partial(GrokAdamW, lamb=0.0)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        *(("Accumulate", "Grokfast"), ("Accumulate", "GrokfastMA"), ("both", "GrokfastMA")),
+        *(("Grokfast", "Accumulate"), ("GrokfastMA", "Accumulate"), ("both", "Accumulate"), ("GrokfastMA", "both")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:state_dict is of a run with Grokfast's filter")
+def test_another_wrapper_drops_what_is_not_its_own(before: str, after: str, inner: Any) -> None:
+    model = network()
+    saving, loading = (WRAPPERS[name](inner(model.parameters())) for name in (before, after))
+    train(model, range(5), lambda step, loss: saving.step())
+    what = "goes on with" if after == "both" else "what Accumulate or Grokfast around the optimizer collected"
+    with pytest.warns(UserWarning, match=what):
+        loading.load_state_dict(saving.state_dict())
+    alone = WRAPPERS[after](inner(model.parameters()))
+    train(model, range(5), lambda step, loss: alone.step())
+    assert set(loading.param_groups[0]) - set(alone.param_groups[0]) <= {"grokfast_alpha"}  # of the other filter
+    assert all(set(state) <= set(alone.state[param]) for param, state in loading.state.items())
 
 
 @pytest.mark.parametrize("wrap", [lambda inner: Accumulate(inner, 3), lambda inner: Grokfast(inner)])
@@ -564,7 +595,7 @@ print(*sorted(name for name in sys.modules if name.startswith("grokadamw.")))
     folder = HERE.parent.parent / "grokadamw"
     loaded = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True).stdout
     private = ("_checks", "_numbers", "_warn")
-    public = ("checkpoints", "ddp", "distributed", "layers", "options", "param_groups")
+    public = ("checkpoints", "layers", "options", "param_groups", "shards")
     needed = (*private, *public, "state", "state.formats")
     assert loaded.split() == [f"grokadamw.{name}" for name in needed]
 

@@ -326,6 +326,20 @@ def test_rounding_does_not_add_up() -> None:
 
 
 @pytest.mark.parametrize("function", [gradfilter_ema, gradfilter_ma])
+def test_a_gradient_of_two_parameters_is_amplified_once(function: Any) -> None:
+    """Autograd gives both summands one tensor; parts of one buffer, which share its storage, stay where they are."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(3, 2)) for _ in range(4)])
+    (torch.ones(1, 3, 2) * model[0][None].add(model[1][None])).sum().backward()
+    assert model[0].grad.data_ptr() == model[1].grad.data_ptr()
+    buffer = torch.ones(2, 3, 2)
+    model[2].grad, model[3].grad = buffer.unbind()
+    options = {"window_size": 1} if function is gradfilter_ma else {}
+    function(model, lamb=2.0, **options)
+    assert all(torch.equal(p.grad, torch.full((3, 2), 3.0)) for p in model)
+    assert torch.equal(buffer, torch.full((2, 3, 2), 3.0))
+
+
+@pytest.mark.parametrize("function", [gradfilter_ema, gradfilter_ma])
 def test_what_is_frozen_is_left_out_even_with_a_gradient(function: Any) -> None:
     model = nn.ParameterList([nn.Parameter(torch.ones(2)) for _ in range(2)])
     for p in model:

@@ -8,6 +8,7 @@ import math
 import pickle
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -477,6 +478,19 @@ def test_a_signal_that_says_nothing_leaves_the_filter_off(value: Any) -> None:
     assert torch.equal(model[0].weight, plain[0].weight)
 
 
+def test_accuracies_that_never_come_are_missed_once() -> None:
+    model = network()
+    optimizer = Grokfast(SGD(model.parameters(), lr=0.1), amplify_when=(gap := AccuracyGap()))
+    with pytest.warns(UserWarning, match=r"wait for train_acc and eval_acc: call AccuracyGap's own record") as said:
+        train(model, range(150), lambda step, loss: optimizer.step())
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = Grokfast(SGD(model.parameters(), lr=0.1), amplify_when=gap)
+        gap.record(train=0.9, eval=0.5)
+        train(model, range(150), lambda step, loss: other.step())
+
+
 def test_what_a_signal_remembers_is_in_the_checkpoint() -> None:
     def make(gap: AccuracyGap) -> Grokfast:
         return Grokfast(SGD([nn.Parameter(torch.ones(2))]), amplify_when=gap)
@@ -724,6 +738,27 @@ def test_what_is_dropped_is_missed(wrap: Callable[[Any], Any], wrap_anew: Callab
         wrap_anew(inner)  # with nothing left to drop
         again = wrap(SGD(model.parameters(), lr=0.1))
         again.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("wrap", [*KEEPING, lambda inner: Accumulate(inner, 2)])
+def test_state_can_be_reset_as_torchs(wrap: Callable[[Any], Any]) -> None:
+    model = network()
+    optimizer = wrap(torch.optim.Adam(model.parameters()))
+    train(model, range(4), lambda step, loss: optimizer.step())
+    optimizer.__setstate__({"state": defaultdict(dict)})
+    assert not optimizer.state
+    assert optimizer.state is optimizer.optimizer.state
+    train(model, range(2), lambda step, loss: optimizer.step())
+    assert {state["step"].item() for state in optimizer.state.values()} <= {1.0, 2.0}
+
+
+@pytest.mark.parametrize("wrap", [*KEEPING, lambda inner: Accumulate(inner, 2)])
+def test_memory_is_not_said_to_be_what_the_inner_optimizer_keeps(wrap: Callable[[Any], Any]) -> None:
+    optimizer = wrap(GrokAdamW(network().named_parameters(), lamb=0.0))
+    assert not hasattr(optimizer, "memory")
+    with pytest.raises(AttributeError, match=r"does not know what .* keeps: call optimizer.optimizer.memory\(\)"):
+        optimizer.memory()
+    assert optimizer.optimizer.memory()["total"] > 0
 
 
 @pytest.mark.parametrize("wrap", [*KEEPING, lambda inner: Accumulate(inner, 2)])

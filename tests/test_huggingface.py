@@ -298,6 +298,21 @@ def test_who_has_a_new_training_loss_or_needs_none_is_not_warned(
         assert grokadamw_of(it).param_groups[0]["train_loss"] == 3.0
 
 
+def test_an_evaluation_beside_the_schedule_is_not_warned_of(tmp_path: Path) -> None:
+    """Nothing was logged since the last one, and the user's logging_steps are right."""
+    callback = transformers.TrainerCallback()
+
+    def evaluate(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate |= state.global_step == 5
+
+    callback.on_step_end = evaluate  # type: ignore[method-assign]
+    it = trainer(
+        tmp_path, GrokAdamWCallback(), callback, max_steps=12, logging_steps=4, eval_steps=4, save_strategy="no"
+    )
+    assert warnings_of_losses(it) == []
+    assert [log["step"] for log in it.state.log_history if "eval_loss" in log] == [4, 5, 8, 12]
+
+
 @pytest.mark.parametrize(("bad", "is_nan"), [((5, 6), True), ((6,), False), ((), False)])
 def test_losses_that_are_nan_are_no_signal_of_memorising(bad: tuple[int, ...], is_nan: bool, tmp_path: Path) -> None:
     """The Trainer logs 0 for steps whose losses are all NaN, which would look like a training loss of 0."""
@@ -388,7 +403,7 @@ def test_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hook", ["on_epoch_begin", "on_step_begin"])
-def test_a_group_that_is_added_gets_the_models_layers(hook: str, tmp_path: Path) -> None:
+def test_a_group_that_is_added_gets_the_models_layers_and_the_callbacks_settings(hook: str, tmp_path: Path) -> None:
     callback, found = transformers.TrainerCallback(), []
 
     def unfreeze(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -400,11 +415,14 @@ def test_a_group_that_is_added_gets_the_models_layers(hook: str, tmp_path: Path)
             kwargs["lr_scheduler"].lr_lambdas.append(lambda step: 1.0)
 
     def look(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        found.append([set(group["layers"]) for group in kwargs["optimizer"].param_groups])
+        groups = kwargs["optimizer"].param_groups
+        found.append([set(group["layers"]) for group in groups])
+        assert {(group["betas"], group["lamb"]) for group in groups} == {((0.9, 0.98), 0.5)}
 
     setattr(callback, hook, unfreeze)
     callback.on_step_end = look  # type: ignore[method-assign]
-    it = trainer(tmp_path, GrokAdamWCallback(), callback, save_strategy="no", max_steps=12)
+    settings = GrokAdamWCallback(betas=(0.9, 0.98), lamb=0.5)
+    it = trainer(tmp_path, settings, callback, save_strategy="no", max_steps=12)
     it.model.model.layers.requires_grad_(False)
     it.train()
     assert found == [[{0, 5}, {4}]] * 8 + [[{0, 5}, {4}, {1, 2, 3}]] * 4

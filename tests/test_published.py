@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "losses of each group": {"losses": 1.0, "options": {"grokking_signal_decay_rate": 0.5}},
     "losses that are not numbers": {"losses": float("nan")},
     "no filter": {"options": {"lamb": 0.0}},
+    "a filter that is switched on": {"options": {"lamb": 0.0}, "switches_on_at": 10},
     "large epsilon": {"options": {"eps": 1e-2}},
     "everything": {
         "options": {"gradient_clipping": 0.2, "lr": 5e-3},
@@ -47,6 +48,7 @@ def problem(
     signals: list[str] | None = None,
     missing: bool = False,
     losses: float | None = None,  # of the first step
+    switches_on_at: int | None = None,  # the step from which on λ is 2
     steps: int = 50,
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
@@ -62,6 +64,7 @@ def problem(
         "options": options or {},
         "group_options": group_options or [{}, {}],
         "signals": signals,
+        "switches_on_at": switches_on_at,
         "values": values,
         "grads": grads,
         "losses": [

@@ -23,21 +23,19 @@ def sizes(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State], optio
             grad = own if param.grad is None or param.grad.layout != torch.strided else part(param.grad)
             found["parameters"] += own.nbytes
             found["gradients"] += grad.nbytes
-            for name, x in _whole_state(param, state.get(param, {}), options, float(group["lamb"]) > 0):
+            for name, x in _whole_state(param, state.get(param, {}), options, group["lamb"]):
                 found[name] += part(x).nbytes
     # AdamW's moments have the dtype of their parameter
     adamw = 3 * found["parameters"] + found["gradients"] + found["step"]
     return {**found, "total": sum(found.values()), "adamw": adamw}
 
 
-def _whole_state(
-    param: Tensor, state: State, options: dict[str, Any], with_slow_gradient: bool
-) -> Iterator[tuple[str, Tensor]]:
+def _whole_state(param: Tensor, state: State, options: dict[str, Any], lamb: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a parameter's state by kind, and those that its next step would make, without memory."""
     whole = dict(state)
     own = part(param)
     outline = like(torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta"), param.shape, param)
-    prepare(whole, outline, options, with_slow_gradient)
+    prepare(whole, outline, options, lamb)
     for name, x in whole.items():
         kind = "window" if name in WINDOW else name.removesuffix("_scale")
         if isinstance(x, Tensor) and kind in KINDS:

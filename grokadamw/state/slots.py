@@ -71,14 +71,13 @@ def check_shapes(state: State, names: Iterable[str], param: Tensor) -> None:
             )
 
 
-def prepare(
-    state: State, param: Tensor, options: dict[str, Any], with_slow_gradient: bool, count: Tensor | None = None
-) -> list[str]:
-    """Make missing state that a step needs under the optimizer's options, at zero, and return its names.
+def prepare(state: State, param: Tensor, options: dict[str, Any], lamb: Any, count: Tensor | None = None) -> list[str]:
+    """Make missing state that a step needs under the optimizer's options and a group's λ, at zero; return its names.
 
     Low bits of a parameter that is no longer of 16 bits are dropped: its weights are what its own dtype holds.
     """
-    names = ["exp_avg", "exp_avg_sq"] + ["grok_ema"] * with_slow_gradient
+    needs_mu = float(lamb) > 0 or not rules_of(options).mu_waits_for_lamb
+    names = ["exp_avg", "exp_avg_sq"] + ["grok_ema"] * needs_mu
     new: State = {}
     for name in names:
         if name not in state:
@@ -90,7 +89,7 @@ def prepare(
         if count is None:
             count = torch.zeros((), dtype=torch.float32, device=step_device(param))
         new = {"step": count, **new}
-    has_mu = with_slow_gradient or "grok_ema" in state
+    has_mu = needs_mu or "grok_ema" in state
     if has_mu and options["window_size"] is not None and WINDOW[0] not in state:
         empty = window.new(param, options["window_size"], options["window_dtype"], step_device(param))
         new.update(window.named(empty, "grok_"))

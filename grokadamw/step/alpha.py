@@ -185,11 +185,10 @@ class Signals:
             names = ", ".join(f"{name}=…" for name in missing)
             by_callback = any(name.endswith("acc") for name in missing)
             or_name = ", give a trainer's callback their names as train_acc= and eval_acc=" if by_callback else ""
-            warn(
-                f"the grokking signals wait for {' and '.join(missing)}: call optimizer.record({names}){or_name}, or "
-                "pass grokking_signal_fns=[] to do without",
-                UserWarning,
-            )
+            way_out = f"call optimizer.record({names}){or_name}, or pass grokking_signal_fns=[] to do without"
+            if not self.counted:  # a filter, around an optimizer without record
+                way_out = "call AccuracyGap's own record(train=…, eval=…); until then λ is 0"
+            warn(f"the grokking signals wait for {' and '.join(missing)}: {way_out}", UserWarning)
 
     def warn_of_old_evaluation(self, given: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
         """Warn once if 100 training losses followed an evaluation's: what was learnt since looks memorised.

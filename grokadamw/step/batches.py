@@ -119,8 +119,8 @@ def make_state(entries: Iterable[Entry], given: Given) -> list[tuple[Tensor, lis
     counts = {} if given.compiling else new_counts(given.state, [entry.param for entry in entries])
     made = []
     for param, _, member in entries:
-        with_mu = float(given.groups[member.group]["lamb"]) > 0
-        made.append((param, prepare(given.state[param], param, given.options, with_mu, counts.get(param))))
+        lamb = given.groups[member.group]["lamb"]
+        made.append((param, prepare(given.state[param], param, given.options, lamb, counts.get(param))))
         lay_out(given.state[param], param, given.options)
     return made
 
