@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from . import layers, zero
-from ._hints import OF_ADAMW, misspelt
+from ._hints import OF_ADAMW, check_iterable, misspelt
 from ._numbers import as_number
 from ._warn import warn
 from .checkpoints import check_form
@@ -66,6 +66,10 @@ class Base(Optimizer):
         """
         checked = {}
         if isinstance(param_group, dict):
+            if "params" not in param_group:
+                keys = ", ".join(map(repr, param_group)) or "no keys"
+                raise ValueError(f"a parameter group has {keys}, but no 'params': give its parameters under that key")
+            check_iterable(param_group["params"])
             checked = check_group({**self.defaults, **param_group}, self.defaults)
             param_group = self._with_layers(param_group)
             for sentence in misspelt(param_group, GROUP_KEYS):

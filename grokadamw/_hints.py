@@ -95,13 +95,24 @@ def with_model(method: Callable[P, T]) -> Callable[P, T]:
     return checked
 
 
+def check_iterable(params: Any) -> None:
+    """Raise TypeError if the parameters of an optimizer or group are a model, a function, or no list."""
+    if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
+        raise TypeError(f"params is a {type(params).__name__}: give its parameters, model.named_parameters()")
+    if isinstance(params, Mapping) or not isinstance(params, Iterable):
+        brackets = ": call it" if callable(params) else ""
+        raise TypeError(
+            f"params is a {type(params).__name__}{brackets}: give a list of parameters or groups, or "
+            "model.named_parameters()"
+        )
+
+
 def check_params(params: Any) -> Any:
     """Return an optimizer's `params` argument, with an iterator turned into a list.
 
-    Raises TypeError if it is a model, and ValueError if it is empty.
+    Raises TypeError if it is nothing that has parameters, and ValueError if it is empty.
     """
-    if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
-        raise TypeError(f"params is a {type(params).__name__}: give its parameters, model.named_parameters()")
+    check_iterable(params)
     if isinstance(params, Iterator):
         params = list(params)
     if isinstance(params, Sequence) and not params:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._numbers import plain
-from .checkpoints import check_form, without_wrappers
+from .checkpoints import check_form, with_whole_states, without_wrappers
 from .state.loading import check_count_loaded, in_order
 from .state.slots import State
 
@@ -168,7 +168,7 @@ class WrapperBase(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        state_dict = in_order(state_dict, self.param_groups)
+        state_dict = in_order(with_whole_states(state_dict), self.param_groups)
         if not isinstance(self._inner, WrapperBase):  # wrappers outside have already taken what is theirs
             state_dict = without_wrappers(state_dict, but=self._prefixes)
         states, inner_states = self._divided(state_dict)

@@ -28,6 +28,7 @@ _ADAMW: _Group = {"amsgrad": False, "decoupled_weight_decay": True}
 _ADAMW |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 # keys of GrokAdamW's groups that AdamW does not share, and state entries that AdamW lacks
 _OURS = {*GROUP_KEYS} - {"lr", "betas", "eps", "weight_decay", "maximize", *_ADAMW}
+_MARKS = _OURS - {"gamma"}  # of these keys no other optimizer has one; AdaBound has gamma
 # how names of the group keys and state entries of wrappers begin
 OF_ACCUMULATE, OF_FILTERS = ("accumulated", "accumulation_cycle"), ("grokfast_",)
 _COUNTS = ("accumulated_grads", "grokfast_step", "grokfast_ring_count")  # how many gradients those are of
@@ -70,20 +71,36 @@ def to_grokadamw(state_dict: StateDict) -> StateDict:
         ValueError: the run cannot be continued without loss. The message says why, and what to do.
     """
     check_form(state_dict)
-    state_dict = without_wrappers(state_dict)
+    state_dict = without_wrappers(with_whole_states(state_dict))
     groups = state_dict["param_groups"]
     if any("state" in group for group in groups):
         return _from_0_1_2(state_dict)
     of_adam = any("amsgrad" in group for group in groups)
-    if groups and not of_adam and not any(name in group for group in groups for name in _OURS):
+    if groups and not of_adam and not any(name in group for group in groups for name in _MARKS):
         raise ValueError(f"state_dict is of another kind of optimizer: its groups have {_listed(groups[0])}. {_KINDS}")
     for key, state in _states(state_dict):
-        if state and not all(name in state for name in _NEEDED):
+        missing = [name for name in _NEEDED if name not in state] if state else []
+        if missing and (of_adam or len(missing) < len(_NEEDED)):  # else it is somebody's own entry
             raise ValueError(
                 f"state_dict is of another kind of optimizer: its state of parameter {key} has {_listed(state)}. "
                 + _KINDS
             )
     return _from_adam(state_dict) if of_adam else state_dict
+
+
+def with_whole_states(state_dict: StateDict) -> StateDict:
+    """Return a state dict with each parameter's state under its key, and nothing under that key as a string.
+
+    JSON makes strings of integers. So does torch.distributed.checkpoint of the keys of values that are no tensors.
+    """
+    known = {key for group in state_dict["param_groups"] for key in group["params"]}
+    state, strings = dict(state_dict["state"]), list[str]()
+    for key in state:
+        if isinstance(key, str) and key not in known and key.isdecimal() and int(key) in known:
+            strings.append(key)
+    for key in strings:
+        state[int(key)] = {**(state.get(int(key)) or {}), **(state.pop(key) or {})}
+    return {**state_dict, "state": state} if strings else state_dict
 
 
 def without_wrappers(state_dict: StateDict, but: tuple[str, ...] = ()) -> StateDict:

@@ -384,6 +384,42 @@ def test_another_kind_of_optimizer_is_refused(kind: Any, stepped: bool) -> None:
         GrokAdamW(model.parameters()).load_state_dict(other.state_dict())
 
 
+def test_a_common_option_does_not_make_it_ours() -> None:
+    """AdaBound's groups have `gamma`, too."""
+    zeros = torch.zeros(3)
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "final_lr": 0.1, "gamma": 1e-3, "eps": 1e-8, "params": [0]}
+    saved = {"state": {0: {"step": 7, "exp_avg": zeros, "exp_avg_sq": zeros}}, "param_groups": [group]}
+    with pytest.raises(ValueError, match="another kind of optimizer: its groups have "):
+        GrokAdamW([nn.Parameter(zeros)]).load_state_dict(saved)
+
+
+def test_entries_of_others_are_no_other_kind_of_optimizer() -> None:
+    """As averages of weights, which all parameters have, beside one that was never trained."""
+    model = network()
+    model[0].weight.requires_grad_(False)
+    optimizer = GrokAdamW(model.named_parameters())
+    train(model, range(1), lambda step, loss: optimizer.step())
+    for p in model.parameters():
+        optimizer.state[p]["slow_weights"] = p.detach().clone()
+    again = GrokAdamW(model.named_parameters())
+    again.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(again.state[p]["slow_weights"], p) for p in model.parameters())
+
+
+@pytest.mark.parametrize("keeper", [name for name in KEEPERS if "SGD" not in name])
+def test_json_makes_strings_of_keys(keeper: str) -> None:
+    model, other = network(), network()
+    optimizer, again = KEEPERS[keeper](model), KEEPERS[keeper](other)
+    train(model, range(4), lambda step, loss: optimizer.step())
+    saved = copy.deepcopy(optimizer.state_dict())
+    again.load_state_dict({**saved, "state": {str(key): state for key, state in saved["state"].items()}})
+    other.load_state_dict(model.state_dict())
+    for each, its in ((model, optimizer), (other, again)):
+        train(each, range(4, 7), lambda step, loss, its=its: its.step())
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    assert not any(isinstance(key, str) for key in again.state)
+
+
 def test_moments_without_a_step_count_are_refused() -> None:
     saved = load("torch-2.13-adamw")["optimizer"]
     del saved["state"][0]["step"]

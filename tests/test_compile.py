@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -172,6 +173,30 @@ def test_what_is_not_compiled_works_as_ever() -> None:
     close(compiled, eager)
     assert optimizer.metrics()["skipped_steps"] == reference.metrics()["skipped_steps"] == 1
     assert optimizer.metrics()["step"] == 7
+
+
+@pytest.mark.filterwarnings("ignore:a step was skipped", "ignore:a step found no gradient")
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("grad", [math.nan, None])
+def test_a_step_that_writes_nothing_leaves_one_graph(grad: float | None, at: int) -> None:
+    """Where dynamo finds no operation, it never compiles the same code again, but each function that this calls."""
+    ran = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        return lambda *args: (ran.append(graph), graph(*args))[1]
+
+    def change(optimizer: GrokAdamW, i: int, loss: torch.Tensor) -> None:
+        if i == at:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = None if grad is None else torch.full_like(p, grad)
+
+    eager, _, _ = run(None, 6, change)
+    compiled, _, _ = run(backend, 6, change)
+    close(compiled, eager)
+    if ONE_GRAPH:
+        assert len(ran) == 6
+    assert len(set(ran)) == 2
 
 
 def test_what_stays_in_its_place_is_marked_so() -> None:

@@ -227,6 +227,21 @@ def test_so_does_what_keeps_more(keeper: str, flatten: bool, tmp_path: Path) -> 
             assert torch.equal(torch.as_tensor(other.state[a][name]), torch.as_tensor(value)), name
 
 
+@pytest.mark.parametrize("keeper", [name for name in KEEPERS if "SGD" not in name])
+def test_an_optimizer_may_be_saved_as_it_is(keeper: str, tmp_path: Path) -> None:
+    """In the middle of a cycle. It loads what is no tensor under keys that are strings."""
+    model, twin = network(), network()
+    optimizer, other = KEEPERS[keeper](model), KEEPERS[keeper](twin)
+    train(model, range(5), lambda step, loss: optimizer.step())
+    dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path, no_dist=True)
+    train(twin, range(3, 6), lambda step, loss: other.step())  # so that there is state to load into
+    dcp.load({"model": twin, "optimizer": other}, checkpoint_id=tmp_path, no_dist=True)
+    for each, its in ((model, optimizer), (twin, other)):
+        train(each, range(5, 9), lambda step, loss, its=its: its.step())
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    assert not any(isinstance(key, str) for key in other.state)
+
+
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("order", ["groups reversed", "parameters reversed", "one group reversed"])
 def test_parameters_are_found_by_name(order: str, flatten: bool) -> None:

@@ -116,6 +116,23 @@ def test_a_model_is_not_its_parameters() -> None:
         GrokAdamW(model())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        (model().parameters, TypeError, r"params is a method: call it: give a list .* or model.named_parameters\(\)"),
+        (None, TypeError, "params is a NoneType: give a list of parameters or groups"),
+        (dict(model().named_parameters()), TypeError, "params is a dict: give a list"),
+        ([{"params": model()}], TypeError, "params is a Linear: give its parameters"),
+        ([{"param": []}], ValueError, "a parameter group has 'param', but no 'params': give its parameters under that"),
+        ([{}], ValueError, "a parameter group has no keys, but no 'params'"),
+    ],
+    ids=["a method", "None", "a dict", "a model in a group", "misspelt", "an empty group"],
+)
+def test_what_has_no_parameters(params: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        GrokAdamW(params)
+
+
 @pytest.mark.parametrize("nothing", [[], (), used_up()], ids=["list", "tuple", "used up"])
 def test_nothing_to_optimize(nothing: Any) -> None:
     with pytest.raises(ValueError, match="optimizer got an empty parameter list: .* used up before"):

@@ -15,7 +15,9 @@ from torch import nn
 from grokadamw import GrokAdamW
 from grokadamw import backends as update
 from grokadamw.backends import native
+from grokadamw.options import STATES
 from grokadamw.signals import SlowGradient
+from grokadamw.state.formats import unpacked
 
 from .models import AS_ADAMW, parameters, set_gradients
 
@@ -280,3 +282,77 @@ def test_alpha_may_be_a_tensor(given: Any, foreach: bool) -> None:
         assert optimizer.metrics()["alpha"] == pytest.approx(0.9 * np.exp(-0.1), rel=1e-7)  # it was, then
         optimizer.step()
         assert optimizer.metrics()["alpha"] == pytest.approx(0.5 * np.exp(-0.1), rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("names", [["exp_avg"], ["exp_avg_sq"], ["exp_avg", "exp_avg_sq", "grok_ema"]], ids=str)
+@pytest.mark.parametrize("options", [{}, {"foreach": False}, {"state_dtype": "int8"}], ids=str)
+def test_state_that_was_set_by_hand_is_as_new_state_would_be(
+    options: dict[str, Any], names: list[str], dtype: torch.dtype
+) -> None:
+    """As dead neurons are reset: by zeros like the parameter, which may be of a narrower dtype than its state."""
+    params = [nn.Parameter(torch.linspace(-1, 1, 64 * 64).view(64, 64).to(dtype)) for _ in range(2)]
+    optimizer = GrokAdamW(params, gamma=0.0, **options)
+    for p in params:
+        p.grad = torch.full_like(p, 0.1)
+    optimizer.step()
+    by_hand, expected = (optimizer.state[p] for p in params)
+    for name in names:
+        by_hand[name] = torch.zeros_like(params[0])
+        expected[name].zero_()
+        if options.get("state_dtype"):
+            expected[f"{name}_scale"].zero_()
+    optimizer.step()
+    assert {name: x.dtype for name, x in by_hand.items()} == {name: x.dtype for name, x in expected.items()}
+    for name in STATES:
+        a, b = (unpacked(state, name) for state in (by_hand, expected))
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)  # codes are rounded by the parameter's number
+    torch.testing.assert_close(params[0], params[1])
+
+
+def test_state_follows_a_parameters_memory_format() -> None:
+    """Else each step would convert it, and a resumed run, whose state does, would differ in the last bits."""
+    optimizers = []
+    for is_late in (False, True):
+        torch.manual_seed(0)
+        model = nn.Conv2d(8, 8, 3)
+        optimizer = GrokAdamW(model.named_parameters())
+        for step in range(3):
+            if step == is_late:
+                model.to(memory_format=torch.channels_last)
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 0.1 * (step + 1))
+            optimizer.step()
+        optimizers.append(optimizer)
+    for p, q in zip(*(optimizer.param_groups[0]["params"] for optimizer in optimizers), strict=True):
+        assert torch.equal(p, q)
+    assert all(optimizers[1].state[p][name].stride() == p.stride() for p in model.parameters() for name in STATES)
+    assert optimizers[0].implementation() == optimizers[1].implementation()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize(
+    "options", [{}, {"lamb": 0.0}, {"lamb": 0.0, "master_weight_bits": 24}, {"rounding": "stochastic"}], ids=str
+)
+def test_the_implementation_is_known_before_a_step_and_without_gradients(
+    options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    params = [nn.Parameter(torch.ones(64, 64, dtype=dtype))]
+    optimizer = GrokAdamW(params, **options)
+    before = optimizer.implementation()
+    assert not optimizer.state
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    stepped = optimizer.implementation()
+    optimizer.zero_grad()
+    assert [before, optimizer.implementation()] == [stepped, stepped]
+
+
+@pytest.mark.usefixtures("nothing_is_free_to_read")
+def test_a_default_device_without_numbers_makes_none() -> None:
+    p = nn.Parameter(torch.ones(2))
+    with torch.device("meta"):
+        optimizer = GrokAdamW([p], accumulation_steps=2, second_moment="raw")
+        p.grad = torch.full((2,), torch.nan, device="cpu")
+        optimizer.step()
+    assert torch.equal(p, torch.ones(2))

@@ -90,6 +90,7 @@ BLOCK = 64  # elements of a row that share one scale
 NARROW = 32  # a row with fewer elements is too short for codes
 _LOW: dict[int | None, torch.dtype] = {24: torch.int8, 32: torch.int16}
 HALVES = (torch.bfloat16, torch.float16)
+_CODES = (torch.int8, torch.uint8)
 _GOLDEN, _LANE, _WORD = 0x9E3779B9, 0xC13FA9A9, (1 << 32) - 1  # increments of dithers: from step to step, in a block
 _TURNS = {"exp_avg": 0, "grok_ema": 11, "exp_avg_sq": 22, "param": 5}  # how far each rotates the bits of a hash
 _PARTS = 65536.0  # parts of a code, in which a value is compared with its dither
@@ -167,13 +168,17 @@ def as_rows(x: Tensor) -> Tensor:
 
 def new(param: Tensor, name: str, options: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the entries of one of a parameter's states, at zero; `dtype` is used for the format float32."""
-    kind = format_of(param, name, options)
-    codes = torch.uint8 if name == "exp_avg_sq" else torch.int8
-    kept = {"float32": dtype, "bfloat16": torch.bfloat16, "int8": codes}[kind]
+    kept = _dtype_in(format_of(param, name, options), name, dtype)
     entries = {name: torch.zeros_like(param, dtype=kept, memory_format=torch.preserve_format)}
-    if kind == "int8":
+    if kept in _CODES:
         entries[f"{name}_scale"] = zero_scales(param)
     return entries
+
+
+def _dtype_in(kind: str, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a state in a format; `dtype` in the format float32."""
+    codes = torch.uint8 if name == "exp_avg_sq" else torch.int8
+    return {"float32": dtype, "bfloat16": torch.bfloat16, "int8": codes}[kind]
 
 
 def zero_scales(param: Tensor) -> Tensor:
@@ -193,7 +198,7 @@ def unpacked(state: Mapping[str, Any], name: str) -> Tensor:
     """Return a state as the numbers that it stands for, in at least float32."""
     kept: Tensor = state[name]
     scales = state.get(f"{name}_scale")
-    if scales is None:
+    if scales is None or kept.dtype not in _CODES:  # scales of codes that somebody has replaced mean nothing
         return kept.float() if kept.dtype == torch.bfloat16 else kept
     values = torch.empty_like(kept, dtype=torch.float32)
     rows = as_rows(part(kept))
@@ -219,7 +224,7 @@ def packed(
     if old.dtype == kept.dtype and (scale not in entries or old.stride() == param.stride()):
         for entry in entries:
             parts[entry].copy_(part(state[entry]))
-    elif kept.dtype not in (torch.bfloat16, torch.int8, torch.uint8) or dtype == torch.bfloat16:
+    elif kept.dtype not in (torch.bfloat16, *_CODES) or dtype == torch.bfloat16:
         kept.copy_(part(unpacked(state, name)))
     else:
         values = torch.empty_like(kept, dtype=torch.float32).copy_(part(unpacked(state, name)))
@@ -233,17 +238,17 @@ def packed(
     return entries
 
 
-def misfits(state: Mapping[str, Any], param: Tensor, options: Mapping[str, Any]) -> list[str]:
-    """Return the names of states and low bits that are in another format, or order in memory, than new ones would be.
+def misfits(state: Mapping[str, Any], param: Tensor, options: Mapping[str, Any], dtype: torch.dtype) -> list[str]:
+    """Return the names of states and low bits that have another dtype, or order in memory, than new ones would have.
 
-    That is so once a parameter's memory format or dtype was changed.
+    That is so once a parameter's memory format or dtype was changed, or a state was replaced by hand. `dtype` is that
+    of the format float32.
     """
     own, found = part(param), []
     for name in (name for name in (*STATES, "param_low") if name in state):
         kept = part(state[name])
         lies_alike = kept.stride() == own.stride() or (kept.is_contiguous() and own.is_contiguous())
-        form = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.uint8: "int8"}.get(kept.dtype, "float32")
-        fits = name == "param_low" or form == format_of(param, name, options)
+        fits = name == "param_low" or kept.dtype == _dtype_in(format_of(param, name, options), name, dtype)
         if not fits or (has_no_gaps(own) and not lies_alike):
             found.append(name)
     return found

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from .._numbers import as_real, reads_are_free, wide
-from ..options import STATES, may_be_coded, rules_of
+from ..options import STATES, rules_of
 from ..shards import part, placed, shards_of
 from . import formats, window
 
 State: TypeAlias = dict[str, Any]
 WINDOW = tuple(window.names("grok_"))
-_FULL = {torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 
 def check(state: State, param: Tensor) -> None:
@@ -102,20 +101,15 @@ def prepare(state: State, param: Tensor, options: dict[str, Any], lamb: Any, cou
 
 
 def lay_out(state: State, param: Tensor, options: dict[str, Any]) -> None:
-    """Convert state, as loading does, if its parameter was changed since the last step.
+    """Convert state, as loading does, if its parameter's dtype or memory format was changed, or it was set by hand.
 
-    Plain state follows a parameter between float32 and float64. Coded state follows its memory format and dtype, as
-    backends write it in the order of the parameter's memory.
+    Backends write state in the order of the parameter's memory.
     """
-    for name in outgrown(state, param, options):
-        state[name] = state[name].to(dtype_of(param, options))
-    if not may_be_coded(options):
-        return
     shards = shards_of(param)
     if shards is not None:
         kept = [name for name in (*STATES, *formats.EXTRAS) if name in state]
         state.update({name: placed(state[name], shards) for name in kept})
-    for name in formats.misfits(state, param, options):
+    for name in misfits(state, param, options):
         if name == "param_low":
             low = torch.empty_like(param, dtype=state[name].dtype, memory_format=torch.preserve_format)
             part(low).copy_(part(state[name]))
@@ -126,11 +120,9 @@ def lay_out(state: State, param: Tensor, options: dict[str, Any]) -> None:
             state.update(new)
 
 
-def outgrown(state: State, param: Tensor, options: dict[str, Any]) -> list[str]:
-    """Return the names of plain states that are float32 where new ones would be float64, or the other way round."""
-    dtype = dtype_of(param, options)
-    others = _FULL - {dtype} if dtype in _FULL else ()
-    return [name for name in STATES if name in state and state[name].dtype in others]
+def misfits(state: State, param: Tensor, options: dict[str, Any]) -> list[str]:
+    """Return the names of what `lay_out` would convert."""
+    return formats.misfits(state, param, options, dtype_of(param, options))
 
 
 def new_counts(states: Mapping[Tensor, State], params: Sequence[Tensor]) -> dict[Tensor, Tensor]:

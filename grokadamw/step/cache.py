@@ -23,8 +23,8 @@ from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges, TensorSignature
 from ..options import GROUP_OPTIONS, STATES, may_be_coded, rules_of
 from ..shards import Shards, alike, blocks_before, divisions, local, parts, shards_of
-from ..state.formats import BLOCK, EXTRAS, is_coded
-from ..state.slots import WINDOW, State, step_device
+from ..state.formats import BLOCK, EXTRAS
+from ..state.slots import WINDOW, State, prepare
 from . import batches
 from .batches import Batches, Columns, Given, Kind, Member
 
@@ -79,7 +79,7 @@ class Cache:
         choices = [batch.choice for batch in found[0].batches for _ in batch.params] if found else []
         pairs = [(param, group) for group in groups for param in group["params"]]
         if len(choices) != len(pairs):
-            choices = [_likely_choice(param, state.get(param, {}), group) for param, group in pairs]
+            choices = [_likely_choice(param, state.get(param, {}), group, given.options) for param, group in pairs]
         lines = []
         for choice, uses in Counter(choices).items():
             share = "" if uses == len(choices) else f" for {uses} parameters"
@@ -156,14 +156,15 @@ class Cache:
         return plan
 
 
-def _likely_choice(param: Tensor, state: State, group: dict[str, Any]) -> Choice:
-    """Return the backend for a parameter; a gradient or state that it lacks is taken to be like the parameter."""
-    shards = shards_of(param)
-    grad = None if param.grad is None else resolved(param.grad)
-    row = [param if x is None else x for x in (param, grad, *map(state.get, STATES))]
-    tensors, extras = [as_real(local(x, shards)) for x in row], list(map(state.get, EXTRAS))
-    step = state.get("step", torch.zeros((), device=step_device(param)))
-    return backends.choose(tensors, step, group, is_coded(tensors, extras, group))
+def _likely_choice(param: Tensor, state: State, group: dict[str, Any], options: dict[str, Any]) -> Choice:
+    """Return the backend for a parameter; a gradient that it lacks is taken to be like it, and state as it would be."""
+    shards, whole = shards_of(param), dict(state)
+    prepare(whole, param, options, group["lamb"])
+    grad = param if param.grad is None else resolved(param.grad)
+    columns = (param, grad, *map(whole.get, STATES)), map(whole.get, EXTRAS)
+    row, extras = ([None if x is None else as_real(local(x, shards)) for x in column] for column in columns)
+    kind, _ = batches.kind_of([*row, whole["step"]], extras, group, param.dim() > 1, shards)
+    return kind.choice
 
 
 class Facts(NamedTuple):

@@ -15,9 +15,7 @@ from torch.optim.optimizer import _get_capturable_supported_devices
 
 from .._numbers import Number, accumulator
 from ..backends.types import Batch, Scalars
-from ..options import may_be_coded
-from ..state.formats import misfits
-from ..state.slots import outgrown
+from ..state.slots import misfits
 
 if TYPE_CHECKING:
     from .batches import Entry, Given
@@ -57,10 +55,7 @@ def check_state(entries: Iterable[Entry], given: Given, has_heard: bool) -> None
         if group["lamb"] > 0:
             needed |= {"grok_ema"} if group["window_size"] is None else {"grok_ema", "grok_ring"}
         state = given.state.get(entry.param, {})
-        changed = outgrown(state, entry.param, given.options)
-        if may_be_coded(given.options):
-            changed += misfits(state, entry.param, given.options)
-        if not has_heard or needed - state.keys() or changed:
+        if not has_heard or needed - state.keys() or misfits(state, entry.param, given.options):
             raise RuntimeError(
                 "a CUDA graph of step() needs its state to be there: before capturing, take a few steps on a side "
                 "stream, as torch.cuda.graph requires anyway; also after loading a checkpoint, free_slow_gradient(), "

@@ -219,7 +219,9 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
             return [], None
 
     calls: list[tuple[Batch, Scalars]] = []
-    finite = None if stats.finite is True else torch.as_tensor(stats.finite)
+    finite = None
+    if stats.finite is not True:
+        finite = stats.finite if isinstance(stats.finite, Tensor) else torch.tensor(stats.finite, device="cpu")
     for batch, clip in zip(found.batches, stats.factors[: len(found.batches)], strict=True):
         group, device = cycle_groups[batch.group], batch.params[0].device
         beta1s = _beta1s(group["betas"][0], group["gamma"], batch.layers)
@@ -286,6 +288,8 @@ def write(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None) -> None
 
     A GPU's batches go together, as they share launches. This is all of a step that torch.compile sees.
     """
+    if not calls and torch.compiler.is_compiling():
+        torch.zeros(())  # an operation: where dynamo finds none, it never compiles this code again
     before = [rows.before(batch, scalars) if batch.unlimited else [] for batch, scalars in calls]
     on_gpu = []
     for batch, scalars in calls:
