@@ -188,7 +188,6 @@ class GrokAdamW(Base):
         grokking_signal_fn: Signal | Iterable[Signal] | None = None,
     ) -> None:
         arguments = locals()  # before there are other local variables
-        params = check_params(params)
         if grokking_signal_fns is None:
             grokking_signal_fns = grokking_signal_fn
         elif grokking_signal_fn is not None:
@@ -198,6 +197,7 @@ class GrokAdamW(Base):
         defaults |= check_group(defaults, defaults)
         signals.check_amplifies(amplify_by_signal)
         check_shard_group(shard_group, [defaults])
+        params = check_params(params)
         self._run = Run(signals, shard_group=shard_group)
         if (outer := zero.caller()) is not None:
             params = zero.follow(outer, self, params, arguments)

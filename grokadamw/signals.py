@@ -10,7 +10,7 @@ Ready-made signals, and when to use them:
 
 - `loss_gap`, the default: both losses are recorded, and mean the same thing on both sets.
 - `memorisation`, the preset's: like `loss_gap`, but near 0 while the losses are close, as they are before anything is
-  learnt, and again once the evaluation loss has come down. For cross entropy, or squared errors of targets of variance 1.
+  learnt, and once the evaluation loss has come down. For cross entropy, or squared errors of targets of variance 1.
 - `AccuracyGap`: accuracies are recorded, and the share of right answers is what matters, as on algorithmic tasks, whose
   losses still change when the answers are right.
 - `Plateau`: the signal should not act on the filter until training is nearly done.
