@@ -128,8 +128,8 @@ class Base(Optimizer):
         ``gpu`` is one Triton launch for all tensors of a kind; ``cpu`` is the native kernel, one pass through memory;
         ``blocks`` replaces it if it was not built; ``foreach`` uses torch's operations on lists of tensors,
         ``reference`` on one at a time, ``decoded`` on float32 copies of fewer bits. Those three also take
-        parameters that share memory, and under torch.compile or FakeTensorMode all parameters. A gradient or state that
-        does not exist yet is assumed to look like its parameter.
+        parameters that share memory, and under torch.compile or FakeTensorMode all parameters. A gradient that does not
+        exist yet is assumed to look like its parameter. Missing state is made for a moment, one parameter at a time.
         """
         self._complete_groups()
         return self._run.cache.describe(Given(self.param_groups, self.state, self.defaults))

@@ -96,15 +96,18 @@ def with_model(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def check_iterable(params: Any) -> None:
-    """Raise TypeError if the parameters of an optimizer or group are a model, a function, or no list."""
+    """Raise TypeError if the parameters of an optimizer or group are a model, a dict, or nothing to iterate over."""
     if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
         raise TypeError(f"params is a {type(params).__name__}: give its parameters, model.named_parameters()")
-    if isinstance(params, Mapping) or not isinstance(params, Iterable):
-        brackets = ": call it" if callable(params) else ""
-        raise TypeError(
-            f"params is a {type(params).__name__}{brackets}: give a list of parameters or groups, or "
-            "model.named_parameters()"
-        )
+    try:
+        iter(params)
+    except TypeError:
+        can_iterate = False
+    else:
+        can_iterate = not isinstance(params, Mapping)
+    if not can_iterate:
+        what = ", which must be called" if inspect.isroutine(params) else ""
+        raise TypeError(f"params is a {type(params).__name__}{what}: give a list, or model.named_parameters()")
 
 
 def check_params(params: Any) -> Any:

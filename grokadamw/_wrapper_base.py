@@ -31,7 +31,7 @@ class WrapperBase(Optimizer):
     _group_defaults: dict[str, Any]
     _state_names: tuple[str, ...]  # its entries in each parameter's state
     _settings: tuple[str, ...] = ()  # attributes that pickle and deepcopy keep
-    _prefixes: tuple[str, ...]  # how names of its group keys and state entries begin
+    _prefixes: tuple[str, ...]  # how names of group keys and state entries begin: its own, and those of wrappers inside
     _runs: tuple[str, ...] = ()  # its group keys that are no settings, but the progress of a run
     _others: tuple[tuple[str, ...], ...] = ()  # those of each other wrapper of its kind; a count comes last in all
     _mark: str  # a group key which shows that a wrapper of its kind was around the optimizer
@@ -64,10 +64,14 @@ class WrapperBase(Optimizer):
         if name.startswith("_") or "_inner" not in self.__dict__:  # copying and pickling ask before it is there
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name == "memory":
-            raise AttributeError(
-                f"memory() of {type(self._inner).__name__} does not know what {type(self).__name__} keeps: call "
-                "optimizer.optimizer.memory(), and add up the tensors of optimizer.state"
-            )
+            inner, path = self._inner, "optimizer.optimizer"
+            while isinstance(inner, WrapperBase):
+                inner, path = inner._inner, f"{path}.optimizer"
+            if hasattr(inner, "memory"):
+                raise AttributeError(
+                    f"memory() of {type(inner).__name__} does not know what {type(self).__name__} keeps: call "
+                    f"{path}.memory(), and add up the tensors of optimizer.state"
+                )
         return getattr(self._inner, name)
 
     @property
@@ -169,8 +173,7 @@ class WrapperBase(Optimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         state_dict = in_order(with_whole_states(state_dict), self.param_groups)
-        if not isinstance(self._inner, WrapperBase):  # wrappers outside have already taken what is theirs
-            state_dict = without_wrappers(state_dict, but=self._prefixes)
+        state_dict = without_wrappers(state_dict, but=self._prefixes)
         states, inner_states = self._divided(state_dict)
         self._check_groups(state_dict["param_groups"])
         for param, state in states.items():
@@ -244,7 +247,7 @@ class WrapperBase(Optimizer):
         return f"{type(self).__name__}({described}{self._inner!r})"
 
     def _own(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("_inner", "_group_defaults", *self._settings)}
+        return {name: getattr(self, name) for name in ("_inner", "_group_defaults", *self._settings)}
 
     def __getstate__(self) -> dict[str, Any]:
         states = {param: state for param, state in self.state.items() if isinstance(state, dict)}
@@ -260,8 +263,10 @@ class WrapperBase(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            if name != "_hidden_state":
+            if name in ("state", "param_groups"):  # the inner optimizer has these
                 setattr(self, name, value)
+            elif name not in ("_hidden_state", "defaults"):
+                self.__dict__[name] = value
         for param, hidden in state.get("_hidden_state", {}).items():
             if hidden:
                 self.state[param].update(hidden)

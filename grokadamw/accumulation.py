@@ -18,7 +18,7 @@ from ._numbers import as_real, reads_are_free, wide
 from ._wrapper import Part, Wrapper, by_kind
 from ._wrapper_base import check_saved
 from .backends import fastest_sum_of_squares
-from .checkpoints import OF_ACCUMULATE
+from .checkpoints import OF_ACCUMULATE, OF_FILTERS
 from .shards import divisions
 from .state.loading import check_count_loaded
 from .state.slots import State
@@ -66,8 +66,8 @@ class Accumulate(Wrapper):
     """
 
     _state_names = ("accumulated", "accumulated_grads")
-    _prefixes = OF_ACCUMULATE
-    _settings = ("_steps", "_clipping", "_last")
+    _prefixes: tuple[str, ...] = OF_ACCUMULATE
+    _settings = ("_steps", "_clipping", "_last", "_prefixes")
     _runs = ("accumulated_steps",)
     _mark, _rank = "accumulation_cycle", 2
     _always_unscales = True  # so that `stepped` becomes False on overflow, and a loop cannot clip micro-batches
@@ -79,6 +79,8 @@ class Accumulate(Wrapper):
         self._steps, self._clipping = steps, gradient_clipping
         self._last = {"stepped": False}  # in a dict, because Lightning's copy of this object has its own attributes
         super().__init__(optimizer, {"accumulated_steps": 0, "accumulation_cycle": steps})
+        if any("grokfast_filter" in group for group in self.param_groups):  # inside, maybe in another library's wrapper
+            self._prefixes = (*OF_ACCUMULATE, *OF_FILTERS)
 
     def _check_inner(self, inner: Optimizer) -> None:
         super()._check_inner(inner)

@@ -28,7 +28,7 @@ _ADAMW: _Group = {"amsgrad": False, "decoupled_weight_decay": True}
 _ADAMW |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 # keys of GrokAdamW's groups that AdamW does not share, and state entries that AdamW lacks
 _OURS = {*GROUP_KEYS} - {"lr", "betas", "eps", "weight_decay", "maximize", *_ADAMW}
-_MARKS = _OURS - {"gamma"}  # of these keys no other optimizer has one; AdaBound has gamma
+_MARKS = _OURS - {"gamma"}  # any of these keys marks a group as ours; AdaBound's have gamma, too
 # how names of the group keys and state entries of wrappers begin
 OF_ACCUMULATE, OF_FILTERS = ("accumulated", "accumulation_cycle"), ("grokfast_",)
 _COUNTS = ("accumulated_grads", "grokfast_step", "grokfast_ring_count")  # how many gradients those are of
@@ -80,7 +80,7 @@ def to_grokadamw(state_dict: StateDict) -> StateDict:
         raise ValueError(f"state_dict is of another kind of optimizer: its groups have {_listed(groups[0])}. {_KINDS}")
     for key, state in _states(state_dict):
         missing = [name for name in _NEEDED if name not in state] if state else []
-        if missing and (of_adam or len(missing) < len(_NEEDED)):  # else it is somebody's own entry
+        if missing and (of_adam or len(missing) < len(_NEEDED)):  # a GrokAdamW's state may have others' entries alone
             raise ValueError(
                 f"state_dict is of another kind of optimizer: its state of parameter {key} has {_listed(state)}. "
                 + _KINDS
@@ -99,7 +99,9 @@ def with_whole_states(state_dict: StateDict) -> StateDict:
         if isinstance(key, str) and key not in known and key.isdecimal() and int(key) in known:
             strings.append(key)
     for key in strings:
-        state[int(key)] = {**(state.get(int(key)) or {}), **(state.pop(key) or {})}
+        own = state.pop(key)
+        check_form({**state_dict, "state": {int(key): own}})
+        state[int(key)] = {**(state.get(int(key)) or {}), **(own or {})}
     return {**state_dict, "state": state} if strings else state_dict
 
 

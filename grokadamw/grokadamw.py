@@ -137,7 +137,8 @@ class GrokAdamW(Base):
             and GradScaler leaves the loss scale to the optimizer.
         compat: ``"0.1.2"`` repeats runs of that release, to rounding: bias correction by β1 instead of β1_l, ε added
             before v's correction, clipping tensor by tensor, layers counted over the tensors that have a gradient,
-            signals evaluated for each group, no limit to α, state in the parameter's dtype, no rule for NaN.
+            signals evaluated for each group, no limit to α, state in the parameter's dtype, μ also while λ is 0, no
+            rule for NaN.
 
     Raises:
         TypeError, ValueError: an argument is not as described above. The message names it and its value.
@@ -324,7 +325,7 @@ class GrokAdamW(Base):
         stages.hear_signals(self._run, self.param_groups, self.defaults)
 
     def free_slow_gradient(self) -> None:
-        """Drop the slow gradients μ to free their memory. If λ is not 0, the next step starts them at 0.
+        """Drop the slow gradients μ to free their memory. If λ is not 0 (with compat: always), a step starts them at 0.
 
         With ``lamb`` set to 0 the filter is off, but μ is kept up to date so that the filter can be turned on again.
         """

@@ -79,7 +79,7 @@ class _Filter(Wrapper):
         if self._signals is None:
             return 1.0
         signal, elsewhere = mean_over_ranks(self._signals.evaluate(None, None), self.param_groups)
-        self._signals.warn_of_missing(None, None, True, True, elsewhere)
+        self._signals.warn_of_missing(None, None, is_asked_for=True, boosts=True, elsewhere=elsewhere)
         value = 0.0 if signal is None else as_float(signal)
         return 0.0 if math.isnan(value) else min(max(value, 0.0), 1.0)
 

@@ -169,6 +169,7 @@ class GrokAdamWCallback(TrainerCallback):
         self._logged_at = 0
         self._skipped, self._is_nan = 0.0, False  # steps skipped until the last log, and whether its loss is NaN
         self._logs_before = 0  # how many logs there were at the last evaluation that was recorded
+        self._without_loss = 0  # evaluations since then without a new training loss
         self._recorded: Any = None  # the training loss of that evaluation
         self._train_accuracy: float | None = None  # the last that was logged and is a number
         self._evaluated_at = -1  # the step of the last evaluation with an accuracy
@@ -294,24 +295,29 @@ class GrokAdamWCallback(TrainerCallback):
         logs, before = state.log_history, self._logs_before
         self._logs_before = len(logs)
         new: list[float] = [log["loss"] for log in logs[before:] if "loss" in log]
+        self._without_loss = 0 if new else self._without_loss + 1
         if new:
             return math.nan if self._is_nan else new[-1]
         last_step = logs[before - 1]["step"] if before else 0
         is_own = recorded(optimizer.param_groups, "train_loss") is not self._recorded
         goes_on = last_step < state.global_step < state.max_steps
         logging, evaluation = (IntervalStrategy(x).value for x in (args.logging_strategy, args.eval_strategy))
-        if logging == evaluation == "steps" and state.logging_steps <= state.eval_steps:
-            return None  # the evaluation is beside its schedule, which is right
+        # an evaluation that a callback asked for, beside a schedule that is right: one alone does no harm
+        is_extra = logging == evaluation == "steps" and state.logging_steps <= state.eval_steps
+        goes_on &= not is_extra or self._without_loss > 1
         if goes_on and not is_own and trainers.hears_losses(optimizer) and is_new("no new loss", self._said):
             optimizer._run.signals.silence_missing()
             rarely = f"logging_steps={args.logging_steps:g}" if logging == "steps" else f'logging_strategy="{logging}"'
             stale = "stay silent" if self._recorded is None else "compare its loss with an older one"
             steps = "" if logging == "steps" else 'logging_strategy="steps" and '
             ways_out = {"epoch": 'logging_strategy="epoch"', "steps": f"{steps}logging_steps={args.eval_steps} or less"}
+            way_out = f"give {ways_out.get(evaluation, 'smaller logging_steps')}"
+            if is_extra:
+                way_out = "set control.should_log where a callback sets control.should_evaluate"
             warn(
                 f"{rarely}: no training loss was logged between step {last_step} and the evaluation at step "
                 f"{state.global_step}, so signals that compare losses {stale}. Log at least as often as you evaluate: "
-                f"give {ways_out.get(evaluation, 'smaller logging_steps')}",
+                f"{way_out}",
                 UserWarning,
             )
         return None

@@ -259,6 +259,32 @@ def test_another_wrapper_drops_what_is_not_its_own(before: str, after: str, inne
     assert all(set(state) <= set(alone.state[param]) for param, state in loading.state.items())
 
 
+class Foreign(torch.optim.Optimizer):
+    """Another library's wrapper, which shares groups and state, as Accelerate's does."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+
+    def __getattribute__(self, name: str) -> Any:
+        return object.__getattribute__(self, name) if name in ("inner", "__class__") else getattr(self.inner, name)
+
+
+def test_another_librarys_wrapper_in_between_loses_nothing() -> None:
+    def made(model: nn.Module) -> Accumulate:
+        return Accumulate(Foreign(Grokfast(torch.optim.AdamW(model.parameters()))), 2)
+
+    model, other = network(), network()
+    optimizer, again = made(model), made(other)
+    train(model, range(5), lambda step, loss: optimizer.step())
+    other.load_state_dict(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its in ((model, optimizer), (other, again)):
+        train(each, range(5, 10), lambda step, loss, its=its: its.step())
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
 @pytest.mark.parametrize("wrap", [lambda inner: Accumulate(inner, 3), lambda inner: Grokfast(inner)])
 def test_what_a_wrapper_collected_is_dropped_with_a_warning(wrap: Callable[[Any], Any]) -> None:
     """Else a later wrapper would go on with gradients of long ago."""

@@ -749,16 +749,24 @@ def test_state_can_be_reset_as_torchs(wrap: Callable[[Any], Any]) -> None:
     assert not optimizer.state
     assert optimizer.state is optimizer.optimizer.state
     train(model, range(2), lambda step, loss: optimizer.step())
-    assert {state["step"].item() for state in optimizer.state.values()} <= {1.0, 2.0}
+    steps = 1 if isinstance(optimizer, Accumulate) else 2
+    assert {state["step"].item() for state in optimizer.state.values()} == {steps}
+    optimizer.__setstate__(optimizer.optimizer.__getstate__())
+    assert {state["step"].item() for state in optimizer.state.values()} == {steps}
 
 
 @pytest.mark.parametrize("wrap", [*KEEPING, lambda inner: Accumulate(inner, 2)])
 def test_memory_is_not_said_to_be_what_the_inner_optimizer_keeps(wrap: Callable[[Any], Any]) -> None:
     optimizer = wrap(GrokAdamW(network().named_parameters(), lamb=0.0))
     assert not hasattr(optimizer, "memory")
-    with pytest.raises(AttributeError, match=r"does not know what .* keeps: call optimizer.optimizer.memory\(\)"):
+    with pytest.raises(AttributeError, match=r"of GrokAdamW does not know .*: call optimizer.optimizer.memory\(\)"):
         optimizer.memory()
     assert optimizer.optimizer.memory()["total"] > 0
+    with pytest.raises(AttributeError, match="'SGD' object has no attribute 'memory'"):
+        wrap(SGD(network().parameters(), lr=0.1)).memory()
+    if not isinstance(optimizer, Accumulate):
+        with pytest.raises(AttributeError, match=r"call optimizer.optimizer.optimizer.memory\(\)"):
+            Accumulate(optimizer, 2).memory()
 
 
 @pytest.mark.parametrize("wrap", [*KEEPING, lambda inner: Accumulate(inner, 2)])

@@ -119,8 +119,12 @@ def test_a_model_is_not_its_parameters() -> None:
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
-        (model().parameters, TypeError, r"params is a method: call it: give a list .* or model.named_parameters\(\)"),
-        (None, TypeError, "params is a NoneType: give a list of parameters or groups"),
+        (
+            model().parameters,
+            TypeError,
+            r"params is a method, which must be called: give a list, or model.named_parameters\(\)",
+        ),
+        (None, TypeError, "params is a NoneType: give a list, or"),
         (dict(model().named_parameters()), TypeError, "params is a dict: give a list"),
         ([{"params": model()}], TypeError, "params is a Linear: give its parameters"),
         ([{"param": []}], ValueError, "a parameter group has 'param', but no 'params': give its parameters under that"),
@@ -131,6 +135,22 @@ def test_a_model_is_not_its_parameters() -> None:
 def test_what_has_no_parameters(params: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         GrokAdamW(params)
+    if isinstance(params, list):
+        optimizer = GrokAdamW(model().parameters())
+        with pytest.raises(error, match=message):
+            optimizer.add_param_group(*params)
+        assert len(optimizer.param_groups) == 1
+
+
+def test_whatever_can_be_iterated_over_has_parameters() -> None:
+    class Only:
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, i: int) -> nn.Parameter:
+            return [nn.Parameter(torch.ones(1))][i]
+
+    assert len(GrokAdamW(Only()).param_groups[0]["params"]) == 1  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("nothing", [[], (), used_up()], ids=["list", "tuple", "used up"])

@@ -298,19 +298,22 @@ def test_who_has_a_new_training_loss_or_needs_none_is_not_warned(
         assert grokadamw_of(it).param_groups[0]["train_loss"] == 3.0
 
 
-def test_an_evaluation_beside_the_schedule_is_not_warned_of(tmp_path: Path) -> None:
-    """Nothing was logged since the last one, and the user's logging_steps are right."""
+@pytest.mark.parametrize("extra", [[5], [5, 6, 7]])
+def test_evaluations_beside_the_schedule(extra: list[int], tmp_path: Path) -> None:
+    """Nothing was logged since the last one. One alone does no harm, and the user's logging_steps are right."""
     callback = transformers.TrainerCallback()
 
     def evaluate(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_evaluate |= state.global_step == 5
+        control.should_evaluate |= state.global_step in extra
 
     callback.on_step_end = evaluate  # type: ignore[method-assign]
     it = trainer(
         tmp_path, GrokAdamWCallback(), callback, max_steps=12, logging_steps=4, eval_steps=4, save_strategy="no"
     )
-    assert warnings_of_losses(it) == []
-    assert [log["step"] for log in it.state.log_history if "eval_loss" in log] == [4, 5, 8, 12]
+    said = warnings_of_losses(it)
+    assert len(said) == (len(extra) > 1)
+    assert all("set control.should_log where a callback sets control.should_evaluate" in sentence for sentence in said)
+    assert [log["step"] for log in it.state.log_history if "eval_loss" in log] == [4, *extra, 8, 12]
 
 
 @pytest.mark.parametrize(("bad", "is_nan"), [((5, 6), True), ((6,), False), ((), False)])

@@ -17,6 +17,7 @@ from grokadamw import backends as update
 from grokadamw.backends import native
 from grokadamw.options import STATES
 from grokadamw.signals import SlowGradient
+from grokadamw.state import window
 from grokadamw.state.formats import unpacked
 
 from .models import AS_ADAMW, parameters, set_gradients
@@ -346,6 +347,12 @@ def test_the_implementation_is_known_before_a_step_and_without_gradients(
     stepped = optimizer.implementation()
     optimizer.zero_grad()
     assert [before, optimizer.implementation()] == [stepped, stepped]
+
+
+def test_asking_for_the_implementation_makes_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window, "new", lambda *args: pytest.fail("it made a window"))
+    optimizer = GrokAdamW([nn.Parameter(torch.ones(64, 64))], window_size=100)
+    assert optimizer.implementation().startswith("cpu: ")
 
 
 @pytest.mark.usefixtures("nothing_is_free_to_read")

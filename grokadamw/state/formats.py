@@ -249,7 +249,7 @@ def misfits(state: Mapping[str, Any], param: Tensor, options: Mapping[str, Any],
         kept = part(state[name])
         lies_alike = kept.stride() == own.stride() or (kept.is_contiguous() and own.is_contiguous())
         fits = name == "param_low" or kept.dtype == _dtype_in(format_of(param, name, options), name, dtype)
-        if not fits or (has_no_gaps(own) and not lies_alike):
+        if not fits or (not lies_alike and has_no_gaps(own)):
             found.append(name)
     return found
 

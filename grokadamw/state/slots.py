@@ -75,8 +75,7 @@ def prepare(state: State, param: Tensor, options: dict[str, Any], lamb: Any, cou
 
     Low bits of a parameter that is no longer of 16 bits are dropped: its weights are what its own dtype holds.
     """
-    needs_mu = float(lamb) > 0 or not rules_of(options).mu_waits_for_lamb
-    names = ["exp_avg", "exp_avg_sq"] + ["grok_ema"] * needs_mu
+    names = ["exp_avg", "exp_avg_sq"] + ["grok_ema"] * needs_mu(options, lamb)
     new: State = {}
     for name in names:
         if name not in state:
@@ -88,7 +87,7 @@ def prepare(state: State, param: Tensor, options: dict[str, Any], lamb: Any, cou
         if count is None:
             count = torch.zeros((), dtype=torch.float32, device=step_device(param))
         new = {"step": count, **new}
-    has_mu = needs_mu or "grok_ema" in state
+    has_mu = needs_mu(options, lamb) or "grok_ema" in state
     if has_mu and options["window_size"] is not None and WINDOW[0] not in state:
         empty = window.new(param, options["window_size"], options["window_dtype"], step_device(param))
         new.update(window.named(empty, "grok_"))
@@ -98,6 +97,11 @@ def prepare(state: State, param: Tensor, options: dict[str, Any], lamb: Any, cou
     if low is None:
         state.pop("param_low", None)
     return list(new)
+
+
+def needs_mu(options: dict[str, Any], lamb: Any) -> bool:
+    """Return True if a step with this λ keeps μ, under the optimizer's options, also where there was none."""
+    return float(lamb) > 0 or not rules_of(options).mu_waits_for_lamb
 
 
 def lay_out(state: State, param: Tensor, options: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ def effects_of(signals: Sequence[Number | None], groups: Sequence[dict[str, Any]
     made: dict[Any, Effect] = {}
     effects = []
     for group, signal in zip(groups, signals, strict=True):
-        key = (*_HEARING(group), id(signal))
+        key = (*map(id, _HEARING(group)), id(signal))
         if key not in made:
             made[key] = effect_on(group, _alpha(group, signal, rules), signal)
         effects.append(made[key])
@@ -186,7 +186,7 @@ class Signals:
             by_callback = any(name.endswith("acc") for name in missing)
             or_name = ", give a trainer's callback their names as train_acc= and eval_acc=" if by_callback else ""
             way_out = f"call optimizer.record({names}){or_name}, or pass grokking_signal_fns=[] to do without"
-            if not self.counted:  # a filter, around an optimizer without record
+            if not self.counted:  # as amplify_when
                 way_out = "call AccuracyGap's own record(train=…, eval=…); until then λ is 0"
             warn(f"the grokking signals wait for {' and '.join(missing)}: {way_out}", UserWarning)
 

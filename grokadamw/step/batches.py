@@ -17,7 +17,7 @@ from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges
 from ..backends.types import Coded, written
 from ..options import STATES, may_be_coded, rules_of
-from ..shards import Shards, blocks_before, divisions, local, part, placed, shards_of
+from ..shards import Shards, blocks_before, divisions, local, part, shards_of
 from ..state import window
 from ..state.formats import BLOCK, EXTRAS, is_coded
 from ..state.slots import State, check, lay_out, new_counts, prepare
@@ -253,7 +253,6 @@ def found_anew(entries: Sequence[Entry], given: Given) -> Batches:
         s, shards = state[entry.param], shards_of(entry.param)
         if shards is not None:
             kept = [name for name in (*STATES, *EXTRAS) if name in s]
-            s.update({name: placed(s[name], shards) for name in kept})
             dtensors += [entry.param, *map(s.__getitem__, kept)]
         tensors = (entry.param, entry.grad, s["exp_avg"], s["exp_avg_sq"], s.get("grok_ema"))
         row = [None if x is None else as_real(local(x, shards)) for x in tensors]

@@ -24,7 +24,7 @@ from ..backends.memory import Ranges, TensorSignature
 from ..options import GROUP_OPTIONS, STATES, may_be_coded, rules_of
 from ..shards import Shards, alike, blocks_before, divisions, local, parts, shards_of
 from ..state.formats import BLOCK, EXTRAS
-from ..state.slots import WINDOW, State, prepare
+from ..state.slots import WINDOW, State, lay_out, needs_mu, prepare
 from . import batches
 from .batches import Batches, Columns, Given, Kind, Member
 
@@ -130,7 +130,8 @@ class Cache:
         ]
         about = zip(compress(places, seen.present), seen.params, facts.begun or repeat(False), before, strict=False)
         members = [Member(*place, param.dim() > 1, begun, blocks) for place, param, begun, blocks in about]
-        if any(mu is None and groups[m.group]["lamb"] > 0 for m, mu in zip(members, columns.grok_emas, strict=True)):
+        needing = [needs_mu(options, group["lamb"]) for group in groups]
+        if any(mu is None and needing[m.group] for m, mu in zip(members, columns.grok_emas, strict=True)):
             return None
         watched = [*seen.written, *columns.grads]
         signature = TensorSignature(watched, len(seen.written))
@@ -157,9 +158,13 @@ class Cache:
 
 
 def _likely_choice(param: Tensor, state: State, group: dict[str, Any], options: dict[str, Any]) -> Choice:
-    """Return the backend for a parameter; a gradient that it lacks is taken to be like it, and state as it would be."""
-    shards, whole = shards_of(param), dict(state)
+    """Return the backend for a parameter. A missing gradient is taken to be like it; missing state is made.
+
+    A window, which may be large, is not: it decides nothing.
+    """
+    shards, whole, options = shards_of(param), dict(state), {**options, "window_size": None}
     prepare(whole, param, options, group["lamb"])
+    lay_out(whole, param, options)
     grad = param if param.grad is None else resolved(param.grad)
     columns = (param, grad, *map(whole.get, STATES)), map(whole.get, EXTRAS)
     row, extras = ([None if x is None else as_real(local(x, shards)) for x in column] for column in columns)

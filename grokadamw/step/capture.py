@@ -15,7 +15,7 @@ from torch.optim.optimizer import _get_capturable_supported_devices
 
 from .._numbers import Number, accumulator
 from ..backends.types import Batch, Scalars
-from ..state.slots import misfits
+from ..state.slots import misfits, needs_mu
 
 if TYPE_CHECKING:
     from .batches import Entry, Given
@@ -52,14 +52,14 @@ def check_state(entries: Iterable[Entry], given: Given, has_heard: bool) -> None
         )
     for entry in entries:
         group, needed = given.groups[entry.member.group], {"step"}
-        if group["lamb"] > 0:
+        if needs_mu(given.options, group["lamb"]):
             needed |= {"grok_ema"} if group["window_size"] is None else {"grok_ema", "grok_ring"}
         state = given.state.get(entry.param, {})
         if not has_heard or needed - state.keys() or misfits(state, entry.param, given.options):
             raise RuntimeError(
                 "a CUDA graph of step() needs its state to be there: before capturing, take a few steps on a side "
                 "stream, as torch.cuda.graph requires anyway; also after loading a checkpoint, free_slow_gradient(), "
-                "switching lamb on, and changing parameters' memory format or dtype"
+                "switching lamb on, changing parameters' memory format or dtype, and setting state by hand"
             )
 
 

@@ -289,7 +289,7 @@ def write(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None) -> None
     A GPU's batches go together, as they share launches. This is all of a step that torch.compile sees.
     """
     if not calls and torch.compiler.is_compiling():
-        torch.zeros(())  # an operation: where dynamo finds none, it never compiles this code again
+        torch.zeros(())  # any operation: dynamo skips code without one for good, and compiles later steps in pieces
     before = [rows.before(batch, scalars) if batch.unlimited else [] for batch, scalars in calls]
     on_gpu = []
     for batch, scalars in calls:
