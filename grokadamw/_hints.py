@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, ParamSpec, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -99,6 +99,8 @@ def check_iterable(params: Any) -> None:
     """Raise TypeError if the parameters of an optimizer or group are a model, a dict, or nothing to iterate over."""
     if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
         raise TypeError(f"params is a {type(params).__name__}: give its parameters, model.named_parameters()")
+    if isinstance(params, Tensor):  # torch's affair: a group may have one
+        return
     try:
         iter(params)
     except TypeError:

@@ -106,7 +106,7 @@ def with_whole_states(state_dict: StateDict) -> StateDict:
 
 
 def without_wrappers(state_dict: StateDict, but: tuple[str, ...] = ()) -> StateDict:
-    """Leave out what wrappers keep, with a warning, but for names that begin so.
+    """Leave out what wrappers keep, with a warning. Names that begin with one of `but` stay.
 
     If a wrapper has already taken its state, it needs its keys, too: they stay.
     """

@@ -151,6 +151,8 @@ def test_whatever_can_be_iterated_over_has_parameters() -> None:
             return [nn.Parameter(torch.ones(1))][i]
 
     assert len(GrokAdamW(Only()).param_groups[0]["params"]) == 1  # type: ignore[arg-type]
+    for alone in (torch.ones(2), torch.ones(())):
+        assert len(GrokAdamW([{"params": nn.Parameter(alone)}]).param_groups[0]["params"]) == 1
 
 
 @pytest.mark.parametrize("nothing", [[], (), used_up()], ids=["list", "tuple", "used up"])
