@@ -16,7 +16,7 @@ from .accumulation import Accumulate
 from .grokadamw import GrokAdamW
 from .step.effects import are_boosted
 
-_LOGGED = ("alpha", "boost", "signal", "grad_norm", "clip_coefficient", "skipped_steps")
+_LOGGED = ("alpha", "boost", "decay_boost", "signal", "grad_norm", "clip_coefficient", "skipped_steps")
 
 
 def _unwrapped(optimizer: Any) -> Iterator[Any]:

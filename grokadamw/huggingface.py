@@ -92,9 +92,9 @@ class GrokAdamWCallback(TrainerCallback):
     - The loss of every evaluation during training, and the last training loss logged before it, go to the signals. They
       adapt α and, with the preset, the size of updates and weight decay.
     - Accuracies go to the signals, too, if you give their keys: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
-    - Every log of the training loss also has ``grok_alpha``, ``grok_boost``, ``grok_signal``, ``grok_grad_norm``,
-      ``grok_clip_coefficient`` and ``grok_skipped_steps``, as far as they are known: on the console, in the history and
-      wherever the Trainer reports to.
+    - Every log of the training loss also has ``grok_alpha``, ``grok_boost``, ``grok_decay_boost``, ``grok_signal``,
+      ``grok_grad_norm``, ``grok_clip_coefficient`` and ``grok_skipped_steps``, as far as they are known: on the
+      console, in the history and wherever the Trainer reports to.
 
     It warns once if the Trainer clips gradients to another norm, to no effect, or each micro-batch alone; if the
     arguments hold something that the optimizer did not get, such as unknown names in ``optim_args``, or ``adam_beta1``;

@@ -39,9 +39,9 @@ class GrokAdamWCallback(Callback):
     - The loss of every validation, and of the training batch before it, go to the signals. They adapt α and, with the
       preset, the size of updates and weight decay.
     - Accuracies go to the signals, too, if you give their names: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
-    - ``grok_alpha``, ``grok_boost``, ``grok_signal``, ``grok_grad_norm``, ``grok_clip_coefficient`` and
-      ``grok_skipped_steps`` are logged every ``log_every_n_steps``, as far as they are known; those of a second
-      optimizer as ``grok_alpha_1``, ….
+    - ``grok_alpha``, ``grok_boost``, ``grok_decay_boost``, ``grok_signal``, ``grok_grad_norm``,
+      ``grok_clip_coefficient`` and ``grok_skipped_steps`` are logged every ``log_every_n_steps``, as far as they are
+      known; those of a second optimizer as ``grok_alpha_1``, ….
 
     It warns once if Lightning clips gradients to another norm, to no effect, or each micro-batch alone; if no
     validation is planned, or averaged weights are validated with a boost; and if a value that it waits for is not

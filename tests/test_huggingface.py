@@ -143,6 +143,7 @@ def test_evaluation_reaches_alpha(tmp_path: Path) -> None:
     assert logs["grok_grad_norm"] > 0
     assert 0 < logs["grok_clip_coefficient"] <= 1
     assert logs["grok_skipped_steps"] == 0
+    assert logs["grok_decay_boost"] == 1
     json.dumps(it.state.log_history, allow_nan=False)
 
 

@@ -228,7 +228,9 @@ def test_evaluation_reaches_alpha(accumulated: int, tmp_path: Path) -> None:
     assert list(alphas) == list(range(1, 2 * -(-BATCHES // accumulated), 2))  # Lightning counts from 0
     assert alphas[1] == alphas[3] == pytest.approx(0.98)  # nothing was evaluated before these steps
     assert all(alpha < 0.98 - 1e-4 for step, alpha in alphas.items() if step > 3)
-    assert {"grok_signal", "grok_grad_norm", "grok_clip_coefficient", "grok_skipped_steps"} < set(found)
+    assert {"grok_decay_boost", "grok_signal", "grok_grad_norm", "grok_clip_coefficient", "grok_skipped_steps"} < set(
+        found
+    )
 
 
 class Told(Measured):
