@@ -162,6 +162,7 @@ class Monitor:
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw losses, signal and α, gradient norm and clip coefficient over the steps, and β1 of each layer.
 
+        If the signal has raised lr or weight decay, the factors (that of decay is dashed) take the place of α.
         Accuracies, if recorded, are dashed, on an axis of their own beside the losses.
 
         Args:
@@ -176,11 +177,13 @@ class Monitor:
             raise ImportError("Monitor.plot needs matplotlib: pip install 'grokadamw[monitor]'") from error
         figure = Figure(figsize=(8, 9), layout="constrained")
         losses, memory, norms, layers = figure.subplots(4, 1)
+        boosted = any(row["boost"] > 1 or row["decay_boost"] > 1 for row in self._rows)
+        effect, of_effect = memory.twinx(), ("boost", "factor of lr") if boosted else ("alpha", "filter memory α")
         curves = [
             (losses, "C0", "train_loss", "training loss"),
             (losses, "C1", "eval_loss", "evaluation loss"),
             (memory, "C0", "signal", "signal s"),
-            (memory.twinx(), "C1", "alpha", "filter memory α"),
+            (effect, "C1", *of_effect),
             (norms, "C0", "grad_norm", "gradient norm N"),
             (norms.twinx(), "C1", "clip_coefficient", "clip coefficient c"),
         ]
@@ -195,6 +198,9 @@ class Monitor:
             if axes in (memory, norms):
                 axes.sharex(losses)
                 axes.set_xlabel("step")
+        if boosted:
+            effect.plot(steps, [row["decay_boost"] for row in self._rows], color="C1", linewidth=1, linestyle="--")
+            effect.set_ylabel("factors of lr and decay (dashed)", color="C1")
         losses.set_ylabel("loss")
         handles = list(losses.lines)
         if any(not math.isnan(row[name]) for row in self._rows for name in ("train_acc", "eval_acc")):

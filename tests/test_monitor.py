@@ -427,6 +427,17 @@ def test_a_picture(tmp_path: Path) -> None:
     assert [text.get_text() for text in losses.get_legend().get_texts()] == ["training loss", "evaluation loss"]
 
 
+def test_a_picture_of_what_the_preset_does() -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = GrokAdamW([param], signal_boost=4.0, decay_boost=3.0, grokking_signal_fns=lambda: 0.5)
+    monitor = Monitor(optimizer, every=1)
+    for _ in range(2):
+        take_step(optimizer)
+    effect = monitor.plot().axes[4]
+    assert [list(line.get_ydata()) for line in effect.lines] == [[3.0, 3.0], [2.5, 2.5]]
+    assert effect.get_ylabel() == "factors of lr and decay (dashed)"
+
+
 def test_a_picture_of_accuracies() -> None:
     optimizer, monitor = evaluated([0.25] + [1.0] * 6)
     take_step(optimizer)
