@@ -71,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         count = convert_file(parsed.source, parsed.target, {"grokadamw": to_grokadamw, "adamw": to_adamw}[parsed.to])
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        print(f"{parser.prog}: {parsed.source}: {reason or error}", file=sys.stderr)
+        reason, path = (error.strerror, error.filename) if isinstance(error, OSError) else (error, None)
+        print(f"{parser.prog}: {path or parsed.source}: {reason or error}", file=sys.stderr)
         return 1
     print(f"{parsed.target}: {count} optimizer state dict{'s' * (count > 1)} for {parsed.to}")
     return 0
@@ -132,9 +132,9 @@ def convert_file(source: Path, target: Path, conversion: Callable[[StateDict], S
     """Apply a conversion to every optimizer state dict in a file, and return how many there were.
 
     Raises:
-        OSError: the source cannot be read.
+        OSError: the source cannot be read, or the target cannot be written. It is then left as it was.
         ValueError: the source was not written by torch.save, holds more than tensors and plain data, or holds no state
-            dict that can be converted; or the target cannot be written. The target is then left as it was.
+            dict that can be converted.
     """
     content = _read(source)
     converted, count = _converted(content, conversion)
@@ -149,7 +149,7 @@ def convert_file(source: Path, target: Path, conversion: Callable[[StateDict], S
         os.replace(beside, target)
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise ValueError(f"{target} cannot be written: {reason}") from None
+        raise OSError(getattr(error, "errno", None), f"cannot be written: {reason}", str(target)) from None
     finally:
         beside.unlink(missing_ok=True)
     return count

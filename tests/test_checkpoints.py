@@ -638,7 +638,7 @@ def test_what_cannot_be_written_leaves_the_old_file(
 
     monkeypatch.setattr("os.fsync", fail)
     assert main(["convert", str(HERE / "torch-2.13-adamw.pt"), str(target)]) == 1
-    reason = capsys.readouterr().err.partition(f"{target} cannot be written: ")[2]
+    reason = capsys.readouterr().err.partition(f"grokadamw: {target}: cannot be written: ")[2]
     assert reason in ("No space left on device\n", "unexpected pos 1920 vs 1812\n")
     assert target.read_text() == "precious"
     assert list(tmp_path.iterdir()) == [target]

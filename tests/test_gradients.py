@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -81,6 +82,26 @@ def test_skipped_steps_on_a_device_are_counted_when_they_are_read() -> None:
     assert saved["param_groups"][0]["skipped_steps"] == 2
     assert optimizer.metrics()["skipped_steps"] == 2
     assert optimizer.metrics()["step"] == 1
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_skipped_step_whose_warning_is_an_error_leaves_nothing(steps: int) -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = GrokAdamW([p])
+    for _ in range(steps - 1):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    weights, state = p.detach().clone(), {name: x.clone() for name, x in optimizer.state.get(p, {}).items()}
+    p.grad = torch.full_like(p, math.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="a step was skipped"):
+            optimizer.step()
+    assert torch.equal(p, weights)
+    left = optimizer.state.get(p, {})
+    assert left.keys() == state.keys()
+    assert all(torch.equal(left[name], x) for name, x in state.items())
+    assert optimizer.metrics()["skipped_steps"] == 1
 
 
 @pytest.mark.usefixtures("nothing_is_free_to_read")

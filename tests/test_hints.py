@@ -195,6 +195,7 @@ def test_signals_that_hear_nothing_are_warned_of_once(options: dict[str, Any]) -
     assert steps(optimizer, 99) == []
     (said,) = steps(optimizer, 1)
     assert "wait for train_loss and eval_loss: call optimizer.record(train_loss=…, eval_loss=…)" in said
+    assert "for accuracies instead give grokking_signal_fns=AccuracyGap(), from grokadamw.signals" in said
     assert steps(optimizer, 1000) == []
 
 

@@ -183,9 +183,11 @@ class Signals:
             return
         if as_float(elsewhere) == 0:
             names = ", ".join(f"{name}=…" for name in missing)
-            by_callback = any(name.endswith("acc") for name in missing)
-            or_name = ", give a trainer's callback their names as train_acc= and eval_acc=" if by_callback else ""
-            way_out = f"call optimizer.record({names}){or_name}, or pass grokking_signal_fns=[] to do without"
+            if any(name.endswith("acc") for name in missing):
+                instead = "give a trainer's callback their names as train_acc= and eval_acc="
+            else:
+                instead = "for accuracies instead give grokking_signal_fns=AccuracyGap(), from grokadamw.signals"
+            way_out = f"call optimizer.record({names}), {instead}, or pass grokking_signal_fns=[] to do without"
             if not self.counted:  # as amplify_when
                 way_out = "call AccuracyGap's own record(train=…, eval=…); until then λ is 0"
             warn(f"the grokking signals wait for {' and '.join(missing)}: {way_out}", UserWarning)

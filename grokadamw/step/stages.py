@@ -213,9 +213,10 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
         norms, clips = detached(norms), detached(clips)
     run.last = metrics.LastStep(run.last.signal, effects, norms, clips)
     if stats.finite is False:
-        count_skipped(groups, 1)
         if cycle is None:
             forget_state(found.made, state)
+        count_skipped(groups, 1)  # last, as its warning may be an error
+        if cycle is None:
             return [], None
 
     calls: list[tuple[Batch, Scalars]] = []
