@@ -62,7 +62,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 
 class BuildKernel(build_ext):
-    """One object for each instruction set, in one library that needs no Python: cpu.py loads it with ctypes."""
+    """One object for each instruction set, in one library that needs no Python: native.py loads it with ctypes."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"

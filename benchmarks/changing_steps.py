@@ -25,9 +25,9 @@ from torch import nn
 
 from grokadamw import GrokAdamW
 
+from . import RESULTS
 from .step_time import machine
 
-RESULTS = Path(__file__).parent / "results"
 WARMUP = 8  # steps
 Has = Callable[[int, int], bool]  # (step, index of a tensor) → whether the tensor has a gradient
 ARMS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

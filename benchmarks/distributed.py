@@ -30,7 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from grokadamw import GrokAdamW
 
-RESULTS = Path(__file__).parent / "results"
+from . import RESULTS
+
 FORMATS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"state_dtype": "bfloat16"},

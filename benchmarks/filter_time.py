@@ -14,7 +14,6 @@ import datetime
 import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from grokadamw import GrokAdamW
 from grokadamw.grokfast import Grokfast, GrokfastMA, gradfilter_ema, gradfilter_ma
 
 from .grokking.tasks import Split, load
-from .peers import PEERS, version
+from .peers import imported, version
 from .step_time import processor
 
 PEER = "pytorch-optimizer"
@@ -61,10 +60,7 @@ def filtering(function: Callable[..., Any], **options: Any) -> Callable[[nn.Modu
 
 
 def peers_filter(model: nn.Module) -> Callable[[], Any]:
-    if str(PEERS / PEER) not in sys.path:
-        sys.path.append(str(PEERS / PEER))
-    from pytorch_optimizer.optimizer.grokfast import gradfilter_ma as published
-
+    published = imported(PEER, "pytorch_optimizer.optimizer.grokfast").gradfilter_ma
     return filtering(published, window_size=100)(model)
 
 

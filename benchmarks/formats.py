@@ -32,10 +32,10 @@ from torch import Tensor
 from grokadamw import GrokAdamW
 from grokadamw.state.formats import BLOCK, decode, dither, encode
 
+from . import RESULTS
 from .grokking import tasks
 from .step_time import machine
 
-RESULTS = Path(__file__).parent / "results"
 SAMPLE = 64 * 256  # elements of a model that are replayed, in pieces of 256
 SMALLEST = 4096  # elements of the smallest tensor that is worth a format
 LAMB = 2.0
@@ -110,11 +110,11 @@ class Candidate(NamedTuple):
     rounding: str  # "nearest", "random", or "dither": the package's
 
 
-def floats(name: str, block: int = BLOCK, rounding: str = "dither") -> Candidate:
-    """`"e3m4, √e2m6"` keeps m and μ in e3m4, and √v in e2m6."""
+def floats(name: str) -> Candidate:
+    """Return a pair of floating-point formats: `"e3m4, √e2m6"` keeps m and μ in e3m4, and √v in e2m6."""
     signed, square = name.split(", ")
     v = e(square.lstrip("√e"))
-    return Candidate(name, e(signed[1:]), root(v) if "√" in square else v, block, rounding)
+    return Candidate(name, e(signed[1:]), root(v) if "√" in square else v, BLOCK, "dither")
 
 
 def linears(block: int) -> Candidate:
@@ -286,13 +286,13 @@ def show(rows: Sequence[dict[str, Any]], losses: Sequence[dict[str, Any]]) -> No
     streams = list(dict.fromkeys((row["stream"], row["beta2"]) for row in rows))
     table = Table("error (99.9% of step sizes)", *(f"{stream} β2={beta2}" for stream, beta2 in streams), box=None)
     for key in dict.fromkeys((row["format"], row["block"], row["rounding"]) for row in rows):
-        mine = [row for row in rows if (row["format"], row["block"], row["rounding"]) == key]
-        table.add_row(" ".join(map(str, key)), *(f"{row['error']:.3f} ({row['step_99.9%']:.2f})" for row in mine))
+        found = [row for row in rows if (row["format"], row["block"], row["rounding"]) == key]
+        table.add_row(" ".join(map(str, key)), *(f"{row['error']:.3f} ({row['step_99.9%']:.2f})" for row in found))
     Console(width=160).print(table)
     table = Table("trained on hamlet", "mean loss", "loss of each seed", box=None)
     for key in dict.fromkeys((run["format"], run["rounding"]) for run in losses):
-        mine = [run["loss"] for run in losses if (run["format"], run["rounding"]) == key]
-        table.add_row(" ".join(key), f"{statistics.mean(mine):.4f}", " ".join(f"{loss:.4f}" for loss in mine))
+        found = [run["loss"] for run in losses if (run["format"], run["rounding"]) == key]
+        table.add_row(" ".join(key), f"{statistics.mean(found):.4f}", " ".join(f"{loss:.4f}" for loss in found))
     Console(width=160).print(table)
 
 

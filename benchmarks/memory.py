@@ -27,7 +27,7 @@ from torch.optim import AdamW, Optimizer
 
 from grokadamw import GrokAdamW
 
-from .peers import PEERS, Shapes, gpt2
+from .peers import Shapes, gpt2, imported
 from .step_time import MIB, ROOT, Runner, machine, quartiles, reason, release, resident, take_turns, timed
 
 MODELS: dict[str, Callable[[], Shapes]] = {"GPT-2, 124 M": gpt2, "1 × 100 M": lambda: [(100_000_000,)]}
@@ -48,13 +48,7 @@ def ours(**options: Any) -> Callable[[list[nn.Parameter]], Optimizer]:
 
 
 def peer(package: str, module: str, name: str) -> Callable[[list[nn.Parameter]], Optimizer]:
-    def make(params: list[nn.Parameter]) -> Optimizer:
-        if (folder := str(PEERS / package)) not in sys.path:
-            sys.path.append(folder)
-        optimizer: Optimizer = getattr(__import__(module, fromlist=[name]), name)(params, lr=1e-3)
-        return optimizer
-
-    return make
+    return lambda params: getattr(imported(package, module), name)(params, lr=1e-3)
 
 
 FUSED = Case("AdamW", partial(AdamW, fused=True))

@@ -119,16 +119,17 @@ def filtered(params: list[nn.Parameter]) -> Step:
     return step
 
 
+def imported(package: str, module: str) -> Any:
+    """Import a module of a peer, from a folder of its own, which is searched after all installed packages."""
+    folder = str(PEERS / package)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(module)
+
+
 def peer(package: str, module: str, name: str, **options: Any) -> Make:
-    """An optimizer from a package in a folder of its own, which is searched after all installed packages."""
-
-    def make(params: list[nn.Parameter]) -> Step:
-        folder = str(PEERS / package)
-        if folder not in sys.path:
-            sys.path.append(folder)
-        return getattr(importlib.import_module(module), name)(params, lr=1e-3, weight_decay=0.01, **options).step
-
-    return make
+    """Return a maker of an optimizer from a peer's package."""
+    return lambda params: getattr(imported(package, module), name)(params, lr=1e-3, weight_decay=0.01, **options).step
 
 
 def published(params: list[nn.Parameter]) -> Step:

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import fully_shard
 
 from grokadamw import GrokAdamW
 
-RESULTS = Path(__file__).parent / "results"
+from . import RESULTS
 
 # a name, the dtype of weights and gradients, and the optimizer's options
 FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from grokadamw import GrokAdamW, step_in_backward
 
-from .step_time import machine
+from . import RESULTS
+from .step_time import MIB, machine
 
-RESULTS = Path(__file__).parent / "results"
 WARMUP, SMALL = 2, 300  # passes; tensors of 16 × 16 that are updated one by one
 ARMS = {"step()": False, "step_in_backward": True}
-MIB = 1 << 20
 
 
 class Model(nn.Module):

@@ -9,6 +9,7 @@ file calls another. --list also prints each call within the package.
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> None:
         calls = calls_of(make(params), params)
         ours = [(Path(file).relative_to(PACKAGE).as_posix(), call) for file, call in calls if file.startswith(PACKAGE)]
         files = [file for file, _ in ours]
-        changes = sum(a != b for a, b in zip(files, files[1:], strict=False))
+        changes = sum(a != b for a, b in pairwise(files))
         print(f"{name:22}{len(calls):8}{len(ours):8}{len(set(files)):8}{changes:9}")
         listed += ours
     if "--list" in arguments:

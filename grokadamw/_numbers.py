@@ -64,14 +64,14 @@ def as_number(value: Any, name: str = "the value") -> Number:
         return float(value) if reads_are_free(value.device) else value.to(accumulator(value.device), copy=True)
     if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # a NumPy array
         value = value.item()
-    if not hasattr(value, "__float__"):
-        raise TypeError(f"{name}={value!r} is not one number: give a number, or a tensor of one element")
     try:
-        return float(value)
-    except TypeError:
-        raise TypeError(f"{name}={value!r} is not one number: give a number, or a tensor of one element") from None
+        if hasattr(value, "__float__"):  # a string has none
+            return float(value)
     except OverflowError:  # the integer may have too many digits to be shown
         raise ValueError(f"{name} is an integer beyond the range of floats, which ends at 1.8e308") from None
+    except TypeError:
+        pass
+    raise TypeError(f"{name}={value!r} is not one number: give a number, or a tensor of one element")
 
 
 def plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Shared by the callbacks for training frameworks: finding the optimizer, and reading its metrics."""
+"""Shared by the callbacks, Monitor and precision: GrokAdamW inside wrappers, its metrics and layers, and warnings."""
 
 from __future__ import annotations
 
@@ -63,11 +63,10 @@ def group_sizes(optimizer: GrokAdamW) -> list[int]:
     return [len(group["params"]) for group in zero.groups_of_all_ranks(optimizer)]
 
 
-def check_theirs(options: Mapping[str, Any]) -> None:
+def check_not_the_trainers(options: Mapping[str, Any]) -> None:
     """Raise ValueError for options that the Trainer's own arguments set."""
-    theirs = ("lr", "weight_decay")
     for name, value in options.items():
-        if meant(name, theirs):
+        if meant(name, ("lr", "weight_decay")):
             raise ValueError(f"{name}={shown(value)} is the Trainer's: give it in TrainingArguments")
 
 

@@ -250,10 +250,9 @@ def _replaced(parts: Sequence[Part], grads: Sequence[Tensor], params: Iterator[T
     kept = {param: param.grad for param in params}
     new = {part.param: grad for part, grad in zip(parts, grads, strict=True)}
     try:
-        for param in kept:
+        for param, old in kept.items():
             grad = new.get(param)
             if grad is not None:
-                old = kept[param]
                 grad = torch.view_as_complex(grad) if param.is_complex() else grad
                 # a parameter may ask for gradients of another dtype than its own (from torch 2.10 on)
                 expected = getattr(param, "grad_dtype", None) or param.dtype

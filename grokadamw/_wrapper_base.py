@@ -240,11 +240,10 @@ class WrapperBase(Optimizer):
 
     def _described(self) -> str:
         """Describe the settings that are not in the groups."""
-        return ""
+        raise NotImplementedError
 
     def __repr__(self) -> str:
-        described = f"{self._described()}, " if self._described() else ""
-        return f"{type(self).__name__}({described}{self._inner!r})"
+        return f"{type(self).__name__}({self._described()}, {self._inner!r})"
 
     def _own(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("_inner", "_group_defaults", *self._settings)}

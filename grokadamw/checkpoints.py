@@ -110,11 +110,11 @@ def without_wrappers(state_dict: StateDict, but: tuple[str, ...] = ()) -> StateD
 
     If a wrapper has already taken its state, it needs its keys, too: they stay.
     """
-    theirs = tuple(prefix for prefix in (*OF_ACCUMULATE, *OF_FILTERS) if prefix not in but)
+    prefixes = tuple(prefix for prefix in (*OF_ACCUMULATE, *OF_FILTERS) if prefix not in but)
     states = {key: state for key, state in _states(state_dict) if isinstance(state, dict)}
-    if not any(name.startswith(theirs) for state in states.values() for name in state):
+    if not any(name.startswith(prefixes) for state in states.values() for name in state):
         return state_dict
-    counts = [name for name in _COUNTS if name.startswith(theirs)]
+    counts = [name for name in _COUNTS if name.startswith(prefixes)]
     if any(int(state.get(name, 0)) > 0 for state in states.values() for name in counts):
         warn(
             "state_dict holds what Accumulate or Grokfast around the optimizer collected, which is dropped: to "
@@ -123,7 +123,7 @@ def without_wrappers(state_dict: StateDict, but: tuple[str, ...] = ()) -> StateD
         )
 
     def rest(values: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if not name.startswith(theirs)}
+        return {name: value for name, value in values.items() if not name.startswith(prefixes)}
 
     kept = {key: rest(state) if key in states else state for key, state in state_dict["state"].items()}
     # before its first step the optimizer has no state of its own

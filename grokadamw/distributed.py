@@ -56,9 +56,8 @@ def mean_over_ranks(
     if ranks() == 1:
         return signal, 0
     device = _meeting_place(groups)
-    sums = torch.zeros(
-        3, 2, dtype=torch.float64, device=device
-    )  # (own, loaded) × (sum, count), and the groups' numbers
+    # (own, loaded) × (sum, count), and the groups' numbers
+    sums = torch.zeros(3, 2, dtype=torch.float64, device=device)
     sums[int(is_loaded), 0] += 0.0 if signal is None else signal
     sums[int(is_loaded), 1] += signal is not None
     numbers = [group.get(name) for group in groups for name in ("initial_lr", "lr", "weight_decay")]

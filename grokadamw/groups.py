@@ -184,6 +184,7 @@ def _check_frozen(model: nn.Module) -> None:
 
 
 def check_model(model: Any) -> None:
+    """Raise TypeError if this is not a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, and not a torch.nn.Module: give the model itself")
 

@@ -64,7 +64,7 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
     if not isinstance(arguments, TrainingArguments):
         what = f"the class {arguments.__name__}" if isinstance(arguments, type) else f"a {type(arguments).__name__}"
         raise TypeError(f"arguments is {what}: give for_grokking the TrainingArguments that the Trainer gets")
-    trainers.check_theirs(options)
+    trainers.check_not_the_trainers(options)
     for name in ("learning_rate", "weight_decay"):
         if not is_given(arguments, name):
             raise ValueError(
@@ -135,7 +135,7 @@ class GrokAdamWCallback(TrainerCallback):
             if not isinstance(value, str | None):
                 what = f"{name}={trainers.shown(value)}"
                 raise TypeError(f"{what} is not the name of a metric: give one, as 'eval_accuracy', or leave it out")
-        trainers.check_theirs(options)
+        trainers.check_not_the_trainers(options)
         for name, value in options.items():
             if name not in OPTIONS or name == "layer":  # layer is for one group of several
                 instead = meant(name, OPTIONS.keys() - {"layer"})
@@ -346,13 +346,15 @@ class GrokAdamWCallback(TrainerCallback):
         metrics = sorted(self._metrics - {"epoch"})
         if name == "eval_loss":
             metrics = [metric for metric in metrics if metric.endswith("loss")]
-        meant = f"'eval_{key}'" if f"eval_{key}" in metrics else "the name of one"
-        self._warn(name, key, f"and the evaluation has {', '.join(metrics) or 'no loss'}", meant)
+        instead = f"'eval_{key}'" if f"eval_{key}" in metrics else "the name of one"
+        self._warn(name, key, f"and the evaluation has {', '.join(metrics) or 'no loss'}", instead)
 
-    def _warn(self, name: str, key: str, what: str, meant: str = "the name of one") -> None:
+    def _warn(self, name: str, key: str, what: str, instead: str = "the name of one") -> None:
         self._said.add(name)
         silent = "signals of losses" if name == "eval_loss" else "AccuracyGap and Monitor.grokked_at"
-        warn(f"GrokAdamWCallback waits for {key!r}, {what}: {silent} stay silent; give {meant} as {name}=", UserWarning)
+        warn(
+            f"GrokAdamWCallback waits for {key!r}, {what}: {silent} stay silent; give {instead} as {name}=", UserWarning
+        )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         is_last = state.global_step >= state.max_steps

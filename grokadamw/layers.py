@@ -80,7 +80,7 @@ def unwrapped_in(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return the `unwrapped` names of each group's parameters; an empty list for a group without names."""
     own = [group.get("param_names", ()) for group in groups]
     names = iter(unwrapped(chain.from_iterable(own)))
-    return [list(islice(names, len(each))) for each in own]
+    return [list(islice(names, len(of_group))) for of_group in own]
 
 
 def _numbered(names: Iterable[str], known: Mapping[str, int]) -> list[int]:

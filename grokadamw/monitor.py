@@ -17,7 +17,7 @@ from .grokadamw import GrokAdamW
 from .param_groups import RECORDED, recorded
 from .state.slots import states_of
 from .step.capture import is_capturing
-from .step.metrics import most
+from .step.metrics import steps_taken
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,7 +117,7 @@ class Monitor:
 
     def _steps_taken(self) -> int:
         states = states_of(self._optimizer.param_groups, self._optimizer.state)
-        return int(most(state["step"] for state in states if "step" in state))
+        return int(steps_taken(states))
 
     def _forget_evaluations_after(self, step: int) -> None:
         while self._evaluations and self._evaluations[-1][0] > step:

@@ -118,10 +118,11 @@ def _uses_norm(code: CodeType, known: Mapping[str, Any]) -> bool:
 
     Behind a local variable, as in self.layer_norm, it may be a method, a submodule or a flag.
     """
-    instructions = [each for each in dis.get_instructions(code) if each.opname not in _BETWEEN]
-    imports = any(each.opname.startswith("IMPORT") for each in instructions)
+    found = [instruction for instruction in dis.get_instructions(code) if instruction.opname not in _BETWEEN]
+    instructions = [(instruction.opname, instruction.argval) for instruction in found]
+    imports = any(kind.startswith("IMPORT") for kind, _ in instructions)
     value: Any = None  # the last one; of what the function imports, any module
-    for kind, name in ((each.opname, each.argval) for each in instructions):
+    for kind, name in instructions:
         if kind in ("LOAD_ATTR", "LOAD_METHOD"):
             value = inspect.getattr_static(value, name, value if isinstance(value, ModuleType) else None)
         elif kind in ("LOAD_GLOBAL", "LOAD_DEREF"):

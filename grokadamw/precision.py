@@ -34,7 +34,6 @@ def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[st
     Raises:
         TypeError, ValueError: the optimizer keeps no low bits for this model, which has bfloat16 or float16 parameters.
     """
-    check_model(model)
     optimizer = _keeper(model, optimizer, "model.state_dict() returns the weights as they are")
     state_dict: dict[str, Any] = model.state_dict()
     for name, param in model.named_parameters(remove_duplicate=False):
@@ -53,7 +52,6 @@ def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state
         TypeError, ValueError: as ``full_precision_state_dict``. Then nothing was loaded.
         RuntimeError: names or shapes are not the model's, as in ``model.load_state_dict``.
     """
-    check_model(model)
     optimizer = _keeper(model, optimizer, "model.load_state_dict(state_dict) rounds them")
     model.load_state_dict(state_dict)
     groups = {param: group for group in optimizer.param_groups for param in group["params"]}
@@ -75,6 +73,7 @@ def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state
 
 def _keeper(model: nn.Module, optimizer: Optimizer, otherwise: str) -> GrokAdamW:
     """Return the GrokAdamW inside the optimizer; TypeError or ValueError if it does not keep this model's low bits."""
+    check_model(model)
     found = grokadamw_in(optimizer)
     if found is None:
         raise TypeError(

@@ -108,6 +108,24 @@ IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def laid_out(values: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
+    """Return the values in a tensor that is "transposed", "not aligned", or plain."""
+    if layout == "transposed" and values.dim() > 1:
+        return values.to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
+    offset = int(layout == "not aligned")
+    return torch.empty(values.numel() + offset, dtype=dtype)[offset:].view(values.shape).copy_(values)
+
+
+@contextmanager
+def compiled_for(monkeypatch: pytest.MonkeyPatch, instruction_set: str) -> Iterator[None]:
+    """Inside, the native kernel is the one for that instruction set."""
+    with monkeypatch.context() as changed:
+        native.kernel.cache_clear()
+        changed.setattr(native, "_instruction_sets", lambda: [instruction_set])
+        yield
+    native.kernel.cache_clear()
+
+
 def skip_unless_interpreted() -> None:
     """Skip a test where Triton's interpreter cannot run the kernels on the CPU."""
     if torch.cuda.is_available():

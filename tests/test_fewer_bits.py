@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,7 +17,7 @@ from grokadamw.checkpoints import to_float32
 from grokadamw.options import STATES
 from grokadamw.state import formats
 
-from .models import running
+from .models import compiled_for, running
 
 KEPT: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "int8": (torch.float32, {"state_dtype": "int8"}),
@@ -377,15 +375,6 @@ def test_any_number_of_threads_gives_the_same_bits(
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         found.append(results(kept, limits))
     assert all(equal(found[0], other) for other in found[1:])
-
-
-@contextmanager
-def compiled_for(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
-    with monkeypatch.context() as patch:
-        native.kernel.cache_clear()
-        patch.setattr(native, "_instruction_sets", lambda: [name])
-        yield
-    native.kernel.cache_clear()
 
 
 WEIGHTS: list[tuple[torch.dtype, dict[str, Any]]] = [

@@ -461,7 +461,7 @@ def test_inside_of_zero(trainer: Callable[..., Any]) -> None:
     assert zero.optim.metrics()["alpha"] < 0.98
 
 
-def test_what_it_warns_of_and_refuses(tmp_path: Path, trainer: Callable[..., Any]) -> None:
+def test_what_it_warns_of_and_refuses(trainer: Callable[..., Any]) -> None:
     def fit(callback: Any, make: Any, **options: Any) -> list[str]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -551,7 +551,7 @@ class Counts(Measured):
         return optimizer
 
 
-def test_accuracies_are_recorded(tmp_path: Path, trainer: Callable[..., Any]) -> None:
+def test_accuracies_are_recorded(trainer: Callable[..., Any]) -> None:
     """And reach signal and monitor."""
     module = Counts(lambda model: GrokAdamW(model.parameters(), grokking_signal_fns=AccuracyGap()))
     it = trainer(max_epochs=4, val_check_interval=3, callbacks=[GrokAdamWCallback(eval_acc="val_acc", train_acc="acc")])
@@ -607,7 +607,7 @@ def test_who_records_by_hand_is_not_told_that_nothing_came(trainer: Callable[...
         it.fit(ByHand(grokadamw), data(), data())
 
 
-def test_an_accuracy_that_is_logged_for_the_epoch(tmp_path: Path, trainer: Callable[..., Any]) -> None:
+def test_an_accuracy_that_is_logged_for_the_epoch(trainer: Callable[..., Any]) -> None:
     module = Counts(grokadamw, on_step=False, on_epoch=True)
     it = trainer(max_epochs=1, callbacks=[GrokAdamWCallback(eval_acc="val_acc", train_acc="acc")])
     recorded = []

@@ -113,7 +113,7 @@ def test_skipped_steps_are_none_either() -> None:
     assert [(row["step"], row["skipped_steps"]) for row in monitor.rows] == [(1, 0), (2, 1)]
 
 
-def test_going_back_to_a_checkpoint(tmp_path: Path) -> None:
+def test_going_back_to_a_checkpoint() -> None:
     """What came after it did not happen."""
     model, optimizer, monitor = monitored()
     written: list[tuple[str, int]] = []

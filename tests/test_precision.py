@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 from itertools import product
 from typing import Any
@@ -17,7 +16,7 @@ from grokadamw.checkpoints import to_adamw, to_float32
 from grokadamw.options import STATES
 from grokadamw.state import formats
 
-from .models import running, same
+from .models import running, same, saved_and_loaded
 
 FORMATS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -61,13 +60,6 @@ def train(model: Model, optimizer: Any, first: int, last: int) -> None:
         optimizer.step()
 
 
-def through_a_file(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def tensors(model: Model, optimizer: GrokAdamW) -> dict[str, Tensor]:
     found = dict(model.state_dict())
     for name, param in model.named_parameters():
@@ -81,7 +73,7 @@ def tensors(model: Model, optimizer: GrokAdamW) -> dict[str, Tensor]:
 def test_a_resumed_run_is_the_run(name: str, more: dict[str, Any], foreach: bool | None) -> None:
     model, optimizer = started(FORMATS[name] | more, foreach)
     train(model, optimizer, 0, 5)
-    saved = through_a_file([model.state_dict(), optimizer.state_dict()])
+    saved = saved_and_loaded([model.state_dict(), optimizer.state_dict()])
     train(model, optimizer, 5, 9)
     other, resumed = started(FORMATS[name] | more, foreach)
     other.load_state_dict(saved[0])
@@ -197,7 +189,7 @@ def test_complex_state_is_no_codes(name: str, dtype: torch.dtype, shape: tuple[i
     step(param, optimizer)
     other, resumed = begun()
     other.data = param.detach().clone()
-    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
     for each in ((param, optimizer), (other, resumed)):
         step(*each)
     assert torch.equal(param, other)
@@ -362,7 +354,7 @@ def test_what_full_weights_were_loaded_into_can_be_saved_before_a_step() -> None
     load_full_precision_state_dict(model, optimizer, Model(torch.float32).state_dict())
     other, resumed = started(FORMATS["24 bits"])
     other.load_state_dict(model.state_dict())
-    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
     for each in ((model, optimizer), (other, resumed)):
         train(*each, 0, 2)
     expected, found = tensors(model, optimizer), tensors(other, resumed)

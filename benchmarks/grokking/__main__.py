@@ -26,8 +26,6 @@ from torch import nn
 from . import estimates, evidence, methods, on_gpu, pictures, report, tasks
 from .runs import CSV, Row, Run, execute_all, read
 
-TRAINED_BEFORE = ["hamlet-finetuning"]  # tasks whose start takes minutes the first time
-
 
 def setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
@@ -133,7 +131,7 @@ def listing(console: Console) -> None:
 def sizes(task: tasks.Task) -> tuple[str, str]:
     """Return the numbers of parameters and training examples, or dashes if finding them out takes minutes."""
     try:
-        start = None if task.name in TRAINED_BEFORE else task.start(0)
+        start = None if task.name == evidence.FINETUNING else task.start(0)  # it takes minutes the first time
     except (FileNotFoundError, ModuleNotFoundError):
         start = None
     if start is None:

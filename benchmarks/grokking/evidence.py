@@ -20,6 +20,8 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+from grokadamw.groups import _WITHOUT_NORMS
+
 from . import architectures
 from .methods.grokadamw import BOOST
 from .runs import Row, Run
@@ -49,9 +51,8 @@ OTHER_SEEDS_OF: dict[str, Iterable[int]] = {
 
 # the preset's lr, wd and d for models without norms, by `kinds.WEIGHTS`; where wd is given, d must be, too
 WITHOUT_NORMS: dict[int, tuple[float, float, dict[str, Any]]] = {
-    2: (2e-2, 0.5, {"decay_boost": 1.0}),
-    3: (1e-2, 1.0, {"decay_boost": 3.0}),
-    4: (3e-3, 0.1, {"decay_boost": 30.0}),
+    max(weights, 2): (preset["lr"], preset["weight_decay"], {"decay_boost": preset["decay_boost"]})
+    for weights, preset in _WITHOUT_NORMS.items()
 }
 
 # lr and wd of each of the other tasks
@@ -222,10 +223,15 @@ def _reported(asked: list[Run], rows: list[Row]) -> list[Row]:
     return _of_best([row for found in of_cells if len(found) == len(asked) for row in found])
 
 
+def pair_budget(pair: str) -> int:
+    """Return the steps of a run on the grid of a pair."""
+    return PAIR_BUDGETS.get(pair.partition("/")[0], GRID_BUDGET)
+
+
 def pair_grid(pair: str, method: str, rows: list[Row]) -> list[Run]:
     """Return the grid on the first seed. The first cell runs alone; its steps then limit those of the others."""
     done = {row.run: row for row in rows if row.task == pair}
-    budget = PAIR_BUDGETS.get(pair.partition("/")[0], GRID_BUDGET)
+    budget = pair_budget(pair)
     whole = [Run.of(pair, method, GRID_SEEDS[0], lr, wd, budget=budget) for lr, wd in product(LRS, DECAYS)]
     first = next(run for run in whole if (run.lr, run.weight_decay) == FIRST)
     if first not in done:
@@ -242,7 +248,7 @@ def pair_semifinals(pair: str, method: str, rows: list[Row]) -> list[Run]:
     if len(found) < len(LRS) * len(DECAYS):
         return []
     found.sort(key=lambda row: (row.sustained or 2 * row.budget, -row.best))
-    budget = PAIR_BUDGETS.get(pair.partition("/")[0], GRID_BUDGET)
+    budget = pair_budget(pair)
     cells = [(row.lr, row.weight_decay) for row in found[:FINALISTS]]
     return [Run.of(pair, method, GRID_SEEDS[1], *cell, budget=budget) for cell in cells]
 
@@ -281,7 +287,7 @@ def pair_beyond(pair: str, method: str, rows: list[Row]) -> list[Run]:
     i, j, more = WIDE_LRS.index(lr), WIDE_DECAYS.index(wd), 3 if pair in KINDS else 2
     near = WIDE_LRS[i - 1 : i + more], WIDE_DECAYS[j - 1 : j + 2]
     cells = [cell for cell in product(*near) if cell[0] not in LRS or cell[1] not in DECAYS]
-    longest = PAIR_BUDGETS.get(pair.partition("/")[0], GRID_BUDGET)
+    longest = pair_budget(pair)
     limits = {seed: min(longest, math.ceil(BEHIND * (row.sustained or longest))) for seed, row in inside.items()}
     asked = [[Run.of(pair, method, seed, *cell, budget=limits[seed]) for cell in cells] for seed in GRID_SEEDS]
     found = select(rows, asked[0])
@@ -425,7 +431,7 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
     """Yield the runs in the order in which they are done, as far as `rows` say which they are."""
 
     def learnt(asked: list[Run]) -> list[Run]:  # x² + xy + y² takes longest, as it fails, and comes later
-        return [run for run in asked if run.task != "quad97"]
+        return [run for run in asked if run.task in LEARNT]
 
     yield learnt(untuned())
     for problem in PROBLEMS:

@@ -249,7 +249,7 @@ def afterwards(names: list[str], rows: list[Row]) -> str:
     """Return, for the same runs on tasks that are learnt, when training is learnt, what comes after, and the time."""
     lines = []
     for name in names:
-        found = [row for row in select(rows, evidence.finals(name, rows)) if row.task != "quad97"]
+        found = [row for row in select(rows, evidence.finals(name, rows)) if row.task in LEARNT]
         learnt = [row for row in found if row.sustained is not None and row.seconds is not None]
         if learnt:
             memorised = shown(float(np.median([row.train or math.inf for row in found])))

@@ -50,7 +50,7 @@ def device_name() -> str:
 
 
 def milliseconds(step: Step, steps: int = 1) -> float:
-    """Of a step, the mean of some in a row, by the device's clock."""
+    """Return the mean milliseconds of a step, over several in a row, by the device's clock."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

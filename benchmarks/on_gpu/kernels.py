@@ -26,7 +26,7 @@ class Timed:
             setattr(self, name, _Kernel(self, name, getattr(kernels, name)))
 
     def milliseconds(self, name: str) -> list[float]:
-        """Of each launch so far; forgets them. The device must be done with them."""
+        """Return the milliseconds of each launch so far, and forget them. The device must be done with them."""
         return [start.elapsed_time(end) for start, end in self.events.pop(name, [])]
 
 

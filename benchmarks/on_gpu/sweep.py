@@ -66,12 +66,12 @@ NUMBERS = Scalars([0.9], [0.9], 0.999, 1e-3, 1e-8, False, 0.01, 0.98, 2.0, 0, 1.
 
 
 def norm(grad: Tensor) -> Callable[[Tables], Any]:
-    """Of it, `squares` and `judge`."""
+    """Return a run of `squares` and `judge`."""
     return lambda tables: gpu.judge([grad], [1.0], None, None, None, wants_norm=True, tables=tables)
 
 
 def update(theta: Tensor, grad: Tensor, width: int = 0) -> Callable[[Tables], Any]:
-    """With a width, the rows are limited, which all have it."""
+    """Return a run of `update`; with a width, the rows, which all have it, are limited."""
     m, v, mu = (torch.zeros(len(theta), device=DEVICE) for _ in range(3))
     tensors = Batch([theta], [grad], [m], [v], [mu], [torch.zeros((), device=DEVICE)], row_widths=[width])
     numbers = NUMBERS._replace(max_row_change=0.035 if width else 0.0)
@@ -79,7 +79,7 @@ def update(theta: Tensor, grad: Tensor, width: int = 0) -> Callable[[Tables], An
 
 
 def update_coded(theta: Tensor, grad: Tensor, options: dict[str, Any], width: int = 0) -> Callable[[Tables], Any]:
-    """Of a matrix whose states and weights are kept under these options."""
+    """Return a run of `update_coded` on a matrix whose states and weights are kept under these options."""
     param = theta.view(-1, 1024)
     kept = [formats.new(param, name, options, torch.float32) for name in STATES]
     low = formats.low_dtype(param, options)
@@ -145,9 +145,9 @@ class Sweep:
                 self.about[name] = row | {"registers": code.n_regs, "spilled": code.n_spills}
                 works[name] = shape
             for said in rounds_of({name: (lambda s=s: self.turn(s, kernels)) for name, s in works.items()}):
-                write([row | self.found(said.get(name), self.shapes[name]) for name, row in self.about.items()])
+                write([row | self.found(said.get(name)) for name, row in self.about.items()])
 
-    def found(self, turns: list[list[float]] | None, shape: Shape) -> dict[str, Any]:
+    def found(self, turns: list[list[float]] | None) -> dict[str, Any]:
         if turns is None:
             return {}
         ms = quartiles([x for turn in turns for x in turn])
@@ -187,7 +187,7 @@ def of_formats() -> Iterator[list[Sweep]]:
         for width in (0, 1024) if kind == "int8" else (0,):
             about = f", {kind}{f', {low_bits} bits' if low_bits else ''}{', rows limited' if width else ''}"
             run = update_coded(theta, grad, options, width)
-            sweeps.append(Sweep("update_coded", dtype, IN_FORMATS[: 7 if not width else 4], run, about, moved))
+            sweeps.append(Sweep("update_coded", dtype, IN_FORMATS[:4] if width else IN_FORMATS, run, about, moved))
         yield sweeps
 
 

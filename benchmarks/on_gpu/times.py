@@ -52,7 +52,7 @@ OF_FORMATS: dict[str, Callable[[], Shapes]] = {
 
 
 def in_formats(dtype: torch.dtype, make: Callable[..., Step] = peers.preset, **options: Any) -> Callable[..., Step]:
-    """What makes a step of parameters and gradients in a dtype, and of state in fewer bits."""
+    """Return a maker of steps for parameters and gradients of a dtype, and state in fewer bits."""
 
     def made(params: list[nn.Parameter]) -> Step:
         own = [nn.Parameter(p.detach().to(dtype)) for p in params]
@@ -273,7 +273,7 @@ def of_host(record: Record) -> None:
 
 
 def host_turns(make: Callable[..., Any], count: int, groups: int) -> dict[str, Callable[[], list[float]]]:
-    """With gradients that stay, with new ones as after set_to_none; and, of one group, as a graph's replay."""
+    """Return turns: with the same gradients, with new ones as after set_to_none, and for one group a graph's replay."""
 
     def started(**options: Any) -> tuple[list[nn.Parameter], Any]:
         params = small(count)

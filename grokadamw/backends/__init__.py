@@ -5,6 +5,8 @@ A backend is two functions:
     sum_of_squares(tensors) -> 0-d float64 tensor
     step(Batch, Scalars) -> None
 
+`decoded` has only `step`: gradients are never kept in fewer bits.
+
 A new backend is one new file, a few lines in `choose`, and its name in `BY_ADDRESS` if its tensors must not share
 memory, or in `LIMITS_ROWS` if it limits rows: then it also has `row_width`. One that reads memory by address also has
 `keep`.
@@ -22,12 +24,13 @@ from . import blocks, cpu, decoded, foreach, gpu, memory, native, reference
 from .types import NOBODY, Batch, Choice, Scalars
 
 __all__ = ["BY_ADDRESS", "FUSED_ON", "LIMITS_ROWS", "Batch", "Choice", "Scalars", "choose"]
-__all__ += ["fastest_sum_of_squares", "is_fused_on", "keep", "row_width", "sum_of_squares"]
+__all__ += ["fastest_sum_of_squares", "keep", "row_width", "sum_of_squares"]
 
 BY_ADDRESS = (cpu, blocks, gpu)  # backends whose tensors must not share memory
 LIMITS_ROWS = (cpu, gpu, decoded)  # backends that limit rows themselves
 _LAUNCH = "one Triton launch for all tensors of a kind"
-FUSED_ON = ["cpu", "cuda"]  # device types with a backend that does everything in one pass
+# device types with a backend that does everything in one pass; AMD's GPUs are of type cuda, too
+FUSED_ON = ["cpu", "cuda"]
 
 
 def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: bool) -> Choice:
@@ -79,11 +82,6 @@ def asked_for(options: dict[str, Any]) -> Choice | None:
     if options["foreach"] is not None:
         return Choice(foreach if options["foreach"] else reference, f"foreach={options['foreach']}")
     return Choice(foreach, "fused=False") if options["fused"] is False else None
-
-
-def is_fused_on(device: torch.device) -> bool:
-    """Return True if fused=True is allowed for parameters on this device. AMD's GPUs are of type cuda, too."""
-    return device.type in FUSED_ON
 
 
 def row_width(choice: Choice, param: Tensor, coded: bool) -> int:

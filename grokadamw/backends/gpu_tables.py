@@ -6,6 +6,7 @@ import math
 import struct
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -320,9 +321,8 @@ def _runs(at: bytes, storages: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield each run of float32 numbers at adjacent addresses: the index of the first, and how many they are."""
     addresses = struct.unpack(f"{len(at) // 8}Q", at)
     order = sorted(range(len(addresses)), key=addresses.__getitem__)
-    pairs = zip(order, order[1:], strict=False)
     # two storages may be adjacent, too
-    breaks = [addresses[b] != addresses[a] + 4 or storages[b] != storages[a] for a, b in pairs]
+    breaks = [addresses[b] != addresses[a] + 4 or storages[b] != storages[a] for a, b in pairwise(order)]
     starts = [0, *(i for i, is_break in enumerate(breaks, start=1) if is_break)]
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
         yield order[start], end - start

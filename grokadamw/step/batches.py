@@ -106,7 +106,7 @@ def collect(given: Given, names: Mapping[int, str], missing: Collection[Tensor] 
             entries.append(Entry(param, resolved(param.grad), member))
     for param, _, member in entries:
         check(given.state.get(param, {}), param)
-        if given.groups[member.group]["fused"] and not backends.is_fused_on(param.device):
+        if given.groups[member.group]["fused"] and param.device.type not in backends.FUSED_ON:
             raise RuntimeError(
                 "`fused=True` requires all the params to be floating point Tensors of supported devices: "
                 f"{backends.FUSED_ON}, and param_groups[{member.group}] has one on {param.device}: leave fused out"

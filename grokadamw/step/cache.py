@@ -14,7 +14,7 @@ from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import backends
 from .._numbers import as_real, reads_are_free, resolved
@@ -22,7 +22,7 @@ from ..backends import Batch, Choice, cpu, gpu, memory
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges, TensorSignature
 from ..options import GROUP_OPTIONS, STATES, may_be_coded, rules_of
-from ..shards import Shards, alike, blocks_before, divisions, local, parts, shards_of
+from ..shards import PLAIN, Shards, alike, blocks_before, divisions, local, parts, shards_of
 from ..state.formats import BLOCK, EXTRAS
 from ..state.slots import WINDOW, State, lay_out, needs_mu, prepare
 from . import batches
@@ -35,7 +35,6 @@ _PARAMS, _LAYERS = itemgetter("params"), itemgetter("layers")
 _OPTIONS = itemgetter(*[name for name in GROUP_OPTIONS if name not in ("betas", "layer")])
 # fields of a batch that a plan keeps as they are; the others hold tensors, or are made from them
 _WITHOUT_TENSORS = ("row_widths", "unlimited", "choice", "group", "layers", "numbers", "shards", "begun")
-_PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 class Cache:
@@ -205,7 +204,7 @@ def _seen(given: Given) -> Seen:
     """Look at the parameters and their state; raise KeyError or TypeError if anything that a plan needs is missing."""
     groups, state, options = given[:3]
     params = [param for group in groups for param in group["params"]]
-    are_plain = set(map(type, params)) <= _PLAIN
+    are_plain = set(map(type, params)) <= PLAIN
     grads: list[Any] = [param.grad for param in params]
     present = tuple([grad is not None for grad in grads])
     if not all(present):
@@ -260,7 +259,7 @@ def _first_alike(groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> l
 
 def _are_plain(columns: Columns, written: list[Tensor]) -> bool:
     """Return True if a signature describes these tensors completely."""
-    if not set(map(type, written)) <= _PLAIN or not set(map(type, columns.grads)) <= {Tensor}:
+    if not set(map(type, written)) <= PLAIN or not set(map(type, columns.grads)) <= {Tensor}:
         return False
     if any(map(torch.is_complex, columns.params)) or any(map(Tensor._is_zerotensor, columns.grads)):
         return False

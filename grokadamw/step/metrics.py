@@ -35,7 +35,7 @@ def as_floats(
     norms = [as_float(norm) for norm in (last.norms if rules.clips_each_tensor else last.norms[:1]) if norm is not None]
     beta1s = [beta1 for group in groups for beta1 in layers.beta1s(group)]
     return {
-        "step": most(state["step"] for state in states if "step" in state),
+        "step": steps_taken(states),
         "signal": math.nan if last.signal is None else as_float(last.signal),
         **{f"signal/{name}": as_float(value) for name, value in signals.values.items()},
         "alpha": min((as_float(effect.alpha) for effect in last.effects), default=math.nan),
@@ -50,9 +50,10 @@ def as_floats(
     }
 
 
-def most(steps: Iterable[torch.Tensor]) -> float:
-    """Return the largest of some 0-d tensors, with one read per device; 0 if there are none."""
+def steps_taken(states: Iterable[dict[str, Any]]) -> float:
+    """Return the most steps that any parameter has taken, with one read per device; 0 without state."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for step in steps:
-        by_device.setdefault(step.device, []).append(step)
+    for state in states:
+        if "step" in state:
+            by_device.setdefault(state["step"].device, []).append(state["step"])
     return max((torch.stack(here).max().item() for here in by_device.values()), default=0.0)

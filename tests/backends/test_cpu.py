@@ -7,8 +7,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,7 +23,7 @@ from grokadamw import backends as update
 from grokadamw.backends import cpu, native
 from grokadamw.backends.types import Batch, MicroStep, Scalars
 
-from ..models import running
+from ..models import compiled_for, laid_out, running
 from .test_update import TOLERANCES, everything, numbers
 
 DTYPES = list(TOLERANCES)
@@ -37,15 +35,6 @@ def test_it_was_built_and_looks_through_dlpack() -> None:
     assert not isinstance(found, str), found
     assert found.instruction_set in ("baseline", "x86-64-v3", "x86-64-v4")
     assert (found.signature is not None) == hasattr(Tensor, "__dlpack_c_exchange_api__")
-
-
-@contextmanager
-def compiled_for(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
-    with monkeypatch.context() as patch:
-        native.kernel.cache_clear()
-        patch.setattr(native, "_instruction_sets", lambda: [name])
-        yield
-    native.kernel.cache_clear()
 
 
 # bits
@@ -432,13 +421,6 @@ matrices = st.builds(
     st.sampled_from([(1,), (3,), (40,), (2, 2)]),
     st.sampled_from([1, 3, 15, 16, 17, 64, 127, 128, 129, 600, 1000, 1025]),
 )
-
-
-def laid_out(values: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
-    if layout == "transposed" and values.dim() > 1:
-        return values.to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
-    offset = int(layout == "not aligned")
-    return torch.empty(values.numel() + offset, dtype=dtype)[offset:].view(values.shape).copy_(values)
 
 
 @settings(max_examples=150, deadline=None)

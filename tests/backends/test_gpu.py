@@ -33,7 +33,7 @@ from grokadamw.backends import gpu, memory
 from grokadamw.backends.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Shape, Tables, _runs, misaligned
 from grokadamw.step.stages import skip_counter, write
 
-from ..models import batch, network, running, skip_unless_interpreted
+from ..models import batch, laid_out, network, running, skip_unless_interpreted
 from ..oracle import Oracle
 from ..test_oracle import every_step_is_the_oracles, problems
 from .test_update import TOLERANCES
@@ -210,13 +210,6 @@ def test_limited_rows_are_rows_pys(
         torch.testing.assert_close(ours, theirs, rtol=5 * tolerance, atol=tolerance, equal_nan=True)
 
 
-def laid_out(values: torch.Tensor, dtype: torch.dtype, layout: str) -> torch.Tensor:
-    if layout == "transposed" and values.dim() > 1:
-        return values.to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
-    offset = int(layout == "not aligned")
-    return torch.empty(values.numel() + offset, dtype=dtype)[offset:].view(values.shape).copy_(values)
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"state_dtype": "bfloat16"}, {"state_dtype": "int8"}, {"state_dtype": "int8", "master_weight_bits": 24}],
@@ -332,7 +325,7 @@ def test_state_in_fewer_bits_is_one_more(weights: int | None) -> None:
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("layers", [1, 3])
-def test_the_preset_is_as_many(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_preset_is_as_many(layers: int) -> None:
     """Embeddings, biases and norms have groups of their own. rows.py has nothing to do, and copies nothing."""
     blocks = [nn.Sequential(nn.Linear(6, 17), nn.LayerNorm(17), nn.Linear(17, 6)) for _ in range(layers)]
     model = nn.Sequential(nn.Embedding(7, 6), *blocks)

@@ -7,11 +7,13 @@ from typing import Any
 from torch import nn
 
 from grokadamw import GrokAdamW
+from grokadamw.groups import _WITH_NORMS
 from grokadamw.signals import AccuracyGap
 
 from . import Method
 
-LR, DECAY, BOOST = 3e-3, 1.0, {"decay_boost": 3.0}  # of `for_grokking` where a model has norm layers
+LR, DECAY = _WITH_NORMS["lr"], _WITH_NORMS["weight_decay"]
+BOOST = {"decay_boost": _WITH_NORMS["decay_boost"]}
 
 
 def make(model: nn.Module, **settings: Any) -> GrokAdamW:

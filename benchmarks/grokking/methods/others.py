@@ -13,7 +13,7 @@ from . import Method
 
 
 def inner_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Those of linear layers, but of the last one, which makes the logits."""
+    """Return the weights of all linear layers but the last, which makes the logits."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return [module.weight for module in linear[:-1]]
 

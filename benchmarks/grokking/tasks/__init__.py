@@ -34,7 +34,7 @@ class Split:
 
 
 class Data(NamedTuple):
-    """Of what is not for training a tenth is for signals, and the rest for the report alone."""
+    """A tenth of the held-out data is for signals, and the rest for the report alone."""
 
     train: Split
     signal: Split

@@ -46,7 +46,7 @@ class Quadratic(nn.Module):
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Of one-hot answers, over their variance."""
+    """Return the squared error of one-hot answers, over their variance."""
     n = outputs.shape[1]
     return F.mse_loss(outputs, F.one_hot(targets, n).float()) * n**2 / (n - 1)
 
@@ -163,7 +163,7 @@ def rings(seed: int) -> Data:
 
 
 def graphs(seed: int) -> Data:
-    """Whether a graph of ten nodes is connected; half of them are."""
+    """Return graphs of ten nodes, half of them connected, and the question whether a graph is connected."""
     edges = torch.rand(6000, 10, 10, generator=torch.Generator().manual_seed(seed)) < 0.28
     adjacency = edges.triu(1).float()
     adjacency = adjacency + adjacency.mT
