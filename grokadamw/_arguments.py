@@ -43,7 +43,10 @@ def lost(optim_args: str | None, optimizer: Optimizer, is_resumed: bool, options
                 )
         elif name and name not in _IN_OPTIM_ARGS:
             instead, is_fixed = meant(name, _IN_OPTIM_ARGS), name in OPTIONS and OPTIONS[name].on_load != TAKE
-            where = "by optimizer_cls_and_kwargs=(GrokAdamW, {...})" if is_fixed else "to GrokAdamWCallback"
+            if meant(name, ("lr", "weight_decay")):
+                where = "in TrainingArguments"
+            else:
+                where = "by optimizer_cls_and_kwargs=(GrokAdamW, {...})" if is_fixed else "to GrokAdamWCallback"
             others = f"it takes {', '.join(_IN_OPTIM_ARGS)}; give others {where}"
             way_out = f"did you mean {instead}?" if instead else others
             yield f"optim_args has {name!r}, which the Trainer drops: {way_out}"

@@ -70,7 +70,8 @@ class WrapperBase(Optimizer):
             if hasattr(inner, "memory"):
                 raise AttributeError(
                     f"memory() of {type(inner).__name__} does not know what {type(self).__name__} keeps: call "
-                    f"{path}.memory(), and add up the tensors of optimizer.state"
+                    f"{path}.memory(), and add those tensors of optimizer.state whose names begin with accumulated or "
+                    "grokfast"
                 )
         return getattr(self._inner, name)
 

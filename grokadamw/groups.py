@@ -34,7 +34,7 @@ _WITH_NORMS = {
 }
 # and without, where the lengths of rows matter. The keys: from how many weights on, not counting embeddings
 _WITHOUT_NORMS = {
-    0: {"lr": 2e-2, "weight_decay": 0.5, "decay_boost": 1.0, "signal_boost": 2.0, "lamb": 0.0, "gamma": 0.0},
+    1: {"lr": 2e-2, "weight_decay": 0.5, "decay_boost": 1.0, "signal_boost": 2.0, "lamb": 0.0, "gamma": 0.0},
     3: {"lr": 1e-2, "weight_decay": 1.0, "decay_boost": 3.0, "signal_boost": 4.0, "lamb": 0.0, "gamma": 0.0},
     4: {"lr": 3e-3, "weight_decay": 0.1, "decay_boost": 30.0, "signal_boost": 10.0, "lamb": 0.0, "gamma": 0.0},
 }
@@ -124,8 +124,8 @@ def grokking_groups(
         return param.dim() == 2 or (param.dim() > 2 and (not is_vector(param) or param in of_convolutions))
 
     count = sum(is_weight(param) and param not in embeddings and not _BESIDE.search(name) for name, param in named)
-    flat = is_flat(model)  # then nobody knows how many weights it has: take the numbers for many, with the lowest lr
-    of_count = max(least for least in _WITHOUT_NORMS if least <= count or flat)
+    # nothing is known of embeddings or vectors alone (a vector may be a whole model): then take the lowest lr
+    of_count = max(least for least in _WITHOUT_NORMS if least <= count or not count)
     numbers = _WITH_NORMS if normed else _WITHOUT_NORMS[of_count]
     preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, **numbers}
     lr = preset["lr"] if lr is None else lr
@@ -136,7 +136,7 @@ def grokking_groups(
     preset |= {"lr": lr, "weight_decay": decay}
     if weight_decay is not None:
         preset.pop("decay_boost", None)  # the user's decay is meant as it is
-    of_norms, all_are_weights = of_modules(model, is_norm), flat or not normed
+    of_norms, all_are_weights = of_modules(model, is_norm), is_flat(model) or not normed
     weights, gains, vectors = list[Any](), list[Any](), list[Any]()
     groups: list[dict[str, Any]] = [
         {"params": weights, "lr": lr, "weight_decay": decay},

@@ -111,8 +111,9 @@ class GrokAdamWCallback(TrainerCallback):
             ``trainer.log``, or by an evaluation of training data, as ``"eval_<name>_accuracy"``. None: no accuracy.
         signals, combine: as for ``GrokAdamW.set_signals``; None leaves the optimizer's own.
         options: further settings of the optimizer's groups, such as ``betas``, which ``optim_args`` cannot carry: any
-            argument of ``GrokAdamW`` that a group may set, except lr and weight decay. Give settings of the whole
-            optimizer, such as a window, with ``Trainer(optimizer_cls_and_kwargs=(GrokAdamW, {...}))``.
+            argument of ``GrokAdamW`` that a group may set, except lr, weight decay, foreach, fused and capturable. Give
+            settings of the whole optimizer, such as a window, with
+            ``Trainer(optimizer_cls_and_kwargs=(GrokAdamW, {...}))``.
 
     Raises:
         TypeError, ValueError: an option is not allowed; or, when training begins, the optimizer is not a GrokAdamW; or,

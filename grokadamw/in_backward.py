@@ -91,7 +91,10 @@ class StepInBackward:
 
     def __init__(self, optimizer: GrokAdamW, clip_by: str | None) -> None:
         if not isinstance(optimizer, GrokAdamW):
-            raise TypeError(f"optimizer is of type {type(optimizer).__name__}: give the GrokAdamW itself")
+            raise TypeError(
+                f"optimizer is of type {type(optimizer).__name__}: give a GrokAdamW, without Accumulate or Grokfast "
+                "around it"
+            )
         if clip_by not in (None, "last"):
             raise ValueError(f'clip_by={clip_by!r} is unknown: give "last", or set gradient_clipping=0')
         if optimizer._run.in_backward is not None:

@@ -110,12 +110,15 @@ def test_a_trainer_that_makes_optimizers_without_the_model_is_told_another_way(t
 def test_what_the_trainer_drops_is_said_once(tmp_path: Path) -> None:
     callback = GrokAdamWCallback(eps=1e-6)
     dropped = {"adam_beta1": 0.8, "adam_beta2": 0.98, "adam_epsilon": 1e-6}
-    it = trainer(tmp_path, callback, optim_args="lamda=1.5, gamma=0.05, betas=3, window_size=2", **dropped, **BRIEF)
-    lamda, betas, window, beta1, beta2 = said_by(it.train)
+    it = trainer(
+        tmp_path, callback, optim_args="lamda=1.5, gamma=0.05, betas=3, window_size=2, lr=1", **dropped, **BRIEF
+    )
+    lamda, betas, window, lr, beta1, beta2 = said_by(it.train)
     assert lamda == "optim_args has 'lamda', which the Trainer drops: did you mean lamb?"
     assert betas.startswith("optim_args has 'betas', which the Trainer drops: it takes alpha_init, lamb, gamma, ")
     assert betas.endswith("gradient_clipping; give others to GrokAdamWCallback")
     assert window.endswith("gradient_clipping; give others by optimizer_cls_and_kwargs=(GrokAdamW, {...})")
+    assert lr.endswith("gradient_clipping; give others in TrainingArguments")
     assert beta1 == "adam_beta1=0.8 does not reach the optimizer, which has 0.9: give betas to GrokAdamWCallback"
     assert beta2.startswith("adam_beta2=0.98 does not reach the optimizer, which has 0.999: ")
     assert said_by(it.train) == []

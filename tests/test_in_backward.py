@@ -643,7 +643,7 @@ def test_wrappers_make_gradients_that_it_would_not_see(wrap: Any) -> None:
 
 def test_it_takes_one_grokadamw_once() -> None:
     optimizer = GrokAdamW(network().parameters(), **FREE)
-    with pytest.raises(TypeError, match="of type Accumulate: give the GrokAdamW itself"):
+    with pytest.raises(TypeError, match="of type Accumulate: give a GrokAdamW, without Accumulate or Grokfast around"):
         step_in_backward(Accumulate(optimizer, 2))  # type: ignore[arg-type]
     step_in_backward(optimizer)
     with pytest.raises(RuntimeError, match="already on"):

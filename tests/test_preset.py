@@ -381,10 +381,11 @@ DEEP = nn.Sequential(SHALLOW, nn.Linear(4, 4))
         (nn.Sequential(*(old_weight_norm(nn.Linear(4, 4)) for _ in range(3))), (1e-2, 1, 4, 3)),
         (nn.Sequential(*(nn.Conv1d(1, 1, 1) for _ in range(4))), (3e-3, 0.1, 10, 30)),
         (Vector((4,)), (3e-3, 0.1, 10, 30)),  # which may be a whole model, flattened
+        (SHALLOW[:1], (3e-3, 0.1, 10, 30)),
     ],
     ids=[
         *("shallow", "deep", "two", "one", "LSTM", "two LSTMs", "both ways", "weight_norm", "old weight_norm"),
-        *("convolutions", "vector"),
+        *("convolutions", "vector", "embedding"),
     ],
 )
 def test_without_norms_the_numbers_depend_on_how_many_weights_there_are(

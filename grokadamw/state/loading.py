@@ -78,7 +78,7 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
     if len(saved) != len(groups):
         raise ValueError(
             f"state_dict has a different number of parameter groups: {len(saved)}, and the optimizer {len(groups)}: "
-            "construct it as it was when this was saved. (for_grokking makes groups of its own, and loads those alone.)"
+            "construct it as it was when this was saved. (for_grokking makes groups of its own.)"
         )
     saved = list(map(_as_listed, saved, unwrapped_in(saved)))
     state_dict = {**state_dict, "param_groups": saved}
