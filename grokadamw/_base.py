@@ -20,12 +20,14 @@ from .param_groups import (
     CYCLE_AT_REST,
     GROUP_KEYS,
     PROGRESS,
+    RECORDED,
     CycleNumbers,
     check_pickled,
     fill_in,
     group_defaults,
     make_savable,
     place_recorded,
+    recorded,
 )
 from .state.loading import keeping_precision
 from .state.sizes import sizes
@@ -255,6 +257,9 @@ def _join(group: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
     """Complete a group that has all its options: set its layers, and the progress of the groups before it."""
     first = earlier[0] if earlier else {**CYCLE_AT_REST, "skipped_steps": group["skipped_steps"]}
     group.update(CYCLE_AT_REST, skipped_steps=first["skipped_steps"])  # the group may be another optimizer's
+    for name in RECORDED:
+        if group[name] is None:
+            group[name] = recorded(earlier, name)
     if first["micro_step"] > 0:  # it joins the current cycle, with its own numbers
         amplification = CycleNumbers(*first["cycle"]).amplification
         group["cycle"] = tuple(CycleNumbers.of(group, amplification, as_number(group["alpha_init"])))

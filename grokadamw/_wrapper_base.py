@@ -119,7 +119,8 @@ class WrapperBase(Optimizer):
             for param, ours in hidden.items():
                 inner = self.state.get(param)
                 state = states[param]  # keep the same dict object, which state dicts share
-                if inner is not state:
+                if inner is not state:  # the inner optimizer began anew, or the state was empty
+                    state.clear()
                     state.update(inner or {})
                 state.update(ours)
                 if state:

@@ -154,7 +154,7 @@ def _gradients(m: nn.Module) -> dict[str, Tensor]:
                     f"the gradient of {name} is sparse, which no filter supports: build its module with sparse=False "
                     "(torch.nn.Embedding)"
                 )
-            grad = resolved(param.grad)  # one that can be written to
+            grad = resolved(param.grad).resolve_neg()  # one that can be written to
             own = part(grad)
             place = own.untyped_storage()._cdata, own.storage_offset()
             if place in places:  # autograd gives summands one gradient: it must not be amplified twice

@@ -282,6 +282,8 @@ class GrokfastMA(_Filter):
             if "grokfast_ring" not in part.state and part.group["grokfast_lamb"] > 0:
                 empty = window.new(part.param, self._size, self._dtype, torch.device("cpu"))
                 self.state[part.param].update(window.named(empty, "grokfast_"))
+            if fitted := window.fitted(part.state, "grokfast_", part.param, self._dtype):
+                self.state[part.param].update(fitted)
 
     def _take(self, parts: list[Part]) -> None:
         self._make_state(parts)

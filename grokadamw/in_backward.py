@@ -165,8 +165,8 @@ class StepInBackward:
                 warn(f"gradients hold NaN or infinity; not updated, but counted as skipped: {names}", RuntimeWarning)
             for group in groups:
                 group["skipped_steps"] += len(self._skipped)
-                if self._clip_by is not None and self._norm.value is not None:
-                    group["last_norm"] = self._norm.value
+                if self._clip_by is not None:
+                    group["last_norm"] = self._norm.to_remember
                 for param in group["params"]:
                     param.grad = None
             self.is_open = False

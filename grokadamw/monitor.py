@@ -96,7 +96,10 @@ class Monitor:
             return
         self._steps += 1
         if self._steps % self._every == 0:
-            self._keep(_row(self._optimizer))
+            self._steps = self._steps_taken()  # fewer, if some found no gradient or parameters take turns
+            is_new = not self._rows or self._rows[-1]["step"] != self._steps
+            if is_new and self._steps % self._every == 0:
+                self._keep(_row(self._optimizer))
 
     @_disable_dynamo
     def _after_evaluation(self) -> None:

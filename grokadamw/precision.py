@@ -32,13 +32,14 @@ def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[st
             its first step all low bits are 0. A rank of ``ZeroRedundancyOptimizer`` has those of its own parameters.
 
     Raises:
-        TypeError, ValueError: the optimizer keeps no low bits for this model, which has bfloat16 or float16 parameters.
+        TypeError, ValueError: the optimizer keeps no low bits for this model, which has bfloat16 or float16 parameters;
+            or the model's state dict does not hold its parameters, as FSDP1's does not.
     """
     optimizer = _keeper(model, optimizer, "model.state_dict() returns the weights as they are")
     state_dict: dict[str, Any] = model.state_dict()
-    for name, param in model.named_parameters(remove_duplicate=False):
+    for name, param in _with_low_bits(model, optimizer):
         low = optimizer.state[param].get("param_low") if param in optimizer.state else None
-        if low is not None and name in state_dict and low_dtype(param, optimizer.defaults) is not None:
+        if low is not None:
             state_dict[name] = like(full(part(param.detach()), part(low)), param.shape, param)
     return state_dict
 
@@ -53,12 +54,13 @@ def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state
         RuntimeError: names or shapes are not the model's, as in ``model.load_state_dict``.
     """
     optimizer = _keeper(model, optimizer, "model.load_state_dict(state_dict) rounds them")
+    named = _with_low_bits(model, optimizer)
     model.load_state_dict(state_dict)
     groups = {param: group for group in optimizer.param_groups for param in group["params"]}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        low = low_dtype(param, optimizer.defaults)
-        if param not in groups or name not in state_dict or low is None:
+    for name, param in named:
+        if param not in groups:
             continue
+        low = low_dtype(param, optimizer.defaults)
         state = optimizer.state[param]
         # all of it, so that the optimizer can be saved before its first step
         prepare(state, param, optimizer.defaults, lamb=groups[param]["lamb"])
@@ -69,6 +71,21 @@ def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state
         with torch.no_grad():
             part(param).copy_(rounded)
         part(state["param_low"]).copy_(bits)
+
+
+def _with_low_bits(model: nn.Module, optimizer: GrokAdamW) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that can have low bits, by their names in the model's state dict.
+
+    These may be others than in `named_parameters`: hooks take the names of wrappers out.
+    """
+    named = [(name, x) for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, nn.Parameter)]
+    missing = {*optimizer.state}.intersection(model.parameters()).difference(param for _, param in named)
+    if any("param_low" in optimizer.state[param] for param in missing):
+        raise ValueError(
+            f"model.state_dict() has other tensors than the parameters of this {type(model).__name__}: nothing says "
+            "which low bits belong to which of them"
+        )
+    return [(name, param) for name, param in named if low_dtype(param, optimizer.defaults) is not None]
 
 
 def _keeper(model: nn.Module, optimizer: Optimizer, otherwise: str) -> GrokAdamW:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grokadamw import GrokAdamW
+from grokadamw import GrokAdamW, full_precision_state_dict
 from grokadamw.backends import cpu, decoded, native, rows
 from grokadamw.checkpoints import to_float32
 from grokadamw.options import STATES
@@ -445,6 +445,28 @@ def test_tensors_of_no_or_one_element_take_a_step(bits: int | None, dtype: torch
         p.grad = torch.ones_like(p)
         optimizer.step()
         assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "gpu", "foreach", "reference"])
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001], ids=hex)
+def test_a_weight_that_is_not_a_number_stays_so(implementation: str, weights: Any, bits: int) -> None:
+    """Whichever of its many forms NaN has: 0x7FFFFFFF, a GPU's own, is one before that of -0."""
+    dtype, options = weights
+    p = nn.Parameter(torch.ones(70, 64, dtype=dtype))
+    with running(implementation) as how:
+        optimizer = GrokAdamW([p], nonfinite="propagate", gradient_clipping=0.0, **options, **how)
+        for step in range(3):
+            if step == 1:
+                optimizer.state[p]["exp_avg"].view(torch.int32)[::2] = bits
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+    assert p[::2].isnan().all()
+    assert p[1::2].isfinite().all()
+    module = nn.Module()
+    module.p = p
+    if "master_weight_bits" in options:
+        assert full_precision_state_dict(module, optimizer)["p"][::2].isnan().all()
 
 
 def test_a_parameter_that_was_set_keeps_its_value() -> None:

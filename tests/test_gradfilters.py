@@ -348,3 +348,14 @@ def test_what_is_frozen_is_left_out_even_with_a_gradient(function: Any) -> None:
     options = {"window_size": 1} if function is gradfilter_ma else {}
     assert list(function(model, lamb=1.0, **options)) == ["1"]
     assert [p.grad.tolist() for p in model] == [[1, 1], [2, 2]]
+
+
+def test_a_gradient_that_autograd_left_negated_is_filtered() -> None:
+    model = nn.Module()
+    model.p = nn.Parameter(torch.tensor(0.5))
+    one = torch.complex(torch.tensor(1.0), model.p).conj()
+    (one * torch.complex(torch.tensor(2.0), torch.tensor(1.0))).real.backward()
+    assert model.p.grad.is_neg()
+    before = model.p.grad.item()
+    gradfilter_ema(model, lamb=2.0)
+    assert model.p.grad.item() == pytest.approx(3 * before)

@@ -128,3 +128,47 @@ def test_tensor_numbers_give_the_same_training(use_foreach: bool, monkeypatch: p
         on_host = run()
     for a, b in zip(on_device, on_host, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("use_foreach", [None, True, False])
+def test_a_second_moment_that_overflows_does_not_become_nan(use_foreach: bool | None) -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = GrokAdamW([p], lr=0.1, lamb=0.0, gradient_clipping=0.0, foreach=use_foreach)
+    for i in range(3):
+        p.grad = torch.tensor([1e20 if i == 0 else 1.0, 1.0, 1.0])
+        optimizer.step()
+    assert p.isfinite().all()
+    assert not optimizer.state[p]["exp_avg_sq"].isnan().any()
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("count", [0, 0.0, torch.tensor(0), torch.tensor([0.0], dtype=torch.float64)], ids=str)
+def test_a_step_count_may_be_set_to_any_number(options: dict[str, Any], count: Any) -> None:
+    """As torch's AdamW allows, and as old code does."""
+    found = []
+    for new in (torch.tensor(0.0), count):
+        p = nn.Parameter(torch.ones(70, 64))
+        optimizer = GrokAdamW([p], lr=0.1, **options)
+        for i in range(3):
+            p.grad = torch.ones_like(p)
+            if i == 1:
+                optimizer.state[p]["step"] = new.clone() if isinstance(new, torch.Tensor) else new
+            optimizer.step()
+        assert optimizer.state[p]["step"].dtype == torch.float32
+        found.append(p.detach())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_a_parameter_that_becomes_expanded_is_refused_before_anything_is_written(options: dict[str, Any]) -> None:
+    p, q = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(3))
+    optimizer = GrokAdamW([q, p], **options)
+    for x in (p, q):
+        x.grad = torch.ones_like(x)
+    optimizer.step()
+    p.data = torch.tensor(0.5).expand(4, 4)
+    before = q.detach().clone(), optimizer.state[p]["exp_avg"].clone()
+    with pytest.raises(RuntimeError, match="keeps several elements in one place"):
+        optimizer.step()
+    assert torch.equal(q, before[0])
+    assert torch.equal(optimizer.state[p]["exp_avg"], before[1])

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -851,3 +851,43 @@ def test_a_memory_that_no_longer_fits_is_named_before_anything_is_written(name: 
         state[entry] = (state[entry][:, :4] if entry == "grokfast_ring" else state[entry][:4]).clone()
     optimizer.step()
     assert not torch.equal(new, torch.ones(4, 2))
+
+
+@pytest.mark.parametrize("wrap", [lambda o: Grokfast(o, lamb=1e-12), lambda o: GrokfastMA(o, 2, 1e-12)])
+def test_an_inner_optimizer_that_begins_anew_does_so(wrap: Any) -> None:
+    """It may drop its state at the end of a step; the filter keeps its own."""
+    found = []
+    for around in (lambda o: o, wrap):
+        p = nn.Parameter(torch.zeros(3))
+        inner = torch.optim.SGD([p], lr=1.0, momentum=0.9)
+        calls = count(1)
+        inner.register_step_post_hook(lambda o, *_, calls=calls: o.state.clear() if next(calls) % 3 == 0 else None)
+        optimizer = around(inner)
+        for _ in range(5):
+            p.grad = torch.ones(3)
+            optimizer.step()
+        found.append(p.detach())
+    torch.testing.assert_close(*found)
+    assert any(name.startswith("grokfast") for name in optimizer.state[p])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_window_follows_the_dtype_of_its_parameter(dtype: torch.dtype) -> None:
+    """GrokfastMA's, and GrokAdamW's."""
+    module = nn.Module()
+    module.p = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    wrapped = GrokfastMA(torch.optim.SGD(module.parameters(), lr=0.0), 3, 1.0, warmup=False)
+    own = GrokAdamW(module.parameters(), lr=0.0, window_size=3, gradient_clipping=0.0)
+    for i in range(6):
+        if i == 2:
+            module.to(dtype)
+        grad = torch.linspace(0.1, 1, 4, dtype=torch.float64) * (i + 1) / 7
+        for optimizer in (wrapped, own):
+            module.p.grad = grad.to(module.p.dtype)
+            optimizer.step()
+    last = [(torch.linspace(0.1, 1, 4, dtype=torch.float64) * (i + 1) / 7).to(dtype) for i in (3, 4, 5)]
+    torch.testing.assert_close(own.state[module.p]["grok_ema"], sum(last) / 3)
+    for state, prefix in ((own.state[module.p], "grok"), (wrapped.state[module.p], "grokfast")):
+        for name in ("ring", "ring_sum", "ring_lap"):
+            assert state[f"{prefix}_{name}"].dtype == dtype
+        torch.testing.assert_close(state[f"{prefix}_ring_sum"], sum(last))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import pickle
 import threading
 import time
@@ -390,6 +391,29 @@ def test_a_pass_without_gradients_keeps_the_last_norm() -> None:
 
 
 # what is not finite
+
+
+@pytest.mark.parametrize("poisoned", [math.nan, math.inf])
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("all_of_it", [False, True])
+@pytest.mark.filterwarnings("ignore:gradients hold NaN", "ignore:a step was skipped")
+def test_a_pass_that_is_not_finite_keeps_the_last_norm(
+    poisoned: float, on_device: bool, all_of_it: bool, request: pytest.FixtureRequest
+) -> None:
+    """The norm of the gradients that are finite is too small, and would clip less than the run's gradients need."""
+    if on_device:
+        request.getfixturevalue("nothing_is_free_to_read")
+    model = network()
+    optimizer = GrokAdamW(model.named_parameters(), gradient_clipping=0.1)
+    step_in_backward(optimizer, clip_by="last")
+    passes(model, optimizer, range(1), mse)
+    last = optimizer.state_dict()["param_groups"][0]["last_norm"]
+    assert last > 0
+    if not all_of_it:
+        model[0].weight.register_hook(lambda grad: grad * poisoned)
+    ((poisoned if all_of_it else 1) * mse(model, 1)).backward()
+    optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["last_norm"] == last
 
 
 class Poisoned(torch.autograd.Function):

@@ -563,3 +563,17 @@ def test_a_compiled_step() -> None:
         (model(x) - y).square().mean().backward()
         step()
     assert [row["step"] for row in monitor.rows] == [1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore:a step found no gradient")
+@pytest.mark.parametrize("count", [1, 2])
+def test_records_are_at_multiples_of_every_whichever_steps_have_gradients(count: int) -> None:
+    """With one parameter every other step is idle; two take turns."""
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(count)]
+    optimizer = GrokAdamW(params)
+    monitor = Monitor(optimizer, every=5)
+    for i in range(40):
+        for j, p in enumerate(params):
+            p.grad = torch.ones(1) if i % 2 == j else None
+        optimizer.step()
+    assert [row["step"] for row in monitor.rows] == [5, 10, 15, 20]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from grokadamw import Accumulate, GrokAdamW, full_precision_state_dict, load_full_precision_state_dict
 from grokadamw.checkpoints import to_adamw, to_float32
@@ -365,3 +366,31 @@ def test_16_low_bits_are_rounded_to_the_nearest_8() -> None:
     low = torch.tensor([0, 0x7F, 0x80, 0x17F, -0x80, -0x81, 0x7FFF, -0x8000], dtype=torch.int16)
     assert formats.low_bits(low, torch.int8).tolist() == [0, 0, 1, 1, 0, -1, 127, -128]
     assert formats.low_bits(low.to(torch.int8), torch.int16).tolist()[-1] == 0
+
+
+def test_names_are_those_of_the_models_state_dict() -> None:
+    """A checkpoint wrapper's name is in those of parameters, and a hook takes it out of the state dict's."""
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(3, 2)), nn.Linear(2, 1)).bfloat16()
+    optimizer = GrokAdamW(model.named_parameters(), lr=1e-4, master_weight_bits=32)
+    for _ in range(2):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    saved = full_precision_state_dict(model, optimizer)
+    assert saved.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert all(x.dtype == torch.float32 for x in saved.values())
+    new = {name: x + 1e-4 for name, x in saved.items()}
+    load_full_precision_state_dict(model, optimizer, new)
+    assert same(full_precision_state_dict(model, optimizer), new)
+
+
+def test_a_state_dict_of_other_tensors_has_no_low_bits() -> None:
+    """As FSDP1's, which gathers what its parameters hold."""
+    model = nn.Linear(3, 2).bfloat16()
+    optimizer = GrokAdamW(model.named_parameters(), master_weight_bits=32)
+    model._register_state_dict_hook(lambda module, state, prefix, _: state.update(weight=state["weight"].clone()))
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    with pytest.raises(ValueError, match="other tensors than the parameters of this Linear"):
+        full_precision_state_dict(model, optimizer)

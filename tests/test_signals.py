@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import warnings
@@ -635,3 +636,29 @@ def test_groups_share_what_a_device_computes() -> None:
     assert alike is other_lr
     assert float(alike.alpha) == float(boosted.alpha) == pytest.approx(0.98 * math.exp(-0.05))
     assert (float(boosted.boost), float(forgetful.alpha)) == (2.0, pytest.approx(0.5 * math.exp(-0.05)))
+
+
+def test_a_copy_counts_its_own_losses() -> None:
+    optimizer = GrokAdamW([nn.Parameter(torch.ones(4))], signal_boost=2.0)
+    optimizer.record(train_loss=1.0, eval_loss=1.0)
+    copied = copy.deepcopy(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(60):
+            optimizer.record(train_loss=0.9)
+            copied.record(train_loss=0.9)
+
+
+@pytest.mark.parametrize("compat", [None, "0.1.2"])
+def test_a_group_that_is_added_knows_what_was_recorded(compat: str | None) -> None:
+    p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    optimizer = GrokAdamW([p], compat=compat)
+    optimizer.record(train_loss=0.1, eval_loss=2.0, train_acc=0.9)
+    optimizer.add_param_group({"params": [q]})
+    assert [group["eval_loss"] for group in optimizer.param_groups] == [2.0, 2.0]
+    assert optimizer.param_groups[1]["train_acc"] == 0.9
+    p.grad, q.grad = torch.ones(4), torch.ones(4)
+    optimizer.step()
+    alphas = {effect.alpha for effect in optimizer._run.last.effects}
+    assert len(alphas) == 1
+    assert alphas.pop() < 0.98

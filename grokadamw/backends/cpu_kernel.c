@@ -339,6 +339,8 @@ STATE(v, 1, 22, uint8_t)
 STATE(mu, 0, 11, int8_t)
 
 #define TINY 0x387fe000 /* bits of the least number that float16 rounds to one of its normal numbers */
+#define INF 0x7f800000
+#define NAN_BITS 0x7fc00000 /* of the one NaN that is stored: adding to others may make numbers of them */
 
 /* Return what the low bits add to a parameter with these bits. If it was set to 0, low bits below 0 would make it NaN: they
  * count as 0. */
@@ -379,17 +381,18 @@ static void store_param(const table *t, const float *restrict x, int64_t tensor,
         store(x, t->params[tensor], i, n, t->param);
         return;
     }
-    const float *restrict from = x;
-    for (int j = 0; has_tiny && j < n; j++) {
+    for (int j = 0; j < n; j++) {
         const uint32_t size = bits_of(x[j]) & 0x7fffffff;
-        room[j] = size < TINY ? float_of((int32_t)(float_of(size < TINY ? size : 0) * 0x1p40f)) : x[j];
+        words[j] = size > INF ? NAN_BITS : bits_of(x[j]);
     }
-    if (has_tiny) from = room;
+    for (int j = 0; has_tiny && j < n; j++) {
+        const uint32_t size = words[j] & 0x7fffffff;
+        words[j] = size < TINY ? (uint32_t)(int32_t)(float_of(size < TINY ? size : 0) * 0x1p40f) : words[j];
+    }
     for (int q = 0; dropped && q < b->count; q++) {
         const uint32_t dither = turned(b->hashes[q], 5) + b->turns;
-        EACH(b, q, j, l, words[j] = (bits_of(from[j]) + ((dither + l * LANE) >> (32 - dropped))) & -(1u << dropped))
+        EACH(b, q, j, l, words[j] = (words[j] + ((dither + l * LANE) >> (32 - dropped))) & -(1u << dropped))
     }
-    if (!dropped) memcpy(words, from, n * sizeof(float));
     uint16_t *restrict out = (uint16_t *)t->params[tensor] + i;
     if (t->low_bits && t->param == BFLOAT16) /* ties go up: the low bits are in [-2¹⁵, 2¹⁵) */
         for (int j = 0; j < n; j++) out[j] = (words[j] + 0x8000) >> 16;
@@ -485,6 +488,7 @@ INLINE void store_param_at(char *param, char *low, int64_t i, floats x, int dtyp
         _mm512_storeu_ps((float *)param + i, x);
         return;
     }
+    word = _mm512_mask_mov_epi32(word, _mm512_cmpgt_epi32_mask(_mm512_and_si512(word, all(0x7fffffff)), all(INF)), all(NAN_BITS));
     if (dropped) word = plus(word, _mm512_srli_epi32(dithers, 32 - dropped)); /* what is dropped is below what is stored */
     const words half = _mm512_srli_epi32(low_bits ? plus(word, all(0x8000)) : word, 16);
     _mm256_storeu_si256((void *)(param + 2 * i), _mm512_cvtepi32_epi16(half));

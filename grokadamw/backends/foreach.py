@@ -87,7 +87,11 @@ def _step(batch: Batch, n: Scalars) -> None:
         g_hat = _amplified(g, mu, t, n)
     _average_(m, g_hat, [1 - beta1 for beta1 in n.beta1], active)  # exp_avg
     squared = g if n.raw_second_moment else g_hat
-    _average_(v, torch._foreach_mul(squared, squared), 1 - n.beta2, active)  # exp_avg_sq
+    if isinstance(active, Tensor):
+        _average_(v, torch._foreach_mul(squared, squared), 1 - n.beta2, active)  # exp_avg_sq
+    else:  # as torch's AdamW does: an infinite v stays so, where lerp makes NaN of it
+        torch._foreach_mul_(v, n.beta2)
+        torch._foreach_addcmul_(v, squared, squared, 1 - n.beta2)
     del g, g_hat, squared  # so that the update can use their memory
     _move_(batch, n, t, root, correction, active)
 

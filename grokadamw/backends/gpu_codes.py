@@ -19,6 +19,7 @@ TURN_OF_M, TURN_OF_MU, TURN_OF_V, TURN_OF_PARAM = (
     tl.constexpr(formats._TURNS[name]) for name in ("exp_avg", "grok_ema", "exp_avg_sq", "param")
 )
 OF_TINY, TO_TINY, OF_HALF = (tl.constexpr(x) for x in (2.0**-40, 2.0**40, 0x3FF7FFF))
+INF, NAN = tl.constexpr(0x7F800000), tl.constexpr(formats._NAN)
 
 
 @triton.jit
@@ -135,6 +136,8 @@ def store_param(
     """Encode and store a parameter: its nearest number and low bits, or a number rounded by the dither."""
     PARAM: tl.constexpr = param.dtype.element_ty
     words = values.to(tl.int32, bitcast=True)
+    is_nan = (words & 0x7FFFFFFF) > INF
+    words = tl.where(is_nan, NAN, words)  # adding to another NaN may make a number of it
     if LOW:
         if PARAM == tl.float16:
             is_tiny = (words & 0x7FFFFFFF) < TINY
@@ -151,7 +154,7 @@ def store_param(
         else:
             half = (words + 0x8000) >> 16  # ties go up: the low bits are in [-2¹⁵, 2¹⁵)
         store(param, at, inside, half.to(tl.int16).to(PARAM, bitcast=True), MASKED)
-        store(low, at, inside, words >> (16 - LOW), MASKED)
+        store(low, at, inside, tl.where(is_nan, 0, words >> (16 - LOW)), MASKED)
     else:
         if ROUNDS and PARAM != tl.float32:
             DROPPED: tl.constexpr = 16 if PARAM == tl.bfloat16 else 13

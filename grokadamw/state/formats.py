@@ -98,6 +98,7 @@ _PARTS = 65536.0  # parts of a code, in which a value is compared with its dithe
 _UNIT, _V_UNIT = _PARTS / (127 * _PARTS - 64), _PARTS / (255 * _PARTS - 128)
 _SMALLEST, _LARGEST = 2.0**-100, 0x71800000  # the smallest scale; and the bits of 2^100, the largest value for scales
 _TINY = 0x387FE000  # bits of the smallest number that float16 rounds to a normal number
+_NAN = 0x7FC00000  # bits of the one NaN that is stored: adding to others may make numbers of them
 
 
 def is_coded(row: Sequence[Tensor], extras: Sequence[Any], options: Mapping[str, Any]) -> bool:
@@ -361,14 +362,15 @@ def full(param: Tensor, low: Tensor | None) -> Tensor:
 def split(
     whole: Tensor, dtype: torch.dtype, low: torch.dtype | None, word: Tensor, rounds: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Split a float32 parameter into a 16-bit dtype and its low bits.
+    """Split a float32 parameter into a 16-bit dtype and its low bits. NaN stays NaN, and its low bits are 0.
 
     Args:
         low: the dtype of the low bits; None for none. The bits that do not fit in 8 are rounded by the dither.
         word: from `dither`.
         rounds: whether a parameter without low bits is rounded by the dither, too.
     """
-    words = whole.view(torch.int32)
+    is_nan = whole.isnan()
+    words = whole.view(torch.int32).masked_fill(is_nan, _NAN)
     if low is None:
         if rounds:
             dropped = 16 if dtype == torch.bfloat16 else 13
@@ -387,4 +389,4 @@ def split(
         tiny = (size.float() * 2.0**-24).copysign(whole)
         rounded = torch.where(is_tiny, tiny, words.view(torch.float32)).to(dtype)
         words = words - torch.where(is_tiny, size << 16, rounded.float().view(torch.int32))
-    return rounded, (words if low == torch.int16 else words >> 8).to(low)
+    return rounded, (words if low == torch.int16 else words >> 8).to(low).masked_fill(is_nan, 0)

@@ -277,12 +277,10 @@ def _placed(param: Tensor, state: State, options: dict[str, Any]) -> State:
             fit[name] = torch.as_tensor(value, dtype=torch.float32, device=step_device(param)).reshape(()).clone()
         elif name == WINDOW[-1]:
             fit[name] = torch.as_tensor(value, dtype=torch.int64, device=step_device(param)).reshape(()).clone()
-        elif name == WINDOW[0]:
-            fit[name] = value.to(param.device, window.dtype_of(param, options["window_dtype"]), copy=True)
         elif name in WINDOW:
             fit[name] = value.to(param.device, copy=True)
         elif isinstance(value, Tensor):
             fit[name] = value.to(param.device, dtype_of(param, options), copy=True)
         else:
             fit[name] = value
-    return fit
+    return fit | window.fitted(fit, "grok_", param, options["window_dtype"])

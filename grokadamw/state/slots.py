@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .._numbers import as_real, reads_are_free, wide
+from .._numbers import as_number, as_real, reads_are_free, wide
 from ..options import STATES, rules_of
 from ..shards import part, placed, shards_of
 from . import formats, window
@@ -25,8 +25,6 @@ WINDOW = tuple(window.names("grok_"))
 def check(state: State, param: Tensor) -> None:
     """Raise RuntimeError, before a step has written anything, for a state or parameter that it cannot use."""
     check_shapes(state, (*STATES, *WINDOW, *formats.EXTRAS), param)
-    if "step" in state:
-        return
     if param.numel() and any(stride == 0 and n > 1 for stride, n in zip(param.stride(), param.shape, strict=True)):
         raise RuntimeError(
             f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} keeps several elements in one "
@@ -113,8 +111,12 @@ def lay_out(state: State, param: Tensor, options: dict[str, Any]) -> None:
     if shards is not None:
         kept = [name for name in (*STATES, *formats.EXTRAS) if name in state]
         state.update({name: placed(state[name], shards) for name in kept})
+    state.update(window.fitted(state, "grok_", param, options["window_dtype"]))
     for name in misfits(state, param, options):
-        if name == "param_low":
+        if name == "step":
+            count = as_number(state[name], "state['step']")
+            state[name] = torch.as_tensor(count, dtype=torch.float32, device=step_device(param))
+        elif name == "param_low":
             low = torch.empty_like(param, dtype=state[name].dtype, memory_format=torch.preserve_format)
             part(low).copy_(part(state[name]))
             state[name] = low
@@ -126,7 +128,12 @@ def lay_out(state: State, param: Tensor, options: dict[str, Any]) -> None:
 
 def misfits(state: State, param: Tensor, options: dict[str, Any]) -> list[str]:
     """Return the names of what `lay_out` would convert."""
-    return formats.misfits(state, param, options, dtype_of(param, options))
+    found = formats.misfits(state, param, options, dtype_of(param, options))
+    found += window.fitted(state, "grok_", param, options["window_dtype"])
+    step = state.get("step")
+    if step is not None and not (isinstance(step, Tensor) and step.dtype == torch.float32 and step.dim() == 0):
+        found.append("step")
+    return found
 
 
 def new_counts(states: Mapping[Tensor, State], params: Sequence[Tensor]) -> dict[Tensor, Tensor]:

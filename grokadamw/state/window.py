@@ -83,6 +83,18 @@ def of(state: Mapping[str, Any], prefix: str) -> Window:
     return Window(*(state[name] for name in names(prefix)))
 
 
+def fitted(state: Mapping[str, Any], prefix: str, param: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the tensors of the state's window that do not have the dtypes of a new one, converted to these.
+
+    That is so once a parameter's dtype was changed. `dtype` is as for `dtype_of`.
+    """
+    ring, *sums, _ = names(prefix)
+    if ring not in state:
+        return {}
+    dtypes = {ring: dtype_of(param, dtype), **dict.fromkeys(sums, wide(as_real(param.detach()).dtype))}
+    return {name: state[name].to(expected) for name, expected in dtypes.items() if state[name].dtype != expected}
+
+
 def average(
     windows: Sequence[Window], grads: Sequence[Tensor], averages: Sequence[Tensor], finite: Tensor | None
 ) -> None:

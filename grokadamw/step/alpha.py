@@ -348,7 +348,7 @@ class Signals:
         copied.functions = [
             copy.deepcopy(f, memo) if hasattr(f, "bind") or _remembers(f) else f for f in self.functions
         ]
-        for name in ("values", "waiting", "_warned", "_failures_on_device"):
+        for name in ("values", "waiting", "_warned", "_failures_on_device", "_alone"):
             setattr(copied, name, copy.copy(getattr(self, name)))
         return copied
 

@@ -173,6 +173,7 @@ class NormSoFar:
     def __init__(self, last: Number) -> None:
         self._last = last
         self._squares: Number | None = None
+        self._is_whole: bool | Tensor = True  # whether all norms were finite
 
     def add(self, norm: Number | None) -> None:
         """Add the norm of further gradients, unless it is not finite: then the parameter is skipped, or lost."""
@@ -180,15 +181,26 @@ class NormSoFar:
             return
         before = 0.0 if self._squares is None else self._squares
         if isinstance(norm, Tensor):
-            before = before.to(norm.device) if isinstance(before, Tensor) else before
-            self._squares = before + torch.where(torch.isfinite(norm), norm * norm, 0.0)
+            is_finite = torch.isfinite(norm)
+            self._squares = _on(norm.device, before) + torch.where(is_finite, norm * norm, 0.0)
+            self._is_whole = is_finite & _on(norm.device, self._is_whole)
+        elif math.isfinite(norm):
+            self._squares = before + norm * norm
         else:
-            self._squares = before + norm * norm if math.isfinite(norm) else before
+            self._squares, self._is_whole = before, False
 
     @property
     def value(self) -> Number | None:
         """The norm of the gradients so far; None if none was measured."""
         return None if self._squares is None else self._squares**0.5
+
+    @property
+    def to_remember(self) -> Number:
+        """This norm; or `last`, if no gradient came or not all were finite."""
+        norm = self.value
+        if isinstance(norm, Tensor) and isinstance(self._is_whole, Tensor):
+            return torch.where(self._is_whole, norm, _on(norm.device, self._last))
+        return self._last if norm is None or not self._is_whole else norm
 
     def clip(self, limit: float, device: torch.device | None = None) -> Number:
         """Return c, as a number for parameters on that device if one is given."""
@@ -200,3 +212,8 @@ class NormSoFar:
         if device is None or not isinstance(c, Tensor):
             return c
         return as_float(c) if reads_are_free(device) else c.to(device, accumulator(device))
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """Return a tensor on that device, or a Python number as it is."""
+    return value.to(device) if isinstance(value, Tensor) else value
