@@ -449,7 +449,7 @@ def test_tensors_of_no_or_one_element_take_a_step(bits: int | None, dtype: torch
 
 @pytest.mark.parametrize("implementation", ["cpu", "gpu", "foreach", "reference"])
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001], ids=hex)
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001], ids=hex)
 def test_a_weight_that_is_not_a_number_stays_so(implementation: str, weights: Any, bits: int) -> None:
     """Whichever of its many forms NaN has: 0x7FFFFFFF, a GPU's own, is one before that of -0."""
     dtype, options = weights

@@ -136,8 +136,9 @@ def store_param(
     """Encode and store a parameter: its nearest number and low bits, or a number rounded by the dither."""
     PARAM: tl.constexpr = param.dtype.element_ty
     words = values.to(tl.int32, bitcast=True)
-    is_nan = (words & 0x7FFFFFFF) > INF
-    words = tl.where(is_nan, NAN, words)  # adding to another NaN may make a number of it
+    if LOW or ROUNDS:
+        is_nan = (words & 0x7FFFFFFF) > INF
+        words = tl.where(is_nan, NAN, words)  # adding to another NaN may make a number of it
     if LOW:
         if PARAM == tl.float16:
             is_tiny = (words & 0x7FFFFFFF) < TINY
