@@ -430,6 +430,10 @@ def not_done(rows: list[Row]) -> Iterator[list[Run]]:
 def stages(rows: list[Row]) -> Iterator[list[Run]]:
     """Yield the runs in the order in which they are done, as far as `rows` say which they are."""
 
+    of: dict[str, list[Row]] = defaultdict(list)  # the rows of each task, as most parts need no others
+    for row in rows:
+        of[row.task].append(row)
+
     def learnt(asked: list[Run]) -> list[Run]:  # x² + xy + y² takes longest, as it fails, and comes later
         return [run for run in asked if run.task in LEARNT]
 
@@ -438,10 +442,10 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
         of_problem = [pair for pair in PAIRS if pair.startswith(problem + "/")]
         yield [run for pair in of_problem for run in pair_untuned(pair)]
         for part in PAIR_PARTS:
-            yield [run for pair in of_problem for run in part(pair, "adamw", rows)]
+            yield [run for pair in of_problem for run in part(pair, "adamw", of[pair])]
     yield [run for pair in KINDS for run in pair_untuned(pair)]
     for part in PAIR_PARTS:
-        yield [run for pair in KINDS for run in part(pair, "adamw", rows)]
+        yield [run for pair in KINDS for run in part(pair, "adamw", of[pair])]
     yield grid(PRESET)
     yield [run for same in zip(*formats().values(), strict=True) for run in same]
     for task, (*_, names) in DATA.items():
@@ -470,4 +474,4 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
     for method in [RISING, *OTHER_METHODS]:
         yield grid(method)
     for method, part in product(PAIR_METHODS, PAIR_PARTS):
-        yield [run for pair in PAIRS for run in part(pair, method, rows)]
+        yield [run for pair in PAIRS for run in part(pair, method, of[pair])]
