@@ -173,14 +173,18 @@ def recipes(rows: list[Row]) -> str:
 def defaults(rows: list[Row]) -> str:
     """Return the table of GrokAdamW's defaults, tuned, beside a tuned AdamW, where all their runs are done."""
     lines, ratios = list[list[str]](), list[float]()
+    compared: tuple[list[Row], list[Row]] = ([], [])
     for pair, (adamw, _) in both_of_pairs(rows).items():
         found = evidence.pair_reported(pair, "grokadamw", rows)
         if len(found) == len(evidence.PAIR_SEEDS) and (shown_ratio := ratio(found, adamw)) is not None:
             ratios.append(shown_ratio)
+            compared[0].extend(adamw)
+            compared[1].extend(found)
             lines.append([pair, quartiles(adamw), cell(found), quartiles(found), two_digits(shown_ratio)])
     if ratios:
         numbers = ", ".join(map(two_digits, (min(ratios), float(np.median(ratios)), max(ratios))))
-        lines.append([f"best, median, worst of {len(ratios)}", "", "", "", numbers])
+        of_adamw, of_defaults = (f"{sum(map(math.isinf, steps(each)))} of {len(each)} failed" for each in compared)
+        lines.append([f"best, median, worst of {len(ratios)}", of_adamw, "", of_defaults, numbers])
     return markdown(["task/architecture", "AdamW, tuned", "defaults: lr, wd", "defaults, tuned", "ratio"], lines)
 
 

@@ -369,12 +369,13 @@ def split(
         word: from `dither`.
         rounds: whether a parameter without low bits is rounded by the dither, too.
     """
+    if low is None and not rounds:
+        return whole.to(dtype), None
     is_nan = whole.isnan()
     words = whole.view(torch.int32).masked_fill(is_nan, _NAN)
     if low is None:
-        if rounds:
-            dropped = 16 if dtype == torch.bfloat16 else 13
-            words = (words + (word >> 32 - dropped).to(torch.int32)) & -(1 << dropped)
+        dropped = 16 if dtype == torch.bfloat16 else 13
+        words = (words + (word >> 32 - dropped).to(torch.int32)) & -(1 << dropped)
         return words.view(torch.float32).to(dtype), None
     is_tiny = (words & 0x7FFFFFFF) < _TINY
     if dtype == torch.float16:
