@@ -1,4 +1,4 @@
-"""How much shorter steps are when the moments collect micro-batches: accumulation_steps against Accumulate.
+"""Measure how much shorter steps are if moments collect micro-batches: accumulation_steps against Accumulate.
 
     python -m benchmarks.accumulation [--steps 400] [--out benchmarks/results]
     python -m benchmarks.accumulation --table benchmarks/results/accumulation.json

@@ -1,4 +1,4 @@
-"""Time on the host of steps whose gradients, groups or numbers change each time, beside torch's fused AdamW.
+"""Measure the host's time of steps whose gradients, groups or numbers change, beside torch's fused AdamW.
 
     OMP_NUM_THREADS=1 python -m benchmarks.changing_steps [--steps 40] [--out benchmarks/results]
 

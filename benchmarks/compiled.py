@@ -1,10 +1,10 @@
-"""What Triton compiles the GPU kernels to, with or without a GPU: registers, spills, width of loads and stores.
+"""Show what Triton compiles the GPU kernels to (no GPU needed): registers, spills, width of loads and stores.
 
     python -m benchmarks.compiled [--json]
 
 Each kernel is compiled for each architecture, and for each pair of dtypes of parameters (and gradients) and of state.
 The kernel for fewer bits is compiled in several formats for one architecture, and in one format for the others. Unless
-"tail" is true, only the body for full chunks is compiled. "scalar" loads are of tables and of single numbers.
+"tail" is true, only the body for full chunks is compiled. "scalar" loads read tables and single numbers.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from grokadamw.backends.gpu_tables import CODED, JUDGE_BLOCK, JUDGE_THREADS, LON
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 90, 100)} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)
 }
-DTYPES = [  # of parameters and gradients, of state
+DTYPES = [  # dtype of parameters and gradients, dtype of state
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.float32),
     (torch.float16, torch.float32),
     (torch.float64, torch.float64),
 ]
 INT8, SHORT, WHOLE = (torch.int8, torch.uint8, torch.int8), 3 * (torch.bfloat16,), 3 * (torch.float32,)
-# formats in fewer bits: the dtype of parameters and gradients; those of m, v and μ; the parameter's low bits
+# low-bit formats: the dtype of parameters and gradients; the dtypes of m, v and μ; the number of low bits of weights
 CODES = {
     "bfloat16": (torch.float32, SHORT, 0),
     "int8": (torch.float32, INT8, 0),
@@ -49,9 +49,9 @@ CODES = {
     "int8, float16 of 24 bits": (torch.float16, INT8, 8),
     "32 bits": (torch.bfloat16, WHOLE, 16),
 }
-# a kernel takes a second or two: only one GPU gets all formats; only one format is compiled without tails and with rows
+# a kernel takes a second or two, so only one GPU gets all formats, and only one format the cases "no tail" and "rows"
 THOROUGH, LIMITED = "sm_90", "int8, 24 bits"
-UPDATE = dict.fromkeys(("chunks", "table", "grads", "numbers"), "*i64") | {"finite": "*i1"}  # its pointers
+UPDATE = dict.fromkeys(("chunks", "table", "grads", "numbers"), "*i64") | {"finite": "*i1"}  # its pointer arguments
 LISTS = [2, 32, 1024]  # groups of parameters, as a power of two: `judge` holds a number for each in registers
 
 
@@ -63,7 +63,7 @@ class Code(NamedTuple):
     param: str
     tail: bool
     registers: int | None  # None for AMD's GPUs: their code is compiled but not inspected
-    spilled: int | None  # bytes of local memory a thread
+    spilled: int | None  # bytes of local memory per thread
     wide_loads: int | None  # of 16 bytes
     scalar_loads: int | None
     other_loads: int | None
@@ -75,8 +75,8 @@ class Code(NamedTuple):
 def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) -> Iterator[tuple[str, ASTSource, int]]:
     """Yield each kernel with the constants that `gpu` gives it, and its threads, in warps of 32.
 
-    `update` comes also as a micro-batch before the last runs it, and with limits on rows; `judge` comes for each number
-    of lists.
+    `update` is also compiled for micro-batches before the last, and with limits on rows; `judge` for each number of
+    lists.
     """
     tl, shape = kernels.tl, SHAPES[max(state.itemsize, 4)]
     of_grads = SHAPES[param.itemsize]
@@ -96,7 +96,7 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
         "squares": {"GRAD": dtypes["param"], "TAIL": tail, "CHUNK": of_grads.chunk, "BLOCK": of_grads.block},
     }
     constants["update, micro-batch"] = constants["update"] | {"RAW": True, "IS_PART": True, "MOVES": False}
-    if tail:  # a model's biases have one
+    if tail:  # a model's biases have a tail
         limited = constants["update"] | {"HAS_CHANGE": True}
         constants["update, rows of 256"] = limited | {"OF_ROWS": 1 << WIDTHS.index(256)}
         constants["update, longer rows"] = limited | {"OF_ROWS": 1 << LONG}
@@ -156,7 +156,7 @@ def coded(target: str, name: str, tail: bool) -> Iterator[Code]:
 
 
 def code_of(target: str, name: str, source: ASTSource, warps: int, param: torch.dtype, tail: bool) -> Code:
-    # gpu.py launches `squares` and `update` with as many warps on every GPU, `judge` with as many threads
+    # on every GPU gpu.py launches `squares` and `update` with the same number of warps, and `judge` of threads
     given = warps * 32 // TARGETS[target].warp_size if name.startswith("judge") else warps
     asm = triton.compile(source, target=TARGETS[target], options={"num_warps": given, "enable_fp_fusion": False}).asm
     counts: list[int | None] = [None] * 8
@@ -166,7 +166,7 @@ def code_of(target: str, name: str, source: ASTSource, warps: int, param: torch.
 
 
 def accesses(ptx: str, instruction: str) -> tuple[int, int, int]:
-    """Count loads or stores of global memory: of 16 bytes, of one number by all threads, and any others."""
+    """Count loads or stores of global memory: those of 16 bytes, those of one number by all threads, and all others."""
     wide = scalar = other = 0
     for line in ptx.splitlines():
         if found := re.search(rf"\b{instruction}\.global\S*?(?:\.v(\d))?\.b(\d+)\b", line):
@@ -178,7 +178,7 @@ def accesses(ptx: str, instruction: str) -> tuple[int, int, int]:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Return the registers, and the bytes of local memory, of a thread."""
+    """Return a thread's registers, and its bytes of local memory."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

@@ -1,11 +1,11 @@
-"""Time of a step on FSDP2's shards, beside the same tensors as plain parameters; and the collectives of a step.
+"""Time a step on FSDP2's shards, beside a step on plain copies of them, and count the collectives of a step.
 
     python -m benchmarks.distributed [--out benchmarks/results]
 
 One and two gloo processes share a stack of linear layers by `fully_shard`. Each takes steps on its shards and, in turn,
 on plain copies of them. Times are lower quartiles, as the machine may be busy. The ratio leaves out the time in
-`all_reduce`, where a rank waits for the other; that time is printed apart. Collectives are those that torch's profiler
-sees in a step. Results go to distributed.json.
+`all_reduce`, where a rank waits for the other; that time is printed separately. Collectives are those that torch's
+profiler sees in a step. Results go to distributed.json.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STEPS, WARM = 60, 5
 
 
 class Timed:
-    """`torch.distributed.all_reduce`, counting the seconds spent in it."""
+    """A wrapper of `torch.distributed.all_reduce` that counts the seconds spent in it."""
 
     def __init__(self) -> None:
         self._all_reduce, self.seconds = dist.all_reduce, 0.0
@@ -80,7 +80,7 @@ def compared(width: int, options: dict[str, Any]) -> dict[str, float]:
         timed = Timed()
         with patch.object(dist, "all_reduce", timed):
             seconds = {}
-            for name in ("shards", "plain") if step % 2 else ("plain", "shards"):  # what comes first waits for memory
+            for name in ("shards", "plain") if step % 2 else ("plain", "shards"):  # the first one waits for memory
                 dist.barrier()
                 began = time.perf_counter()
                 (sharded if name == "shards" else plain).step()

@@ -1,4 +1,4 @@
-"""The time that the filters cost: a training step of a small transformer, and each filter alone.
+"""Measure the time that the filters cost: in a training step of a small transformer, and each filter alone.
 
     python -m benchmarks.filter_time [--rounds 30] [--out benchmarks/results]
     python -m benchmarks.filter_time --table benchmarks/results/filter_time-cpu.json
@@ -100,7 +100,7 @@ def ready(arms: list[Arm], with_backward: bool) -> dict[str, Callable[[], Any]]:
     for arm in arms:
         model, _, batches = task.start(0)
         batch = next(batches)
-        training_step(model, lambda: None, batch)()  # gradients
+        training_step(model, lambda: None, batch)()  # makes gradients
         try:
             step = arm.make(model)
         except ImportError:
@@ -112,7 +112,7 @@ def ready(arms: list[Arm], with_backward: bool) -> dict[str, Callable[[], Any]]:
 
 
 def measured(turns: dict[str, Callable[[], Any]], rounds: int, each: int, console: Console) -> dict[str, list[float]]:
-    """Return the seconds of a call by arm, one entry a round."""
+    """Return the seconds of a call by arm, one entry per round."""
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     generator = random.Random(0)
     for _ in track(range(rounds), "taking turns", console=console):

@@ -1,4 +1,4 @@
-"""How far a step is from float32's if moments are kept in 16 or 8 bits: the basis of grokadamw/state/formats.py.
+"""Measure how far steps with 16- or 8-bit moments are from float32's: the basis of grokadamw/state/formats.py.
 
     OMP_NUM_THREADS=1 python -m benchmarks.formats [--steps 200] [--training 120] [--seeds 3] [--jobs 2] [--out …]
 
@@ -7,7 +7,7 @@ transformers that train with float32 moments, and from a random generator:
 
 - hamlet: bytes of text in batches, with noisy gradients;
 - add113: arithmetic in one batch, with gradients that change slowly;
-- decades: noise, where the elements of a block differ by up to four decades.
+- decades: noise whose elements differ by up to four decades within a block.
 
 Then some candidates train on hamlet themselves. Prints two tables and writes formats.json, after the streams and again
 after the runs.
@@ -41,7 +41,7 @@ SMALLEST = 4096  # elements of the smallest tensor that is worth a format
 LAMB = 2.0
 STREAMS = ("hamlet", "add113", "decades")
 AVERAGES = ((0.999, 0.98), (0.98, 0.9))  # β2 and α
-Round = Callable[[Tensor, Tensor, bool], Tensor]  # (values, a row a block; numbers in [0, 1); is v) → values as kept
+Round = Callable[[Tensor, Tensor, bool], Tensor]  # (values, a block per row; numbers in [0, 1); is v) → values as kept
 
 
 def cut(codes: Tensor, u: Tensor, highest: int, positive: Tensor | None) -> Tensor:
@@ -66,7 +66,7 @@ def softsign(x: Tensor, u: Tensor, is_v: bool) -> Tensor:
 
 
 def floating(x: Tensor, u: Tensor, is_v: bool, exponent: int, mantissa: int) -> Tensor:
-    """Use a float of so many bits, with subnormal numbers, below a power of two that the block shares."""
+    """Use a float of these numbers of bits, with subnormal numbers, below a power of two that the block shares."""
     shift = 23 - mantissa
     bits = x.abs().view(torch.int32)
     top = (bits.amax(1, keepdim=True) + (1 << shift) - 1) >> 23
@@ -141,7 +141,7 @@ TRAINED = [
 
 
 class Dither:
-    """The numbers that are added to the codes of three moments before they are rounded down."""
+    """The numbers that are added to the codes of the three moments before the codes are rounded down."""
 
     def __init__(self, size: int, rounding: str) -> None:
         self.rounding, self.generator = rounding, torch.Generator().manual_seed(0)
@@ -158,7 +158,7 @@ class Dither:
 
 
 def kept(candidate: Candidate, moments: Sequence[Tensor], u: Tensor) -> list[Tensor]:
-    """Return m, μ and v as they come back from a format. The rest that does not fill a block stays as it is."""
+    """Return m, μ and v as they come back from a format. Elements that do not fill a block stay unchanged."""
     found = []
     for place, moment in enumerate(moments):
         whole = moment.numel() // candidate.block * candidate.block
@@ -189,7 +189,7 @@ class Moments:
 
 
 def gradients(stream: str, beta2: float, alpha: float) -> Iterator[Tensor]:
-    """Yield gradients of shape (SAMPLE,): of a model, pieces of 256 elements drawn at random from all large tensors."""
+    """Yield gradients of shape (SAMPLE,). A model's are random pieces of 256 elements from all large tensors."""
     generator = torch.Generator().manual_seed(0)
     scales = 10 ** (-4 * torch.rand(SAMPLE, generator=generator))
     while stream == "decades":
@@ -282,7 +282,7 @@ def write(given: argparse.Namespace, rows: Sequence[dict[str, Any]], losses: Seq
 
 
 def show(rows: Sequence[dict[str, Any]], losses: Sequence[dict[str, Any]]) -> None:
-    """Print the errors of the updates, a column a stream, and the mean loss of each format beside each seed's loss."""
+    """Print the updates' errors, one column per stream, and each format's mean loss beside each seed's loss."""
     streams = list(dict.fromkeys((row["stream"], row["beta2"]) for row in rows))
     table = Table("error (99.9% of step sizes)", *(f"{stream} β2={beta2}" for stream, beta2 in streams), box=None)
     for key in dict.fromkeys((row["format"], row["block"], row["rounding"]) for row in rows):

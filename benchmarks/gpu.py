@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in stages that take a few minutes.
+"""All tests and measurements that need a GPU, in stages that take a few minutes.
 
     [OUT=benchmarks/results] [STAGES="0 1 2"] python3 benchmarks/gpu.py
     REHEARSE=1 OUT=… python3 benchmarks/gpu.py        where there is no GPU
@@ -44,7 +44,7 @@ class Command(NamedTuple):
     words: list[str]
     limit: int  # seconds
     environment: dict[str, str] = {}
-    tool: list[str] = []  # of CUDA, with flags, that watches the process; without it the command is not run
+    tool: list[str] = []  # a CUDA tool with flags, which watches the process; the command runs only if it is installed
 
 
 class Stage(NamedTuple):
@@ -59,7 +59,7 @@ def module(name: str, limit: int) -> list[Command]:
 
 
 def sanitizer(tool: str, checks: str, limit: int) -> Command:
-    """Return checks under a sanitizer, without the caching allocator: it hides accesses past the ends of tensors."""
+    """Return checks under a sanitizer, without the caching allocator, which hides accesses past the ends of tensors."""
     return Command(
         [*PYTHON, "-c", SANITIZED.format(checks)],
         limit,
@@ -74,7 +74,7 @@ def tests_for_a_gpu() -> list[str]:
 
 
 def stand_ins() -> dict[str, str]:
-    """Return the path of stand-ins for what torch.testing needs, if that is not installed."""
+    """Return the path of a stand-in for the package that torch.testing needs, if that package is not installed."""
     if importlib.util.find_spec("expecttest"):
         return {}
     return {"PYTHONPATH": str(ROOT / "benchmarks/on_gpu/stand_ins")}
@@ -154,12 +154,12 @@ def run(command: Command, output: BinaryIO) -> str:
 
 
 def heed_interrupts() -> None:
-    """Accept interrupts, which a shell makes background jobs and their processes ignore."""
+    """Accept interrupts: a shell makes background jobs, and their child processes, ignore them."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End all processes of its group that are left."""
+    """Kill all processes of the process's group that are left."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

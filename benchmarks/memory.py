@@ -1,10 +1,10 @@
-"""Memory of an optimizer, peak memory of a step, and its time, for every format of state and weights.
+"""Measure an optimizer's memory, and a step's peak memory and time, for every format of state and weights.
 
     python -m benchmarks.memory [--rounds 15] [--out benchmarks/results]
 
 Optimizers take turns with torch's fused AdamW with float32 weights, on 100 M parameters in one vector and on GPT-2's
-tensors. Gradients have the weights' dtype. "Peak" is what a step allocates and gives back, measured in a process of its
-own. Prints a table and writes memory.json, which the docs quote. `make peers` installs the other packages.
+tensors. Gradients have the weights' dtype. "Peak" is the memory that a step allocates and frees, measured in a process
+of its own. Prints a table and writes memory.json, which the docs quote. `make peers` installs the other packages.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _bytes(x: Tensor) -> int:
 
 
 def peak(name: str) -> float:
-    """Return the MiB that a step of one matrix of 16 M parameters needs in addition to what is there before it."""
+    """Return the MiB that a step on one matrix of 16 M parameters needs beyond the memory in use before it."""
     case = next(case for case in CASES if case.name == name)
     optimizer = case.make(parameters([(4096, 4096)], case.dtype))
     for _ in range(3):
@@ -115,7 +115,7 @@ def peak_alone(case: Case) -> float | None:
 
 
 def measured(shapes: Shapes, rounds: int, show: Callable[[str], None]) -> dict[str, Any]:
-    """Return bytes a parameter and times of all cases on one model."""
+    """Return bytes per parameter and times of all cases on one model."""
     count, runners, found = sum(map(math.prod, shapes)), [], dict[str, Any]()
     shared = {dtype: parameters(shapes, dtype) for dtype in dict.fromkeys(case.dtype for case in CASES)}
     for case in CASES:
@@ -125,7 +125,7 @@ def measured(shapes: Shapes, rounds: int, show: Callable[[str], None]) -> dict[s
             optimizer = case.make(params)
             for _ in range(3):
                 timed(optimizer.step, 1, "cpu")
-        except Exception as error:  # a peer's, of any kind
+        except Exception as error:  # a peer may raise anything
             found[case.name] = {"reason": reason(error)}
             continue
         found[case.name] = {

@@ -1,9 +1,9 @@
 """The optimizers that `step_time.py` compares, and the memory that they share.
 
-They are ours in each implementation, torch's AdamW, and peers from PyPI. `make peers` installs each peer in a folder of
-its own, .venv/peers/NAME, without its dependencies. Release 0.1.2 of this package has our name, and is in
-.venv/published. DeepSpeed compiles itself when it is first used, with a C++ compiler. Optimizers that are not installed
-are left out of the comparison.
+They are GrokAdamW in each implementation, torch's AdamW, and peers from PyPI. `make peers` installs each peer in a
+folder of its own, .venv/peers/NAME, without its dependencies. Release 0.1.2 of this package is in .venv/published,
+because the two have the same name. DeepSpeed compiles itself when it is first used, with a C++ compiler. Optimizers
+that are not installed are left out of the comparison.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Step: TypeAlias = Callable[[], Any]
 Shapes: TypeAlias = list[tuple[int, ...]]
 Make: TypeAlias = Callable[[list[nn.Parameter]], Step]
 
-# The filter adds to gradients that no backward pass rewrites: with the usual 2 they would soon be infinite.
+# The filter adds to gradients that no backward pass rewrites. With the usual λ of 2 they would soon be infinite.
 LAMB = 1e-3
 
-# Bytes a parameter: itself, its gradient and one that may be written to; and the scratch memory of any arm's step.
+# Bytes per parameter: the parameter, its gradient and a writable copy of it; the scratch memory of any arm's step.
 SHARED, SCRATCH = 12, 40
 
 
@@ -53,12 +53,12 @@ class Arm(NamedTuple):
 
 
 def grokadamw(**options: Any) -> Make:
-    """GrokAdamW with β1 falling from tensor to tensor, but so little that no warning is due."""
+    """Return a maker of GrokAdamW whose β1 falls from tensor to tensor, but too little for a warning."""
     return lambda params: GrokAdamW(params, gamma=1e-3, **options).step
 
 
 def preset(params: list[nn.Parameter], **options: Any) -> Step:
-    """`for_grokking` on a model that has these: the first is an embedding, and it has a norm layer."""
+    """Return a step of `for_grokking` on a model of these parameters: an embedding first, and a norm layer."""
     model = nn.Module()
     model.embedding = nn.Embedding(1, 1)
     model.embedding.weight = params[0]
@@ -68,7 +68,7 @@ def preset(params: list[nn.Parameter], **options: Any) -> Step:
 
 
 def without_compiler(params: list[nn.Parameter]) -> Step:
-    """GrokAdamW without its native kernel, as on a machine where it was not built."""
+    """Return a step of GrokAdamW without its native kernel, as on a machine where it was not built."""
     with no_kernel():
         optimizer = GrokAdamW(params, gamma=1e-3, gradient_clipping=0.0, nonfinite="propagate")
 
@@ -94,7 +94,7 @@ def adamw(**options: Any) -> Make:
 
 
 def clipped(params: list[nn.Parameter]) -> Step:
-    """AdamW as training loops use it."""
+    """Return a step of AdamW after `clip_grad_norm_`, as training loops use it."""
     optimizer = torch.optim.AdamW(params, fused=True)
 
     def step() -> None:
@@ -105,7 +105,7 @@ def clipped(params: list[nn.Parameter]) -> Step:
 
 
 def filtered(params: list[nn.Parameter]) -> Step:
-    """Grokfast's published loop (arXiv:2405.20233), followed by AdamW: each operation makes a new tensor."""
+    """Return Grokfast's published loop (arXiv:2405.20233), followed by AdamW. Each operation makes a new tensor."""
     optimizer = torch.optim.AdamW(params, fused=True)
     emas = [p.grad.clone() for p in params]
 
@@ -120,7 +120,7 @@ def filtered(params: list[nn.Parameter]) -> Step:
 
 
 def imported(package: str, module: str) -> Any:
-    """Import a module of a peer, from a folder of its own, which is searched after all installed packages."""
+    """Import a peer's module from the peer's own folder, which is searched after all installed packages."""
     folder = str(PEERS / package)
     if folder not in sys.path:
         sys.path.append(folder)
@@ -133,7 +133,7 @@ def peer(package: str, module: str, name: str, **options: Any) -> Make:
 
 
 def published(params: list[nn.Parameter]) -> Step:
-    """Release 0.1.2, imported under another name, as its own is ours."""
+    """Return a step of release 0.1.2, imported under another name, because its own name is this package's."""
     if "grokadamw_published" not in sys.modules:
         spec = importlib.util.spec_from_file_location("grokadamw_published", PUBLISHED / "grokadamw" / "__init__.py")
         if not PUBLISHED.is_dir() or spec is None or spec.loader is None:
@@ -200,7 +200,7 @@ ARMS = [
 
 
 def gpt2() -> Shapes:
-    """GPT-2's 124 M parameters, in 148 tensors; the head is the token embedding."""
+    """Return the shapes of GPT-2's 124 M parameters, in 148 tensors; the head is the token embedding."""
     width = 768
     norm: Shapes = [(width,), (width,)]
     attention: Shapes = [(width, 3 * width), (3 * width,), (width, width), (width,)]
@@ -209,7 +209,7 @@ def gpt2() -> Shapes:
 
 
 class Tensors:
-    """Parameters and gradients that all arms of a model share. Arms that write to gradients share a copy of these."""
+    """Parameters and gradients that all arms of a model share. Arms that write to gradients share a copy of them."""
 
     def __init__(self, shapes: Shapes, device: str) -> None:
         torch.manual_seed(0)
@@ -218,7 +218,7 @@ class Tensors:
         self.written: list[Tensor] = []
 
     def params(self, arm: Arm) -> list[nn.Parameter]:
-        """An arm's own parameters in the shared memory."""
+        """Return an arm's own parameters, in the shared memory."""
         if arm.writes and not self.written:
             self.written = [grad.clone() for grad in self.grads]
         params = [nn.Parameter(value) for value in self.values]
@@ -228,7 +228,7 @@ class Tensors:
 
 
 def heats(arms: Sequence[Arm], parameters: int, free: int) -> list[list[Arm]]:
-    """Split arms into heats whose state fits into memory. Each heat includes the two that all are compared with."""
+    """Split arms into heats whose state fits into memory. Each heat has the two arms that all are compared with."""
     compared = [FUSED, CLIPPED]
     room = free - (SHARED + SCRATCH) * parameters
     result: list[list[Arm]] = []

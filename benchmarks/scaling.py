@@ -1,11 +1,11 @@
-"""Memory, time and collectives of a step on many GPUs, by formulas; memory also as measured on a few ranks.
+"""Compute memory, time and collectives of a step on many GPUs by formulas, and measure memory on a few ranks.
 
     python -m benchmarks.scaling [--out benchmarks/results]
 
-The tables are those of docs/scaling.md. Bytes come from `GrokAdamW.memory()`, with parameters on the meta device; the
-time of a step comes from its bytes and the bandwidth that one GPU reached; that of a collective from NCCL's own model
-of latency. The formula for memory is compared with what 1, 2 and 4 gloo processes hold that share a model by FSDP2.
-Results go to scaling.json.
+The tables are those of docs/scaling.md. Bytes come from `GrokAdamW.memory()`, with parameters on the meta device. The
+time of a step comes from its bytes and the bandwidth that one GPU reached; the time of a collective from NCCL's own
+model of latency. The formula for memory is compared with the bytes that 1, 2 and 4 gloo processes hold when they share
+a model by FSDP2. Results go to scaling.json.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def memory(params: float, ranks: int, dtype: torch.dtype, options: Mapping[str, 
 
 
 def moved(found: Mapping[str, int]) -> int:
-    """Return the bytes that a step reads and writes: gradients twice, for the norm; all else both ways."""
+    """Return the bytes that a step moves. It reads gradients twice, for the norm, and reads and writes all else."""
     return 2 * (found["total"] - found["step"])
 
 
@@ -63,7 +63,7 @@ def latency(gpus: int) -> float:
 
 
 def of_memory() -> list[list[str]]:
-    """Return GB a GPU, of weights, gradients and state; a dash where they do not fit."""
+    """Return the GB of weights, gradients and state per GPU, or a dash if they do not fit."""
     lines = [["parameters", "weights and state", *(f"{gpus:,} GPUs" for gpus in GPUS)]]
     for model, params in MODELS.items():
         for name, (dtype, options) in FORMATS.items():
@@ -73,7 +73,7 @@ def of_memory() -> list[list[str]]:
 
 
 def of_time() -> list[list[str]]:
-    """Return ms of a step in float32, from its bytes, if these fit; each GPU updates only its share."""
+    """Return the ms of a step in float32, from its bytes, if these fit; each GPU updates only its share."""
     lines = [["parameters", "one GPU", *(f"{gpus:,} GPUs" for gpus in GPUS)]]
     for model, params in MODELS.items():
         found = [memory(params, gpus, *FORMATS["float32"]) for gpus in (1, *GPUS)]
@@ -84,12 +84,12 @@ def of_time() -> list[list[str]]:
 
 
 def of_latency() -> list[list[str]]:
-    """Return µs of one small all-reduce."""
+    """Return the µs of one small all-reduce."""
     return [["", *(f"{gpus:,} GPUs" for gpus in GPUS)], ["µs", *(f"{latency(gpus):.0f}" for gpus in GPUS)]]
 
 
 def of_ranks(measured: Mapping[str, Mapping[str, Sequence[int]]]) -> list[list[str]]:
-    """Return bytes on the fullest rank, measured and by the formula."""
+    """Return the bytes on the fullest rank, measured and by the formula."""
     lines = [["weights and state", "ranks", "measured", "by the formula"]]
     for name, by_ranks in measured.items():
         for ranks, (held, formula) in by_ranks.items():

@@ -1,4 +1,4 @@
-"""How long a step takes: GrokAdamW in each implementation, torch's AdamW, and other packages' optimizers.
+"""Measure how long a step takes: GrokAdamW in each implementation, torch's AdamW, other packages' optimizers.
 
     python -m benchmarks.step_time [--device cpu] [--model a b c d e] [--rounds 15] [--out benchmarks/results]
     python -m benchmarks.step_time --table benchmarks/results/step_time-cpu.json
@@ -57,11 +57,11 @@ MIB = 1 << 20
 
 
 class Model(NamedTuple):
-    """What the parameters look like."""
+    """The shapes of a model's parameters, and how to measure on them."""
 
     title: str
     shapes: Callable[[], Shapes]
-    seconds: float  # for all of its rounds, about
+    seconds: float  # for all of its rounds, approximately
     is_large: bool  # does not fit into a cache, so memory bandwidth limits a step
     devices: tuple[str, ...] = ("cpu", "cuda")
 
@@ -77,13 +77,13 @@ MODELS = {
 
 @dataclass
 class Runner:
-    """An arm at work."""
+    """An arm, its share of the measurements, and its times."""
 
     name: str
     step: Step
     steps: int = 1  # in a turn
     rounds: int = 0
-    seconds: dict[int, float] = field(default_factory=dict)  # by round: of a step, the turn's mean
+    seconds: dict[int, float] = field(default_factory=dict)  # by round: a step's mean over the turn
 
     def takes_part(self, nth: int, rounds: int) -> bool:
         """Return True if the runner takes part in round nth, from 0. Its own rounds are spread over all rounds."""
@@ -134,7 +134,7 @@ def measured(
         def show_heat(share: float, name: str, i: int = i) -> None:
             show((i + share) / len(plan), name)
 
-        seconds = model.seconds / len(arms)  # the same for each
+        seconds = model.seconds / len(arms)  # the same for each arm
         runners = warmed_up(heat, tensors, device, rounds, seconds, show_heat, results["arms"])
         if model.is_large:
             source, target = (torch.ones(COPIED, device=device) for _ in range(2))
@@ -224,7 +224,7 @@ def release(device: str) -> None:
 
 
 def peak(arm: Arm, device: str) -> float | None:
-    """Return the MiB that a step needs at its peak beyond what is there before it; None if the system does not say."""
+    """Return a step's peak memory in MiB beyond the memory in use before it; None if the system does not say."""
     step, _ = started(arm, Tensors([(PEAK_ELEMENTS,)], device), device)
     release(device)
     if device == "cuda":
@@ -342,7 +342,7 @@ def times(results: dict[str, Any]) -> Table:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw ratios to fused AdamW on a logarithmic axis, a panel a model. Thin lines go from quartile to quartile."""
+    """Draw ratios to fused AdamW on a logarithmic axis, one panel per model. Thin lines span the quartiles."""
     arms, models = results["arms"], results["models"]
     columns, lines = min(2, len(models)), (len(models) + 1) // 2
     figure = Figure(figsize=(2.4 + 2.8 * columns, 0.4 + (0.6 + 0.22 * len(arms)) * lines), layout="constrained")
@@ -413,7 +413,7 @@ def run(
         }
 
     with Progress(*columns, console=console) as progress:
-        # small models first, as large ones leave a scattered heap behind
+        # small models first, as large ones leave a fragmented heap behind
         for key in sorted(keys, key=lambda key: MODELS[key].is_large):
             task = progress.add_task(MODELS[key].title, total=1, shown="")
 
@@ -458,7 +458,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(json.dumps(peak(next(arm for arm in ARMS if arm.name == options.peak), options.device)))
             return
         try:
-            options.out.mkdir(parents=True, exist_ok=True)  # fails before there is anything to lose
+            options.out.mkdir(parents=True, exist_ok=True)  # an error here comes before there is anything to lose
         except OSError as error:
             parser.error(f"--out {options.out}: not a folder that can be made ({error}); name another")
         console = Console()

@@ -11,25 +11,25 @@ import torch
 from hypothesis import settings
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: on the CPU its kernels are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"  # set before any import of Triton, so that the CPU interprets its kernels
     from benchmarks.on_gpu.interpreter import quicken
 
     quicken()
 
-# what processes have imported that tests fork from a server, as importing torch takes them seconds
+# modules that the fork server imports once for all processes, because importing torch takes seconds
 PRELOADED = ["tests.test_crash", "tests.test_ranks", "tests.test_sharded_formats", "torch._dynamo"]
 multiprocessing.set_forkserver_preload(PRELOADED)
 
-# times vary on shared machines; and a test that fails should fail for the change that broke it
+# no deadline, because times vary on shared machines; the same examples each time, so that only a change fails a test
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
-# pytest --hypothesis-profile random: searches anew each time, for longer, and prints what repeats a find
+# `pytest --hypothesis-profile random` searches new examples each time, for longer, and prints how to repeat a failure
 settings.register_profile("random", deadline=None, print_blob=True, max_examples=100)
 settings.load_profile("default")
 
 
 @pytest.fixture
 def nothing_is_free_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treats the CPU as a device whose numbers the host would have to wait for."""
+    """Treat the CPU as a device whose numbers the host would have to wait for."""
     import grokadamw  # noqa: F401
     from benchmarks.on_gpu.rehearsal import that_read
 
@@ -39,12 +39,12 @@ def nothing_is_free_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def one_rank(tmp_path: Path) -> Iterator[None]:
-    """Makes this process the only rank of torch.distributed."""
+    """Make this process the only rank of torch.distributed."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
 def pytest_collection_finish() -> None:
-    """What is imported is no garbage, and looking for some among it takes a tenth of a second each time."""
+    """Exempt what is imported from garbage collection, which would search it for a tenth of a second each time."""
     gc.freeze()

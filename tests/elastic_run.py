@@ -1,8 +1,8 @@
-"""What test_elastic.py starts with torchrun: FSDP2 that saves a checkpoint every few steps, and goes on from the last.
+"""Trains with FSDP2, saves a checkpoint every few steps, and resumes from the last one. test_elastic.py starts it.
 
     torchrun --nproc-per-node 2 --max-restarts 3 tests/elastic_run.py FOLDER
 
-Each rank writes its process id to FOLDER/pid-RANK before it looks for a checkpoint. At the end the first one writes
+Each rank writes its process id to FOLDER/pid-RANK before it looks for a checkpoint. At the end rank 0 writes
 FOLDER/end.pt.
 """
 
@@ -26,18 +26,18 @@ from torch.distributed.tensor import DTensor
 from grokadamw import GrokAdamW
 from grokadamw.signals import SlowGradient, loss_gap
 
-STEPS, EVERY = 60, 3  # steps from one checkpoint to the next
+STEPS, EVERY = 60, 3  # EVERY is the number of steps between two checkpoints
 
 
 def write(text: str, path: Path) -> None:
-    """Whole or not at all."""
+    """Write the file whole or not at all."""
     beside = path.with_suffix(".new")
     beside.write_text(text)
     os.replace(beside, path)
 
 
 def train(folder: Path, rank: int) -> None:
-    """To the last step, from the last checkpoint on. The end has all tensors, groups, and the seconds that it took."""
+    """Train from the last checkpoint to the last step, then save all tensors, the groups and the seconds it took."""
     ranks, began = dist.get_world_size(), time.perf_counter()
     write(str(os.getpid()), folder / f"pid-{rank}")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The formats of states and parameters in NumPy, from the docstring of the package's formats and not its code."""
+"""The formats of states and parameters in NumPy, written from the docstring of the package's formats, not its code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _mixed(word: np.ndarray) -> np.ndarray:
 
 
 def words(number: int, draw: int, name: str, rows: int, width: int) -> np.ndarray:
-    """Dithers of a parameter in units of 2^-32, (rows, width) uint32."""
+    """Return a parameter's dithers as a (rows, width) uint32 array, in units of 2^-32."""
     key = _mixed(np.array([(number + 1) % 2**32], np.uint32))
     found = np.zeros((rows, width), np.uint32)
     block, turn = 0, TURNS[name]
@@ -32,7 +32,10 @@ def words(number: int, draw: int, name: str, rows: int, width: int) -> np.ndarra
 
 
 def encoded(values: np.ndarray, name: str, dithers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales of (rows, width) float32 below 2^100. Codes are found in float32, as their last bit counts."""
+    """Return codes and scales of (rows, width) float32 values below 2^100.
+
+    The codes are computed in float32, because their last bit counts.
+    """
     is_v = name == "exp_avg_sq"
     rows, width = values.shape
     highest, spare = (255, 128) if is_v else (127, 64)
@@ -56,13 +59,13 @@ def decoded(codes: np.ndarray, scales: np.ndarray, name: str) -> np.ndarray:
 
 
 def _step(x: np.ndarray, bits: int, least: int) -> np.ndarray:
-    """The distance of two neighbours near x among numbers of so many bits, whose exponents are that at least."""
+    """Return the distance between neighbours near x among numbers of `bits` bits, with exponents of `least` or more."""
     exponent = np.where(x != 0, np.frexp(x)[1] - 1, least)
     return np.ldexp(1.0, np.maximum(exponent, least) - bits + 1)
 
 
 def bfloat16(values: np.ndarray, name: str, dithers: np.ndarray) -> np.ndarray:
-    """What float32 values come back as."""
+    """Return the float32 values that come back when `values` are stored in bfloat16."""
     x = np.minimum(np.abs(values.astype(np.float64)), (2 - 2.0**-7) * 2.0**127)
     step = _step(x, 8, -126)
     y = step * np.floor(x / step + (dithers >> np.uint32(16)) / 2.0**16)
@@ -72,9 +75,9 @@ def bfloat16(values: np.ndarray, name: str, dithers: np.ndarray) -> np.ndarray:
 
 
 def weights(values: np.ndarray, half: str, bits: int, dithers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What float32 weights become of 16, 24 or 32 bits, of which `half` has 16, and that half, both as float32.
+    """Return float32 weights in `bits` bits, and their 16-bit half of dtype `half`, both as float32.
 
-    With 16 bits they are rounded by the dithers.
+    With 16 bits the dithers round the weights.
     """
     x = np.abs(values.astype(np.float64))
     if bits == 16:

@@ -1,8 +1,8 @@
-"""What test_launches.py starts on two ranks: one run of each framework, on the CPU.
+"""Runs each framework once on two ranks, on the CPU. test_launches.py starts it.
 
     python -m torch.distributed.run --nproc-per-node 2 tests/launch_run.py WAY FOLDER
 
-Each rank writes FOLDER/RANK.pt: the weights that the run ends with, and what each step did.
+Each rank writes FOLDER/RANK.pt, which holds the final weights and what each step did.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from grokadamw import GrokAdamW, decay_groups
 from tests.models import batch, network
 
-RANKS, STEPS, BATCH = 2, 10, 16  # a batch of `models` has so many examples, and each rank takes half of them
+RANKS, STEPS, BATCH = 2, 10, 16  # models.batch returns this many examples, and each rank takes half of them
 HALF = BATCH // RANKS
 DECAY = 0.1
 OPTIONS: dict[str, Any] = {
@@ -41,19 +41,19 @@ OPTIONS: dict[str, Any] = {
 
 
 def gap(train_loss: float, eval_loss: float) -> float:
-    """A linear signal: of losses of parts of a batch, the mean is that of the batch."""
+    """Return the difference of the losses. As it is linear, its mean over parts of a batch is that of the batch."""
     return eval_loss - train_loss
 
 
 class Run(NamedTuple):
-    """The weights that a run ends with; α, boost, norm and clip coefficient of each step."""
+    """The weights at the end of a run, and the α, boost, norm and clip coefficient of each step."""
 
     weights: dict[str, Tensor]
     steps: list[list[float]]
 
 
 class Judged(nn.Module):
-    """The network of `models`, that returns its loss, as the Trainer wants it."""
+    """The network of `models`, which returns its loss as the Trainer wants it."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -65,24 +65,24 @@ class Judged(nn.Module):
 
 
 def data(dtype: torch.dtype = torch.float64) -> TensorDataset:
-    """The batches of `models`, one after the other."""
+    """Return the batches of `models`, one after the other."""
     return TensorDataset(*(torch.cat(each) for each in zip(*(batch(i, dtype) for i in range(STEPS)), strict=True)))
 
 
 def held_out(dtype: torch.dtype = torch.float64) -> TensorDataset:
-    """One batch with other answers, so that the signal is above 0."""
+    """Return one batch with other answers, so that the signal is above 0."""
     x, y = batch(1000, dtype)
     return TensorDataset(x, y + 1)
 
 
 def make(model: nn.Module, **options: Any) -> GrokAdamW:
-    # by name, as FSDP1's parts of weights have one dimension, too
+    # biases are found by name, because FSDP1's parts of weights have one dimension, too
     groups = decay_groups(model, DECAY, lambda name, _: name.endswith("bias"))
     return GrokAdamW(groups, grokking_signal_fns=gap, **{**OPTIONS, **options})
 
 
 def make_for_zero(model: nn.Module, **options: Any) -> GrokAdamW:
-    """In float32, without layers and in one group: DeepSpeed makes flat parts of it, and takes steps group by group."""
+    """Return an optimizer for float32, of one group without layers: DeepSpeed flattens groups, and steps one by one."""
     options = {**OPTIONS, "gamma": 0.0, "weight_decay": DECAY, **options}
     return GrokAdamW(model.named_parameters(), grokking_signal_fns=gap, **options)
 
@@ -118,7 +118,7 @@ def by_hand(
     step: Callable[[], Any] | None = None,
     by_fsdp2: bool = False,
 ) -> Run:
-    """Train in a loop, on the examples of each step that `part` says, and evaluate after each step."""
+    """Train in a loop on the examples that `part` gives for each step, and evaluate after each step."""
     steps, (x, y), (other_x, other_y) = watched(optimizer), data(dtype).tensors, held_out(dtype).tensors
     for i in range(STEPS):
         optimizer.zero_grad()
@@ -132,7 +132,7 @@ def by_hand(
 
 
 def alone(as_zero: bool = False) -> Run:
-    """One process, which takes whole batches."""
+    """Train in one process, on whole batches."""
     dtype = torch.float32 if as_zero else torch.float64
     model = Judged(dtype)
     optimizer = make_for_zero(model) if as_zero else make(model)
@@ -140,15 +140,15 @@ def alone(as_zero: bool = False) -> Run:
 
 
 def own(step: int) -> slice:
-    """The examples of a step that are this rank's."""
+    """Return the slice of this rank's examples in a step."""
     start = BATCH * step + HALF * dist.get_rank()
     return slice(start, start + HALF)
 
 
 def shard_by_accelerate() -> None:
-    """Have Accelerate take the CPU for a device that it makes FSDP for.
+    """Make Accelerate treat the CPU as a device that it uses FSDP on.
 
-    Of the CPU it makes DDP, and says nothing. What it does of its own when it shards is the same for all devices.
+    On the CPU it would silently use DDP instead. Its own sharding code is the same for all devices.
     """
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
@@ -208,7 +208,7 @@ def transformers_trainer(folder: Path, how: str) -> Run:
         use_cpu=True,
         **({"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["Linear"]}} if how == "fsdp" else {}),
     )
-    assert arguments.world_size == RANKS  # asking lets the ranks meet
+    assert arguments.world_size == RANKS  # reading it makes the ranks meet
     if how == "fsdp":
         shard_by_accelerate()
     model: Any = sharded_when_loaded(folder / "model") if how == "loaded" else Judged()
@@ -231,7 +231,7 @@ def transformers_trainer(folder: Path, how: str) -> Run:
 
 
 def sharded_when_loaded(folder: Path) -> Any:
-    """A model of transformers', which it divides by FSDP2 as it loads it."""
+    """Return a model of Transformers that is sharded by FSDP2 while it loads."""
     import transformers
     from transformers.distributed import DistributedConfig
 
@@ -270,9 +270,9 @@ def lightning(folder: Path, how: str) -> Run:
         def configure_model(self) -> None:
             if how == "fsdp2":
                 for module in (self.judged.network[0], self.judged.network[2], self.judged):
-                    # else the validation at the end leaves weights gathered
+                    # without resharding, the validation at the end would leave weights gathered
                     fully_shard(module, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
-            if how == "fsdp1":  # by hand, as torch wants to be told that the CPU is meant
+            if how == "fsdp1":  # wrapped by hand, because torch must be told that the CPU is meant
                 wrapped = functools.partial(
                     FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=True
                 )
@@ -286,7 +286,7 @@ def lightning(folder: Path, how: str) -> Run:
             self.log("val_loss", self.judged(*examples)["loss"], sync_dist=True)
 
         def configure_optimizers(self) -> GrokAdamW:
-            # FSDP1's parameters are flat parts, which have no norm of their own
+            # FSDP1's parameters are flat parts of the weights, so the norm has to be summed over the ranks
             if how == "zero":
                 return self.inside_zero()
             options = {"shard_group": dist.group.WORLD} if how == "fsdp1" else {}
@@ -295,7 +295,7 @@ def lightning(folder: Path, how: str) -> Run:
             return optimizer
 
         def inside_zero(self) -> ZeroRedundancyOptimizer:
-            """Return an optimizer that has no names: it has the layers that the callback takes from the module."""
+            """Return an optimizer without names, whose layers the callback takes from the module."""
             params = decay_groups(self, DECAY, lambda name, _: name.endswith("bias"))
             groups = [{"params": [p for _, p in g["params"]], "weight_decay": g["weight_decay"]} for g in params]
             optimizer = ZeroRedundancyOptimizer(groups, GrokAdamW, grokking_signal_fns=gap, **OPTIONS)
@@ -303,7 +303,7 @@ def lightning(folder: Path, how: str) -> Run:
             return optimizer
 
     class OnCPU(FSDPStrategy):  # type: ignore[misc]
-        """Lightning's own, which is refused without a GPU where it is no subclass."""
+        """Lightning's FSDP strategy as a subclass, because Lightning refuses the original without a GPU."""
 
     strategy = {
         "ddp": "ddp",
@@ -325,14 +325,14 @@ def lightning(folder: Path, how: str) -> Run:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        use_distributed_sampler=False,  # Lightning's shuffles
+        use_distributed_sampler=False,  # Lightning's sampler shuffles
     )
     loaders = []
     for each in (data(), held_out()):
         sampler = DistributedSampler(each, RANKS, int(os.environ["RANK"]), shuffle=False)
         loaders.append(DataLoader(each, batch_size=HALF, sampler=sampler))
     trainer.fit(module, *loaders)
-    if how == "ddp":  # the checkpoint is rank 0's
+    if how == "ddp":  # rank 0 writes the checkpoint, so every rank must hold the same losses
         mine = [trainer.optimizers[0].param_groups[0][name] for name in ("train_loss", "eval_loss")]
         of_ranks: list[Any] = [None] * RANKS
         dist.all_gather_object(of_ranks, mine)
@@ -342,7 +342,7 @@ def lightning(folder: Path, how: str) -> Run:
 
 
 def deepspeed(folder: Path, stage: int) -> Run:
-    """As its client optimizer. In stages 1 and 2 the ranks have each a part of the group."""
+    """Train with GrokAdamW as DeepSpeed's client optimizer. In stages 1 and 2 each rank holds a part of the group."""
     import deepspeed as of_deepspeed
 
     of_deepspeed.init_distributed("gloo")
@@ -350,7 +350,7 @@ def deepspeed(folder: Path, stage: int) -> Run:
     optimizer = make_for_zero(model, shard_group=dist.group.WORLD if stage else None)
     config = {
         "train_micro_batch_size_per_gpu": HALF,
-        "gradient_clipping": 0.0,  # else DeepSpeed clips, to 1
+        "gradient_clipping": 0.0,  # otherwise DeepSpeed clips to 1
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -378,6 +378,6 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     way, to = sys.argv[1], Path(sys.argv[2])
     torch.save(tuple(WAYS[way](to)), to / f"{os.environ['RANK']}.pt")
-    gc.collect()  # models that were sharded hold process groups, which must not go when the interpreter does
+    gc.collect()  # sharded models hold process groups, which must be freed before the interpreter exits
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Small models, training that is the same each time, and each of the ways to run it."""
+"""Small models, training that is the same each time, and a way to run each implementation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AS_ADAMW = {"lamb": 0.0, "gamma": 0.0, "gradient_clipping": 0.0}
 
 
 def network(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """Three linear layers, 5 → 8 → 8 → 3."""
+    """Return three linear layers, 5 → 8 → 8 → 3."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
 
@@ -32,7 +32,7 @@ def batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
 
 
 def train(model: nn.Module, steps: range, take_step: Callable[[int, Tensor], object]) -> None:
-    """Forward and backward at each step, then take_step(step, loss)."""
+    """Run forward and backward at each step, then call take_step(step, loss)."""
     dtype = next(model.parameters()).dtype
     for step in steps:
         x, y = batch(step, dtype)
@@ -54,7 +54,7 @@ def set_gradients(params: list[nn.Parameter], seed: int = 1, scale: float = 1.0)
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal to the bit, dtypes included."""
+    """Return True if a and b are equal to the bit, dtypes included."""
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -73,7 +73,7 @@ def trained(**options: Any) -> tuple[nn.Module, GrokAdamW]:
 
 
 def saved_and_loaded(value: Any) -> Any:
-    """Through a file, which holds plain data alone."""
+    """Return the value after it went through a file, which may hold nothing but plain data."""
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
@@ -84,7 +84,7 @@ def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
     return list(model.named_parameters())
 
 
-# optimizers that keep more than GrokAdamW does by itself: filters around others, windows, gradients of micro-batches
+# optimizers with more state than GrokAdamW's own: filters around others, windows, gradients of micro-batches
 KEEPERS: dict[str, Callable[[nn.Module], Any]] = {
     "Grokfast": lambda m: Grokfast(torch.optim.Adam(_named(m), lr=0.01), alpha=0.8),
     "Grokfast, SGD": lambda m: Grokfast(torch.optim.SGD(_named(m), lr=0.1)),
@@ -118,7 +118,7 @@ def laid_out(values: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
 
 @contextmanager
 def compiled_for(monkeypatch: pytest.MonkeyPatch, instruction_set: str) -> Iterator[None]:
-    """Inside, the native kernel is the one for that instruction set."""
+    """Use the native kernel for this instruction set inside the context."""
     with monkeypatch.context() as changed:
         native.kernel.cache_clear()
         changed.setattr(native, "_instruction_sets", lambda: [instruction_set])
@@ -127,24 +127,24 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch, instruction_set: str) -> Itera
 
 
 def skip_unless_interpreted() -> None:
-    """Skip a test where Triton's interpreter cannot run the kernels on the CPU."""
+    """Skip the test if Triton's interpreter cannot run the kernels on the CPU."""
     if torch.cuda.is_available():
         pytest.skip("where there is a GPU, kernels are not interpreted: tests/gpu")
     if isinstance(reason := gpu.kernels(), str):
         pytest.skip(reason)
-    reason = gpu._why_not_for_codes(torch.device("cpu"))  # which launches, the first time, what a test may count
+    reason = gpu._why_not_for_codes(torch.device("cpu"))  # its first call launches kernels, which a test may count
     if reason is not None and "only 0-dimensional arrays" in reason:
-        # it makes Python's integers of arrays of one element, which NumPy 2.4 refuses
+        # the interpreter makes Python integers of arrays with one element, which NumPy 2.4 refuses
         pytest.skip(f"the interpreter of Triton 3.6 and older does not fit NumPy 2.4 and newer: {reason}")
     assert reason is None, reason
 
 
 @contextmanager
 def running(implementation: str, chunk: int = 32) -> Iterator[dict[str, Any]]:
-    """The options with which that implementation runs; inside, for "blocks" as if the kernel had not been built.
+    """Yield the options that select this implementation; for "blocks", act as if the kernel had not been built.
 
-    "gpu" is on the CPU, by Triton's interpreter, in small chunks; tests/gpu has what a GPU does. Large tensors want
-    large chunks: a program takes the interpreter milliseconds, whatever its size.
+    "gpu" runs on the CPU in Triton's interpreter, in small chunks; tests/gpu tests what a GPU does. Large tensors need
+    large chunks, because each program costs the interpreter milliseconds, however small it is.
     """
     if implementation == "blocks":
         reason = "the native kernel was not built"

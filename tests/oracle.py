@@ -1,4 +1,4 @@
-"""The step in float64 NumPy, written from the table of CONTRIBUTING.md and not from the package."""
+"""The step in float64 NumPy, written from the table in CONTRIBUTING.md and not from the package."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ STATES = ("exp_avg", "exp_avg_sq", "grok_ema")
 
 
 def layer_numbers(names: list[list[str]]) -> list[list[int]]:
-    """Layers of groups of named parameters: first appearance, over all groups, of the path that names the layer.
+    """Return the layers of groups of named parameters, numbered by the first appearance of a layer's path.
 
-    Parameters outside all modules are in the first layer, too.
+    The numbers count over all groups. Parameters outside all modules are in the first layer, too.
     """
     seen: list[str] = []
     for name in [name for group in names for name in group]:
@@ -33,7 +33,7 @@ def _layer_path(name: str) -> str:
 
 
 def combined_signal(values: list[float | None], combine: str) -> float | None:
-    """The stage signal."""
+    """Compute the stage `signal`."""
     usable = [value for value in values if value is not None and np.isfinite(value)]
     if not usable:
         return None
@@ -41,10 +41,10 @@ def combined_signal(values: list[float | None], combine: str) -> float | None:
 
 
 class Oracle:
-    """All stages but signal, for groups of tensors.
+    """All stages but `signal`, for groups of tensors.
 
-    Each group is a dict of the optimizer's hyper-parameters, with lists of `values`, arrays, and of `layers`, numbers.
-    Values and states may be kept in fewer bits: `half` is the dtype of values of 16 bits.
+    Each group is a dict of the optimizer's hyper-parameters, with `values`, a list of arrays, and `layers`, a list of
+    numbers. Values and states may be kept in fewer bits; `half` is the dtype of 16-bit values.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Oracle:
         self.half, self.weight_bits = half, master_weight_bits or (16 if rounding == "stochastic" else 0)
         self.second_moment, self.window_size = second_moment, window_size
         self.accumulation_steps, self.amplify_by_signal = accumulation_steps, amplify_by_signal
-        self.micro_step = 0  # the micro-batches of the cycle so far
+        self.micro_step = 0  # micro-batches of this cycle so far
         self.skipped = 0
         self.has_state = False
         self.alphas = [np.nan]
@@ -75,7 +75,7 @@ class Oracle:
     def add(self, group: dict) -> None:
         group["has_rows"] = [value.ndim > 1 for value in group["values"]]
         group["is_complex"] = [np.iscomplexobj(value) for value in group["values"]]
-        group["first"] = sum(len(other["values"]) for other in self.groups)  # its first parameter's number
+        group["first"] = sum(len(other["values"]) for other in self.groups)  # the number of its first parameter
         group["values"] = [
             _real(value.astype(complex if np.iscomplexobj(value) else float)) for value in group["values"]
         ]
@@ -86,14 +86,14 @@ class Oracle:
         self.groups.append(group)
 
     def _fix(self, group: dict, alpha: float, gate: float, share: float = 0.0) -> None:
-        """What holds for all micro-batches of a cycle."""
+        """Fix the numbers that hold for all micro-batches of a cycle."""
         group["fixed"] = {name: group[name] for name in ("betas", "gamma")}
         group["fixed"] |= {"alpha": alpha, "lamb": group["lamb"], "gate": gate}
         group["fixed"]["boost"] = 1 + group.get("signal_boost", 0.0) * share
         group["fixed"]["decay_boost"] = 1 + group.get("decay_boost", 0.0) * share
 
     def rest(self) -> None:
-        """No cycle is under way."""
+        """Reset the micro-batch counts, so that the next step begins a cycle."""
         self.micro_step = 0
         for group in self.groups:
             for state in group["state"]:
@@ -105,12 +105,12 @@ class Oracle:
         for group, mine in zip(self.groups, reals, strict=True):
             for i, state in enumerate(group["state"]):
                 if is_last and mine[i] is None and state["micro"]:
-                    mine[i] = 0 * group["values"][i]  # its earlier gradients move it
+                    mine[i] = 0 * group["values"][i]  # earlier gradients of this cycle still move it
         given = [g for group in reals for g in group if g is not None]
         with np.errstate(over="ignore"):
             norm = np.sqrt(sum(np.sum(g**2) for g in given))
         if given and not self.has_state and norm == 0 and all(group["lr"] == 0 for group in self.groups):
-            self.has_state = True  # a step that has the state made, and does nothing else
+            self.has_state = True  # this step only creates the state
             return
         if self.micro_step == 0:
             share = min(1.0, max(0.0, signal or 0.0))
@@ -134,7 +134,7 @@ class Oracle:
         self.micro_step = 0 if is_last else self.micro_step + 1
 
     def _update(self, group: dict, i: int, g: np.ndarray, is_last: bool) -> None:
-        """The stages slow_grad to limit_rows, of a micro-batch as they are in https://kexue.fm/archives/8634."""
+        """Apply the stages `slow_grad` to `limit_rows`; micro-batches follow https://kexue.fm/archives/8634."""
         k, state, fixed = self.accumulation_steps, group["state"][i], group["fixed"]
         (beta1, beta2), alpha = fixed["betas"], fixed["alpha"]
         beta1 = beta1 * (1 - fixed["gamma"]) ** group["layers"][i]
@@ -181,7 +181,7 @@ class Oracle:
             group["values"][i] = whole.astype(float).reshape(theta.shape)
 
     def _keep_states(self, group: dict, i: int, draw: int) -> None:
-        """Let the states be what comes back from their formats."""
+        """Replace each state by what comes back after it is stored in its format."""
         for key, (name, form) in zip(("m", "v", "mu"), self.formats.items(), strict=True):
             x = group["state"][i][key]
             if x is None or not x.size or group["is_complex"][i] or form not in ("bfloat16", "int8"):
@@ -196,5 +196,5 @@ class Oracle:
 
 
 def _real(array: np.ndarray) -> np.ndarray:
-    """A complex array as two reals an element."""
+    """Return a complex array as two reals per element, and a real one as it is."""
     return np.stack([array.real, array.imag], axis=-1) if np.iscomplexobj(array) else np.array(array, dtype=float)

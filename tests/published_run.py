@@ -1,4 +1,4 @@
-"""Runs release 0.1.2 on problems from a file, in a process where that release is the one that is imported."""
+"""Runs release 0.1.2 on problems from a file, in a process that imports that release."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 def signal(step: list[int], kind: str) -> float:
-    """The signals of the tests, by name: what they say depends on the step alone."""
+    """Return the value of the test signal of this name; it depends on the step alone."""
     values = {"rising": 0.1 * step[0], "negative": -0.3, "constant": 0.7, "nan": float("nan")}
     return values[kind]
 
 
 def build(problem: dict[str, Any], make: Any) -> tuple[list[list[torch.nn.Parameter]], Any, list[int]]:
-    """The problem's parameters and optimizer; the signals read the step from the list."""
+    """Return the problem's parameters, its optimizer, and a list from which the signals read the step."""
     params = [[torch.nn.Parameter(value.clone()) for value in group] for group in problem["values"]]
     step = [0]
     groups = [{"params": ps, **options} for ps, options in zip(params, problem["group_options"], strict=True)]
@@ -24,7 +24,7 @@ def build(problem: dict[str, Any], make: Any) -> tuple[list[list[torch.nn.Parame
 
 
 def run(problem: dict[str, Any], make: Any) -> list[list[list[torch.Tensor]]]:
-    """The parameters after each step."""
+    """Return the parameters after each step."""
     params, optimizer, step = build(problem, make)
     trajectory = []
     for grads, losses in zip(problem["grads"], problem["losses"], strict=True):

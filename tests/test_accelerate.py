@@ -1,4 +1,4 @@
-"""Accelerate wraps the optimizer; what it was given, and what it does, must come through."""
+"""Accelerate wraps the optimizer, whose arguments and behaviour must stay the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = range(8)
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """Accelerate's state is the process's."""
+    """Reset Accelerate's state, which belongs to the process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -36,7 +36,7 @@ def ratio(train_loss: float, eval_loss: float) -> float:
 
 
 def make(model: nn.Module) -> GrokAdamW:
-    """With what a state dict does not carry."""
+    """Return an optimizer with arguments that a state dict does not carry."""
     return GrokAdamW(
         model.named_parameters(),
         lr=0.01,
@@ -105,7 +105,7 @@ def test_saving_and_resuming(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("by", ["accelerate", "Accumulate"])
 def test_accumulation(by: str) -> None:
-    """By Accelerate, and by the wrapper that Accelerate wraps in turn."""
+    """Accelerate accumulates by itself, or wraps `Accumulate`; both agree with `Accumulate` alone."""
     plain = network()
     alone = Accumulate(make(plain), 2)
     train(plain, STEPS, lambda step, loss: alone.step())
@@ -139,7 +139,7 @@ def test_bfloat16() -> None:
 
 @pytest.mark.parametrize("fused", [None, True])
 def test_a_scaler_and_what_overflows(fused: bool | None) -> None:
-    """Accelerate has a scaler on GPUs alone; on the CPU it is given one."""
+    """Accelerate uses a GradScaler on GPUs alone, so the test hands it one on the CPU."""
     accelerate.Accelerator(cpu=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     model, plain = network(), network()
@@ -158,7 +158,7 @@ def test_a_scaler_and_what_overflows(fused: bool | None) -> None:
         if step == 3:
             for a, b in zip(model.parameters(), before, strict=True):
                 assert torch.equal(a, b)
-            assert optimizer.step_was_skipped is (fused is None)  # fused=True decides itself, and is called
+            assert optimizer.step_was_skipped is (fused is None)  # with fused=True the optimizer itself skips
             continue
         assert not optimizer.step_was_skipped
         alone.zero_grad()

@@ -1,4 +1,4 @@
-"""Gradient accumulation: around any optimizer, and inside GrokAdamW's moments."""
+"""Gradient accumulation around any optimizer, and inside GrokAdamW's moments."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STEPS = 6
 
 
 def micro_batches(k: int, dtype: torch.dtype = torch.float64) -> list[list[tuple[Tensor, Tensor]]]:
-    """For each step so many."""
+    """Return k micro-batches for each step."""
     numbers = itertools.count()
     return [[batch(next(numbers), dtype) for _ in range(k)] for _ in range(STEPS)]
 
@@ -112,13 +112,13 @@ def test_an_incomplete_cycle_can_be_flushed() -> None:
         backward(theirs, *map(torch.cat, zip(*micro, strict=True)))
         joined.step()
     closest(ours, theirs, 1e-12)
-    optimizer.flush()  # there is nothing left
+    optimizer.flush()  # nothing is left to step with
     assert not optimizer.stepped
     closest(ours, theirs, 1e-12)
 
 
 def test_parameters_without_a_gradient_in_some_micro_batches() -> None:
-    """One counts as 0 there; a parameter that had none in the whole cycle is left alone."""
+    """A missing gradient counts as 0; a parameter that has none in the whole cycle is left alone."""
     params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
     twins = [nn.Parameter(torch.ones(2)) for _ in range(3)]
     optimizer, plain = Accumulate(AdamW(params), 3), AdamW(twins)
@@ -138,17 +138,17 @@ def test_parameters_without_a_gradient_in_some_micro_batches() -> None:
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_gradients_are_added_up_in_float32_in_memory_of_their_own(set_to_none: bool) -> None:
     p = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
-    optimizer = Accumulate(SGD([p], lr=1.0), 129)
-    for _ in range(129):
+    optimizer = Accumulate(SGD([p], lr=1.0), 257)
+    for _ in range(257):
         optimizer.zero_grad(set_to_none)
-        p.backward(torch.ones_like(p))  # in bfloat16 256 + 1 is 256, and 128 + 1 would be
+        p.backward(torch.ones_like(p))  # a sum in bfloat16 stops at 256, because 256 + 1 is 256 there
         optimizer.step()
     assert torch.equal(p, torch.full_like(p, -1))
     assert (p.grad == 1).all()
 
 
 def boosted(model: nn.Module) -> GrokAdamW:
-    """The boost is that of the cycle's first micro-batch: when the run is resumed, nothing else knows it."""
+    """Return an optimizer whose boosts are fixed at the start of a cycle, so a resumed run needs them in its state."""
     optimizer = GrokAdamW(
         model.named_parameters(), lr=0.01, accumulation_steps=3, second_moment="raw", signal_boost=2.0, decay_boost=4.0
     )
@@ -170,11 +170,11 @@ def boosted(model: nn.Module) -> GrokAdamW:
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_resumed_in_the_middle_is_uninterrupted(make: Callable[[nn.Module], Any], dtype: torch.dtype) -> None:
-    resumed_is_uninterrupted(make, dtype)  # after 8 steps
+    resumed_is_uninterrupted(make, dtype)  # interrupted after 8 steps
 
 
 def scaled(make: Callable[[nn.Module], Any], overflows: bool, amp: bool | None) -> nn.Module:
-    """A run under a GradScaler, or without one: a micro-batch whose gradients overflow has not happened."""
+    """Return a model trained under a GradScaler, or without one if `amp` is None; some micro-batches may overflow."""
     model = network()
     optimizer = make(model)
     if amp is not None:
@@ -224,7 +224,7 @@ def test_the_inner_optimizer_says_whether_it_unscales() -> None:
     ],
 )
 def test_a_scheduler_hears_of_each_step_once(make: Callable[[nn.Module], Any]) -> None:
-    """An overflow after a step is none, and says so."""
+    """A gradient that overflows makes no step, and `stepped` is False after it."""
     model, stepped = network(), []
     optimizer, scaler = make(model), GradScaler("cpu", init_scale=2.0)
     for i, overflow in enumerate([False, False, True, True, False, True, False]):
@@ -263,7 +263,7 @@ def test_groups_that_the_inner_optimizer_got_take_part() -> None:
     params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = Accumulate(Grokfast(SGD(params[:1], lr=1.0), lamb=1.0), 2)
     optimizer.optimizer.optimizer.add_param_group({"params": params[1:]})
-    optimizer.flush()  # of nothing
+    optimizer.flush()  # nothing has been accumulated yet
     for _ in range(2):
         for p in params:
             p.grad = torch.ones(2)
@@ -285,7 +285,7 @@ def exact(model: nn.Module, k: int, **options: Any) -> Accumulate:
 
 @pytest.mark.parametrize(
     ("implementation", "k"),
-    [(name, k) for name in IMPLEMENTATIONS for k in (2, 3, 10) if name != "gpu" or k == 3],  # interpreted, it is slow
+    [(name, k) for name in IMPLEMENTATIONS for k in (2, 3, 10) if name != "gpu" or k == 3],  # the interpreter is slow
 )
 def test_m_and_mu_are_the_exact_ones_and_v_is_the_mean_of_squares(implementation: str, k: int) -> None:
     with running(implementation) as how:
@@ -297,7 +297,7 @@ def test_m_and_mu_are_the_exact_ones_and_v_is_the_mean_of_squares(implementation
             for nth, (x, y) in enumerate(micro):
                 backward(ours, x, y)
                 for p, q, each in zip(ours.parameters(), theirs.parameters(), v, strict=True):
-                    q.grad = p.grad  # the same for both, as v makes other steps
+                    q.grad = p.grad  # both get the same gradients, because another v leads to other weights
                     each.mul_(1 if nth else 0.999).add_(p.grad.square(), alpha=0.001 / k)
                 optimizer.step()
                 buffered.step()
@@ -325,7 +325,7 @@ def test_one_micro_batch_is_the_plain_step_bit_for_bit(implementation: str) -> N
 
 
 def test_between_steps_there_is_no_buffer() -> None:
-    """State and nothing else, once the gradients are freed; and a micro-step needs no memory."""
+    """The optimizer holds its state and nothing else once the gradients are freed, and a micro-step needs no memory."""
     code = """
 import torch
 from grokadamw import GrokAdamW
@@ -355,13 +355,13 @@ print(between, status("VmHWM") - before, sum(x.nbytes for x in optimizer.state[p
         pytest.skip("counts memory as Linux does")
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     between, peak, state = map(float, done.stdout.split())
-    assert between < 4  # MiB; a gradient has 61
+    assert between < 4  # MiB; a gradient takes 61
     assert peak < 4
     assert state == 3 * 64_000_000 + 4
 
 
 def test_numbers_hold_for_a_cycle_and_signals_are_heard_at_its_start() -> None:
-    """Changed in the middle, α, λ, γ and betas act from the next cycle on; lr and weight decay at the next step."""
+    """Changed within a cycle, α, λ, γ and betas act from the next cycle on, lr and weight decay at the next step."""
     fixed = {"lamb": 1.0, "betas": (0.8, 0.99), "gamma": 0.3, "alpha_init": 0.5}
     at_once = {"lr": 0.02, "weight_decay": 0.3}
     runs, calls = [], []
@@ -370,7 +370,7 @@ def test_numbers_hold_for_a_cycle_and_signals_are_heard_at_its_start() -> None:
         {4: at_once | fixed},
         {5: at_once | fixed},
         {},
-    ):  # of the 4th to 6th of 3 each
+    ):  # the second cycle has the micro-batches 3 to 5
         model = network(torch.float64)
         optimizer = in_moments(model, 3, grokking_signal_fns=lambda: calls.append(1) or len(calls))
         calls.clear()
@@ -386,7 +386,7 @@ def test_numbers_hold_for_a_cycle_and_signals_are_heard_at_its_start() -> None:
 
 
 def test_a_group_that_is_added_within_a_cycle_joins_it() -> None:
-    """With its own numbers, as if it had been there without a gradient."""
+    """The group joins with its own numbers, as if it had been there without a gradient."""
     runs = []
     for is_late in (True, False):
         first, second = parameters()
@@ -407,7 +407,7 @@ def test_a_group_that_is_added_within_a_cycle_joins_it() -> None:
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_a_gradient_that_comes_later_in_a_cycle_is_as_one_of_0_before(k: int) -> None:
-    """Averages decay once a cycle, whenever that is, also beside parameters that have begun it."""
+    """Averages decay once a cycle, whenever the first gradient comes, even if other parameters have begun the cycle."""
     runs = []
     for early in (None, torch.zeros(3, dtype=torch.float64)):
         params = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2)]
@@ -444,7 +444,7 @@ def test_a_gradient_that_is_not_finite_adds_nothing_and_the_cycle_goes_on() -> N
 def test_where_reading_would_make_the_host_wait(
     implementation: str, request: pytest.FixtureRequest, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """Whether a gradient is finite, α and c are tensors there, and what is computed is the same."""
+    """If reading makes the host wait, α, c and the check for finite gradients are tensors. The results are the same."""
     runs = []
     for waits in (False, True):
         if waits:
@@ -456,7 +456,7 @@ def test_where_reading_would_make_the_host_wait(
                     model.named_parameters(), lr=0.01, grokking_signal_fns=lambda: 0.5, **options, **how
                 )
                 batches = list(itertools.chain.from_iterable(micro_batches(3)))
-                batches = batches[:9] if implementation == "gpu" else batches  # interpreted, it is slow
+                batches = batches[:9] if implementation == "gpu" else batches  # the interpreter is slow
                 for i, (x, y) in enumerate(batches):
                     backward(model, x, y)
                     if i % 5 == 1:
@@ -553,14 +553,14 @@ def test_a_window_goes_with_its_checkpoint() -> None:
         windowed.load_state_dict(saved_and_loaded(ema.state_dict()))
     backward(model, *micro)
     windowed.step()
-    for p in model.parameters():  # it begins anew
+    for p in model.parameters():  # the window starts again, with one gradient
         torch.testing.assert_close(windowed.state[p]["grok_ema"], windowed.state[p]["grok_ring"][0])
     optimizer.free_slow_gradient()
     assert {key for state in optimizer.state.values() for key in state} == {"step", "exp_avg", "exp_avg_sq"}
 
 
 def test_a_window_is_there_wherever_there_is_a_slow_gradient() -> None:
-    """As where λ is 0 by now; and one that somebody has taken out begins anew."""
+    """A state with a slow gradient gets a window even if λ is 0, and a window that was deleted starts again."""
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     old = GrokAdamW([p])
@@ -605,7 +605,7 @@ def test_a_float16_parameter_has_a_window_with_room() -> None:
 
 
 def test_a_cycle_is_its_own_optimizers() -> None:
-    """Groups and state of one that is in the middle of a cycle do not put another there."""
+    """A new optimizer starts its own cycle, even with groups or state of one that is in the middle of a cycle."""
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     options = {"accumulation_steps": 3, "second_moment": "raw"}
@@ -693,7 +693,7 @@ COPIED: dict[str, Callable[[list[nn.Parameter]], Any]] = {
 @pytest.mark.parametrize("calls", range(7))
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_copies_go_on_from_anywhere_in_a_cycle(name: str, calls: int, how: str) -> None:
-    """In the first cycle, too, when the inner optimizer has no state; one parameter gets its first gradient late."""
+    """Copies also work in the first cycle, before there is inner state; one parameter gets its first gradient late."""
     model = network(torch.float64)
     optimizer = Accumulate(COPIED[name](list(model.parameters())), 3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
@@ -743,7 +743,7 @@ def test_a_copy_of_both_optimizers_has_one_inside_the_other() -> None:
 @pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="torch 2.10 and newer have it")
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, None])
 def test_gradients_keep_the_dtype_that_their_parameter_asks_for(grad_dtype: torch.dtype | None) -> None:
-    """Also where the last micro-batch has none, and in `flush`."""
+    """The inner optimizer gets gradients of `grad_dtype` also in `flush`, and if the last micro-batch has none."""
     p, q = (nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2))
     p.grad_dtype = q.grad_dtype = grad_dtype  # type: ignore[attr-defined]
     seen = []
@@ -764,7 +764,7 @@ def test_gradients_keep_the_dtype_that_their_parameter_asks_for(grad_dtype: torc
 
 
 def test_nothing_is_kept_alive() -> None:
-    """No gradients, by the wrapper or the cycle."""
+    """Neither the wrapper nor its cycle keeps a gradient alive."""
     model = network()
     optimizer = Accumulate(Adam(model.parameters()), 2)
     (micro, *_) = micro_batches(2, torch.float32)

@@ -1,4 +1,4 @@
-"""Under GradScaler: a step that overflows has not happened."""
+"""Under GradScaler a step that overflows leaves no trace."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SCALE = 2.0**16
 def run(
     overflows: list[bool], amp: bool | None, *, poison: float = torch.inf, clip: bool = False, **options: Any
 ) -> tuple[Any, Any]:
-    """Train, a step that overflows before each for which the list says so. Returns everything, and the metrics.
+    """Train with an overflowing step before each step for which the list says so; return everything and the metrics.
 
-    amp: None for neither a GradScaler nor those steps; else whether the optimizer unscales itself.
+    `amp` says whether the optimizer unscales itself. None means that there is neither a GradScaler nor such a step.
     """
     model = network()
     optimizer = GrokAdamW(model.named_parameters(), lr=0.01, **options)
@@ -71,7 +71,7 @@ def same(ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> None:
 def test_bit_for_bit_the_run_without_those_steps(
     amp: bool, implementation: str, options: dict[str, Any], overflows: list[bool], poison: float
 ) -> None:
-    if implementation == "gpu":  # interpreted, it is slow
+    if implementation == "gpu":  # the interpreter is slow
         overflows = overflows[:2]
     with running(implementation, chunk=64) as how:
         same(run(overflows, amp, poison=poison, **how, **options), run(overflows, None, **how, **options))
@@ -84,7 +84,7 @@ def test_bit_for_bit_the_run_without_those_steps(
     "options", [{}, {"nonfinite": "raise"}, {"nonfinite": "propagate", "gradient_clipping": 0.0}], ids=str
 )
 def test_where_reading_would_make_the_host_wait(amp: bool, foreach: bool, options: dict[str, Any]) -> None:
-    """GradScaler's overflow is not one of the skipped steps that metrics count: it counts its own."""
+    """An overflow that GradScaler finds is not among the skipped steps that the metrics count."""
     theirs = run([False] * 4, amp, foreach=foreach, **options)
     same(run([False, True, True, False], amp, foreach=foreach, **options), theirs)
     assert theirs[1]["skipped_steps"] == 0
@@ -92,7 +92,7 @@ def test_where_reading_would_make_the_host_wait(amp: bool, foreach: bool, option
 
 @pytest.mark.parametrize("amp", [True, False])
 def test_clipping_of_the_loop_comes_first(amp: bool) -> None:
-    """unscale_ and clip_grad_norm_ before the step, as Trainer does: then there is nothing left to unscale."""
+    """If the loop unscales and clips before the step, as the Trainer does, nothing is left to unscale."""
     same(run([False, True, False], amp, clip=True), run([False] * 3, None, clip=True))
 
 

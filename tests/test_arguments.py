@@ -1,4 +1,4 @@
-"""What is refused, by the constructor, in a group, and at the next step."""
+"""Wrong arguments are refused by the constructor, in a group, and at the next step."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_what_is_set_wrong_by_hand_is_refused_before_the_step(
 
 @pytest.mark.parametrize("scheduler", ["linear", "numpy"])
 def test_what_schedulers_leave_is_taken(scheduler: str) -> None:
-    """A learning rate that is 0 but for rounding, and NumPy's numbers, which no checkpoint could be read back with."""
+    """Rounding may leave a learning rate below 0; NumPy's numbers become Python's, as torch.load refuses others."""
     params = parameters()
     optimizer = GrokAdamW(params)
     if scheduler == "linear":
@@ -132,7 +132,7 @@ def test_groups_of_adamws_are_taken_over() -> None:
 
 
 def test_a_tensor_that_is_set_by_hand_is_not_read() -> None:
-    """It may be on a GPU."""
+    """The tensor may be on a GPU, where reading it makes the host wait."""
     p = nn.Parameter(torch.empty(2, device="meta"))
     p.grad = torch.empty_like(p)
     optimizer = GrokAdamW([p])

@@ -1,4 +1,4 @@
-"""The tests themselves, on a machine that has little: files that cannot run are skipped, and say why."""
+"""The tests themselves, on a machine with few packages: files that cannot run are skipped, and say why."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ MISSING = ["accelerate", "expecttest", "lightning", "matplotlib", "rich", "trans
 
 
 def test_what_is_not_installed_stops_no_collection_and_no_process() -> None:
-    """A file that cannot be imported would end the whole run.
+    """Missing packages stop neither the collection of tests nor the server that processes are forked from.
 
-    A server that processes are forked from ends where what it is to import raises anything but ImportError.
+    A file that cannot be imported would end the whole run. The server ends if one of its imports raises anything but
+    ImportError.
     """
     files = [str(path) for path in (ROOT / "tests").rglob("test_*.py")]
     code = f"""

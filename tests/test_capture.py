@@ -1,4 +1,4 @@
-"""CUDA graphs: signals are heard between replays. On a GPU a real graph; without one, what a capture may not do."""
+"""CUDA graphs: signals are evaluated between replays. A GPU runs real graphs; without one, captures are imitated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parameters(device: str = "cpu") -> list[nn.Parameter]:
 
 
 def set_gradients(params: list[nn.Parameter], step: int) -> None:
-    """In place, where a graph reads them."""
+    """Write the gradients in place, where a graph reads them."""
     for i, p in enumerate(params):
         grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
         if p.grad is None:
@@ -53,7 +53,7 @@ def test_capturable_is_for_accelerators() -> None:
 
 @pytest.fixture
 def as_if_captured(monkeypatch: pytest.MonkeyPatch, nothing_is_free_to_read: None) -> list[bool]:
-    """Treats the CPU as a device that graphs are captured on, while the list holds True."""
+    """Treat the CPU as a device that graphs are captured on while the list holds True."""
     capturing = [False]
     monkeypatch.setattr("grokadamw.step.capture.is_capturing", lambda optimizer: capturing[0])
     monkeypatch.setattr("grokadamw.step.capture._get_capturable_supported_devices", lambda: ["cpu"])
@@ -89,7 +89,7 @@ def test_a_captured_step_hears_no_signal_and_reads_alpha_where_it_is_set(as_if_c
 
 
 def test_what_a_graph_reads_and_writes_stays_in_its_place(as_if_captured: list[bool]) -> None:
-    """α, the boosts, and the count of skipped steps, which reading it sets back to 0."""
+    """α, the boosts and the count of skipped steps keep their addresses, although reading the count sets it to 0."""
     params = parameters()
     optimizer = GrokAdamW([{"params": params}, {"params": []}], capturable=True, **BOOSTED)
     set_gradients(params, 0)
@@ -173,7 +173,7 @@ def test_what_reads_back_is_not_captured(as_if_captured: list[bool]) -> None:
 
 
 class Tape(TorchDispatchMode):
-    """A CUDA graph in small: what is run under it is run again by `replay`, on the same memory."""
+    """An imitated CUDA graph: `replay` runs the recorded calls again, on the same memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
     def recording(self, kernels: Any) -> Any:
-        """Triton's kernels, which torch does not dispatch: they write to memory, and return nothing."""
+        """Return Triton's kernels with their launches recorded, because torch does not dispatch them."""
 
         def launch(name: str, grid: Any, args: Any, kwargs: Any) -> None:
             with _disable_current_modes():
@@ -217,7 +217,7 @@ class Tape(TorchDispatchMode):
 def captured(optimizer: GrokAdamW, capturing: list[bool]) -> Tape:
     tape, capturing[0] = Tape(), True
     kernels = gpu.kernels()
-    # a real capture is seen by nobody, and so keeps no implementation away
+    # a real capture is no dispatch mode, so it rules out no implementation
     watched = patch.object(memory, "memory_is_all", lambda compiling: True)
     with patch.object(gpu, "kernels", lambda: tape.recording(kernels)), tape, watched:
         optimizer.step()
@@ -229,11 +229,11 @@ def captured(optimizer: GrokAdamW, capturing: list[bool]) -> Tape:
 @pytest.mark.parametrize("implementation", ["foreach", "reference", "gpu"])
 @pytest.mark.parametrize("after", ["steps", "a checkpoint", "a copy"])
 def test_a_replay_is_the_next_step(as_if_captured: list[bool], after: str, implementation: str) -> None:
-    """Here capturing runs the step, too. α, learning rates and gradients come from their places; skips are counted."""
+    """A replay reads α, learning rates and gradients in place, and counts skips. The imitated capture runs a step."""
     with running(implementation) as how:
         tape = a_replay_is_the_next_step(as_if_captured, after, how)
     kernels = [call[1][0] for call in tape.calls if getattr(call[0], "__name__", "") == "launch"]
-    # without steps before it that made its tables, the GPU's implementation leaves a capture to foreach
+    # the GPU's implementation needs tables from earlier steps; without them it leaves a capture to foreach
     assert kernels == (["squares", "judge", "update"] if implementation == "gpu" and after == "steps" else [])
 
 
@@ -265,7 +265,7 @@ def a_replay_is_the_next_step(as_if_captured: list[bool], after: str, how: dict[
         if step == 3 and after == "a copy":
             original = replayed
             params, replayed = copy.deepcopy((params, replayed))
-            set_gradients(params, step)  # which are not copied
+            set_gradients(params, step)  # deepcopy does not copy gradients
             original.record(train_loss=1.0, eval_loss=2.0)
         if step > 3 or after != "a copy":
             replayed.update_signals()
@@ -287,7 +287,7 @@ def a_replay_is_the_next_step(as_if_captured: list[bool], after: str, how: dict[
 
 
 def test_what_one_graph_reads_is_no_other_steps(as_if_captured: list[bool]) -> None:
-    """Gradients elsewhere, and other numbers: of eager steps since, and of a second capture."""
+    """Eager steps and a second capture use other gradients and numbers, which must not reach the first graph."""
     with running("gpu"):
         params, twins = parameters(), parameters()
         replayed, eager = GrokAdamW(params, lr=0.01, capturable=True), GrokAdamW(twins, lr=0.01)
@@ -319,7 +319,7 @@ def test_what_one_graph_reads_is_no_other_steps(as_if_captured: list[bool]) -> N
 
 
 def test_a_graphs_tables_stay_its_own_whatever_changes(as_if_captured: list[bool]) -> None:
-    """Those made in the capture lie in the graph's memory, where only its replays fill them."""
+    """Tables made in a capture lie in the graph's memory, where only its replays fill them."""
     with running("gpu"):
         params = parameters()
         optimizer = GrokAdamW(params, capturable=True)
@@ -345,14 +345,14 @@ def test_a_graphs_tables_stay_its_own_whatever_changes(as_if_captured: list[bool
 
 
 def test_what_goes_to_a_graph_has_its_room() -> None:
-    """In pinned memory, which cannot be had during a capture."""
+    """A graph's tables need pinned memory, which cannot be allocated during a capture."""
     tables = Tables()
     assert tables.captured() is None
     tables.may_be_captured(tensors=1, lists=1)
     tables.squares([torch.ones(3)])
     own = tables.captured()
     assert own is not None
-    assert all(tables.captured() for _ in range(3))  # more without an eager step in between go to foreach
+    assert all(tables.captured() for _ in range(3))  # further captures without an eager step in between go to foreach
     assert tables.captured() is None
     content = torch.arange(52).numpy().tobytes()
     assert own.words(content, torch.device("cpu")).tolist() == list(range(52))

@@ -40,7 +40,7 @@ def load(name: str) -> Any:
 
 
 def continued(name: str, state_dict: Any, make: Any = GrokAdamW, **options: Any) -> dict[str, torch.Tensor]:
-    """The weights of a saved run, continued with a state dict for as long as the run itself was."""
+    """Return the weights of a saved run after it was continued with a state dict for as long as the run itself was."""
     model = write["model"]()
     model.load_state_dict(load(name)["model"])
     optimizer = make(write["groups"](model, named="0.1.2" not in name), **write["SETTINGS"], **options)
@@ -59,7 +59,7 @@ def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolera
 
 @pytest.mark.parametrize("name", ["grokadamw-0.1.2", "grokadamw-0.1.2-resumed"])
 def test_a_run_of_the_published_release_goes_on(name: str) -> None:
-    """Its weights after five more steps are in the file, too."""
+    """The file also holds the weights after five more steps, which the continued run must reach."""
     saved = load(name)
     close(continued(name, saved["optimizer"], compat="0.1.2"), saved["later"], 1e-6)
 
@@ -90,7 +90,7 @@ def test_every_file_goes_on_in_every_format(name: str, kind: str, monkeypatch: p
         for moment in (moment for moment in STATES if moment in state):
             assert (after[i][moment] - state[moment]).norm() <= 2 * LOSSES[kind] * state[moment].norm()
     later = continued(name, saved["optimizer"], **options)
-    if "0.1.2" not in name:  # whose arithmetic is another
+    if "0.1.2" not in name:  # its arithmetic differs
         close(later, saved["later"], 0.02)
     assert all(x.isfinite().all() for x in later.values())
 
@@ -166,7 +166,7 @@ def test_a_run_that_was_saved_before_its_first_step() -> None:
 @pytest.mark.parametrize("theirs", [torch.optim.AdamW, torch.optim.Adam])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_there_and_back(theirs: Any, dtype: torch.dtype) -> None:
-    """AdamW, ours as AdamW, AdamW again, each going on where the other stopped: one run of AdamW."""
+    """A run that AdamW, GrokAdamW (set like AdamW) and AdamW take in turn equals one run of AdamW."""
     model, whole = network(dtype), network(dtype)
     settings = {"lr": 0.01, "weight_decay": 0.0 if theirs is torch.optim.Adam else 0.1}
     uninterrupted = theirs(whole.parameters(), **settings)
@@ -190,7 +190,7 @@ def test_there_and_back(theirs: Any, dtype: torch.dtype) -> None:
 
 
 def as_adam(ours: GrokAdamW) -> dict[str, Any]:
-    """Without weight decay, Adam is AdamW but for the flag."""
+    """Return a state dict for Adam, which without weight decay differs from AdamW's in one flag alone."""
     state_dict = to_adamw(ours.state_dict())
     for group in state_dict["param_groups"]:
         group["decoupled_weight_decay"] = False
@@ -212,7 +212,7 @@ def test_the_slow_gradient_starts_at_zero_and_is_left_behind() -> None:
     assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in exported["state"].values())
     reference = torch.optim.AdamW(write["groups"](model, named=True))
     assert all(
-        ours.keys() == theirs.keys() | {"decoupled_weight_decay"}  # which torch 2.6 does not have
+        ours.keys() == theirs.keys() | {"decoupled_weight_decay"}  # torch 2.6 lacks this key
         for ours, theirs in zip(exported["param_groups"], reference.param_groups, strict=True)
     )
 
@@ -255,12 +255,12 @@ def test_another_wrapper_drops_what_is_not_its_own(before: str, after: str, inne
         loading.load_state_dict(saving.state_dict())
     alone = WRAPPERS[after](inner(model.parameters()))
     train(model, range(5), lambda step, loss: alone.step())
-    assert set(loading.param_groups[0]) - set(alone.param_groups[0]) <= {"grokfast_alpha"}  # of the other filter
+    assert set(loading.param_groups[0]) - set(alone.param_groups[0]) <= {"grokfast_alpha"}  # the other filter's key
     assert all(set(state) <= set(alone.state[param]) for param, state in loading.state.items())
 
 
 class Foreign(torch.optim.Optimizer):
-    """Another library's wrapper, which shares groups and state, as Accelerate's does."""
+    """A wrapper of another library, which shares groups and state as Accelerate's does."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner
@@ -287,7 +287,7 @@ def test_another_librarys_wrapper_in_between_loses_nothing() -> None:
 
 @pytest.mark.parametrize("wrap", [lambda inner: Accumulate(inner, 3), lambda inner: Grokfast(inner)])
 def test_what_a_wrapper_collected_is_dropped_with_a_warning(wrap: Callable[[Any], Any]) -> None:
-    """Else a later wrapper would go on with gradients of long ago."""
+    """A later wrapper would go on with gradients of long ago if the state kept them."""
     model = network()
     wrapped, plain, again = (
         wrap(GrokAdamW(model.parameters(), lamb=0.0)),
@@ -316,7 +316,7 @@ def test_a_cycle_before_the_first_step_has_no_moments_yet(convert: Callable[[Any
 
 
 def test_a_loss_that_adamw_cannot_help_is_warned_of() -> None:
-    """Of low bits, and of a part of a step; and of nothing else."""
+    """The conversion loses low bits and a part of a step. It warns of these losses, and of nothing else."""
     for dtype, options, steps, message in (
         (torch.bfloat16, {"master_weight_bits": 24}, 1, "low bits .* save full_precision_state_dict"),
         (torch.float32, MICRO, 2, "after 2 of accumulation_steps=4 micro-batches: .* Save where optimizer.stepped"),
@@ -347,7 +347,7 @@ def test_what_a_scheduler_and_hooks_have_added_stays() -> None:
 
 
 def test_a_slow_gradient_that_adamw_carried_along_is_stale() -> None:
-    """AdamW takes our state dict as it is, too, and keeps what it does not know; μ has missed its steps."""
+    """AdamW accepts our state dict and keeps the entries that it does not know, so μ has missed AdamW's steps."""
     model = network()
     optimizer = GrokAdamW(model.named_parameters())
     train(model, range(2), lambda step, loss: optimizer.step())
@@ -397,7 +397,7 @@ def test_adams_own_weight_decay_is_doubted() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         to_grokadamw(torch.optim.AdamW(model.parameters(), weight_decay=0.25).state_dict())
-        to_grokadamw(torch.optim.Adam(model.parameters()).state_dict())  # which has no decay
+        to_grokadamw(torch.optim.Adam(model.parameters()).state_dict())  # this Adam has no decay
 
 
 @pytest.mark.parametrize("stepped", [False, True])
@@ -411,7 +411,7 @@ def test_another_kind_of_optimizer_is_refused(kind: Any, stepped: bool) -> None:
 
 
 def test_a_common_option_does_not_make_it_ours() -> None:
-    """AdaBound's groups have `gamma`, too."""
+    """The groups of AdaBound have `gamma`, too."""
     zeros = torch.zeros(3)
     group = {"lr": 1e-3, "betas": (0.9, 0.999), "final_lr": 0.1, "gamma": 1e-3, "eps": 1e-8, "params": [0]}
     saved = {"state": {0: {"step": 7, "exp_avg": zeros, "exp_avg_sq": zeros}}, "param_groups": [group]}
@@ -420,7 +420,7 @@ def test_a_common_option_does_not_make_it_ours() -> None:
 
 
 def test_entries_of_others_are_no_other_kind_of_optimizer() -> None:
-    """As averages of weights, which all parameters have, beside one that was never trained."""
+    """Other code may keep averages of weights in the state, for parameters that were never trained, too."""
     model = network()
     model[0].weight.requires_grad_(False)
     optimizer = GrokAdamW(model.named_parameters())
@@ -476,7 +476,7 @@ def named(order: list[str], dtype: torch.dtype = torch.float32) -> tuple[nn.Modu
 
 
 def test_state_finds_its_parameter_by_name() -> None:
-    """Where both sides have the same names, with wrappers or without; a group's numbers go with its names."""
+    """State goes to the parameter of the same name, also inside wrappers; a group's numbers go with its names."""
     names = [name for name, _ in network().named_parameters()]
     model, params = named(names)
     gap = AccuracyGap()
@@ -520,7 +520,7 @@ def test_other_names_go_by_order_as_in_torch(change: str) -> None:
     other.load_state_dict(optimizer.state_dict())
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(optimizer.state[a]["exp_avg"], other.state[b]["exp_avg"])
-    if change == "one renamed":  # and its own name stays
+    if change == "one renamed":  # the new name stays
         assert other.param_groups[0]["param_names"][0] == "renamed"
 
 
@@ -554,7 +554,7 @@ def test_names_that_leave_a_doubt_are_refused(change: str) -> None:
 
 
 def test_names_that_are_there_twice_are_refused_in_another_order() -> None:
-    """Such as those of a parameter, and of a submodule that is called as torch.compile calls its model."""
+    """Two names become equal if a submodule is called `_orig_mod`, as torch.compile calls its model."""
     params = [(name, nn.Parameter(torch.ones(3))) for name in ("weight", "_orig_mod.weight", "bias")]
     saved = GrokAdamW(params).state_dict()
     GrokAdamW(params).load_state_dict(saved)
@@ -566,7 +566,7 @@ def test_names_that_are_there_twice_are_refused_in_another_order() -> None:
 
 
 def test_a_file_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As the README says it: wherever the state dict is, and all else as it was."""
+    """The command `convert` finds a state dict wherever it is in a file, and leaves everything else as it was."""
     name = "grokadamw-0.1.2-resumed"
     target = tmp_path / "new.pt"
     subprocess.run([sys.executable, "-m", "grokadamw", "convert", HERE / f"{name}.pt", target], check=True)
@@ -580,7 +580,7 @@ def test_a_file_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_state_dicts_are_found_in_lists_and_dicts(tmp_path: Path) -> None:
-    """As Lightning keeps them; a list is a list again, a tuple a tuple."""
+    """Lightning keeps state dicts in a list. A converted file has lists and tuples where they were."""
     one = load("torch-2.13-adamw")["optimizer"]
     before, after = tmp_path / "before.pt", tmp_path / "after.pt"
     torch.save({"optimizer_states": [one, one], "epoch": 3, "deep": ({"o": one}, [1])}, before)
@@ -599,7 +599,7 @@ class Dangerous:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (Dangerous(), "it holds builtins.getattr, pathlib."),  # whose name for the class differs with Python's version
+        (Dangerous(), "it holds builtins.getattr, pathlib."),  # the class's name differs between Python versions
         ({"model": {}}, "holds no optimizer state dict"),
         ({"state": {}, "param_groups": [{}]}, "holds no optimizer state dict"),
         (b"not a file of torch's", "torch.save did not write this file"),
@@ -645,7 +645,7 @@ def test_what_cannot_be_written_leaves_the_old_file(
 
 
 def test_the_conversions_need_no_optimizer() -> None:
-    """And nothing of a step: in a package without __init__ they load what groups hold, and the state's formats."""
+    """In a package without __init__ the conversions import the modules for groups and state formats, and no step."""
     code = """
 import sys, types
 package = types.ModuleType("grokadamw")
@@ -663,7 +663,7 @@ print(*sorted(name for name in sys.modules if name.startswith("grokadamw.")))
 
 
 def test_a_pickled_optimizer_of_an_older_version_goes_on() -> None:
-    """Its groups lack the keys that came later."""
+    """The groups of an older version lack the keys that came later."""
     optimizer = GrokAdamW(network().named_parameters())
     state = optimizer.__getstate__()
     for where in (state["defaults"], *state["param_groups"]):

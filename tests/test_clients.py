@@ -1,4 +1,4 @@
-"""Other packages that train: the smallest script of each, as docs/clients.md says."""
+"""Other packages that train: the smallest script for each, as in docs/clients.md."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def test_peft() -> None:
     before = {name: param.clone() for name, param in model.named_parameters()}
     optimizer = GrokAdamW(model.named_parameters(), lr=0.01)
     tokens = torch.randint(2, 16, (4, 8))
-    for _ in range(2):  # what is multiplied by zeros at first has no gradient yet
+    for _ in range(2):  # a factor of LoRA is 0 at first, so the other gets no gradient in the first step
         optimizer.zero_grad()
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
     for name, param in model.named_parameters():
         assert torch.equal(param, before[name]) != ("lora" in name), name
     adapted = {row.layer for row in optimizer.layer_table() if any("lora" in name for name in row.names)}
-    assert adapted == {1, 2}  # the model's, after its embedding
+    assert adapted == {1, 2}  # the model's layers, which come after its embedding
     with pytest.warns(UserWarning, match="of the model is frozen, as for fine-tuning with PEFT"):
         preset = GrokAdamW.for_grokking(model)
     assert all("lora" in name for group in preset.param_groups for name in group["param_names"])
@@ -91,7 +91,7 @@ def test_peft() -> None:
 def test_timm() -> None:
     timm, groups = pytest.importorskip("timm", exc_type=ImportError), pytest.importorskip("timm.optim")
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4, embed_dim=24, num_heads=2, num_classes=3)
-    optimizer = GrokAdamW(groups.param_groups_weight_decay(model, 0.05), lr=1e-3)  # which has no names
+    optimizer = GrokAdamW(groups.param_groups_weight_decay(model, 0.05), lr=1e-3)  # these groups have no names
     model(torch.randn(2, 3, 32, 32)).square().mean().backward()
     with pytest.warns(UserWarning, match=r"β1 = 0.02.*call optimizer.set_layers\(model\)"):
         optimizer.step()
@@ -116,7 +116,7 @@ def test_skorch() -> None:
     )
     net.initialize()
     net.optimizer_.set_layers(net.module_)
-    net.partial_fit(x.numpy(), y.numpy())  # as fit would make both anew
+    net.partial_fit(x.numpy(), y.numpy())  # `fit` would make the module and the optimizer again
     optimizer = net.optimizer_
     assert isinstance(optimizer, GrokAdamW)
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["lamb"]) == (0.01, 1.0)

@@ -1,4 +1,4 @@
-"""torch.compile(optimizer.step): the eager step's results, from one graph."""
+"""torch.compile(optimizer.step) gives the eager step's results, from one graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grokadamw.signals import AccuracyGap
 
 from .models import KEEPERS, batch, network, train
 
-# 2.6 and 2.11 make several graphs of a step with limits on rows, and 2.6 of other steps, too
+# torch 2.6 and 2.11 make several graphs of a step that limits rows, and 2.6 of other steps, too
 ONE_GRAPH = torch.__version__ >= (2, 13)
 
 
@@ -39,7 +39,7 @@ def run(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> tuple[list[torch.Tensor], GrokAdamW, list[int]]:
-    """The weights, the optimizer, and how many graphs there were after each step."""
+    """Return the weights, the optimizer, and the number of graphs after each step."""
     model = network(dtype)
     optimizer = two_groups(model, **options)
     step = optimizer.step if backend is None else torch.compile(optimizer.step, backend=backend)
@@ -62,8 +62,8 @@ def close(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float
 @pytest.mark.parametrize("foreach", [None, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])
 def test_one_graph_serves_changing_numbers(foreach: bool | None, dtype: torch.dtype, tolerance: float) -> None:
-    """Rates, weight decay, signals and losses, which start late, change at every step: nothing is compiled again."""
-    heard: list[int] = []  # at which steps
+    """Rates, weight decay, signals and losses (from step 4 on) change at every step, and nothing is compiled again."""
+    heard: list[int] = []  # the steps that evaluated the signal
     now = [0]
 
     def rising() -> float:
@@ -84,7 +84,7 @@ def test_one_graph_serves_changing_numbers(foreach: bool | None, dtype: torch.dt
     assert heard == list(range(20))
     heard.clear()
     compiled, optimizer, graphs = run(CompileCounter(), 20, change, **options)
-    assert heard == list(range(20))  # once a step, the compiled ones included
+    assert heard == list(range(20))  # once per step, compiled steps included
     assert graphs == [1] * 20
     close(compiled, eager, tolerance)
     ours, theirs = optimizer.metrics(), reference.metrics()
@@ -98,7 +98,7 @@ def test_one_graph_serves_changing_numbers(foreach: bool | None, dtype: torch.dt
 )
 @pytest.mark.parametrize("foreach", [None, False])
 def test_one_graph_serves_a_changing_lambda(foreach: bool | None, options: dict[str, Any], graphs: int) -> None:
-    """By hand, and by the signal."""
+    """λ is changed by hand, and by the signal."""
 
     def change(optimizer: GrokAdamW, i: int, loss: torch.Tensor) -> None:
         optimizer.record(train_loss=1.0, eval_loss=1.1 + 0.1 * i)
@@ -125,7 +125,7 @@ def test_a_learning_rate_in_a_tensor() -> None:
 
 
 def test_a_beta1_that_is_scheduled_is_compiled_in_once_more() -> None:
-    """As OneCycleLR cycles it; AdamW compiles its step twice then, too."""
+    """OneCycleLR cycles β1 in this way. The step of AdamW is compiled twice then, too."""
 
     def change(optimizer: GrokAdamW, i: int, loss: torch.Tensor) -> None:
         for group in optimizer.param_groups:
@@ -149,7 +149,7 @@ def test_real_backends(backend: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:a step was skipped")
 def test_what_is_not_compiled_works_as_ever() -> None:
-    """A skipped step, a parameter without a gradient, checkpoints, and GradScaler's numbers, around compiled steps."""
+    """A skipped step, a missing gradient, a checkpoint and GradScaler's numbers come between compiled steps."""
 
     def change(optimizer: GrokAdamW, i: int, loss: torch.Tensor) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -179,7 +179,7 @@ def test_what_is_not_compiled_works_as_ever() -> None:
 @pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize("grad", [math.nan, None])
 def test_a_step_that_writes_nothing_leaves_one_graph(grad: float | None, at: int) -> None:
-    """Where dynamo finds no operation, it never compiles the same code again, but each function that this calls."""
+    """Dynamo never compiles a function again in which it found no operation, but compiles what the function calls."""
     ran = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -200,7 +200,7 @@ def test_a_step_that_writes_nothing_leaves_one_graph(grad: float | None, at: int
 
 
 def test_what_stays_in_its_place_is_marked_so() -> None:
-    """As torch marks it for its own optimizers, so that a CUDA graph of the compiler's makes no copies."""
+    """torch marks tensors of its own optimizers in the same way, so that the compiler's CUDA graphs make no copies."""
     _, optimizer, _ = run(CompileCounter(), 1)
     for param, state in optimizer.state.items():
         for tensor in (param, *state.values()):
@@ -246,7 +246,7 @@ def test_complex_parameters() -> None:
     [
         ({"window_size": 3}, 1),
         ({"max_row_norm": 0.5, "max_row_change": 0.01}, 1),
-        ({"accumulation_steps": 3, "second_moment": "raw"}, 3),  # the first micro-batch, those between, the last
+        ({"accumulation_steps": 3, "second_moment": "raw"}, 3),  # for the first micro-batch, the last, and the others
     ],
     ids=str,
 )
@@ -264,7 +264,7 @@ def test_windows_rows_and_micro_batches(foreach: bool | None, options: dict[str,
 
 @pytest.mark.parametrize("options", [{"window_size": 3}, {"accumulation_steps": 2, "second_moment": "raw"}], ids=str)
 def test_a_number_of_its_own(options: dict[str, Any]) -> None:
-    """As torch compiles copy_ and add_, they lose what they write to a 0-d float64 on a CPU."""
+    """Compiled by torch, copy_ and add_ lose what they write to a 0-d float64 on a CPU."""
     runs = []
     for backend in (None, "aot_eager"):
         params = [torch.nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in ((), (3,))]
@@ -280,7 +280,7 @@ def test_a_number_of_its_own(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("keeper", [name for name in KEEPERS if not name.endswith("SGD")])
 def test_around_other_optimizers(keeper: str) -> None:
-    """They run as they are, as does GrokAdamW where it is the inner one."""
+    """Wrappers run as they are, and so does a GrokAdamW inside one."""
     runs = []
     for backend in (None, "eager"):
         model = network()

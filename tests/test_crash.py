@@ -1,4 +1,4 @@
-"""The process killed at any moment while it trains and checkpoints, as docs/pytorch.md has it, and started again."""
+"""The process is killed at any moment while it trains and checkpoints as in docs/pytorch.md, and is started again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 40
 
 
 def save(checkpoint: Any, path: Path) -> None:
-    """That of docs/pytorch.md."""
+    """Save with the function from docs/pytorch.md."""
     namespace: dict[str, Any] = {"torch": torch}
     (block,) = [block for block in code_blocks((ROOT / "docs/pytorch.md").read_text()) if "def save(" in block]
     exec(block[: block.index("\n\nsave(")], namespace)
@@ -32,7 +32,7 @@ def save(checkpoint: Any, path: Path) -> None:
 
 
 def train(folder: Path, in_fewer_bits: bool = False, stop: int = STEPS) -> None:
-    """To the last step, from the last checkpoint on: one is written after every step."""
+    """Train from the last checkpoint to the last step, and write a checkpoint after every step."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -59,7 +59,7 @@ def train(folder: Path, in_fewer_bits: bool = False, stop: int = STEPS) -> None:
             gap.record(train=0.9, eval=0.1 + 0.01 * step)
         if step == 7:
             loss = loss * torch.nan
-            next(model.parameters()).grad.fill_(torch.nan)  # a step that is skipped
+            next(model.parameters()).grad.fill_(torch.nan)  # this step is skipped
         optimizer.step()
         save(
             {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
@@ -68,7 +68,7 @@ def train(folder: Path, in_fewer_bits: bool = False, stop: int = STEPS) -> None:
 
 
 def timed(context: Any, folder: Path, in_fewer_bits: bool) -> float:
-    """Seconds that a process takes to train to the end."""
+    """Return the seconds that a process takes to train to the end."""
     began = time.perf_counter()
     process = context.Process(target=train, args=(folder, in_fewer_bits))
     process.start()
@@ -84,7 +84,7 @@ def test_no_kill_loses_a_checkpoint_or_changes_the_run(kills: int, in_fewer_bits
     whole = tmp_path / "whole"
     whole.mkdir()
     context = multiprocessing.get_context("forkserver")
-    timed(context, tmp_path, in_fewer_bits)  # which starts the server that the others are forked from
+    timed(context, tmp_path, in_fewer_bits)  # this starts the server that the others are forked from
     all_steps, a_start = timed(context, whole, in_fewer_bits), timed(context, whole, in_fewer_bits)
     a_step = (all_steps - a_start) / STEPS
     uninterrupted = torch.load(whole / "checkpoint.pt")
@@ -99,7 +99,7 @@ def test_no_kill_loses_a_checkpoint_or_changes_the_run(kills: int, in_fewer_bits
             process.start()
             if killed < kills:
                 process.join(rng.random() * (a_start + 15 * a_step))
-                process.kill()  # which does nothing if it has ended
+                process.kill()  # does nothing if the process has ended
             process.join()
             if process.exitcode == -signal.SIGKILL:
                 killed += 1
@@ -108,8 +108,8 @@ def test_no_kill_loses_a_checkpoint_or_changes_the_run(kills: int, in_fewer_bits
             else:
                 assert process.exitcode == 0
             if (folder / "checkpoint.pt").exists():
-                step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]  # whole
-                assert step >= last  # and not an older one
+                step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]  # the file is whole
+                assert step >= last  # and no older than the last one
                 last = step
             else:
                 assert last == 0

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint, which has the state built by a step that must do nothing else."""
+"""torch.distributed.checkpoint builds the state by a step, which must do nothing else."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def quiet() -> Any:
 
 
 class Counted:
-    """A signal that counts its calls, in its state too."""
+    """A signal that counts its calls, and keeps the count in its state."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -83,14 +83,14 @@ def test_the_step_that_builds_state_does_nothing_else(tensor_lr: bool, nonfinite
         assert list(optimizer.state[p]) == ["step", "exp_avg", "exp_avg_sq"] + ["grok_ema"] * (i < 3)
         assert not any(value.any() for value in optimizer.state[p].values())
     assert optimizer.metrics()["step"] == 0
-    optimizer.step()  # now that there is a state, a step like any other
+    optimizer.step()  # once there is a state, this is a step like any other
     assert signal.calls == 1
     assert optimizer.metrics()["step"] == 1
 
 
 @pytest.mark.parametrize("real", ["a gradient", "a learning rate", "a state"])
 def test_a_first_step_that_is_one(real: str) -> None:
-    """As a warm-up's, whose learning rate is 0."""
+    """A step is real if any gradient or learning rate is not 0 or there is a state, e.g. in a warm-up from 0."""
     model, signal = network(), Counted()
     optimizer = split(model, grokking_signal_fns=signal)
     for group in optimizer.param_groups:
@@ -110,7 +110,7 @@ def test_a_first_step_that_is_one(real: str) -> None:
 
 @pytest.mark.parametrize("make", [GrokAdamW, lambda params: Grokfast(torch.optim.AdamW(params))])
 def test_on_meta(make: Callable[[Any], Any]) -> None:
-    """Where numbers cannot be read."""
+    """Numbers on the meta device cannot be read."""
     model = network()
     optimizer = make(model.parameters())
     train(model, range(3), lambda step, loss: optimizer.step())
@@ -136,7 +136,7 @@ def test_without_gradients_there_is_nothing_to_build() -> None:
 
 @pytest.mark.parametrize("flatten", [False, True])
 def test_a_run_that_dcp_saved_goes_on(tmp_path: Path, flatten: bool) -> None:
-    """Bit for bit, from a fresh process's optimizer, through real files."""
+    """The run resumes bit for bit, with a new optimizer and through real files."""
     settings = StateDictOptions(flatten_optimizer_state_dict=flatten)
 
     def start() -> tuple[nn.Module, GrokAdamW, AccuracyGap]:
@@ -180,7 +180,7 @@ def test_a_run_that_dcp_saved_goes_on(tmp_path: Path, flatten: bool) -> None:
 
 
 def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
-    """Its groups lack keys that came later, which torch refuses unless it is told to load a part."""
+    """The saved groups lack keys that came later. torch refuses that unless it is told to load a part."""
     model, twin = network(), network(seed=1)
     optimizer, other = split(model), split(twin)
     train(model, range(3), lambda step, loss: optimizer.step())
@@ -203,12 +203,12 @@ def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("keeper", KEEPERS)
 def test_so_does_what_keeps_more(keeper: str, flatten: bool, tmp_path: Path) -> None:
-    """In the middle of a cycle, too; and the step that builds state does nothing else."""
+    """Optimizers that keep more resume within a cycle, too, and the step that builds their state does nothing else."""
     settings = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model, twin = network(), network()
     optimizer, other = KEEPERS[keeper](model), KEEPERS[keeper](twin)
     train(model, range(5), lambda step, loss: optimizer.step())
-    model.zero_grad()  # the state of SGD alone is empty, and would be built now
+    model.zero_grad()  # SGD by itself has no state, so torch would build it now
     of_model, of_optimizer = get_state_dict(model, optimizer, options=settings)
     dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=tmp_path, no_dist=True)
     train(model, range(5, 10), lambda step, loss: optimizer.step())
@@ -229,7 +229,7 @@ def test_so_does_what_keeps_more(keeper: str, flatten: bool, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("keeper", [name for name in KEEPERS if "SGD" not in name])
 def test_an_optimizer_may_be_saved_as_it_is(keeper: str, tmp_path: Path) -> None:
-    """In the middle of a cycle. It loads what is no tensor under keys that are strings."""
+    """The run is in the middle of a cycle. DCP loads entries that are not tensors under keys that are strings."""
     model, twin = network(), network()
     optimizer, other = KEEPERS[keeper](model), KEEPERS[keeper](twin)
     train(model, range(5), lambda step, loss: optimizer.step())
@@ -276,7 +276,7 @@ def test_parameters_are_found_by_name(order: str, flatten: bool) -> None:
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("change", ["1 to 2", "2 to 1", "other members"])
 def test_parameters_may_be_regrouped(change: str, flatten: bool) -> None:
-    """torch gives each group what a saved group of one of its parameters had: names and layers may be of others."""
+    """torch gives each group the saved options of one of its parameters, so names and layers may be those of others."""
     settings = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model, twin = network(), network()
 
@@ -318,7 +318,7 @@ def test_what_was_never_trained_is_saved_and_loaded(lamb: float) -> None:
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_goes_on(name: str, flatten: bool, tmp_path: Path) -> None:
-    """Bit for bit; making the state to load into hears no signal and moves nothing."""
+    """Runs resume bit for bit; building the state to load into evaluates no signal and moves no weight."""
     settings = StateDictOptions(flatten_optimizer_state_dict=flatten)
     signal, options = Counted(), {**FORMATS[name], "grokking_signal_fns": lambda: 0.5}
     model, optimizer = formats.started(options)
@@ -347,7 +347,7 @@ def test_every_format_goes_on(name: str, flatten: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loaded_as", ["float32", "bfloat16"])
 def test_codes_that_were_loaded_into_numbers_are_refused(loaded_as: str, tmp_path: Path) -> None:
-    """torch.distributed.checkpoint copies them into whatever tensor is there, and knows no scales."""
+    """torch.distributed.checkpoint copies codes into whatever tensor is there, and does not know of their scales."""
     model, optimizer = formats.started({"state_dtype": "int8"})
     formats.train(model, optimizer, 0, 3)
     _, of_optimizer = get_state_dict(model, optimizer)

@@ -1,4 +1,4 @@
-"""Two real processes over gloo: ranks agree on α, and shards on the norm."""
+"""Tests with real processes over gloo: ranks agree on α, and shards on the norm."""
 
 from __future__ import annotations
 
@@ -53,21 +53,21 @@ RANKS = 2
 
 
 def in_processes(function: Any, folder: Path, ranks: int = RANKS) -> list[Any]:
-    """What function(rank) returns on each rank, of which there are two unless more are wanted."""
+    """Return what function(rank) returns on each of the ranks."""
     (folder / "rendezvous").unlink(missing_ok=True)
     mp.start_processes(_process, args=(function, folder, ranks), nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 def _process(rank: int, function: Any, folder: Path, ranks: int) -> None:
-    gc.freeze()  # what is imported is no garbage, and looking for some among it would take longer than a test
+    gc.freeze()  # looking for garbage among all that is imported would take longer than a test
     torch.set_num_threads(1)
-    meeting, wait = f"file://{folder}/rendezvous", timedelta(seconds=30)  # then a rank that waits fails
+    meeting, wait = f"file://{folder}/rendezvous", timedelta(seconds=30)  # a rank that waits longer fails
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=wait)
     try:
         torch.save(function(rank), folder / f"{rank}.pt")
     finally:
-        gc.collect()  # models that were sharded hold process groups, which must not go when the interpreter does
+        gc.collect()  # sharded models hold process groups, which must be freed before the interpreter exits
         dist.destroy_process_group()
 
 
@@ -78,7 +78,7 @@ def _signals_that_differ(rank: int) -> list[float]:
         optimizer = GrokAdamW([p], grokking_signal_fns=fns)  # type: ignore[arg-type]
         optimizer.record(train_loss=1.0 + rank)
         if rank == 0:
-            optimizer.record(eval_loss=2.0)  # evaluated on one rank alone
+            optimizer.record(eval_loss=2.0)  # one rank alone evaluates
         optimizer.step()
         alphas.append(optimizer.metrics()["alpha"])
     return alphas
@@ -92,14 +92,14 @@ def test_ranks_agree_on_alpha(tmp_path: Path) -> None:
 
 
 def _ranks_that_differ(rank: int) -> list[tuple[float, float]]:
-    """What happens on one rank alone: α and the boost after each step, under DDP and FSDP2."""
+    """Return α and the boost after each step under DDP, FSDP2 and neither, if something happens on one rank alone."""
 
     def fails() -> float:
         if rank == 1:
             raise RuntimeError("no signal here")
         return 0.5
 
-    if rank == 0:  # an optimizer of its own, for which nobody chose signals or recorded a loss, waits for nobody
+    if rank == 0:  # an optimizer without chosen signals or recorded losses waits for no other rank
         probe = network()
         optimizer = GrokAdamW(probe.named_parameters())
         train(probe, range(2), lambda _, loss: optimizer.step())
@@ -131,7 +131,7 @@ def _ranks_that_differ(rank: int) -> list[tuple[float, float]]:
 
 
 def _what_ranks_are_told(rank: int) -> list[Any]:
-    """What is warned of where the first rank, or none, records losses, and the signal after that."""
+    """Return the warnings if the first rank, or none, records losses, and the signal after that."""
     found: list[Any] = []
     for records in (True, False):
         model = network()
@@ -163,7 +163,7 @@ def test_no_rank_waits_for_another_that_hears_less(tmp_path: Path) -> None:
 
 
 class Averaging(torch.nn.parallel.DistributedDataParallel):
-    """A subclass of DDP that knows the attributes of its module, as people write."""
+    """A subclass of DDP that also has the attributes of its module, as users write it."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -177,7 +177,7 @@ class Dividing(FullyShardedDataParallel):
 
 
 def _default_signal(rank: int) -> list[float]:
-    """α after each step. The first rank alone records losses, and not from the start."""
+    """Return α after each step. The first rank alone records losses, and not from the start."""
     alphas = []
     for way in ("DDP", "FSDP1", "ZeRO", "subclass", "frozen"):
         model = torch.nn.Linear(5, 3, bias=False)
@@ -206,7 +206,7 @@ def _in_ddp(model: torch.nn.Module, group: Any = None) -> torch.nn.Module:
 
 
 def _fewer_steps(rank: int) -> None:
-    """The first rank takes more steps: in DDP's join(), where each rank has a group of its own, and in backward."""
+    """Take more steps on the first rank: in DDP's join(), with a process group for each rank, and in backward."""
     alone = [dist.new_group([each]) for each in range(RANKS)][rank]
     for group in (None, alone):
         model = _in_ddp(network(), group)
@@ -216,7 +216,7 @@ def _fewer_steps(rank: int) -> None:
         dist.barrier()
     model = _in_ddp(network())
     optimizer = GrokAdamW(model.parameters())
-    if rank == 0:  # as by torch's _apply_optimizer_in_backward
+    if rank == 0:  # as torch's _apply_optimizer_in_backward does
         x = torch.ones(1, requires_grad=True)
         x.register_hook(lambda _: optimizer.step())
         x.sum().backward()
@@ -235,7 +235,7 @@ def test_ranks_that_take_fewer_steps_are_not_waited_for(tmp_path: Path) -> None:
 
 
 def _signals_in_join(rank: int) -> list[str]:
-    """What ranks with different numbers of batches are told if they chose signals, record losses, or do neither."""
+    """Return what ranks with unequal batch counts are told if they choose signals, record losses, or do neither."""
     found = []
     for options, records in (({"signal_boost": 1.0}, False), ({}, True), ({"grokking_signal_fns": []}, True)):
         model = _in_ddp(network())
@@ -259,7 +259,7 @@ def _signals_in_join(rank: int) -> list[str]:
 
 
 def test_signals_in_join_are_refused(tmp_path: Path) -> None:
-    """Averaging them would meet what DDP sends for the ranks that have no more data."""
+    """Averaging signals would collide with what DDP sends for the ranks that have no more data."""
     for refused, recorded, trained in in_processes(_signals_in_join, tmp_path):
         assert refused == recorded
         assert "in DDP's join() not all ranks take all steps: pass grokking_signal_fns=[]" in refused
@@ -267,7 +267,7 @@ def test_signals_in_join_are_refused(tmp_path: Path) -> None:
 
 
 def _wrapped_late(rank: int) -> list[float]:
-    """α where the model is wrapped after its first step, and later anew; the first rank alone records losses."""
+    """Return α if the model is wrapped after its first step, and again later; the first rank alone records losses."""
     inner, alphas = network(), []
     optimizer = GrokAdamW(inner.parameters(), gradient_clipping=0.0)
     train(inner, range(1), lambda _, loss: optimizer.step())
@@ -299,7 +299,7 @@ def test_wrappers_are_looked_for_at_the_first_step_the_second_the_fourth(monkeyp
         all_ranks.meet(groups, None, False)
     assert looks == [1, 2, 4, 8, 16, 32]
     looks.clear()
-    for step in range(1, 10):  # a group was added: its parameters may be in a wrapper
+    for step in range(1, 10):  # a group was added, and its parameters may be in a wrapper
         if step == 1:
             all_ranks.doubts(groups, None, False)
         all_ranks.meet(groups, None, False)
@@ -307,7 +307,7 @@ def test_wrappers_are_looked_for_at_the_first_step_the_second_the_fourth(monkeyp
 
 
 def _resumed(rank: int) -> list[list[float]]:
-    """The signals of a run in which the first rank alone records, without and with a stop in between."""
+    """Return the signals of a run without and with a stop in between. The first rank alone records losses."""
 
     def go_on(model: Any, optimizer: GrokAdamW, steps: range, found: list[float]) -> None:
         for step in steps:
@@ -323,7 +323,7 @@ def _resumed(rank: int) -> list[list[float]]:
         go_on(model, optimizer, range(4), found)
         if found is runs[1]:
             saved = [optimizer.state_dict()]
-            dist.broadcast_object_list(saved)  # every rank loads the first one's checkpoint
+            dist.broadcast_object_list(saved)  # every rank loads the first rank's checkpoint
             optimizer = GrokAdamW(model.parameters())
             optimizer.load_state_dict(saved[0])
         go_on(model, optimizer, range(4, 9), found)
@@ -331,14 +331,14 @@ def _resumed(rank: int) -> list[list[float]]:
 
 
 def test_losses_of_a_checkpoint_do_not_count_beside_new_ones(tmp_path: Path) -> None:
-    """Every rank loads the losses that one has recorded; only that one records again."""
+    """Every rank loads the losses that one rank has recorded, and only that rank records again."""
     for whole, resumed in in_processes(_resumed, tmp_path):
         assert whole == resumed
         assert len(set(whole)) == 3
 
 
 def _wrong_norms(rank: int) -> list[Any]:
-    """What is said where shards are taken for whole parameters, or whole parameters for shards."""
+    """Return what is said if shards are taken for whole parameters, or whole parameters for shards."""
     device, found = torch.device("cpu"), list[Any]()
     ways = ("FSDP1", "without a norm", "FSDP1, with its ranks", "FSDP1, rows", "NO_SHARD", "DDP", "DDP, not over")
     for way in (*ways, "subclass", "without clipping", "FSDP1, norms of rows"):
@@ -386,7 +386,7 @@ def test_shards_and_whole_parameters_are_told_apart(tmp_path: Path) -> None:
 
 
 def _told(model: torch.nn.Module, group: Any) -> list[str]:
-    """What a first step says of FSDP1, and the error it ends with."""
+    """Return what a first step says of FSDP1, or the error that it ends with."""
     optimizer = GrokAdamW(model.parameters(), gamma=0.0, shard_group=group)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -398,7 +398,7 @@ def _told(model: torch.nn.Module, group: Any) -> list[str]:
 
 
 def _mixed(rank: int) -> list[list[str]]:
-    """What is said of whole parameters among divided ones."""
+    """Return what is said of whole parameters among sharded ones."""
     divide = functools.partial(FullyShardedDataParallel, device_id=torch.device("cpu"))
     whole, divided, found = ShardingStrategy.NO_SHARD, ShardingStrategy.FULL_SHARD, []
     for group, (inner, outer) in itertools.product((None, dist.group.WORLD), itertools.permutations((whole, divided))):
@@ -451,14 +451,14 @@ DEVICE = "numbers on the device"
 
 
 def _numbers_on_the_device() -> None:
-    """From here on, let a step do as if reading a tensor on the CPU made it wait."""
+    """From here on, make steps act as if reading a tensor on the CPU made the host wait."""
     for module in (grokadamw, _numbers, signals, slots, stages, cache):
         module.reads_are_free = lambda device: False  # type: ignore[attr-defined]
 
 
 def _sharded(rank: int) -> list[dict[str, Any]]:
-    """Sharded whole, in part (the first layer is sharded, the others are plain), across rows, and with numbers kept as
-    tensors."""
+    """Return results with all layers sharded, with the first one sharded and the others plain, with shards across rows,
+    and with numbers kept as tensors."""
     mesh = init_device_mesh("cpu", (RANKS,))
     results = []
     for how in ("whole", "in part", "across rows", DEVICE):
@@ -515,7 +515,7 @@ def test_shards_train_as_the_whole(tmp_path: Path) -> None:
 
 
 def _limited(rank: int) -> float:
-    """The largest error of rows that are in parts on two ranks; of torch 2.6, which has no FSDP2 on the CPU, too."""
+    """Return the largest error of rows split over two ranks; torch 2.6, which has no FSDP2 on the CPU, runs it, too."""
     mesh = init_device_mesh("cpu", (RANKS,))
     torch.manual_seed(0)
     rows = torch.randn(5, 4) * torch.tensor([[0.01], [0.3], [1], [1], [3]])
@@ -539,7 +539,7 @@ def test_rows_on_two_ranks_are_limited_as_the_whole(tmp_path: Path) -> None:
 
 
 def _resumed_from(folder: Path, rank: int) -> bool:
-    """Whether a sharded run that was saved and loaded goes on as it would have, on a state that was built for that."""
+    """Return True if a sharded run resumes as if it had not stopped, and the state built for loading was all 0."""
     mesh = init_device_mesh("cpu", (RANKS,))
 
     def start() -> tuple[torch.nn.Module, GrokAdamW]:
@@ -566,7 +566,7 @@ def _resumed_from(folder: Path, rank: int) -> bool:
 
 
 def _whole_state(rank: int) -> tuple[str, bool, bool]:
-    """What is said if shards load the state of a whole model, if nothing was loaded, and if the way out does."""
+    """Return the error of shards that load a whole state, whether nothing was loaded, and whether the way out works."""
     of_one, model = network(), network()
     plain = GrokAdamW(of_one.named_parameters(), lr=0.05)
     train(of_one, range(2), lambda step, loss: plain.step())
@@ -585,7 +585,7 @@ def _whole_state(rank: int) -> tuple[str, bool, bool]:
 
 
 def test_shards_refuse_a_whole_state_before_anything_is_loaded(tmp_path: Path) -> None:
-    """The groups were loaded, and the next step failed."""
+    """A later refusal would leave the groups loaded, and the next step would fail."""
     for said, kept, equal in in_processes(_whole_state, tmp_path):
         assert "set_optimizer_state_dict(model" in said
         assert kept
@@ -593,14 +593,14 @@ def test_shards_refuse_a_whole_state_before_anything_is_loaded(tmp_path: Path) -
 
 
 def _keepers(folder: Path, rank: int) -> dict[str, Any]:
-    """Optimizers that keep more, sharded: the weights after a run, and whether a saved and loaded one goes on as it."""
+    """For each optimizer that keeps more, return the weights of a sharded run, and True if a loaded run equals it."""
     mesh = init_device_mesh("cpu", (RANKS,))
     results = {}
     for i, make in enumerate(KEEPERS.values()):
 
         def start(make: Any = make) -> tuple[torch.nn.Module, Any]:
             model = network()
-            fully_shard(model[0], mesh=mesh)  # and the others are plain
+            fully_shard(model[0], mesh=mesh)  # the other layers stay plain
             return model, make(model)
 
         model, optimizer = start()
@@ -625,7 +625,7 @@ def _keepers(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def _filters_that_differ(rank: int) -> float:
-    """A signal that one rank alone has: the filter is amplified alike on all."""
+    """Return a weight after a step whose signal is above 0 on one rank alone; all ranks must amplify alike."""
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = Grokfast(torch.optim.SGD([p], lr=1.0), lamb=1.0, amplify_when=lambda: float(rank))
     p.grad = torch.ones(3)
@@ -673,7 +673,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def _trained(model: torch.nn.Module, optimizer: Any, steps: range, inner: Any = None) -> None:
-    """Train with losses that are recorded, and gradients of which one step has NaN."""
+    """Train with recorded losses, and with NaN in the gradients of one step."""
 
     def take_step(step: int, loss: torch.Tensor) -> None:
         if step % 3 == 0:
@@ -687,7 +687,7 @@ def _trained(model: torch.nn.Module, optimizer: Any, steps: range, inner: Any = 
 
 
 def _with_zero(rank: int) -> dict[str, Any]:
-    """The largest differences between ZeRO on two ranks and an optimizer that has it all."""
+    """Return the largest differences between ZeRO on two ranks and one optimizer that has everything."""
     found: dict[str, Any] = {}
     for how in (
         "as it comes",
@@ -727,7 +727,7 @@ def _with_zero(rank: int) -> dict[str, Any]:
         if how == "loaded":
             zero.consolidate_state_dict()
             everyone = [None if rank else zero.state_dict()]
-            dist.broadcast_object_list(everyone, src=0)  # the first rank's, as from a file
+            dist.broadcast_object_list(everyone, src=0)  # the first rank's state, as if from a file
             models[2].load_state_dict(models[1].state_dict())
             other.load_state_dict(everyone[0])
             _trained(models[2], other, range(10, 20), other.optim)
@@ -761,7 +761,7 @@ AROUND_ZERO: dict[str, tuple[Any, Any]] = {  # the optimizer in ZeRO, and the wr
 
 
 def _around_zero(rank: int) -> dict[str, Any]:
-    """Wrappers around ZeRO: the weights after a run, and whether one that the first rank saved goes on as it."""
+    """Return the weights after runs of wrappers around ZeRO, and check that what the first rank saved resumes them."""
     results = {}
     for name, (inside, around) in AROUND_ZERO.items():
 
@@ -778,7 +778,7 @@ def _around_zero(rank: int) -> dict[str, Any]:
         model, optimizer = start()
         train(model, range(5), lambda step, loss, optimizer=optimizer: optimizer.step())
         twin, other = start()
-        for _ in range(2):  # a second time it has state
+        for _ in range(2):  # the second time the optimizer has state
             twin.load_state_dict(model.state_dict())
             other.load_state_dict(saved(optimizer))
         for each, its in ((model, optimizer), (twin, other)):
@@ -797,7 +797,7 @@ def _around_zero(rank: int) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_wrappers_around_zero_are_one_process_and_resume(tmp_path: Path) -> None:
-    """ZeRO saves only the state of the optimizers in it, and loads None for what other ranks have."""
+    """ZeRO saves only the state of the optimizer inside it, and loads None for what other ranks have."""
     for found in in_processes(_around_zero, tmp_path):
         for name, (inside, around) in AROUND_ZERO.items():
             model = network()
@@ -808,7 +808,7 @@ def test_wrappers_around_zero_are_one_process_and_resume(tmp_path: Path) -> None
 
 
 def _zero_that_loads(rank: int) -> list[Any]:
-    """Layers, options and names after a ZeroRedundancyOptimizer has loaded the state of a plain one, twice."""
+    """Return the weights after ZeRO has loaded a plain optimizer's state twice; layers, options and names must stay."""
     model = network()
     plain = GrokAdamW(model.named_parameters(), nonfinite="propagate")
     _trained(model, plain, range(2))
@@ -839,7 +839,7 @@ def test_zero_loads_what_others_saved(tmp_path: Path) -> None:
 
 
 def _groups_with_zero(rank: int) -> list[tuple[int, str]]:
-    """The layers and names of a rank's part of the preset's groups, before and after a step."""
+    """Return the layers and names of a rank's part of the preset's groups, which a step must not change."""
     model = network()
     groups = GrokAdamW.for_grokking(model).param_groups
     zero = ZeroRedundancyOptimizer([dict(group) for group in groups], GrokAdamW, lr=0.01)
@@ -860,7 +860,7 @@ def _groups_with_zero(rank: int) -> list[tuple[int, str]]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_groups_in_zero_keep_their_names_and_layers(tmp_path: Path) -> None:
-    """A step said that the group's parameters were changed, and the table had too many names."""
+    """The table must not have too many names, and a step must not say that the group's parameters were changed."""
     first, second = in_processes(_groups_with_zero, tmp_path)
     rows = GrokAdamW.for_grokking(network()).layer_table()
     assert first
@@ -869,8 +869,8 @@ def test_groups_in_zero_keep_their_names_and_layers(tmp_path: Path) -> None:
 
 
 def _smallest_with_zero(rank: int) -> str:
-    """The smallest module that holds the parameters of all ranks, of which each rank's optimizer has a part."""
-    part = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(2, 2))  # the first rank has one weight of it
+    """Return the smallest module with the parameters of all ranks, although an optimizer has only its rank's part."""
+    part = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(2, 2))  # the first rank has one of its weights
     model = torch.nn.Sequential(network(), part)
     zero = ZeroRedundancyOptimizer(model[1].parameters(), GrokAdamW)
     smallest = trainers.smallest_with(zero.optim, model)
@@ -907,7 +907,7 @@ def test_fsdp1_with_its_ranks_is_one_process(tmp_path: Path) -> None:
 
 
 def _ranks_with_less(rank: int) -> list[dict[str, float]]:
-    """Steps where the second rank has less than the first; what the first has is always the same."""
+    """Return metrics of steps in which the second rank has less than the first, which always has the same."""
     found = []
     for how in (
         "no parameters",
@@ -939,7 +939,7 @@ def _ranks_with_less(rank: int) -> list[dict[str, float]]:
                 with pytest.raises(RuntimeError, match=f"the gradients are not finite: .*{said}"):
                     optimizer.step()
                 continue
-            if how == "overflow" and step == 2:  # that a ShardedGradScaler has found for all ranks
+            if how == "overflow" and step == 2:  # a ShardedGradScaler has found it for all ranks
                 optimizer.grad_scale = torch.ones(())  # type: ignore[attr-defined]
                 optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
             optimizer.step()
@@ -966,7 +966,7 @@ ACCUMULATED = ("all", "no parameters", "no gradients", "stages", "a mesh", "flus
 
 
 def _accumulated(how: str, rank: int) -> tuple[float, int]:
-    """The norm that the optimizer inside of Accumulate gets, and its steps. The second rank may have less.
+    """Return the norm that the optimizer inside Accumulate gets, and its steps. The second rank may have less.
 
     Without clipping the norm is 2 √24.
     """
@@ -981,7 +981,7 @@ def _accumulated(how: str, rank: int) -> tuple[float, int]:
     params = [torch.nn.Parameter(x) for x in ([] if has_none else values)]
     inner = GrokAdamW([{"params": params}], shard_group=dist.group.WORLD, gradient_clipping=0.0)
     optimizer = Accumulate(inner, 1 if how == "a checkpoint" else 2, gradient_clipping=0.5)
-    if how == "a checkpoint":  # which has state made first
+    if how == "a checkpoint":  # it has the state built first
         torch.distributed.checkpoint.state_dict._init_optim_state(optimizer)  # type: ignore[attr-defined]
     lrs = [0.0, 1e-3] if how == "warm-up" else [1e-3] * 2
     for lr in lrs if how != "flushed" else lrs[1:]:
@@ -1004,7 +1004,7 @@ def _all_accumulated(rank: int) -> list[tuple[float, int]]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_accumulate_clips_by_the_norm_over_the_shard_group(tmp_path: Path) -> None:
-    """Each rank clipped its own part; and one that had no gradients left the others waiting."""
+    """A rank must not clip its own part alone, and one without gradients must not leave the others waiting."""
     for rank, found in enumerate(in_processes(_all_accumulated, tmp_path)):
         for how, (norm, steps) in zip(ACCUMULATED, found, strict=True):
             assert norm == pytest.approx(0.5), how
@@ -1013,7 +1013,7 @@ def test_accumulate_clips_by_the_norm_over_the_shard_group(tmp_path: Path) -> No
 
 
 def _dtensors_and_shards(rank: int) -> list[float]:
-    """The norm where DTensors lie beside plain shards: on a mesh of this rank's own, or on one of all ranks."""
+    """Return the elements in the norm of a DTensor on a mesh of one rank and a plain shard, and of one on all ranks."""
     world, found = dist.group.WORLD, []
     stages = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("stage", "data"))
     for mesh, rows in ((stages["data"], 3), (init_device_mesh("cpu", (RANKS,)), 5)):
@@ -1036,7 +1036,7 @@ def test_the_norm_of_dtensors_is_summed_over_the_shard_group(tmp_path: Path) -> 
 
 
 def _spans(rank: int) -> list[bool]:
-    """Whether parameters are known to be on all ranks: plain ones, on a mesh of one rank, of both, and swapped."""
+    """Return whether parameters are known to be on all ranks: plain, on a mesh of one rank, of both, and swapped."""
     small = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("stage", "data"))["data"]
     mine, all_ranks = (
         torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
@@ -1056,7 +1056,7 @@ def test_parameters_on_all_ranks_are_found_among_others(tmp_path: Path) -> None:
 
 
 def _warm_up(rank: int) -> list[int]:
-    """A first step with lr 0, where one rank has gradients of 0, and the state that a checkpoint asks one rank for."""
+    """Return the steps after one at lr 0 with gradients of 0 on rank 0, and the states that rank 0 alone builds."""
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = GrokAdamW([p], lr=0.0, shard_group=dist.group.WORLD)
     p.grad = torch.full_like(p, float(rank))
@@ -1113,7 +1113,7 @@ def test_what_is_no_process_group_is_refused() -> None:
 
 
 def _copies_that_differ(rank: int) -> list[str]:
-    """What is said of a preset whose model had other weights on each rank when it was made, and of one that had not."""
+    """Return what is said of a preset whose model is the same on all ranks when it is made, and of one that differs."""
     said = []
     for seed in (0, rank):
         torch.manual_seed(seed)
@@ -1133,14 +1133,14 @@ def _copies_that_differ(rank: int) -> list[str]:
 
 
 def test_copies_of_a_model_with_other_learning_rates_are_refused(tmp_path: Path) -> None:
-    """They drifted apart, as the preset measures embeddings before DDP has made them equal."""
+    """The preset measures embeddings before DDP makes them equal, so such copies would drift apart."""
     for said in in_processes(_copies_that_differ, tmp_path):
         assert said[0] == ""
         assert "give all ranks the same seed before the model is made" in said[1]
 
 
 def _rows_of_other_layouts(rank: int) -> list[float]:
-    """How far cut rows are from one process's, if one gradient lies in another order on one rank alone."""
+    """Return how far cut rows are from one process's rows if a gradient has another memory layout on one rank alone."""
     mesh = init_device_mesh("cpu", (RANKS,))
     torch.manual_seed(0)
     weights, grads = ([scale * torch.randn(4, 3) for scale in (1, 3, 1)] for _ in range(2))
@@ -1150,27 +1150,27 @@ def _rows_of_other_layouts(rank: int) -> list[float]:
     for _ in range(2):
         for i, (p, q, grad) in enumerate(zip(whole, cut, grads, strict=True)):
             p.grad, q.grad = grad.clone(), distribute_tensor(grad, mesh, [Shard(1)])
-            if i == 1:  # by columns: rank 1 has one, whose elements are in order all the same
+            if i == 1:  # by columns; rank 1 has a single column, so there the order is the same
                 local = q.grad.to_local().t().contiguous().t()
                 q.grad = DTensor.from_local(local, mesh, [Shard(1)], shape=grad.shape, stride=grad.stride())
         for optimizer in optimizers:
             optimizer.step()
-    assert (optimizers[1].implementation().count("\n") > 0) == (rank == 0)  # batches differ
+    assert (optimizers[1].implementation().count("\n") > 0) == (rank == 0)  # the batches of the ranks differ
     return [(a - b.full_tensor()).abs().max().item() for a, b in zip(whole, cut, strict=True)]
 
 
 def test_cut_rows_are_added_up_in_one_order(tmp_path: Path) -> None:
-    """Whatever a rank's batches: else ranks added up rows of different tensors."""
+    """Ranks must add up rows of the same tensors, however their batches differ."""
     for differences in in_processes(_rows_of_other_layouts, tmp_path):
         assert max(differences) < 1e-6
 
 
 def _ignored(rank: int) -> list[Any]:
-    """Warnings of an optimizer for all parameters; and how far apart two optimizers leave the shared weights."""
+    """Return what one optimizer for all parameters warns of, and how far apart two leave the shared weights."""
     torch.manual_seed(0)
     shared = torch.nn.Linear(6, 8)
     torch.manual_seed(rank)
-    model = torch.nn.Sequential(shared, torch.nn.Linear(8, 3))  # the second is this rank's own
+    model = torch.nn.Sequential(shared, torch.nn.Linear(8, 3))  # the second layer is this rank's own
     wrapper = torch.nn.parallel.DistributedDataParallel
     wrapper._set_params_and_buffers_to_ignore_for_model(model, ["1.weight", "1.bias"])
     wrapped = wrapper(model)
@@ -1204,7 +1204,7 @@ def test_parameters_that_ddp_ignores_have_an_optimizer_of_their_own(tmp_path: Pa
 
 
 def _wrappers_of_others(rank: int) -> None:
-    """They are called as torch's, and have nothing else of theirs."""
+    """Train in wrappers that have the names of torch's, and nothing else of theirs."""
     for name in ("DistributedDataParallel", "FullyShardedDataParallel"):
         model = type(name, (torch.nn.Sequential,), {})(network())
         optimizer = GrokAdamW.for_grokking(model)

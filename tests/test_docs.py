@@ -28,7 +28,7 @@ NEEDS = {"huggingface": "accelerate", "lightning": "lightning", "pytorch": "pand
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In a folder of its own, and without what Accelerate keeps for the process."""
+    """Run the test in a folder of its own, and reset the state that Accelerate keeps for the process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(DOCS / "examples"))
     yield
@@ -104,14 +104,14 @@ def test_the_site_builds_in_strict_mode(tmp_path: Path) -> None:
     groups = ["Parameters, and AdamW's numbers", "The filter, and its signals", "Limits", "How a step runs"]
     assert re.findall(r"doc-section-title\">([^<]*)<", html.unescape(api))[:4] == groups
     signature = re.sub("<[^>]+>", "", api[api.index('id="grokadamw.GrokAdamW"') : api.index(groups[2])])
-    assert "\n    lr: float | Tensor = 0.001,\n" in signature  # one a line: something has formatted it
+    assert "\n    lr: float | Tensor = 0.001,\n" in signature  # one argument per line, so a formatter has run
     for page in site.rglob("*.html"):
         linked = re.findall(r'(?:href|src)="([^":#]*benchmarks/results/[^"#]+)"', page.read_text(encoding="utf-8"))
         assert [path for path in linked if path[0] != "/" and not (page.parent / path).exists()] == [], page
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         loaded = r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="https?://[^"]+"'
-        assert not re.findall(loaded, text), page  # all that it needs comes with it
+        assert not re.findall(loaded, text), page  # the site contains everything that it loads
         assert page.stem == "404" or re.search("md-footer__link--(next|prev)", text), page
     styles = (site / "katex/katex.min.css").read_text(encoding="utf-8")
     fonts = re.findall(r"url\(([^)]+)\)", styles)

@@ -1,4 +1,4 @@
-"""torchrun, with a rank that is killed at any moment: all of them start again, from the last checkpoint."""
+"""Kills a rank under torchrun at any moment: all ranks start again, and resume from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def started(folder: Path, restarts: int) -> subprocess.Popen[bytes]:
     folder.mkdir()
     of_torch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", f"--max-restarts={restarts}"]
     command = [sys.executable, "-m", *of_torch, "tests/elastic_run.py", str(folder)]
-    # ranks that start again must not find each other's old addresses: https://github.com/pytorch/pytorch/issues/135712
+    # restarted ranks must not find each other's old addresses: https://github.com/pytorch/pytorch/issues/135712
     own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     environment = {**os.environ, **own_store, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("wb") as log:
@@ -39,7 +39,7 @@ def pids(folder: Path) -> list[int]:
 
 
 def wait_for_new(folder: Path, old: list[int], run: subprocess.Popen[bytes]) -> list[int]:
-    """Return the process ids of ranks that have started since; an empty list once the run is over."""
+    """Return the process ids of newly started ranks, or an empty list once the run is over."""
     while run.poll() is None:
         found = pids(folder)
         if len(found) == RANKS and not {*found} & {*old}:
@@ -49,7 +49,7 @@ def wait_for_new(folder: Path, old: list[int], run: subprocess.Popen[bytes]) -> 
 
 
 def killed(folder: Path, kills: int, seconds: float, rng: random.Random) -> tuple[Any, int]:
-    """Return what a run ends with, and how often one of its ranks was killed: so many times at most."""
+    """Return the result of a run, and how often one of its ranks was killed (at most `kills` times)."""
     run, old, count = started(folder, kills), list[int](), 0
     try:
         while count < kills and (old := wait_for_new(folder, old, run)):
@@ -59,7 +59,7 @@ def killed(folder: Path, kills: int, seconds: float, rng: random.Random) -> tupl
             try:
                 os.kill(rng.choice(old), signal.SIGKILL)
                 count += 1
-            except ProcessLookupError:  # it was done
+            except ProcessLookupError:  # the rank had finished
                 break
         assert run.wait(timeout=60) == 0, (folder / "log").read_text()[-3000:]
     finally:
@@ -74,7 +74,7 @@ def test_a_rank_that_is_killed_changes_nothing(tmp_path: Path) -> None:
     *expected, seconds = torch.load(tmp_path / "end.pt")
     rng, total, runs = random.Random(0), 0, 0
     while total < kills:
-        # in the first half of a run, as one that starts again has less to do
+        # kill in the first half of a run, because a restarted run has less left to do
         (*end, _), count = killed(tmp_path / f"run-{runs}", min(kills - total, 5), seconds / 2, rng)
         assert same(end, expected)
         total, runs = total + count, runs + 1

@@ -1,4 +1,4 @@
-"""Training with states and parameters in fewer bits: what holds in float32 holds here."""
+"""Training with states and parameters in fewer bits: everything that holds in float32 holds here, too."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def train(params: list[nn.Parameter], optimizer: GrokAdamW, steps: range) -> Non
 
 
 def bits_of(params: list[nn.Parameter], optimizer: GrokAdamW) -> list[Tensor]:
-    """Copies of all that a step writes."""
+    """Return copies of everything that a step writes."""
     states = [optimizer.state[p][name] for p in params if p in optimizer.state for name in sorted(optimizer.state[p])]
     return [x.detach().clone() for x in (*params, *(x for x in states if isinstance(x, Tensor)))]
 
@@ -114,10 +114,10 @@ def test_a_step_that_a_device_finds_not_finite_leaves_every_bit(
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_all_follow_the_kernel_of_the_cpu(kept: Any, steps: int) -> None:
-    """To neighbours: they round alike, but what they round differs in its last bits."""
+    """Results differ by neighbouring numbers: all backends round alike, but the last bits of their inputs differ."""
     dtype, options = kept
     found = []
-    for implementation in ("cpu", "foreach", "reference", *(["gpu"] if steps == 1 else [])):  # which takes time
+    for implementation in ("cpu", "foreach", "reference", *(["gpu"] if steps == 1 else [])):  # the interpreter is slow
         with running(implementation, chunk=4096) as how:
             params = made(dtype)
             optimizer = GrokAdamW(params, lr=1e-2, accumulation_steps=steps, second_moment="raw", **options, **how)
@@ -160,7 +160,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(kept: Any, how: dict[str, Any]) 
 
 
 def test_groups_differ_and_parameters_may_come_late_or_have_no_gradient(kept: Any) -> None:
-    """Each is what it is alone in the same place."""
+    """Each parameter ends as if it were trained alone in the same place."""
     dtype, options = kept
     a, b, c, d = made(dtype, shapes=[(64, 70)] * 4)
     optimizer = GrokAdamW(
@@ -188,13 +188,13 @@ def test_groups_differ_and_parameters_may_come_late_or_have_no_gradient(kept: An
 
 
 MATRICES = [(name, shape) for name in ("cpu", "foreach") for shape in [(64, 70), (40, 3, 64), (3, 5000), (600, 20)]]
-MATRICES += [("gpu", shape) for shape in [(64, 70), (20, 3, 64), (2, 2000), (50, 20)]]  # to be interpreted soon
+MATRICES += [("gpu", shape) for shape in [(64, 70), (20, 3, 64), (2, 2000), (50, 20)]]  # the interpreter is slow
 
 
 @pytest.mark.parametrize(("implementation", "shape"), [*MATRICES, ("foreach", (2, 70000))])
 @pytest.mark.parametrize("limits", [{}, {"max_row_change": 0.01, "max_row_norm": 2.0}], ids=["free", "limited"])
 def test_32_bits_are_float32_weights(implementation: str, shape: tuple[int, ...], limits: dict[str, float]) -> None:
-    """To the bit, with limits on rows, too; very long rows of 16 bits are foreach's."""
+    """The weights agree to the bit, also with limits on rows. foreach takes very long rows of 16 bits."""
     with running(implementation, chunk=4096) as how:
         compare_with_32_bits(shape, limits | how)
 
@@ -219,7 +219,7 @@ def compare_with_32_bits(shape: tuple[int, ...], options: dict[str, Any], device
 @pytest.mark.parametrize("name", ["bfloat16", "int8, 32 bits"])
 @pytest.mark.parametrize("limits", [{"max_row_change": 0.02}, {"max_row_change": 0.05, "max_row_norm": 2.0}], ids=str)
 def test_all_limit_rows_alike(name: str, limits: dict[str, float]) -> None:
-    """Rows of whole blocks and others, short ones and those that the GPU's kernel reads twice."""
+    """There are rows of whole blocks and others, short rows, and rows that the GPU's kernel reads twice."""
     dtype, options = KEPT[name]
     shapes = [(40, 128), (50, 90), (3, 1500), (4, 1088)]
     found = []
@@ -237,7 +237,7 @@ def test_all_limit_rows_alike(name: str, limits: dict[str, float]) -> None:
 
 
 def test_rows_are_limited_once_if_memory_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the backend that decodes, a piece at a time."""
+    """The backend that decodes limits the rows, a piece at a time."""
     calls = []
     limit = rows.limit
     monkeypatch.setattr(rows, "limit", lambda batch, *rest: (calls.append(batch), limit(batch, *rest)))
@@ -271,7 +271,7 @@ LIES = {
 def test_a_memory_format_may_change_in_the_middle_of_a_run(
     kept: Any, implementation: str, first: str, then: str
 ) -> None:
-    """State that lies otherwise was once updated in a copy alone, so that it never moved again."""
+    """If state in another memory format were updated in a copy alone, it would never change again."""
     dtype, options = kept
     shapes = [(8, 64, 3, 3), (20, 8, 5, 8)]
     start, expected = made(dtype, shapes=shapes), made(dtype, shapes=shapes)
@@ -299,7 +299,7 @@ def test_a_memory_format_may_change_in_the_middle_of_a_run(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["bfloat16", "int8"])
 def test_some_rows_at_a_time_or_all_at_once(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no kernel decodes: the same bits, limits included."""
+    """Without a kernel that decodes, pieces and whole tensors give the same bits, also with limits on rows."""
     runs = []
     for piece in (decoded._PIECE, 700):
         monkeypatch.setattr(decoded, "_PIECE", piece)
@@ -324,14 +324,14 @@ def test_low_bits_follow_their_weights_into_another_memory_format(implementation
                 p.data, p.grad = LIES["contiguous"](p.data), None
             train([p], optimizer, range(3, 4))
         weights.append(formats.full(p.detach(), optimizer.state[p]["param_low"]))
-    torch.testing.assert_close(*weights, rtol=2.0**-14, atol=1e-6)  # the last bits of a bfloat16 are 2^-8 of it
+    torch.testing.assert_close(*weights, rtol=2.0**-14, atol=1e-6)  # the last bit of a bfloat16 is 2^-8 of it
 
 
 @pytest.mark.parametrize("lamb", [0.0, 2.0])
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("implementation", ["cpu", "gpu", "foreach", "reference"])
 def test_a_model_of_float64_has_state_of_full_precision(form: str, implementation: str, lamb: float) -> None:
-    """Once it was converted, in the middle of a run, and also if the slow gradient is made after that."""
+    """State becomes float64 if the model is converted within a run, even if the slow gradient is made after that."""
     with running(implementation, chunk=4096) as how:
         params = made(torch.float32)
         optimizer = GrokAdamW(params, state_dtype=form, lamb=lamb, **how)
@@ -402,7 +402,7 @@ def test_every_instruction_set_gives_the_same_bits(
 
 
 def test_a_tensors_bits_do_not_depend_on_the_others(kept: Any) -> None:
-    """Pieces that threads take begin anywhere in a tensor."""
+    """Threads take pieces that begin anywhere in a tensor."""
     dtype, options = kept
     found = []
     for before in (0, 1, 63, 65_000):
@@ -451,7 +451,7 @@ def test_tensors_of_no_or_one_element_take_a_step(bits: int | None, dtype: torch
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001], ids=hex)
 def test_a_weight_that_is_not_a_number_stays_so(implementation: str, weights: Any, bits: int) -> None:
-    """Whichever of its many forms NaN has: 0x7FFFFFFF, a GPU's own, is one before that of -0."""
+    """Every form of NaN stays NaN. 0x7FFFFFFF, a GPU's own, is one less than the bits of -0."""
     dtype, options = weights
     p = nn.Parameter(torch.ones(70, 64, dtype=dtype))
     with running(implementation) as how:
@@ -470,7 +470,7 @@ def test_a_weight_that_is_not_a_number_stays_so(implementation: str, weights: An
 
 
 def test_a_parameter_that_was_set_keeps_its_value() -> None:
-    """Low bits that belonged to another value change it by no more than rounding does."""
+    """Low bits that belonged to another value change the new one by no more than rounding does."""
     for dtype in (torch.bfloat16, torch.float16):
         (p,) = made(dtype, shapes=[(64, 70)])
         optimizer = GrokAdamW([p], master_weight_bits=32)

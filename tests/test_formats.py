@@ -1,4 +1,4 @@
-"""The formats of states and parameters: bit for bit as in the oracle, in the kernels too, and within their bounds."""
+"""The formats of states and parameters equal the oracle's bit for bit, also in kernels, and keep to their bounds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .models import skip_unless_interpreted
 
 SHORT = {"bfloat16": torch.bfloat16, "int8": torch.int8}
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-BACKENDS = {"cpu": (cpu, cpu), "gpu": (gpu, gpu), "decoded": (decoded, foreach)}  # and what computes it in float32
+BACKENDS = {"cpu": (cpu, cpu), "gpu": (gpu, gpu), "decoded": (decoded, foreach)}  # for codes, and for float32
 LOWS = {16: None, 24: torch.int8, 32: torch.int16}
 
 places = st.tuples(st.integers(0, 2**20), st.integers(0, 2**40))  # a parameter's number, and a draw
@@ -45,7 +45,7 @@ matrices = st.builds(
 
 
 def fit(x: Tensor, name: str) -> Tensor:
-    """v has no sign, and no infinity."""
+    """Return x as the state may hold it: v has no sign, and no infinity."""
     return x.abs() if name == "exp_avg_sq" else x
 
 
@@ -111,7 +111,7 @@ def test_weights_are_the_oracles(half: str, bits: int, x: Tensor, place: tuple[i
 
 @pytest.mark.parametrize("half", HALVES)
 def test_weights_that_are_tried_one_by_one_are_the_oracles(half: str) -> None:
-    """Around each power of two, and where float16 begins to have fewer bits."""
+    """The weights lie around each power of two, and where float16 begins to have fewer bits."""
     ones = torch.tensor([0.0, *(2.0**i for i in range(-60, 15)), 2047 * 2.0**-25, 3 * 2.0**-25])
     bits = ones.view(torch.int32)[:, None] + torch.arange(-70000, 70000, 700, dtype=torch.int32)
     x = bits.clamp(min=0).view(torch.float32)
@@ -127,7 +127,7 @@ def test_weights_that_are_tried_one_by_one_are_the_oracles(half: str) -> None:
 
 
 def coded_batch(shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype, number: int = 0) -> Batch:
-    """A batch of one parameter after two steps, as a step under these options finds it."""
+    """Return a batch of one parameter after two steps, as a step under these options finds it."""
     generator = torch.Generator().manual_seed(len(shape) + sum(shape))
     options = {"state_dtype": "float32", "master_weight_bits": None, "rounding": "nearest", **options}
 
@@ -155,7 +155,7 @@ def coded_batch(shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dt
 
 
 def on(device: str, batch: Batch) -> Batch:
-    """A copy of the batch there."""
+    """Return a copy of the batch on the device."""
     lists: Any = [None if column is None else [x.to(device, copy=True) for x in column] for column in batch[:6]]
     coded = batch.coded
     if coded is not None:
@@ -165,7 +165,7 @@ def on(device: str, batch: Batch) -> Batch:
 
 
 def plain(batch: Batch) -> Batch:
-    """The same in float32."""
+    """Return the same batch in float32."""
     coded = batch.coded
     assert coded is not None
     decoded = []
@@ -200,7 +200,7 @@ def _small_tensors_have_formats(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def modules(backend: str) -> tuple[Any, Any]:
-    """The backend of coded state, and what computes the same in float32."""
+    """Return the backend for coded state, and the one that computes the same in float32."""
     if backend == "gpu":
         skip_unless_interpreted()
     return BACKENDS[backend]
@@ -209,7 +209,7 @@ def modules(backend: str) -> tuple[Any, Any]:
 CPU_SHAPES = [(5, 33), (3, 97), (40, 100), (2, 700), (64, 64), (3, 5, 40), (4099,), (128,), (1, 64)]
 PLACES = [(backend, shape, nth) for backend in ("cpu", "decoded") for shape in CPU_SHAPES for nth in (None, 0, 2)]
 PLACES += [("gpu", shape, None) for shape in [(3, 97), (40, 100), (65, 64), (3, 5, 40), (4099,)]]
-PLACES += [("gpu", (4, 100), nth) for nth in (0, 2)]  # as the interpreter takes its time
+PLACES += [("gpu", (4, 100), nth) for nth in (0, 2)]  # few, because the interpreter is slow
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -228,7 +228,7 @@ def test_a_step_is_the_plain_one_between_the_oracles_decoding_and_encoding(
 
 
 def check_codes(batch: Batch, expected: Batch, before: Batch, nth: int | None = None) -> None:
-    """That a step of parameter 7 has left the codes of what is expected in float32, of a micro-batch maybe."""
+    """Check that a step of parameter 7, or its micro-batch `nth`, has left the codes of the expected float32 values."""
     assert batch.coded is not None
     assert before.coded is not None
     rows = formats.as_rows(batch.params[0]).shape
@@ -264,7 +264,7 @@ def check_codes(batch: Batch, expected: Batch, before: Batch, nth: int | None = 
 @pytest.mark.parametrize("bits", [24, 32])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_small_weights_move_as_they_do_in_float32(dtype: torch.dtype, bits: int, backend: str) -> None:
-    """Those that float16 rounds to 0, too, which were once NaN."""
+    """Weights that float16 rounds to 0 move, too, and do not become NaN."""
     coded, whole = modules(backend)
     batch = coded_batch((64, 64), {"master_weight_bits": bits}, dtype)
     assert batch.coded is not None
@@ -288,7 +288,7 @@ def test_small_weights_move_as_they_do_in_float32(dtype: torch.dtype, bits: int,
 def test_weights_that_were_set_to_0_go_on_from_there(
     dtype: torch.dtype, bits: int, backend: str, shape: tuple[int, ...]
 ) -> None:
-    """Whatever their low bits were: 0 and a number below 0 were once NaN."""
+    """The low bits beside a 0 may be anything; a 0 with low bits below 0 must not become NaN."""
     coded, whole = modules(backend)
     batch = coded_batch(shape, {"master_weight_bits": bits}, dtype, number=7)
     assert batch.coded is not None
@@ -310,7 +310,7 @@ def test_weights_that_were_set_to_0_go_on_from_there(
 
 
 def test_what_is_not_finite_has_the_same_bits_in_the_kernel() -> None:
-    """Whatever they are."""
+    """NaN and infinity may get any bits, but the kernel and `encode` must agree on them."""
     batch = coded_batch((4, 64), {"state_dtype": "int8"}, torch.float32)
     batch.grads[0].view(-1)[[0, 64, 130]] = torch.tensor([torch.nan, 1e25, torch.inf])
     expected, coded = plain(batch), batch.coded
@@ -344,7 +344,7 @@ def test_processors_that_flush_denormals_find_the_same_bits(form: str, name: str
 
 
 def largest(x: Tensor) -> Tensor:
-    """The largest of each element's block."""
+    """Return the largest size in each element's block."""
     blocks = -(-x.shape[1] // BLOCK)
     padded = torch.nn.functional.pad(x.abs(), (0, blocks * BLOCK - x.shape[1]))
     return padded.view(len(x), blocks, BLOCK).amax(2).repeat_interleave(BLOCK, dim=1)[:, : x.shape[1]]
@@ -402,7 +402,7 @@ def test_weights_are_within_the_bounds(half: str, x: Tensor, place: tuple[int, i
         assert torch.equal(y[x.abs() >= 2.0**-17], x[x.abs() >= 2.0**-17])
         assert ((y - x).abs() < 2.0**-40).all()
     y = weights_back(x, half, 24, place[1])
-    least = 2.0**-141 if half == "bfloat16" else 2.0**-31  # of float16 two roundings
+    least = 2.0**-141 if half == "bfloat16" else 2.0**-31  # float16 is rounded twice
     assert ((y.double() - x.double()).abs() <= (x.double().abs() / 2**15).clamp(min=least)).all()
 
 
@@ -422,23 +422,23 @@ KINDS += ["bfloat16 16", "bfloat16 24", "float16 16", "float16 24"]
 @pytest.mark.parametrize("x", [1.03, 1.9374, 0.3337, 0.0123, 1e-3])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_mean_is_kept_over_elements_and_over_steps(kind: str, x: float, sign: int) -> None:
-    """Of 10^5 numbers, within four standard deviations and 2^-16 of a code. Half are 1.9, to hold the scale."""
+    """The mean of 10^5 numbers is right to 4 standard errors and 2^-16 of a code. Half are 1.9, to fix the scale."""
     is_v = kind == "int8 exp_avg_sq"
     given = torch.full((1000, 200), sign * x) if "_sq" not in kind else torch.full((1000, 200), x)
     given[:, ::2] = 1.9
     several = [kept_anyhow(given[:10], kind, draw) for draw in range(100)]
     for y in (kept_anyhow(given, kind)[:, 1::2], torch.stack(several)[:, :, 1::2]):
         mean = given[0, 1].double()
-        y, mean = (y.double().sqrt(), mean.sqrt()) if is_v else (y.double(), mean)  # v's codes are of √v
+        y, mean = (y.double().sqrt(), mean.sqrt()) if is_v else (y.double(), mean)  # v is coded as √v
         if is_v and mean < 1.9**0.5 / 255:
-            assert y.mean() >= mean  # never 0
+            assert y.mean() >= mean  # no code is 0
         else:
             assert abs(float(y.mean() - mean)) <= 4 * float(y.std()) / 1e5**0.5 + 1.9 / 127 / 2**16
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_slow_average_is_followed(kind: str) -> None:
-    """Its moves are a hundredth of a code: to nearest, none of them would be kept."""
+    """The average moves by a hundredth of a code per step. Rounding to nearest would never store such a move."""
     x = torch.ones(16, 256)
     for step in range(1500):
         x = kept_anyhow(0.999 * x + 0.001 * 0.5, kind, step)
@@ -448,13 +448,13 @@ def test_a_slow_average_is_followed(kind: str) -> None:
 
 
 def test_over_steps_dithers_are_more_even_than_random_numbers() -> None:
-    """A tenth of a code is kept at every tenth step, to two steps of a thousand on average; at random, to ten."""
+    """A tenth of a code is stored in 100 of 1000 steps, with a mean error of 2; random numbers would have one of 10."""
     seen = [dither(0, (1, 500), 2, torch.tensor(step))("exp_avg") < 0.1 * 2**32 for step in range(1000)]
     assert float((torch.stack(seen).sum(0) - 100.0).abs().mean()) < 2
 
 
 def test_dithers_follow_from_all_that_names_them() -> None:
-    """Between blocks at random; within one they are evenly spread."""
+    """Dithers differ at random between blocks, and are spread evenly within one."""
     count = 2000 * BLOCK
     found = [
         dither(0, (1, count), number, torch.tensor(3))(name).flatten()
@@ -473,7 +473,7 @@ def test_dithers_follow_from_all_that_names_them() -> None:
     assert not torch.equal(found[0], dither(0, (1, count), 2, torch.tensor(4))("exp_avg").flatten())
 
 
-# which tensors, and how they lie
+# which tensors have a format, and their memory layout
 
 
 def test_three_states_take_less_than_33_tenths_of_a_byte() -> None:

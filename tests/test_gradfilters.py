@@ -1,4 +1,4 @@
-"""The published filter functions, and the window."""
+"""Tests of the published filter functions and of the window."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHAPES = {"a": (4, 3), "b": (5,), "c": ()}
 
 
 class Holder(nn.Module):
-    """Parameters without a model."""
+    """A module that only holds parameters."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Holder(nn.Module):
 
 
 def recorded(steps: int, late: int = 0) -> list[dict[str, np.ndarray]]:
-    """Gradients with a slow part; those of "b" come from a later step on, and not always."""
+    """Return gradients with a slow part. With `late`, "b" has none before that step, and misses some later."""
     rng = np.random.default_rng(0)
     slow = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
     return [
@@ -116,7 +116,7 @@ def as_published(
     dtype: torch.dtype,
     tolerance: float,
 ) -> None:
-    """100 steps, the memory saved and loaded on the way."""
+    """Compare 100 steps with the definition. The memory is saved and loaded halfway."""
     model, memory, steps = Holder(dtype), None, recorded(100, late)
     given: dict[str, list[np.ndarray]] = {name: [] for name in SHAPES}
     for grads in steps:
@@ -124,7 +124,7 @@ def as_published(
         for name, g in model.grads().items():
             given[name].append(g)
     expected = {name: iter(theirs(grads)) for name, grads in given.items()}
-    added = {name: iter(theirs(list(map(np.abs, grads)))) for name, grads in given.items()}  # which may cancel
+    added = {name: iter(theirs(list(map(np.abs, grads)))) for name, grads in given.items()}  # terms may cancel
     for step, grads in enumerate(steps):
         model.set_grads(grads)
         memory = function(model, grads=memory, **options)
@@ -137,7 +137,7 @@ def as_published(
 
 
 def published_modules() -> Iterator[Any]:
-    """pytorch-optimizer's functions, where `make peers` has put them, and the published file, where it is."""
+    """Yield pytorch-optimizer's functions, which `make peers` installs, and the published file."""
     yield pytest.param("peer", marks=pytest.mark.skipif(not PEER.exists(), reason="make peers installs it"))
     reason = "GROKFAST_PY=/path/to/ironjr/grokfast/grokfast.py names the published file"
     yield pytest.param("published", marks=pytest.mark.skipif("GROKFAST_PY" not in os.environ, reason=reason))
@@ -165,7 +165,7 @@ def test_others_functions_do_the_same(whose: str, dtype: torch.dtype, name: str,
     function = {"gradfilter_ema": gradfilter_ema, "gradfilter_ma": gradfilter_ma}[name]
     ours, others, memory, others_memory = Holder(dtype), Holder(dtype), None, None
     summed = options.get("window_size", 1) if options.get("filter_type") == "sum" else 1
-    scale = 5 * (1 + options.get("lamb", 2.0) * summed)  # of what is added, and may cancel
+    scale = 5 * (1 + options.get("lamb", 2.0) * summed)  # the size of the terms, which may cancel
     for grads in recorded(100):
         ours.set_grads(grads)
         others.set_grads(grads)
@@ -176,7 +176,7 @@ def test_others_functions_do_the_same(whose: str, dtype: torch.dtype, name: str,
     assert list(memory) == list(others_memory)
 
 
-# what the published functions get wrong
+# errors of the published functions
 
 
 @pytest.mark.parametrize("function", [gradfilter_ema, gradfilter_ma])
@@ -198,7 +198,7 @@ def test_gradients_that_are_zeroed_in_place_are_remembered(function: Callable[..
 
 
 def test_the_published_memory_of_a_window_can_be_gone_on_from() -> None:
-    """A deque of gradients for each parameter, as an older checkpoint of a script may hold it."""
+    """An older checkpoint of a script may hold a deque of gradients for each parameter."""
     model, steps = Holder(), recorded(20)
     memory: Any = {name: deque([torch.tensor(g[name]) for g in steps[:9]][-5:], maxlen=5) for name in SHAPES}
     expected = {name: oracle_ma([g[name] for g in steps], 5, 5.0, "mean", True, False) for name in SHAPES}
@@ -291,13 +291,13 @@ def test_sparse_gradients_are_refused_by_name(function: Callable[..., Any]) -> N
 def test_a_window_has_the_mean_of_the_last(
     size: int, dtype: torch.dtype | None, seed: int, finite: list[bool], known: bool
 ) -> None:
-    """Whether or not the host may read what is finite, and with windows that began at different steps."""
+    """The host may or may not read which gradients are finite, and the windows begin at different steps."""
     rng = np.random.default_rng(seed)
     params = [torch.zeros(3, dtype=torch.float64), torch.zeros((), dtype=torch.float64)]
     windows = [window.new(p, size, dtype, torch.device("cpu")) for p in params]
     past: list[list[Tensor]] = [[], []]
     for step, is_finite in enumerate(finite):
-        late = 2 if step >= 3 else 1  # the second begins later
+        late = 2 if step >= 3 else 1  # the second window begins later
         grads = [torch.tensor(rng.normal(size=tuple(p.shape))) for p in params][:late]
         if not is_finite:
             grads[0].view(-1)[0] = torch.nan
@@ -316,7 +316,7 @@ def test_a_window_has_the_mean_of_the_last(
 
 
 def test_rounding_does_not_add_up() -> None:
-    """Large gradients leave an error in a sum that they come into and go out of; it goes with the lap."""
+    """Adding and later subtracting large gradients leaves an error in the sum, which is gone after the lap."""
     w = window.new(torch.zeros(1000), 10, None, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     for step in range(1000):
@@ -327,7 +327,7 @@ def test_rounding_does_not_add_up() -> None:
 
 @pytest.mark.parametrize("function", [gradfilter_ema, gradfilter_ma])
 def test_a_gradient_of_two_parameters_is_amplified_once(function: Any) -> None:
-    """Autograd gives both summands one tensor; parts of one buffer, which share its storage, stay where they are."""
+    """Autograd gives both summands the same gradient tensor. Gradients that are views of one buffer stay views."""
     model = nn.ParameterList([nn.Parameter(torch.zeros(3, 2)) for _ in range(4)])
     (torch.ones(1, 3, 2) * model[0][None].add(model[1][None])).sum().backward()
     assert model[0].grad.data_ptr() == model[1].grad.data_ptr()

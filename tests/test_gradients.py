@@ -1,4 +1,4 @@
-"""The norm over everything, the clip coefficient, and what a step reads back from a device."""
+"""Tests of the norm over all parameters, the clip coefficient, and reads from a device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_norm_and_coefficient_are_clip_grad_norms(values: list[list[float]], max
     assert float(on_device) == pytest.approx(theirs, rel=1e-12)
     for coefficient in (clip_coefficient(norm, max_norm), float(clip_coefficient(on_device, max_norm))):
         for p, g in zip(params, grads, strict=True):
-            if max_norm > 0:  # where 0 means off
+            if max_norm > 0:  # 0 turns our clipping off
                 torch.testing.assert_close(p.grad, coefficient * g, rtol=1e-12, atol=1e-300)
     assert clip_coefficient(norm, 0) == 1
 
@@ -49,7 +49,7 @@ def test_not_a_number_stays_one() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("use_foreach", [True, False])
 def test_nothing_is_read_back_from_a_device(nonfinite: str, dtype: torch.dtype, use_foreach: bool) -> None:
-    """Meta tensors hold no numbers: whatever reads one raises."""
+    """Meta tensors hold no numbers, so any read of one raises an error."""
     params = [nn.Parameter(torch.empty(shape, device="meta", dtype=dtype)) for shape in ((), (3,), (2, 5))]
     optimizer = GrokAdamW(
         [{"params": params[:2], "gradient_clipping": 0.0}, {"params": params[2:], "lr": 0.1}],
@@ -66,7 +66,7 @@ def test_nothing_is_read_back_from_a_device(nonfinite: str, dtype: torch.dtype, 
     assert optimizer._run.signals.failures == 0
     assert all(state["step"].is_meta for state in optimizer.state.values())
     with pytest.raises(RuntimeError, match="meta tensors"):
-        optimizer.metrics()  # which may read: this test would notice
+        optimizer.metrics()  # metrics() may read, and this test notices it
 
 
 @pytest.mark.usefixtures("nothing_is_free_to_read")
@@ -144,7 +144,7 @@ def test_a_second_moment_that_overflows_does_not_become_nan(use_foreach: bool | 
 @pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}, {"foreach": True}, {"foreach": False}], ids=str)
 @pytest.mark.parametrize("count", [0, 0.0, torch.tensor(0), torch.tensor([0.0], dtype=torch.float64)], ids=str)
 def test_a_step_count_may_be_set_to_any_number(options: dict[str, Any], count: Any) -> None:
-    """As torch's AdamW allows, and as old code does."""
+    """Old code sets the count to numbers of other types, and torch's AdamW allows it."""
     found = []
     for new in (torch.tensor(0.0), count):
         p = nn.Parameter(torch.ones(70, 64))

@@ -1,4 +1,4 @@
-"""The optimizer as its users meet it."""
+"""Tests of the optimizer as users see it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def test_without_filter_gamma_and_clipping_it_is_adamw(
         optimizer = make(model)
         if scheduler == "cosine":
             schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
-        else:  # which cycles β1 too
+        else:  # it cycles β1 too
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=101)
 
         def take_step(step: int, loss: torch.Tensor) -> None:
             optimizer.step()
             schedule.step()
 
-        train(model, range(10 if implementation == "gpu" else 100), take_step)  # interpreted, it is slow
+        train(model, range(10 if implementation == "gpu" else 100), take_step)  # the interpreter is slow
         return [p.detach() for p in model.parameters()]
 
     settings = {"lr": 0.01, "weight_decay": 0.1}
@@ -64,7 +64,7 @@ def test_adamws_state_loads() -> None:
 
 
 def test_published_users_pass_everything_by_name() -> None:
-    """As found in published code: every argument of 0.1.2, a list for betas, a lambda, and its README's spelling."""
+    """Published code passes every argument of 0.1.2, a list for betas, a lambda, and the spelling of its README."""
     optimizer = GrokAdamW(
         parameters(),
         lr=1e-3,
@@ -145,7 +145,7 @@ def test_half_precision_keeps_a_full_state(foreach: bool) -> None:
     for _ in range(3):
         optimizer.step()
     assert {optimizer.state[p][key].dtype for key in ("exp_avg", "exp_avg_sq", "grok_ema")} == {torch.float32}
-    expected = 1 - 0.9**3 + 0 * p.float()  # m without the filter would be this times g; with it, more
+    expected = 1 - 0.9**3 + 0 * p.float()  # without the filter m is this times g; with it, more
     assert (optimizer.state[p]["exp_avg"] > 0.99 * expected * p.grad.float()).all()
 
 
@@ -218,7 +218,7 @@ def test_gradients_are_reset_in_both_ways(set_to_none: bool, foreach: bool | Non
 
 
 def test_a_zero_gradient_has_a_derivative_too() -> None:
-    """Once v is above 0: the norm's root must not spoil it."""
+    """Once v is above 0, the derivative is finite, although the norm takes the square root of 0."""
     p = torch.ones(3, dtype=torch.float64)
     optimizer = GrokAdamW([p], differentiable=True)
     p.grad = torch.ones_like(p)
@@ -365,7 +365,7 @@ def test_data_that_was_replaced_by_another_shape_is_noticed_before_anything_is_w
 
 
 class Outer(torch.optim.Optimizer):
-    """One of SAM's kind: it shares its groups with the optimizer that it is given."""
+    """An optimizer like SAM, which shares its parameter groups with a base optimizer."""
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, {})
@@ -420,7 +420,7 @@ def test_a_wrong_group_from_outside_is_refused_before_anything_is_written() -> N
 
 @pytest.mark.parametrize("window_size", [None, 3])
 def test_state_that_no_longer_fits_is_named_with_both_ways_out(window_size: int | None) -> None:
-    """As where rows of a parameter are pruned, and not all that is kept of it is."""
+    """The rows of a parameter are pruned, but at first not those of its state tensors."""
     p = torch.nn.Parameter(torch.ones(6, 2))
     optimizer = GrokAdamW([p], window_size=window_size)
     set_gradients([p])

@@ -1,4 +1,4 @@
-"""Grokfast's filters around other optimizers."""
+"""Tests of Grokfast's filters around other optimizers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ from grokadamw.grokfast import gradfilter_ema, gradfilter_ma
 from grokadamw.signals import AccuracyGap, SlowGradient
 
 from .models import KEEPERS, network, same, saved_and_loaded, train
-
-PEER = Path(sys.prefix) / "peers/pytorch-optimizer"
 
 
 class AtLeast:
@@ -96,7 +94,7 @@ def other_peoples() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("package", "module", "name"), list(other_peoples()))
 def test_around_other_peoples_optimizers(package: str, module: str, name: str) -> None:
-    """Theirs take other gradients as they take any: a resumed run is the uninterrupted run."""
+    """A resumed run equals the uninterrupted run also around optimizers of other packages."""
     folder = str(Path(sys.prefix) / "peers" / package)
     if folder not in sys.path:
         sys.path.append(folder)
@@ -104,13 +102,13 @@ def test_around_other_peoples_optimizers(package: str, module: str, name: str) -
     def make(model: nn.Module) -> Any:
         return Grokfast(getattr(importlib.import_module(module), name)(model.parameters(), lr=0.01))
 
-    resumed_is_uninterrupted(make, torch.float32, copies=False)  # which they do not all know
+    resumed_is_uninterrupted(make, torch.float32, copies=False)  # not all of them can be copied
 
 
 def resumed_is_uninterrupted(
     make: Callable[[nn.Module], Any], dtype: torch.dtype = torch.float64, copies: bool = True
 ) -> None:
-    """From a checkpoint, and by a deepcopy and a pickle of the optimizer."""
+    """Check runs that go on from a checkpoint, and from a deepcopy and a pickle of the optimizer."""
     model = network(dtype)
     optimizer = make(model)
     train(model, range(8), lambda step, loss: optimizer.step())
@@ -156,7 +154,7 @@ def test_resumed_is_uninterrupted(inner: str, wrapper: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_around_muon(wrapper: str) -> None:
-    """It takes matrices alone, and keeps a momentum under a name of its own."""
+    """Muon takes only matrices, and keeps its momentum under a name of its own."""
     ours, theirs = (
         nn.ParameterList([nn.Parameter(torch.eye(3)[:2]), nn.Parameter(torch.ones(4, 4))]) for _ in range(2)
     )
@@ -170,7 +168,7 @@ def test_around_muon(wrapper: str) -> None:
         memory = function(theirs, memory)
         plain.step()
     for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)  # it computes in bfloat16
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)  # Muon computes in bfloat16
         assert "momentum_buffer" in optimizer.state[p]
 
 
@@ -178,7 +176,7 @@ def test_what_goes_around_what() -> None:
     params = [nn.Parameter(torch.ones(2))]
     for make in (
         lambda: Grokfast(GrokfastMA(SGD(params))),
-        lambda: Grokfast(Accumulate(SGD(params), 2)),  # which would filter micro-batches
+        lambda: Grokfast(Accumulate(SGD(params), 2)),  # it would filter micro-batches
         lambda: Accumulate(Accumulate(SGD(params), 2), 2),
     ):
         with pytest.raises(ValueError, match="one filter at most, and Accumulate is the outermost"):
@@ -216,7 +214,7 @@ def test_a_filter_of_another_kind_begins_anew_and_says_so() -> None:
     again = Grokfast(Adam(model.parameters()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again.load_state_dict(saved_and_loaded(ema.state_dict()))  # which is of an EMA by now
+        again.load_state_dict(saved_and_loaded(ema.state_dict()))  # by now an EMA's state dict
     narrow = GrokfastMA(Adam(model.parameters()), 4, window_dtype=torch.bfloat16)
     narrow.load_state_dict(saved)
     assert {state["grokfast_ring"].dtype for state in narrow.state.values()} == {torch.bfloat16}
@@ -352,7 +350,7 @@ def test_groups_state_and_schedulers_are_shared() -> None:
         warnings.simplefilter("error")
         train(model, range(3), lambda step, loss: (optimizer.step(), schedule.step()))
     assert [group["lr"] for group in inner.param_groups] == [0.1 / 8, 0.2 / 8]
-    assert ["grokfast_ema" in inner.state[p] for p in model.parameters()] == [True] + [False] * 5  # λ = 0 there
+    assert ["grokfast_ema" in inner.state[p] for p in model.parameters()] == [True] + [False] * 5  # the rest has λ = 0
     optimizer.param_groups[1]["grokfast_lamb"] = 2.0
     train(model, range(3, 4), lambda step, loss: optimizer.step())
     assert all("grokfast_ema" in inner.state[p] for p in model.parameters())
@@ -382,13 +380,13 @@ def test_hooks_fire() -> None:
 
 @pytest.mark.parametrize("make", [Grokfast, lambda inner, **o: GrokfastMA(inner, 3, warmup=False, **o)])
 def test_the_filter_can_wait(make: Callable[..., Any]) -> None:
-    """For so many steps, or for a signal; what is slow is known by then."""
+    """The filter waits for a number of steps or for a signal. It follows the gradients in the meantime."""
     runs = {}
     for name, options in {
         "off": {"lamb": 0.0},
         "on": {},
         "after": {"amplify_after": 6},
-        "when": {"amplify_when": (gap := AccuracyGap())},  # which has nothing to say at first
+        "when": {"amplify_when": (gap := AccuracyGap())},  # it has no value at first
     }.items():
         model = network()
         optimizer = make(SGD(model.parameters(), lr=0.1), **options)
@@ -425,7 +423,7 @@ def test_another_one_around_the_same_optimizer_begins_anew() -> None:
     p = nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
     inner = SGD([{"params": [p], "grokfast_lamb": 0.5}])
-    assert Grokfast(inner).param_groups[0]["grokfast_lamb"] == 0.5  # the user's own
+    assert Grokfast(inner).param_groups[0]["grokfast_lamb"] == 0.5  # the user's own value
     first = GrokfastMA(inner, 3, 2.0)
     for _ in range(5):
         first.step()
@@ -440,7 +438,7 @@ def test_another_one_around_the_same_optimizer_begins_anew() -> None:
 
 
 class AsksWhetherItIsThere(torch.optim.Optimizer):
-    """Makes its state where there is no entry for a parameter."""
+    """An optimizer that creates a parameter's state only if the parameter has no entry yet."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 1.0})
@@ -560,7 +558,7 @@ def test_a_number_set_wrong_by_hand_is_refused_at_the_next_step() -> None:
 
 @pytest.mark.parametrize("make", [lambda o: Grokfast(o), lambda o: GrokfastMA(o, 3, warmup=False)])
 def test_complex_parameters_and_a_narrow_ring(make: Callable[[Any], Any]) -> None:
-    """A complex parameter is two real ones."""
+    """A complex parameter counts as two real ones."""
     one = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
     two = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
     optimizers = [make(SGD([p], lr=0.1)) for p in (one, two)]
@@ -582,7 +580,7 @@ def test_complex_parameters_and_a_narrow_ring(make: Callable[[Any], Any]) -> Non
 @pytest.mark.parametrize("make", [lambda o: Grokfast(o), lambda o: GrokfastMA(o, 3)])
 @pytest.mark.filterwarnings("ignore:a step was skipped")
 def test_what_is_not_finite_is_not_remembered(make: Callable[[Any], Any]) -> None:
-    """The inner optimizer may go on after it."""
+    """The inner optimizer may skip a non-finite gradient and go on, so the filter must not keep it."""
     model = network()
     optimizer = make(GrokAdamW(model.named_parameters(), lamb=0.0, gamma=0.0))
 
@@ -633,7 +631,7 @@ def test_a_gradient_without_memory_is_zero(function: Callable[..., Any]) -> None
 
 
 def test_a_signals_memory_is_found_when_groups_are() -> None:
-    """By their names, in another order."""
+    """Groups that are loaded in another order are matched by their parameters' names."""
     model = network()
     params = list(model.named_parameters())
 
@@ -648,7 +646,7 @@ def test_a_signals_memory_is_found_when_groups_are() -> None:
 
 
 def test_what_is_saved_stays_what_it_was_called() -> None:
-    """As torch's, a state dict shows the tensors that are there, also after the next step."""
+    """Like torch's, a state dict keeps its entries when the optimizer takes further steps."""
     p = nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
     optimizer = Accumulate(SGD([p]), 3)
@@ -666,7 +664,7 @@ def test_what_is_saved_stays_what_it_was_called() -> None:
 
 
 def test_no_learning_rate_is_none_at_all() -> None:
-    """Some optimizers find their own, and have None there."""
+    """Some optimizers find their own learning rate, and have None in its place."""
     p = nn.Parameter(torch.ones(2))
     p.grad = torch.zeros(2)
     inner = SGD([p], lr=0.0)
@@ -706,7 +704,7 @@ def test_a_closure_runs_before_gradients_are_read() -> None:
 
 
 class WithModes(SGD):
-    """As schedule-free's optimizers, which have to be told when they are evaluated."""
+    """An optimizer like schedule-free's, which must be told when the model is evaluated."""
 
     mode = "none"
 
@@ -725,7 +723,7 @@ KEEPING: list[Callable[[Any], Any]] = [Grokfast, lambda inner: GrokfastMA(inner,
     [*product(KEEPING, KEEPING), *[2 * (lambda inner: Accumulate(inner, 2),)]],
 )
 def test_what_is_dropped_is_missed(wrap: Callable[[Any], Any], wrap_anew: Callable[[Any], Any]) -> None:
-    """Loaded into the inner optimizer, and wrapped after that, also by the other filter, it was dropped silently."""
+    """If an inner optimizer loaded a filter's state and any filter wrapped it later, the state was lost silently."""
     model = network()
     optimizer = wrap(SGD(model.parameters(), lr=0.1))
     train(model, range(3), lambda step, loss: optimizer.step())
@@ -735,7 +733,7 @@ def test_what_is_dropped_is_missed(wrap: Callable[[Any], Any], wrap_anew: Callab
         wrap_anew(inner)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        wrap_anew(inner)  # with nothing left to drop
+        wrap_anew(inner)  # nothing is left to drop
         again = wrap(SGD(model.parameters(), lr=0.1))
         again.load_state_dict(optimizer.state_dict())
 
@@ -771,7 +769,7 @@ def test_memory_is_not_said_to_be_what_the_inner_optimizer_keeps(wrap: Callable[
 
 @pytest.mark.parametrize("wrap", [*KEEPING, lambda inner: Accumulate(inner, 2)])
 def test_an_interrupt_loses_nothing(wrap: Callable[[Any], Any]) -> None:
-    """A wrapper takes its entries out of the state while the inner optimizer steps."""
+    """A wrapper removes its entries from the state while the inner optimizer steps, and must put them back."""
 
     class Interrupted(dict[str, Any]):
         def pop(self, *_: Any) -> Any:
@@ -795,7 +793,7 @@ def test_an_interrupt_loses_nothing(wrap: Callable[[Any], Any]) -> None:
 @pytest.mark.parametrize("inner", [SGD, *filter(None, [getattr(torch.optim, "Muon", None)])])
 @pytest.mark.parametrize("wrap", [Grokfast, lambda inner, **how: GrokfastMA(inner, window_size=3, **how)])
 def test_slow_gradient_is_of_every_filter(wrap: Callable[..., Any], inner: Any, maximize: bool) -> None:
-    """Which averages gradients as they are, also where the inner optimizer goes against them, or cannot."""
+    """Filters average gradients with their own sign, whether or not the inner optimizer maximizes."""
     (p,) = params = [nn.Parameter(torch.ones(3, 2))]
     options = {} if inner is not SGD else {"maximize": maximize}
     optimizer = wrap(inner(params, lr=1e-3, **options), amplify_when=SlowGradient(every=1))
@@ -855,7 +853,7 @@ def test_a_memory_that_no_longer_fits_is_named_before_anything_is_written(name: 
 
 @pytest.mark.parametrize("wrap", [lambda o: Grokfast(o, lamb=1e-12), lambda o: GrokfastMA(o, 2, 1e-12)])
 def test_an_inner_optimizer_that_begins_anew_does_so(wrap: Any) -> None:
-    """It may drop its state at the end of a step; the filter keeps its own."""
+    """The inner optimizer may clear its state at the end of a step. The filter keeps its own."""
     found = []
     for around in (lambda o: o, wrap):
         p = nn.Parameter(torch.zeros(3))
@@ -873,7 +871,7 @@ def test_an_inner_optimizer_that_begins_anew_does_so(wrap: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_window_follows_the_dtype_of_its_parameter(dtype: torch.dtype) -> None:
-    """GrokfastMA's, and GrokAdamW's."""
+    """The windows of GrokfastMA and of GrokAdamW change their dtype with the parameter."""
     module = nn.Module()
     module.p = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
     wrapped = GrokfastMA(torch.optim.SGD(module.parameters(), lr=0.0), 3, 1.0, warmup=False)

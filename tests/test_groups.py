@@ -1,4 +1,4 @@
-"""Which parameters decay."""
+"""Tests of `decay_groups`, which chooses the parameters that decay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .models import network
 
 
 class Model(nn.Module):
-    """Embeddings and a head that shares them, a norm of two dimensions, and a parameter of its own."""
+    """A model with embeddings, a head that shares them, two-dimensional norms, and a parameter of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def test_layers_are_in_the_models_order() -> None:
     found = [(group["param_names"], list(group["layers"])) for group in optimizer.param_groups]
     optimizer.set_layers(model)
     assert found == [(group["param_names"], group["layers"]) for group in optimizer.param_groups]
-    assert found[0][1] == [0, 1, 2]  # of what has no module, of the blocks
+    assert found[0][1] == [0, 1, 2]  # `scale`, which is in no submodule, and the blocks
     assert [layer.layer for layer in optimizer.layer_table()] == [0, 1, 2, 4]  # 3 is frozen
 
 

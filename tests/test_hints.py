@@ -1,4 +1,4 @@
-"""What is mistyped or mixed up gets a sentence that tells what to write instead; and silence that nobody means, one."""
+"""Tests of the hints that mistyped or mixed-up arguments get, and of warnings about signals that hear nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def used_up() -> Any:
 
 
 def steps(optimizer: GrokAdamW, count: int, each: Callable[[], None] = lambda: None) -> list[str]:
-    """The warnings of so many steps with gradients."""
+    """Return the warnings of `count` steps with gradients."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             param.grad = torch.ones_like(param)
@@ -82,7 +82,7 @@ def test_what_is_recorded_under_an_unknown_name(name: str, way_out: str) -> None
 @pytest.mark.parametrize("wrapper", [Grokfast, GrokfastMA, functools.partial(Accumulate, steps=2)])
 @pytest.mark.parametrize("instance", [False, True])
 def test_what_the_inner_optimizer_takes(wrapper: Any, instance: bool) -> None:
-    """A wrapper is given an optimizer, and that its arguments."""
+    """A wrapper takes an optimizer. Arguments such as lr belong to the optimizer."""
     name = getattr(wrapper, "func", wrapper).__name__
     optimizer: Any = torch.optim.SGD(model().parameters()) if instance else torch.optim.SGD
     way_out = rf"as in {name}\(torch.optim.AdamW\(params, (lr|learning_rate)=…\)\)$"
@@ -201,7 +201,7 @@ def test_signals_that_hear_nothing_are_warned_of_once(options: dict[str, Any]) -
 
 @pytest.mark.parametrize(("options", "patience"), [({}, 1000), ({"decay_boost": 1.0}, 100)])
 def test_training_losses_alone_are_half_of_it(options: dict[str, Any], patience: int) -> None:
-    """An evaluation may come late, but if steps grow with the signal, much of a run would be over after 1,000."""
+    """An evaluation may come late. But with a boost, waiting 1,000 steps for it would take up much of a run."""
     optimizer = GrokAdamW(model().parameters(), **options)
     assert steps(optimizer, patience - 1, lambda: optimizer.record(train_loss=1.0)) == []
     (said,) = steps(optimizer, 1, lambda: optimizer.record(train_loss=1.0))
@@ -209,7 +209,7 @@ def test_training_losses_alone_are_half_of_it(options: dict[str, Any], patience:
 
 
 def test_evaluation_losses_alone_are_the_other_half() -> None:
-    """The preset's loop without `train_loss`: most runs on small tasks would be over after 1,000 steps."""
+    """The preset warns early if it gets no `train_loss`, as most runs on small tasks end before 1,000 steps."""
     network = model()
     optimizer = GrokAdamW.for_grokking(network)
     assert steps(optimizer, 99, lambda: optimizer.record(eval_loss=2.0)) == []
@@ -232,7 +232,7 @@ def test_a_signal_of_accuracies_that_gets_losses_is_warned_of_once() -> None:
     [("loss", 2.0, "Record both losses after", None), ("acc", 0.5, "Record both accuracies after", AccuracyGap())],
 )
 def test_an_evaluation_of_long_ago_is_warned_of_once(kind: str, before: float, words: str, signal: Any) -> None:
-    """As a model that has learnt since then would look like memorising, and its steps would be longer."""
+    """A model that has learnt since the evaluation would look like memorising, and take longer steps."""
     optimizer = GrokAdamW(model().parameters(), signal_boost=1.0, grokking_signal_fns=signal)
     train, both = {f"train_{kind}": 1.0}, {f"train_{kind}": 1.0, f"eval_{kind}": before}
     optimizer.record(**both)
@@ -254,7 +254,7 @@ def test_who_does_not_use_an_old_evaluation_hears_nothing_of_it() -> None:
 
 
 def test_squared_errors_that_are_not_scaled_are_warned_of_once() -> None:
-    """On 97 one-hot numbers they begin at 0.01, and the preset's signal would never notice that it memorised."""
+    """With 97 one-hot answers these losses begin at 0.01, so the preset's signal would never see memorising."""
     optimizer = GrokAdamW.for_grokking(model())
     optimizer.record(train_loss=0.01, eval_loss=0.01)
     assert steps(optimizer, 5, lambda: optimizer.record(train_loss=0.002, eval_loss=0.012)) == []

@@ -1,4 +1,4 @@
-"""The real Trainer, on a tiny language model."""
+"""Tests with the real Trainer, on a tiny language model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model() -> Any:
         intermediate_size=32,
         num_hidden_layers=3,
         num_attention_heads=2,
-        attention_dropout=0.1,  # which asks for the state of the random numbers
+        attention_dropout=0.1,  # dropout needs the random state on resuming
     )
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config)
@@ -87,7 +87,7 @@ def grokadamw_of(trainer: Any) -> GrokAdamW:
 
 
 def ratio(train_loss: float, eval_loss: float) -> float:
-    """A signal that is above 0 whenever there are losses."""
+    """Return a signal that is above 0 whenever there are losses."""
     return eval_loss / train_loss
 
 
@@ -96,7 +96,7 @@ def signals() -> list[Any]:
 
 
 def run(folder: Path, *, killed: bool) -> None:
-    """Train; where it is to be killed, between two checkpoints."""
+    """Train. With `killed`, the process kills itself between two checkpoints."""
 
     class Killed(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -121,7 +121,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_been(tmp_path: Path) -> None:
     one, other = grokadamw_of(resumed), grokadamw_of(whole)
     assert one.param_groups[0]["betas"] == (0.8, 0.98)
     assert alphas(resumed) == alphas(whole)
-    assert len(set(alphas(whole))) > 3  # all that there is to go wrong
+    assert len(set(alphas(whole))) > 3  # α changes, so a resumed run could differ
     assert json.loads(one.state_dict()["param_groups"][0]["signal_state"])["SlowGradient"]["calls"] == STEPS
     assert one.metrics() == pytest.approx(other.metrics(), rel=0, abs=0, nan_ok=True)
     assert one.state_dict()["param_groups"] == other.state_dict()["param_groups"]
@@ -135,7 +135,7 @@ def alphas(trainer: Any) -> list[float]:
 def test_evaluation_reaches_alpha(tmp_path: Path) -> None:
     it = trainer(tmp_path, GrokAdamWCallback(signals=ratio), eval_steps=5, save_strategy="no")
     it.train()
-    # logged at 2 and 4, evaluated at 5
+    # steps 2 and 4 are logged before the evaluation at step 5
     assert alphas(it)[:2] == [0.98, 0.98]
     assert all(alpha < 0.98 for alpha in alphas(it)[2:])
     logs = next(logs for logs in it.state.log_history if logs["step"] == 6 and "loss" in logs)
@@ -148,7 +148,7 @@ def test_evaluation_reaches_alpha(tmp_path: Path) -> None:
 
 
 def test_evaluation_at_the_start_of_a_resumed_run(tmp_path: Path) -> None:
-    """It is of the model as it was saved, and the checkpoint's is what the uninterrupted run goes on with."""
+    """An evaluation on resuming must not replace the checkpoint's, which the uninterrupted run goes on with."""
     runs = []
     for _ in range(2):
         runs.append(trainer(tmp_path, GrokAdamWCallback(signals=ratio), eval_on_start=True, eval_steps=4))
@@ -173,7 +173,7 @@ def test_each_run_begins_with_signals_as_they_were(tmp_path: Path) -> None:
 
 
 def test_it_can_be_pickled_at_any_time(tmp_path: Path) -> None:
-    """The copy begins a run as the callback itself would: with signals as they were when its first run began."""
+    """An unpickled callback begins a run like the original, with signals as they were when its first run began."""
     callback = GrokAdamWCallback(signals=[loss_gap, SlowGradient(every=5)], betas=(0.5, 0.9))
     pickles = {"new": pickle.dumps(callback)}
 
@@ -199,7 +199,7 @@ def test_evaluation_at_the_start(tmp_path: Path) -> None:
     it = trainer(tmp_path, callback, eval_on_start=True, eval_strategy="no", save_strategy="no")
     it.train()
     assert grokadamw_of(it).param_groups[0]["eval_loss"] > 0
-    assert set(alphas(it)) == {0.98}  # there was no training loss beside it
+    assert set(alphas(it)) == {0.98}  # there was no training loss to compare with
 
 
 def test_the_training_loss_is_of_the_evaluations_time(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_one_of_several_evaluation_sets(tmp_path: Path) -> None:
     assert grokadamw_of(it).param_groups[0]["eval_loss"] == last
     easy = [logs["eval_easy_loss"] for logs in it.state.log_history if "eval_easy_loss" in logs][-1]
     assert last != easy
-    it.evaluate({"hard": data(2, 16)})  # afterwards, it is not training's
+    it.evaluate({"hard": data(2, 16)})  # an evaluation after training does not count
     assert grokadamw_of(it).param_groups[0]["eval_loss"] == last
 
 
@@ -262,7 +262,7 @@ def warnings_of_losses(it: Any) -> list[str]:
 def test_evaluations_without_a_new_training_loss_are_warned_of_once(
     arguments: dict[str, Any], said: str, compared: str, way_out: str, tmp_path: Path
 ) -> None:
-    """As the signals then compare the evaluation's loss with an old one, or with none."""
+    """The signals would compare the evaluation's loss with an old training loss, or with none."""
     it = trainer(tmp_path, GrokAdamWCallback(signals=loss_gap), max_steps=20, save_strategy="no", **arguments)
     (found,) = warnings_of_losses(it)
     assert re.search(f"{said}.*{compared}.*{way_out}", found)
@@ -270,7 +270,7 @@ def test_evaluations_without_a_new_training_loss_are_warned_of_once(
 
 
 class Records(transformers.TrainerCallback):
-    """What a user may do himself."""
+    """A user's callback that records training losses itself."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kwargs["optimizer"].optimizer.record(train_loss=5.0 - state.global_step / 10)
@@ -282,7 +282,7 @@ class Records(transformers.TrainerCallback):
         (loss_gap, [], {"logging_steps": 3}),
         (loss_gap, [], {"logging_steps": 3, "eval_on_start": True}),
         (loss_gap, [], {"logging_strategy": "epoch", "eval_strategy": "epoch"}),
-        (loss_gap, [], {"logging_steps": 500, "eval_steps": 20}),  # once, and no step follows
+        (loss_gap, [], {"logging_steps": 500, "eval_steps": 20}),  # evaluates once, and no step follows
         (loss_gap, [], {"logging_steps": 6, "eval_steps": 6, "max_steps": 10}),  # the Trainer evaluates at the end, too
         (loss_gap, [Records()], {"logging_steps": 500, "logging_first_step": True}),
         (SlowGradient(every=4), [], {"logging_steps": 500}),
@@ -301,7 +301,7 @@ def test_who_has_a_new_training_loss_or_needs_none_is_not_warned(
 
 @pytest.mark.parametrize("extra", [[5], [5, 6, 7]])
 def test_evaluations_beside_the_schedule(extra: list[int], tmp_path: Path) -> None:
-    """Nothing was logged since the last one. One alone does no harm, and the user's logging_steps are right."""
+    """Extra evaluations have no new training loss. A single one is harmless, and logging_steps are not to blame."""
     callback = transformers.TrainerCallback()
 
     def evaluate(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -328,14 +328,14 @@ def test_losses_that_are_nan_are_no_signal_of_memorising(bad: tuple[int, ...], i
 
     it = trainer(tmp_path, GrokAdamWCallback(), max_steps=6, eval_steps=6, save_strategy="no", kind=Fails)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # steps are skipped
+        warnings.simplefilter("ignore", RuntimeWarning)  # the optimizer skips steps
         it.train()
     assert it.state.log_history[2]["loss"] > 0 or is_nan
     assert math.isnan(grokadamw_of(it).param_groups[0]["train_loss"]) == is_nan
 
 
 def test_a_resumed_run_knows_the_last_evaluation(tmp_path: Path) -> None:
-    """A log between it and the checkpoint counts, and an evaluation at the start of the resumed run does not."""
+    """A log between evaluation and checkpoint counts. An evaluation at the start of the resumed run does not."""
     options = {"logging_steps": 6, "eval_steps": 4, "max_steps": 10, "save_steps": 6, "eval_on_start": True}
     whole, resumed = (trainer(tmp_path, GrokAdamWCallback(signals=ratio), **options) for _ in range(2))
     (said,) = warnings_of_losses(whole)
@@ -456,12 +456,12 @@ def test_arguments_reach_the_optimizer(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("one_rank")
 def test_inside_of_zero(tmp_path: Path) -> None:
-    """Its groups, too, get the options, as they replace those of the GrokAdamW in it at each step."""
+    """ZeRO's groups also get the options, as they replace those of its inner GrokAdamW at each step."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     it = trainer(tmp_path, GrokAdamWCallback(signals=ratio, betas=(0.5, 0.9)), save_strategy="no", logging_steps=3)
     it.optimizer = ZeroRedundancyOptimizer(it.model.parameters(), GrokAdamW, lr=0.01)
-    it.optimizer.consolidate_state_dict()  # as Accelerate asks for its state
+    it.optimizer.consolidate_state_dict()  # Accelerate asks for its state
     zero = it.optimizer
     it.train()
     for group in (*zero.param_groups, *zero.optim.param_groups):
@@ -607,7 +607,7 @@ def test_tensorboard_gets_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_accuracies_as_a_signal(tmp_path: Path) -> None:
-    """What compute_metrics finds goes to a signal by another callback."""
+    """Another callback may pass accuracies, such as those of compute_metrics, to a signal."""
     gap = AccuracyGap()
 
     class Accuracy(transformers.TrainerCallback):
@@ -620,13 +620,13 @@ def test_accuracies_as_a_signal(tmp_path: Path) -> None:
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
-    """For compute_metrics: of the next token."""
+    """Return the accuracy of the next token, for compute_metrics."""
     return {"accuracy": (prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]).mean()}
 
 
 @pytest.mark.filterwarnings("error::UserWarning:grokadamw")
 def test_what_compute_metrics_finds_is_recorded(tmp_path: Path) -> None:
-    """By its key: the training accuracy from an evaluation of training data."""
+    """Metrics are found by their keys. The training accuracy comes from an evaluation of training data."""
     sets = {"train": data(0, 16), "test": data(1, 16)}
     monitors = []
 
@@ -651,7 +651,7 @@ def test_what_compute_metrics_finds_is_recorded(tmp_path: Path) -> None:
         assert rows[step + 1]["eval_acc"] == logged["eval_test_accuracy"][step]
     gap = logged["eval_train_accuracy"][21] - logged["eval_test_accuracy"][21]
     assert grokadamw_of(it).metrics()["signal"] == pytest.approx(max(gap, 0.0))
-    assert monitors[0].grokked_at == 3  # evaluated every third step
+    assert monitors[0].grokked_at == 3  # every third step is evaluated
 
 
 @pytest.mark.filterwarnings("error::UserWarning:grokadamw")
@@ -668,7 +668,7 @@ def test_a_training_accuracy_that_is_logged(tmp_path: Path) -> None:
 
 
 def test_a_training_accuracy_waits_for_the_evaluation(tmp_path: Path) -> None:
-    """What is learnt after an evaluation is no gap."""
+    """Progress of training since the last evaluation must not look like a gap."""
     recorded = []
 
     class Logs(transformers.TrainerCallback):
@@ -712,7 +712,7 @@ def test_accuracies_that_do_not_come(tmp_path: Path) -> None:
 def test_a_key_that_no_evaluation_has_is_warned_of_once(
     arguments: dict[str, str], key: str, has: str, way_out: str, eval_steps: int, tmp_path: Path
 ) -> None:
-    """Whatever it begins with; at the latest when training ends."""
+    """The warning does not depend on how the key begins, and comes when training ends at the latest."""
     at = []
 
     class Counts(transformers.TrainerCallback):
@@ -733,7 +733,7 @@ def test_a_key_that_no_evaluation_has_is_warned_of_once(
 
 @pytest.mark.parametrize("eval_steps", [3, STEPS])
 def test_a_key_of_one_of_several_sets(eval_steps: int, tmp_path: Path) -> None:
-    """A round of evaluation is all of them."""
+    """A round of evaluation covers all sets, and one of them may have the key."""
     sets = {"a": data(0, 16), "test": data(1, 16)}
     for key, warns in (("eval_test_loss", False), ("test_loss", True)):
         it = trainer(tmp_path, GrokAdamWCallback(key), eval_sets=sets, eval_steps=eval_steps, save_strategy="no")
@@ -754,7 +754,7 @@ def test_a_metric_that_is_no_accuracy_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_accuracies_that_are_nan_are_warned_of_once(tmp_path: Path) -> None:
-    """And not recorded; the run goes on."""
+    """A NaN accuracy is not recorded, and the run goes on."""
     shares = iter([0.5, math.nan, math.nan, 0.25])
 
     class Logs(transformers.TrainerCallback):
@@ -777,7 +777,7 @@ def test_accuracies_that_are_nan_are_warned_of_once(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("error::UserWarning:grokadamw")
 def test_accuracies_resume_with_the_run(tmp_path: Path) -> None:
-    """Also where an evaluation at the start of the resumed run logs the training accuracy anew."""
+    """An evaluation at the start of the resumed run logs the training accuracy again, which changes nothing."""
     sets = {"train": data(0, 16), "test": data(1, 16)}
     runs = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The Trainer's arguments: the preset takes them, and what the optimizer does not get of them is said."""
+"""Tests of the Trainer's arguments: the preset takes them, and warnings name those that do not reach the optimizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def with_preset(folder: Path, *callbacks: Any, options: dict[str, Any] | None = 
 
 
 def said_by(train: Any) -> list[str]:
-    """The warnings of this package."""
+    """Return the warnings that this package issued."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train()
@@ -52,12 +52,12 @@ def test_the_preset_has_the_trainers_learning_rate_weight_decay_and_schedule(tmp
         for name in ("weight_decay", "lamb", "gamma", "betas", "alpha_init", "max_row_change"):
             assert group[name] == other[name], name
     assert len(lrs) == 4
-    for i, now in enumerate(lrs):  # the schedule multiplies
+    for i, now in enumerate(lrs):  # the schedule multiplies each group's lr
         assert now == pytest.approx([group["lr"] * (1 - i / 4) for group in expected.param_groups])
 
 
 def test_the_preset_has_the_numbers_of_the_time_when_it_is_made(tmp_path: Path) -> None:
-    """As hyperparameter_search changes the Trainer's arguments from trial to trial."""
+    """hyperparameter_search changes the Trainer's arguments from trial to trial."""
     given = transformers.TrainingArguments(str(tmp_path), **PRESET)
     make = for_grokking(given)
     for copy in (make, pickle.loads(pickle.dumps((given, make)))[1]):  # some backends of the search pickle the Trainer
@@ -101,7 +101,7 @@ def test_the_trainers_numbers_are_given_to_the_trainer(name: str, tmp_path: Path
 
 
 def test_a_trainer_that_makes_optimizers_without_the_model_is_told_another_way(tmp_path: Path) -> None:
-    """As releases of transformers did."""
+    """Some releases of transformers pass parameter groups instead of the model."""
     make, options = for_grokking(transformers.TrainingArguments(str(tmp_path), **PRESET))
     with pytest.raises(TypeError, match=r"Trainer\(optimizers=\(GrokAdamW.for_grokking\(model, lr=…"):
         make([{"params": list(model().parameters())}], **options)
@@ -143,7 +143,7 @@ def test_an_optimizer_that_was_made_elsewhere_has_other_numbers(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run with learning_rate=0.01, weight_decay=0.1 and lamb=2."""
+    """A checkpoint of a run with learning_rate=0.01, weight_decay=0.1 and lamb=2."""
     folder = tmp_path_factory.mktemp("checkpoint")
     trainer(folder, GrokAdamWCallback(), max_steps=4, save_steps=2, optim_args="lamb=2").train()
     return folder / "checkpoint-2"
@@ -183,7 +183,7 @@ def test_numbers_that_a_resumed_run_keeps(
 
 
 def test_a_resumed_preset_has_the_numbers_that_were_given(tmp_path: Path) -> None:
-    """In some of its groups; and says so if they are others."""
+    """No warning comes if some groups have the given numbers. If none has, a warning says so."""
     with_preset(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
     for lr, says in ((2e-3, False), (1e-3, True)):
         it = with_preset(tmp_path, GrokAdamWCallback(), max_steps=4, learning_rate=lr)
@@ -214,7 +214,7 @@ def test_the_last_entry_of_a_name_counts(optim_args: str, tmp_path: Path) -> Non
 
 
 def test_groups_with_numbers_of_their_own(tmp_path: Path) -> None:
-    """The optimizer got the argument, and uses it nowhere; the message names a number that a group has."""
+    """The optimizer got lr, though no group uses it. The message on weight decay names a number that a group has."""
     it = trainer(tmp_path, GrokAdamWCallback(), **BRIEF)
     group = {"params": list(it.model.parameters()), "lr": 0.5, "weight_decay": 0.0}
     it.optimizer = GrokAdamW([group], lr=0.01, gamma=0.0, weight_decay=0.25)

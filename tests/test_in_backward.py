@@ -1,4 +1,4 @@
-"""Gradient release: parameters that are updated in the backward pass, and what may come between."""
+"""Tests of gradient release: parameters are updated in the backward pass, and other things may interfere."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks between an embedding and a head that share their weights."""
+    """A model of blocks between an embedding and a head, which share their weights if `tied`."""
 
     def __init__(self, blocks: int = 2, width: int = 64, vocabulary: int = 96, tied: bool = True) -> None:
         super().__init__()
@@ -85,11 +85,11 @@ def equal(ours: tuple[nn.Module, GrokAdamW], theirs: tuple[nn.Module, GrokAdamW]
     for a, b in zip(ours, theirs, strict=True):
         assert same(a.state_dict(), b.state_dict())
     a, b = ours[1].metrics(), theirs[1].metrics()
-    assert a.pop("grad_norm") == pytest.approx(b.pop("grad_norm"), rel=1e-12, nan_ok=True)  # another order of sums
+    assert a.pop("grad_norm") == pytest.approx(b.pop("grad_norm"), rel=1e-12, nan_ok=True)  # summed in another order
     assert same(a, b)
 
 
-# what it computes is what step() computes
+# it computes the same as step()
 
 CASES: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -174,7 +174,7 @@ def mse(model: nn.Module, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("options", [{}, K3], ids=["steps", "micro-batches"])
 def test_parameters_without_a_gradient(options: dict[str, Any]) -> None:
-    """Heads take turns. With micro-batches, one that had its turn earlier in the cycle moves when the cycle ends."""
+    """Heads take turns. With micro-batches, a head whose turn came earlier in the cycle moves when the cycle ends."""
     made = []
     for early in (True, False):
         model = nn.ModuleList([network(), nn.Linear(3, 2), nn.Linear(3, 2)])
@@ -202,7 +202,7 @@ def test_what_is_frozen_or_added_later_joins() -> None:
         model[0].requires_grad_(True)
         passes(model, optimizer, range(2, 4), mse)
         optimizer.add_param_group({"params": model[4].parameters(), "lr": 0.1})
-        model.zero_grad()  # those had gradients that nobody took
+        model.zero_grad()  # the added parameters had gradients from earlier passes
         passes(model, optimizer, range(4, 6), mse)
         if early:
             assert all(p.grad is None for p in model.parameters())
@@ -263,7 +263,7 @@ def test_step_ends_a_pass_for_schedulers_hooks_and_signals() -> None:
         assert optimizer.metrics()["step"] == 3
         assert optimizer.metrics()["signal"] == 0.5
     is_plain(model, optimizer)
-    handle.remove()  # again
+    handle.remove()  # a second call
     with pytest.warns(UserWarning, match="found no gradient"):
         optimizer.step()
 
@@ -390,7 +390,7 @@ def test_a_pass_without_gradients_keeps_the_last_norm() -> None:
     passes(model, optimizer, range(1, 2), mse)
 
 
-# what is not finite
+# non-finite gradients
 
 
 @pytest.mark.parametrize("poisoned", [math.nan, math.inf])
@@ -400,7 +400,7 @@ def test_a_pass_without_gradients_keeps_the_last_norm() -> None:
 def test_a_pass_that_is_not_finite_keeps_the_last_norm(
     poisoned: float, on_device: bool, all_of_it: bool, request: pytest.FixtureRequest
 ) -> None:
-    """The norm of the gradients that are finite is too small, and would clip less than the run's gradients need."""
+    """The norm of only the finite gradients is too small, and would clip less than the run's gradients need."""
     if on_device:
         request.getfixturevalue("nothing_is_free_to_read")
     model = network()
@@ -417,7 +417,7 @@ def test_a_pass_that_is_not_finite_keeps_the_last_norm(
 
 
 class Poisoned(torch.autograd.Function):
-    """The identity, whose gradient is NaN."""
+    """The identity function, with a gradient of NaN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -429,7 +429,7 @@ class Poisoned(torch.autograd.Function):
 
 
 def poisoned(model: Any, seed: int) -> Tensor:
-    """A loss whose gradient of the first layer is NaN; the second gets its own."""
+    """Return a loss whose gradient is NaN for the first layer and finite for the others."""
     x, y = numbers(seed)
     return (model[2:](Poisoned.apply(model[:2](x))) - y).square().mean()
 
@@ -492,7 +492,7 @@ def test_a_pass_that_updates_nothing_is_no_step() -> None:
         optimizer.step()
     assert not optimizer.stepped
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the second is counted alone
+        warnings.simplefilter("error")  # the second skip is only counted
         (p * torch.nan).sum().backward()
         optimizer.step()
     assert optimizer.metrics()["skipped_steps"] == 2
@@ -516,7 +516,7 @@ def test_skips_that_were_not_read_back_yet_are_counted_with_the_later_ones() -> 
         assert optimizer.metrics()["skipped_steps"] == 2
 
 
-# what goes wrong
+# errors
 
 
 def test_what_is_set_wrong_by_hand_is_refused_before_the_first_update() -> None:
@@ -568,7 +568,7 @@ def broken(model: Any, seed: int) -> Tensor:
 @pytest.mark.parametrize("options", [{}, K3], ids=["steps", "micro-batches"])
 @pytest.mark.parametrize("how", ["step", "leave", "load"])
 def test_after_a_pass_that_failed(options: dict[str, Any], how: str) -> None:
-    """The layers behind the fault had a gradient, the first had none. So it is with the plain one."""
+    """The layers behind the fault had a gradient, and the first had none, just as with the plain optimizer."""
     made = []
     for early in (True, False):
         model = network()
@@ -600,7 +600,7 @@ def test_after_a_pass_that_failed(options: dict[str, Any], how: str) -> None:
 
 
 def test_leaving_after_an_error_raises_no_other() -> None:
-    """The gradient that was refused is still there, and is not used to end the pass."""
+    """The gradient that was refused is dropped, and not used to end the pass."""
     p = nn.Parameter(torch.ones(3))
     optimizer = GrokAdamW([p], nonfinite="raise", **FREE)
     with pytest.raises(RuntimeError, match="are not finite") as caught, step_in_backward(optimizer):
@@ -627,7 +627,7 @@ def test_options_that_do_not_go_together_with_it(option: dict[str, Any]) -> None
 
 
 def test_signals_that_read_gradients_do_not_either() -> None:
-    """Not registered before it, and not after; and what is refused changes nothing."""
+    """Such signals are refused both before and after step_in_backward, and a refusal changes nothing."""
     model = network()
     slow = SlowGradient()
     for signals in (slow, [loss_gap, slow]):
@@ -647,7 +647,7 @@ def test_signals_that_read_gradients_do_not_either() -> None:
 
 @pytest.mark.parametrize("wrap", [Grokfast, GrokfastMA, lambda optimizer: Accumulate(optimizer, 2)])
 def test_wrappers_make_gradients_that_it_would_not_see(wrap: Any) -> None:
-    """Whichever comes first, and with two wrappers, too."""
+    """Wrappers are refused whichever comes first, and also if there are two."""
     model = network()
     optimizer = GrokAdamW(model.parameters(), **FREE)
     wrapped = wrap(optimizer)
@@ -680,7 +680,7 @@ def test_a_gradscaler_is_refused(options: dict[str, Any]) -> None:
     model[0].requires_grad_(False)
     optimizer = GrokAdamW(model.parameters(), **FREE, **options)
     handle = step_in_backward(optimizer)
-    model[0].requires_grad_(True)  # its scaled gradient is there when the pass ends
+    model[0].requires_grad_(True)  # its scaled gradient is still there when the pass ends
     scaler = GradScaler("cpu")
     scaler.scale(mse(model, 0)).backward()
     with pytest.raises(RuntimeError, match="GradScaler with step_in_backward"):
@@ -688,7 +688,7 @@ def test_a_gradscaler_is_refused(options: dict[str, Any]) -> None:
     assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
     assert all(p.grad is None for p in model.parameters())
     before = copy.deepcopy(model.state_dict())
-    handle.remove()  # does what the error says
+    handle.remove()  # this is what the error advises
     assert same(dict(model.state_dict()), dict(before))
     assert getattr(optimizer, "_step_supports_amp_scaling", False) == bool(options)
     mse(model, 0).backward()
@@ -729,7 +729,7 @@ def test_ddp_and_dtensors_are_refused() -> None:
     with one_rank():
         model = network()
         optimizer = GrokAdamW(model.parameters(), **FREE)
-        step_in_backward(optimizer)  # before there is one
+        step_in_backward(optimizer)  # before DDP wraps the model
         wrapped = nn.parallel.DistributedDataParallel(model)
         before = copy.deepcopy(dict(model.state_dict()))
         with pytest.raises(ValueError, match="in DistributedDataParallel, which averages"):
@@ -751,14 +751,14 @@ def test_ddp_and_dtensors_are_refused() -> None:
 
 
 def test_threads_take_turns() -> None:
-    """As autograd's, one for each device: the first begins the pass, and the others wait until it has."""
+    """Autograd has a thread for each device. The first begins the pass, and the others wait until it has begun."""
     heard: list[str] = []
     second = threading.Event()
 
     def signal() -> float:
         heard.append(threading.current_thread().name)
         second.set()
-        time.sleep(0.3)  # in which the other thread comes
+        time.sleep(0.3)  # meanwhile the other thread arrives
         return 0.5
 
     params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
@@ -778,11 +778,11 @@ def test_threads_take_turns() -> None:
     assert all(optimizer.state[p]["step"] == 1 for p in params)
 
 
-# what is kept
+# state, checkpoints and references
 
 
 def test_the_step_that_builds_state_does_nothing_else() -> None:
-    """As torch.distributed.checkpoint takes it."""
+    """torch.distributed.checkpoint takes such a step, with zero gradients and lr=0."""
     model = network()
     optimizer = GrokAdamW(model.named_parameters(), lr=0.0, **FREE)
     step_in_backward(optimizer)
@@ -815,7 +815,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(options: dict[str, Any]) -> None
 
 
 def test_dithers_follow_the_numbers_of_parameters() -> None:
-    """If the groups' order changes, as a new handle would have them, and a new optimizer after a checkpoint."""
+    """If the groups' order changes, dithers match those of a new handle, and of a new optimizer after a checkpoint."""
     runs = []
     for is_kept in (True, False):
         torch.manual_seed(0)
@@ -847,7 +847,7 @@ def test_within_a_micro_batch_nothing_is_saved() -> None:
     plain = GrokAdamW(other.named_parameters(), **FREE)
     step_in_backward(plain)
     mse(other, 0).backward()
-    assert plain.state_dict()["param_groups"][0]["micro_step"] == 0  # without micro-batches there is nothing half done
+    assert plain.state_dict()["param_groups"][0]["micro_step"] == 0  # without micro-batches nothing is half done
 
 
 def test_copies_are_plain_and_nothing_is_kept_alive() -> None:
@@ -873,7 +873,7 @@ def test_copies_are_plain_and_nothing_is_kept_alive() -> None:
 
 
 def test_a_parameter_that_leaves_the_groups_is_forgotten() -> None:
-    """It stays as it is, gets gradients as without the optimizer, and is not kept alive."""
+    """The parameter is not updated, gets gradients as without the optimizer, and is not kept alive."""
     stays, leaves, new = (nn.Parameter(torch.ones(3)) for _ in range(3))
     optimizer = GrokAdamW([stays, leaves], **FREE)
     step_in_backward(optimizer)
@@ -895,7 +895,7 @@ def test_a_parameter_that_leaves_the_groups_is_forgotten() -> None:
 
 @pytest.mark.parametrize("options", [{}, K3], ids=["steps", "micro-batches"])
 def test_a_models_worth_of_gradients_is_never_there(options: dict[str, Any]) -> None:
-    """Counted are all tensors that were a gradient and still live: 12 blocks, whose largest matrix is a 37th of all."""
+    """The test counts gradient tensors that are still alive. The largest matrix of the 12 blocks is a 37th of all."""
     model = Transformer(blocks=12, width=64, vocabulary=64, tied=False)
     total = sum(p.nbytes for p in model.parameters())
     live: list[weakref.ref[Tensor]] = []
@@ -908,7 +908,7 @@ def test_a_models_worth_of_gradients_is_never_there(options: dict[str, Any]) -> 
     hooks = [p.register_post_accumulate_grad_hook(count) for p in model.parameters()]
     optimizer = GrokAdamW(model.named_parameters(), **FREE, **options)
     passes(model, optimizer, range(1))
-    assert most[0] == total  # as it is without
+    assert most[0] == total  # without step_in_backward all are there
     optimizer.zero_grad()
     with step_in_backward(optimizer):
         most[0] = 0
@@ -976,7 +976,7 @@ def test_hugging_face() -> None:
     equal(*made)
 
 
-# numbers that the host would have to wait for
+# numbers on a device, for which the host would have to wait
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "propagate"])

@@ -1,4 +1,4 @@
-"""Parameters of more than 2³¹ elements, whose indices do not fit into 32 bits."""
+"""Tests of parameters of more than 2³¹ elements, whose indices do not fit into 32 bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COUNT = 2**31 + 8
 
 @pytest.mark.long
 def test_the_norm_counts_them_all() -> None:
-    """Of one element that stands for all, so that it takes no memory; blocks of it are squared one after the other."""
+    """The tensor expands one element, so that it takes no memory. Its blocks are squared one after the other."""
     assert foreach.sum_of_squares([torch.full((1,), 0.5).expand(COUNT)]).item() == COUNT / 4
 
 

@@ -1,6 +1,6 @@
-"""Launches as users make them: Accelerate, the Trainer, Lightning and DeepSpeed on two ranks, on the CPU.
+"""Tests of launches as users make them: Accelerate, the Trainer, Lightning and DeepSpeed on two ranks, on the CPU.
 
-Each ends as one process that takes whole batches, with clipping, and with losses that move α and the boost.
+Each must end like one process that takes whole batches. Gradients are clipped, and losses change α and the boost.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .models import batch, network
 from .pages import ROOT
 from .test_distributed import in_processes
 
-SECONDS = 600  # then a launch fails; DeepSpeed compiles first
-DEEPSPEED = PEERS / "deepspeed"  # which is apart, as Accelerate and Lightning change what they do where they find it
+SECONDS = 600  # time limit of a launch; DeepSpeed compiles first
+DEEPSPEED = PEERS / "deepspeed"  # kept apart, as Accelerate and Lightning behave differently if they find it
 # the Trainer adds losses up in float32, Lightning gives FSDP1 inputs in float32, and DeepSpeed's run is in float32
 FLOAT32 = ("Trainer", "Lightning, FSDP1", "DeepSpeed")
 
-# what `accelerate launch` reads, as `accelerate config` writes it
+# the file that `accelerate launch` reads, in the form in which `accelerate config` writes it
 ACCELERATE = """
 compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
@@ -60,22 +60,23 @@ def skip_without(framework: str) -> None:
 
 
 def for_deepspeed(folder: Path) -> dict[str, str]:
-    """Return an environment. DeepSpeed compiles, with ninja, and waits for ever for the lock of a run that was killed:
-    but in a folder that nobody has used it finds none.
+    """Return an environment in which DeepSpeed finds ninja, and compiles in a folder that nobody has used.
+
+    In a used folder it could wait forever for the lock of a run that was killed.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {"PATH": path, "TORCH_EXTENSIONS_DIR": str(folder), "DS_ACCELERATOR": "cpu"}
 
 
 def launched(way: str, folder: Path) -> list[Run]:
-    """Return what each rank ends with."""
+    """Launch a run, and return the result of each rank."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     if way == "Accelerate, FSDP2":
         (folder / "config.yaml").write_text(ACCELERATE)
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "config.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if way.startswith("DeepSpeed"):
-        environment |= for_deepspeed(folder.parent / "extensions")  # compiled by the first of them
+        environment |= for_deepspeed(folder.parent / "extensions")  # the first launch compiles them
         environment["PYTHONPATH"] += os.pathsep + str(DEEPSPEED)
     with (folder / "log").open("wb") as log:
         run = subprocess.Popen(
@@ -111,7 +112,7 @@ def test_a_launch_trains_as_one_process(way: str, tmp_path: Path) -> None:
 
 
 def _with_deepspeed(folder: Path, rank: int) -> list[tuple[float, list[str]]]:
-    """How far DeepSpeed, which trains float32 copies of bfloat16 weights, is from doing that by hand; what is said."""
+    """Return how far DeepSpeed, with float32 copies of bfloat16 weights, is from training by hand, and its warnings."""
     os.environ.update(for_deepspeed(folder), LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(RANKS))
     sys.path.append(str(DEEPSPEED))
     import deepspeed

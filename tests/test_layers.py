@@ -1,4 +1,4 @@
-"""Layers: from names, from the model, from the group, from the position."""
+"""Tests of layers, which come from names, the model, the group or the position."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_numbering_is_by_first_appearance_over_all_groups(paths: list[list[str]]
 
 
 class WithModule(nn.Module):
-    """Which has called one of its parts as DDP calls what it wraps."""
+    """A model with a part that may be called `module`, as DDP calls what it wraps."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def test_a_module_that_is_called_module_is_one(prefix: str) -> None:
 
 
 def test_what_has_no_module_takes_nothing_from_the_first_module() -> None:
-    """It comes first in `named_parameters()`; as a layer of its own it lowered β1 of all others."""
+    """Such a parameter comes first in `named_parameters()`. As a layer of its own it lowered β1 of all others."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model.register_parameter("scale", nn.Parameter(torch.ones(())))
     optimizer = GrokAdamW(model.named_parameters())
@@ -205,7 +205,7 @@ def test_the_way_out_is_one(deepest: int) -> None:
     pairs = [(f"l{i}.w", nn.Parameter(torch.ones(1))) for i in range(deepest + 1)]
     (sentence,) = layers.warnings_for(GrokAdamW(pairs, gamma=0.9).param_groups, {})
     named = float(re.search(r"gamma of at most ([\d.]+\d)", sentence).group(1))  # type: ignore[union-attr]
-    for gamma in (named, 1 - 0.5 ** (1 / deepest)):  # and the README's
+    for gamma in (named, 1 - 0.5 ** (1 / deepest)):  # the second is the README's formula
         assert not list(layers.warnings_for(GrokAdamW(pairs, gamma=gamma).param_groups, {}))
     assert list(layers.warnings_for(GrokAdamW(pairs, gamma=1.03 * named + 0.001).param_groups, {}))
 
@@ -259,7 +259,7 @@ def test_the_warning_comes_for_layers_that_are_set_later() -> None:
     optimizer.set_layers(model)
     with pytest.warns(UserWarning, match="less than half") as caught:
         step(optimizer, model)
-    assert "set_layers" not in str(caught[0].message)  # which was done
+    assert "set_layers" not in str(caught[0].message)  # it was called already
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -386,7 +386,7 @@ def test_parameters_changed_by_hand_are_noticed() -> None:
 
 
 def test_a_group_is_added_whole_although_another_lacks_layers() -> None:
-    """The next step says what is wrong with the other one."""
+    """The next step says what is wrong with the other group."""
     p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = GrokAdamW([("first.weight", p)])
     optimizer.param_groups[0]["layers"] = []
@@ -486,7 +486,7 @@ def test_a_group_taken_from_another_optimizer_keeps_its_layers() -> None:
 
 
 def _flattened(**options: Any) -> GrokAdamW:
-    """An optimizer whose group's parameters were replaced by one vector, as DeepSpeed does after its construction."""
+    """Return an optimizer whose parameters were replaced by one vector after its construction, as DeepSpeed does."""
     model = network()
     optimizer = GrokAdamW(model.named_parameters(), **options)
     flat = torch.cat([p.detach().view(-1) for p in model.parameters()]).requires_grad_()
@@ -520,7 +520,7 @@ def test_a_flat_tensor_is_one_layer_and_says_so_once() -> None:
 
 @pytest.mark.parametrize("named_by", ["for_grokking", "set_layers"])
 def test_named_parameters_can_be_swapped(named_by: str) -> None:
-    """As torch does to move an FSDP2 model: it refuses to swap a tensor that has a weak reference."""
+    """torch swaps tensors to move an FSDP2 model, and refuses to swap one that has a weak reference."""
     model = network()
     if named_by == "for_grokking":
         optimizer = GrokAdamW.for_grokking(model)

@@ -1,4 +1,4 @@
-"""Whatever befalls an optimizer, in any order: after each event it is where the oracle is."""
+"""Tests of events in random order: after each one the optimizer must agree with the oracle."""
 
 from __future__ import annotations
 
@@ -106,13 +106,13 @@ class Lifetime(RuleBasedStateMachine):
 
     @rule(changed=st.booleans())
     def save_and_load(self, changed: bool) -> None:
-        """Into an optimizer that was constructed with other numbers."""
+        """Load the state dict into a new optimizer. With `changed`, its constructor gets other numbers."""
         file = io.BytesIO()
         torch.save(self.optimizer.state_dict(), file)
         file.seek(0)
         self.optimizer = self._optimizer(**{"lr": 0.5, "lamb": 1.5, "gamma": 0.25} if changed else {})
         self.optimizer.load_state_dict(torch.load(file, weights_only=True))
-        self.oracle.alphas = [np.nan]  # until the next step
+        self.oracle.alphas = [np.nan]  # unknown until the next step
 
     @precondition(lambda self: len(self.unused) >= 2 and len(self.params) < 4)
     @rule(data=st.data())
@@ -150,7 +150,7 @@ class Lifetime(RuleBasedStateMachine):
         ours = ("lamb", "gamma", "gradient_clipping", "max_row_norm", "max_row_change")
         for group in self.oracle.groups:
             group.update(dict.fromkeys(ours, 0.0))
-        self.oracle.has_state = True  # AdamW has no such rule
+        self.oracle.has_state = True  # AdamW has no step that only creates the state
         for i in range(steps):
             grads = self._set_gradients(seed + i)
             adamw.step()
@@ -188,5 +188,5 @@ def test_lifetimes(implementation: str, examples: int) -> None:
     machine = type("Lifetime", (Lifetime,), {"options": IMPLEMENTATIONS[implementation]}).TestCase
     machine.settings = settings(max_examples=examples, stateful_step_count=25)
     with warnings.catch_warnings(), running(implementation):
-        warnings.simplefilter("ignore")  # of skipped steps, signals and layers, which have tests of their own
+        warnings.simplefilter("ignore")  # skipped steps, signals and layers have tests of their own
         machine("runTest").runTest()

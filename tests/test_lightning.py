@@ -1,4 +1,4 @@
-"""Lightning runs the backward pass in a closure of the step; here it is the real one."""
+"""Tests with the real Lightning, which runs the backward pass in a closure of the step."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ lightning = pytest.importorskip("lightning")
 
 from grokadamw.lightning import GrokAdamWCallback  # noqa: E402
 
-BATCHES = 9  # of an epoch, at whose end cycles of two micro-batches are under way
+BATCHES = 9  # in an epoch, which ends within a cycle of two micro-batches
 
 
 class Module(lightning.LightningModule):
-    """The network of `models`, an optimizer, and its data."""
+    """A module with the network of `models` and the optimizer that `make` returns."""
 
     def __init__(self, make: Callable[[nn.Module], Any]) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Module(lightning.LightningModule):
 
 
 def data() -> DataLoader:
-    """The batches of `models`, in order."""
+    """Return the batches of `models`, in order."""
     from .models import batch
 
     x, y = (torch.cat(each) for each in zip(*map(batch, range(BATCHES)), strict=True))
@@ -96,7 +96,7 @@ def test_it_trains_as_a_loop_does_and_resumes(keeper: str, trainer: Callable[...
 
 
 class Manual(Module):
-    """Steps by hand, and flushes at the end of an epoch, by what Lightning gives for an optimizer."""
+    """A module that steps by hand, and flushes after an epoch, with the optimizers that Lightning returns."""
 
     automatic_optimization = False
 
@@ -132,7 +132,7 @@ def test_flushing_what_lightning_gives(trainer: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("keeper", ["Grokfast", "GrokfastMA", "Accumulate, GrokAdamW", "micro-batches"])
 def test_in_mixed_precision(keeper: str, trainer: Callable[..., Any]) -> None:
-    """With float16 a GradScaler comes in, which Lightning steps with its closure."""
+    """With float16 Lightning steps through a GradScaler, and gives it the closure."""
     from lightning.pytorch.plugins.precision import MixedPrecision
 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
@@ -148,7 +148,7 @@ def test_in_mixed_precision(keeper: str, trainer: Callable[..., Any]) -> None:
 
 
 class Measured(Module):
-    """Logs what it evaluates."""
+    """A module that logs its validation loss."""
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         x, y = batch
@@ -160,7 +160,7 @@ def grokadamw(model: nn.Module, **options: Any) -> GrokAdamW:
 
 
 def run(folder: Path, *, killed: bool = False, resume: bool = False) -> tuple[Measured, GrokAdamW]:
-    """Train, saving after each epoch, as Lightning begins an epoch anew; where it is to be killed, in the second."""
+    """Train, and save after each epoch, as Lightning resumes with whole epochs. `killed` ends it in the second."""
 
     class Killed(lightning.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -194,7 +194,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_been(tmp_path: Path) -> None:
 
 
 def curves(folder: Path) -> dict[str, dict[int, float]]:
-    """What a TensorBoardLogger wrote."""
+    """Return the curves that a TensorBoardLogger wrote."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
@@ -234,7 +234,7 @@ def test_evaluation_reaches_alpha(accumulated: int, tmp_path: Path) -> None:
 
 
 class Told(Measured):
-    """Remembers the losses of its batches, and may leave one out."""
+    """A module that remembers the losses of its batches, and may leave one out."""
 
     def __init__(self, make: Callable[[nn.Module], Any], without: int = -1) -> None:
         super().__init__(make)
@@ -251,7 +251,7 @@ class Told(Measured):
 
 
 class Hears(lightning.Callback):
-    """Looks at what is recorded: at a validation the loss of the last batch that had one, in between nothing."""
+    """A callback that checks the recorded loss: only validations change it, to that of the last batch with one."""
 
     def __init__(self) -> None:
         self.heard: list[float | None] = [None]
@@ -267,7 +267,7 @@ class Hears(lightning.Callback):
 
 @pytest.mark.parametrize(("accumulated", "without"), [(1, -1), (4, -1), (1, 0), (1, 5)])
 def test_the_loss_that_is_recorded(accumulated: int, without: int, tmp_path: Path) -> None:
-    """Is that of training_step, whatever Lightning has divided it by, and of the evaluation's time."""
+    """The recorded loss is training_step's own, before Lightning divides it, and from the time of the evaluation."""
     module, hears = Told(grokadamw, without), Hears()
     options = {"accumulate_grad_batches": accumulated, "val_check_interval": 2}
     it = logging_trainer(tmp_path, GrokAdamWCallback(), hears, **options)
@@ -278,7 +278,7 @@ def test_the_loss_that_is_recorded(accumulated: int, without: int, tmp_path: Pat
 
 
 class TwoOptimizers(Measured):
-    """Two parts of a model, each with an optimizer, stepped by hand, the second from a batch on."""
+    """A module of two parts with an optimizer each, stepped by hand. The second begins with the batch `late`."""
 
     automatic_optimization = False
 
@@ -340,13 +340,13 @@ def test_a_used_callback_can_be_pickled(trainer: Callable[..., Any]) -> None:
 
 
 def test_the_preset_and_a_schedule(trainer: Callable[..., Any]) -> None:
-    """Made of the module, whose layers and groups it has; a schedule multiplies each group's learning rate."""
+    """The preset takes layers and groups from the module. A schedule multiplies each group's learning rate."""
 
     class Preset(Measured):
         def __init__(self) -> None:
             super().__init__(grokadamw)
             self.network = nn.Sequential(*self.network, nn.LayerNorm(3))
-            self.embedding = nn.Embedding(3, 16)  # of long rows, and without a gradient
+            self.embedding = nn.Embedding(3, 16)  # with long rows, and without a gradient
 
         def configure_optimizers(self) -> Any:
             optimizer = GrokAdamW.for_grokking(self, lr=0.01, weight_decay=1.0)
@@ -380,7 +380,7 @@ def test_a_frozen_part_shifts_nobody(tmp_path: Path) -> None:
 
 
 def test_layers_are_the_modules(tmp_path: Path) -> None:
-    """Across groups, and with parameters that came without names."""
+    """Layers are the modules' across groups, also if the parameters came without names."""
 
     def in_groups(model: nn.Module) -> GrokAdamW:
         *others, last = model.parameters()
@@ -396,7 +396,7 @@ def test_layers_are_the_modules(tmp_path: Path) -> None:
 
 
 class Unfreezes(Measured):
-    """Trains its head, and the rest of the network, by a group of its own, from the second epoch on."""
+    """A module that trains its head, and from the second epoch on also the rest, in a group that is added."""
 
     def __init__(self, several: bool, at: str) -> None:
         super().__init__(lambda _: None)
@@ -438,7 +438,7 @@ def test_groups_that_are_added_get_the_modules_layers(several: bool, at: str, tr
 
     it = trainer(max_epochs=2, callbacks=[GrokAdamWCallback(), Looks()])
     it.fit(Unfreezes(several, at), data(), data())
-    before = [[0, 0]] if several else [[2, 2]]  # of the smallest module with all of its parameters
+    before = [[0, 0]] if several else [[2, 2]]  # layers in the smallest module with all of its parameters
     assert seen == [before] * BATCHES + [[[2, 2], [0, 0, 1, 1]]] * BATCHES
     assert sum(len(row.names) for row in it.optimizers[0].layer_table()) == 6
 
@@ -494,7 +494,7 @@ def test_what_it_warns_of_and_refuses(trainer: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("own", [0.0, 1.0])
 def test_clipping_that_does_something_else(own: float, trainer: Callable[..., Any]) -> None:
-    """With step_in_backward nothing, and with Accumulate it clips micro-batches, whatever the limits are."""
+    """At any limit, clipping has no effect with step_in_backward, and clips micro-batches with Accumulate."""
 
     def early(model: nn.Module) -> GrokAdamW:
         optimizer = GrokAdamW(model.parameters(), gradient_clipping=own)
@@ -526,7 +526,7 @@ def test_clipping_that_does_something_else(own: float, trainer: Callable[..., An
 
 
 class Counts(Measured):
-    """Logs accuracies that rise by 0.125 with each batch, and each validation."""
+    """A module that logs accuracies, which rise by 0.125 with each batch and each validation."""
 
     def __init__(self, make: Callable[[nn.Module], Any], **how: Any) -> None:
         super().__init__(make)
@@ -552,7 +552,7 @@ class Counts(Measured):
 
 
 def test_accuracies_are_recorded(trainer: Callable[..., Any]) -> None:
-    """And reach signal and monitor."""
+    """The accuracies also reach the signal and the monitor."""
     module = Counts(lambda model: GrokAdamW(model.parameters(), grokking_signal_fns=AccuracyGap()))
     it = trainer(max_epochs=4, val_check_interval=3, callbacks=[GrokAdamWCallback(eval_acc="val_acc", train_acc="acc")])
     with warnings.catch_warnings():
@@ -560,16 +560,16 @@ def test_accuracies_are_recorded(trainer: Callable[..., Any]) -> None:
         it.fit(module, data(), data())
     rows = module.monitor.rows
     assert len(rows) == 4 * BATCHES
-    for i, row in enumerate(rows):  # a row is of what was recorded before its step: both, after every third
+    for i, row in enumerate(rows):  # a row has what was recorded before its step: both, after every third
         assert row["train_acc"] == pytest.approx(min(i // 3 * 3 / 8, 1.0) if i >= 3 else math.nan, nan_ok=True)
         assert row["eval_acc"] == pytest.approx(min((i // 3) / 8, 1.0) if i >= 3 else math.nan, nan_ok=True)
         if i >= 3:
             assert row["signal"] == pytest.approx(row["train_acc"] - row["eval_acc"])
-    assert module.monitor.grokked_at == 12  # the fourth validation, which is the first that is good
+    assert module.monitor.grokked_at == 12  # the fourth validation is the first good one
 
 
 def test_accuracies_that_are_nan_are_warned_of_once(trainer: Callable[..., Any]) -> None:
-    """And not recorded; the run goes on."""
+    """A NaN accuracy is not recorded, and the run goes on."""
 
     class Nan(Measured):
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -624,7 +624,7 @@ def test_an_accuracy_that_is_logged_for_the_epoch(trainer: Callable[..., Any]) -
 
 
 class Rarely(Measured):
-    """Logs its training loss for the epoch, and what it validates only in some epochs."""
+    """A module that logs its training loss for the epoch, and validation metrics only in some epochs."""
 
     def __init__(self, epochs: tuple[int, ...] = (0,)) -> None:
         super().__init__(grokadamw)
@@ -650,7 +650,7 @@ class Rarely(Measured):
 
 
 class Epochs(lightning.Callback):
-    """What is recorded when an epoch ends."""
+    """A callback that keeps what is recorded when an epoch ends."""
 
     def __init__(self) -> None:
         self.found: list[dict[str, Any]] = []
@@ -680,7 +680,7 @@ def test_a_value_of_an_older_validation_is_not_recorded_again(key: str, trainer:
 def test_a_loss_that_is_logged_for_the_epoch(
     options: dict[str, int], validated: int, trainer: Callable[..., Any]
 ) -> None:
-    """Is recorded if its epoch had a validation."""
+    """The loss is recorded if its epoch had a validation."""
     module, epochs = Rarely(tuple(range(4))), Epochs()
     it = trainer(max_epochs=4, callbacks=[GrokAdamWCallback(train_loss="mse"), epochs], **options)
     with warnings.catch_warnings():
@@ -695,7 +695,7 @@ def test_a_loss_that_is_logged_for_the_epoch(
 
 
 class Both(Rarely):
-    """Logs the training loss for each step, and for the epoch, too."""
+    """A module that logs the training loss both for each step and for the epoch."""
 
     def log(self, name: str, *values: Any, **how: Any) -> None:
         super().log(name, *values, **how | ({"on_step": True} if name == "mse" else {}))
@@ -776,7 +776,7 @@ def test_averaged_weights_look_like_memorising(boost: float, trainer: Callable[.
 
 
 def test_half_precision(tmp_path: Path) -> None:
-    """bfloat16, with the model's own weights in it."""
+    """The model's own weights are in bfloat16."""
     it = logging_trainer(tmp_path, GrokAdamWCallback(), precision="bf16-true")
     module = Measured(grokadamw)
     it.fit(module, data(), data())

@@ -1,4 +1,4 @@
-"""What training takes, before it: `optimizer.memory()` and `grokadamw memory`, against the tensors that are made."""
+"""Tests of `optimizer.memory()` and `grokadamw memory`, whose forecasts must match the tensors that are made."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def measured(optimizer: GrokAdamW) -> int:
-    """The bytes of weights, gradients and all tensors of the state."""
+    """Return the bytes of weights, gradients and all tensors of the state."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     state = [x for param in params for x in optimizer.state[param].values() if isinstance(x, torch.Tensor)]
     return sum(part(x).nbytes for x in [*params, *(param.grad for param in params), *state])
@@ -93,7 +93,7 @@ def test_a_rank_counts_its_shards(tmp_path: Path) -> None:
         assert before == after
         assert after["total"] == found
         totals.append(found)
-    assert totals[0] > totals[1]  # which has no part of some
+    assert totals[0] > totals[1]  # rank 1 has no part of some parameters
 
 
 def columns(text: str) -> dict[str, list[float]]:
@@ -152,7 +152,7 @@ def test_no_count_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_sparse_gradient_counts_as_its_parameter() -> None:
-    """A step refuses it with a way out; a table of bytes need not."""
+    """A step refuses a sparse gradient and names a way out, but a table of bytes need not."""
     model = nn.Embedding(10, 4, sparse=True)
     model(torch.tensor([1, 2])).sum().backward()
     assert GrokAdamW(model.parameters()).memory()["gradients"] == model.weight.nbytes

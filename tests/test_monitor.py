@@ -1,4 +1,4 @@
-"""Monitor: what it keeps, and what becomes of it."""
+"""Tests of Monitor: its rows, `grokked_at`, copies, pictures and tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def monitored(every: int = 1, capacity: int = 4096, **options: Any) -> tuple[Any
 
 
 def with_losses(losses: list[tuple[float, float]], capacity: int = 4096) -> Monitor:
-    """A monitor of steps before which these training and evaluation losses were recorded."""
+    """Return a monitor of steps before which these training and evaluation losses were recorded."""
     param = torch.nn.Parameter(torch.ones(1))
     optimizer = GrokAdamW([param])
     monitor = Monitor(optimizer, every=1, capacity=capacity)
@@ -87,7 +87,7 @@ def test_evaluations_are_bounded_too() -> None:
         params[0].grad = torch.ones(2)
         optimizer.step()
         optimizer.record(eval_acc=float(step >= 94))
-    monitor.rows[0]["step"] = -1.0  # a copy
+    monitor.rows[0]["step"] = -1.0  # `rows` is a copy
     monitor.rows.clear()
     assert [row["step"] for row in monitor.rows][0] > 0
     assert len(monitor._evaluations) == 8
@@ -114,7 +114,7 @@ def test_skipped_steps_are_none_either() -> None:
 
 
 def test_going_back_to_a_checkpoint() -> None:
-    """What came after it did not happen."""
+    """Rows after the checkpoint are dropped."""
     model, optimizer, monitor = monitored()
     written: list[tuple[str, int]] = []
 
@@ -146,14 +146,14 @@ def test_behind_a_wrapper() -> None:
 
 
 def take_step(optimizer: GrokAdamW) -> None:
-    """One of an optimizer of a single parameter."""
+    """Take a step with an optimizer of a single parameter."""
     (param,) = optimizer.param_groups[0]["params"]
     param.grad = torch.ones_like(param)
     optimizer.step()
 
 
 def evaluated(accuracies: Iterable[float | None], apart: int = 10, **options: Any) -> tuple[GrokAdamW, Monitor]:
-    """A monitor of a run with so many steps between evaluations of these accuracies; None is none."""
+    """Return a run and its monitor, with `apart` steps before each accuracy. None means no evaluation."""
     optimizer = GrokAdamW([torch.nn.Parameter(torch.ones(1))])
     monitor = Monitor(optimizer, **options)
     for accuracy in accuracies:
@@ -164,7 +164,7 @@ def evaluated(accuracies: Iterable[float | None], apart: int = 10, **options: An
 
 
 def sustained(accuracies: list[float], apart: int = 10, solved: float = 0.95) -> int | None:
-    """The report's rule, on the steps that `evaluated` takes."""
+    """Return the step of grokking by the report's rule, for the steps that `evaluated` takes."""
     curve = Curve(solved)
     at = curve.sustained(accuracies)
     return None if at is None else (at + 1) * apart
@@ -181,7 +181,7 @@ def sustained(accuracies: list[float], apart: int = 10, solved: float = 0.95) ->
 def test_half_of_the_evaluation_loss_is_not_grokking(
     accuracies: list[float], halved_at: int, reached_at: int | None
 ) -> None:
-    """Three runs as they were seen. The training loss has long been low when the evaluation loss halves."""
+    """These are three real runs. The training loss has long been low when the evaluation loss halves."""
     optimizer = GrokAdamW([torch.nn.Parameter(torch.ones(1))])
     monitor, deaf = Monitor(optimizer), Monitor(GrokAdamW([torch.nn.Parameter(torch.ones(1))]))
     for i, accuracy in enumerate(accuracies):
@@ -194,7 +194,7 @@ def test_half_of_the_evaluation_loss_is_not_grokking(
         deaf._optimizer.record(**losses)
     assert accuracies[halved_at // 10 - 1] < 0.5
     assert monitor.grokked_at == reached_at == sustained(accuracies)
-    assert deaf.grokked_at is None  # of losses alone it claims nothing
+    assert deaf.grokked_at is None  # from losses alone it claims nothing
     assert all(math.isnan(row["eval_acc"]) for row in deaf.rows)
 
 
@@ -202,14 +202,14 @@ def test_half_of_the_evaluation_loss_is_not_grokking(
     ("accuracies", "at"),
     [
         ([], None),
-        ([0.95] * 5, None),  # not yet
+        ([0.95] * 5, None),  # not six yet
         ([0.95] * 6, 10),
         ([0.2] + [0.95] * 6, 20),
-        ([0.95] * 5 + [0.94] + [0.95] * 5, None),  # a dip, and it counts anew
+        ([0.95] * 5 + [0.94] + [0.95] * 5, None),  # a dip restarts the count
         ([0.95] * 5 + [0.94] + [0.95] * 6, 70),
-        ([1.0] * 6 + [0.1] * 9 + [1.0] * 6, 10),  # the first time
-        ([0.2, 1.0, None, None, 1.0, 1.0, None, 1.0, 1.0, 1.0], 20),  # steps without an evaluation are none
-        ([torch.tensor(0.95)] * 6, 10),  # which is a little less, in float32
+        ([1.0] * 6 + [0.1] * 9 + [1.0] * 6, 10),  # the first time counts
+        ([0.2, 1.0, None, None, 1.0, 1.0, None, 1.0, 1.0, 1.0], 20),  # steps without an evaluation do not count
+        ([torch.tensor(0.95)] * 6, 10),  # in float32 a little less
         ([torch.tensor(0.9499)] * 9, None),
     ],
 )
@@ -228,7 +228,7 @@ def test_six_good_evaluations_in_a_row(accuracies: list[Any], at: int | None) ->
 def test_grokking_is_the_reports_rule(
     accuracies: list[float], apart: int, every: int, capacity: int, solved: float
 ) -> None:
-    """Whatever records are kept."""
+    """`grokked_at` follows the report's rule whichever rows are kept."""
     _, monitor = evaluated(accuracies, apart, every=every, capacity=capacity, solved=solved)
     assert monitor.grokked_at == sustained(accuracies, apart, solved)
 
@@ -245,7 +245,7 @@ def test_grokking_is_the_reports_rule(
 def test_evaluations_after_a_checkpoint_that_was_gone_back_to_did_not_happen(acts: list[tuple[str, int]]) -> None:
     optimizer, monitor = evaluated([])
     saved = [copy.deepcopy(optimizer.state_dict())]
-    heard: dict[int, bool] = {}  # by step
+    heard: dict[int, bool] = {}  # step → was it good
     for act, steps in acts:
         if act == "back":
             del saved[max(1, len(saved) - steps) :]
@@ -272,7 +272,7 @@ def test_one_model_is_evaluated_once() -> None:
     take_step(optimizer)
     optimizer.record(eval_acc=0.2)
     assert monitor.grokked_at is None
-    optimizer.record(eval_acc=1.0)  # the last word on that model
+    optimizer.record(eval_acc=1.0)  # the last evaluation of a model counts
     assert monitor.grokked_at == 10
 
 
@@ -323,7 +323,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, lambda optimizer: Accumulate(optimizer, 1)])
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copy_goes_on_with_its_own_optimizer(how: str, wrap: Any) -> None:
-    """And the monitor that was copied with its own."""
+    """A monitor that is copied together with its optimizer follows the copy."""
     model = network()
     optimizer = wrap(GrokAdamW(model.named_parameters(), lr=0.01))
     monitor = Monitor(optimizer, every=2)
@@ -367,7 +367,7 @@ def test_a_shallow_copy_shares_the_optimizer_and_nothing_else() -> None:
 @pytest.mark.parametrize("capacity", [4, 6, 7, 4096])
 @pytest.mark.parametrize("before_loading", [False, True])
 def test_rows_of_a_resumed_run_line_up(before_loading: bool, capacity: int) -> None:
-    """Also when it has gone back, and when every second row is dropped."""
+    """Rows also line up if the run has gone back, and if every second row is dropped."""
     optimizer, whole = evaluated([None] * 18, apart=1, every=5)
     other = GrokAdamW([torch.nn.Parameter(torch.ones(1))])
     made = [Monitor(other, 5, capacity)] if before_loading else []
@@ -535,7 +535,7 @@ def test_another_optimizer() -> None:
 @pytest.mark.parametrize("how", ["ZeRO", "averaged", "ZeRO, accumulated"])
 @pytest.mark.usefixtures("one_rank")
 def test_torchs_wrappers(how: str) -> None:
-    """They call the inner optimizer `optim`, and this package `optimizer`."""
+    """torch's wrappers call the inner optimizer `optim`, and this package's call it `optimizer`."""
     from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
     from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 
@@ -568,7 +568,7 @@ def test_a_compiled_step() -> None:
 @pytest.mark.filterwarnings("ignore:a step found no gradient")
 @pytest.mark.parametrize("count", [1, 2])
 def test_records_are_at_multiples_of_every_whichever_steps_have_gradients(count: int) -> None:
-    """With one parameter every other step is idle; two take turns."""
+    """A single parameter has a gradient in every other step. Two parameters take turns."""
     params = [torch.nn.Parameter(torch.ones(1)) for _ in range(count)]
     optimizer = GrokAdamW(params)
     monitor = Monitor(optimizer, every=5)

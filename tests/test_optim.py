@@ -1,8 +1,8 @@
-"""The tests that torch's own optimizers pass, family by family, under the names that torch's test/test_optim.py has.
+"""Tests that torch's own optimizers pass, family by family, under the names that torch's test/test_optim.py has.
 
-What the optimizer takes and what it refuses is declared as torch does it, in an `OptimizerInfo`, and each family goes
-through all of it. Where torch asks that a step works after loading or copying, here it must be the step of the
-uninterrupted run, bit for bit.
+As in torch, an `OptimizerInfo` declares what the optimizer accepts and refuses, and each family of tests goes through
+all of it. Torch only asks that a step works after loading or copying. Here it must be the step of the uninterrupted
+run, bit for bit.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from torch.testing._internal.common_optimizers import (  # noqa: E402
 )
 from torch.testing._internal.common_utils import TestCase  # noqa: E402
 
-settings.load_profile("default")  # the import above has loaded a profile of torch's, for all tests
+settings.load_profile("default")  # the import above loads torch's profile for all tests
 
 Kwargs: TypeAlias = dict[str, Any]
 
-CHECK = TestCase()  # what a TensorTracker compares with
-assert_close = CHECK.assertEqual  # takes state dicts, where torch.testing's refuses text and None
+CHECK = TestCase()  # a TensorTracker compares with it
+assert_close = CHECK.assertEqual  # takes state dicts; torch.testing's refuses text and None
 assert_same = partial(assert_close, rtol=0, atol=0)
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -176,7 +176,7 @@ INFO = OptimizerInfo(
     scheduler_inputs=next(info.scheduler_inputs for info in optim_db if info.optim_cls is Adam),
     supported_impls=("foreach", "differentiable", "fused"),
     supports_fused_on=("cpu",),
-    # what release 0.1.2 did not have in its groups, or not from the start
+    # keys that release 0.1.2 did not have in its groups, or not from the start
     not_og_supported_flags=(
         *("foreach", "differentiable", "fused", "maximize", "capturable"),
         *("second_moment", "amplify_after", "nonfinite", "compat", "layer", "layers"),
@@ -185,12 +185,12 @@ INFO = OptimizerInfo(
     has_capturable_arg=True,
     supports_complex=True,
 )
-# what holds for the whole optimizer, and is refused in a group that says otherwise
+# options of the whole optimizer: a group that says otherwise is refused
 IN_NO_GROUP = {"second_moment", "nonfinite", "compat", "grokking_signal_fns"}
 
 
 def refused(kwargs: Kwargs) -> bool:
-    """Whether that is refused, as with torch's optimizers: test_errors has it."""
+    """Return True if these arguments are refused, as torch's optimizers do. test_errors checks it."""
     return bool(kwargs.get("foreach")) and isinstance(kwargs.get("lr"), Tensor) and not kwargs.get("capturable")
 
 
@@ -200,8 +200,8 @@ def each(
     devices: Sequence[str] = DEVICES,
     where: Callable[[Kwargs], bool] = lambda kwargs: True,
 ) -> pytest.MarkDecorator:
-    """One test for each device and input: with no implementation asked for, and with each that is not to skip."""
-    # torch lists foreach for GPUs alone; ours serves the CPU too
+    """Parametrize by device, input and implementation: none asked for, and each that is not in `skip`."""
+    # torch lists foreach for GPUs only; ours also runs on the CPU
     with patch.object(common_optimizers, "_get_foreach_kernels_supported_devices", return_value=["cpu", "cuda"]):
         cases = [
             pytest.param(device, case.kwargs, id=f"{device}: {case.desc}")
@@ -213,18 +213,18 @@ def each(
 
 
 def make(params: Any, kwargs: Kwargs, **changes: Any) -> GrokAdamW:
-    """An optimizer with tensors and signals of its own: schedulers write into the first, and the second remember."""
+    """Return an optimizer with copies of tensors, which schedulers write to, and of signals, which have memory."""
     return GrokAdamW(params, **copy.deepcopy(kwargs | changes))
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    # where CUDA is not initialized, torch.manual_seed notes its caller's stack, which takes longer than most tests
+    # if CUDA is not initialized, torch.manual_seed notes its caller's stack, which takes longer than most tests
     torch.manual_seed(0) if "cuda" in DEVICES else torch.default_generator.manual_seed(0)
 
 
 def backward(model: nn.Module) -> Tensor:
-    """The loss of a network of 5 inputs, its gradients left in the parameters."""
+    """Run a network of 5 inputs forward and backward, and return the loss."""
     model.zero_grad()
     x = torch.linspace(-1, 1, 15, device=next(model.parameters()).device).reshape(3, 5)
     loss = model(x).square().mean()
@@ -243,7 +243,7 @@ def params_of(model: nn.Module, named: bool) -> Iterator[Any]:
 
 
 def assert_same_run(model: nn.Module, optimizer: GrokAdamW, twin: nn.Module, other: GrokAdamW, steps: int = 3) -> None:
-    """The two go on alike, and come to the same state; names are their own affair."""
+    """Check that both runs go on alike, and that their states agree except for names."""
     for _ in range(steps):
         advance(model, optimizer, 1)
         advance(twin, other, 1)
@@ -348,7 +348,7 @@ def test_param_group_with_lrscheduler_goes_right_direction(device: str, schedule
 @pytest.mark.parametrize("shape", [(), (1,)])
 @each(skip=["differentiable"], where=lambda kwargs: "lr" not in kwargs)
 def test_tensor_lr(device: str, kwargs: Kwargs, shape: tuple[int, ...]) -> None:
-    """The same run as with a number, also where it is changed in place."""
+    """A tensor gives the same run as a number, also if it is changed in place."""
     lr = torch.full(shape, 0.02, dtype=torch.float64)
     model = network().to(device)
     twin = copy.deepcopy(model)
@@ -408,12 +408,12 @@ def test_param_groups_lr(device: str, kwargs: Kwargs) -> None:
 
 @each(skip=["differentiable"])
 def test_complex(device: str, kwargs: Kwargs) -> None:
-    """Complex parameters, with a real one among them, are their real and imaginary parts."""
+    """Complex parameters, with a real one among them, step like their real and imaginary parts."""
     kinds = [((10, 5), torch.complex64), ((10,), torch.complex64), ((10, 5), torch.float32)]
     params = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape, dtype in kinds]
     parts = [as_real(p).clone().requires_grad_() for p in params]
     optimizer, other = make(params, kwargs), make(parts, kwargs)
-    # the same to the bit, but that lists are of one dtype, and lists of other lengths may round otherwise
+    # bit for bit the same, except with foreach: a list has one dtype, and lists of other lengths may round otherwise
     tolerance = {"rtol": 1e-6, "atol": 1e-7} if kwargs["foreach"] else {"rtol": 0, "atol": 0}
     for _ in range(3):
         for p, part in zip(params, parts, strict=True):
@@ -430,8 +430,8 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
 
 
-# All of one layer, that γ acts on: else the imaginary parts would be of another than the real ones. Release 0.1.2
-# counts layers and clips by the tensor, so that there a complex tensor is not the two tensors of its parts.
+# All are in one layer, on which γ acts. Otherwise real and imaginary parts would be in different layers. Release 0.1.2
+# counts layers and clips by tensor, so a complex tensor differs there from the two tensors of its parts.
 @each(skip=["differentiable"], where=lambda kwargs: "compat" not in kwargs)
 def test_complex_2d(device: str, kwargs: Kwargs) -> None:
     z = torch.randn(2, device=device, dtype=torch.complex64, requires_grad=True)
@@ -469,11 +469,11 @@ def rosenbrock(z: Tensor) -> Tensor:
 def assert_is_the_loop(
     implementation: str, params: list[Tensor], give_gradients: Callable[[list[Tensor], int], None], kwargs: Kwargs
 ) -> None:
-    """Seven steps; the two begin each of them from the same numbers, so that roundings do not add up."""
+    """Compare seven steps. Both sides begin each step with the same numbers, so that rounding does not add up."""
     lists = params, [p.detach().clone().requires_grad_() for p in params]
     other = {"foreach": None, "fused": None, implementation: True}
     if refused(kwargs | other):
-        other = {"foreach": None, "fused": False}  # which comes to the same
+        other = {"foreach": None, "fused": False}  # this comes to the same
     optimizers = make(lists[0], kwargs, foreach=False, fused=None), make(lists[1], kwargs, **other)
     for i in range(7):
         for tensors, optimizer in zip(lists, optimizers, strict=True):
@@ -488,7 +488,7 @@ def assert_is_the_loop(
             assert {x.dtype for x in state.values()} == {torch.float32, widened}
             for loop, at_once in ((p, q), *((state[name], other[name]) for name in state)):
                 assert loop.isfinite().all()
-                # tighter than torch's, which would not see an error in so small a number as v
+                # tighter than torch's tolerance, which would miss an error in a number as small as v
                 rounding = 16 * torch.finfo(loop.dtype).eps
                 tracker = TensorTracker({"rtol": rounding, "atol": rounding * 1e-3})
                 tracker.add(loop)
@@ -496,7 +496,7 @@ def assert_is_the_loop(
 
 
 def two_layers(device: str, dtype: torch.dtype) -> tuple[list[Tensor], Callable[[list[Tensor], int], None]]:
-    """Parameters, of which one is a single number and one is empty; and a backward pass for each of seven steps."""
+    """Return parameters, one a single number and one empty, and a function that sets the gradients of a step."""
     shapes: list[tuple[int, ...]] = [(3, 2), (3,), (1, 3), (1,), (), (0,)]
     params = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in shapes]
     x = torch.linspace(0.1, 0.6, 6, device=device, dtype=dtype).reshape(3, 2)
@@ -504,7 +504,7 @@ def two_layers(device: str, dtype: torch.dtype) -> tuple[list[Tensor], Callable[
     def give_gradients(params: list[Tensor], i: int) -> None:
         for p in params[2:4]:
             p.requires_grad_(i not in (3, 4))  # frozen for two steps
-        if i == 2:  # nobody has a gradient
+        if i == 2:  # no parameter has a gradient
             return
         w, b, u, c, scale, empty = params
         y = linear(linear(x, w, b).sigmoid(), u, c).sigmoid()
@@ -536,7 +536,7 @@ def test_foreach_matches_forloop(device: str, dtype: torch.dtype, kwargs: Kwargs
     ],
 )
 def test_fused_matches_forloop(implementation: str, dtype: torch.dtype, kwargs: Kwargs) -> None:
-    """The native kernel, and what takes its place where it was not built."""
+    """The test covers the native kernel, and its replacement if it was not built."""
     with running(implementation):
         assert_is_the_loop("fused", *two_layers("cpu", dtype), kwargs)
 
@@ -554,7 +554,7 @@ def test_fused_error_on_params_on_meta() -> None:
 @pytest.mark.parametrize("found_inf", [True, False])
 @each(skip=["foreach", "differentiable"], devices=["cpu"], where=lambda kwargs: bool(kwargs.get("fused")))
 def test_fused_does_not_step_if_foundinf(device: str, kwargs: Kwargs, found_inf: bool) -> None:
-    """GradScaler says so by attributes, as `fused` asks it to."""
+    """GradScaler reports infinities by attributes of the optimizer, as `fused` asks it to."""
     p = torch.ones(3, device=device, requires_grad=True)
     optimizer = make([p], kwargs)
     assert optimizer._step_supports_amp_scaling
@@ -568,7 +568,7 @@ def test_fused_does_not_step_if_foundinf(device: str, kwargs: Kwargs, found_inf:
 @pytest.mark.parametrize("default", [torch.float64, torch.float16])
 @each(skip=["foreach", "differentiable"])
 def test_set_default_dtype_works_with_foreach(device: str, kwargs: Kwargs, default: torch.dtype) -> None:
-    """Step counts are float32 whatever it is: float16 would stop counting at 2,048."""
+    """Step counts are float32 with any default dtype, as float16 would stop counting at 2,048."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
@@ -577,13 +577,13 @@ def test_set_default_dtype_works_with_foreach(device: str, kwargs: Kwargs, defau
         torch.set_default_dtype(before)
 
 
-@pytest.mark.filterwarnings("ignore:layer .* of parameter group 0 has")  # that many tensors are as many layers
+@pytest.mark.filterwarnings("ignore:layer .* of parameter group 0 has")  # each of the many tensors is a layer
 @pytest.mark.parametrize(
     "devices", [["cpu"], pytest.param(["cuda"], marks=on_cuda), pytest.param(["cpu", "cuda"], marks=on_cuda)]
 )
 @pytest.mark.parametrize("case", INFO.optim_inputs_func(device="cuda", dtype=torch.float16), ids=lambda case: case.desc)
 def test_mixed_device_dtype(devices: list[str], case: OptimizerInput) -> None:
-    """Every dtype in one optimizer, on the CPU, on a GPU, and on both."""
+    """One optimizer has every dtype, on the CPU, on a GPU, and on both."""
     if "cpu" in devices and case.kwargs.get("capturable"):
         pytest.skip("the CPU has no graphs to capture")
     dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -614,7 +614,7 @@ def test_step_is_noop_when_params_have_no_grad(device: str, kwargs: Kwargs) -> N
 
 @each()
 def test_step_is_noop_for_zero_grads(device: str, kwargs: Kwargs) -> None:
-    """But that it is counted. Weight decay needs no gradient."""
+    """The step is only counted. Weight decay is off, as it needs no gradient."""
     p = torch.randn(5, 1, device=device)
     before = p.clone()
     p.grad = torch.zeros_like(p)
@@ -655,7 +655,7 @@ def test_state_dict_deterministic(device: str, kwargs: Kwargs, names: tuple[bool
     other = make(params_of(twin, named=names[1]), kwargs)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert_same_run(model, optimizer, twin, other)
-    other.param_groups.extend(other.param_groups)  # pytorch#36831: a parameter that comes again has the same id
+    other.param_groups.extend(other.param_groups)  # pytorch#36831: a parameter that is listed again has the same id
     assert_same(
         without_names(other.state_dict())["param_groups"], 2 * without_names(optimizer.state_dict())["param_groups"]
     )
@@ -663,7 +663,7 @@ def test_state_dict_deterministic(device: str, kwargs: Kwargs, names: tuple[bool
 
 @each(skip=["differentiable"])
 def test_can_load_older_state_dict(device: str, kwargs: Kwargs) -> None:
-    """What it does not say stays as it was."""
+    """Settings that an older state dict lacks stay as they were."""
     model = network().to(device)
     optimizer = make(model.parameters(), kwargs)
     advance(model, optimizer, 3)
@@ -671,7 +671,7 @@ def test_can_load_older_state_dict(device: str, kwargs: Kwargs) -> None:
     state_dict = copy.deepcopy(optimizer.state_dict())
     for name in INFO.not_og_supported_flags:
         del state_dict["param_groups"][0][name]
-    if "grokking_signal_fns" in kwargs:  # what signals remember was there no more than they were
+    if "grokking_signal_fns" in kwargs:  # an older state dict has no memory of signals, either
         other.set_signals(SlowGradient(every=2))
         optimizer.set_signals(SlowGradient(every=2))
     other.load_state_dict(state_dict)
@@ -724,7 +724,7 @@ def test_load_nontensor_step(device: str, kwargs: Kwargs) -> None:
 @on_cuda
 @each(skip=["differentiable"], devices=["cuda"])
 def test_state_dict_with_cuda_params(device: str, kwargs: Kwargs) -> None:
-    """From the CPU to a GPU. Torch's step counts stay behind unless capturable; ours live with the parameters."""
+    """State moves from the CPU to a GPU. Torch's step counts stay unless capturable; ours follow the parameters."""
     model = network()
     backward(model)
     twin = copy.deepcopy(model).to(device)
@@ -751,7 +751,7 @@ def test_state_dict_with_cuda_params(device: str, kwargs: Kwargs) -> None:
 @on_cuda
 @each(skip=["foreach", "differentiable"], devices=["cuda"])
 def test_cpu_load_state_dict(device: str, kwargs: Kwargs) -> None:
-    """A capturable optimizer's checkpoint that was brought to the CPU."""
+    """A GPU optimizer loads a capturable optimizer's checkpoint that was moved to the CPU."""
     p = torch.tensor([0.1, 0.2])
     p.grad = torch.tensor([0.3, -0.4])
     optimizer = make([p], kwargs, capturable=False)
@@ -797,7 +797,7 @@ def test_pickle(device: str, kwargs: Kwargs) -> None:
     optimizer = make(model.named_parameters(), kwargs)
     advance(model, optimizer, 3)
     twin, other = pickle.loads(pickle.dumps((model, optimizer)))
-    if "grokking_signal_fns" in kwargs:  # they are left out, but not what they remember
+    if "grokking_signal_fns" in kwargs:  # pickles leave signals out, but not their memory
         other.set_signals(SlowGradient(every=2))
     assert public(other) == public(optimizer)
     assert_same_run(model, optimizer, twin, other)
@@ -837,7 +837,7 @@ def mark(optimizer: Any) -> None:
 
 
 def unmarked(optimizer: Any, state_dict: Kwargs) -> Kwargs:
-    """A state dict in the place of the one that it is given."""
+    """Return another state dict in place of the given one."""
     return {"marked": "mark" in state_dict["state"]}
 
 
@@ -846,7 +846,7 @@ def lr_2(optimizer: Any, state_dict: Kwargs) -> None:
 
 
 def lr_3(optimizer: Any, state_dict: Kwargs) -> Kwargs:
-    """In a state dict in the place of the one that it is given."""
+    """Return a changed copy in place of the given state dict."""
     state_dict = copy.deepcopy(state_dict)
     state_dict["param_groups"][0]["lr"] = 0.003
     return state_dict
@@ -861,7 +861,7 @@ def test_load_state_dict_pre_hook_and_prepend(device: str, kwargs: Kwargs) -> No
     assert optimizer.param_groups[0]["lr"] == 0.002
     first = optimizer.register_load_state_dict_pre_hook(lr_3, prepend=True)
     optimizer.load_state_dict(state_dict)
-    assert optimizer.param_groups[0]["lr"] == 0.002  # lr_2 has the last word
+    assert optimizer.param_groups[0]["lr"] == 0.002  # lr_2 runs last
     first.remove()
     optimizer.register_load_state_dict_pre_hook(lr_3)
     optimizer.load_state_dict(state_dict)
@@ -870,7 +870,7 @@ def test_load_state_dict_pre_hook_and_prepend(device: str, kwargs: Kwargs) -> No
 
 @each()
 def test_load_state_dict_post_hook(device: str, kwargs: Kwargs) -> None:
-    """It finds all in its place: also a state of more precision than its parameter."""
+    """The hook finds everything loaded, also a state of more precision than its parameter."""
     p = torch.rand(2, 3, device=device, dtype=torch.bfloat16)
     p.grad = torch.rand_like(p)
     optimizer, seen = make([p], kwargs), []
@@ -903,7 +903,7 @@ def test_step_pre_hook(device: str, kwargs: Kwargs) -> None:
 
 
 def check_step_hook(device: str, kwargs: Kwargs, pre: bool) -> None:
-    """It is called with the step's own arguments, before or after it, until it is removed."""
+    """Check that a hook gets the step's own arguments, before or after the step, until it is removed."""
     p = torch.ones(2, device=device)
     p.grad = torch.ones_like(p)
     optimizer, seen = make([p], kwargs), []
@@ -927,7 +927,7 @@ def check_step_hook(device: str, kwargs: Kwargs, pre: bool) -> None:
 
 @each()
 def test_step_all_hooks(device: str, kwargs: Kwargs) -> None:
-    """Those of all optimizers are outside those of one."""
+    """Hooks for all optimizers run outside the hooks of one optimizer."""
     params, seen = [torch.ones(2, device=device)], []
 
     def noting(what: str) -> Callable[..., None]:

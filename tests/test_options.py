@@ -24,7 +24,7 @@ from grokadamw.param_groups import GROUP_KEYS
 
 from .models import parameters
 
-SIGNALS = {"grokking_signal_fns", "grokking_signal_fn", "combine", "shard_group"}  # what is in no group
+SIGNALS = {"grokking_signal_fns", "grokking_signal_fn", "combine", "shard_group"}  # arguments that a group does not set
 OF_THE_OPTIMIZER = {
     *("second_moment", "nonfinite", "compat", "differentiable"),
     *("amplify_by_signal", "window_size", "window_dtype", "accumulation_steps"),
@@ -59,7 +59,7 @@ def with_another(name: str) -> GrokAdamW:
     return optimizer
 
 
-# what is said elsewhere
+# the constructor and the docstring agree
 
 
 def test_the_constructor_has_the_same_options_and_defaults() -> None:
@@ -101,7 +101,7 @@ def test_groups_hold_the_same_keys_from_the_start_on() -> None:
     for name in IN_GROUPS:
         assert saved[name] == OPTIONS[name].default
         assert type(saved[name]) is type(OPTIONS[name].default)
-    keys = torch.optim.AdamW(params).param_groups[0].keys() | {"decoupled_weight_decay"}  # which torch 2.6 has not
+    keys = torch.optim.AdamW(params).param_groups[0].keys() | {"decoupled_weight_decay"}  # torch 2.6 has no such key
     assert to_adamw(optimizer.state_dict())["param_groups"][0].keys() == keys
 
 
@@ -213,7 +213,7 @@ for name in ("sharpness", "roughness"):
 
 
 def test_a_new_option_is_a_row_and_an_argument(tmp_path: Path) -> None:
-    """In a copy of the package, to which one of groups and one of the whole optimizer are added."""
+    """The test adds an option of groups and one of the whole optimizer to a copy of the package."""
     package = shutil.copytree(Path(grokadamw.__file__).parent, tmp_path / "grokadamw")
     rows = [("sharpness", "GROUP", "TAKE"), ("roughness", "OPTIMIZER", "WARN")]
     for file, before, new in (

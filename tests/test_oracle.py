@@ -1,4 +1,4 @@
-"""The whole optimizer against the NumPy oracle, under random everything."""
+"""Tests of the whole optimizer against the NumPy oracle, on random problems."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ hyper_parameters = st.fixed_dictionaries(
     {
         "lr": between(0, 0.1),
         "betas": st.tuples(between(0, 0.99), between(0, 0.9999)),
-        # where v is 0, as with β2 = 0 after micro-batches that hold NaN, θ moves by lr m / ε, and a limit on rows cuts
-        # that back: with a smaller ε what is left of it is rounding
+        # if v is 0, as with β2 = 0 after micro-batches that hold NaN, θ moves by lr m / ε, and a limit on rows cuts
+        # that back; with a smaller ε only rounding would be left
         "eps": between(1e-8, 1e-3),
         "weight_decay": between(0, 1),
         "alpha_init": between(0, 1),
@@ -73,7 +73,7 @@ modes = st.fixed_dictionaries({"second_moment": st.sampled_from(["filtered", "ra
         }
     ),
 )
-# how states and parameters are kept: the dtype of the parameters, and the optimizer's options
+# formats of states and parameters: the dtype of the parameters, and the optimizer's options
 FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (torch.float32, {}),
     "bfloat16": (torch.float32, {"state_dtype": "bfloat16"}),
@@ -93,7 +93,7 @@ wide_shapes = shapes | st.tuples(st.integers(1, 3), st.sampled_from([33, 64, 97]
 
 @st.composite
 def problems(draw: Any, shapes: st.SearchStrategy = shapes) -> dict[str, Any]:
-    """Groups with hyper-parameters, shapes and layers, and what happens at each step."""
+    """Draw groups with hyper-parameters, shapes and layers, and the events of each step."""
     count = draw(st.integers(1, 3))
     named = draw(st.booleans())
     in_ddp = draw(st.sampled_from(["", "module."]))
@@ -131,7 +131,7 @@ def problems(draw: Any, shapes: st.SearchStrategy = shapes) -> dict[str, Any]:
 def test_every_step_is_the_oracles(implementation: str) -> None:
     most = settings().max_examples
 
-    @settings(max_examples=most // 2 if implementation == "gpu" else 3 * most // 2)  # as interpreted kernels are slow
+    @settings(max_examples=most // 2 if implementation == "gpu" else 3 * most // 2)  # interpreted kernels are slow
     @given(problem=problems())
     def check(problem: dict[str, Any]) -> None:
         every_step_is_the_oracles(problem, options)
@@ -143,7 +143,7 @@ def test_every_step_is_the_oracles(implementation: str) -> None:
 @pytest.mark.parametrize("kept", FORMATS)
 @pytest.mark.parametrize(
     "implementation", [name for name in IMPLEMENTATIONS if name != "gpu"]
-)  # which leaves it to cpu
+)  # gpu leaves these formats to cpu
 def test_every_step_in_fewer_bits_is_the_oracles(
     implementation: str, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,9 +166,9 @@ def test_every_step_in_fewer_bits_is_the_oracles(
 def every_step_is_the_oracles(
     problem: dict[str, Any], options: dict[str, Any], dtype: torch.dtype = torch.float64
 ) -> None:
-    """Check every step; one in fewer bits than float64 begins where the last one has left the optimizer.
+    """Check every step. With fewer bits than float64 the oracle begins each step with the optimizer's numbers.
 
-    So rounding does not add up, and a code is a neighbour of the oracle's at most.
+    So rounding does not add up, and a code is at most a neighbour of the oracle's.
     """
     rng = np.random.default_rng(problem["seed"])
     groups, half = problem["groups"], None if dtype.itemsize > 2 else str(dtype).removeprefix("torch.")
@@ -211,7 +211,7 @@ def every_step_is_the_oracles(
         **options,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of signals left out, layers and skipped steps, which have tests of their own
+        warnings.simplefilter("ignore")  # signals left out, layers and skipped steps have tests of their own
         for step in problem["steps"]:
             said[:] = step["signals"]
             for group, ps, missing, ours, theirs in zip(
@@ -240,7 +240,7 @@ def every_step_is_the_oracles(
 
 
 def agree(optimizer: GrokAdamW, params: list[list[torch.nn.Parameter]], oracle: Oracle, half: str | None) -> None:
-    """Check all values and states. The oracle goes on with those that have fewer bits than float64."""
+    """Check all values and states. The oracle goes on with ours if they have fewer bits than float64."""
     for ps, group in zip(params, oracle.groups, strict=True):
         for i, (p, state) in enumerate(zip(ps, group["state"], strict=True)):
             ours = optimizer.state.get(p, {})
@@ -249,7 +249,7 @@ def agree(optimizer: GrokAdamW, params: list[list[torch.nn.Parameter]], oracle: 
                 whole, bits = formats.full(whole, ours["param_low"]), f"{8 * ours['param_low'].itemsize + 16} bits"
             group["values"][i] = close(whole, group["values"][i], bits, 1e-4)
             assert ours.get("step", torch.zeros(())).item() == state["t"]
-            if state["mu"] is None:  # a step for the state alone may have made it
+            if state["mu"] is None:  # a step that only builds state may have made it
                 assert not ours.get("grok_ema", torch.zeros(())).any()
             for key, name in zip(("m", "v", "mu"), STATES, strict=True):
                 if ours and state[key] is not None:
@@ -261,7 +261,7 @@ def agree(optimizer: GrokAdamW, params: list[list[torch.nn.Parameter]], oracle: 
                     state[key] = close(x, state[key], f"{name} in {form}" if form == "int8" else form, 1e-5)
 
 
-# format → how far its numbers lie from each other, at most, around x in rows of a tensor
+# format → the largest distance between neighbouring numbers around x, which has the rows of a tensor
 GAPS: dict[str, Callable[[np.ndarray], Any]] = {
     "float32": lambda x: 0.0,
     "32 bits": lambda x: 2.0**-40,
@@ -275,17 +275,17 @@ GAPS: dict[str, Callable[[np.ndarray], Any]] = {
 
 
 def largest(x: np.ndarray) -> np.ndarray:
-    """The largest of each block, for its elements."""
+    """Return, for each element, the largest magnitude in its block."""
     rows = x.reshape(len(x) if x.ndim > 1 else 1, -1)
     blocks = [np.abs(rows[:, i : i + 64]) for i in range(0, rows.shape[1], 64)]
     return np.concatenate([np.full(b.shape, b.max(1, keepdims=True)) for b in blocks], axis=1).reshape(x.shape)
 
 
 def close(ours: torch.Tensor, theirs: np.ndarray, form: str = "float32", tolerance: float = 0.0) -> np.ndarray:
-    """Check that these are equal to rounding, but for a few that are neighbours; and return what to go on with."""
+    """Check equality up to rounding, except for a few neighbouring codes. Return the values to go on with."""
     real = torch.view_as_real(ours) if ours.is_complex() else ours
     if real.dtype == torch.float64:
-        # m / √v of a small ĝ, after large ones, magnifies rounding
+        # after large ĝ, m / √v of a small ĝ magnifies rounding
         np.testing.assert_allclose(real.numpy(), theirs, rtol=1e-9, atol=1e-10)
         return theirs
     x = real.double().numpy()

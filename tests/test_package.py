@@ -1,4 +1,4 @@
-"""What importing and installing the package does, and does not."""
+"""Tests of the package's imports, requirements and command line."""
 
 from __future__ import annotations
 
@@ -105,6 +105,6 @@ def test_env_tells_what_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_env_where_triton_is_not(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [])  # where distributions are looked for
+    monkeypatch.setattr(sys, "path", [])  # importlib.metadata searches it for packages
     assert main(["env"]) == 0
     assert "triton     not installed\n" in capsys.readouterr().out

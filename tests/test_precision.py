@@ -1,4 +1,4 @@
-"""State and weights in fewer bits, in checkpoints: any format loads into any, and a resumed run is the run."""
+"""Tests of low-bit state and weights in checkpoints: each format loads into every other, and resuming is exact."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ FORMATS: dict[str, dict[str, Any]] = {
     "32 bits": {"state_dtype": "bfloat16", "master_weight_bits": 32},
     "stochastic": {"rounding": "stochastic"},
 }
-# how far a state may be from what was saved, as a share of its norm
+# the largest error of a loaded state, relative to the norm of the saved one
 LOSSES = {"float32": 0.0, "bfloat16": 0.004, "int8": 0.015, "mixed": 0.015, "24 bits": 0.015, "32 bits": 0.004}
 LOSSES["stochastic"] = 0.0
 
 
 class Model(nn.Module):
-    """Parameters of all kinds: some with rows that no block fits, channels-last, small and short ones."""
+    """A model of different parameters: rows that blocks do not divide, channels-last, few elements, short rows."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def test_low_bits_that_are_dropped_are_missed() -> None:
 
 
 def test_float32_weights_miss_no_low_bits() -> None:
-    """They have them: `full_precision_state_dict` put them there."""
+    """Weights from `full_precision_state_dict` contain the low bits, so loading does not warn that they are dropped."""
     model, optimizer = started(FORMATS["24 bits"])
     train(model, optimizer, 0, 3)
     other = copy.deepcopy(model).float()
@@ -198,7 +198,7 @@ def test_complex_state_is_no_codes(name: str, dtype: torch.dtype, shape: tuple[i
 
 
 def test_small_state_of_integers_is_no_codes() -> None:
-    """Nor if it is one number."""
+    """State that is too small to be coded loads unchanged when its values are integers, also if it is a scalar."""
     for shape in ((), (1,), (7,), (64, 31)):
         param = nn.Parameter(torch.ones(shape))
         optimizer = GrokAdamW([param], state_dtype="int8", gradient_clipping=0.0)
@@ -222,7 +222,7 @@ def test_the_slow_gradient_is_dropped_with_its_scale() -> None:
 
 @pytest.mark.parametrize("state_dtype", ["float32", "int8"])
 def test_32_bits_are_the_float32_weights(state_dtype: str) -> None:
-    """Given the same gradients; and they come out, and go in again."""
+    """With the same gradients they equal the weights of a float32 model; exporting and loading them is exact."""
     model, optimizer = started({"master_weight_bits": 32, "state_dtype": state_dtype})
     wide = Model(torch.float32)
     wide.load_state_dict({name: x.float() for name, x in model.state_dict().items()})
@@ -245,7 +245,7 @@ def test_32_bits_are_the_float32_weights(state_dtype: str) -> None:
 
 
 def test_an_optimizer_without_the_models_low_bits_is_refused() -> None:
-    """Also one of torch that carries along those of a GrokAdamW, which are stale. Then nothing was loaded."""
+    """An AdamW that loaded a GrokAdamW's state holds stale low bits, so it is refused, too. A refusal loads nothing."""
     model, optimizer = started({"master_weight_bits": 32})
     train(model, optimizer, 0, 1)
     weights, before = Model(torch.float32).state_dict(), copy.deepcopy(model.state_dict())
@@ -265,7 +265,7 @@ def test_an_optimizer_without_the_models_low_bits_is_refused() -> None:
 
 
 def test_where_there_are_no_low_bits_to_keep_any_grokadamw_will_do() -> None:
-    """A model of float32, and a frozen one of 16 bits with trained parts of float32."""
+    """A float32 model has no low bits to keep, nor has a frozen 16-bit model with trained float32 parts."""
     wide = Model(torch.float32)
     frozen = nn.ModuleList([Model(torch.bfloat16).requires_grad_(False), nn.Linear(2, 2)])
     for model, optimizer in (
@@ -309,7 +309,7 @@ def test_24_bits_come_out_to_their_precision() -> None:
 def test_a_model_that_is_no_longer_of_16_bits_has_no_low_bits(
     implementation: str, dtype: torch.dtype, half: torch.dtype
 ) -> None:
-    """Its weights are what it was rounded to, and low bits are added to them at no step."""
+    """After a cast to float32 or float64 the weights are the rounded ones, and no later step adds low bits to them."""
     with running(implementation, chunk=4096) as how:
         model = nn.Sequential(nn.Linear(70, 64), nn.Linear(64, 3)).to(half)
         optimizer = GrokAdamW(model.named_parameters(), master_weight_bits=32, **how)
@@ -341,7 +341,7 @@ def test_a_model_that_is_no_longer_of_16_bits_has_no_low_bits(
 
 
 def test_loading_makes_no_copies_in_the_parameters_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's own would be four times as large as int8, for as long as a file is loaded."""
+    """Torch's loader would cast int8 state to the parameter's dtype, and need four times the memory while it loads."""
     model, optimizer = started(FORMATS["int8"])
     train(model, optimizer, 0, 2)
     monkeypatch.setattr(torch.optim.Optimizer, "_process_value_according_to_param_policy", None)
@@ -369,7 +369,7 @@ def test_16_low_bits_are_rounded_to_the_nearest_8() -> None:
 
 
 def test_names_are_those_of_the_models_state_dict() -> None:
-    """A checkpoint wrapper's name is in those of parameters, and a hook takes it out of the state dict's."""
+    """A checkpoint wrapper adds its name to the parameters' names, and its hook removes it from the state dict's."""
     model = nn.Sequential(checkpoint_wrapper(nn.Linear(3, 2)), nn.Linear(2, 1)).bfloat16()
     optimizer = GrokAdamW(model.named_parameters(), lr=1e-4, master_weight_bits=32)
     for _ in range(2):
@@ -385,7 +385,7 @@ def test_names_are_those_of_the_models_state_dict() -> None:
 
 
 def test_a_state_dict_of_other_tensors_has_no_low_bits() -> None:
-    """As FSDP1's, which gathers what its parameters hold."""
+    """The function refuses a state dict that holds other tensors than the parameters, as FSDP1's gathered one does."""
     model = nn.Linear(3, 2).bfloat16()
     optimizer = GrokAdamW(model.named_parameters(), master_weight_bits=32)
     model._register_state_dict_hook(lambda module, state, prefix, _: state.update(weight=state["weight"].clone()))

@@ -1,4 +1,4 @@
-"""`GrokAdamW.for_grokking`."""
+"""Tests of `GrokAdamW.for_grokking`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_preset_takes_a_model_and_what_is_given_wins() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([1, 1 / 3, 0, 1 / length])
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.01, 0.01, 0.01 * length])
     set_gradients(list(model.parameters()))
-    optimizer.step()  # whose low β1 is meant, and not warned of
+    optimizer.step()  # its low β1 is intended, and causes no warning
     assert optimizer.layer_table()[-1].beta1 == pytest.approx(0.9 * 0.4**6)
     given = GrokAdamW.for_grokking(model, max_row_norm=0.25)
     assert {group["max_row_norm"] for group in given.param_groups} == {0.25}
@@ -54,7 +54,7 @@ def test_the_preset_takes_a_model_and_what_is_given_wins() -> None:
     [((), False), ((4,), False), ((1, 1, 4), False), ((4, 1, 1), False), ((1, 4, 1, 1), False), ((1, 4), True)],
 )
 def test_vectors_may_have_dimensions_of_1(shape: tuple[int, ...], decays: bool) -> None:
-    """As class tokens, gains of channels and scales of heads have. A weight of one output is a weight."""
+    """Class tokens, channel gains and head scales count as vectors; the weight of a layer with one output does not."""
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), Vector(shape), nn.Conv2d(4, 1, 1), nn.Linear(4, 1))
     groups = {name: group for group in GrokAdamW.for_grokking(model).param_groups for name in group["param_names"]}
     assert groups["2.gain"]["weight_decay"] == (1 if decays else 0)
@@ -75,7 +75,7 @@ def test_parametrized_modules_are_of_their_kind() -> None:
 
 
 def test_an_embedding_moves_and_shrinks_as_far_for_its_length_as_if_it_were_short() -> None:
-    """Under Adam a step does not depend on the gradient's size: rows of any length turn by the same angle."""
+    """Adam's step ignores the gradient's size, so the lr is scaled by the rows' length: all rows turn equally far."""
     moved = []
     for length in (1.0, 4.0, 50.0):
         torch.manual_seed(0)
@@ -116,7 +116,7 @@ def test_each_embedding_has_a_group_and_long_ones_a_higher_lr() -> None:
 
 
 def test_a_run_resumes_whose_embedding_has_become_short() -> None:
-    """The optimizer is made of the loaded model, and its learning rates are the checkpoint's."""
+    """The shrunken embedding would give a new optimizer a lower lr; loading the checkpoint restores the old one."""
 
     def model() -> nn.Module:
         return nn.Sequential(nn.Embedding(9, 16), nn.LayerNorm(16), nn.Linear(16, 3))
@@ -150,7 +150,7 @@ def test_what_does_not_show_its_parameters_is_refused() -> None:
         model[0].weight[0] = math.inf
     with pytest.raises(ValueError, match="the embedding 0.weight holds numbers that are not finite"):
         GrokAdamW.for_grokking(model)
-    GrokAdamW.for_grokking(nn.Sequential(model[0].requires_grad_(False), nn.Linear(16, 16)))  # takes no frozen one
+    GrokAdamW.for_grokking(nn.Sequential(model[0].requires_grad_(False), nn.Linear(16, 16)))  # frozen: not checked
     for make in (GrokAdamW.for_grokking, decay_groups):
         with pytest.raises(TypeError, match="model is TorchScript.*give the model that it was made from"):
             make(torch.jit.script(nn.Linear(2, 2)))
@@ -169,7 +169,7 @@ class Vector(nn.Module):
 
 
 def called(name: str, base: type[nn.Module], *arguments: Any) -> nn.Module:
-    """A module of a class with this name."""
+    """Return an instance of a new subclass of `base` that has this name."""
     made: nn.Module = type(name, (base,), {})(*arguments)
     return made
 
@@ -240,7 +240,7 @@ helpers.normed = rms  # type: ignore[attr-defined]
 
 
 class ByTrainingStep(nn.Module):
-    """As in Lightning."""
+    """A module that normalises in `training_step`, as Lightning's modules do."""
 
     def training_step(self, batch: Tensor) -> Tensor:
         return helpers.normed(batch)
@@ -254,7 +254,7 @@ class ByImport(nn.Module):
 
 
 class BesideAFlag(nn.Module):
-    """The flag has the function's name."""
+    """A module that calls layer_norm, and has a flag of the same name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -380,7 +380,7 @@ DEEP = nn.Sequential(SHALLOW, nn.Linear(4, 4))
         (nn.Sequential(*(weight_norm(nn.Linear(4, 4)) for _ in range(3))), (1e-2, 1, 4, 3)),
         (nn.Sequential(*(old_weight_norm(nn.Linear(4, 4)) for _ in range(3))), (1e-2, 1, 4, 3)),
         (nn.Sequential(*(nn.Conv1d(1, 1, 1) for _ in range(4))), (3e-3, 0.1, 10, 30)),
-        (Vector((4,)), (3e-3, 0.1, 10, 30)),  # which may be a whole model, flattened
+        (Vector((4,)), (3e-3, 0.1, 10, 30)),  # may be a whole model, flattened
         (SHALLOW[:1], (3e-3, 0.1, 10, 30)),
     ],
     ids=[
@@ -397,7 +397,7 @@ def test_without_norms_the_numbers_depend_on_how_many_weights_there_are(
 
 
 def test_a_weight_decay_that_is_given_stays_as_it_is() -> None:
-    """The preset's own grows with the signal."""
+    """Only a weight decay that the preset chooses grows with the signal."""
     for options, boost in (
         ({}, 30.0),
         ({"lr": 1e-3}, 30.0),
@@ -410,10 +410,10 @@ def test_a_weight_decay_that_is_given_stays_as_it_is() -> None:
         assert group["decay_boost"] == boost
 
 
-@pytest.mark.filterwarnings("ignore:a step found no gradient")  # as copies have none
+@pytest.mark.filterwarnings("ignore:a step found no gradient")  # copies have no gradients
 @pytest.mark.parametrize("options", [{}, {"grokking_signal_fns": None}])
 def test_the_preset_steps_further_while_a_model_has_memorised(options: dict[str, None]) -> None:
-    """So do its copies, and pickles."""
+    """Copies of the optimizer, and unpickled ones, boost their steps as the original does."""
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     optimizer = GrokAdamW.for_grokking(model, **options)
     set_gradients(list(model.parameters()))
@@ -442,10 +442,10 @@ def test_the_preset_has_layers_in_the_models_order() -> None:
 
 def test_the_presets_groups() -> None:
     only_matrices, only_vectors = nn.Linear(4, 4, bias=False), nn.LayerNorm(4)
-    for model in (only_matrices, only_vectors):  # what FSDP1 flattened is a vector, too
+    for model in (only_matrices, only_vectors):  # parameters that FSDP1 flattened are vectors, too
         (group,) = GrokAdamW.for_grokking(model, weight_decay=2.0).param_groups
         assert group["weight_decay"] == 2
-    model = nn.Sequential(nn.Embedding(4, 16), nn.Linear(16, 4), nn.ReLU())  # without norms biases decay
+    model = nn.Sequential(nn.Embedding(4, 16), nn.Linear(16, 4), nn.ReLU())  # biases decay without norms
     length = model[0].weight.norm(dim=1).mean().item()
     optimizer = GrokAdamW.for_grokking(model, lr=torch.tensor(0.1))
     assert [group["param_names"] for group in optimizer.param_groups] == [["1.weight", "1.bias"], ["0.weight"]]
@@ -453,7 +453,7 @@ def test_the_presets_groups() -> None:
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     for loss in (1.0, 2.0):
         scheduler.step(loss)
-    # torch 2.6's scheduler makes numbers of tensors
+    # torch 2.6's scheduler replaces tensors by numbers
     assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.1 / 2, 0.1 / 2 * length])
     optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(4)))]})
     assert optimizer.param_groups[-1]["weight_decay"] == 0.5
@@ -471,7 +471,7 @@ HOW = ["set_layers", "load_state_dict", "add_param_group", "deepcopy", "pickle"]
 
 
 def changed(model: nn.Module, optimizer: GrokAdamW, how: str) -> tuple[nn.Module, GrokAdamW]:
-    """Return both, or copies of both, after something that may make the next step look at the layers again."""
+    """Return both, or copies of both, after an action that may make the next step check the layers again."""
     if how == "set_layers":
         optimizer.set_layers(model)
     elif how == "load_state_dict":
@@ -528,7 +528,7 @@ def test_any_other_gamma_is_warned_of_once_the_layers_are_looked_at(
             take_step(optimizer)
     if how:
         model, optimizer = changed(model, optimizer, how)
-    if how in (None, "deepcopy") and not at_first:  # it has been said
+    if how in (None, "deepcopy") and not at_first:  # the first step has warned already
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             take_step(optimizer)

@@ -1,4 +1,4 @@
-"""compat="0.1.2" against that release itself, as the registry has it, in a process of its own."""
+"""Tests of compat="0.1.2" against release 0.1.2 from the registry, which runs in a separate process."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def problem(
     group_options: list[dict[str, Any]] | None = None,
     signals: list[str] | None = None,
     missing: bool = False,
-    losses: float | None = None,  # of the first step
-    switches_on_at: int | None = None,  # the step from which on λ is 2
+    losses: float | None = None,  # the first group's training loss at step 1
+    switches_on_at: int | None = None,  # λ is 2 from this step on
     steps: int = 50,
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
@@ -76,7 +76,7 @@ def problem(
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[list[torch.Tensor]]]]:
-    """What the release makes of every case."""
+    """Return the weights that release 0.1.2 computes in each case, after each step."""
     assert PUBLISHED.is_dir(), (
         f"release 0.1.2 is missing: run `make test`, or pip install --no-deps --target {PUBLISHED} grokadamw==0.1.2"
     )

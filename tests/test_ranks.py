@@ -1,4 +1,4 @@
-"""One transformer on two and four real processes, by every way to use many ranks, is the transformer of one process."""
+"""Tests that a transformer trains on two and four real processes, in each kind of parallelism, as it does on one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ OPTIONS: dict[str, Any] = {
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward part, in linear layers that tensor parallelism can divide."""
+    """An attention and feed-forward block whose linear layers tensor parallelism can divide."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Take and return (batch, length, width). A rank of tensor parallelism has some of the heads."""
+        """Map (batch, length, width) to the same shape. With tensor parallelism each rank computes some heads."""
         y = self.norm1(x)
         q, k, v = (
             each(y).unflatten(-1, (-1, x.shape[-1] // self.heads)).transpose(1, 2) for each in (self.q, self.k, self.v)
@@ -70,7 +70,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Sizes that four ranks do not divide, and a head of three rows, so that the fourth rank has none."""
+    """A transformer whose sizes four ranks do not divide; its head has three rows, so the fourth rank has none."""
 
     def __init__(self, width: int = 6, heads: int = 2, hidden: int = 10) -> None:
         super().__init__()
@@ -99,14 +99,14 @@ def loss_of(model: nn.Module, step: int, part: int, parts: int) -> Tensor:
 
 
 class Run(NamedTuple):
-    """The weights that a run ends with, and what its steps did: α, boost, norm and clip coefficient of each."""
+    """A run's final weights, and each step's α, boost, gradient norm and clip coefficient."""
 
     weights: dict[str, Tensor]
     steps: list[list[float]]
 
 
 def trained(model: nn.Module, optimizer: Any, losses: Callable[[int], Sequence[float]], inner: Any = None) -> Run:
-    """Train with `losses(step)`, which does a backward pass and returns what to record. `inner` is that of ZeRO."""
+    """Train. `losses(step)` runs backward and returns the losses to record; `inner` is the optimizer inside ZeRO's."""
     inner, steps = inner or optimizer, []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -115,16 +115,16 @@ def trained(model: nn.Module, optimizer: Any, losses: Callable[[int], Sequence[f
         optimizer.step()
         metrics = inner.metrics()
         steps.append([metrics[name] for name in ("alpha", "boost", "grad_norm", "clip_coefficient")])
-    assert len(inner._run.cache.plans) == 1  # the batches were found once, DTensors' too
+    assert len(inner._run.cache.plans) == 1  # the batches were planned once, also those of DTensors
     weights = {name.removeprefix("module."): whole(p.detach()).clone() for name, p in model.named_parameters()}
     return Run(weights, steps)
 
 
 def on_part(model: nn.Module, part: int, parts: int) -> Callable[[int], Sequence[float]]:
-    """Return losses of one part of each batch."""
+    """Return a function that runs backward on one part of a step's batch, and returns both losses."""
 
     def losses(step: int) -> Sequence[float]:
-        with torch.no_grad():  # first: FSDP2 keeps weights gathered after it, until a backward pass
+        with torch.no_grad():  # comes first: it leaves FSDP2's weights gathered until a backward pass
             eval_loss = loss_of(model, 1000 + step, part, parts)
         train_loss = loss_of(model, step, part, parts)
         train_loss.backward()
@@ -135,7 +135,7 @@ def on_part(model: nn.Module, part: int, parts: int) -> Callable[[int], Sequence
 
 @functools.cache
 def alone(parts: int) -> Run:
-    """Train in one process, on whole batches. The signal is the mean of those of their parts."""
+    """Train in one process on whole batches. The signal is the mean of the signals of the batches' parts."""
     model = Transformer()
     seen: list[list[float]] = []
 
@@ -189,7 +189,7 @@ def hsdp(rank: int, ranks: int) -> Run:
 
 
 def _divide(model: Transformer, mesh: Any) -> None:
-    """Divide the blocks by columns and rows, as Megatron does; all else is whole on every rank."""
+    """Divide the blocks by columns and rows, as Megatron does. Every rank holds all other parameters whole."""
     plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in ("q", "k", "v", "up")}
     plan |= {name: RowwiseParallel() for name in ("o", "down")}
     for layer in model.layers:
@@ -230,7 +230,7 @@ def test_ranks_train_as_one_process(ranks: int, ways: list[str], tmp_path: Path)
     for way, *runs in zip(ways, *found, strict=True):
         expected = alone({"TP": 1, "FSDP2 and TP": ranks // 2}.get(way, ranks))
         alphas = [[alpha for alpha, *_ in run.steps] for run in runs]
-        assert all(each == alphas[0] for each in alphas), way  # to the bit
+        assert all(each == alphas[0] for each in alphas), way  # bit for bit
         assert len(set(alphas[0])) > 10
         assert min(clip for *_, clip in expected.steps) < 1
         differences = {
@@ -247,10 +247,10 @@ SITUATIONS = ["a signal raises", "one rank records", "NaN", "no parameters", "no
 
 
 def _with_less(way: str, situation: str, rank: int) -> tuple[list[Tensor], list[dict[str, float]]]:
-    """What happens on the second rank alone: the weights after some steps, and the metrics of each step."""
+    """Train with the second rank in this situation. Return the final weights, and the metrics of each step."""
     model: nn.Module = network(torch.float64)
     if way == "FSDP2" and situation == "no parameters":
-        model = nn.Linear(5, 1, dtype=torch.float64)  # whose one row is on the first rank
+        model = nn.Linear(5, 1, dtype=torch.float64)  # its one row is on the first rank
     if way == "FSDP2":
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
         has_none = all(not cast(DTensor, p).to_local().numel() for p in model.parameters())
@@ -292,13 +292,13 @@ def _with_less(way: str, situation: str, rank: int) -> tuple[list[Tensor], list[
     ],
 )
 def test_no_rank_waits_for_one_that_has_less(way: str, situation: str, tmp_path: Path) -> None:
-    """A rank that waits fails after 30 seconds."""
+    """A rank that waits for the other fails after 30 seconds."""
     (weights, steps), (others, its) = in_processes(functools.partial(_with_less, way, situation), tmp_path)
     moves_alone = way == "DDP" and situation in ("no parameters", "no gradients")
     assert moves_alone or all(map(torch.equal, weights, others))
     assert all(weight.isfinite().all() for weight in weights)
     for ours, theirs in zip(steps, its, strict=True):
-        if moves_alone:  # whose parameters are whole on each rank, and so is their norm
+        if moves_alone:  # under DDP each rank has whole parameters and its own norm
             ours["grad_norm"] = theirs["grad_norm"] = 0
         assert ours == pytest.approx(theirs, rel=0, abs=0, nan_ok=True)
     assert steps[-1]["skipped_steps"] == (1 if situation == "NaN" else 0)
@@ -307,7 +307,7 @@ def test_no_rank_waits_for_one_that_has_less(way: str, situation: str, tmp_path:
 
 
 def _lack_gradients(rank: int) -> list[tuple[float, float, float]]:
-    """DTensors that are divided in two ways. The second rank lacks some or all gradients, from the first step on."""
+    """Train DTensors that are sharded along either dimension; the second rank lacks gradients from the start."""
     mesh = init_device_mesh("cpu", (2,))
     found = []
     for how in ("all", "of the first group", "a warm-up", "a signal that sums", "raise", "accumulated"):
@@ -347,17 +347,17 @@ def _lack_gradients(rank: int) -> list[tuple[float, float, float]]:
 def test_ranks_that_lack_gradients_meet_where_others_do(tmp_path: Path) -> None:
     first, second = in_processes(_lack_gradients, tmp_path)
     assert first == second
-    elements = [15, 23, 15, 15, 29]  # that have a gradient at the last step which was taken
+    elements = [15, 23, 15, 15, 29]  # with a gradient at the last step that was taken
     assert [norm for norm, *_ in first[:5]] == pytest.approx([2 * math.sqrt(n) for n in elements])
-    assert first[3][1] < 0.98  # of a signal that is not 0
+    assert first[3][1] < 0.98  # the signal is not 0
 
 
 def _small(mesh: Any, options: dict[str, Any]) -> tuple[list[Tensor], GrokAdamW]:
-    """A few steps, of which one lacks a gradient, and one comes after a checkpoint; on a mesh or without one."""
+    """Take five steps, on a mesh or without: one lacks a gradient, and one follows the loading of a checkpoint."""
     torch.manual_seed(0)
     shapes: list[tuple[int, ...]] = [(9, 5), (9, 4, 3), (40,), (), (1, 6)]
     if "int8" in options.values():
-        shapes += [(70, 65), (5000,)]  # large enough to be coded
+        shapes += [(70, 65), (5000,)]  # large enough to be stored as codes
     values = [torch.randn(shape) for shape in shapes]
 
     def placed(x: Tensor) -> Tensor:
@@ -421,7 +421,7 @@ OVERFLOWS: dict[str, dict[str, Any]] = {
 
 
 def _overflow_on_one_rank(rank: int) -> list[list[Any]]:
-    """For each way and with and without `unscale_`: loss scales, or what is said; and whether a refused step wrote."""
+    """Return, by way and with or without `unscale_`, the loss scales, any error and whether it left the weights."""
     found = []
     for way, unscale in itertools.product(OVERFLOWS, (True, False)):
         torch.manual_seed(0)
@@ -450,7 +450,7 @@ def _overflow_on_one_rank(rank: int) -> list[list[Any]]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_ranks_agree_on_what_overflows(tmp_path: Path) -> None:
-    """One rank's scale was halved, and the other's was not; with Accumulate they waited for each other."""
+    """All ranks halve the loss scale. Before, only one did, and with Accumulate the ranks waited for each other."""
     first, second = in_processes(_overflow_on_one_rank, tmp_path)
     assert first == second
     for agreed, refused in zip(first[::2], first[1::2], strict=True):
@@ -462,7 +462,7 @@ def test_ranks_agree_on_what_overflows(tmp_path: Path) -> None:
 
 
 def _built_before_fsdp1(rank: int) -> list[list[str]]:
-    """What steps say if FSDP1 replaced the optimizer's parameters; and if one rank alone has no gradient."""
+    """Return the warnings of two steps after FSDP1 replaced the parameters, and where only one rank has no gradient."""
     said = []
     for replaced in (True, False):
         model = nn.Linear(6, 4)

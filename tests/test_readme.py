@@ -1,4 +1,4 @@
-"""The README's code runs, and its figures, and those on other pages, are those that the benchmarks wrote."""
+"""Tests that the README's code runs, and that its figures and those of other pages are the benchmarks' results."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_figures_on_grokking_are_those_of_the_runs(page: Path) -> None:
 
 
 SCALING = ("memory on many GPUs", "time on many GPUs", "latency", "memory by ranks")
-TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {  # page, file of results, what makes a table of them
+TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {  # page, results file, function that makes the table
     "step time": ("docs/speed.md", "step_time-cpu", step_time.table),
     "filter time": ("docs/grokfast.md", "filter_time-cpu", filter_time.table),
     "accumulation": ("docs/accumulation.md", "accumulation", accumulation.table),

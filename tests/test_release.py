@@ -1,4 +1,4 @@
-"""What a release says of itself: the metadata that PyPI shows, and that no file gives another version."""
+"""Tests of the metadata that PyPI shows for a release, and that all files give the same version."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RELATIVE = re.compile(r"\]\((?!https?:|#)")
 
 
 def copy_of_the_source(folder: Path) -> Path:
-    """What an sdist is made of, as a build leaves its objects where it was made."""
+    """Copy the files of an sdist to this folder, because a build leaves its objects in the folder where it runs."""
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, files.split("\0")):
         if name.startswith("grokadamw/") or "/" not in name:
@@ -29,7 +29,7 @@ def copy_of_the_source(folder: Path) -> Path:
 
 
 def metadata(source: Path, address: str) -> Message:
-    """What a build of the source writes, where the owner has filled in this address."""
+    """Return the metadata that a build of the source writes if the owner has filled in this address."""
     pytest.importorskip("setuptools", minversion="77")
     setup = (source / "setup.py").read_text()
     (source / "setup.py").write_text(re.sub(r'^REPOSITORY = ".*"$', f'REPOSITORY = "{address}"', setup, flags=re.M))
@@ -61,7 +61,7 @@ def test_the_readme_on_pypi_has_absolute_links(tmp_path: Path) -> None:
     assert len(targets) > 10
     assert [target for target in targets if not (ROOT / target).is_file()] == []
 
-    renderer = pytest.importorskip("readme_renderer.markdown", exc_type=ImportError)  # PyPI's own
+    renderer = pytest.importorskip("readme_renderer.markdown", exc_type=ImportError)  # PyPI's renderer
     html = renderer.render(page)
     assert f'src="{ADDRESS}/raw/v{grokadamw.__version__}/benchmarks/results/mul97.png"' in html
     assert not re.findall(r'(?:src|href)="(?!https?://|#)', html)

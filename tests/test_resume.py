@@ -1,4 +1,4 @@
-"""A run that is saved, loaded, copied or pickled, and goes on."""
+"""Tests of runs that are saved, loaded, copied or pickled, and then continue."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .models import network, parameters, same, saved_and_loaded, set_gradients, 
 @pytest.mark.parametrize("stop", range(14))
 @pytest.mark.filterwarnings("ignore:a step was skipped", "ignore:layer")
 def test_a_resumed_run_is_the_uninterrupted_run(stop: int, dtype: torch.dtype) -> None:
-    """Signals with a memory, recorded losses, skipped steps and float32 state of bfloat16 parameters, at every step."""
+    """Resume after any step, with stateful signals, recorded losses, skips, and float32 state of bfloat16 weights."""
 
     def start() -> tuple[nn.Module, GrokAdamW]:
         model = network(dtype)
@@ -118,7 +118,7 @@ def test_pickle_keeps_all_but_signals_of_ones_own(options: dict[str, float]) -> 
     assert copied.defaults == optimizer.defaults
     copied.step()
     assert copied.metrics()["signal"] == pytest.approx(memorisation(0.5, 5.5))
-    copied.record(train_acc=1.0, eval_acc=0.25)  # the copy's AccuracyGap hears the copy
+    copied.record(train_acc=1.0, eval_acc=0.25)  # the copy's AccuracyGap reads the copy's accuracies
     copied.step()
     assert copied.metrics()["signal"] == pytest.approx((memorisation(0.5, 5.5) + 0.75) / 2)
     copied.set_signals(lambda: 0.25)
@@ -148,7 +148,7 @@ def test_pickle_keeps_the_default_signal() -> None:
     _, optimizer = trained()
     copied = pickle.loads(pickle.dumps(optimizer))
     copied.step()
-    assert copied.metrics()["signal"] == pytest.approx(0.75)  # of the recorded losses
+    assert copied.metrics()["signal"] == pytest.approx(0.75)  # from the recorded losses
 
 
 def test_deepcopy_keeps_signals_and_gives_them_the_copy() -> None:
@@ -183,7 +183,7 @@ def test_a_loss_with_a_graph_that_was_set_by_hand_can_be_copied() -> None:
 def test_a_copy_warns_for_itself_and_keeps_what_waits() -> None:
     params = parameters()
     optimizer = GrokAdamW(params, grokking_signal_fns=lambda: None)
-    optimizer._run.signals.waiting["Later"] = {"calls": 3}  # as loaded before its signal is registered
+    optimizer._run.signals.waiting["Later"] = {"calls": 3}  # as if loaded before its signal is registered
     copied = copy.deepcopy(optimizer)
     for each in (optimizer, copied):
         set_gradients(each.param_groups[0]["params"])
@@ -315,7 +315,7 @@ def test_a_step_count_from_elsewhere_becomes_a_tensor() -> None:
 
 
 def test_a_wrapper_that_copies_attributes_shares_what_changes() -> None:
-    """As Lightning's does."""
+    """Signals that are set on a wrapper with copied attributes, such as Lightning's, reach the original optimizer."""
     params = parameters()
     optimizer = GrokAdamW(params)
     wrapper = GrokAdamW.__new__(GrokAdamW)
@@ -430,7 +430,7 @@ def test_names_that_are_too_few_are_not_loaded(names: Any) -> None:
 
 
 def test_loading_leaves_what_a_trainer_told_gradscaler() -> None:
-    """As torch's AdamW does."""
+    """Loading keeps a `_step_supports_amp_scaling` that a trainer has set, as torch's AdamW does."""
     optimizer = GrokAdamW(parameters())
     optimizer._step_supports_amp_scaling = True
     optimizer.load_state_dict(optimizer.state_dict())
@@ -450,7 +450,7 @@ def test_options_that_do_not_go_together_are_refused_before_anything_changes() -
 
 
 def test_a_schedulers_0_is_loaded() -> None:
-    """To rounding."""
+    """A scheduler's rounding may make an lr of 0 slightly negative; a checkpoint with such an lr can be loaded."""
     optimizer = GrokAdamW(parameters())
     optimizer.param_groups[0]["lr"] = -1e-19
     optimizer.load_state_dict(optimizer.state_dict())
@@ -517,7 +517,7 @@ def test_a_slow_gradient_that_is_not_in_the_checkpoint_is_missed() -> None:
 
 @pytest.mark.usefixtures("nothing_is_free_to_read")
 def test_losses_come_back_to_the_device_that_they_were_on() -> None:
-    """From a checkpoint that was loaded to the CPU: so that α is computed where it was."""
+    """Losses from a checkpoint on the CPU move to the parameters' device, so that α is computed there again."""
     optimizer = GrokAdamW([nn.Parameter(torch.empty(2, device="meta"))])
     saved = optimizer.state_dict()
     for name in ("train_loss", "eval_acc"):
@@ -538,7 +538,7 @@ def test_a_corrupt_memory_of_signals_starts_afresh(corrupt: Any) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"window_size": 3}, {"master_weight_bits": 32}, {"master_weight_bits": 24}])
 def test_what_was_loaded_in_memory_is_a_copy(options: dict[str, Any]) -> None:
-    """torch's optimizers share the tensors with the one whose state dict it is."""
+    """Loading copies the tensors. Torch's optimizers share them with the optimizer that made the state dict."""
     params, twins = parameters(), parameters()
     for p in (*params, *twins) if "master_weight_bits" in options else ():
         p.data = p.data.bfloat16()
@@ -564,7 +564,7 @@ def test_what_was_loaded_in_memory_is_a_copy(options: dict[str, Any]) -> None:
     ],
 )
 def test_a_load_that_fails_changes_nothing(make: Callable[[Any], Any], entry: str) -> None:
-    """For want of memory, say: here a tensor without any is copied."""
+    """A load that fails midway, e.g. for lack of memory, changes nothing. Here the copy of a meta tensor fails."""
     model = network()
     optimizer = make(list(model.parameters()))
     train(model, range(5), lambda step, loss: optimizer.step())

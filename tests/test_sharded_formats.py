@@ -1,4 +1,4 @@
-"""State and weights in fewer bits, sharded over two real processes: the bits of one process, and checkpoints."""
+"""Tests of low-bit state and weights sharded over real processes: they equal one process's, also in checkpoints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from grokadamw.state.formats import BLOCK
 from .test_distributed import RANKS, in_processes, whole
 from .test_precision import FORMATS, LOSSES
 
-# name: shape, how it is divided, and whether blocks of int8 are whole then
+# name: shape, placement, and whether its shards are stored as int8 codes, which needs whole blocks
 PARAMETERS: dict[str, tuple[tuple[int, ...], Any, bool]] = {
     "even": ((64, 128), Shard(0), True),
     "uneven": ((77, 97), Shard(0), True),
@@ -48,8 +48,9 @@ PARAMETERS: dict[str, tuple[tuple[int, ...], Any, bool]] = {
     "replicated": ((64, 97), Replicate(), True),
     "small": ((8, 8), Shard(0), False),
 }
-ALIKE = [name for name, (_, _, is_coded) in PARAMETERS.items() if is_coded or name == "small"]  # on any number of ranks
-ROWS = ["even", "uneven", "one row", "cube", "vector"]  # whose blocks keep their numbers
+# parameters that have the same format on any number of ranks
+ALIKE = [name for name, (_, _, is_coded) in PARAMETERS.items() if is_coded or name == "small"]
+ROWS = ["even", "uneven", "one row", "cube", "vector"]  # sharding does not renumber their blocks
 
 
 class Model(nn.Module):
@@ -81,7 +82,7 @@ def train(model: nn.Module, optimizer: GrokAdamW, first: int, last: int) -> None
 
 
 def values(model: nn.Module, optimizer: GrokAdamW) -> dict[str, dict[str, Tensor]]:
-    """Return each parameter and its state, all of it on every rank."""
+    """Return each parameter and its state, gathered on every rank."""
     found = {}
     for name, param in model.named_parameters():
         kept = {"param": param.detach(), **optimizer.state[param]}
@@ -114,7 +115,7 @@ def _before(rank: int) -> dict[str, int]:
 def test_ranks_have_dithers_of_their_own(tmp_path: Path) -> None:
     first, second = in_processes(_before, tmp_path)
     assert {*first.values()} == {0}
-    # those of rows that are cut within their first block are not told apart
+    # a shard that begins within a row's first block is not told apart from the first rank's
     assert {name for name, before in second.items() if before == 0} == {"uneven columns", "replicated"}
 
 
@@ -122,7 +123,7 @@ def test_ranks_have_dithers_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("foreach", [None, True], ids=["the kernel", "decoded"])
 @pytest.mark.parametrize("name", ["bfloat16", "int8", "24 bits", "32 bits", "stochastic"])
 def test_two_ranks_have_the_bits_of_one_process(name: str, foreach: bool | None, tmp_path: Path) -> None:
-    """Given equal gradients, wherever rows or blocks are whole; else what decodes to nearly the same."""
+    """With equal gradients, shards of whole rows or blocks have one process's bits; other weights are nearly equal."""
     options = {**FORMATS[name], "foreach": foreach}
     model, optimizer = started(options)
     train(model, optimizer, 0, 4)
@@ -138,7 +139,7 @@ def test_two_ranks_have_the_bits_of_one_process(name: str, foreach: bool | None,
 
 
 def _full_weights(rank: int) -> bool:
-    """Whether float32 weights come out of shards, and go in, as in one process."""
+    """Return True if float32 weights exported from shards equal one process's, and can be loaded back exactly."""
     alone, its = started(FORMATS["32 bits"] | {"foreach": True})
     model, optimizer = started(FORMATS["32 bits"] | {"foreach": True}, init_device_mesh("cpu", (RANKS,)))
     train(alone, its, 0, 3)
@@ -162,9 +163,9 @@ def save(model: nn.Module, optimizer: GrokAdamW, folder: Path) -> None:
 
 
 def begin_to_save(model: nn.Module, optimizer: GrokAdamW, folder: Path) -> Any:
-    """Return a future: the run may go on while a checkpoint of this moment is written.
+    """Start to save a checkpoint, and return a future, so that training can continue meanwhile.
 
-    A thread writes it. Its collectives need a group of their own, as those of a step may come in between.
+    A thread writes the checkpoint. Its collectives need their own group, because a step's may run in between.
     """
     of_model, of_optimizer = get_state_dict(model, optimizer)
     both = {"model": of_model, "optimizer": of_optimizer}
@@ -179,7 +180,7 @@ def load(model: nn.Module, optimizer: GrokAdamW, folder: Path) -> None:
 
 
 def _saved_by_two(options: dict[str, Any], folder: Path, rank: int) -> Any:
-    """Whether two ranks go on from what they saved, bit for bit; and what one process is to find."""
+    """Save and resume on two ranks. Return whether loading changed bits, whether resuming is exact, and the values."""
     mesh = init_device_mesh("cpu", (RANKS,))
     model, optimizer = started(options, mesh, ALIKE)
     train(model, optimizer, 0, 3)
@@ -223,7 +224,7 @@ def test_checkpoints_go_from_two_ranks_to_one_and_back(name: str, tmp_path: Path
 
 
 def _by_ranks(options: dict[str, Any], folder: Path, ranks: int, names: list[str], rank: int) -> list[Any]:
-    """Go on from each of these checkpoints; save in the midst of it, and go on from that, too."""
+    """Resume from each of these checkpoints, save another on the way, and resume from that one, too."""
     found = []
     for name in names:
         model, optimizer = started(options, init_device_mesh("cpu", (ranks,)), ALIKE)
@@ -247,9 +248,9 @@ def _by_ranks(options: dict[str, Any], folder: Path, ranks: int, names: list[str
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "int8"])
 def test_checkpoints_go_between_one_two_and_four_ranks(name: str, tmp_path: Path) -> None:
-    """Two ranks save; four and one go on, and save; two and four go on from what those saved, and so does one."""
+    """Two ranks save a checkpoint. One, two and four ranks resume from it and save, and then from each other's."""
     options = FORMATS[name]
-    saved: dict[str, Any] = {}  # by the ranks that a run had, one after the other
+    saved: dict[str, Any] = {}  # the keys list the numbers of ranks that the run had, in order
 
     def go_on(ranks: int, names: list[str]) -> None:
         for results in in_processes(functools.partial(_by_ranks, options, tmp_path, ranks, names), tmp_path, ranks):
@@ -281,7 +282,7 @@ def test_checkpoints_go_between_one_two_and_four_ranks(name: str, tmp_path: Path
                     if key == "param":
                         largest = max(largest, (x - saved[other][each][key]).abs().max().item())
     print(f"{name}: on 1, 2 and 4 ranks, and from each to each, weights differ by {largest:.1e} at most")
-    # parts of rows are rounded by other dithers; a step is 0.01 long
+    # parts of rows are rounded with other dithers; the lr is 0.01
     assert largest <= {"float32": 0, "bfloat16": 0.001, "int8": 0.03}[name]
 
 
@@ -291,20 +292,20 @@ def _codes_of_other_ranks(rank: int) -> str:
     optimizer = GrokAdamW([p], state_dtype="int8")
     optimizer.step()
     state_dict = optimizer.state_dict()
-    state_dict["state"][0]["exp_avg"].fill_(3.0)  # as torch.distributed.checkpoint copies codes
+    state_dict["state"][0]["exp_avg"].fill_(3.0)  # torch.distributed.checkpoint copies codes in this way
     with pytest.raises(ValueError, match="exp_avg of parameter 0 holds codes") as raised:
         optimizer.load_state_dict(state_dict)
     return str(raised.value)
 
 
 def test_codes_of_another_number_of_ranks_name_the_way_out(tmp_path: Path) -> None:
-    """The optimizer was to be constructed with the state_dtype that it had."""
+    """The error asks for as many ranks as saved the codes. Before, it asked for the state_dtype already in use."""
     for said in in_processes(_codes_of_other_ranks, tmp_path):
         assert "on as many ranks as saved it: these cut its blocks of 64" in said
 
 
 def _converted(name: str, rank: int) -> Any:
-    """A state of shards by itself, in float32, and after a way into another format and back; and gathered by torch."""
+    """Convert sharded int8 state to float32, directly and by way of another format; let torch gather and load it."""
     mesh = init_device_mesh("cpu", (RANKS,))
     model, optimizer = started(FORMATS["int8"] | {"foreach": True}, mesh, ALIKE)
     train(model, optimizer, 0, 3)
@@ -349,12 +350,12 @@ def test_shards_go_into_another_format(name: str, tmp_path: Path) -> None:
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    # rows may be divided anyhow, and vectors where a block ends: one of 101 elements would be rounded by other dithers
+    # a cut between rows is harmless; a vector cut within a block would be rounded with other dithers: so no bias of 101
     return nn.Sequential(nn.Linear(96, 128), nn.GELU(), nn.Linear(128, 101, bias=False), nn.GELU(), nn.Linear(101, 1))
 
 
 def _fsdp(options: dict[str, Any], rank: int | None) -> list[Tensor]:
-    """The weights after steps on the same batch on every rank; in one process without a rank."""
+    """Train on the same batches on every rank, or in one process if `rank` is None, and return the weights."""
     model = network().bfloat16() if "master_weight_bits" in options else network()
     if rank is not None:
         mesh = init_device_mesh("cpu", (RANKS,))
@@ -373,7 +374,7 @@ def _fsdp(options: dict[str, Any], rank: int | None) -> list[Tensor]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["int8", "24 bits"])
 def test_fsdp_trains_as_one_process(name: str, tmp_path: Path) -> None:
-    """Bit for bit, as ranks with one batch have the gradient of one process."""
+    """Ranks that share a batch have one process's gradient, so the weights must equal one process's bit for bit."""
     expected = _fsdp(FORMATS[name], None)
     for found in in_processes(functools.partial(_fsdp, FORMATS[name]), tmp_path):
         assert all(map(torch.equal, found, expected))

@@ -1,4 +1,4 @@
-"""What drives α."""
+"""Tests of the signals, which drive α."""
 
 from __future__ import annotations
 
@@ -335,7 +335,7 @@ def test_set_signals_keeps_the_combination_and_refuses_the_bad() -> None:
     assert optimizer.metrics()["signal"] == 0.75
 
 
-# ready-made
+# ready-made signals
 
 
 @given(losses, losses)
@@ -359,7 +359,7 @@ def test_memorisation(train_loss: float, eval_loss: float) -> None:
 
 def test_memorisation_is_large_only_where_the_training_data_alone_is_known() -> None:
     assert memorisation(4.6, 4.8) < 0.01  # at the start
-    assert memorisation(0.01, 5.0) > 0.99  # by heart
+    assert memorisation(0.01, 5.0) > 0.99  # memorised
     assert memorisation(0.001, 0.1) < 0.01  # generalised
 
 
@@ -376,7 +376,7 @@ def test_memorisation_of_a_loss_that_is_not_finite_is_nan(train_loss: float, eva
     ("train_loss", "eval_loss"), [(math.nan, 0.3), (0.1, math.nan), (math.inf, 0.3), (0.1, math.inf)]
 )
 def test_a_loss_that_is_not_finite_is_no_signal(train_loss: float, eval_loss: float, kind: Any) -> None:
-    """Rather than no gap: a run that diverges does not generalise."""
+    """A non-finite loss gives NaN rather than a gap of 0, because a run that diverges does not generalise."""
     assert math.isnan(loss_gap(kind(train_loss), kind(eval_loss)))
     optimizer = optimizer_with(None)
     optimizer.record(train_loss=train_loss, eval_loss=eval_loss)
@@ -392,7 +392,7 @@ def test_loss_gap_of_negative_losses_is_0_as_in_the_published_release() -> None:
 def test_accuracy_gap() -> None:
     gap = AccuracyGap()
     signals = Signals([gap, lambda: 1.0])
-    assert signals.evaluate(None, None) == 1  # it does not count until it knows both
+    assert signals.evaluate(None, None) == 1  # the gap does not count until both are recorded
     gap.record(train=torch.tensor(0.75))
     assert signals.evaluate(None, None) == 1
     assert signals.failures == 0
@@ -412,14 +412,14 @@ def test_accuracy_gap_hears_what_the_optimizer_records() -> None:
     optimizer = optimizer_with(gap)
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     optimizer.record(train_acc=1.0)
-    assert alpha_after(optimizer) == 0.98  # it waits for both
+    assert alpha_after(optimizer) == 0.98  # the gap waits for both
     assert optimizer.metrics()["signal_failures"] == 0
     optimizer.record(eval_acc=0.25)
     assert alpha_after(optimizer) == pytest.approx(0.98 * math.exp(-0.1 * 0.75))
     assert optimizer.metrics()["signal/AccuracyGap"] == 0.75
     optimizer.record(train_acc=0.125)
     assert alpha_after(optimizer) == 0.98
-    optimizer.set_signals(AccuracyGap())  # a later one knows what was recorded
+    optimizer.set_signals(AccuracyGap())  # a new one reads what was recorded before
     optimizer.record(train_acc=0.75)
     assert alpha_after(optimizer) == pytest.approx(0.98 * math.exp(-0.1 * 0.5))
 
@@ -452,7 +452,7 @@ def test_the_gap_of_accuracies(train: float, evaluation: float, own_train: Any, 
 def test_an_accuracy_that_is_on_a_device_is_not_read() -> None:
     gap = AccuracyGap()
     optimizer = GrokAdamW([nn.Parameter(torch.empty(2, device="meta"))], grokking_signal_fns=gap)
-    optimizer.record(train_acc=torch.empty((), device="meta"), eval_acc=torch.empty(1, device="meta"))  # has no number
+    optimizer.record(train_acc=torch.empty((), device="meta"), eval_acc=torch.empty(1, device="meta"))  # no values
     assert gap.ready
     assert gap().device.type == "meta"
     here = optimizer_with(gap)
@@ -632,7 +632,7 @@ def test_groups_share_what_a_device_computes() -> None:
     optimizer = GrokAdamW(groups, grokking_signal_fns=lambda: torch.tensor(0.5))
     set_gradients(params, 0)
     optimizer.step()
-    alike, other_lr, boosted, forgetful = optimizer._run.last.effects  # α and a boost each
+    alike, other_lr, boosted, forgetful = optimizer._run.last.effects  # each has an α and a boost
     assert alike is other_lr
     assert float(alike.alpha) == float(boosted.alpha) == pytest.approx(0.98 * math.exp(-0.05))
     assert (float(boosted.boost), float(forgetful.alpha)) == (2.0, pytest.approx(0.5 * math.exp(-0.05)))

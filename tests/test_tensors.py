@@ -1,4 +1,4 @@
-"""Which tensors a step takes: dtypes, strides, groups of several kinds."""
+"""Tests of the tensors that a step accepts: dtypes, strides, and groups with different options."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_what_is_asked_for_in_the_middle_of_a_run_counts_at_once(option: str, mo
 
 
 def test_groups_with_the_same_options_share_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with libraries that make a group of each parameter."""
+    """Groups with equal options share a backend call, because some libraries make a group of each parameter."""
     params = parameters(5)
     optimizer = GrokAdamW([{"params": [p], "lr": lr} for p, lr in zip(params, (0.1, 0.2, 0.1, 0.2, 0.1), strict=True)])
     set_gradients(params)
@@ -129,7 +129,7 @@ OF_GROUPS = st.fixed_dictionaries(
 @settings(max_examples=20)
 @given(st.lists(st.lists(OF_GROUPS, min_size=4, max_size=4), min_size=3, max_size=3), st.sampled_from([1, 2]))
 def test_groups_step_as_optimizers_of_their_own(steps: list[list[dict[str, Any]]], accumulation_steps: int) -> None:
-    """Whichever groups have the same options, and whatever they had at the step before."""
+    """Groups step as separate optimizers would, whichever options they share, and however options change."""
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(3, 2)) for _ in range(4)]
     alone = copy.deepcopy(params)
@@ -189,7 +189,7 @@ def test_a_conjugate_gradient_is_taken_for_what_it_is() -> None:
 def test_a_gradient_without_memory_is_zero(
     options: dict[str, Any], at_first: bool, without_library: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch.sgn has such a gradient, a ZeroTensor, whose address is 0."""
+    """The gradient of torch.sgn is a ZeroTensor, whose address is 0; a step treats it as zeros."""
     if without_library:
         monkeypatch.setattr(native, "signature", lambda: None)
     p, q = (nn.Parameter(torch.linspace(-1, 1, 4096).view(64, 64)) for _ in range(2))
@@ -280,7 +280,7 @@ def test_alpha_may_be_a_tensor(given: Any, foreach: bool) -> None:
     assert optimizer.metrics()["alpha"] == pytest.approx(0.9 * np.exp(-0.1), rel=1e-7)
     if isinstance(kind, torch.Tensor):
         kind.fill_(0.5)
-        assert optimizer.metrics()["alpha"] == pytest.approx(0.9 * np.exp(-0.1), rel=1e-7)  # it was, then
+        assert optimizer.metrics()["alpha"] == pytest.approx(0.9 * np.exp(-0.1), rel=1e-7)  # at the last step
         optimizer.step()
         assert optimizer.metrics()["alpha"] == pytest.approx(0.5 * np.exp(-0.1), rel=1e-7)
 
@@ -291,7 +291,7 @@ def test_alpha_may_be_a_tensor(given: Any, foreach: bool) -> None:
 def test_state_that_was_set_by_hand_is_as_new_state_would_be(
     options: dict[str, Any], names: list[str], dtype: torch.dtype
 ) -> None:
-    """As dead neurons are reset: by zeros like the parameter, which may be of a narrower dtype than its state."""
+    """Users reset dead neurons with zeros_like(param), whose dtype may be narrower; it acts as new state would."""
     params = [nn.Parameter(torch.linspace(-1, 1, 64 * 64).view(64, 64).to(dtype)) for _ in range(2)]
     optimizer = GrokAdamW(params, gamma=0.0, **options)
     for p in params:
@@ -307,12 +307,12 @@ def test_state_that_was_set_by_hand_is_as_new_state_would_be(
     assert {name: x.dtype for name, x in by_hand.items()} == {name: x.dtype for name, x in expected.items()}
     for name in STATES:
         a, b = (unpacked(state, name) for state in (by_hand, expected))
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)  # codes are rounded by the parameter's number
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)  # the rounding of codes depends on the parameter's index
     torch.testing.assert_close(params[0], params[1])
 
 
 def test_state_follows_a_parameters_memory_format() -> None:
-    """Else each step would convert it, and a resumed run, whose state does, would differ in the last bits."""
+    """Otherwise each step would convert the state, and a resumed run would differ from the first in the last bits."""
     optimizers = []
     for is_late in (False, True):
         torch.manual_seed(0)

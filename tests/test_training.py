@@ -1,4 +1,4 @@
-"""What comes in training: λ off and on, spikes, zeros, what is not finite."""
+"""Tests of events in training: λ switched off and on, boosts, loss spikes, zero and non-finite gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .models import (
 
 
 def test_amplification_is_switched_off_and_on_in_mid_run() -> None:
-    """While λ is 0 the step is AdamW's, and μ goes on: back at 2, it is as old as the run."""
+    """While λ is 0 the step is AdamW's, but still updates μ, so that μ is up to date when λ is 2 again."""
     params, twins = parameters(1), parameters(1)
     optimizer = GrokAdamW(params, gamma=0.0, gradient_clipping=0.0, lamb=2.0)
     always = GrokAdamW(twins, gamma=0.0, gradient_clipping=0.0, lamb=2.0)
@@ -76,7 +76,7 @@ BOOSTED = {"signal_boost": 2.0, "max_row_change": 0.01, "decay_boost": 8.0, "wei
 @pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}], ids=["float32", "int8"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_boosts_are_a_higher_lr_a_wider_limit_and_more_decay(implementation: str, options: dict[str, Any]) -> None:
-    """To the bit what a schedule by hand does; groups do not show it. A signal beyond [0, 1] counts as its end."""
+    """Boosts equal a manual schedule bit for bit, and leave the groups as they are. Signals are clamped to [0, 1]."""
     said: list[Any] = [None]
     with running(implementation, chunk=4096) as how:
         models = [nn.Sequential(nn.Linear(70, 70), nn.Linear(70, 2)) for _ in range(2)]
@@ -124,11 +124,11 @@ def test_groups_have_boosts_of_their_own() -> None:
     assert (optimizer.metrics()["boost"], optimizer.metrics()["decay_boost"]) == (2, 9)
 
 
-# what comes in training
+# spikes, infinities, zeros and derivatives
 
 
 def test_a_loss_spike_does_not_end_the_run() -> None:
-    """One gradient ten million times too large: clipped, so that no moment remembers it for long."""
+    """Clipping limits one gradient that is ten million times too large, so that the moments soon forget it."""
 
     def losses(spike: float) -> list[float]:
         model, seen = network(), []
@@ -179,7 +179,7 @@ def test_an_infinite_gradient_at_any_step_has_not_been(at: int, foreach: bool) -
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_zero_gradient_forever_decays_and_stays_finite(dtype: torch.dtype, foreach: bool) -> None:
     p = nn.Parameter(torch.ones(3, dtype=dtype))
-    options = {"lr": 0.25, "weight_decay": 0.5, "alpha_init": 0.9}  # so that the weight and the averages soon underflow
+    options = {"lr": 0.25, "weight_decay": 0.5, "alpha_init": 0.9}  # the weight and the averages soon underflow
     optimizer = GrokAdamW([p], **options, grokking_signal_fns=SlowGradient(every=1), foreach=foreach)
     p.grad = torch.ones_like(p)
     optimizer.step()
@@ -223,7 +223,7 @@ def test_a_learning_rate_has_a_derivative() -> None:
     assert torch.autograd.gradcheck(end, lr)
 
 
-# what is not finite
+# non-finite gradients
 
 
 @pytest.mark.parametrize("foreach", [True, False])
@@ -298,7 +298,7 @@ def test_a_skipped_step_is_counted_even_where_warnings_are_errors() -> None:
 
 
 def test_raise_looks_again_after_signals() -> None:
-    """They are users' code, and may leave other gradients than they met."""
+    """Signals are user code and may change gradients, so the step checks the gradients again after them."""
     params = parameters()
 
     def signal() -> float:
@@ -325,7 +325,7 @@ def test_a_step_that_raises_does_not_move_the_signals() -> None:
 
 @pytest.mark.filterwarnings("ignore:a step was skipped")
 def test_a_first_step_that_is_skipped_makes_no_state() -> None:
-    """So that λ may be 0 from the step on that is the first."""
+    """A skipped first step creates no state, so λ may be set to 0 before the first step that is taken."""
     params = parameters()
     optimizer = GrokAdamW(params)
     set_gradients(params, scale=float("nan"))

@@ -1,4 +1,4 @@
-"""What pip makes of the package, with a C compiler and without one, in an environment that has nothing but torch."""
+"""Tests of installing the package with pip, with and without a C compiler, in an environment that has only torch."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def run(*command: str | Path, compiler: str, cwd: Path | None = None) -> str:
 
 
 def check_in_an_empty_environment(package: Path, compiler: str, folder: Path) -> None:
-    """Install a wheel or an sdist where there is only torch, and take a step."""
+    """Install a wheel or an sdist in an environment that has only torch, and take a step."""
     venv.create(folder / "venv", with_pip=False)
     site = next((folder / "venv").glob("lib/python*/site-packages"))
-    # torch's own folder, whose .pth files, and so the package in development, do not count there
+    # add the folder of torch; its own .pth files, such as that of a development install, are not read then
     (site / "torch.pth").write_text(sysconfig.get_path("purelib"))
     python = folder / "venv/bin/python"
     run(*PIP, "--no-cache-dir", "--python", python, "install", "--no-deps", package, compiler=compiler)
@@ -76,7 +76,7 @@ def test_a_wheel_in_an_empty_environment(compiler: str, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_a_release_in_an_empty_environment(compiler: str, tmp_path: Path) -> None:
-    """The sdist; and the wheel that is built from it, as `python -m build` does."""
+    """Check the sdist, and the wheel that `python -m build` builds from it."""
     for tool in ("build", "twine"):
         pytest.importorskip(tool)
     source = copy_of_the_source(tmp_path / "source")
@@ -88,7 +88,7 @@ def test_a_release_in_an_empty_environment(compiler: str, tmp_path: Path) -> Non
     with tarfile.open(sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
     assert {"CHANGELOG.md", "CITATION.cff", "LICENSE", "grokadamw/backends/cpu_kernel.c"} <= files
-    assert not [name for name in files if name.startswith(("tests", "benchmarks", "docs"))]  # all, or none
+    assert not [name for name in files if name.startswith(("tests", "benchmarks", "docs"))]  # complete, or not at all
     for package in (sdist, wheel):
         folder = tmp_path / package.suffix
         folder.mkdir()

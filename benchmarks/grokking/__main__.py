@@ -1,4 +1,4 @@
-"""The experiment bench: which optimizer generalises when, on what?
+"""The experiment bench: train tasks with several optimizers, and compare when they generalise.
 
     python -m benchmarks.grokking list
     python -m benchmarks.grokking run --task mul97 --method adamw grokadamw --seeds 0 1 2
@@ -6,8 +6,9 @@
     python -m benchmarks.grokking report
 
 `run` trains, shows its progress, prints a table, and writes the curves as a picture and the runs to a CSV file.
-`evidence` does the runs of the report that benchmarks/results/grokking.csv does not have yet. Stop it at any time, and
-start it again to go on. With --dry-run it only says which runs are missing. `report` makes the report from that file.
+`evidence` does the runs of the report that benchmarks/results/grokking.csv does not have yet. You can stop it at any
+time, and start it again to go on. With --dry-run it only lists the missing runs. `report` makes the report from the
+file.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command == "list":
         listing(console)
     elif options.command == "run":
-        try:  # fails before there is anything to lose
+        try:  # an error here comes before there is anything to lose
             asked = checked(options)
             options.out.mkdir(parents=True, exist_ok=True)
         except (TypeError, ValueError, OSError) as error:

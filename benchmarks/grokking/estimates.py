@@ -1,4 +1,4 @@
-"""How long runs take, estimated from finished runs."""
+"""Estimates of how long runs take, from finished runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def minutes_by_task(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def minutes(asked: Run, rows: Iterable[Row]) -> float | None:
-    """Return the minutes that a run will take, by its method's runs on its task, or all methods'. None without runs."""
+    """Estimate a run's minutes from its method's runs on its task, or else from all runs on it. None without any."""
     alike = [row for row in rows if row.task == asked.task and row.minutes]
     alike = [row for row in alike if row.method == asked.method] or alike
     if not alike:

@@ -6,8 +6,8 @@ Every method gets the same trials:
 - every other task: four to nine cells, one seed; then the best with three other seeds, or ten where runs are quick;
 - architectures, and other kinds of models: on each task the grid on one seed, as a race; then its three best cells on
   another seed, and the best of these on five more. If AdamW's best cell is on the grid's edge, the cells beyond it are
-  tried, too; if it fails on two of the five seeds, the second-best cell gets them, too. Of several of
-  AdamW's cells that ran on the five seeds the best counts;
+  tried, too. If it fails on two or more of the five seeds, the second-best cell runs on them, too. If several of
+  AdamW's cells ran on the five seeds, the best one counts;
 - tasks on real data: a grid for each, then five seeds.
 """
 
@@ -34,12 +34,12 @@ PRESET = "grokadamw-grokking"
 METHODS = ["adamw", "adamw-matrices", PRESET, "grokadamw-no-filter", "adamw-row-limits", "grokadamw", "grokfast-adamw"]
 MOD97_METHODS = [*METHODS, "grokadamw-short-rows", "muon"]
 COMPARED = ["adamw", "grokfast-adamw", "grokadamw", PRESET]  # on the other tasks
-RISING = "grokadamw-rising-decay"  # on the grid alone
+RISING = "grokadamw-rising-decay"  # runs on the grid only
 BY_ACCURACY = "grokadamw-by-accuracy"
 OTHER_METHODS = ["row-norm-cap", "orthograd", "muon"]
 
 GRID_TASKS, LRS, DECAYS = ["mul97", "sub97"], (1e-3, 3e-3, 1e-2), (0.3, 1.0, 3.0)
-DECAYS_OF = {"row-norm-cap": (0.0, 0.3, 1.0)}  # methods meant to do without weight decay
+DECAYS_OF = {"row-norm-cap": (0.0, 0.3, 1.0)}  # for methods that are meant to need no weight decay
 GRID_BUDGET, BUDGET, AFTERWARDS = 1500, 3000, 100  # steps
 GRID_SEEDS, SEEDS = (0, 1), range(2, 12)
 TRIAL_SEED, OTHER_SEEDS = 0, (1, 2, 3)  # reported runs use other seeds than those that chose the cell
@@ -49,13 +49,13 @@ OTHER_SEEDS_OF: dict[str, Iterable[int]] = {
     **dict.fromkeys(QUICK, SEEDS),
 }
 
-# the preset's lr, wd and d for models without norms, by `kinds.WEIGHTS`; where wd is given, d must be, too
+# the preset's lr, wd and d for models without norms, by `kinds.WEIGHTS`; a run that gives wd must give d, too
 WITHOUT_NORMS: dict[int, tuple[float, float, dict[str, Any]]] = {
     max(weights, 2): (preset["lr"], preset["weight_decay"], {"decay_boost": preset["decay_boost"]})
     for weights, preset in _WITHOUT_NORMS.items()
 }
 
-# lr and wd of each of the other tasks
+# lrs and weight decays of the grid of each other task
 OTHER_TASKS = {
     "parity": ((3e-3, 1e-2, 3e-2, 1e-1), (0.3, 1.0)),
     "mnist": ((1e-3, 3e-3, 1e-2), (0.3, 2.0, 5.0)),
@@ -65,7 +65,7 @@ OTHER_TASKS = {
     "add113": ((1e-3, 3e-3, 1e-2), (1.0, 3.0)),
 }
 
-# the preset, with a constant weight decay, and with one thing changed: a method, and its options
+# the preset with a constant weight decay, and with one change each: a method, and its options
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "as it is": (PRESET, {}),
     "weight decay follows the signal": (PRESET, BOOST),
@@ -93,26 +93,26 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "second_moment='raw'": (PRESET, {"second_moment": "raw"}),
 }
 
-# every architecture × four tasks, each with a grid of its own
+# every architecture × four tasks; each pair has its own grid
 PAIRS = [f"{problem}/{name}" for problem in PROBLEMS for name in architectures.load()]
 PAIR_METHODS = ["adamw", PRESET, "grokadamw"]
-# on these no setting of the preset was chosen
+# no setting of the preset was chosen on these
 UNSEEN = [pair for pair in PAIRS if pair.endswith("/wide")]
 UNSEEN += [f"s5/{name}" for name in ("dropout", "llama", "post-norm", "deep")]
-# other kinds of models, with a task each, and a grid of its own
+# other kinds of models; each has one task and its own grid
 KINDS = [task.name for task in kinds.TASKS]
-PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # else the grid's
+PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # others have the grid's
 PAIR_SEEDS = range(100, 105)
 WIDE_LRS, WIDE_DECAYS = (3e-4, *LRS, 3e-2, 1e-1), (0.1, *DECAYS, 10.0)  # the grid, and the cells beyond it
 FIRST, BEHIND, FINALISTS = (3e-3, 1.0), 1.5, 3  # the race: a cell stops at 1.5 times the first cell's steps
 RECIPES = ((1e-3, 1.0), (1e-3, 0.01))  # lr and wd of AdamW in public code
 
-# where the preset runs with accuracies for its signal, too: the two-block model, other kinds, and division
-SHORT = {"mnist": 3, "parity": 2}  # of the other tasks, those of quick models without norms, and their weights
+# tasks on which the preset also runs with a signal of accuracies: the two-block model's, other kinds, division
+SHORT = {"mnist": 3, "parity": 2}  # other tasks with quick models without norms; how many weights these have
 SHORT_BUDGET = 3000
 BY_ACCURACY_TASKS = [*LEARNT, *KINDS, *(pair for pair in PAIRS if pair.startswith("div97/")), *SHORT]
 
-# real data, where the best score counts: lrs, decays and seeds of the grid, and the methods
+# real data, judged by the best score: lrs, decays and seeds of the grid, and the methods
 DATA_LRS, DATA_DECAYS = (3e-4, 1e-3, 3e-3), (0.1, 0.3, 1.0, 3.0, 10.0)
 DATA_METHODS = ["adamw", PRESET, "grokadamw"]
 FINETUNING = "hamlet-finetuning"
@@ -123,9 +123,9 @@ DATA: dict[str, tuple[Iterable[float], Iterable[float], Iterable[int], list[str]
     **dict.fromkeys(["breast-cancer", "digits", "diabetes"], (DATA_LRS, DATA_DECAYS, GRID_SEEDS, DATA_METHODS)),
 }
 DATA_SEEDS = range(100, 105)
-WEAKER = {"lamb": 0.5}  # than the default λ of 2, for a model that is trained already
+WEAKER = {"lamb": 0.5}  # a weaker filter than the default λ of 2, for a model that is already trained
 
-# what state and weights are kept in: a method, and its options
+# formats of state and weights: a method, and its options
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "float32": (PRESET, {}),
     "bfloat16 states": (PRESET, {"state_dtype": "bfloat16"}),
@@ -137,7 +137,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FORMAT_TASKS = {"mul97": (1.4, None), "mnist-vit": (1.4, None), "hamlet": (0.1, 600)}  # weight decay and steps
 
-# {filter} × {weight decay}: Grokfast's settings of its section 4 with and without one of the two
+# without and with the filter × low and high weight decay: the settings of Grokfast's section 4
 TWO_BY_TWO = {
     "mnist": ({"alpha": 0.8, "lamb": 0.1}, 1e-3, (0.01, 2.0), 60000),
     "sentiment": ({"alpha": 0.98, "lamb": 2.0}, 3e-4, (1.0, 10.0), 1500),
@@ -149,7 +149,7 @@ Cell = tuple[float, float]  # lr, wd
 def best(rows: Iterable[Row]) -> Cell | None:
     """Return the cell with the lowest geometric mean of steps, or None if there are no rows.
 
-    A failure counts as twice the budget. The highest score decides between equals, and so alone decides where a task
+    A failure counts as twice the budget. The highest score decides between equals, and so decides alone on a task that
     has no level to reach.
     """
     steps: dict[Cell, list[tuple[float, float]]] = defaultdict(list)
@@ -191,7 +191,7 @@ def finals(method: str, rows: list[Row]) -> list[Run]:
 
 
 def untuned() -> list[Run]:
-    """Return runs of the preset as it comes, on the same seeds as `finals`."""
+    """Return runs of the preset with its own settings, on the same seeds as `finals`."""
     pairs = product(MOD97, SEEDS)
     return [Run.of(task, PRESET, seed, budget=BUDGET, afterwards=AFTERWARDS) for task, seed in pairs]
 
@@ -237,7 +237,7 @@ def pair_grid(pair: str, method: str, rows: list[Row]) -> list[Run]:
     if first not in done:
         return [first]
     limit = min(budget, math.ceil(BEHIND * (done[first].sustained or budget)))
-    # runs that went to the end before there was a race count, too
+    # runs that took the whole budget before races were introduced count, too
     return [run if run in done else replace(run, budget=limit) for run in whole]
 
 
@@ -277,8 +277,8 @@ def _of_best(rows: list[Row]) -> list[Row]:
 def pair_beyond(pair: str, method: str, rows: list[Row]) -> list[Run]:
     """Return runs of AdamW beyond its grid, if the best cell is on the grid's edge: all cells next to it, as a race.
 
-    They run on the first seed; the quickest of them then runs on the second seed, too. On other kinds of models, some
-    of which want very high learning rates, cells with two learning rates more are tried.
+    They run on the first seed; the quickest of them then runs on the second seed, too. On other kinds of models the two
+    next higher learning rates are tried, because some of these models need very high ones.
     """
     inside = {row.seed: row for row in pair_best(pair, method, rows)}
     if method != "adamw" or not inside:
@@ -296,7 +296,7 @@ def pair_beyond(pair: str, method: str, rows: list[Row]) -> list[Run]:
 
 
 def pair_finals(pair: str, method: str, rows: list[Row]) -> list[Run]:
-    """Return runs with the best cell: of the grid, or beyond it, over both seeds."""
+    """Return runs with the best cell, over both seeds, of the grid and beyond it."""
     asked = pair_beyond(pair, method, rows)
     beyond = select(rows, asked)
     if len(beyond) < len(asked):
@@ -330,13 +330,13 @@ def has_norms(pair: str) -> bool:
 
 
 def pair_untuned(pair: str) -> list[Run]:
-    """Return runs of the preset as it comes."""
+    """Return runs of the preset with its own settings."""
     own = () if has_norms(pair) else WITHOUT_NORMS[kinds.WEIGHTS[pair.partition("/")[2]]]
     return [Run.of(pair, PRESET, seed, *own) for seed in PAIR_SEEDS]
 
 
 def by_accuracy(task: str) -> dict[str, list[Run]]:
-    """Return runs of the untuned preset by name of the method: its signal is of losses, or of accuracies."""
+    """Return runs of the untuned preset, by method: with a signal of losses, and with one of accuracies."""
     if task in LEARNT:
         losses = [run for run in untuned() if run.task == task]
     elif task in SHORT:
@@ -365,7 +365,7 @@ def data_finals(task: str, method: str, rows: list[Row]) -> list[Run]:
 
 
 def data_reported(task: str, rows: list[Row]) -> dict[str, list[Run]]:
-    """Return the runs that are reported of a task on real data, by name."""
+    """Return the reported runs of a task on real data, by name."""
     runs = {method: data_finals(task, method, rows) for method in DATA[task][-1]}
     if task == FINETUNING:
         runs["grokadamw, λ 0.5, at AdamW's cell"] = [run for run in weaker(rows) if run.seed in DATA_SEEDS]
@@ -373,7 +373,7 @@ def data_reported(task: str, rows: list[Row]) -> dict[str, list[Run]]:
 
 
 def weaker(rows: list[Row]) -> list[Run]:
-    """Return runs of fine-tuning with a weaker filter, at the best cell of AdamW's grid: first on the grid's seeds."""
+    """Return runs of fine-tuning with a weaker filter, at the best cell of AdamW's grid; the grid's seeds are first."""
     cell = best(select(rows, data_grid(FINETUNING, "adamw")))
     if cell is None:
         return []
@@ -390,7 +390,7 @@ def two_by_two(task: str) -> list[Run]:
 
 
 def formats() -> dict[str, list[Run]]:
-    """Return runs of the preset in each format, on seeds of the reports."""
+    """Return runs of the preset in each format, on the seeds of reported runs."""
     return {
         name: [
             Run.of(task, method, seed, None, decay, options, budget)
@@ -411,12 +411,12 @@ def variations(rows: list[Row]) -> dict[str, list[Run]]:
 
 
 def todo(rows: list[Row]) -> list[Run]:
-    """Return the next runs that are not done yet. Runs that these will choose come later."""
+    """Return the next runs that are not done yet. Their results will choose later ones."""
     return next(not_done(rows), [])
 
 
 def missing(rows: list[Row]) -> list[Run]:
-    """Return all runs that are not done yet, as far as `rows` say which they are."""
+    """Return all runs that are not done yet, as far as `rows` determine them."""
     return list(dict.fromkeys(run for stage in not_done(rows) for run in stage))
 
 
@@ -428,13 +428,13 @@ def not_done(rows: list[Row]) -> Iterator[list[Run]]:
 
 
 def stages(rows: list[Row]) -> Iterator[list[Run]]:
-    """Yield the runs in the order in which they are done, as far as `rows` say which they are."""
+    """Yield the runs in the order in which they are done, as far as `rows` determine them."""
 
-    of: dict[str, list[Row]] = defaultdict(list)  # the rows of each task, as most parts need no others
+    of: dict[str, list[Row]] = defaultdict(list)  # by task: most parts need the rows of one task only
     for row in rows:
         of[row.task].append(row)
 
-    def learnt(asked: list[Run]) -> list[Run]:  # x² + xy + y² takes longest, as it fails, and comes later
+    def learnt(asked: list[Run]) -> list[Run]:  # x² + xy + y² comes later: it fails, and so takes longest
         return [run for run in asked if run.task in LEARNT]
 
     yield learnt(untuned())

@@ -22,7 +22,7 @@ CHUNK = 1024  # examples evaluated at once; the first chunk alone if the task is
 
 @dataclass
 class Curve:
-    """What a run did. Lists are parallel, one entry an evaluation."""
+    """The course of a run, in parallel lists with one entry per evaluation."""
 
     solved: float
     steps: list[int] = field(default_factory=list)
@@ -33,16 +33,16 @@ class Curve:
     alpha: list[float] = field(default_factory=list)
 
     def first(self, scores: list[float]) -> int | None:
-        """The index of the first evaluation that is good enough, or None."""
+        """Return the index of the first evaluation that is good enough, or None."""
         return next((i for i, score in enumerate(scores) if score >= self.solved), None)
 
     def best(self, scores: list[float]) -> int | None:
-        """The index of the first evaluation with the highest score, or None if no score is a number."""
+        """Return the index of the first evaluation with the highest score, or None if no score is a number."""
         numbers = [i for i, score in enumerate(scores) if not math.isnan(score)]
         return max(numbers, key=scores.__getitem__, default=None)
 
     def sustained(self, scores: list[float]) -> int | None:
-        """The index of the first of six evaluations in a row that are good enough, or None."""
+        """Return the index of the first of six evaluations in a row that are good enough, or None."""
         good = [score >= self.solved for score in scores]
         return next((i for i in range(len(good) - IN_A_ROW + 1) if all(good[i : i + IN_A_ROW])), None)
 
@@ -159,13 +159,13 @@ class Training:
 class Captured(Training):
     """The steps of a run on a GPU: each size of batch has a CUDA graph, captured at the fourth step or later."""
 
-    EAGER = 3  # steps, after which a capture has nothing left to create
+    EAGER = 3  # steps; after these a capture has nothing left to create
 
     def __init__(self, task: Task, model: nn.Module, optimizer: Optimizer, clip: float) -> None:
         super().__init__(task, model, optimizer, clip)
         if not isinstance(optimizer, (GrokAdamW, torch.optim.AdamW)):
             raise TypeError(f"{type(optimizer).__name__}: on a GPU AdamW and GrokAdamW can be captured, and no others")
-        for group in optimizer.param_groups:  # the schedule fills it, and a graph reads it
+        for group in optimizer.param_groups:  # the schedule writes the lr, and a graph reads it
             group["lr"] = torch.tensor(float(group["lr"]), device="cuda")
             group["capturable"] = True
             if type(optimizer) is torch.optim.AdamW:
@@ -200,7 +200,7 @@ class Captured(Training):
 
     def hear(self) -> None:
         if isinstance(self.optimizer, GrokAdamW):
-            self.optimizer.update_signals()  # a replay does not
+            self.optimizer.update_signals()  # a graph's replay does not
 
 
 def evaluate(task: Task, model: nn.Module, data: Split) -> float:

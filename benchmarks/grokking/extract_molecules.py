@@ -1,4 +1,4 @@
-"""The script that wrote molecules.csv: some of QM9 (doi:10.1038/sdata.2014.22), from the package qm9pack 1.0.3.
+"""The script that wrote molecules.csv: 500 of QM9's molecules (doi:10.1038/sdata.2014.22) from qm9pack 1.0.3.
 
     pip install --no-deps qm9pack==1.0.3
     python -m benchmarks.grokking.extract_molecules

@@ -1,8 +1,8 @@
-"""Many runs at a time on one GPU, because a single run is much too small for it.
+"""Execution of many runs at a time on one GPU, because a single run is much too small for it.
 
-The steps of a run are replays of a CUDA graph on a stream of its own. A process goes from run to run: it starts a run's
-steps up to the next evaluation, and sees to the other runs while the GPU works on them. Data and initial weights for a
-seed are those of the CPU. Dropout's random numbers are not: they depend on the runs beside it.
+The steps of a run are replays of a CUDA graph on a stream of its own. A process goes from run to run: it launches a
+run's steps up to the next evaluation, and serves the other runs while the GPU works on them. A seed gives the same data
+and initial weights as on the CPU. Dropout's random numbers differ: they depend on the other runs of the process.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from . import tasks
 from .experiment import Curve, evaluations
 from .runs import COLUMNS, Row, Run, append, commit, row_of
 
-AT_ONCE = 12  # runs of a process
-METHODS = ("adamw", "grokadamw")  # how the names begin of methods that can be captured: AdamW and GrokAdamW
+AT_ONCE = 12  # runs per process
+METHODS = ("adamw", "grokadamw")  # prefixes of the methods that can be captured
 
 Todo: TypeAlias = "Queue[Run | None]"
 Done: TypeAlias = "Queue[Row | str]"
@@ -37,7 +37,7 @@ def takes(asked: Run) -> bool:
 
 
 def execute_all(missing: Callable[[], Iterable[Run]], path: Path, jobs: int | None, console: Console) -> None:
-    """Execute all missing runs. Each run's row is in the file when it ends, so `missing` may choose runs by it.
+    """Execute all missing runs. A row is written when its run ends, so `missing` may choose runs by earlier rows.
 
     Args:
         missing: returns the runs that have no row, the most wanted first.
@@ -46,7 +46,7 @@ def execute_all(missing: Callable[[], Iterable[Run]], path: Path, jobs: int | No
         console: where progress is shown.
 
     Raises:
-        RuntimeError: a run failed. It has the first failure's message, and comes after all other runs have ended.
+        RuntimeError: a run failed. The error has the first failure's message, and is raised after all runs have ended.
     """
     jobs = jobs or 4
     context = multiprocessing.get_context("spawn")
@@ -80,7 +80,7 @@ def execute_all(missing: Callable[[], Iterable[Run]], path: Path, jobs: int | No
 
 
 def ended(done: Done, workers: list[BaseProcess]) -> list[Row | str]:
-    """Wait until one or more runs have ended, and return for each its row, or what went wrong."""
+    """Wait until one or more runs have ended, and return the row, or the error, of each."""
     found: list[Row | str] = []
     while not found:
         try:

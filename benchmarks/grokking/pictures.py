@@ -12,7 +12,7 @@ from .experiment import Curve
 from .runs import Row, Run
 from .tasks import Task, right
 
-NAMES = {  # of methods, for readers who do not know the bench
+NAMES = {  # names of methods for readers who do not know the bench
     "adam": "Adam, no weight decay",
     "adamw": "AdamW, tuned",
     "grokadamw": "GrokAdamW, default settings",

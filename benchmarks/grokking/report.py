@@ -1,4 +1,4 @@
-"""Tables and pictures of the runs in grokking.csv. Tables are put between the marks of the pages that show them."""
+"""Tables and pictures of the runs in grokking.csv. The tables are written between the marks in the pages."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def both_of_pairs(rows: list[Row], names: Iterable[str] = evidence.PAIRS) -> dic
 
 
 def ratio(preset: list[Row], adamw: list[Row]) -> float | None:
-    """Return the preset's median over AdamW's, or over AdamW's budget if that failed. None without two medians."""
+    """Return the preset's median over AdamW's, or over AdamW's budget if AdamW failed. None if either has no rows."""
     if not preset or not adamw:
         return None
     ours, adamws = (float(np.median(steps(rows))) for rows in (preset, adamw))
@@ -136,7 +136,7 @@ def two_digits(ratio: float) -> str:
 
 
 def pairs(names: list[str], rows: list[Row]) -> str:
-    """Return a table of models × tasks: AdamW tuned on each, where that is done, and the untuned preset."""
+    """Return a table of models × tasks, with AdamW tuned on each, if its runs are done, and the untuned preset."""
     lines, ratios = list[list[str]](), list[float]()
     compared: tuple[list[Row], list[Row]] = ([], [])
     for pair, (adamw, preset) in both_of_pairs(rows, names).items():
@@ -171,7 +171,7 @@ def recipes(rows: list[Row]) -> str:
 
 
 def defaults(rows: list[Row]) -> str:
-    """Return the table of GrokAdamW's defaults, tuned, beside a tuned AdamW, where all their runs are done."""
+    """Return the table of GrokAdamW's defaults and AdamW, both tuned, for the pairs whose runs are all done."""
     lines, ratios = list[list[str]](), list[float]()
     compared: tuple[list[Row], list[Row]] = ([], [])
     for pair, (adamw, _) in both_of_pairs(rows).items():
@@ -205,11 +205,11 @@ def by_accuracy(rows: list[Row]) -> str:
     return markdown(["task/model", "AdamW, tuned", "preset, by losses", "preset, by accuracies"], lines)
 
 
-Both = tuple[list[Row], list[Row]]  # AdamW's, and the preset's, on the same task
+Both = tuple[list[Row], list[Row]]  # AdamW's rows and the preset's, on the same task
 
 
 def summary(rows: list[Row]) -> str:
-    """Return the preset's medians over a tuned AdamW's, and failures, for models and tasks whose runs are all done."""
+    """Return the table of the preset's medians over a tuned AdamW's, and of failures, for pairs with all runs done."""
     home = select(rows, evidence.finals("adamw", rows)), select(rows, evidence.untuned())
     tasks_at_home = [[[row for row in found if row.task == task] for found in home] for task in LEARNT]
     sets = [("two-block model, tasks mod 97", evidence.SEEDS, [(adamw, preset) for adamw, preset in tasks_at_home])]
@@ -241,7 +241,7 @@ def summary(rows: list[Row]) -> str:
 
 
 def _in_short(compared: list[Both]) -> list[str]:
-    """Return how many pairs there are; their best, median, worst and mean ratio; failed runs of preset and AdamW."""
+    """Return the number of pairs; their best, median, worst and mean ratio; the failed runs of preset and AdamW."""
     ratios = [found for adamw, preset in compared if (found := ratio(preset, adamw)) is not None]
     numbers = min(ratios), float(np.median(ratios)), max(ratios), math.exp(float(np.mean(np.log(ratios))))
     adamws, presets = ([x for found in each for x in steps(found)] for each in zip(*compared, strict=True))
@@ -250,7 +250,7 @@ def _in_short(compared: list[Both]) -> list[str]:
 
 
 def afterwards(names: list[str], rows: list[Row]) -> str:
-    """Return, for the same runs on tasks that are learnt, when training is learnt, what comes after, and the time."""
+    """Return the table of memorisation, dips before and after learning, and time, for runs on tasks that are learnt."""
     lines = []
     for name in names:
         found = [row for row in select(rows, evidence.finals(name, rows)) if row.task in LEARNT]
@@ -283,7 +283,7 @@ def afterwards(names: list[str], rows: list[Row]) -> str:
 
 
 def reach(names: list[str], rows: list[Row]) -> str:
-    """Return how often and when each method grokked over the grid of lr × wd, if all of the grid is done."""
+    """Return the table of how often and when each method grokked on the grid of lr × wd, if the whole grid is done."""
     lines = []
     for name in names:
         asked = evidence.grid(name)
@@ -333,7 +333,7 @@ def variations(rows: list[Row]) -> str:
 
 
 def formats(rows: list[Row]) -> str:
-    """Return the steps until each task is learnt, or the median and range of the best scores."""
+    """Return the table of the steps until each task is learnt, or of the median and range of the best scores."""
 
     def entry(found: list[Row]) -> str:
         if not found or not math.isinf(tasks.load()[found[0].task].solved):
@@ -349,7 +349,7 @@ def formats(rows: list[Row]) -> str:
 
 
 def data(names: Iterable[str], rows: list[Row]) -> str:
-    """Return the median and range of the best scores; losses without the minus that makes them scores."""
+    """Return the table of the median and range of the best scores. Losses are shown without their minus."""
     lines = []
     for task in names:
         opponents: list[float] = []
@@ -398,7 +398,7 @@ TABLES: dict[str, Table] = {
 
 
 def filled(text: str, rows: list[Row]) -> str:
-    """Return the page with its tables made anew, between the marks `<!-- name -->` and `<!-- /name -->`."""
+    """Return the page with new tables between the marks `<!-- name -->` and `<!-- /name -->`."""
     for name, table in TABLES.items():
         mark = f"<!-- {name} -->\n"
         pattern = re.compile(f"{re.escape(mark)}.*?<!-- /{re.escape(name)} -->", re.DOTALL)

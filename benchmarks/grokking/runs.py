@@ -51,7 +51,7 @@ CSV = ROOT / "benchmarks" / "results" / "grokking.csv"
 
 
 News: TypeAlias = "tuple[Run, int, str]"  # steps taken, and what to show
-news: Queue[News]  # from a worker to its parent
+news: Queue[News]  # each worker's messages to its parent
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Row(Run):
-    """A run and its results. Steps are those of the first of six good evaluations in a row; None means never."""
+    """A run and its results. Steps are those of the first of six good evaluations in a row; None stands for never."""
 
     train: int | None = None  # training score
     first: int | None = None  # the first good evaluation, which may not last
     sustained: int | None = None
-    seconds: float | None = None  # until `sustained`, without evaluations; machines and neighbours differ
+    seconds: float | None = None  # until `sustained`, without evaluations; depends on the machine and on what else runs
     steps: int = 0  # taken in all
     lowest: float | None = None  # the lowest score since `sustained`
     best: float = 0.0
-    best_at: int | None = None  # the step of the best score; empty in rows from before this column
+    best_at: int | None = None  # the step of the best score; empty in rows that are older than this column
     last: float = 0.0
     last_train: float = 0.0
     minutes: float = 0.0  # of a core, with evaluations; 0 on a GPU, which many runs share
@@ -275,7 +275,7 @@ def execute_all(asked: Iterable[Run], path: Path, jobs: int | None, console: Con
 
 
 def begin(told: Queue[News]) -> None:
-    """Prepare a worker: one thread; Ctrl-C ends the worker and not just its run, and so does the end of its parent."""
+    """Prepare a worker: one thread. Ctrl-C, and the end of its parent, end the worker and not just its run."""
     global news
     news = told
     signal.signal(signal.SIGINT, signal.SIG_DFL)

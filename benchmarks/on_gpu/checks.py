@@ -2,7 +2,7 @@
 
     python3 -m benchmarks.on_gpu.checks FILE
 
-It takes those that FILE says were not run; smoke.py starts it again after one that has ended the process.
+It runs the checks that FILE lists as not run. smoke.py starts it again after a check has ended the process.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from . import common
 from .common import COMPUTES, DEVICE
 from .record import Record
 
-SECONDS = 20  # that a check takes at most
+SECONDS = 20  # that a check may take
 SIZES = [0, 1, 5, 4095, 4096, 4097, 20_480, 100_003]
-# of the state after a few steps, and of parameters: as a share of 1 + |value|
+# tolerances of the state after a few steps, and of parameters, relative to 1 + |value|
 TOLERANCES = {
     torch.float32: (1e-5, 1e-5),
     torch.float64: (1e-11, 1e-11),
     torch.bfloat16: (1e-5, 5e-2),
     torch.float16: (1e-5, 1e-2),
 }
-# a signal that is heard, and β1 that falls from tensor to tensor
+# a constant signal, and a β1 that falls from tensor to tensor
 HYPER: dict[str, Any] = {"lr": 0.01, "gamma": 0.01, "grokking_signal_fns": lambda: 0.3}
 
 
 def parameters(
     device: str, dtype: torch.dtype = torch.float32, offset: int = 0, sizes: list[int] = SIZES
 ) -> list[nn.Parameter]:
-    """The same ones each time; with an offset, 16 bytes do not divide their addresses."""
+    """Return the same parameters each time. With an offset, their addresses are no multiples of 16 bytes."""
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(n, generator=generator) for n in sizes]
     return [
@@ -51,7 +51,7 @@ def parameters(
 
 
 def set_gradients(params: list[nn.Parameter], step: int, scale: float = 1.0, poison: bool = False) -> None:
-    """In place, where a graph reads them; with poison, one element of the largest is no number."""
+    """Set gradients in place, where a graph reads them. With poison, one element of the largest gradient is NaN."""
     for i, p in enumerate(params):
         grad = scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * step + i))
         if poison and p.numel() == max(each.numel() for each in params):
@@ -68,7 +68,7 @@ def optimizer_of(params: Any, **options: Any) -> Any:
 
 
 def kept(optimizer: Any) -> dict[str, list[Tensor]]:
-    """Parameters and state by name, on the CPU."""
+    """Return parameters and state by name, on the CPU."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     parts = {"params": [p.detach() for p in params]}
     for name in ("step", "exp_avg", "exp_avg_sq", "grok_ema"):
@@ -77,7 +77,7 @@ def kept(optimizer: Any) -> dict[str, list[Tensor]]:
 
 
 def differences(optimizer: Any, other: Any) -> dict[str, float]:
-    """The largest of each part, as a share of 1 + |value|; infinite where only one is a number."""
+    """Return the largest difference of each part, relative to 1 + |value|; infinite if a difference is NaN."""
     result = {}
     theirs = kept(other)
     for name, part in kept(optimizer).items():
@@ -88,7 +88,7 @@ def differences(optimizer: Any, other: Any) -> dict[str, float]:
 
 
 def check(holds: bool, what: str) -> None:
-    """Raise where something does not hold that a rehearsal without results cannot tell."""
+    """Raise if something does not hold, unless this is a rehearsal without results, which cannot tell."""
     if COMPUTES and not holds:
         raise AssertionError(what)
 
@@ -99,7 +99,7 @@ def check_near(found: dict[str, float], dtype: torch.dtype) -> None:
     check(not far, f"too far apart: {far}, allowed {param} of parameters and {state} of state")
 
 
-# checks: each returns what is worth to know of it
+# checks: each returns the numbers to record
 
 
 def it_is_chosen() -> dict[str, Any]:
@@ -128,7 +128,7 @@ def the_norm(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def steps_agree(dtype: torch.dtype = torch.float32, offset: int = 0, groups: int = 1, **options: Any) -> dict[str, Any]:
-    """Five steps, with a NaN in the third: against torch's lists there, and against the CPU's kernel."""
+    """Compare five steps, with a NaN in the third, with `foreach` on the same device, and with the CPU's kernel."""
     sizes = SIZES if groups == 1 else [1 + i % 50 for i in range(2 * groups)]
 
     def run(device: str, **more: Any) -> Any:
@@ -155,7 +155,7 @@ def steps_agree(dtype: torch.dtype = torch.float32, offset: int = 0, groups: int
 
 
 def the_preset(dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
-    """Embeddings, norms and linear layers, with rows that are limited: short and long, straight and odd."""
+    """Check embeddings, norms and linear layers whose limited rows are short and long, straight and odd."""
     from grokadamw import GrokAdamW
 
     optimizers = []
@@ -168,14 +168,14 @@ def the_preset(dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, 
             set_gradients(list(model.parameters()), step, poison=step == 2)
             optimizer.step()
     found = differences(*optimizers)
-    if options:  # where rounding differs, a code does
+    if options:  # codes differ where rounding does
         found = {"params": found["params"]}
     check_near(found, dtype)
     return found
 
 
 def a_loss_scale() -> dict[str, Any]:
-    """GradScaler leaves it to the kernels, with an overflow in the third step: bit for bit the run without."""
+    """Check that a loss scale left to the kernels, with an overflow in the third step, changes no bit of the run."""
     params, twins = parameters(DEVICE), parameters(DEVICE)
     scaled, plain = optimizer_of(params, fused=True), optimizer_of(twins)
     scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0)
@@ -194,7 +194,7 @@ def a_loss_scale() -> dict[str, Any]:
 
 
 def a_graph() -> dict[str, Any]:
-    """Captured after three steps, and replayed with another lr, gradients, and a NaN: the eager run, bit for bit."""
+    """Check that replays of a graph with other lrs, other gradients and a NaN equal the eager run bit for bit."""
     params, twins = parameters(DEVICE), parameters(DEVICE)
     lr = torch.tensor(0.01, dtype=torch.float64, device=DEVICE)
     replayed, eager = optimizer_of(params, lr=lr, capturable=True), optimizer_of(twins)
@@ -240,11 +240,11 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def outcome_of(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run a check, to the end of what it has launched."""
+    """Run a check, and wait for the end of all that it has launched."""
     began = time.perf_counter()
     try:
         found = {"outcome": "passed", **check()}
-        torch.cuda.synchronize()  # where an error of a kernel shows
+        torch.cuda.synchronize()  # a kernel's error shows here
     except Exception:
         found = {"outcome": "failed", "traceback": traceback.format_exc()}
     return found | {"seconds": round(time.perf_counter() - began, 2)}
@@ -266,7 +266,7 @@ def run(path: str, checks: dict[str, Callable[[], dict[str, Any]]] = CHECKS) -> 
     found = record.results.setdefault("checks", {name: {"outcome": "not run"} for name in checks})
     record.write()
     common.begin()
-    warnings.simplefilter("ignore")  # of skipped steps, and layers
+    warnings.simplefilter("ignore")  # about skipped steps and layers
     for name in [name for name in checks if found[name]["outcome"] == "not run"]:
         found[name] = {"outcome": "running"}
         record.write()

@@ -1,4 +1,4 @@
-"""What the stages have in common: the device, and how turns are timed."""
+"""Code that the stages share: the device, and the timing of turns."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import torch
 REHEARSES = os.environ.get("REHEARSE") == "1"
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if REHEARSES else "cuda"
-# whether what the kernels write is there to be looked at
+# whether the kernels write results that can be checked
 COMPUTES = not REHEARSES or INTERPRETS
 ROUNDS = 2 if REHEARSES else 7
-TURN = 0.002 if REHEARSES else 0.03  # seconds that a turn takes at least, if it can in MOST_STEPS
-FEWEST_STEPS, MOST_STEPS = (1, 10) if REHEARSES else (5, 100)  # the host's first step is not hidden behind another
+TURN = 0.002 if REHEARSES else 0.03  # seconds that a turn takes at least, within MOST_STEPS
+FEWEST_STEPS, MOST_STEPS = (1, 10) if REHEARSES else (5, 100)  # several: a turn's first step shows its host time
 WARMUP = 3  # steps
 
 Step = Callable[[], Any]
 
 
 def begin() -> None:
-    """Call it before anything else: a rehearsal has a driver of its own."""
+    """Install the driver of a rehearsal. Call this before anything else."""
     if REHEARSES:
         from . import rehearsal
 
@@ -35,7 +35,7 @@ def begin() -> None:
 
 @contextmanager
 def on_the_cpu() -> Iterator[None]:
-    """Inside, tensors on the CPU are the CPU's, in a rehearsal too."""
+    """Let tensors on the CPU use the CPU's code inside, also in a rehearsal."""
     if not REHEARSES:
         yield
         return
@@ -62,13 +62,13 @@ def milliseconds(step: Step, steps: int = 1) -> float:
 
 
 def steps_of_a_turn(step: Step) -> int:
-    """Warm up, and see how many steps a turn takes."""
+    """Warm up, and return how many steps a turn takes."""
     last = [milliseconds(step) for _ in range(WARMUP)][-1]
     return max(FEWEST_STEPS, min(MOST_STEPS, round(1000 * TURN / max(last, 1e-3))))
 
 
 def rounds_of(turns: dict[str, Callable[[], Any]]) -> Iterator[dict[str, Any]]:
-    """Let all take their turns, in a new order each round; what they said in the rounds so far, after each of them."""
+    """Take all turns, in a new order each round. Yield, after each round, what the turns have returned so far."""
     said: dict[str, list[Any]] = {name: [] for name in turns}
     order, generator = list(turns), random.Random(0)
     for _ in range(ROUNDS):
@@ -79,7 +79,7 @@ def rounds_of(turns: dict[str, Callable[[], Any]]) -> Iterator[dict[str, Any]]:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """The first, the median, and the third."""
+    """Return the first quartile, the median and the third quartile."""
     if len(values) == 1:
         values = 2 * values
     return [round(value, 5) for value in statistics.quantiles(values, n=4, method="inclusive")]

@@ -1,4 +1,4 @@
-"""A plugin for pytest: a failure's traceback at once, as the run may be stopped before it ends."""
+"""A pytest plugin that prints a failure's traceback at once, as the run may be stopped before it ends."""
 
 from __future__ import annotations
 

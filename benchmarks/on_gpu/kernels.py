@@ -1,4 +1,4 @@
-"""The kernels timed one by one, with an event before and after each launch."""
+"""Timing of single kernels, with an event before and after each launch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = ("squares", "judge", "update", "update_coded")
 
 
 class Timed:
-    """Stands in for the module of the kernels, and keeps the events of each launch, and what was compiled for it."""
+    """A replacement for the kernels' module that keeps the events of each launch, and the kernel compiled for it."""
 
     def __init__(self, kernels: Any) -> None:
         self.tl = kernels.tl
@@ -47,7 +47,7 @@ class _Kernel:
 
 @contextmanager
 def timed() -> Iterator[Timed]:
-    """Inside, all launches are timed."""
+    """Time all launches inside."""
     stand_in = Timed(gpu.kernels())
     with patch.object(gpu, "kernels", lambda: stand_in):
         yield stand_in

@@ -1,4 +1,4 @@
-"""Stage 4: what a step launches, and the memory that it needs beside parameters, gradients and state.
+"""Stage 4: count a step's launches, and measure the memory it needs beside parameters, gradients and state.
 
 python3 -m benchmarks.on_gpu.launches FILE
 """
@@ -30,9 +30,9 @@ ARMS = [FUSED, Arm("GrokAdamW, clip 1", peers.grokadamw(), kept=12), *times.ARMS
 
 
 def launched(events: Iterable[Any]) -> list[str]:
-    """The names of what ran on the device, of a profile's events: kernels, copies, fills.
+    """Return the names of the kernels, copies and fills that ran on the device, from a profile's events.
 
-    The profiler lists there, too, the spans that the host has named, such as that of an optimizer's step.
+    The profiler also lists spans there that the host has named, such as an optimizer's step. They are left out.
     """
     return [e.name for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
 
@@ -59,7 +59,7 @@ def of_arm(arm: Arm, shapes: Shapes) -> dict[str, Any]:
 
 def main(path: str) -> None:
     common.begin()
-    warnings.simplefilter("ignore")  # of β1 in many layers, which is meant
+    warnings.simplefilter("ignore")  # about β1 in many layers, which is intended
     record = Record(path)
     record.write(device=common.device_name())
     rows: list[dict[str, Any]] = []
@@ -69,7 +69,7 @@ def main(path: str) -> None:
             row = {"model": model, "arm": arm.name}
             try:
                 row |= of_arm(arm, shapes)
-            except Exception as error:  # the others can tell something still
+            except Exception as error:  # the other rows may still succeed
                 row["failed"] = first_line(error)
                 failed += 1
                 traceback.print_exc()

@@ -1,4 +1,4 @@
-"""Stage 0: what machine this is, and the native library, without which the host's part of a step takes much longer.
+"""Stage 0: describe the machine, and build the native library, without which a step takes much more host time.
 
 python3 -m benchmarks.on_gpu.machine FILE
 """
@@ -68,7 +68,7 @@ def version(package: str) -> str | None:
 
 
 def said(*command: str) -> str:
-    """What a command says; or why it says nothing."""
+    """Return a command's output, or the reason why there is none."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -9,14 +9,14 @@ from typing import Any
 
 
 class Record:
-    """The results of a stage, in a file that is written anew with each of them."""
+    """The results of a stage, in a file that is rewritten with each new result."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self.results: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def write(self, **results: Any) -> None:
-        """Add the results, or put them in the place of earlier ones of that name."""
+        """Add the results, or replace earlier ones of the same name, and write the file."""
         self.results |= results
         beside = self.path.with_suffix(".new")
         beside.write_text(json.dumps(self.results, ensure_ascii=False, indent=1) + "\n")

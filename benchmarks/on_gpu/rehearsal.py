@@ -1,9 +1,9 @@
 """A rehearsal of the stages where there is no GPU: Triton compiles for one, and its launches do nothing.
 
-Real are imports, paths, flags and calls, what Triton compiles and what it compiles again for other arguments, and the
-host's time but for the driver's share. Not real are results and the device's times: tensors lie on the CPU, and what
-torch.cuda offers is replaced by stand-ins that take the same arguments. With TRITON_INTERPRET=1 Triton's interpreter
-runs the kernels instead, and the results are real, too.
+Imports, paths, flags and calls are real. So are Triton's compilations, also those for other arguments, and the host's
+time except for the driver's share. Results and the device's times are not real: tensors are on the CPU, and stand-ins
+with the same arguments replace torch.cuda's functions. With TRITON_INTERPRET=1 Triton's interpreter runs the kernels
+instead, and the results are real, too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _capturing = False
 
 
 class _Utils:
-    """What Triton asks of a driver about kernels and devices."""
+    """The driver's answers to Triton's questions about kernels and devices."""
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         return 0, 0, 0, 0, 1024  # module, function, registers, spilled, and the most threads: only the last is used
@@ -37,7 +37,7 @@ class _Utils:
 
 
 class _Launcher:
-    """Launches nothing."""
+    """A launcher that launches nothing."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         pass
@@ -47,7 +47,7 @@ class _Launcher:
 
 
 class _Driver:
-    """A GPU's, as far as the compiler can tell."""
+    """A driver that the compiler cannot tell from a GPU's."""
 
     launcher_cls, utils = _Launcher, _Utils()
 
@@ -67,7 +67,7 @@ class _Driver:
 
 
 class _Event:
-    """By the host's clock."""
+    """An event that uses the host's clock."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.at = 0.0
@@ -86,7 +86,7 @@ class _Graph:
 
 @contextmanager
 def _graph(graph: _Graph) -> Iterator[None]:
-    """Inside, the optimizer takes its step as if it was captured."""
+    """Make the optimizer take its steps inside as if they were captured."""
     global _capturing
     _capturing = True
     try:
@@ -102,7 +102,7 @@ def that_read() -> list[ModuleType]:
 
 
 def begin() -> None:
-    """From now on, tensors on the CPU take the GPU's way."""
+    """Make tensors on the CPU use the GPU's code from now on."""
     from grokadamw.backends import gpu
 
     of_module = [(gpu, "_DEVICE_TYPE", "cpu")]
@@ -124,7 +124,7 @@ def begin() -> None:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Inside, tensors on the CPU take the CPU's way."""
+    """Let tensors on the CPU use the CPU's code inside."""
     for each in _patches:
         each.stop()
     try:
@@ -135,7 +135,7 @@ def paused() -> Iterator[None]:
 
 
 def _stand_ins() -> dict[str, Any]:
-    """For torch.cuda's. The functions refuse what the real ones do not take."""
+    """Return replacements for names in torch.cuda. The functions refuse arguments that the real ones do not take."""
     answers = {
         "synchronize": None,
         "empty_cache": None,

@@ -2,9 +2,9 @@
 
     python3 -m benchmarks.on_gpu.smoke FILE
 
-An error of the device, such as an address that is not there, makes all that a process does later fail, too. So the
-checks run in a process of their own, which ends after such an error, and another one goes on with what is left. FILE
-has each check's outcome as soon as it is known, with its traceback.
+After an error of the device, such as an invalid address, all that the process does later fails, too. So the checks run
+in a process of their own, which ends after such an error, and another process runs the checks that are left. FILE has
+each check's outcome as soon as it is known, with its traceback.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(path: str, module: str = "benchmarks.on_gpu.checks") -> None:
         left = [name for name, found in checks.items() if found["outcome"] == "not run"]
         died = [name for name, found in checks.items() if found["outcome"] == "running"]
         if left == todo and not died:
-            died = left  # it cannot even begin
+            died = left  # the process cannot even start
         for name in died:
             checks[name] = {"outcome": "failed", "code": done.returncode, "traceback": done.stdout[-4000:]}
         record.write()

@@ -1,8 +1,8 @@
-"""Stage 5: the kernels in other shapes, which are how much a program does at a time.
+"""Stage 5: time the kernels in other shapes. A shape is how much a program does at a time.
 
     python3 -m benchmarks.on_gpu.sweep FILE [--only formats]
 
-Candidates take turns, in a new order each round. FILE is written anew after each round.
+Candidates take turns, in a new order each round. FILE is rewritten after each round.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .kernels import Timed, timed
 from .record import Record, first_line
 from .times import BYTES, COPIES, copier, shown
 
-ELEMENTS = 1 << (18 if REHEARSES else 28)  # every chunk divides them
+ELEMENTS = 1 << (18 if REHEARSES else 28)  # all chunk sizes divide this
 LAUNCHES = 5  # in a turn
-# today's come first; wide loads of 16 bytes in flight a thread are chunk / (8 or 4 elements) / (32 warps)
+# the shapes in use come first; each thread has chunk / (8 or 4 elements) / (32 warps) loads of 16 bytes in flight
 SQUARES = [
     SHAPES[4],
     Shape(4096, 2048, 4),
@@ -46,7 +46,7 @@ UPDATE = [
     Shape(8192, 1024, 4),
     Shape(8192, 2048, 8),
 ]
-LIMITED = [SHAPES[4], Shape(2048, 1024, 4), Shape(8192, 1024, 4), Shape(4096, 2048, 4)]  # which get twice the warps
+LIMITED = [SHAPES[4], Shape(2048, 1024, 4), Shape(8192, 1024, 4), Shape(4096, 2048, 4)]  # these get twice the warps
 IN_FORMATS = [
     CODED,
     Shape(2048, 512, 4),
@@ -71,7 +71,7 @@ def norm(grad: Tensor) -> Callable[[Tables], Any]:
 
 
 def update(theta: Tensor, grad: Tensor, width: int = 0) -> Callable[[Tables], Any]:
-    """Return a run of `update`; with a width, the rows, which all have it, are limited."""
+    """Return a run of `update`. If a width is given, all rows have it and are limited."""
     m, v, mu = (torch.zeros(len(theta), device=DEVICE) for _ in range(3))
     tensors = Batch([theta], [grad], [m], [v], [mu], [torch.zeros((), device=DEVICE)], row_widths=[width])
     numbers = NUMBERS._replace(max_row_change=0.035 if width else 0.0)
@@ -98,7 +98,7 @@ def update_coded(theta: Tensor, grad: Tensor, options: dict[str, Any], width: in
 
 
 class Sweep:
-    """One kernel's candidates, on one dtype."""
+    """The candidate shapes of one kernel, for one dtype."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Sweep:
         shapes: list[Shape],
         run: Callable[[Tables], Any],
         about: str = "",
-        moved: float | None = None,  # bytes an element
+        moved: float | None = None,  # bytes per element
     ) -> None:
         self.kernel, self.dtype, self.run, self.copy, self.title = kernel, dtype, run, copier(), kernel + about
         self.moved = moved
@@ -115,7 +115,7 @@ class Sweep:
         self.about: dict[str, dict[str, Any]] = {}
 
     def turn(self, shape: Shape, kernels: Timed) -> list[float]:
-        """Milliseconds of each launch."""
+        """Return the milliseconds of each launch."""
         if self.kernel == "judge":
             change: Any = patch.multiple(gpu, JUDGE_BLOCK=shape.block, JUDGE_THREADS=32 * shape.warps)
         elif self.kernel == "update_coded":
@@ -123,9 +123,9 @@ class Sweep:
         else:
             change = patch.dict(SHAPES, dict.fromkeys(SHAPES, shape))
         with change:
-            self.run(tables := Tables())  # which makes the tables, while the device waits
+            self.run(tables := Tables())  # makes the tables, while the device waits
             for _ in range(COPIES):
-                self.copy()  # while the host goes ahead
+                self.copy()  # keeps the device busy while the host runs ahead
             for _ in range(LAUNCHES):
                 self.run(tables)
         torch.cuda.synchronize()
@@ -154,7 +154,7 @@ class Sweep:
         if self.kernel == "judge":
             return {"ms": ms}
         moved = ELEMENTS * (BYTES[self.kernel] if self.moved is None else self.moved)
-        if self.dtype == torch.bfloat16 and self.moved is None:  # of the gradient, and of θ read and written
+        if self.dtype == torch.bfloat16 and self.moved is None:  # 2 bytes less for g, θ read and θ written
             moved -= 2 * ELEMENTS if self.kernel == "squares" else 6 * ELEMENTS
         return {"ms": ms, "gb_per_s": [round(1e-6 * moved / each, 1) for each in reversed(ms)]}
 

@@ -1,9 +1,9 @@
-"""Stage 2: how long a step takes, on the device and of the host's time.
+"""Stage 2: measure how long a step takes on the device and on the host.
 
     python3 -m benchmarks.on_gpu.times FILE [--only formats]
 
-Arms take turns of a few steps, in a new order each round; a row has the first quartile, the median and the third.
-FILE is written anew after each round. What runs out of memory is left out, and its row says so.
+Arms take turns of a few steps, in a new order each round. A row has the first quartile, the median and the third
+quartile. FILE is rewritten after each round. Arms that run out of memory are left out, and their rows say so.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from .kernels import timed
 from .record import Record, first_line
 
 COPIED = 100_000 if REHEARSES else 100_000_000  # float32 elements
-COPIES = 20  # in a turn: one alone would be bound by its launch
+COPIES = 20  # in a turn: a single copy would be bound by its launch
 HOST_STEPS = 3 if REHEARSES else 20  # in a turn
 MODELS: dict[str, Callable[[], Shapes]] = {
     "GPT-2, 124 M in 148": peers.gpt2,
     "1 B in 300": lambda: [(1024, 3255)] * 300,
 }
-# for the limits on rows alone: rows that one program has several of, straight and odd, and that take two passes
+# only for the limits on rows: several rows per program, straight and odd, and rows that take two passes
 ROWS: dict[str, Callable[[], Shapes]] = {
     f"rows of {width}": lambda width=width: [(38_400_000 // width, width)] * 4  # type: ignore[misc]
     for width in (12, 37, 100, 3072)
 }
-# rows of whole blocks, as most models have; and of one that is shorter
+# rows of whole blocks, as in most models, and rows whose last block is shorter
 OF_FORMATS: dict[str, Callable[[], Shapes]] = {
     "GPT-2, 124 M in 148": peers.gpt2,
     "1 B in 300 of 1024 × 3264": lambda: [(1024, 3264)] * 300,
@@ -77,7 +77,7 @@ ARMS = [
 ]
 INT8: dict[str, Any] = {"state_dtype": "int8"}
 BITS_24: dict[str, Any] = INT8 | {"master_weight_bits": 24}
-# of an element read and written: its number and low bits, the gradient once, and of three states those of its format
+# bytes per element: its number and low bits, read and written; the gradient, read; three states, in their format
 FORMATS = [
     FUSED,
     ARMS[2],
@@ -105,7 +105,7 @@ FORMATS = [
     Arm("the preset, int8 states", in_formats(torch.float32, **INT8), kept=4, clips=True, ours=True),
     Arm("the preset, 24 bits, int8 states", in_formats(torch.bfloat16, **BITS_24), kept=5, clips=True, ours=True),
 ]
-# bytes of a float32 parameter that a kernel moves; of `judge` those of a chunk
+# bytes that a kernel moves per float32 parameter; for `judge` per chunk
 BYTES = {"squares": 4, "update": 36, "judge": 8}
 
 
@@ -130,7 +130,7 @@ def of_models(record: Record) -> None:
 
 
 def of_formats(record: Record) -> None:
-    """State and weights in fewer bits."""
+    """Time steps with low-bit state and weights."""
     rows: list[dict[str, Any]] = []
     for title in OF_FORMATS:
         earlier = list(rows)
@@ -141,7 +141,7 @@ def of_formats(record: Record) -> None:
 
 
 def rows_of_model(title: str, given: Sequence[Arm]) -> Iterator[list[dict[str, Any]]]:
-    """A row for each arm, after each round anew; of arms that have no room one that says so."""
+    """Yield a row for each arm, after each round. An arm that does not fit into memory has a row that says so."""
     shapes = shapes_of(title)
     elements = sum(map(math.prod, shapes))
     arms: dict[str, tuple[Arm, Step, int]] = {}
@@ -177,7 +177,7 @@ def rows_of_model(title: str, given: Sequence[Arm]) -> Iterator[list[dict[str, A
 
 
 def of_kernels(record: Record) -> None:
-    """Each kernel's time and bandwidth, in steps that follow each other without a pause."""
+    """Measure each kernel's time and bandwidth in steps that follow each other without a pause."""
     rows: list[dict[str, Any]] = []
     for title in MODELS:
         try:
@@ -197,7 +197,7 @@ def rows_of_kernels(title: str) -> list[dict[str, Any]]:
         step()
     with timed() as kernels:
         for _ in range(COPIES):
-            copy()  # so that the device has enough to do while the host goes ahead
+            copy()  # keeps the device busy while the host runs ahead
         for _ in range(10):
             step()
         torch.cuda.synchronize()
@@ -211,7 +211,7 @@ def rows_of_kernels(title: str) -> list[dict[str, Any]]:
 
 
 def small(count: int) -> list[nn.Parameter]:
-    """Tensors of 100, with gradients."""
+    """Return tensors of 100 elements, with gradients."""
     params = [nn.Parameter(torch.randn(100, device=DEVICE)) for _ in range(count)]
     for p in params:
         p.grad = torch.ones_like(p)
@@ -224,10 +224,10 @@ def in_groups(params: list[nn.Parameter], groups: int) -> list[dict[str, Any]]:
 
 
 def host_us(step: Step, params: Sequence[nn.Parameter] = ()) -> list[float]:
-    """Microseconds until a step returns that waits for nothing. Parameters that are given get new gradients first."""
+    """Return the microseconds until a step returns that waits for nothing. `params` get new gradients before it."""
     times = []
     for _ in range(HOST_STEPS):
-        made: list[Tensor] = [torch.ones_like(p) for p in params]  # while the old ones are there: elsewhere, that is
+        made: list[Tensor] = [torch.ones_like(p) for p in params]  # at new addresses, as the old ones still exist
         for p, grad in zip(params, made, strict=True):
             p.grad = grad
         torch.cuda.synchronize()
@@ -239,14 +239,14 @@ def host_us(step: Step, params: Sequence[nn.Parameter] = ()) -> list[float]:
 
 
 def replay(optimizer: Any) -> Step:
-    """The replay of a graph of a step."""
+    """Return the replay of a step's graph."""
     for _ in range(common.WARMUP):
         optimizer.step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
-    return lambda of=optimizer: graph.replay()  # which reads what the optimizer keeps
+    return lambda of=optimizer: graph.replay()  # keeps the optimizer: the graph reads its tensors
 
 
 def of_host(record: Record) -> None:
@@ -292,13 +292,13 @@ def host_turns(make: Callable[..., Any], count: int, groups: int) -> dict[str, C
 
 
 def shown(row: dict[str, Any]) -> str:
-    """A row in a line: medians."""
+    """Return a row's medians in a line."""
     medians = {key: f"{value[1]:.4g}" if isinstance(value, list) else value for key, value in row.items()}
     return "  ".join(f"{key} {value}" for key, value in medians.items())
 
 
 def few_steps() -> None:
-    """For a profiler: five steps of 124 M parameters."""
+    """Take five steps of 124 M parameters, for a profiler."""
     common.begin()
     params = Tensors(shapes_of("GPT-2, 124 M in 148"), DEVICE).params(ARMS[-1])
     optimizer = GrokAdamW(params, gamma=1e-3)
@@ -312,7 +312,7 @@ PARTS = {"models": of_models, "formats": of_formats, "kernels": of_kernels, "hos
 
 def main(path: str, only: str | None = None) -> None:
     common.begin()
-    warnings.simplefilter("ignore")  # of β1 in a thousand layers, which is meant
+    warnings.simplefilter("ignore")  # about β1 in a thousand layers, which is intended
     record = Record(path)
     has_library = native.signature() is not None
     record.write(device=common.device_name(), rounds=common.ROUNDS, native_library=has_library)
@@ -320,11 +320,11 @@ def main(path: str, only: str | None = None) -> None:
     for part in (of_models, of_kernels, of_host) if only is None else [PARTS[only]]:
         try:
             part(record)
-        except Exception as error:  # the others can tell something still
+        except Exception as error:  # the other parts may still succeed
             failed.append(f"{part.__name__}: {first_line(error)}")
             record.write(failed=failed)
             traceback.print_exc()
-    for name in ("host", "kernels", "formats", "steps"):  # what matters most comes last
+    for name in ("host", "kernels", "formats", "steps"):  # the most important rows come last
         print(*map(shown, record.results.get(name, [])), sep="\n")
     counts = ", ".join(
         f"{len(record.results.get(name, []))} {name}" for name in ("steps", "formats", "kernels", "host")

@@ -1,4 +1,4 @@
-"""Settings for the tests of implementations."""
+"""Settings for the tests of the backends."""
 
 import warnings
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Cache-sized blocks of torch's operations: cut anywhere, they give what the definition gives."""
+"""The `blocks` backend gives the results of `reference`, the definition, wherever its cache-sized blocks end."""
 
 from __future__ import annotations
 

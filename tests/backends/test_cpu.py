@@ -1,4 +1,4 @@
-"""The native kernel, and what leads to it: the same bits everywhere, and never a stale pointer."""
+"""The native kernel and how it is chosen: it gives the same bits everywhere, and never uses a stale pointer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DTYPES = list(TOLERANCES)
 
 
 def test_it_was_built_and_looks_through_dlpack() -> None:
-    """Development has a compiler, and a torch that shows its tensors, as 2.6 does not yet."""
+    """Developers have a compiler, so the kernel exists. It reads tensors through DLPack if torch can (2.6 cannot)."""
     found = native.kernel()
     assert not isinstance(found, str), found
     assert found.instruction_set in ("baseline", "x86-64-v3", "x86-64-v4")
@@ -56,7 +56,7 @@ def with_numbers(count: int) -> Scalars:
 
 
 def part(tensors: Batch, place: slice) -> Batch:
-    """A slice of each tensor: copies at the same distance from a multiple of 64 bytes as there."""
+    """Return copies of a slice of each tensor, as far from a multiple of 64 bytes as the slice itself."""
     lists = []
     for column in tensors[:5]:
         copies = []
@@ -70,7 +70,7 @@ def part(tensors: Batch, place: slice) -> Batch:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_elements_bits_do_not_depend_on_where_it_lies(dtype: torch.dtype) -> None:
-    """Lengths 0 to 64 at every offset: vectors and what is left over after them round alike."""
+    """Slices of 0 to 64 elements at every offset show that vectors and leftover elements round alike."""
     whole = some([128], dtype)
     expected = Batch(*([x.clone() for x in column] for column in whole[:6]))
     cpu.step(expected, with_numbers(1))
@@ -127,7 +127,7 @@ def test_any_number_of_threads_gives_the_same_bits(own_threads: bool, monkeypatc
 
 
 def test_the_norm_is_summed_in_table_order() -> None:
-    """Over fixed blocks of all elements, whatever the tensors are that they belong to."""
+    """The norm is summed over fixed blocks of all elements, regardless of the tensors that they belong to."""
     x = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).double()
     found = native.kernel()
     assert not isinstance(found, str)
@@ -150,7 +150,7 @@ def test_the_norm_of_what_has_no_gaps_is_the_kernels_own(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("factor", [1.0, 0.7, 0.001, -1.3, 3.0, 2.0**-20])
 def test_every_half_number_is_read_and_rounded_as_torch_does(dtype: torch.dtype, factor: float) -> None:
-    """θ times a number, as decoupled weight decay has it, for all 65,536 of them."""
+    """The test multiplies all 65,536 values of θ by a factor, as decoupled weight decay does."""
     theta = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     zeros = [torch.zeros(theta.shape) for _ in range(3)]
     tensors = Batch([theta.clone()], [torch.zeros_like(theta)], *([x] for x in zeros), [torch.zeros(())])
@@ -161,7 +161,7 @@ def test_every_half_number_is_read_and_rounded_as_torch_does(dtype: torch.dtype,
     torch.testing.assert_close(squares, theta[theta.isfinite()].double().square().sum(), rtol=1e-14, atol=0)
 
 
-# looking
+# rare cases
 
 
 def test_a_table_of_dlpack_that_is_another_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ step(p, optimizer)
 
 
 def test_a_fork_steps_on() -> None:
-    """The child has none of its parent's threads, and does not wait for them."""
+    """A forked child has none of its parent's threads, and does not wait for them."""
     code = f"""{LARGE}
 child = os.fork()
 if not child:
@@ -247,7 +247,7 @@ def test_the_number_of_threads_is_torchs_of_this_moment(monkeypatch: pytest.Monk
     spy = found._replace(step=lambda table, threads, openmp: (seen.append(threads), found.step(table, threads, openmp)))
     monkeypatch.setattr(native, "kernel", lambda: spy)
     p, small = nn.Parameter(torch.ones(cpu._ALONE + 1)), nn.Parameter(torch.ones(2))
-    optimizer = GrokAdamW([{"params": [p]}, {"params": [small], "lr": 0.1}])  # a call for each
+    optimizer = GrokAdamW([{"params": [p]}, {"params": [small], "lr": 0.1}])  # one backend call per group
     p.grad, small.grad = torch.ones_like(p), torch.ones_like(small)
     before = torch.get_num_threads()
     try:
@@ -281,7 +281,7 @@ print("done")
 
 @pytest.mark.parametrize("state_dtype", ["float32", "int8"])
 def test_its_own_threads_have_room_for_the_rows_that_they_limit(state_dtype: str) -> None:
-    """Also where a thread has half a MiB of stack unless it asks for more, as on macOS."""
+    """The kernel's own threads ask for enough stack, even if the default is half a MiB, as on macOS."""
     code = f"""
 import ctypes, torch
 from grokadamw import GrokAdamW
@@ -307,7 +307,7 @@ print("done")
 
 
 def test_a_step_needs_no_memory() -> None:
-    """Beyond parameters, gradients and state, limited or not; of the process's own peak, as Linux counts it."""
+    """A step raises the process's peak memory (as Linux counts it) by less than 4 MiB, with and without row limits."""
     code = """
 import torch
 from grokadamw import GrokAdamW
@@ -333,7 +333,7 @@ for options in ({}, {"max_row_change": 0.01, "max_row_norm": 1.0}):
     assert limited < 4
 
 
-# which one, and why
+# the choice of a backend, and its reason
 
 
 def test_it_says_which_one_runs_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,7 +394,7 @@ def test_why_there_is_no_kernel(change: dict[str, Any], reason: str, monkeypatch
 
 
 def test_torch_may_limit_the_instructions() -> None:
-    """By its own variable, for all that it computes."""
+    """The variable that limits the instruction set of torch's own operations also limits the kernel's."""
     code = "from grokadamw.backends import native; print(native.kernel().instruction_set)"
     assert run(code, ATEN_CPU_CAPABILITY="default") == "baseline"
 
@@ -407,7 +407,7 @@ def test_a_dtensor_needs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         optimizer = GrokAdamW([p])
         p.grad = torch.ones_like(p)
         optimizer.step()
-        assert optimizer.implementation() == "blocks: not built"  # which takes its shard
+        assert optimizer.implementation() == "blocks: not built"  # blocks takes this rank's shard
         assert (p.to_local() < 1).all()
     finally:
         dist.destroy_process_group()
@@ -432,7 +432,7 @@ matrices = st.builds(
     ),
     others=st.sampled_from([{}, {"accumulation_steps": 2, "second_moment": "raw"}, {"lamb": 0.0}, {"maximize": True}]),
     layout=st.sampled_from(["in order", "transposed", "not aligned"]),
-    scale=st.sampled_from([0.05, 5.0, 1e25]),  # whose squares float32 does not have
+    scale=st.sampled_from([0.05, 5.0, 1e25]),  # float32 cannot hold the squares of 1e25
     seed=st.integers(0, 2**31),
 )
 def test_limited_rows_are_rows_pys(
@@ -444,7 +444,7 @@ def test_limited_rows_are_rows_pys(
     scale: float,
     seed: int,
 ) -> None:
-    """One of the rows is 0, one has an infinite element; and the second step's gradient is not finite."""
+    """The kernel agrees with rows.py. One row is 0, one has an infinite element, and one gradient has a NaN."""
     results = []
     scale = min(scale, 5e3) if dtype == torch.float16 else scale
     for foreach in (None, True):
@@ -472,7 +472,7 @@ def test_limited_rows_are_rows_pys(
 
 
 def some_with_rows(dtype: torch.dtype) -> Batch:
-    """Batch of all SHAPES, some rows of which move far, or are long."""
+    """Return a batch of all SHAPES in which some rows move far or have a large norm."""
     generator = torch.Generator().manual_seed(0)
     tensors = some([math.prod(shape) for shape in SHAPES], dtype)
     columns = [[x.view(shape) for x, shape in zip(column, SHAPES, strict=True)] for column in tensors[:5]]
@@ -512,7 +512,7 @@ def test_limited_rows_have_the_same_bits_for_any_number_of_threads_and_instructi
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("moves", [True, False])
 def test_where_nothing_is_cut_the_bits_are_those_of_no_limit(dtype: torch.dtype, moves: bool) -> None:
-    """Nor is anything cut where a micro-batch moves nothing."""
+    """Limits that no row reaches change no bits. Nor do tight limits in a micro-batch that moves no parameter."""
     results = []
     for limit in (0.0, 1e6 if moves else 1e-6):
         tensors = some_with_rows(dtype)
@@ -531,7 +531,7 @@ def test_a_step_that_is_not_written_limits_nothing() -> None:
 
 
 def left_to_rows_py(params: list[Any], **options: Any) -> int:
-    """How many parameters the implementations leave to it in a step."""
+    """Return how many parameters the backends leave to rows.py in a step."""
     optimizer = GrokAdamW(params, lr=0.1, max_row_change=0.01, **options)
     for p in params:
         p.grad = torch.ones_like(p)
@@ -542,7 +542,7 @@ def test_whose_rows_the_kernel_limits() -> None:
     def two() -> list[Any]:
         return [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2, 3).t()), torch.ones(4)]
 
-    assert left_to_rows_py(two()) == 1  # what lies column by column
+    assert left_to_rows_py(two()) == 1  # the transposed matrix, whose rows are not contiguous
     for options in ({"foreach": True}, {"foreach": False}, {"fused": False}):
         assert left_to_rows_py(two(), **options) == 2
     shared = torch.ones(4, 2)

@@ -1,4 +1,4 @@
-"""Implementations that get addresses: never a stale one, never two tensors in one place, and autograd is told."""
+"""Backends that get addresses never get a stale one or tensors that overlap, and tell autograd what they wrote."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def twins(**options: Any) -> tuple[list[nn.Module], list[GrokAdamW]]:
-    """The same network twice: for the kernel, and for foreach."""
+    """Return two equal networks and an optimizer for each: the first uses the kernel, the second foreach."""
     models = [network(), network()]
     return models, [
         GrokAdamW(model.named_parameters(), lr=0.01, foreach=foreach, **options)
@@ -57,14 +57,14 @@ def swap_gradients(model: nn.Module, optimizer: GrokAdamW) -> None:
 
 
 def swap_states_data(model: nn.Module, optimizer: GrokAdamW) -> None:
-    """As functions that move an optimizer to a device do."""
+    """Replace the data of the state's tensors, as functions that move an optimizer to a device do."""
     for state in optimizer.state.values():
         for x in state.values():
             x.data = x.data.clone()
 
 
 def share_the_state(model: nn.Module, optimizer: GrokAdamW) -> None:
-    """Which moves the memory under the same storage."""
+    """Share the state with other processes, which moves its memory but keeps its storages."""
     for state in optimizer.state.values():
         for x in state.values():
             x.share_memory_()
@@ -95,7 +95,7 @@ def exchange_two_states(model: nn.Module, optimizer: GrokAdamW) -> None:
 
 
 def replace_the_parameters(model: nn.Module, optimizer: GrokAdamW) -> None:
-    """In the groups, as FSDP2 under Accelerate does."""
+    """Replace the parameters in the groups, as FSDP2 under Accelerate does."""
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             new = nn.Parameter(p.detach().clone())
@@ -124,7 +124,7 @@ def free_the_slow_gradient(model: nn.Module, optimizer: GrokAdamW) -> None:
 
 
 def transpose(model: nn.Module, optimizer: GrokAdamW) -> None:
-    """The square weight and its gradient lie otherwise, its state as before."""
+    """Change the strides of the square weight and of its gradient, but not those of its state."""
     p = model[2].weight  # type: ignore[index, union-attr]
     p.data, p.grad.data = p.data.t().contiguous().t(), p.grad.data.t().contiguous().t()  # type: ignore[union-attr]
 
@@ -185,7 +185,7 @@ def test_whatever_moves_is_followed(
     implementation: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Between two steps, or by a signal within one; and what was left behind is written no more."""
+    """Tensors move between two steps, or in a signal during one. Memory that they left is not written again."""
     if from_a_signal and event is replace_the_parameters:
         pytest.skip("a signal cannot replace the parameters of the step that calls it")
     steps_of_kernel = []
@@ -224,7 +224,7 @@ def test_whatever_moves_is_followed(
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,)])
 def test_a_sign_that_is_pending_is_seen_in_any_later_step(shape: tuple[int, ...]) -> None:
-    """A gradient of one element looks like any other: it has no strides that tell."""
+    """A gradient with a pending negation is noticed, even if it has one element, whose strides reveal nothing."""
     params = [nn.Parameter(torch.ones(shape)) for _ in range(2)]
     optimizers = [GrokAdamW([p], lr=0.1) for p in params]
     for step in range(5):
@@ -238,7 +238,7 @@ def test_a_sign_that_is_pending_is_seen_in_any_later_step(shape: tuple[int, ...]
 
 
 def test_a_step_count_of_another_dtype_is_no_float32() -> None:
-    """As after `optimizer.state[p]["step"] = …` by hand."""
+    """The step count is float64 if a user sets `optimizer.state[p]["step"]` so by hand."""
     params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
     optimizers = [GrokAdamW([p], lr=0.1) for p in params]
     for step in range(4):
@@ -254,7 +254,7 @@ def test_a_step_count_of_another_dtype_is_no_float32() -> None:
 @pytest.mark.usefixtures("_looks")
 @pytest.mark.parametrize("comes", [True, False], ids=["comes", "goes"])
 def test_a_gradient_that_a_signal_brings_or_takes_counts_at_once(comes: bool) -> None:
-    """The step in which that happens is taken with what the signal leaves; none of the later ones is lost."""
+    """A step uses the gradients that its signal leaves behind, and none of the later steps is lost."""
 
     def run(change: bool) -> list[nn.Parameter]:
         torch.manual_seed(0)
@@ -270,7 +270,7 @@ def test_a_gradient_that_a_signal_brings_or_takes_counts_at_once(comes: bool) ->
         for step[0] in range(5):
             for p in params:
                 p.grad = torch.ones_like(p)
-            if comes == (step[0] < (2 if change else 1)):  # without the signal it is so from the start
+            if comes == (step[0] < (2 if change else 1)):  # without the signal, step 1 begins with the change
                 which.grad = None
             optimizer.step()
         return params
@@ -279,7 +279,7 @@ def test_a_gradient_that_a_signal_brings_or_takes_counts_at_once(comes: bool) ->
 
 
 def memory(optimizer: GrokAdamW) -> list[Tensor]:
-    """Parameters and state as tensors that keep their memory."""
+    """Return the parameters and the state as tensors that keep their memory alive."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = [*params, *(x for state in optimizer.state.values() for x in state.values())]
     return [x.detach() for x in tensors]
@@ -323,7 +323,7 @@ def test_a_parameter_of_another_shape_is_refused_before_anything_is_written() ->
 
 
 def test_gradients_are_not_kept() -> None:
-    """Their memory is the user's, and zero_grad() gives it back."""
+    """The optimizer keeps no reference to the user's gradients, so zero_grad() frees their memory."""
     import weakref
 
     (model, _), (optimizer, _) = twins()
@@ -352,7 +352,7 @@ def test_a_state_that_is_dropped_is_freed() -> None:
 
 
 def test_nothing_is_kept_that_others_drop() -> None:
-    """As when the state goes to the CPU after a step, to make room on a GPU."""
+    """A step keeps no reference to tensors that others drop, e.g. if state goes to the CPU to make room on a GPU."""
     import weakref
 
     model = network()
@@ -381,7 +381,7 @@ def test_what_others_keep_in_the_state_is_theirs(monkeypatch: pytest.MonkeyPatch
         p.grad = torch.ones(3)
         optimizer.step()
         optimizer.state[p]["count"] = 1000 + i
-    assert len(made) == 1  # and does not have the plan made anew
+    assert len(made) == 1  # entries of others do not cause a new plan
 
 
 def test_a_gradient_that_becomes_sparse_is_refused_by_name() -> None:
@@ -398,7 +398,7 @@ def test_a_gradient_that_becomes_sparse_is_refused_by_name() -> None:
 @pytest.mark.parametrize("implementation", ["cpu", "blocks", "foreach", "gpu"])
 @pytest.mark.parametrize("offset", [0, 3])
 def test_gradients_that_come_to_share_memory_with_parameters(implementation: str, offset: int) -> None:
-    """As in a game of two players, whose gradients are each other's weights."""
+    """Each parameter's gradient becomes the other parameter's memory, as in a game of two players."""
     with running(implementation) as options:
         rooms = [torch.linspace(-1, 1, 12), torch.linspace(1, 2, 12)]
         params = [nn.Parameter(room[:8]) for room in rooms]
@@ -417,7 +417,7 @@ def test_gradients_that_come_to_share_memory_with_parameters(implementation: str
             torch.testing.assert_close(params, expected)
 
 
-# tensors that lie otherwise
+# memory layouts
 
 
 def strided(p: Tensor) -> Tensor:
@@ -484,7 +484,7 @@ def test_parameters_that_share_memory_are_updated_one_after_the_other(
         return room, optimizer.implementation()
 
     (ours, which), (theirs, _) = run(), run(foreach=True)
-    if in_groups and implementation == "cpu":  # which takes these groups one after the other
+    if in_groups and implementation == "cpu":  # the native kernel takes one group after the other
         torch.testing.assert_close(ours, theirs)
         assert which.startswith("cpu: ")
     else:
@@ -540,7 +540,7 @@ def test_a_step_that_is_skipped_leaves_graphs_alone() -> None:
     assert torch.equal(p.grad, 2 * p)
 
 
-# stepping aside
+# cases that are left to torch's operations
 
 
 @pytest.fixture
@@ -633,7 +633,7 @@ class TestStepsAside:
 
 
 def test_sets_of_gradients_that_come_back_are_not_looked_at_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with heads that take turns, and modules that are left out at random; with as many sets as are kept."""
+    """Up to `SETS` sets of gradients keep their plans, e.g. of heads that take turns or modules left out at random."""
     made: list[int] = []
     assemble = batches.assemble
     monkeypatch.setattr(batches, "assemble", lambda *args: (made.append(1), assemble(*args))[1])
@@ -649,7 +649,7 @@ def test_sets_of_gradients_that_come_back_are_not_looked_at_anew(monkeypatch: py
                 assert len(made) == (turn == 0)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
-    for without, is_new in ((0, False), (None, True), (0, False), (1, True)):  # one more set, and 1 goes: not 0
+    for without, is_new in ((0, False), (None, True), (0, False), (1, True)):  # the new set replaces 1, not 0
         for j, p in enumerate(ours):
             p.grad = torch.ones(3, 2) if j != without else None
         made.clear()

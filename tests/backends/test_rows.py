@@ -1,4 +1,4 @@
-"""limit_rows alone, and within steps of torch's operations and of the native kernel."""
+"""Tests of limit_rows by itself, and in steps by torch's operations and by the native kernel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ needs_the_kernel = pytest.mark.skipif(isinstance(native.kernel(), str), reason="
 
 @pytest.fixture(params=[False, pytest.param(True, marks=needs_the_kernel)], ids=["torch", "kernel"])
 def _by_both(request: pytest.FixtureRequest) -> Iterator[None]:
-    """By torch's operations, and by the kernel."""
+    """Limit rows with torch's operations, or with the native kernel."""
     with pytest.MonkeyPatch.context() as patch:
         if not request.param:
             patch.setattr(cpu, "row_width", lambda param, coded: 0)
@@ -51,14 +51,14 @@ def test_rows_are_slices_along_the_first_dimension(dtype: torch.dtype) -> None:
     norms = filters.to(wide).flatten(1).norm(dim=1)
     exact = 2e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-6
     torch.testing.assert_close(norms[[0, 3]].real, torch.tensor([1.5, 1.5], dtype=torch.float64), rtol=exact, atol=0)
-    assert torch.equal(filters[1:3], was[1:3])  # shorter ones stay, bit for bit
+    assert torch.equal(filters[1:3], was[1:3])  # shorter rows keep their bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
 def test_a_row_moves_by_a_share_of_its_norm(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     was = torch.randn(5, 3, 2, 2).to(dtype)
-    was[3] *= 1e-3  # short: it moves as one of norm 0.1
+    was[3] *= 1e-3  # a short row moves like one of norm 0.1
     was[4] = 0
     step = torch.randn_like(was)
     step[1] *= 1e-3
@@ -79,7 +79,7 @@ def test_a_row_moves_by_a_share_of_its_norm(dtype: torch.dtype) -> None:
     for i in (0, 3, 4):
         direction = asked[i].to(wide) - was[i].to(wide)
         torch.testing.assert_close(moved[i] / moved[i].norm(), direction / direction.norm(), rtol=0, atol=exact)
-    assert torch.equal(filters[1:3], asked[1:3])  # what is near enough stays, bit for bit
+    assert torch.equal(filters[1:3], asked[1:3])  # rows that move little enough keep their bits
 
 
 @by_both
@@ -87,7 +87,7 @@ def test_the_limits_hold_for_decay_too_and_the_norm_has_the_last_word() -> None:
     p = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.3, 0.4]]))
     optimizer = GrokAdamW([p], lr=0.1, weight_decay=5.0, max_row_change=0.1, max_row_norm=10.0)
     p.grad = torch.zeros_like(p)
-    optimizer.step()  # AdamW would halve them
+    optimizer.step()  # AdamW would halve the rows
     torch.testing.assert_close(p.detach(), torch.tensor([[2.7, 3.6], [6.0, 8.0], [0.27, 0.36]]))
 
 
@@ -105,7 +105,7 @@ def test_what_has_no_rows_is_not_limited() -> None:
 
 @by_both
 def test_one_row_of_complex_numbers_is_none() -> None:
-    """As real numbers it has two dimensions."""
+    """A complex vector is not limited, although it has two dimensions when it is viewed as real numbers."""
     p = torch.nn.Parameter(torch.full((3,), 5 + 5j))
     optimizer = GrokAdamW([p], lr=0.1, weight_decay=0, max_row_norm=1.0, max_row_change=0.001)
     p.grad = torch.full_like(p, 1 + 1j)
@@ -142,7 +142,7 @@ def test_of_micro_batches_that_are_not_finite_the_others_are_a_step(poisoned: in
 
 
 def test_what_is_not_finite_stays_and_spoils_nothing() -> None:
-    """As of a skipped step, and of a NaN that is to be propagated."""
+    """Elements that are not finite stay, and do not affect others, in a skipped step and with a propagated NaN."""
     was = torch.tensor([[5, -torch.inf], [3, 4], [3, 4]])
     rows = was.clone()
     limited([rows], [was], change=0.1, norm=1)

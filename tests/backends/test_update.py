@@ -1,4 +1,4 @@
-"""Every implementation of the step against the same references: one line here for a new one."""
+"""Compare every backend with the same reference. A new backend needs one line in IMPLEMENTATIONS."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..models import skip_unless_interpreted
 
 IMPLEMENTATIONS = {"reference": reference, "foreach": foreach, "cpu": cpu, "blocks": blocks, "gpu": gpu}
 SHAPES = [(), (0,), (7,), (3, 5), (2, 3, 4)]
-# dtype of the parameters → tolerance of what is computed in its state's dtype, and of the parameter itself
+# dtype of the parameters → tolerance of the state, which has its own dtype, and of the parameters
 TOLERANCES = {
     torch.float64: (1e-12, 1e-12),
     torch.float32: (1e-6, 1e-6),
@@ -112,7 +112,7 @@ def test_agrees_with_the_reference(
     monkeypatch.setattr(blocks, "_SMALL", 0)
     if implementation is blocks and blocks.why_not(row, "raw_second_moment" in changes, case == "published"):
         pytest.skip("blocks leaves this to foreach")
-    # the reference in float64, its inputs rounded to the dtypes that are tested
+    # the reference runs in float64, on inputs that were rounded to the tested dtypes
     wide = Batch(*(None if part is None else [x.to(torch.float64, copy=True) for x in part] for part in start[:6]))
     reference.step(wide, numbers(**changes))
     given = numbers(**changes)
@@ -138,7 +138,7 @@ def test_long_lists_are_cut_for_the_cache_and_lose_nothing(monkeypatch: pytest.M
     parts = foreach._parts([torch.empty(size) for size in sizes])
     assert [sizes[part] for part in parts] == [sizes[:2], sizes[2:5], sizes[5:]]
     assert foreach._parts([torch.empty(size, device="meta") for size in sizes]) == [slice(None)]
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # which cuts as it sees fit
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the compiler divides lists itself
     assert foreach._parts([torch.empty(size) for size in sizes]) == [slice(None)]
 
 
@@ -150,7 +150,7 @@ def test_a_step_that_is_not_finite_on_a_device_writes_nothing(
     given = tensors(torch.float32)
     for g in given.grads:
         g.fill_(poison)
-    given.exp_avg_sqs[2].fill_(torch.inf)  # as an earlier huge gradient may leave it
+    given.exp_avg_sqs[2].fill_(torch.inf)  # an earlier huge gradient may leave this
     if first_step:
         for x in [*given.exp_avgs, *given.exp_avg_sqs, *(given.grok_emas or []), *given.steps]:
             x.zero_()

@@ -1,4 +1,4 @@
-"""Checks that fail in each way there is, for test_on_gpu.py: as benchmarks/on_gpu/checks.py, with others."""
+"""Checks that fail in every possible way. test_on_gpu.py runs them instead of those of benchmarks/on_gpu/checks.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of steps whose gradients, groups or numbers change."""
+"""Tests of the benchmark that times steps whose gradients, groups or numbers change."""
 
 from __future__ import annotations
 

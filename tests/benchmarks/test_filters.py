@@ -1,4 +1,4 @@
-"""The benchmarks of filters and of accumulation, in small."""
+"""Small runs of the benchmarks of filters and of accumulation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark that decided the formats of moments."""
+"""Tests of the benchmark that decided the formats of moments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_every_candidate_is_compared(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 @pytest.mark.parametrize("is_v", [False, True])
 def test_linear_codes_are_int8s(is_v: bool) -> None:
-    """But for dithers of 16 bits, and for scales."""
+    """The codes agree with those of int8, except for dithers of 16 bits and for scales."""
     torch.manual_seed(0)
     x, u = torch.randn(64, 64), torch.rand(64, 64)
     x = x.square() if is_v else x

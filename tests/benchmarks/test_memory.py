@@ -1,4 +1,4 @@
-"""The benchmark of memory measures what there is."""
+"""The memory benchmark measures true sizes, and its results have all of its cases."""
 
 from __future__ import annotations
 

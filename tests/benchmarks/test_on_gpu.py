@@ -1,4 +1,4 @@
-"""What runs on a GPU, rehearsed without one: no result is lost, whatever becomes of a stage."""
+"""Rehearsals, without a GPU, of the script that runs on one: no result is lost, however a stage ends."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def environment(**more: str) -> dict[str, str]:
-    """That of a rehearsal: the tests' own has Triton's interpreter."""
+    """Return the environment of a rehearsal: unlike the tests' own, it has no TRITON_INTERPRET."""
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"REHEARSE": "1"} | more
 
 
 def test_the_script_runs_from_the_root(tmp_path: Path) -> None:
-    """With nothing to do."""
+    """The script runs without an error if it has no stages to run."""
     run = environment(STAGES="", OUT=str(tmp_path))
     assert subprocess.run([sys.executable, "benchmarks/gpu.py"], cwd=gpu.ROOT, env=run).returncode == 0
 
@@ -46,14 +46,14 @@ def test_the_script_runs_from_the_root(tmp_path: Path) -> None:
 def test_the_first_stages_are_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Their imports, paths, flags and calls, without what a bare machine lacks; and the kernels compile."""
+    """Imports, paths, flags and calls work without the packages that a bare machine lacks, and the kernels compile."""
     for name in ("rich", "matplotlib", "expecttest"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name} on a bare machine')\n")
     out = tmp_path / "out"
     for name, value in {"REHEARSE": "1", "OUT": str(out), "STAGES": "0 1 2", "PYTHONPATH": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    # a machine that has much else to do may take its time
+    # a busy machine needs longer limits
     patient = [stage._replace(commands=[c._replace(limit=600) for c in stage.commands]) for stage in gpu.stages()]
     monkeypatch.setattr(gpu, "stages", lambda: patient)
     assert gpu.main() == 0, capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_the_first_stages_are_whole(
 
 @pytest.mark.long
 def test_smoke_compares_what_the_kernels_compute() -> None:
-    """Interpreted, to tolerances that right kernels keep."""
+    """Right kernels, which are interpreted here, stay within the tolerances. A difference of 0.001 does not."""
     skip_unless_interpreted()
     run = environment(TRITON_INTERPRET="1")
     code = "from benchmarks.on_gpu import checks; checks.here('norm, float32', 'five steps, float32', 'the preset')"
@@ -95,7 +95,7 @@ def test_numbers_and_none_are_infinitely_far_apart() -> None:
 
 @pytest.mark.long
 def test_a_check_takes_no_other_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One that fails, dies, hangs, or leaves an error of the device that stays with the process."""
+    """A check that fails, dies, hangs, or leaves a lasting device error in its process does not spoil other checks."""
     with pytest.raises(SystemExit):
         smoke.main(str(tmp_path / "smoke.json"), "tests.benchmarks.failing_checks")
     written = json.loads((tmp_path / "smoke.json").read_text())
@@ -123,7 +123,7 @@ def python(code: str, limit: int = 30, **more: Any) -> Command:
 WRITES = (
     "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{\"rows\": [1, 2]}'); print('so far', flush=True); "
 )
-SLEEP = f"sleep 1000.{os.getpid()}"  # no other's
+SLEEP = f"sleep 1000.{os.getpid()}"  # no other process has this command line
 HANGS = f"import subprocess, time; subprocess.Popen({SLEEP.split()}); time.sleep(1000)"
 
 
@@ -147,7 +147,7 @@ def test_each_stage_leaves_its_file_whatever_becomes_of_it(
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setenv("STAGES", "0 1 2 3 4 5")
     began = time.monotonic()
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a job that a shell has started in the background
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job of a shell
     try:
         assert gpu.main() == 1
     finally:
@@ -159,7 +159,7 @@ def test_each_stage_leaves_its_file_whatever_becomes_of_it(
     assert outcomes == {"a": "failed (1)", "b": "failed (1)", "c": "stopped at 2 s", "e": "done", "f": "done"}
     assert all(results[name]["rows"] == [1, 2] for name in "bcf")
     assert "no such module" in results["a"]["stage"]["output"]
-    assert "KeyboardInterrupt" in results["c"]["stage"]["output"]  # where it was
+    assert "KeyboardInterrupt" in results["c"]["stage"]["output"]  # where it was stopped
     log = (tmp_path / "d.log").read_text()
     assert "\nnext\n" in log
     assert "'outcome': 'stopped at 1 s; done'" in log
@@ -173,7 +173,7 @@ def test_each_stage_leaves_its_file_whatever_becomes_of_it(
 
 
 def test_the_stages_fit_what_is_lent() -> None:
-    """Two commands of six minutes, a file for each stage, and no folders."""
+    """The stages fit into two commands of six minutes. Each leaves one file, which is in no subfolder."""
     stages = gpu.stages()
     assert len({stage.file for stage in stages}) == len(stages)
     assert not any("/" in stage.file for stage in stages)
@@ -185,7 +185,7 @@ def test_the_stages_fit_what_is_lent() -> None:
 
 
 def test_tools_that_watch_are_given_their_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """memcheck sees the ends of tensors, and not of the segments that the caching allocator cuts them from."""
+    """Without the caching allocator, memcheck sees the ends of tensors, not those of the allocator's segments."""
     for name in ("compute-sanitizer", "ncu"):
         tool = tmp_path / name
         tool.write_text(f'#!/bin/sh\necho "{name} caching=$PYTORCH_NO_CUDA_MEMORY_CACHING" "$@"\n')
@@ -221,13 +221,13 @@ def test_torchs_tests_find_a_stand_in_for_what_is_not_installed(monkeypatch: pyt
 
 
 def test_the_sweep_has_the_candidates() -> None:
-    assert Shape(16384, 2048, 8) in sweep.SQUARES  # 16 wide loads of a thread at once
+    assert Shape(16384, 2048, 8) in sweep.SQUARES  # 16 wide loads per thread at once
     assert {shape.chunk for shape in sweep.UPDATE} >= {4096, 8192}
     assert all(sweep.ELEMENTS % shape.chunk == 0 for shape in [*sweep.SQUARES, *sweep.UPDATE])
 
 
 def test_the_names_that_the_host_has_given_are_no_launches() -> None:
-    """The profiler shows an optimizer's span among what ran on the device."""
+    """The profiler lists an optimizer's span, which is no launch, among the activities of the device."""
 
     def event(name: str, device: DeviceType, is_user_annotation: bool = False) -> FunctionEvent:
         return FunctionEvent(1, name, 0, 0, 1, device_type=device, is_user_annotation=is_user_annotation)

@@ -1,4 +1,4 @@
-"""The formulas of docs/scaling.md."""
+"""Tests of the formulas of docs/scaling.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that times the step, in small, and what it measures with."""
+"""Small runs of the command that times the step, and tests of its measuring code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TINY = {
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little to do, and no peers: make peers installs them."""
+    """Give the command little to do, and hide the peers that `make peers` installs."""
     monkeypatch.setattr(step_time, "MODELS", TINY)
     monkeypatch.setattr(step_time, "TURN", 0.0)
     monkeypatch.setattr(step_time, "COPIED", 1000)
@@ -71,7 +71,7 @@ def test_one_model_alone(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_what_was_measured_is_there_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At any moment after the first model."""
+    """The file has the results of all models that were done when the command is stopped."""
     measured = step_time.measured
 
     def stopped(model: step_time.Model, *rest: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Writes a checkpoint, with the weights that its run has later: python write.py grokadamw|adamw FILE [resumed].
+"""Write a checkpoint, with the weights that its run reaches later: python write.py grokadamw|adamw FILE [resumed].
 
-The files beside this one were written by it, each under the release that its name says, and stay as they are: what a
-release wrote must load for ever. With `resumed` the run has saved, loaded and gone on before that.
+This script wrote the files in its folder, each under the release in its name. They must not change, because what a
+release wrote must always load. With `resumed`, the run is saved, loaded and continued before the checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def model() -> nn.Module:
 
 
 def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """The same for every release: losses are set in the groups, as 0.1.2 wants them."""
+    """Train alike under every release: losses are set in the groups, where 0.1.2 expects them."""
     for step in steps:
         x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
@@ -35,7 +35,7 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> Non
 
 
 def groups(net: nn.Module, named: bool) -> list[dict[str, Any]]:
-    """Weights decay, biases do not."""
+    """Return a group of weights, which decay, and one of biases, which do not."""
     params: Any = list(net.named_parameters()) if named else [(None, p) for p in net.parameters()]
     split = [[pair for pair in params if (pair[1].ndim > 1) is decays] for decays in (True, False)]
     listed = [pairs if named else [p for _, p in pairs] for pairs in split]

@@ -1,4 +1,4 @@
-"""On a GPU, what is kept in fewer bits: the kernel's bits are the definition's, and it does as `decoded` does."""
+"""On a GPU, the kernel for fewer bits encodes as the definition does, bit for bit, and agrees with `decoded`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _small_tensors_have_formats(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_a_step(case: str, shape: tuple[int, ...], nth: int | None) -> None:
-    """That the codes are those of what `gpu` computes of float32."""
+    """Check that the codes are the encoded results of `gpu` on float32 tensors."""
     options, dtype = CASES[case]
     before = coded_batch(shape, options, dtype, number=7)
     before = before._replace(grads=[before.grads[0].to(dtype)])
@@ -86,7 +86,7 @@ def test_32_bits_are_float32_weights(shape: tuple[int, ...], limits: dict[str, f
     compare_with_32_bits(shape, limits, "cuda")
 
 
-# as `decoded`
+# comparison with `decoded`
 
 
 def trained(kept: tuple[torch.dtype, dict[str, Any]], steps: int = 4, **options: Any) -> tuple[list[Any], GrokAdamW]:
@@ -97,7 +97,7 @@ def trained(kept: tuple[torch.dtype, dict[str, Any]], steps: int = 4, **options:
 
 
 def check_near(found: list[nn.Parameter], expected: list[nn.Parameter], start: list[nn.Parameter]) -> None:
-    """To neighbours: both round alike, but what they round differs in its last bits."""
+    """Check that weights differ by neighbours at most: both round alike, but numbers that differ in their last bits."""
     for a, b, before in zip(found, expected, start, strict=True):
         a, b, before = a.detach().float(), b.detach().float(), before.detach().float()
         assert (a - b).norm() < 2e-3 * (a - before).norm() + 2e-3 * a.norm()
@@ -119,7 +119,7 @@ def test_it_does_as_decoded_does(kept: Any, limits: dict[str, float]) -> None:
     assert equal(before, bits_of(ours, optimizer))
 
 
-# little is launched, and nobody waits
+# few launches, and no waiting
 
 
 @pytest.fixture(params=["int8", "bfloat16, 24 bits"])
@@ -128,7 +128,7 @@ def running(request: pytest.FixtureRequest) -> tuple[list[Any], GrokAdamW]:
 
 
 def test_launches(running: tuple[list[Any], GrokAdamW]) -> None:
-    """Two for the norm, one for what is kept in fewer bits, one for what is too small for that, one for the counts."""
+    """A step launches two kernels for the norm, one for fewer bits, one for small tensors, and one for step counts."""
     params, optimizer = running
     for p in params:
         p.grad = torch.ones_like(p)
@@ -168,7 +168,7 @@ def test_replays_are_the_eager_run_bit_for_bit() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         replayed.step()
-    assert replayed._run.graphs  # by the kernels, and not by `decoded`
+    assert replayed._run.graphs  # the kernels were captured, not `decoded`
     for step in range(7):
         set_gradients(twins, max(0, step - 2))
         eager.step()
@@ -179,7 +179,7 @@ def test_replays_are_the_eager_run_bit_for_bit() -> None:
 
 
 def set_gradients(params: list[nn.Parameter], step: int) -> None:
-    """In place, where a graph reads them."""
+    """Set gradients in place, where a CUDA graph reads them."""
     for i, p in enumerate(params):
         grad: Tensor = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
         assert p.grad is not None

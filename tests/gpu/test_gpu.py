@@ -1,4 +1,4 @@
-"""On a GPU, the kernels as they are compiled: the oracle's numbers, the same bits each time, and nobody waits."""
+"""Compiled kernels on a GPU give the oracle's numbers and the same bits each time. The host never waits for them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def parameters(dtype: torch.dtype = torch.float32, sizes: list[int] = SIZES) -> 
 
 
 def set_gradients(params: list[nn.Parameter], step: int, scale: float = 1.0) -> None:
-    """In place, where a graph reads them."""
+    """Set gradients in place, where a CUDA graph reads them."""
     for i, p in enumerate(params):
         grad = scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
         if p.grad is None:
@@ -74,7 +74,7 @@ def test_agrees_with_the_reference(dtype: torch.dtype, case: str, on_device: boo
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_update, "SHAPES", shapes)
         start = tensors(dtype, changes.pop("with_mu", True))
-    # of 24,000 random v some are next to 0: their updates are 80 times lr, and so is the rounding of m / √v
+    # some of 24,000 random v are near 0: their updates are 80 times lr, and the rounding of m / √v grows as much
     start = start._replace(exp_avg_sqs=[v + 0.01 for v in start.exp_avg_sqs])
     wide = type(start)(
         *(None if part is None else [x.to(torch.float64, copy=True) for x in part] for part in start[:6])
@@ -98,7 +98,7 @@ def test_agrees_with_the_reference(dtype: torch.dtype, case: str, on_device: boo
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("offset", [0, 1])
 def test_several_steps_are_the_oracles(dtype: torch.dtype, offset: int) -> None:
-    """Two groups, layers, signals, clipping, a step that is not finite; memory that is aligned, and that is not."""
+    """The run has two groups, layers, signals, clipping, a step that is not finite, and memory aligned or not."""
     hyper = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "alpha_init": 0.9, "lamb": 2.0}
     hyper |= {"gamma": 0.1, "grokking_signal_decay_rate": 0.5, "gradient_clipping": 0.5, "maximize": False}
     groups = [hyper | {"amplify_after": 0}, hyper | {"amplify_after": 2, "lr": 0.02}]
@@ -137,7 +137,7 @@ def test_the_norm_is_float64s(dtype: torch.dtype) -> None:
 
 
 def test_half_numbers_are_rounded_to_even() -> None:
-    """θ times a number, for all of them."""
+    """The test multiplies every value of θ by a number, as weight decay does."""
     for dtype in (torch.bfloat16, torch.float16):
         theta = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         zeros = [torch.zeros(theta.shape, device="cuda") for _ in range(3)]
@@ -155,7 +155,7 @@ WIDTHS = [(5, 3), (40, 16), (7, 50), (300, 64), (9, 113), (3, 256), (2, 3, 100),
 def limited(
     dtype: torch.dtype, foreach: bool | None, limits: dict[str, float], offsets: tuple[int, ...]
 ) -> list[Tensor]:
-    """Parameters and state after some steps of rows of every width, one of which is not finite."""
+    """Return parameters with rows of every width, and their state, after five steps, one of which is not finite."""
     generator = torch.Generator().manual_seed(0)
 
     def placed(shape: tuple[int, ...], scale: float, offset: int) -> Tensor:
@@ -216,7 +216,7 @@ def test_more_than_2_31_elements() -> None:
     assert large.metrics()["grad_norm"] == pytest.approx(optimizer.metrics()["grad_norm"])
 
 
-# nobody waits, and little is launched
+# no waiting, and few launches
 
 
 @contextmanager
@@ -242,7 +242,7 @@ def nothing_waits() -> Iterator[None]:
     ids=str,
 )
 def test_no_step_waits_for_the_device(options: dict[str, Any]) -> None:
-    """With lr, losses and the place of the gradients changing; nor under GradScaler, where it unscales."""
+    """The host never waits, even if lr, losses and gradients' addresses change, or the step unscales for GradScaler."""
     params = parameters()
     optimizer = GrokAdamW(params, **options)
     scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
@@ -265,7 +265,7 @@ def test_no_step_waits_for_the_device(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("keeper", KEEPERS)
 def test_what_keeps_more_does_as_on_the_cpu(keeper: str) -> None:
-    """Filters around others, windows, micro-batches."""
+    """Filters around other optimizers, windows and micro-batches give the CPU's weights on a GPU."""
     weights = []
     for device in ("cpu", "cuda"):
         model = network(torch.float64).to(device)
@@ -281,7 +281,7 @@ def test_what_keeps_more_does_as_on_the_cpu(keeper: str) -> None:
 
 
 def launches_of(optimizer: GrokAdamW) -> list[str]:
-    """Return the names of what a step has the device do, as the profiler sees it."""
+    """Return the names of all that the device does in a step, as the profiler reports it."""
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -302,7 +302,7 @@ def launches_of(optimizer: GrokAdamW) -> list[str]:
     ids=str,
 )
 def test_launches(options: dict[str, Any], triton: dict[str, int], tensors_in_a_group: int) -> None:
-    """Counted by the profiler: ours, and at most one of torch's, for the step counts of one group each."""
+    """The profiler counts our launches, and at most one of torch's, which advances the step counts."""
     params = [nn.Parameter(p.data.view(5, 20)) for p in parameters(sizes=[100] * 2 * tensors_in_a_group)]
     optimizer = GrokAdamW([{"params": params[:tensors_in_a_group]}, {"params": params[tensors_in_a_group:]}], **options)
     for step in range(4):
@@ -335,7 +335,7 @@ def test_replays_are_the_eager_run_bit_for_bit() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         replayed.step()
-    assert replayed._run.graphs  # by the kernels, and not by foreach
+    assert replayed._run.graphs  # the kernels were captured, not foreach
     for step in range(10):
         said[0] = 0.3 * max(step - 2, 0)
         set_gradients(twins, step)
@@ -357,12 +357,12 @@ def test_replays_are_the_eager_run_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("betas_change", [False, True])
 def test_eager_steps_between_replays_do_not_disturb_the_graph(betas_change: bool) -> None:
-    """Their gradients lie elsewhere, and their tables go elsewhere. β1, which is in a table, is that of the capture."""
+    """Eager steps have gradients and tables elsewhere. A replay uses the β1 of the capture, which is in its table."""
     params, twins = parameters(), parameters()
     replayed, eager = GrokAdamW(params, capturable=True), GrokAdamW(twins)
 
     def set_betas(optimizer: GrokAdamW, step: int) -> None:
-        if betas_change:  # and right before the capture
+        if betas_change:  # they also change right before the capture
             optimizer.param_groups[0]["betas"] = (0.9 - 0.01 * step, 0.99)
 
     for step in range(3):
@@ -386,7 +386,7 @@ def test_eager_steps_between_replays_do_not_disturb_the_graph(betas_change: bool
         if step % 2:
             filled = [
                 torch.full((n,), 2**40, dtype=torch.int64, device="cuda") for n in range(1, 300, 7)
-            ]  # what was freed
+            ]  # these overwrite what was freed
             del filled
             graph.replay()
         else:
@@ -410,7 +410,7 @@ def test_on_a_side_stream() -> None:
 
 
 def test_on_several_devices() -> None:
-    """The second may be the CPU, which has another implementation: the norm is of all."""
+    """The norm covers the gradients of all devices. The second one may be the CPU, which has another backend."""
     second = "cuda:1" if torch.cuda.device_count() > 1 else "cpu"
     params = parameters()
     apart = [nn.Parameter(p.detach().to("cuda:0" if i % 2 else second)) for i, p in enumerate(params)]
@@ -433,8 +433,6 @@ MOVED = [
 
 @pytest.mark.parametrize("event", MOVED, ids=lambda event: event.__name__)
 def test_whatever_moves_is_followed(event: Any) -> None:
-    from ..models import batch, network
-
     models = [network().cuda(), network().cuda()]
     optimizers = [
         GrokAdamW(model.named_parameters(), lr=0.01, foreach=foreach)
@@ -471,7 +469,7 @@ def test_after_a_checkpoint_it_goes_on_bit_for_bit() -> None:
 def test_the_compiled_step_is_foreachs() -> None:
     params, twins = parameters(), parameters()
     optimizer, eager = GrokAdamW(params), GrokAdamW(twins)
-    for step in range(2):  # the state of both is made by eager steps: its counts are parts of one tensor
+    for step in range(2):  # eager steps make the state of both, so step counts are parts of one tensor
         for ps, each in ((params, optimizer), (twins, eager)):
             set_gradients(ps, step)
             each.step()

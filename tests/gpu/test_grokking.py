@@ -1,4 +1,4 @@
-"""The bench's runs on a GPU, whose steps are the replays of a graph."""
+"""Runs of the grokking bench on a GPU, where each step replays a CUDA graph."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("method", ["adamw", "grokadamw-grokking"])
 def test_a_run_is_that_of_the_cpu(method: str) -> None:
-    """As long as rounding has not grown. An epoch ends within these steps, with a smaller batch."""
+    """Both agree for 100 steps, until rounding errors grow. An epoch ends within them, with a smaller batch."""
     asked = Run.of("add97/post-norm", method, 0, budget=100)
     how = (tasks.load()[asked.task], asked.optimizer, asked.seed, asked.budget)
     here = experiment.run(*how, clip=asked.clip)

@@ -1,4 +1,4 @@
-"""Transformers of pairs of numbers, as other people train them. Each file here has a list ARCHITECTURES."""
+"""Transformers for pairs of numbers, as other people train them. Each file here has a list ARCHITECTURES."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POSITIONS = 3  # x, y and the equals sign
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model of pairs of numbers."""
+    """A model for pairs of numbers."""
 
     name: str
     about: str
@@ -52,11 +52,11 @@ class Decoder(nn.Module):
     """Token and position embeddings, blocks, a norm and a head without bias.
 
     Args:
-        blocks: each called as block(x, queries): (batch, positions, width) → (batch, queries, width), the last
-            positions. The last block is asked for the equals sign alone.
-        positions: (positions, width), added to the tokens; None is none.
-        scale: of the tokens, before positions are added.
-        dropout: of the sum of both.
+        blocks: block(x, queries) maps (batch, positions, width) to (batch, queries, width), the last positions. The
+            last block computes the equals sign only.
+        positions: gives (positions, width), which is added to the tokens; None adds nothing.
+        scale: the factor of the tokens, before positions are added.
+        dropout: the probability of dropout on the sum of both.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, numbers, bias=False)
 
     def embedded(self, pairs: Tensor) -> Tensor:
-        """(batch, 2) → (batch, positions, width)."""
+        """Map (batch, 2) to (batch, positions, width)."""
         equals = torch.full_like(pairs[:, :1], self.token.num_embeddings - 1)
         x: Tensor = self.scale * self.token(torch.cat([pairs, equals], dim=1))
         if self.positions is not None:
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
 
 
 class PreNormBlock(nn.Module):
-    """Norms in front of attention and MLP, whose results are added to the stream."""
+    """A block with norms in front of attention and MLP, which add to the residual stream."""
 
     def __init__(
         self, attention: nn.Module, mlp: nn.Module, norm: Callable[[], nn.Module], dropout: float = 0.0
@@ -111,12 +111,12 @@ class PreNormBlock(nn.Module):
 
 
 def mlp(width: int, activation: nn.Module, bias: bool = True) -> nn.Module:
-    """Four times as wide inside."""
+    """Return an MLP that is four times as wide inside."""
     return nn.Sequential(nn.Linear(width, 4 * width, bias), activation, nn.Linear(4 * width, width, bias))
 
 
 @cache
 def load() -> dict[str, Architecture]:
-    """All architectures, by name."""
+    """Return all architectures, by name."""
     modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
     return {each.name: each for module in modules for each in module.ARCHITECTURES}

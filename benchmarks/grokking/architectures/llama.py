@@ -22,7 +22,7 @@ def rotate(x: Tensor, at: Tensor) -> Tensor:
 
 
 class SwiGLU(nn.Module):
-    """As many parameters as an MLP that is four times as wide inside (arXiv:2002.05202)."""
+    """A gated MLP with as many parameters as an MLP that is four times as wide inside (arXiv:2002.05202)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""No norms at all, and a small start, as in the model of "Progress measures for grokking" (arXiv:2301.05217)."""
+"""No norms, and small initial embeddings, as in the model of "Progress measures for grokking" (arXiv:2301.05217)."""
 
 from __future__ import annotations
 

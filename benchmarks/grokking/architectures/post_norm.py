@@ -1,4 +1,4 @@
-"""LayerNorm after each sum and none at the end, no biases, ReLU, sinusoidal positions, as OpenAI's code of grokking."""
+"""LayerNorm after each sum, not at the end; no biases, ReLU, sinusoidal positions, as in OpenAI's grokking code."""
 
 from __future__ import annotations
 

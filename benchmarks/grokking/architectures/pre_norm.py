@@ -1,4 +1,4 @@
-"""LayerNorm in front of attention and MLP, GELU, learned positions, as in GPT-2; wide, and deep."""
+"""LayerNorm in front of attention and MLP, GELU, learned positions, as in GPT-2: a wide model and a deep one."""
 
 from __future__ import annotations
 

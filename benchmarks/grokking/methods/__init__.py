@@ -1,4 +1,4 @@
-"""What is to learn it: optimizers. Each file here has a list METHODS; a new method is a new file."""
+"""The methods: optimizers. Each file here has a list METHODS; a new method is a new file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Method:
 
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, as many training scripts have them: biases and norms do not decay."""
+    """Return two groups, as in many training scripts: matrices decay, biases and norms do not."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -39,6 +39,6 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 @cache
 def load() -> dict[str, Method]:
-    """All methods, by name."""
+    """Return all methods, by name."""
     modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
     return {method.name: method for module in modules for method in module.METHODS}

@@ -14,7 +14,7 @@ from .grokadamw import DECAY, LR
 
 
 def of_bfloat16(model: nn.Module, **settings: Any) -> GrokAdamW:
-    """Turn the model to bfloat16, but for what goes in and comes out, and make the preset for it."""
+    """Convert the model to bfloat16, except for its inputs and outputs, and return the preset for it."""
     model.to(torch.bfloat16)
     model.register_forward_pre_hook(lambda _, inputs: tuple(map(_narrow, inputs)))
     model.register_forward_hook(lambda *call: call[-1].float())

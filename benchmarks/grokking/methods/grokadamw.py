@@ -1,4 +1,4 @@
-"""GrokAdamW with its defaults, with its preset for grokking, and with parts of that."""
+"""GrokAdamW with its defaults, with its preset for grokking, and with parts of the preset."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def by_accuracy(model: nn.Module, **settings: Any) -> GrokAdamW:
 
 
 def rising_decay(model: nn.Module, weight_decay: float, **settings: Any) -> GrokAdamW:
-    """The preset, whose weight decay rises from a quarter of `weight_decay` to all, as its own does from 1 to 4."""
+    """Return the preset, whose decay rises from a quarter of `weight_decay` to all of it, like its own from 1 to 4."""
     return GrokAdamW.for_grokking(model, weight_decay=weight_decay / 4, **BOOST, **settings)
 
 
 def norms_decay(model: nn.Module, weight_decay: float, share: float, **settings: Any) -> GrokAdamW:
-    """The preset, with another share of weight decay for norms."""
+    """Return the preset with another share of weight decay for norms."""
     optimizer = GrokAdamW.for_grokking(model, weight_decay=weight_decay, **settings)
     for group in optimizer.param_groups:
         if group["weight_decay"] == weight_decay / 3:
@@ -39,7 +39,7 @@ def norms_decay(model: nn.Module, weight_decay: float, share: float, **settings:
 
 
 def same_lr(model: nn.Module, lr: float, weight_decay: float, **settings: Any) -> GrokAdamW:
-    """The preset, with the same learning rate and weight decay for embeddings as for weights."""
+    """Return the preset with the same learning rate and weight decay for embeddings as for weights."""
     optimizer = GrokAdamW.for_grokking(model, lr=lr, weight_decay=weight_decay, **settings)
     for group in optimizer.param_groups:
         if group["lr"] != lr:

@@ -1,4 +1,4 @@
-"""What others report as good: a cap on the rows' norms (Clip to Grok), OrthoGrad (arXiv:2501.04697), Muon."""
+"""Methods that others report as good: a cap on rows' norms (Clip to Grok), OrthoGrad (arXiv:2501.04697), Muon."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def inner_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 def row_norm_cap(model: nn.Module, cap: float, **settings: Any) -> Optimizer:
-    """AdamW; after each step rows of the inner matrices that are longer than `cap` are shortened to it."""
+    """Return AdamW with a hook that shortens rows of inner matrices to `cap` after each step if they are longer."""
     optimizer = AdamW(model.parameters(), **settings)
 
     @torch.no_grad()
@@ -32,7 +32,7 @@ def row_norm_cap(model: nn.Module, cap: float, **settings: Any) -> Optimizer:
 
 
 def orthograd(model: nn.Module, **settings: Any) -> Optimizer:
-    """AdamW; each gradient without its part along the weights, and as long as it was."""
+    """Return AdamW with a hook that removes each gradient's part along the weights, and restores its length."""
     optimizer = AdamW(model.parameters(), **settings)
 
     @torch.no_grad()
@@ -49,7 +49,7 @@ def orthograd(model: nn.Module, **settings: Any) -> Optimizer:
 
 class MuonAndAdamW(Optimizer):
     """Muon for the inner matrices, AdamW for everything else. Muon's update is scaled to the size of AdamW's
-    (arXiv:2502.16982, section 2.2), so that one learning rate and weight decay stand for both."""
+    (arXiv:2502.16982, section 2.2), so that both can share one learning rate and weight decay."""
 
     def __init__(self, model: nn.Module, betas: tuple[float, float], **settings: Any) -> None:
         matrices = inner_matrices(model)

@@ -1,4 +1,4 @@
-"""torch's own optimizers."""
+"""Torch's own optimizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What there is to learn. Each file here has a list TASKS; a new task is a new file."""
+"""The tasks. Each file here has a list TASKS; a new task is a new file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Split:
 
 
 class Data(NamedTuple):
-    """A tenth of the held-out data is for signals, and the rest for the report alone."""
+    """Training data and held-out data. A tenth of the latter is for signals, and the rest for the report alone."""
 
     train: Split
     signal: Split
@@ -42,7 +42,7 @@ class Data(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where a run begins: the same for every method, as it depends on the seed alone."""
+    """The start of a run. It depends on the seed alone, so it is the same for every method."""
 
     model: nn.Module
     data: Data
@@ -50,35 +50,35 @@ class Start(NamedTuple):
 
 
 def right(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 where the largest logit is the answer's, (n,)."""
+    """Return (n,): 1 for an example whose largest logit is the answer's, else 0."""
     return (logits.argmax(dim=-1) == targets).float()
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its data, and when it counts as learnt.
+    """A model, its data, and the score at which the task counts as learnt.
 
     A task without such a level has `solved=math.inf`: a run then takes its whole budget, and its best score counts.
-    A loss is a score with a minus in front.
+    A loss with a minus in front is a score.
     """
 
     name: str
     about: str
     start: Callable[[int], Start]  # seed → model and data
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-    score: Callable[[Tensor, Tensor], Tensor] = right  # of each example, (n,); what is judged is the mean
+    score: Callable[[Tensor, Tensor], Tensor] = right  # of each example, (n,); the mean is judged
     solved: float = 0.95
     betas: tuple[float, float] = (0.9, 0.98)
     warmup: int = 10  # steps
     budget: int = 3000  # steps, unless a run says otherwise
     evaluate_every: int = 10  # steps
-    clip: float = 0.0  # of the gradients' norm, by the recipe, whatever the method; 0 is off
+    clip: float = 0.0  # the recipe's limit on the gradients' norm, if the method has none; 0 is off
 
 
 def starts(
     model: Callable[[], nn.Module], data: Callable[[int], Data], batch_size: int | None
 ) -> Callable[[int], Start]:
-    """What most tasks need: `seed → model and data`, each of which depends on the seed alone. None: one batch."""
+    """Return a function from a seed to model and data, which depend on the seed alone."""
 
     def start(seed: int) -> Start:
         found = data(seed)
@@ -89,7 +89,7 @@ def starts(
 
 
 def split(inputs: Tensor, targets: Tensor, train: int, seed: int) -> Data:
-    """Shuffled by the seed and cut: the first `train` for training."""
+    """Shuffle the examples by the seed, and split them. The first `train` are for training."""
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
     signal = (len(order) - train) // 10
     everything = Split(inputs, targets)
@@ -97,7 +97,7 @@ def split(inputs: Tensor, targets: Tensor, train: int, seed: int) -> Data:
 
 
 def shuffled(data: Split, batch_size: int | None, seed: int) -> Iterator[Split]:
-    """Batches for ever, in a new order each epoch."""
+    """Yield batches without end, in a new order each epoch. A size of None means all data in one batch."""
     generator = torch.Generator().manual_seed(seed)
     while batch_size is None:
         yield data
@@ -107,7 +107,7 @@ def shuffled(data: Split, batch_size: int | None, seed: int) -> Iterator[Split]:
 
 
 def packaged(package: str, path: str) -> Path:
-    """A file that an installed package carries. The package is not imported, nor has what it needs to be there."""
+    """Return the path of a file in an installed package. Neither the package nor its dependencies are imported."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"its data is in the package {package}: pip install --no-deps {package}")
@@ -116,6 +116,6 @@ def packaged(package: str, path: str) -> Path:
 
 @cache
 def load() -> dict[str, Task]:
-    """All tasks, by name."""
+    """Return all tasks, by name."""
     modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
     return {task.name: task for module in modules for task in module.TASKS}

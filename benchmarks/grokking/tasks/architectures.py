@@ -1,4 +1,4 @@
-"""Four of the problems of modular.py with each of the architectures, in batches of 512: add97/llama, s5/deep, …"""
+"""Four problems of modular.py with each architecture, in batches of 512: add97/llama, s5/deep, …"""
 
 from __future__ import annotations
 

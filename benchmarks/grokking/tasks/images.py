@@ -15,7 +15,7 @@ PATCHES = (28 // PATCH) ** 2
 
 
 def cnn() -> nn.Module:
-    """(batch, 784) pixels → (batch, 10) logits."""
+    """Return a network from (batch, 784) pixels to (batch, 10) logits."""
     return nn.Sequential(
         nn.Unflatten(1, (1, 28, 28)),
         *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -25,7 +25,7 @@ def cnn() -> nn.Module:
 
 
 class VisionTransformer(nn.Module):
-    """(batch, 784) pixels → (batch, 10) logits: 16 patches, two blocks, the mean of the patches, a head."""
+    """A network from (batch, 784) pixels to (batch, 10) logits: 16 patches, two blocks, the patches' mean, a head."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ WIDTH, HIDDEN = 64, 192
 
 
 class MLP(nn.Module):
-    """(batch, 2) numbers x, y → logits: their embeddings side by side, then two hidden layers."""
+    """A network from (batch, 2) numbers x, y to logits: their embeddings side by side, then two hidden layers."""
 
     def __init__(self, numbers: int, answers: int, norm: type[nn.Module] = nn.Identity) -> None:
         super().__init__()
@@ -46,13 +46,13 @@ class Quadratic(nn.Module):
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the squared error of one-hot answers, over their variance."""
+    """Return the squared error of one-hot answers, divided by their variance."""
     n = outputs.shape[1]
     return F.mse_loss(outputs, F.one_hot(targets, n).float()) * n**2 / (n - 1)
 
 
 class Recurrent(nn.Module):
-    """x, y and an equals sign, one after the other, through an LSTM or a GRU."""
+    """An LSTM or GRU that reads x, y and an equals sign, one after the other."""
 
     def __init__(self, numbers: int, kind: type[nn.LSTM | nn.GRU]) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def gelu(width: int, hidden: int) -> nn.Sequential:
 
 
 def tied(numbers: int) -> nn.Module:
-    """A transformer of one block whose head is its embedding, with GPT-2's small start."""
+    """Return a transformer of one block whose head is its embedding, with GPT-2's small initial weights."""
     model = pre_norm.model(numbers, 1, WIDTH)
     model.head = nn.Linear(WIDTH, numbers + 1, bias=False)
     model.head.weight = model.token.weight
@@ -98,7 +98,7 @@ def tied(numbers: int) -> nn.Module:
 
 
 class Convolutions(nn.Module):
-    """(batch, 16) bits on a ring → logits: three convolutions, then a hidden layer."""
+    """A network from (batch, 16) bits on a ring to logits: three convolutions, then a hidden layer."""
 
     def __init__(self, answers: int, channels: int = 32) -> None:
         super().__init__()
@@ -130,14 +130,14 @@ class Isomorphism(nn.Module):
 
 
 def group(elements: list[tuple[int, ...]]) -> Operation:
-    """The composition of a group's permutations, which are numbered: first y, then x."""
+    """Return the composition of a group's numbered permutations, which applies y first, and then x."""
     number = {element: i for i, element in enumerate(elements)}
     table = torch.tensor([[number[tuple(x[i] for i in y)] for y in elements] for x in elements])
     return lambda x, y: table[x, y]
 
 
 def alternating() -> list[tuple[int, ...]]:
-    """The even permutations of five."""
+    """Return the even permutations of five."""
 
     def swaps(p: tuple[int, ...]) -> int:
         return sum(p[i] > p[j] for j in range(len(p)) for i in range(j))
@@ -146,7 +146,7 @@ def alternating() -> list[tuple[int, ...]]:
 
 
 def dihedral(n: int) -> list[tuple[int, ...]]:
-    """The turns and reflections of a regular n-gon."""
+    """Return the rotations and reflections of a regular n-gon."""
     return [tuple((sign * i + k) % n for i in range(n)) for sign in (1, -1) for k in range(n)]
 
 
@@ -156,14 +156,14 @@ def parities(seed: int) -> Data:
 
 
 def rings(seed: int) -> Data:
-    """How often 101 occurs on a ring of 16 bits, modulo 3."""
+    """Return rings of 16 bits, and how often 101 occurs on each, modulo 3."""
     bits = torch.randint(2, (4000, 16), generator=torch.Generator().manual_seed(seed))
     found = (bits & (1 - bits.roll(-1, 1)) & bits.roll(-2, 1)).sum(1)
     return split(2.0 * bits - 1, found % 3, 1000, seed)
 
 
 def graphs(seed: int) -> Data:
-    """Return graphs of ten nodes, half of them connected, and the question whether a graph is connected."""
+    """Return graphs of ten nodes, half of them connected, and whether each is connected."""
     edges = torch.rand(6000, 10, 10, generator=torch.Generator().manual_seed(seed)) < 0.28
     adjacency = edges.triu(1).float()
     adjacency = adjacency + adjacency.mT
@@ -235,5 +235,5 @@ TASKS = [
     ),
     Task("connected10/gnn", "whether a graph is connected, a GNN with BatchNorm", starts(Isomorphism, graphs, 128)),
 ]
-# models without norms, and how many weights they have; 4 stands for more, too
+# models without norms, and how many weights they have; 4 means 4 or more
 WEIGHTS = {"quadratic": 2, "mlp": 3, "lstm": 3, "gru": 3, "cnn": 4, "no-norm": 4}

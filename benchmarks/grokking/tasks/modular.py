@@ -17,10 +17,10 @@ Operation = Callable[[Tensor, Tensor], Tensor]
 
 
 class Rows(NamedTuple):
-    """The residual stream, one row for each different prefix of "x operation y =", and not one for each token.
+    """The residual stream, with one row for each different prefix of "x operation y =" rather than for each token.
 
-    Attention is causal, so that what is at a position follows from the tokens up to it. Before the first block it
-    follows from the token alone.
+    Attention is causal, so a row depends on the tokens up to its position only. Before the first block it depends on
+    its own token only.
     """
 
     values: Tensor  # (rows, width)
@@ -30,7 +30,7 @@ class Rows(NamedTuple):
 
 
 class Embedding(nn.Module):
-    """Tokens (batch, 2) of x and y → Rows, learned positions added."""
+    """A layer from tokens (batch, 2) of x and y to Rows, with learned positions added."""
 
     def __init__(self, numbers: int, width: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """A causal transformer block with LayerNorm in front of attention and of the MLP.
 
-    The last one computes what is at the equals signs alone, (batch, width).
+    The last block computes the equals signs only, (batch, width).
     """
 
     def __init__(self, width: int, heads: int, last: bool) -> None:
@@ -66,7 +66,7 @@ class Block(nn.Module):
         q, kv = self.q(normed), self.kv(normed)
         if self.last:
             parts = [(rows.of_pairs[:, 3:], rows.of_pairs)]
-        else:  # rows of queries, and of all that is up to the last of them
+        else:  # rows of queries, and rows of all positions up to the last query
             parts = [(rows.after_x, rows.after_x), (rows.of_pairs[:, 2:], rows.of_pairs)]
         x = torch.cat([F.embedding(own.flatten(), rows.values) for own, _ in parts])
         x = x + self.out(torch.cat([self.attend(F.embedding(own, q), F.embedding(seen, kv)) for own, seen in parts]))
@@ -78,7 +78,7 @@ class Block(nn.Module):
         return Rows(x, rows.x, after_x, torch.cat([after_x[rows.x], of_pairs], dim=1))
 
     def attend(self, q: Tensor, kv: Tensor) -> Tensor:
-        """q (n, queries, width) of the last positions, kv (n, keys, 2 · width) → (n · queries, width)."""
+        """Map q (n, queries, width) of the last positions and kv (n, keys, 2 · width) to (n · queries, width)."""
         n, queries, width = q.shape
         keys = kv.shape[1]
         q, (k, v) = q.unflatten(-1, (self.heads, -1)), kv.view(n, keys, 2, self.heads, -1).unbind(2)
@@ -90,7 +90,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The last block's Rows → logits (batch, numbers + 2), not tied to the embedding."""
+    """A layer from the last block's Rows to logits (batch, numbers + 2), not tied to the embedding."""
 
     def __init__(self, numbers: int, width: int) -> None:
         super().__init__()
@@ -101,9 +101,9 @@ class Head(nn.Module):
 
 
 class Transformer(nn.Module):
-    """(batch, 2) numbers x, y → logits (batch, numbers + 2) of the answer: embedding, blocks of 4 heads, head.
+    """A model from (batch, 2) numbers x, y to logits (batch, numbers + 2): embedding, blocks of 4 heads, head.
 
-    What it computes is what attention over the four tokens "x operation y =" would.
+    Its results are those of attention over the four tokens "x operation y =".
     """
 
     def __init__(self, numbers: int, blocks: int = 2, width: int = 128, heads: int = 4) -> None:
@@ -119,7 +119,7 @@ class Transformer(nn.Module):
 
 
 def pairs(numbers: int, operation: Operation, share: float, nonzero: bool, seed: int) -> Data:
-    """All x, y in [0, numbers), but y = 0 left out where nonzero says so; a share of them for training."""
+    """Return all x, y in [0, numbers), without y = 0 if `nonzero`. A share of the pairs is for training."""
     x, y = torch.meshgrid(torch.arange(numbers), torch.arange(int(nonzero), numbers), indexing="ij")
     x, y = x.reshape(-1), y.reshape(-1)
     return split(torch.stack([x, y], dim=1), operation(x, y), round(share * len(x)), seed)
@@ -131,7 +131,7 @@ def divide(x: Tensor, y: Tensor) -> Tensor:
 
 
 def compose(x: Tensor, y: Tensor) -> Tensor:
-    """The number of the permutation of five that does first y, then x."""
+    """Return the number of the permutation of five that applies y first, and then x."""
     table = torch.tensor(list(permutations(range(5))))
     place = 5 ** torch.arange(5)
     number = torch.zeros(5**5, dtype=torch.int64)

@@ -16,16 +16,16 @@ from .mnist import enlarged
 
 PATH = Path(__file__).parent.parent / "molecules.csv"  # extract_molecules.py wrote it
 ELEMENTS = "HCNOF"
-RADII = torch.tensor([0.31, 0.76, 0.71, 0.66, 0.57])  # covalent, in Å (doi:10.1039/b801115j)
+RADII = torch.tensor([0.31, 0.76, 0.71, 0.66, 0.57])  # covalent radii in Å (doi:10.1039/b801115j)
 NODE, EDGE = 11, 4  # features of an atom, of a bond
-TRAIN = 100  # with the paper's 50, which are drawn decides how much can be learnt at all
+TRAIN = 100  # with the paper's 50, the choice of molecules decides how much can be learnt at all
 
 
 class Molecules(NamedTuple):
-    """Padded with zeros to the largest."""
+    """Molecules, padded with zeros to the size of the largest."""
 
     atoms: Tensor  # (molecules, atoms, 11): element; degree, 1 to 4; hydrogens next to it; 1
-    bonds: Tensor  # (molecules, atoms, atoms, 4): how long, for its elements; 0 where there is none
+    bonds: Tensor  # (molecules, atoms, atoms, 4): length relative to the elements' radii; 0 without a bond
     polarizability: Tensor  # (molecules,), mean 0 and variance 1
 
 
@@ -40,7 +40,7 @@ def molecules() -> Molecules:
         n = len(elements)
         positions = torch.tensor([float(x) for x in row["positions"].split()]).view(n, 3)
         radii = RADII[elements]
-        # of a single bond about 1, of a triple bond about 0.8
+        # about 1 for a single bond, and 0.8 for a triple bond
         length = torch.cdist(positions, positions) / (radii[:, None] + radii)
         bonded = (length < 1.15) & ~torch.eye(n, dtype=torch.bool)
         near = torch.exp(-((length[..., None] - torch.tensor([0.8, 0.88, 0.96, 1.04])) ** 2) / (2 * 0.04**2))
@@ -53,7 +53,7 @@ def molecules() -> Molecules:
 
 
 class NNConv(nn.Module):
-    """W x_i + Σ_j x_j h(e_ij), where h makes a matrix of a bond (arXiv:1704.01212)."""
+    """W x_i + Σ_j x_j h(e_ij), where h maps a bond to a matrix (arXiv:1704.01212)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class NNConv(nn.Module):
         self.shape = inputs, outputs
 
     def forward(self, x: Tensor, ends: Tensor, bonds: Tensor) -> Tensor:
-        """x (atoms, inputs), ends (2, bonds), bonds (bonds, 4) → (atoms, outputs)."""
+        """Map x (atoms, inputs), ends (2, bonds) and bonds (bonds, 4) to (atoms, outputs)."""
         messages = torch.einsum("bi,bio->bo", x[ends[1]], self.edge(bonds).unflatten(1, self.shape))
         return self.root(x).index_add(0, ends[0], messages)
 
 
 class GraphNetwork(nn.Module):
-    """(batch,) numbers of molecules → (batch,) polarizabilities."""
+    """A network from (batch,) numbers of molecules to (batch,) polarizabilities."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class GraphNetwork(nn.Module):
         ends = torch.stack([m * most + i, m * most + j])
         x = self.first(atoms.flatten(0, 1), ends, bonds[m, i, j]).relu()
         x = self.second(x, ends, bonds[m, i, j]).relu().view(batch, most, -1)
-        return self.head((x * atoms[..., -1:]).sum(1)).squeeze(1)  # of real atoms
+        return self.head((x * atoms[..., -1:]).sum(1)).squeeze(1)  # without padding
 
 
 def data(seed: int) -> Data:
@@ -91,7 +91,7 @@ def data(seed: int) -> Data:
 
 
 def explained(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return 1 minus the squared error. Targets have a variance of 1, so the mean is R², nearly."""
+    """Return 1 minus the squared error. Targets have a variance of 1, so the mean is nearly R²."""
     return 1 - (outputs - targets) ** 2
 
 
@@ -102,7 +102,7 @@ TASKS = [
         starts(lambda: enlarged(GraphNetwork(), 3.0), data, 32),
         loss=F.mse_loss,
         score=explained,
-        solved=0.5,  # ridge regression on counts of atoms has 0.92
+        solved=0.5,  # ridge regression on counts of atoms reaches 0.92
         betas=(0.9, 0.999),
         budget=5000,
         evaluate_every=50,

@@ -1,6 +1,6 @@
 """Grokfast's first experiment as it was published, down to the order of random numbers (arXiv:2405.20233, table 1).
 
-Of the held-out half nothing is set apart for signals there: they see the training half.
+It sets no part of the held-out half apart for signals, so they get the training half.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EQUALS, TIMES, VOCABULARY = P, P + 1, P + 2
 
 
 class Block(nn.Module):
-    """As published: what is added to is the normed input, and not the input itself."""
+    """The published block: its attention is added to the normed input, and not to the input itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(batch, 4) tokens → (batch, 99) logits of the answer. Modules are made in the published order, for its seeds."""
+    """A model from (batch, 4) tokens to (batch, 99) logits. Modules are made in the published order, for its seeds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,11 +54,11 @@ def start(seed: int) -> Start:
     train, held_out = (everything[half] for half in torch.randperm(len(x)).chunk(2))
 
     generator = torch.Generator()
-    generator.set_state(torch.get_rng_state())  # its numbers go on where those of the split end
+    generator.set_state(torch.get_rng_state())  # continues the split's random numbers
 
     def batches() -> Iterator[Split]:
         nonlocal train
-        while True:  # each epoch shuffles what the last one left
+        while True:  # each epoch shuffles the last epoch's order
             train = train[torch.randperm(len(train), generator=generator)]
             for first in range(0, len(train), BATCH):
                 yield train[first : first + BATCH]

