@@ -88,8 +88,8 @@ def ended(done: Done, workers: list[BaseProcess]) -> list[Row | str]:
             while True:
                 found.append(done.get_nowait())
         except Empty:
-            if not found and not any(worker.is_alive() for worker in workers):
-                raise RuntimeError("the processes have ended, and their runs have not") from None
+            if not found and not all(worker.is_alive() for worker in workers):
+                raise RuntimeError("a process has died, and its runs have not ended") from None
     return found
 
 

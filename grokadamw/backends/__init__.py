@@ -1,4 +1,4 @@
-"""The backends compute the stages norm, and slow_grad to limit_rows: the same mathematics in several files.
+"""The backends: several implementations of the stages norm and slow_grad to limit_rows, with the same mathematics.
 
 A backend is two functions:
 
@@ -7,9 +7,9 @@ A backend is two functions:
 
 `decoded` has only `step`: gradients are never kept in fewer bits.
 
-A new backend is one new file, a few lines in `choose`, and its name in `BY_ADDRESS` if its tensors must not share
-memory, or in `LIMITS_ROWS` if it limits rows: then it also has `row_width`. One that reads memory by address also has
-`keep`.
+A new backend needs one new file and a few lines in `choose`. List it in `BY_ADDRESS` if its tensors must not share
+memory. List it in `LIMITS_ROWS` if it limits rows itself; then it also has `row_width`. A backend that reads memory by
+address also has `keep`.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: 
 
     Only `reference` supports autograd and torch.func's transforms, because its results are new tensors. foreach=False
     chooses it, too: a loop over tensors, as in torch's optimizers, needs the least memory. `foreach` takes any other
-    tensor on any device. GPUs and the CPU have faster backends for the tensors that these can take.
+    tensor on any device. GPUs and the CPU have faster backends for some tensors.
 
     Args:
         row: the parameter, its gradient, m, v and, if it has one, μ; plain and real.
         step: its step count.
         options: of its group.
-        coded: whether the parameter or its state is kept in another form than a step computes with.
+        coded: True if the parameter or its state is kept in another form than a step computes with.
     """
     if any(map(torch._C._functorch.is_functorch_wrapped_tensor, row)):
         return Choice(reference, "torch.func transforms it, and has no rules for lists")
@@ -53,14 +53,14 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: 
     choice, reason = _by_address(row, step, options, coded)
     is_matrix_of_halves = row[0].itemsize == 2 and row[0].dim() > 1 and row[0].numel() > 0
     if coded and reason is None and is_matrix_of_halves and not row_width(choice, row[0], True):
-        reason = "rows longer than those that the kernel limits"  # rows.py does not know of low bits
+        reason = "rows longer than those that the kernel limits"  # rows.py cannot handle low bits
     if reason is None:
         return choice
     return Choice(decoded, f"float32 copies, as {reason}") if coded else Choice(foreach, reason)
 
 
 def _by_address(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: bool) -> tuple[Choice, str | None]:
-    """Return the backend that gets addresses on this device, and why it cannot take the parameter: None if it can."""
+    """Return this device's backend that takes addresses, and why it cannot take the parameter (None if it can)."""
     device = row[0].device
     if gpu.is_for(device):
         return Choice(gpu, _LAUNCH), gpu.why_not(row, step, coded)
@@ -85,7 +85,7 @@ def asked_for(options: dict[str, Any]) -> Choice | None:
 
 
 def row_width(choice: Choice, param: Tensor, coded: bool) -> int:
-    """Return the elements in a row of the parameter if the chosen backend limits its rows, otherwise 0."""
+    """Return the elements in a row of the parameter if the chosen backend limits its rows; otherwise 0."""
     width: int = choice.module.row_width(param, coded) if choice.module in LIMITS_ROWS else 0
     return width
 

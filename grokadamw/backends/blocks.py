@@ -1,7 +1,7 @@
 """The update on the CPU without a compiler: blocks that fit into the cache; torch's fused AdamW does exp_avg to update.
 
-A block is read from memory once and written once, although several operations work on it. torch._fused_adamw_ is a
-private function: `why_not` says when torch lacks it, and when it cannot do what the options ask.
+Each block is read from memory once and written once, although several operations process it. torch._fused_adamw_ is a
+private function: `why_not` finds out if torch lacks it, or if it cannot do what the options ask.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .types import Batch, Scalars, written
 __all__ = ["step", "sum_of_squares", "why_not"]
 
 _BLOCK = 1 << 17  # elements; five operands and scratch take 3 MiB of float32
-_SMALL = 1 << 12  # elements; for smaller tensors calls cost more than memory, and foreach makes fewer calls
+_SMALL = 1 << 12  # elements; for smaller tensors calls cost more than memory traffic, and foreach makes fewer calls
 
 
 def why_not(row: Sequence[Tensor], raw_second_moment: bool, eps_before_correction: bool) -> str | None:

@@ -1,7 +1,7 @@
 """The native CPU backend: the sum of squares, and slow_grad to limit_rows, each in one pass through memory.
 
-It passes arrays of addresses to a C kernel. `cpu_kernel.c` is compiled for several instruction sets when the package is
-installed. It takes tensors of one kind that lie in memory without gaps; `memory.why_not` says which do.
+It passes arrays of addresses to a C kernel, `cpu_kernel.c`, which is compiled for several instruction sets when the
+package is installed. A call takes tensors of one kind without gaps in memory; `memory.why_not` checks them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .memory import DTYPES, addresses, ends_of, where
 from .rows import SHORT
 from .types import Addresses, Batch, Coded, Scalars, limited_widths, written
 
-_PROCESS = os.getpid()  # a process forked later has none of OpenMP's threads, and would wait for them forever
-_ALONE = 1 << 17  # elements; for no more than these, another thread is not worth its start
+_PROCESS = os.getpid()  # a process forked later lacks OpenMP's threads, and would wait for them forever
+_ALONE = 1 << 17  # elements; up to this many, it is not worth starting another thread
 
 
 def _threads(elements: int) -> tuple[int, int | None]:
@@ -84,12 +84,12 @@ def row_width(param: Tensor, coded: bool) -> int:
     return 0 if isinstance(found, str) else memory.row_width(param, found.row_bytes // (4 if coded else param.itemsize))
 
 
-# the numbers of the table that may change from step to step: all from `beta2` on
+# the table's numbers that may change from step to step, of which `beta2` is the first
 _SCALARS, _FIRST = struct.Struct("=11dq4i"), native.Table.beta2.offset
 
 
 def keep(batch: Batch) -> Addresses:
-    """Return the addresses of a batch with the kernel's table, which can be reused until a parameter or state moves."""
+    """Return the addresses of a batch, with the kernel's table: it can be reused until a parameter or state moves."""
     at = where(batch)
     count, (elements,) = len(batch.params), struct.unpack("q", at.ends[-8:])
     columns = dict(zip(at._fields[:7], at, strict=False))
@@ -103,7 +103,7 @@ def keep(batch: Batch) -> Addresses:
 
 
 def _add_codes(table: Any, batch: Batch, coded: Coded) -> None:
-    """Tell the kernel how state and parameters are coded."""
+    """Add to the table how state and parameters are coded."""
     table.coded, table.rounds, table.low_bits = 1, coded.rounds, 8 * coded.lows[0].itemsize if coded.lows else 0
     for i, (column, scales) in enumerate(zip(batch[2:5], coded[:3], strict=True)):
         dtype = column[0].dtype if column else torch.float32

@@ -1,9 +1,9 @@
-/* The sum of squares, and the step from slow_grad to limit_rows, for all tensors of a list in one pass through memory
- * each; cpu.py calls it.
+/* The native kernel, which cpu.py calls: the sum of squares, and the step from slow_grad to limit_rows. Each processes all
+ * tensors of a list in one pass through memory.
  *
- * setup.py compiles this file once for each instruction set; VARIANT ends the names of its functions. The compiler makes
- * the vectors, except in `step_full`, and must not fuse a multiplication and an addition. So the bits of an element do not
- * depend on its place, the number of threads or the instruction set.
+ * setup.py compiles this file once for each instruction set; VARIANT is the end of its functions' names. The compiler
+ * vectorises the code, except for `step_full`, and must not fuse a multiplication and an addition. So the bits of an
+ * element do not depend on its place, the number of threads or the instruction set.
  */
 
 #include <fenv.h>
@@ -18,59 +18,59 @@
 #define JOIN(a, b) JOIN_(a, b)
 #define NAME(name) JOIN(name, VARIANT)
 
-enum { PIECE = 1 << 16, /* elements that a thread takes at a time, and of which each sum of squares is */
-       CHUNK = 512,     /* elements that are converted at a time: they stay in the L1 cache */
+enum { PIECE = 1 << 16, /* elements that a thread takes at a time; there is one sum of squares for each piece */
+       CHUNK = 512,     /* elements that are converted at a time, so that they stay in the L1 cache */
        STRIP = 128,     /* limited rows are updated this many elements at a time; then their squares are summed */
-       ROW_BYTES = 1 << 18, /* of the longest row that can be limited; a copy of it is on the stack */
+       ROW_BYTES = 1 << 18, /* size of the longest row that can be limited; a copy of it is on the stack */
        ROW = ROW_BYTES / 4, /* elements of the longest row of a coded tensor that can be limited */
        BLOCK = 64,      /* elements of a row that share a scale */
-       LANES = 16,      /* sums of squares that go side by side */
-       STACK = 1 << 20, /* bytes for a thread that the kernel starts: two rows, and what a chunk takes */
-       AHEAD = 12 };    /* tensors that are fetched before they are looked at */
+       LANES = 16,      /* partial sums of squares, computed side by side */
+       STACK = 1 << 20, /* bytes for a thread that the kernel starts: two rows, and the buffers of a chunk */
+       AHEAD = 12 };    /* how many tensors ahead of the current one are prefetched */
 enum dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
-enum format { PLAIN, DITHERED, INT8 }; /* of a state: in its dtype; in bfloat16, rounded by a dither; in codes */
+enum format { PLAIN, DITHERED, INT8 }; /* of a state: its dtype as it is; bfloat16, rounded by a dither; 8-bit codes */
 enum state { EXP_AVG, EXP_AVG_SQ, GROK_EMA, STATES };
 
-/* A list of tensors, and the numbers for them; `Table` in native.py is the same. */
+/* A list of tensors, and the numbers for them. It must be the same as `Table` in native.py. */
 typedef struct {
     int64_t count;                 /* of tensors */
-    const int64_t *ends;           /* elements of all tensors up to and including each */
+    const int64_t *ends;           /* for each tensor, the elements of all tensors up to and including it */
     char *const *params, *const *grads, *const *exp_avgs, *const *exp_avg_sqs, *const *grok_emas; /* grok_emas may be NULL */
     float *const *steps;
     const double *beta1, *bias_beta1;
-    const int64_t *row_widths;     /* elements of a row, 0 where rows are not limited; NULL where none are */
+    const int64_t *row_widths;     /* elements of a row, 0 if the tensor's rows are not limited; NULL if none are */
     double beta2, lr, eps, weight_decay, alpha, lamb, clip, micro_steps; /* micro_steps: k, 1 for a whole step */
-    double max_row_change, max_row_norm, shortest; /* 0: no limit. A row below the shortest length may move as far as that */
+    double max_row_change, max_row_norm, shortest; /* 0: no limit. A row below the norm `shortest` may move as far as that */
     int64_t amplify_after;
     int32_t eps_before_correction, raw_second_moment, decays, moves;
     int32_t param, grad, state;    /* dtypes */
-    /* where anything is kept in fewer bits; formats.py defines them */
+    /* only if something is kept in fewer bits; formats.py defines the formats */
     int32_t coded, rounds, low_bits;        /* low_bits: 0, 8, 16 */
     int32_t formats[STATES];
-    float *const *scales[STATES];           /* NULL where a state has none */
+    float *const *scales[STATES];           /* NULL if a state has none */
     char *const *lows;
-    const int64_t *widths;                  /* elements of a row if its last block is shorter; else 0 */
-    const uint32_t *keys;                   /* of each tensor's dithers */
-    const uint32_t *firsts;                 /* blocks of each that lie on ranks before this one; NULL for none */
-    int64_t nth;                            /* of the step's micro-batches */
+    const int64_t *widths;                  /* elements of a row if its last block is shorter, otherwise 0 */
+    const uint32_t *keys;                   /* from which each tensor's dithers start */
+    const uint32_t *firsts;                 /* for each tensor, its blocks on ranks before this one; NULL if none has any */
+    int64_t nth;                            /* the number of the micro-batch in its step */
 } table;
 
 typedef struct {
     const table *t;
-    double *sums;                  /* of squares, one a piece; NULL for a step */
-    int64_t pieces, next, done;    /* next: the piece to be taken */
+    double *sums;                  /* of squares, one for each piece; NULL for a step */
+    int64_t pieces, next, done;    /* next: the piece to take */
     int64_t users;                 /* threads that may still look at this */
-    fenv_t environment;            /* of the caller, who may have denormal numbers flushed to zero */
+    fenv_t environment;            /* the caller's, which may flush denormal numbers to zero */
 } job;
 
-/* GOMP_parallel of GNU's OpenMP, which others have too: what compilers make of `#pragma omp parallel`. */
+/* GOMP_parallel of GNU's OpenMP, which others have, too. Compilers turn `#pragma omp parallel` into a call of it. */
 typedef void gomp_parallel(void (*)(void *), void *, unsigned threads, unsigned flags);
 
 int64_t NAME(table_size)(void) { return sizeof(table); }
 int64_t NAME(row_bytes)(void) { return ROW_BYTES; }
 int64_t NAME(piece)(void) { return PIECE; }
 
-/* Conversions: branchless, so that they become vectors. */
+/* Conversions without branches, so that the compiler can vectorise them. */
 
 static inline float float_of(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
@@ -79,14 +79,14 @@ static inline float from_bfloat16(uint16_t x) { return float_of((uint32_t)x << 1
 
 static inline uint16_t to_bfloat16(float x)
 {
-    const uint32_t bits = bits_of(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to even */
+    const uint32_t bits = bits_of(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* ties to even */
     return (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded;                /* NaN stays NaN */
 }
 
 static inline float from_float16(uint16_t x)
 {
     const uint32_t sign = (uint32_t)(x & 0x8000) << 16, rest = x & 0x7fff;
-    const uint32_t normal = (rest << 13) + (rest >= 0x7c00 ? 0x70000000 : 0x38000000); /* the exponent's other bias */
+    const uint32_t normal = (rest << 13) + (rest >= 0x7c00 ? 0x70000000 : 0x38000000); /* to the other exponent bias */
     const uint32_t small = bits_of((float)(int32_t)rest * 0x1p-24f);
     return float_of(sign | (rest < 0x400 ? small : normal));
 }
@@ -94,13 +94,13 @@ static inline float from_float16(uint16_t x)
 static inline uint16_t to_float16(float x)
 {
     const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
-    const uint32_t normal = (rest + 0xfff + (rest >> 13 & 1) - 0x38000000) >> 13;          /* to even */
-    const uint32_t small = bits_of(float_of(rest) + 0.5f) - 0x3f000000;                    /* the sum does: 0.5 has its ulp */
+    const uint32_t normal = (rest + 0xfff + (rest >> 13 & 1) - 0x38000000) >> 13;          /* ties to even */
+    const uint32_t small = bits_of(float_of(rest) + 0.5f) - 0x3f000000;                    /* the addition rounds to the ulp of 0.5 */
     const uint32_t large = rest > 0x7f800000 ? 0x7e00 : 0x7c00;
     return sign | (rest < 0x38800000 ? small : rest < 0x47800000 ? normal : large);
 }
 
-/* Return n elements as floats: those of a half dtype in `room`, floats where they are. `store` is the way back. */
+/* Return n elements as floats: converted from a 16-bit dtype into `room`, or floats where they are. `store` converts back. */
 
 static inline float *load(float *room, const char *at, int64_t i, int64_t n, int32_t dtype)
 {
@@ -127,7 +127,7 @@ static inline void store(const float *restrict room, char *at, int64_t i, int64_
 
 typedef struct {
     double clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step;
-    double t, bias_beta1; /* for which root and step were computed */
+    double t, bias_beta1; /* with which root and step were computed */
 } numbers;
 
 #define ROWS(real, square_root)                                                                                       \
@@ -154,15 +154,15 @@ typedef struct {
     }                                                                                                                 \
     static void rows_##real(int64_t n, real *theta, const real *grad, real *m, real *v, real *mu, real *roots,        \
                             int raw, numbers k)                                                                       \
-    {   /* a loop for each case, which the compiler can make vectors of */                                            \
+    {   /* one loop for each case, so that the compiler can vectorise it */                                           \
         if (roots && theta && mu && !raw) rows_of_##real(n, theta, grad, m, v, mu, roots, 0, k);                      \
         else if (roots && theta && !mu && !raw) rows_of_##real(n, theta, grad, m, v, NULL, roots, 0, k);              \
-        else if (!theta && mu) rows_of_##real(n, NULL, grad, m, v, mu, NULL, 1, k); /* of a micro-batch: always raw */ \
+        else if (!theta && mu) rows_of_##real(n, NULL, grad, m, v, mu, NULL, 1, k); /* a micro-batch: always raw */    \
         else if (!theta) rows_of_##real(n, NULL, grad, m, v, NULL, NULL, 1, k);                                       \
         else if (mu && raw) rows_of_##real(n, theta, grad, m, v, mu, NULL, 1, k);                                     \
         else if (mu) rows_of_##real(n, theta, grad, m, v, mu, NULL, 0, k);                                            \
         else rows_of_##real(n, theta, grad, m, v, NULL, NULL, 0, k);                                                  \
-        if (roots && (raw || !theta)) /* seldom */                                                                    \
+        if (roots && (raw || !theta)) /* rare */                                                                      \
             for (int64_t i = 0; i < n; i++) roots[i] = square_root(v[i]);                                             \
     }
 ROWS(float, sqrtf)
@@ -171,7 +171,7 @@ ROWS(double, sqrt)
 static void set_numbers(numbers *k, const table *t, int64_t tensor)
 {
     const double step = (double)*t->steps[tensor] + 1, beta1 = t->beta1[tensor], bias_beta1 = t->bias_beta1[tensor];
-    if (step != k->t) /* powers take longer than a small tensor's step */
+    if (step != k->t) /* powers take longer than the step of a small tensor */
         k->root = 1 / sqrt(1 - pow(t->beta2, step));
     if (step != k->t || bias_beta1 != k->bias_beta1)
         k->step = t->lr / (1 - pow(bias_beta1, step));
@@ -184,7 +184,7 @@ static void set_numbers(numbers *k, const table *t, int64_t tensor)
     k->eps = t->eps_before_correction ? t->eps * k->root : t->eps, k->decay = 1 - t->lr * t->weight_decay;
 }
 
-static void step_part(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to) /* of one tensor */
+static void step_part(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to) /* elements of one tensor */
 {
     char *theta = t->moves ? t->params[tensor] : NULL, *g = t->grads[tensor], *m = t->exp_avgs[tensor], *v = t->exp_avg_sqs[tensor];
     char *mu = t->grok_emas ? t->grok_emas[tensor] : NULL;
@@ -195,7 +195,7 @@ static void step_part(const table *t, const numbers *k, int64_t tensor, int64_t 
         return;
     }
     const int64_t chunk = t->param == FLOAT32 && t->grad == FLOAT32 && t->state == FLOAT32 ? to - from : CHUNK;
-    float room[5][CHUNK + 80] __attribute__((aligned(64))); /* + 80: addresses 4 KiB apart look alike to the processor */
+    float room[5][CHUNK + 80] __attribute__((aligned(64))); /* + 80, as addresses 4 KiB apart look alike to the processor */
     for (int64_t i = from; i < to; i += chunk) {
         const int64_t n = to - i < chunk ? to - i : chunk;
         float *theta_ = theta ? load(room[0], theta, i, n, t->param) : NULL, *g_ = load(room[1], g, i, n, t->grad);
@@ -209,10 +209,10 @@ static void step_part(const table *t, const numbers *k, int64_t tensor, int64_t 
     }
 }
 
-/* Tensors that are kept in fewer bits than a step computes with: decode, step, encode. The same bits as formats.py. */
+/* Tensors that are kept in fewer bits than a step computes with: decode, step, encode. formats.py gives the same bits. */
 
-#define STEP 0x9e3779b9u /* is added to a dither from step to step */
-#define LANE 0xc13fa9a9u /* is added to it from element to element of a block */
+#define STEP 0x9e3779b9u /* added to a dither from step to step */
+#define LANE 0xc13fa9a9u /* added to a dither from element to element of a block */
 #define PARTS 65536.0f   /* of a code */
 #define UNIT (float)(65536.0 / (127 * 65536.0 - 64)) /* a block's scale for a largest value of 1: no code exceeds 127 */
 #define V_UNIT (float)(65536.0 / (255 * 65536.0 - 128))
@@ -227,16 +227,16 @@ static inline uint32_t turned(uint32_t word, int turn) { return word << turn | w
 static inline int32_t larger(int32_t x, int32_t y) { return x > y ? x : y; }
 static inline int32_t smaller(int32_t x, int32_t y) { return x < y ? x : y; }
 
-static inline int32_t in_bfloat16(float x, uint32_t dither, int is_v) /* in the upper half */
+static inline int32_t in_bfloat16(float x, uint32_t dither, int is_v) /* in the upper half of the word */
 {
     const int32_t bits = bits_of(x), word = bits + (int32_t)(dither >> 16);
-    return is_v ? larger(word, smaller(bits, 1) << 23) : word; /* a v that is not 0 does not become 0 */
+    return is_v ? larger(word, smaller(bits, 1) << 23) : word; /* a v above 0 never becomes 0 */
 }
 
 static inline int32_t in_codes(float x, float parts, uint32_t dither) { return ((int32_t)(x * parts) + (int32_t)(dither >> 16)) >> 16; }
 
-/* Find the largest size, as bits, in each of `count` full blocks. All blocks are halved together, so that vectors may span
- * them. */
+/* Find the largest size, as bits, in each of `count` full blocks. Each loop shrinks all blocks together, so that a vector may
+ * span several. */
 static inline __attribute__((always_inline)) void tops_of(int32_t *restrict tops, const float *restrict x, int count)
 {
     int32_t a[CHUNK / 4], b[CHUNK / 8];
@@ -256,7 +256,7 @@ static inline __attribute__((always_inline)) void tops_of(int32_t *restrict tops
 typedef struct {
     int64_t i, first;          /* the first element, and the first block, in the tensor */
     int n, count;              /* of elements and blocks */
-    int starts[CHUNK + 1];     /* of each block, and the end */
+    int starts[CHUNK + 1];     /* where each block starts, and the end */
     uint32_t hashes[CHUNK], turns;
 } blocks;
 
@@ -338,15 +338,15 @@ STATE(m, 0, 0, int8_t)
 STATE(v, 1, 22, uint8_t)
 STATE(mu, 0, 11, int8_t)
 
-#define TINY 0x387fe000 /* bits of the least number that float16 rounds to one of its normal numbers */
+#define TINY 0x387fe000 /* bits of the smallest number that float16 rounds to a normal number */
 #define INF 0x7f800000
-#define NAN_BITS 0x7fc00000 /* of the one NaN that is stored: adding to others may make numbers of them */
+#define NAN_BITS 0x7fc00000 /* of the only NaN that is stored: adding to others' bits may make them numbers */
 
-/* Return what the low bits add to a parameter with these bits. If it was set to 0, low bits below 0 would make it NaN: they
- * count as 0. */
+/* Return what the low bits add to a parameter with these bits. In a parameter that was set to 0, low bits below 0 count as
+ * 0, because they would make it NaN. */
 static inline int32_t rest_of(uint32_t bits, int32_t low) { return bits & 0x7fffffff ? low : larger(low, 0); }
 
-/* Return n elements of a parameter as floats, with their low bits: in `room`, or where they are if they are floats. */
+/* Return n elements of a parameter, with their low bits, as floats: in `room`, or in place if they are floats already. */
 static float *load_param(const table *t, float *room, int64_t tensor, int64_t i, int64_t n)
 {
     float *x = load(room, t->params[tensor], i, n, t->param);
@@ -414,8 +414,8 @@ static void store_param(const table *t, const float *restrict x, int64_t tensor,
 #ifdef __AVX512F__
 #include <immintrin.h>
 
-/* Update full blocks, sixteen elements at a time, from decoding to encoding: while the processor divides for one vector, it
- * works on the next. This takes the usual formats; `step_coded` takes all others, with the same bits. */
+/* Update full blocks, from decoding to encoding, with sixteen elements at a time: while the processor divides for one vector,
+ * it works on the next. This handles the usual formats; `step_coded` handles all others, with the same bits. */
 
 #define INLINE static inline __attribute__((always_inline))
 typedef __m512 floats;
@@ -476,7 +476,7 @@ INLINE floats param_at(const char *param, const char *low, int64_t i, int dtype,
     words rest = all(0);
     if (low_bits == 16) rest = _mm512_cvtepi16_epi32(_mm256_loadu_si256((void *)(low + 2 * i)));
     if (low_bits == 8) rest = _mm512_slli_epi32(_mm512_cvtepi8_epi32(_mm_loadu_si128((void *)(low + i))), 8);
-    rest = _mm512_mask_max_epi32(rest, _mm512_testn_epi32_mask(word, all(0x7fffffff)), rest, all(0)); /* as rest_of */
+    rest = _mm512_mask_max_epi32(rest, _mm512_testn_epi32_mask(word, all(0x7fffffff)), rest, all(0)); /* like rest_of */
     return _mm512_castsi512_ps(low_bits ? plus(word, rest) : word);
 }
 
@@ -489,7 +489,7 @@ INLINE void store_param_at(char *param, char *low, int64_t i, floats x, int dtyp
         return;
     }
     word = _mm512_mask_mov_epi32(word, _mm512_cmpgt_epi32_mask(_mm512_and_si512(word, all(0x7fffffff)), all(INF)), all(NAN_BITS));
-    if (dropped) word = plus(word, _mm512_srli_epi32(dithers, 32 - dropped)); /* what is dropped is below what is stored */
+    if (dropped) word = plus(word, _mm512_srli_epi32(dithers, 32 - dropped)); /* the dropped bits are below the stored ones */
     const words half = _mm512_srli_epi32(low_bits ? plus(word, all(0x8000)) : word, 16);
     _mm256_storeu_si256((void *)(param + 2 * i), _mm512_cvtepi32_epi16(half));
     if (low_bits == 16) _mm256_storeu_si256((void *)(low + 2 * i), _mm512_cvtepi32_epi16(word));
@@ -548,7 +548,7 @@ INLINE void step_full(const table *t, const numbers *k, int64_t tensor, int64_t 
     }
 }
 
-/* Do what `step_coded` does, for the full blocks, if their format is a usual one. Return where these blocks end. */
+/* Do what `step_coded` does for the full blocks, if their format is a usual one. Return the end of the blocks that are done. */
 static int64_t step_full_blocks(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to, float *x, float *y)
 {
     const int64_t end = to - (to - from) % BLOCK;
@@ -569,19 +569,19 @@ static int64_t step_full_blocks(const table *t, const numbers *k, int64_t tensor
 #define step_full_blocks(t, k, tensor, from, to, x, y) (from)
 #endif
 
-/* Step one tensor, from the start of a block. If x is not NULL, write the new parameter to x and the old one to y, and leave
- * the tensor's own as it is. */
+/* Step elements of one tensor, from the start of a block. If x is not NULL, write the new parameter to x and the old one to
+ * y, and leave the parameter itself as it is. */
 static void step_coded(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to, float *x, float *y)
 {
     char *m = t->exp_avgs[tensor], *v = t->exp_avg_sqs[tensor], *mu = t->grok_emas ? t->grok_emas[tensor] : NULL;
     float *scales[STATES];
     for (int i = 0; i < STATES; i++) scales[i] = t->scales[i] ? t->scales[i][tensor] : NULL;
     const int64_t width = t->widths[tensor];
-    float room[6][CHUNK + 80] __attribute__((aligned(64))); /* + 80: addresses 4 KiB apart look alike to the processor */
+    float room[6][CHUNK + 80] __attribute__((aligned(64))); /* + 80, as addresses 4 KiB apart look alike to the processor */
     blocks b;
     for (int64_t i = step_full_blocks(t, k, tensor, from, to, x, y), n; i < to; i += n) {
         n = to - i < CHUNK ? to - i : CHUNK;
-        if (width && n == CHUNK) n -= (i + n) % width % BLOCK; /* to the end of a block */
+        if (width && n == CHUNK) n -= (i + n) % width % BLOCK; /* end where a block ends */
         find_blocks(&b, t, k, tensor, i, n);
         float *theta = t->moves ? load_param(t, room[0], tensor, i, n) : NULL;
         if (x) {
@@ -591,7 +591,7 @@ static void step_coded(const table *t, const numbers *k, int64_t tensor, int64_t
         const float *g = load(room[1], t->grads[tensor], i, n, t->grad);
         float *m_ = load_m(t, room[2], m, scales[0], &b, 0), *v_ = load_v(t, room[3], v, scales[1], &b, 1);
         float *mu_ = mu ? load_mu(t, room[4], mu, scales[2], &b, 2) : NULL;
-        float *const roots = t->formats[EXP_AVG_SQ] == INT8 ? room[5] : NULL; /* whose codes are of √v */
+        float *const roots = t->formats[EXP_AVG_SQ] == INT8 ? room[5] : NULL; /* int8 codes are of √v */
         rows_float(n, theta, g, m_, v_, mu_, roots, t->raw_second_moment, *k);
         if (theta && !x) store_param(t, theta, tensor, &b);
         store_m(t, m_, m, scales[0], &b, 0);
@@ -633,8 +633,8 @@ static double squares_part(const table *t, int64_t tensor, int64_t from, int64_t
 }
 
 /* limit_rows. A row is updated in short strips: the processor sums the squares of one strip while it waits for the quotients
- * of the next. When a row is complete it is still in the cache, and can be scaled there. Squares are summed in double, in an
- * order that does not depend on where the row lies. */
+ * of the next. A complete row is still in the cache, and can be scaled there. Squares are summed in double, in an order that
+ * does not depend on where the row lies. */
 
 static double sum_of_lanes(const double *lanes)
 {
@@ -651,7 +651,7 @@ static double *load_double(double *room, const char *at, int64_t i, int64_t n, i
 static void store_double(const double *room, char *at, int64_t i, int64_t n, int32_t dtype) {}
 
 #define LIMIT(real, load, store)                                                                                      \
-    static inline real moved_##real(real now, real before) /* what is not finite has not moved */                     \
+    static inline real moved_##real(real now, real before) /* 0 if it is not finite */                                \
     {                                                                                                                 \
         const real way = now - before;                                                                                \
         return way - way == 0 ? way : 0;                                                                              \
@@ -736,7 +736,7 @@ static void store_double(const double *room, char *at, int64_t i, int64_t n, int
 LIMIT(float, load, store)
 LIMIT(double, load_double, store_double)
 
-static void step_rows(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to) /* that begin there */
+static void step_rows(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to) /* rows that begin there */
 {
     const int64_t width = t->row_widths[tensor], first = (from + width - 1) / width, end = (to + width - 1) / width;
     const int64_t size = t->param == FLOAT64 ? 8 : t->param == FLOAT32 ? 4 : 2;
@@ -748,7 +748,7 @@ static void step_coded_rows(const table *t, const numbers *k, int64_t tensor, in
     const int64_t width = t->row_widths[tensor], rows = width < CHUNK ? CHUNK / width : 1; /* at a time */
     float x[ROW] __attribute__((aligned(64))), y[ROW] __attribute__((aligned(64)));
     table of_floats = *t;
-    of_floats.param = FLOAT32; /* which is read in place: add_squares has no room for a whole row */
+    of_floats.param = FLOAT32; /* is read in place, as add_squares has no room for a whole row */
     for (int64_t start = from, n; start < to; start += n) {
         n = to - start < rows * width ? to - start : rows * width;
         step_coded(t, k, tensor, start, start + n, x, y);
@@ -762,7 +762,7 @@ static void step_coded_rows(const table *t, const numbers *k, int64_t tensor, in
         for (int64_t i = 0, m; i < n; i += m) {
             blocks b;
             m = n - i < CHUNK ? n - i : CHUNK;
-            if (t->widths[tensor] && m == CHUNK) m -= (i + m) % width % BLOCK; /* to the end of a block */
+            if (t->widths[tensor] && m == CHUNK) m -= (i + m) % width % BLOCK; /* end where a block ends */
             find_blocks(&b, t, k, tensor, start + i, m);
             store_param(t, x + i, tensor, &b);
         }
@@ -779,8 +779,8 @@ static void step_coded_part(const table *t, const numbers *k, int64_t tensor, in
     else step_coded(t, k, tensor, first, end < size ? end : size, NULL, NULL);
 }
 
-/* The elements of all tensors, one tensor after the other, are cut into pieces; threads take one when they are free. A row
- * that is limited belongs to the piece in which it begins. */
+/* The elements of all tensors, one tensor after the other, are cut into pieces. A free thread takes the next piece. A row that
+ * is limited belongs to the piece in which it begins. */
 
 static void do_pieces(job *j)
 {
@@ -831,8 +831,8 @@ static void *help(void *j)
 }
 
 /* Do all pieces. If the caller found the function that starts torch's own OpenMP threads, use them: they exist and are awake.
- * Otherwise start threads for this call. Starting one takes 20 µs, and its core may be busy with another library's waiting
- * threads. So the call ends with the last piece; a thread that starts later finds nothing to do. */
+ * Otherwise start threads for this call. Starting one takes 20 µs, and its core may be busy with the waiting threads of
+ * another library. So the call ends with the last piece, and a thread that starts later finds nothing to do. */
 static void work_on(job alone, int64_t threads, gomp_parallel *parallel)
 {
     const int64_t pieces = alone.pieces;
@@ -844,7 +844,7 @@ static void work_on(job alone, int64_t threads, gomp_parallel *parallel)
     else if (threads > 1)
         j = malloc(sizeof(job));
     if (!j) {
-        work(&alone); /* all of it, or nothing */
+        work(&alone); /* all pieces, or none if the team has done them */
         return;
     }
     *j = alone;
@@ -852,11 +852,11 @@ static void work_on(job alone, int64_t threads, gomp_parallel *parallel)
     pthread_attr_t detached;
     pthread_attr_init(&detached);
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-    pthread_attr_setstacksize(&detached, STACK); /* macOS gives a thread no more than half of that */
+    pthread_attr_setstacksize(&detached, STACK); /* without this, macOS gives a thread no more than half of that */
     int64_t started = 1;
     for (pthread_t thread; started < threads && !pthread_create(&thread, &detached, help, j);) started++;
     pthread_attr_destroy(&detached);
-    work(j); /* where no thread could be started, all of it */
+    work(j); /* if no thread could be started, this does all pieces */
     while (__atomic_load_n(&j->done, __ATOMIC_ACQUIRE) < pieces) sched_yield();
     leave(j, threads - started + 1);
 }
@@ -885,7 +885,7 @@ int NAME(meet)(int64_t ranges, const uint64_t *starts, const uint64_t *ends, int
                const int64_t *bytes)
 {
     for (int64_t i = 0; i < count; i++) {
-        int64_t low = 0, high = ranges; /* the ranges that begin before it ends */
+        int64_t low = 0, high = ranges; /* find the ranges that begin before the tensor ends */
         while (low < high) {
             const int64_t middle = low + (high - low) / 2;
             if (starts[middle] < at[i] + bytes[i]) low = middle + 1;
@@ -896,8 +896,8 @@ int NAME(meet)(int64_t ranges, const uint64_t *starts, const uint64_t *ends, int
     return 0;
 }
 
-/* Read how tensors look through DLPack's table of C functions (version 1.3, `DLPackExchangeAPI`), in a tenth of the time that
- * asking Python takes. */
+/* Read the looks of tensors through DLPack's table of C functions (version 1.3, `DLPackExchangeAPI`), in a tenth of the time
+ * that it takes in Python. */
 
 typedef struct {
     char *data;
@@ -915,12 +915,12 @@ typedef struct {
     int (*look)(void *object, dl_tensor *);     /* torch's `dltensor_from_py_object_no_sync` */
 } python;
 
-#define NO_MEMORY (1 << 16) /* beyond any number of dimensions */
+#define NO_MEMORY (1 << 16) /* more than any number of dimensions */
 
 /* Describe `count` torch.Tensors of a list: three words for each, two words for each of its dimensions, and its address. With
- * `compare`, compare the words, and the addresses of the first `fixed` tensors, instead of writing them, and return 0 at the
+ * `compare`, do not write the words and the addresses of the first `fixed` tensors, but compare them, and return 0 at the
  * first difference, before looking into an object of another type. Between steps all of this leaves the caches: `hints` say
- * where the last call found the shapes, so that they can be prefetched. -1: a Python exception is set. */
+ * where the last call found the shapes, so that they can be prefetched. Return -1 if a Python exception is set, else 1. */
 int NAME(signature)(const python *python, void *list, int64_t count, int64_t fixed, const char **hints, int64_t *words,
                     char **addresses, int compare)
 {
@@ -931,7 +931,7 @@ int NAME(signature)(const python *python, void *list, int64_t count, int64_t fix
             for (int line = -2; line < 2; line++) __builtin_prefetch(hints[i + AHEAD] + 64 * line);
         }
         void *const object = python->item(list, i), *const type = python->type(object);
-        python->release(type); /* its objects keep it */
+        python->release(type); /* its objects keep it alive */
         if (compare && *words != (int64_t)(intptr_t)type) return 0;
         if (python->look(object, &x)) return -1;
         hints[i] = (const char *)x.shape;

@@ -1,6 +1,6 @@
 """The step for tensors kept in fewer bits than a step computes with, on any device: decode, step, encode.
 
-Some rows at a time are decoded to float32, updated by `foreach`, and encoded again. That is slow. The kernels of `cpu`
+A few rows at a time are decoded to float32, updated by `foreach`, and encoded again. That is slow. The kernels of `cpu`
 and `gpu` do the same in one pass through memory, for the tensors that they can take.
 """
 
@@ -50,7 +50,7 @@ def step(batch: Batch, scalars: Scalars) -> None:
 
 
 class _Rows(NamedTuple):
-    """Some rows of a parameter, its gradient, states, scales and low bits; None for what it lacks."""
+    """Some rows of a parameter, its gradient, states, scales and low bits. Missing ones are None."""
 
     param: Tensor
     grad: Tensor
@@ -64,7 +64,7 @@ class _Rows(NamedTuple):
 
 
 def _in_rows(x: Tensor, param: Tensor) -> Tensor:
-    """Return a tensor that belongs to a parameter, and lies in memory like it, as (rows, width); and so its scales."""
+    """Return a tensor that lies in memory like its parameter as (rows, width), or scales as (rows, blocks of a row)."""
     return as_rows(x) if x.shape == param.shape else formats.of_rows(x, as_rows(param))
 
 
@@ -75,7 +75,7 @@ def _lying_like(param: Tensor, grad: Tensor) -> Tensor:
 
 
 def _step(kept: _Rows, t: Tensor, n: Scalars, dither: Callable[[str], Tensor], batch: Batch, is_matrix: bool) -> None:
-    """Step some rows, at their parameter's step count t."""
+    """Step some rows of a parameter whose step count is t."""
     assert batch.coded is not None
     param, grad, low = kept.param, kept.grad, kept.low
     theta = param if param.dtype == torch.float32 else formats.full(param, low)
@@ -105,5 +105,5 @@ def _step(kept: _Rows, t: Tensor, n: Scalars, dither: Callable[[str], Tensor], b
 
 
 def _store(old: Tensor, new: Any, finite: Tensor | None) -> None:
-    """Write a value, unless it was computed from gradients that are not finite."""
+    """Write a value, unless it comes from gradients that are not finite."""
     old.copy_(new if finite is None else torch.where(finite, new, old))

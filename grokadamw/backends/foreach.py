@@ -1,10 +1,10 @@
 """The stages norm, and slow_grad to update, with torch._foreach_*: a few launches for a whole list, on any device.
 
-Same functions and results as `reference`, to rounding. Numbers that differ from tensor to tensor (β1_l, the bias
-corrections) are passed as lists of scalars, so layers cost no launches. If reading a number would make the host wait
-for the device, it stays a 0-d tensor there, and a step that must not be written moves everything by 0. This has its
-price: t is then known to the device alone and takes two launches a tensor, as in torch's capturable AdamW, and holding
-back what is not finite takes two more.
+The functions and their results are those of `reference`, to rounding. Numbers that differ between tensors (β1_l, the
+bias corrections) are passed as lists of scalars, so layers cost no launches. If reading a number would make the host
+wait for the device, it stays there as a 0-d tensor, and a step that must not be written changes all values by 0. This
+costs launches: t is then known only to the device and takes two for each tensor, as in torch's capturable AdamW, and
+masking values that are not finite takes two more.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def step(batch: Batch, scalars: Scalars) -> None:
 
 
 def _parts(params: list[Tensor]) -> list[slice]:
-    """Return a slice of the list for each call: one, but on the CPU several, as a long list would leave the cache."""
+    """Return the slices of the list, one for each call: on the CPU several, as a long list would leave the cache."""
     if not params[0].is_cpu or torch.compiler.is_compiling():
         return [slice(None)]
     parts = []
@@ -89,7 +89,7 @@ def _step(batch: Batch, n: Scalars) -> None:
     squared = g if n.raw_second_moment else g_hat
     if isinstance(active, Tensor):
         _average_(v, torch._foreach_mul(squared, squared), 1 - n.beta2, active)  # exp_avg_sq
-    else:  # as torch's AdamW does: an infinite v stays so, where lerp makes NaN of it
+    else:  # as torch's AdamW does: an infinite v stays infinite, and lerp would make it NaN
         torch._foreach_mul_(v, n.beta2)
         torch._foreach_addcmul_(v, squared, squared, 1 - n.beta2)
     del g, g_hat, squared  # so that the update can use their memory
@@ -103,7 +103,7 @@ def _collect_(batch: Batch, n: Scalars, t: list[Any]) -> None:
     g: _TensorList = [grad.to(dtype) for grad in batch.grads]
     factor = (-1.0 if n.maximize else 1.0) / k
     if n.finite is not None:
-        g = [torch.where(n.finite, x, 0) for x in _mul(g, n.clip)]  # after c, which is NaN if a gradient is
+        g = [torch.where(n.finite, x, 0) for x in _mul(g, n.clip)]  # after multiplying by c: it is NaN if a gradient is
     elif isinstance(n.clip, Tensor):
         g = _mul(g, n.clip)
     else:
@@ -115,14 +115,14 @@ def _collect_(batch: Batch, n: Scalars, t: list[Any]) -> None:
             torch._foreach_mul_(mu, n.alpha.to(dtype) if isinstance(n.alpha, Tensor) else n.alpha)
     if mu is not None:
         _add_(mu, g, (1 - n.alpha) * factor)  # slow_grad
-    for beta1 in dict.fromkeys(n.beta1):  # one call a layer, which may have several tensors
+    for beta1 in dict.fromkeys(n.beta1):  # one call per layer, which may have several tensors
         places = [i for i, other in enumerate(n.beta1) if other == beta1]
         first = [m[i] for i in places]
         _add_(first, [g[i] for i in places], (1 - beta1) * factor)  # exp_avg
         if mu is not None and moves:  # amplify
             for i in places:
                 late = t[i] > n.amplify_after
-                if isinstance(late, Tensor):  # compiled, add_ loses a 0-d float64 on a CPU
+                if isinstance(late, Tensor):  # when compiled, add_ loses a 0-d float64 on a CPU
                     torch._foreach_add_([m[i]], [mu[i] * (n.lamb * late.to(dtype)).to(dtype)], alpha=1 - beta1)
                 elif late:
                     m[i].add_(mu[i], alpha=(1 - beta1) * float(n.lamb))
@@ -164,7 +164,7 @@ def _move_(batch: Batch, n: Scalars, t: list[Any], root: list[Any], correction: 
 
 
 def average(batch: Batch, n: Scalars) -> None:
-    """Set μ to the mean of each window, for every backend. The other stages then run with α = 1."""
+    """Set μ to the mean of each window. All backends use this, and do the other stages with α = 1."""
     assert batch.grok_emas is not None
     window.average(batch.windows, _clipped(batch, n), batch.grok_emas, n.finite)
 
@@ -189,7 +189,7 @@ def _advance(steps: list[Tensor], active: Number) -> None:
     if isinstance(active, Tensor):
         torch._foreach_add_(steps, [active.to(steps[0].dtype)] * len(steps))
     else:
-        # on the CPU torch would wrap a Python 1 into a new tensor for every count
+        # on the CPU torch would wrap a Python 1 in a new tensor for each count
         one: Any = torch.tensor(1.0, device="cpu") if steps[0].is_cpu else 1
         torch._foreach_add_(steps, one)
 
@@ -199,9 +199,9 @@ def _corrections(t: list[Any], n: Scalars) -> tuple[list[Any], list[Any]]:
     if not isinstance(t[0], Tensor):
         return [(1 - n.beta2**x) ** 0.5 for x in t], [1 - beta1**x for beta1, x in zip(n.bias_beta1, t, strict=True)]
     root = list((1 - n.beta2 ** torch.stack(t)).sqrt().unbind())
-    if torch.compiler.is_compiling():  # fused into one launch; a logarithm would become a constant
+    if torch.compiler.is_compiling():  # the compiler fuses these into one launch; it would make a logarithm a constant
         return root, [1 - beta1**x for beta1, x in zip(n.bias_beta1, t, strict=True)]
-    # for all tensors at once; exp(t log β), as β^t would need a list of β sent to the device
+    # all tensors at once, as exp(t log β): for β^t a list of β would have to be sent to the device
     logs = [math.log(beta1) if beta1 else -math.inf for beta1 in n.bias_beta1]
     correction = -torch.stack(torch._foreach_mul(t, logs)).expm1()
     return root, list(correction.unbind())

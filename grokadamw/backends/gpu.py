@@ -1,7 +1,7 @@
 """The stages norm, clip, and slow_grad to limit_rows on a GPU, each in one launch for any number of tensors.
 
 The kernels of gpu_kernels.py find tensors and numbers in tables on the device. A table is sent there only when its
-content has changed, from pinned memory and without waiting, so a step with the addresses and numbers of the last one
+content has changed, from pinned memory and without waiting, so a step with the addresses and numbers of the step before
 sends nothing. Kernels read numbers that only the device knows (a loss scale, an α computed there) by their addresses.
 """
 
@@ -44,7 +44,7 @@ def kernels() -> Any:
         import triton
 
         from . import gpu_kernels
-    except Exception as error:  # a Triton that does not fit may raise anything
+    except Exception as error:  # an incompatible Triton may raise anything
         return f"Triton cannot be imported: {error}"
     if str(triton.__version__).startswith(("2.", "3.0.", "3.1.", "3.2.")):
         return f"Triton {triton.__version__} cannot compile the kernels: it takes 3.3 or newer, and so torch 2.7"
@@ -72,24 +72,24 @@ def _why_not_for_codes(device: torch.device) -> str | None:
 
 
 def _why_not_tried(device: torch.device, state: torch.dtype) -> str | None:
-    """Take a step of one number with a state of that dtype, and return why it fails, or None if it does not."""
+    """Try a step of one number with a state of that dtype. Return why it fails, or None if it works."""
     numbers = Scalars([0.0], [0.0], 0.0, 0.0, 1.0, False, 0.0, 0.0, 0.0, 0, 1.0, False, False, None)
     try:
         theta, g, count = ([torch.zeros((), dtype=torch.float32, device=device)] for _ in range(3))
         m, v, mu = ([torch.zeros((), dtype=state, device=device)] for _ in range(3))
         coded = None if state == torch.float32 else Coded(None, None, None, None, [0], False)
-        for _ in range(2):  # the second launch takes another way: see `_launch`
+        for _ in range(2):  # the second launch takes another path: see `_launch`
             sum_of_squares(g)
             step(Batch(theta, g, m, v, mu, count, coded=coded), numbers)
     except torch.OutOfMemoryError:
-        raise  # a shortage of memory will pass
-    except Exception as error:  # Triton compiles its launcher, and there may be no compiler for it
+        raise  # a shortage of memory is temporary
+    except Exception as error:  # Triton compiles its launcher, and there may be no C compiler
         return f"Triton does not work here: {next(iter(str(error).splitlines()), type(error).__name__)}"
     return None
 
 
 def is_for(device: torch.device) -> bool:
-    """Return True if this backend is for tensors on this device, as far as it can take them."""
+    """Return True if this backend is for tensors on this device. `why_not` says if it can take them."""
     return device.type == _DEVICE_TYPE
 
 
@@ -109,7 +109,7 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def streams(devices: Sequence[torch.device]) -> tuple[int, ...]:
-    """Return the current stream of each GPU. Memory of one stream must not be given to another unnoticed."""
+    """Return the current stream of each GPU. Memory of one stream must not pass to another unnoticed."""
     return tuple(torch._C._cuda_getCurrentRawStream(device.index) for device in devices if device.type == "cuda")
 
 
@@ -120,7 +120,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _triton(value: Any) -> Any:
-    """Return Triton's name for a dtype; any other constant as it is."""
+    """Return Triton's dtype for a torch dtype; any other constant as it is."""
     return getattr(kernels().tl, str(value).removeprefix("torch.")) if isinstance(value, torch.dtype) else value
 
 
@@ -137,7 +137,7 @@ def _runtime() -> tuple[Any, Any] | None:
     return driver, knobs.runtime
 
 
-_compiled: dict[Any, tuple[Any, Any]] = {}  # a kernel (its id is in the key), and what Triton compiled it to
+_compiled: dict[Any, tuple[Any, Any]] = {}  # the kernel whose id is in the key, and its compiled form
 
 
 def _launch(
@@ -151,10 +151,10 @@ def _launch(
 ) -> None:
     """Launch a kernel. Its arguments are pointers, then counts, then the constants in the order of its signature.
 
-    Triton takes longer to look up a compiled kernel than to launch it. So compiled kernels are kept here, by all that
-    Triton specialises for: the constants, which say the tensors' dtypes, and the tensors' alignment. Counts are small
-    and not specialised. If a profiler has set hooks, Triton launches the kernel and calls them.
-    Multiplications and additions are not fused, or the bits would depend on which body of a kernel an element is in.
+    Triton takes longer to look up a compiled kernel than to launch it. So compiled kernels are kept here, by everything
+    that Triton specialises on: the constants, which include the tensors' dtypes, and the tensors' alignment. Counts are
+    small and not specialised on. If a profiler has set hooks, Triton launches the kernel and calls the hooks.
+    Multiplications and additions are not fused: else an element's bits would depend on the body that processes it.
     """
     kernel, at = getattr(kernels(), name), [x.data_ptr() for x in tensors]
     key = (id(kernel), device, warps, *constants.values(), *[address % 16 for address in at])
@@ -179,7 +179,7 @@ def _launch(
 
 
 def can_sum(grads: Sequence[Tensor]) -> bool:
-    """Return True if `sum_of_squares` and `judge` can take these gradients, the first on a device of `is_for`."""
+    """Return True if `sum_of_squares` and `judge` can take these gradients. The first is on a device of `is_for`."""
     device = grads[0].device
     return (
         type(grads[0]) is Tensor
@@ -235,14 +235,14 @@ def judge(
     at: bytes | None = None,
     tables: Tables | None = None,
 ) -> Verdict:
-    """Find the norm, the clip coefficients, and whether the step may be written, in two launches.
+    """Compute the norm and the clip coefficients, and decide if the step may be written, in two launches.
 
     Args:
         grads: gradients that `can_sum` has cleared.
         limits: the largest norm for each list of tensors; 0 for no limit.
         scale, found_inf: GradScaler's, float32 and of one element, on the gradients' device.
-        skipped: 0-d int64, incremented if a norm that is not finite forbids the step; None if it does not forbid it.
-        wants_norm: whether the norm is needed. If not, the gradients are not read, and the returned norm means nothing.
+        skipped: 0-d int64, incremented if a norm that is not finite forbids the step; None if such a norm does not.
+        wants_norm: True if the norm is needed. Else gradients are not read, and the returned norm is meaningless.
         at: the gradients' addresses.
         tables: the tables for these gradients.
     """
@@ -285,7 +285,7 @@ def row_width(param: Tensor, coded: bool) -> int:
 
 
 def keep(batch: Batch) -> Addresses:
-    """Return the addresses of a batch, with what a launch must know about tensors kept in fewer bits."""
+    """Return the addresses of a batch, with the data that a launch needs about tensors kept in fewer bits."""
     at = where(batch)
     return at if batch.coded is None else at._replace(table=codes_of(batch, batch.coded))
 
@@ -319,7 +319,7 @@ def steps(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None = None) 
     counts = [(_step_counts(on_device, tables), on_device[0].scalars) for on_device in by_device.values()]
     for kind, of_kind in kinds.items():
         _update(kind, of_kind, tables)
-    for vectors, scalars in counts:  # once all kernels have read the counts
+    for vectors, scalars in counts:  # after all kernels have read the counts
         if scalars.micro_step.moves:
             _advance(vectors, scalars.writable())
 
@@ -331,7 +331,7 @@ def _update(kind: Any, calls: list[Call], tables: Tables) -> None:
     shape, finite = static.shape, calls[0].scalars.finite
     grads = b"".join([x.at.grads for x in calls])
     may_be_misaligned = tables.masked or misaligned(grads)
-    # torch's own operation advances the counts, and does this for them
+    # without the counts: torch's own operation advances them, and does this itself
     columns = [column for x in calls for column in written(x.batch, moves) if column is not x.batch.steps]
     torch.autograd.graph.increment_version(chain.from_iterable(columns))
     programs = static.chunks.numel()
@@ -369,7 +369,7 @@ def _update(kind: Any, calls: list[Call], tables: Tables) -> None:
         OF_ROWS=and_odd(static.of_rows) if may_be_misaligned else static.of_rows,
         CHUNK=shape.chunk,
         BLOCK=shape.block,
-        # a row waits for its sums; but threads that decode need more registers
+        # more warps, as a row waits for its sums; but threads that decode need more registers
         warps=shape.warps * (2 if limits and coded is None else 1),
     )
 
@@ -381,7 +381,7 @@ def _step_counts(calls: list[Call], tables: Tables) -> list[Tensor]:
 
 
 def _advance(counts: list[Tensor], finite: Tensor | None) -> None:
-    """Count this step, unless it was not written."""
+    """Advance the step counts, unless the step was not written."""
     if len(counts) == 1:
         counts[0].add_(1 if finite is None else finite)
     elif finite is None:

@@ -1,7 +1,7 @@
 """The kernel of `gpu` for tensors that are kept in fewer bits, in Triton: any number of them in one launch.
 
-It is `gpu_kernels.update` between decoding and encoding. A program takes whole blocks; the 64 elements of a block share
-a scale. Blocks that are full and aligned take a body without masks. The last block of each row may be shorter.
+It does what `gpu_kernels.update` does, between decoding and encoding. A program takes whole blocks. The 64 elements of
+a block share a scale; the last block of each row may be shorter. A body without masks handles full, aligned blocks.
 """
 
 import triton
@@ -67,7 +67,7 @@ def _from(
     addresses, start, first, PARAM: tl.constexpr, GRAD: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     MU: tl.constexpr, LOW: tl.constexpr, ODD: tl.constexpr,
 ):  # fmt: skip
-    """Return pointers to the element and the block that a program begins with."""
+    """Return pointers to the element and the block at which a program begins."""
     theta, low, grad, m, v, mu, m_scales, v_scales, mu_scales = addresses
     return (
         pointer_to(theta, PARAM, ODD) + start,
@@ -88,7 +88,7 @@ def _new(
     M: tl.constexpr, V: tl.constexpr, MU: tl.constexpr, LOW: tl.constexpr, HAS_MU: tl.constexpr, RAW: tl.constexpr,
     MOVES: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, MASKED: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """Return θ before and after the update, of some blocks. Write m, v and μ, but not θ."""
+    """Return θ of some blocks before and after the update. Write m, v and μ, but not θ."""
     theta, low, grad, m, v, mu, m_scales, v_scales, mu_scales = tensors
     clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step = numbers
     # load everything before storing: the compiler cannot know that the pointers do not alias
@@ -193,7 +193,7 @@ def _chunk_of_rows(
 
 @triton.jit
 def _of_rows(values, ROWS: tl.constexpr, OF_ROW: tl.constexpr):
-    """Return the sum of each row, whose blocks follow each other."""
+    """Return the sum of each row. The blocks of a row follow one another."""
     return tl.sum(tl.reshape(tl.sum(values, axis=1), [ROWS, OF_ROW]), axis=1, keep_dims=True)
 
 
@@ -257,9 +257,9 @@ def update_coded(
     IS_PART: tl.constexpr, MOVES: tl.constexpr, TAIL: tl.constexpr, HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr,
     OF_ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update a chunk of a tensor whose states have the formats M, V and MU, and whose parameter has LOW more bits.
+    """Update a chunk of a tensor whose states have the formats M, V and MU, and whose parameter has LOW extra bits.
 
-    All else is as in `gpu_kernels.update`.
+    Everything else is as in `gpu_kernels.update`.
     """
     usable = tl.load(finite) != 0 if HAS_FINITE else True
     if HAS_FINITE and not (IS_PART or usable):
@@ -292,7 +292,7 @@ def update_coded(
     if HAS_ROWS and limited_width > 0:
         width, of_row = limited_width, (limited_width + BLOCK_SIZE - 1) // BLOCK_SIZE
         change, norm = number_at(of_batch, MAX_ROW_CHANGE), float64_at(of_batch, MAX_ROW_NORM)
-        rows = tl.load(here + AT_ROWS * tensors)  # in a chunk
+        rows = tl.load(here + AT_ROWS * tensors)  # of a chunk
         first, end = nth * rows, tl.minimum(nth * rows + rows, size // width)
         is_straight = aligned and width % BLOCK_SIZE == 0
         for odd in tl.static_range(2):

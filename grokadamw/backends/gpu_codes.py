@@ -1,8 +1,8 @@
-"""How the GPU's kernels load and store tensors kept in fewer bits; state/formats.py defines the formats.
+"""Load and store tensors kept in fewer bits, in the GPU's kernels; state/formats.py defines the formats.
 
-Values are a matrix of blocks, 64 elements each. `at` holds the offsets of elements, `block` those of the blocks'
-scales; if MASKED, `inside` and `there` say which of them exist. A format is the dtype in memory: float32, bfloat16, or,
-with scales, int8 or uint8.
+Values form a matrix of blocks with 64 elements each. `at` holds the offsets of the elements, `block` those of the
+blocks' scales. If MASKED, `inside` says which elements exist, and `there` which blocks. A format is the dtype in
+memory: float32, bfloat16, or, with scales, int8 or uint8.
 """
 
 import triton
@@ -40,19 +40,19 @@ def _mixed(word):
 
 @triton.jit
 def hash_of(block, key):
-    """Return the hashes that the dithers of blocks begin from, by the blocks' numbers."""
+    """Return the hashes at which the dithers of the blocks with these numbers start."""
     return _mixed(block.to(tl.uint32) ^ key)
 
 
 @triton.jit
 def rest_of(draw):
-    """Return what is added to the hash for each element of a block at this draw."""
+    """Return the number that is added to the hash for each element of a block at this draw."""
     return tl.arange(0, BLOCK_SIZE)[None, :].to(tl.uint32) * LANE + draw.to(tl.uint32) * GOLDEN
 
 
 @triton.jit
 def dither(hashed, rest, TURN: tl.constexpr, BITS: tl.constexpr):
-    """Return the dithers' upper BITS bits."""
+    """Return the upper BITS bits of the dithers."""
     turned = hashed
     if TURN:
         turned = (hashed << TURN) | (hashed >> (32 - TURN))
@@ -88,7 +88,7 @@ def store_state(
         bits = values.to(tl.int32, bitcast=True)
         new = bits + dither(hashed, rest, TURN, 16)
         if IS_V:
-            new = tl.maximum(new, tl.minimum(bits, 1) << 23)  # a v that is not 0 does not become 0
+            new = tl.maximum(new, tl.minimum(bits, 1) << 23)  # a v above 0 never becomes 0
         store(state, at, inside, new >> 16, MASKED)
     else:
         x = tl.sqrt_rn(values) if IS_V else values
@@ -117,7 +117,7 @@ def load_param(param, low, at, inside, LOW: tl.constexpr, MASKED: tl.constexpr):
     if LOW:
         bits = values.to(tl.int32, bitcast=True)
         rest = load(low, at, inside, MASKED, tl.int32) << (16 - LOW)
-        rest = tl.where((bits & 0x7FFFFFFF) == 0, tl.maximum(rest, 0), rest)  # below 0 would be NaN
+        rest = tl.where((bits & 0x7FFFFFFF) == 0, tl.maximum(rest, 0), rest)  # bits below those of 0 would be NaN
         if PARAM == tl.float16:
             size = kept.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
             tiny = ((size << 16) + rest).to(tl.float32) * OF_TINY
@@ -133,12 +133,12 @@ def load_param(param, low, at, inside, LOW: tl.constexpr, MASKED: tl.constexpr):
 def store_param(
     param, low, at, inside, values, hashed, rest, LOW: tl.constexpr, ROUNDS: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Encode and store a parameter: its nearest number and low bits, or a number rounded by the dither."""
+    """Encode and store a parameter: as its nearest number with low bits, or as a number rounded by the dither."""
     PARAM: tl.constexpr = param.dtype.element_ty
     words = values.to(tl.int32, bitcast=True)
     if LOW or ROUNDS:
         is_nan = (words & 0x7FFFFFFF) > INF
-        words = tl.where(is_nan, NAN, words)  # adding to another NaN may make a number of it
+        words = tl.where(is_nan, NAN, words)  # adding to another NaN's bits may make it a number
     if LOW:
         if PARAM == tl.float16:
             is_tiny = (words & 0x7FFFFFFF) < TINY

@@ -3,8 +3,8 @@
 `gpu` makes tables on the device, with an entry for the addresses and numbers of each tensor. A program takes one chunk
 of one tensor. Neither the number of tensors nor any value that changes from step to step is compiled in.
 
-A full chunk of aligned tensors is read and written in words of 16 bytes. Other chunks, such as a tensor's last, take a
-body with masks. TAIL=False leaves that body out if no chunk needs it.
+A full chunk of aligned tensors is read and written in words of 16 bytes. A body with masks handles other chunks, such
+as a tensor's last. TAIL=False leaves that body out if no chunk needs it.
 """
 
 import triton
@@ -53,7 +53,7 @@ def _new(
     theta, grad, m, v, mu, at, inside, usable, numbers,
     HAS_MU: tl.constexpr, RAW: tl.constexpr, MOVES: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Return θ before and after the update, of the elements at these places. Write m, v and μ, but not θ."""
+    """Return θ of the elements at these places before and after the update. Write m, v and μ, but not θ."""
     clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step = numbers
     REAL: tl.constexpr = keep_m.dtype
     # load everything before storing: the compiler cannot know that the pointers do not alias
@@ -110,7 +110,7 @@ def _chunk_of_rows(
     m, v, mu = pointer_to(m, STATE, ODD), pointer_to(v, STATE, ODD), pointer_to(mu, STATE, ODD)
     if IS_STRAIGHT:
         width = width // STRAIGHT * STRAIGHT  # tell the compiler that STRAIGHT divides it
-    else:  # each element computes its own index: one of 32 bits is enough
+    else:  # each element computes its own index, for which 32 bits are enough
         start = first * width
         theta, grad, m, v, mu = theta + start, grad + start, m + start, v + start, mu + start
         width, end, first = width.to(tl.int32), (end - first).to(tl.int32), tl.full([], 0, tl.int32)
@@ -149,8 +149,8 @@ def _row(
     if IS_STRAIGHT:  # tell the compiler that STRAIGHT divides both
         width, start = width // STRAIGHT * STRAIGHT, start // STRAIGHT * STRAIGHT
     theta, grad, m, v, mu = theta + start, grad + start, m + start, v + start, mu + start
-    columns = width if IS_STRAIGHT else width.to(tl.int32)  # fewer registers, either way
-    # add up a thread's few elements first: a sum for each of them would take most of the registers
+    columns = width if IS_STRAIGHT else width.to(tl.int32)  # each takes fewer registers in its case
+    # first add up the few elements of a thread: a sum for each of them would take most of the registers
     OF_A_THREAD: tl.constexpr = 4
     THREADS: tl.constexpr = BLOCK // OF_A_THREAD
     if IS_STRAIGHT:
@@ -180,7 +180,7 @@ def _row(
         tl.sum(olds, keep_dims=True), tl.sum(moveds, keep_dims=True), tl.sum(news, keep_dims=True),
         tl.sum(products, keep_dims=True), change, norm, HAS_CHANGE, HAS_NORM,
     )  # fmt: skip
-    tl.debug_barrier()  # another thread may read what one has written
+    tl.debug_barrier()  # from here on, a thread may read what another one has written
     for block in range(0, columns, BLOCK):
         at = block + offsets
         inside = at < columns
@@ -199,7 +199,7 @@ def update(
     HAS_CHANGE: tl.constexpr, HAS_NORM: tl.constexpr, OF_ROWS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update a chunk of a tensor. If `finite` is 0, write nothing, or in a micro-batch take the gradient as 0.
+    """Update a chunk of a tensor. If `finite` is 0, write nothing; but in a micro-batch, use a gradient of 0.
 
     With HAS_CHANGE or HAS_NORM, limit rows, too; a program then takes whole rows of a matrix. The bits of OF_ROWS say
     which sizes of rows need a body, as in `gpu_tables.sizes_of_rows`: a body that is not compiled takes no registers.
@@ -229,7 +229,7 @@ def update(
     width = tl.load(here + AT_ROW_WIDTH * tensors) if HAS_ROWS else size
     if HAS_ROWS and width > 0:
         change, norm = number_at(of_batch, MAX_ROW_CHANGE), float64_at(of_batch, MAX_ROW_NORM)
-        rows = tl.load(here + AT_ROWS * tensors)  # in a chunk
+        rows = tl.load(here + AT_ROWS * tensors)  # of a chunk
         end = tl.minimum(nth * rows + rows, size // width)
         is_straight = aligned and width % STRAIGHT == 0
         for odd in tl.static_range(2):

@@ -1,4 +1,4 @@
-"""The kernels that find the norm of all gradients, and the helpers with which every kernel loads and stores."""
+"""The kernels that compute the norm of all gradients, and the helpers with which every kernel loads and stores."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ CHUNK_MASK = tl.constexpr((1 << 40) - 1)
 
 @triton.jit
 def chunk(chunks):
-    """Return the index of the tensor of this program's chunk, and the chunk's number."""
+    """Return the index of the tensor that has this program's chunk, and the number of the chunk in it."""
     word = tl.load(chunks + tl.program_id(0))
     return word >> CHUNK_BITS, word & CHUNK_MASK
 
@@ -57,7 +57,7 @@ def squares(
     chunks, sizes, grads, sums, first,
     GRAD: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum g² of each chunk, in float64, into `sums` from `first` on."""
+    """Sum g² over each chunk, in float64, and write the sums to `sums` from `first` on."""
     i, nth = chunk(chunks)
     start = nth * CHUNK
     size = tl.load(sizes + i)
@@ -74,7 +74,7 @@ def judge(
     sums, limits, grad_scale, found_inf, verdict, finite, skipped, count, lists,
     HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, SKIPS: tl.constexpr, LISTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Find the norm and the clip coefficients from the sums of squares, added in a fixed order.
+    """Compute the norm and the clip coefficients from the sums of squares, which are added in a fixed order.
 
     `verdict` gets N, then c of each list, then each c divided by the loss scale. `finite` says whether the step may be
     written. `skipped` is incremented if it may not, unless GradScaler counts that step itself.

@@ -1,16 +1,16 @@
-"""The stages slow_grad to limit_rows of the GPU's kernels, computed from values in registers."""
+"""The stages slow_grad to limit_rows in the GPU's kernels, on values in registers."""
 
 import triton
 import triton.language as tl
 
 from .rows import SHORT
 
-# words in a list's numbers, as `gpu_tables.words_of` packs them; the first five take two, an address and a value
+# offsets of a list's numbers, as `gpu_tables.words_of` packs them; the first five take two words: address and value
 LR, ALPHA, CLIP, MAX_ROW_CHANGE, WEIGHT_DECAY = (tl.constexpr(i) for i in range(0, 10, 2))
 BETA2, LOG_BETA2, EPS, LAMB, AMPLIFY_AFTER, SIGN = (tl.constexpr(i) for i in range(10, 16))
 MICRO_STEPS, DECAYS, MAX_ROW_NORM, NTH, NUMBERS = (tl.constexpr(i) for i in range(16, 21))
 SHORTEST = tl.constexpr(SHORT)
-# columns of the table of tensors, as `gpu_tables.Tables` packs them; those of tensors in fewer bits come last
+# columns of the table of tensors, as `gpu_tables.Tables` packs them; those for tensors in fewer bits come last
 AT_SIZE, AT_THETA, AT_M, AT_V, AT_MU, AT_STEP, AT_BETA1 = (tl.constexpr(i) for i in range(7))
 AT_LOG_BIAS_BETA1, AT_LIST, AT_ROW_WIDTH, AT_ROWS = (tl.constexpr(i) for i in range(7, 11))
 AT_M_SCALES, AT_V_SCALES, AT_MU_SCALES, AT_LOW, AT_WIDTH, AT_DITHER = (tl.constexpr(i) for i in range(11, 17))
@@ -24,14 +24,14 @@ def float64_at(words, place):
 
 @triton.jit
 def number_at(words, place):
-    """Return the float64 at the address that the table holds; if that is 0, the table's next word."""
+    """Return the float64 at the address that the table holds; if the address is 0, return the table's next word."""
     address = tl.load(words + place)
     return tl.load(address.to(tl.pointer_type(tl.float64)), mask=address != 0, other=float64_at(words, place + 1))
 
 
 @triton.jit
 def step_of(here, tensors):
-    """Return the number of this step for a tensor, from 1."""
+    """Return the number of this step for a tensor, counted from 1."""
     return tl.load(tl.load(here + AT_STEP * tensors).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
 
 
@@ -40,7 +40,7 @@ def numbers_of(
     of_batch, t, beta1, log_bias_beta1,
     REAL: tl.constexpr, EPS_FIRST: tl.constexpr, IS_PART: tl.constexpr, MOVES: tl.constexpr,
 ):  # fmt: skip
-    """Return the numbers that all elements of a tensor are computed with at its step t."""
+    """Return the numbers that apply to all elements of a tensor at its step t."""
     lr = number_at(of_batch, LR)
     alpha = number_at(of_batch, ALPHA)
     clip = number_at(of_batch, CLIP) * float64_at(of_batch, SIGN)
@@ -107,7 +107,7 @@ def _share(times):
 
 @triton.jit
 def moved_by(old, new, inside):
-    """Return how far θ moves, with 0 for what is not finite."""
+    """Return the change of θ, with 0 for changes that are not finite."""
     moved = new - old
     return tl.where(inside & (moved - moved == 0), moved, 0)
 

@@ -17,15 +17,15 @@ from . import memory
 from .types import Addresses, Batch, Coded, Scalars, limited_widths
 
 _ANOTHER = "the captured step differs from the one before it: take a step before capturing"
-_KEPT = 64  # tables of which the device keeps a copy
+_KEPT = 64  # how many tables the device keeps a copy of
 _COLUMNS = ("params", "exp_avgs", "exp_avg_sqs", "grok_emas", "steps")
-_NUMBERS = struct.Struct("QdQdQdQdQd10d")  # the numbers of a list, as `words_of` packs them
+_NUMBERS = struct.Struct("QdQdQdQdQd10d")  # a list's numbers, as `words_of` packs them
 _ALIGNED = bytes(range(0, 256, 16))
-_SPARES = 4  # captures that may follow each other without an eager step in between
+_SPARES = 4  # captures that may follow one another without an eager step in between
 
 
 class Shape(NamedTuple):
-    """How much a program does at a time."""
+    """The amount of work that a program does at a time."""
 
     chunk: int  # elements of a tensor that one program takes
     block: int  # elements that it holds in registers at once: 16 bytes or more of each tensor for every thread
@@ -41,24 +41,24 @@ CODED = Shape(4096, 1024, 4)  # of tensors that are kept in fewer bits: whole bl
 WIDTHS, STRAIGHT, LONGEST = tuple(1 << n for n in range(4, 11)), 4, 1 << 16
 # In `sizes_of_rows` bit n stands for WIDTHS[n], bit LONG for longer rows, and bit ODD + n for odd rows of size n.
 LONG, ODD = len(WIDTHS), len(WIDTHS) + 1
-# `judge` is one program that adds the sums of all chunks, with as many threads and loads at a time as a GPU allows
+# `judge` is one program that adds up the sums of all chunks, with as many threads and loads at once as a GPU allows
 JUDGE_BLOCK, JUDGE_THREADS = 4096, 1024
 
 
 class Verdict(NamedTuple):
-    """What a step learns from the gradients; all on the device."""
+    """The results of `judge` about the gradients of a step, all on the device."""
 
-    numbers: Tensor  # the next three fields are parts of it
+    numbers: Tensor  # the next three fields are views of it
     norm: Tensor  # N
     clips: list[Tensor]  # c for each limit
     factors: list[Tensor]  # c divided by the loss scale
-    finite: Tensor  # 0-d bool: whether the step may be written
+    finite: Tensor  # 0-d bool: True if the step may be written
 
 
 class Static(NamedTuple):
-    """What the device keeps for lists of tensors until one of them moves."""
+    """The data that the device keeps for lists of tensors until one of them moves."""
 
-    key: Any  # what it was made from
+    key: Any  # the values from which it was made
     table: Tensor
     chunks: Tensor
     tail: bool  # some chunk is not full, or some tensor not aligned
@@ -67,12 +67,12 @@ class Static(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """What a launch must know about tensors kept in fewer bits; `Addresses.table` holds it."""
+    """The data that a launch needs about tensors kept in fewer bits; `Addresses.table` holds it."""
 
-    kind: Any  # the dtypes that m, v and μ are kept in, the low bits of parameters, whether these are rounded
+    kind: Any  # the dtypes in which m, v and μ are kept, the number of low bits, and True if parameters are rounded
     columns: tuple[bytes, ...]  # addresses of the states' scales and of low bits; empty if there are none
     widths: tuple[int, ...]  # elements in a row if its last block is shorter, otherwise in the whole tensor
-    words: bytes  # the key of each tensor's dithers, and how many blocks lie on ranks before this one
+    words: bytes  # for each tensor the key of its dithers, and the number of its blocks on ranks before this one
 
 
 class Call(NamedTuple):
@@ -84,17 +84,17 @@ class Call(NamedTuple):
 
 
 class _Key(NamedTuple):
-    """What a table depends on, for one batch: it is made anew if any of this has changed."""
+    """The values on which a table depends, for one batch. If any of them has changed, the table is made again."""
 
-    at: tuple[Any, ...]  # of `Addresses`, up to `ends`
+    at: tuple[Any, ...]  # the fields of `Addresses` up to `ends`
     beta1: Sequence[float]
     bias_beta1: Sequence[float]
-    widths: list[int]  # of the rows that are limited
+    widths: list[int]  # elements of the rows that are limited
     codes: Codes | None
 
     @property
     def cut(self) -> tuple[Any, ...]:
-        """What decides how tensors are cut into chunks: their ends, and their rows."""
+        """The values that decide how tensors are cut into chunks: their ends, rows and codes."""
         return self.at[5], self.widths, self.codes
 
 
@@ -110,24 +110,24 @@ class Tables:
         self._spares: list[Tensor] = []
         self._room: Tensor | None = None
         self._sent = 0
-        self.masked = False  # whether every launch includes the masked body
+        self.masked = False  # True if every launch includes the masked body
 
     def may_be_captured(self, tensors: int, lists: int) -> None:
-        """Prepare what a capture cannot obtain: pinned memory for the tables of a graph, and its kernels.
+        """Prepare what a graph needs and a capture cannot obtain: pinned memory for its tables, and its kernels.
 
         Args:
-            tensors, lists: how many there are, at most.
+            tensors, lists: the largest possible number of each.
         """
         self.masked = True  # a kernel that is first used during a capture cannot be loaded
-        size = 20 * tensors + 32 * lists  # twice the gradients, and the table; limits and numbers
+        size = 20 * tensors + 32 * lists  # the gradients twice, and the table; the limits and numbers
         while len(self._spares) < _SPARES:
             pinned = torch.cuda.is_available()
             self._spares.append(torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned))
 
     def captured(self) -> Tables | None:
-        """Return tables for a graph, which reads the same ones at every replay: keep them for as long as it lives.
+        """Return tables for a graph. It reads the same tables at every replay, so keep them as long as it lives.
 
-        Return None if `may_be_captured` was not called before, or too many captures have followed that call.
+        Return None if `may_be_captured` was not called before, or if too many captures have followed that call.
         """
         if not self._spares or not (self._static or self._squares):
             return None
@@ -142,7 +142,7 @@ class Tables:
         if found is None:
             found = self._send(torch.frombuffer(bytearray(content or bytes(8)), dtype=torch.int64), device)
             if len(self._words) >= _KEPT:
-                del self._words[next(iter(self._words))]  # the least recently used
+                del self._words[next(iter(self._words))]  # the least recently used one
         self._words[device, content] = found
         return found
 
@@ -156,7 +156,7 @@ class Tables:
         return torch.empty_like(words, device=device).copy_(room, non_blocking=True)
 
     def static(self, kind: Any, calls: Sequence[Call]) -> Static:
-        """Return the chunks of all tensors and their table, made anew if the tensors have changed."""
+        """Return the chunks of all tensors and their table, which are made again if the tensors have changed."""
         key = [
             _Key(x.at[:6], x.scalars.beta1, x.scalars.bias_beta1, limited_widths(x.batch, x.scalars), x.at.table)
             for x in calls
@@ -204,7 +204,7 @@ class Tables:
         return Static(key, self._send(words, device), chunks, tail, shape, of_rows)
 
     def squares(self, grads: Sequence[Tensor]) -> tuple[Tensor, list[tuple[torch.dtype, list[int], Static]]]:
-        """Return room for the sums of all chunks; and for each dtype the places, chunks and sizes of its gradients."""
+        """Return a tensor for the sums of all chunks, and the places, chunks and sizes of each dtype's gradients."""
         if self._squares is None:
             if self._room is not None:
                 raise RuntimeError(_ANOTHER)
@@ -231,7 +231,7 @@ class Tables:
         return [numbers[i] if length == 1 else numbers[i].as_strided((length,), (1,)) for i, length in runs]
 
     def verdict(self, device: torch.device, lists: int) -> Verdict:
-        """Return where a step writes its verdict: always the same place, as the next kernel is given its address."""
+        """Return the tensors for a step's verdict: always the same, because the next kernel gets their addresses."""
         if (device, lists) not in self._verdicts:
             numbers = torch.empty(1 + 2 * lists, dtype=torch.float64, device=device)
             norm, *rest = numbers.unbind()
@@ -246,7 +246,7 @@ def _sizes(ends: bytes) -> list[int]:
 
 
 def _chunk_counts(sizes: Sequence[int], counted: Sequence[int], widths: Sequence[int], chunk: int) -> list[int]:
-    """Return how many chunks each tensor has: of the elements that are counted, or of whole rows."""
+    """Return how many chunks each tensor has: chunks of its counted elements or, if it has a width, of whole rows."""
     return [
         -(-n // chunk) if not width else -(-(size // width) // rows_of_a_chunk(width, chunk))
         for size, n, width in zip(sizes, counted, widths, strict=True)
@@ -259,7 +259,7 @@ def _padded(size: int, width: int) -> int:
 
 
 def codes_of(batch: Batch, coded: Coded) -> Codes:
-    """Return what the kernel must know about tensors kept in fewer bits."""
+    """Return the data that the kernel needs about tensors kept in fewer bits."""
     odd = [x.dim() > 1 and width_of(x) % BLOCK > 0 for x in batch.params]
     before = coded.blocks_before or [0] * len(odd)
     words = [key_of(number) | blocks % 2**32 << 32 for number, blocks in zip(coded.numbers, before, strict=True)]
@@ -281,7 +281,7 @@ def rows_of_a_chunk(width: int, chunk: int) -> int:
 
 
 def sizes_of_rows(widths: Iterable[int], aligned: bool, straight: int) -> int:
-    """Return the sizes of rows that occur, as bits: those of WIDTHS, longer ones, and both again for odd rows.
+    """Return the sizes of rows that occur, as bits: the sizes in WIDTHS, longer ones, and both again for odd rows.
 
     Unless all tensors are `aligned`, rows of each size may be odd in one tensor and straight in another.
     """
@@ -291,7 +291,7 @@ def sizes_of_rows(widths: Iterable[int], aligned: bool, straight: int) -> int:
 
 
 def and_odd(of_rows: int) -> int:
-    """Return the sizes of rows, as bits, if any row may be odd."""
+    """Return sizes of rows, as bits, for the case that rows of each size may also be odd."""
     return of_rows | (of_rows & ((1 << ODD) - 1)) << ODD
 
 
@@ -304,13 +304,13 @@ def _chunks(counts: Sequence[int]) -> Tensor:
 
 
 def misaligned(at: bytes) -> bool:
-    return bool(at[::8].strip(_ALIGNED))  # the lowest byte of each: no host of a GPU is big-endian
+    return bool(at[::8].strip(_ALIGNED))  # the lowest byte of each address, as no host of a GPU is big-endian
 
 
 def words_of(n: Scalars) -> bytes:
-    """Return the numbers of a list as the kernel reads them: each of the first five after its address, or 0."""
+    """Return a list's numbers as the kernel reads them: the first five as an address and a value, one of which is 0."""
     first: list[Any] = []
-    for number in (n.lr, n.alpha, n.clip, n.max_row_change, n.weight_decay):  # asking for a Tensor takes longer
+    for number in (n.lr, n.alpha, n.clip, n.max_row_change, n.weight_decay):  # a check for Tensor takes longer
         first += (0, number) if isinstance(number, (float, int)) else (number.data_ptr(), 0.0)
     log_beta2, micro = math.log(n.beta2) if n.beta2 else -math.inf, n.micro_step
     rest = (n.beta2, log_beta2, n.eps, n.lamb, n.amplify_after, -1.0 if n.maximize else 1.0)
@@ -318,10 +318,10 @@ def words_of(n: Scalars) -> bytes:
 
 
 def _runs(at: bytes, storages: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield each run of float32 numbers at adjacent addresses: the index of the first, and how many they are."""
+    """Yield the index of the first number and the length, for each run of float32 numbers at adjacent addresses."""
     addresses = struct.unpack(f"{len(at) // 8}Q", at)
     order = sorted(range(len(addresses)), key=addresses.__getitem__)
-    # two storages may be adjacent, too
+    # two storages may be adjacent, but no vector may cross them
     breaks = [addresses[b] != addresses[a] + 4 or storages[b] != storages[a] for a, b in pairwise(order)]
     starts = [0, *(i for i, is_break in enumerate(breaks, start=1) if is_break)]
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):

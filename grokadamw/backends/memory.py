@@ -1,8 +1,8 @@
 """The layout and addresses of tensors, for backends that read and write memory by address.
 
-An address holds for a moment only: code that keeps one must compare it again before using it. Asking Python costs half
-a microsecond a tensor, more than the step of a small one. If the native kernel was built and torch has DLPack's table
-of C functions (2.10 and newer), one call asks all tensors.
+An address is valid only for a moment: code that keeps one must compare it again before using it. Reading it from Python
+takes half a microsecond a tensor, more than the step of a small one. If the native kernel was built and torch has
+DLPack's table of C functions (2.10 and newer), one call reads all tensors.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _LOOKS: tuple[Callable[[Tensor], Any], ...] = (
 
 
 class TensorSignature:
-    """The type, device, dtype, shape and strides of each tensor of a list; of the first `fixed`, the address, too.
+    """The type, device, dtype, shape and strides of each tensor of a list, and the addresses of the first `fixed` ones.
 
-    Tensors have to be of type Tensor or Parameter. One without memory has another signature than one with memory.
+    Tensors must be of type Tensor or Parameter. A tensor without memory has another signature than one with memory.
     """
 
     def __init__(self, tensors: list[Tensor], fixed: int) -> None:
@@ -49,27 +49,27 @@ class TensorSignature:
         self._native(tensors, len(tensors), fixed, self._hints, self._words, self._at, False)
 
     def looks(self) -> list[Any]:
-        """Return a value for each tensor: the same for the same type, device, dtype, shape and strides."""
+        """Return a value for each tensor. Values are equal if type, device, dtype, shape and strides are equal."""
         if self._native is None:
             return list(zip(*self._read, strict=True))
         words, ends = bytes(self._words), list(accumulate(self._lengths))
         return [words[8 * start : 8 * end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def other_addresses(self, tensors: list[Tensor]) -> bytes | None:
-        """Return the addresses of these tensors but the first `fixed`; None if any has another signature."""
+        """Return the addresses of these tensors except the first `fixed`; None if a signature has changed."""
         if len(tensors) != self._count:  # C does not check this
             return None
         if self._native is not None:
             same = self._native(tensors, len(tensors), self._fixed, self._hints, self._words, self._at, True)
             return self._at.raw[8 * self._fixed :] if same else None
-        # make no list: that would start the garbage collector, which goes through all objects
+        # make no list: that could start the garbage collector, which visits all objects
         same = all(all(map(eq, map(read, tensors), then)) for read, then in zip(_LOOKS, self._read, strict=True))
         same = same and addresses(tensors[: self._fixed]) == self._addresses
         return addresses(tensors[self._fixed :]) if same else None
 
 
 def memory_is_all(compiling: bool) -> bool:
-    """Return True if nothing traces, transforms or fakes operations on tensors, so that only their memory counts."""
+    """Return True if nothing traces, transforms or fakes operations on tensors: their memory is all that counts."""
     return not (
         compiling
         or torch.compiler.is_compiling()
@@ -79,7 +79,7 @@ def memory_is_all(compiling: bool) -> bool:
 
 
 def why_not(row: Sequence[Tensor], step: Tensor, coded: bool) -> str | None:
-    """Return why no backend that gets addresses can take a parameter, or None if one can; arguments as in `choose`."""
+    """Return why no backend that takes addresses can take a parameter, or None if one can; arguments as in `choose`."""
     dtypes = [x.dtype for x in row]
     if coded:
         fits = {*dtypes[:2]} <= {*_FLOATS} and {*dtypes[2:]} <= {
@@ -140,7 +140,7 @@ def row_width(param: Tensor, longest: int) -> int:
 
 
 def share_memory(*batches: Batch) -> bool:
-    """Return True if two of the tensors share memory that a step writes."""
+    """Return True if two of the batches' tensors share memory that a step writes."""
     grads = [x for batch in batches for x in batch.grads]
     ranges = Ranges([x for batch in batches for column in written(batch) for x in column], grads)
     return ranges.overlap or ranges.meet(addresses(grads))
@@ -164,7 +164,7 @@ class Ranges:
             return bool(kernel.meet(self._count, self._starts, self._ends, count, grads, self._sizes))
         starts, ends = (struct.unpack(f"{self._count}Q", x) for x in (self._starts, self._ends))
         for at, size in zip(*(struct.unpack(f"{count}Q", x) for x in (grads, self._sizes)), strict=True):
-            before = bisect_left(starts, at + size)  # sorted, disjoint ranges that begin before the gradient ends
+            before = bisect_left(starts, at + size)  # how many sorted, disjoint ranges begin before the gradient ends
             if size and before and ends[before - 1] > at:
                 return True
         return False
@@ -181,5 +181,5 @@ def packed(numbers: Collection[int]) -> bytes:
 
 
 def ends_of(tensors: Sequence[Tensor]) -> bytes:
-    """Return, for each tensor, how many elements all tensors up to and including it have."""
+    """Return, for each tensor, the number of elements of all tensors up to and including it."""
     return struct.pack(f"{len(tensors)}q", *accumulate(map(Tensor.numel, tensors)))

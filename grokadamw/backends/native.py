@@ -40,12 +40,12 @@ class Kernel(NamedTuple):
     """The functions of cpu_kernel.c, compiled for one instruction set."""
 
     instruction_set: str
-    piece: int  # elements of a sum of squares
+    piece: int  # elements in each partial sum of squares
     row_bytes: int  # of the longest row that `step` can limit
     step: Callable[..., None]
     sum_of_squares: Callable[..., float]
     meet: Callable[..., int]
-    signature: Callable[..., int] | None  # None where torch has no table of DLPack's functions
+    signature: Callable[..., int] | None  # None if torch has no table of DLPack's functions
 
 
 @cache
@@ -56,7 +56,7 @@ def kernel() -> Kernel | str:
     try:
         library = ctypes.CDLL(str(_LIBRARY))
         for name in _instruction_sets():
-            if hasattr(library, f"signature_{name}"):  # its newest function
+            if hasattr(library, f"signature_{name}"):  # the newest function, which an older library lacks
                 return _kernel(library, name)
     except OSError as error:
         return f"the native kernel cannot be loaded: {error}"
@@ -100,10 +100,10 @@ def _signature(name: str) -> Callable[..., int] | None:
     except (AttributeError, ValueError):
         return None
     (major,) = (ctypes.c_uint32 * 1).from_address(table)
-    of_tensor = (ctypes.c_void_p * 6).from_address(table)[5]  # after the version, its predecessor, and three others
+    of_tensor = (ctypes.c_void_p * 6).from_address(table)[5]  # after the version, the predecessor, and three others
     if major != 1 or of_tensor is None:
         return None
-    function = getattr(ctypes.PyDLL(str(_LIBRARY)), f"signature_{name}")  # PyDLL, as it reads Python objects
+    function = getattr(ctypes.PyDLL(str(_LIBRARY)), f"signature_{name}")  # PyDLL keeps the GIL, to read Python objects
     function.argtypes = (
         *(ctypes.POINTER(_Python), ctypes.py_object, ctypes.c_int64, ctypes.c_int64),
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),

@@ -1,7 +1,7 @@
 """The stages norm, and slow_grad to update, one tensor at a time: the definition for the other backends' tests.
 
-The stages are those of the table in CONTRIBUTING.md. Nothing here knows of groups, signals, names or hooks: a batch and
-scalars come in, and parameters, state and step counts are written in place.
+The stages are those of the table in CONTRIBUTING.md. This file knows nothing about groups, signals, names or hooks: it
+gets a batch and scalars, and writes parameters, state and step counts in place.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def step(batch: Batch, n: Scalars) -> None:
         g = batch.grads[i].to(m.dtype)
         writable = n.writable()
         t = count.to(accumulator(count.device)) + 1
-        # autograd may need θ as it was before it is overwritten
+        # autograd may need the θ that is about to be overwritten
         start = theta.to(m.dtype, copy=torch.is_grad_enabled())
         new = _new_values(start, g, m, v, mu, t, n.beta1[i], n.bias_beta1[i], n)
         pairs = list(zip((m, v, mu, theta, count), (*new, t), strict=True))
@@ -50,12 +50,12 @@ def _new_values(
     bias_beta1: float,
     n: Scalars,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return (m, v, μ, θ) after step t, from those before it."""
+    """Return (m, v, μ, θ) after step t, computed from their values before it."""
     k, decays, moves, _ = n.micro_step
     keep_mu, keep_m, keep_v = (n.alpha, beta1, n.beta2) if decays else (1, 1, 1)
     g = n.clip * (-g if n.maximize else g) / k
     if n.finite is not None and k > 1:
-        g = torch.where(n.finite, g, 0)  # after c, which is NaN if a gradient is
+        g = torch.where(n.finite, g, 0)  # after multiplying by c: it is NaN if a gradient is
     g_hat = g
     if mu is not None:
         mu = keep_mu * mu + (1 - n.alpha) * g  # slow_grad

@@ -1,7 +1,7 @@
-"""The stage limit_rows: how far a parameter's rows may move in a step, and how long they may be.
+"""The stage limit_rows: limit how far a parameter's rows move in a step, and how long they get.
 
 This module uses torch's operations and runs on every device. The kernels of `cpu` and `gpu` limit most rows while they
-update them. This is the definition that they are tested against, and it limits the rows that they leave.
+update them. This is the definition against which they are tested, and it limits the rows that they leave.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from .._numbers import accumulator, wide
 from .types import Batch, Scalars
 
-SHORT = 0.1  # a shorter row may move as far as one of this norm, or a row of zeros could never move
+SHORT = 0.1  # a shorter row may move as far as one of this norm; otherwise a row of zeros could never move
 
 
 def before(batch: Batch, scalars: Scalars) -> list[Tensor]:
@@ -24,7 +24,7 @@ def before(batch: Batch, scalars: Scalars) -> list[Tensor]:
 
 
 def limit(batch: Batch, scalars: Scalars, old_params: Sequence[Tensor]) -> None:
-    """Limit the rows that the backend has left, after a step. `old_params` is what `before` returned.
+    """Limit the rows that the backend has left, after a step. `before` returned `old_params`.
 
     θ_r ← θ'_r + (θ_r − θ'_r) / max(1, ‖θ_r − θ'_r‖ / (change · ‖θ'_r‖)) for each row r, in place; then
     θ_r ← θ_r / max(1, ‖θ_r‖ / norm). A row within its limits stays as it is, bit for bit, and so does one whose norm
@@ -41,7 +41,7 @@ def limit(batch: Batch, scalars: Scalars, old_params: Sequence[Tensor]) -> None:
             param.add_(moved * (share - 1).to(dtype))
     if scalars.max_row_norm:
         for param in params:
-            long = param.clone() if torch.is_grad_enabled() else param  # a backward pass through the step reads it
+            long = param.clone() if torch.is_grad_enabled() else param  # a backward pass through the step needs it
             share = _share(_norms(long, add_up) / scalars.max_row_norm, scalars.writable()).to(wide(param.dtype))
             if long is param:
                 param.mul_(share)

@@ -1,1 +1,1 @@
-"""The state of a parameter: how it is made, kept, loaded and measured."""
+"""The state of a parameter: create, keep, load and measure it."""

@@ -1,54 +1,54 @@
-"""How state and parameters are kept in fewer bits than a step computes with: the definition that kernels reproduce.
+"""State and parameters in fewer bits than a step computes with: the definition, which all kernels reproduce.
 
 A step decodes, computes in float32, and encodes. Two formats of states have fewer bits than float32:
 
-- **int8**: 64 neighbours in a row are a block, and share a float32, the scale s. The last block of a row may be
-  shorter. An element is one byte: a code c. m and μ are c · s with c from -127 to 127. v is (c · s)² with c from 0 to
-  255, so that the root, which a step divides by, is in even steps. The largest size in the block has the largest code.
-  A row is a slice along the first dimension, so a shard along that dimension holds whole blocks.
+- **int8**: 64 adjacent elements of a row form a block and share a float32, the scale s. The last block of a row may be
+  shorter. Each element is one byte, the code c. m and μ are c · s with c from -127 to 127. v is (c · s)² with c from 0
+  to 255, so that √v, which a step divides by, has evenly spaced values. The element of the largest size in a block gets
+  the largest code. A row is a slice along the first dimension, so a shard along that dimension holds whole blocks.
 - **bfloat16**: the upper half of a float32.
 
 A 16-bit parameter may have more bits beside it, in `param_low`: the difference between the full weight and the
-parameter, which is the nearest 16-bit number. So they begin at 0, and a parameter that is set to another value keeps
-that value, up to rounding. Only a parameter that was set to 0 can have low bits below 0: they count as 0, as a number
-beyond 0 would be NaN.
+parameter, which is the nearest 16-bit number. So low bits start at 0, and a parameter that is set to another value
+keeps that value, up to rounding. A parameter of 0 has low bits below 0 only if it was set to 0 by hand. They count as
+0, because adding them to the bits of 0 would give NaN.
 
-- **32 bits**: 16 more. bfloat16 then holds every float32, bit for bit. float16 does down to 2^-17; smaller weights are
-  rounded towards 0, to whole multiples of 2^-40.
-- **24 bits**: 8 more. The last 8 bits of the float32 are rounded by a dither; those of a small float16 to multiples of
+- **32 bits**: 16 more. bfloat16 then holds every float32, bit for bit. float16 does so down to 2^-17; smaller weights
+  are rounded towards 0, to multiples of 2^-40.
+- **24 bits**: 8 more. A dither rounds off the last 8 bits of the float32. A small float16 is rounded to multiples of
   2^-32.
-- **none**: the nearest number, or rounding by a dither.
+- **none**: no more bits; weights are rounded to nearest, or by a dither.
 
 **Dither.** In most steps a slow average moves by less than one code, and rounding to nearest would never store such a
-move. So a number in [0, 1) codes, the dither, is added before a code is rounded down: on average the stored number is
-the value, to 2^-16 of a code. A block's dithers begin at a hash of the parameter's and the block's number, and differ
-from element to element by 1 / 1.3247…, the plastic number. From step to step they advance by the golden ratio: a move
-of a tenth of a code is stored at one step in ten, more regularly than by chance, and a slow average collects half the
-noise that random numbers would add. In an average of a gradient that never changes, the dithers follow the error that
-they left there: in int8 its mean is then off by up to 0.04 codes. Dithers depend only on parameter, element and step,
-so a resumed run needs no generator state. There is no seed: another one would not make a run better or worse.
+move. So a number in [0, 1) codes, the dither, is added before a code is rounded down: on average the stored number
+equals the value, to 2^-16 of a code. The dithers of a block start at a hash of the numbers of parameter and block, and
+increase from element to element by 1 / 1.3247… (from the plastic number). From step to step they advance by the golden
+ratio. So a move of a tenth of a code is stored in one step of ten, more regularly than by chance, and a slow average
+collects half the noise that random numbers would add. If a gradient never changes, dithers depend on the error that
+they left in its average: in int8 the mean is then off by up to 0.04 codes. Dithers depend only on parameter, element
+and step, so a resumed run needs no generator state. There is no seed: another one would make no run better or worse.
 
-**Bounds**, for x that is kept as y. A is the block's largest |m|, B its largest v, and all v are 0 or more:
+**Bounds** for a value x that is stored as y. A is the largest |m| of the block, B its largest v. All v are 0 or more:
 
     m, μ in int8       |y - x| < A / 126, or 2^-100 if that is more
-    v in int8          |√y - √x| < √B / 254, and y > 0 wherever x > 0 (and B > 2^-133)
+    v in int8          |√y - √x| < √B / 254, and y > 0 if x > 0 and B > 2^-133
     bfloat16           |y - x| < |x| / 128, or 2^-133 if that is more; but a v above 0 is never below 2^-126
-    24 bits            |y - x| < |x| / 2^15, or 2^-141 if that is more; of float16 2^-32
+    24 bits            |y - x| < |x| / 2^15, or 2^-141 if that is more; for float16 2^-32
     float16, 32 bits   |y - x| < 2^-40 below 2^-17, else y = x
 
-An outlier in a block cannot make the other steps explode. With m' and v' as they are kept,
+An outlier in a block cannot make the steps of the other elements explode. With m' and v' as stored,
 
     |m'| / √v' < 2.01 |m| / √v + 2.03 A / √B
 
-and A / √B is at most the |m| / √v of the element with that A, which AdamW bounds: by 7.3 for β = (0.9, 0.999). But an
-outlier shortens other steps, as a smaller √v is rounded up to √B / 255, and one whose √B is k times the others' leaves
-them 255 / k codes. Blocks are short so that few elements are affected.
+and A / √B is at most |m| / √v of the element whose |m| is A. AdamW bounds that: by 7.3 for β = (0.9, 0.999). But an
+outlier shortens the other steps: a smaller √v is rounded up to √B / 255, and an outlier whose √v is k times that of the
+others leaves them 255 / k codes. Blocks are short so that an outlier affects few elements.
 
-v beyond 2^128, which is infinite in float32 already, stops its whole block. m and μ must be below 2^100. Infinity and
-NaN, which only `nonfinite="propagate"` lets into m and μ, are kept as arbitrary numbers.
+A v beyond 2^128, which is already infinite in float32, stops its whole block. m and μ must be below 2^100. Infinity and
+NaN, which only `nonfinite="propagate"` lets into m and μ, are stored as arbitrary numbers.
 
-**Why these.** `python -m benchmarks.formats` compares formats by the error of their updates: the norm of the difference
-to float32's over the norm of float32's. With β2 = 0.999 and α = 0.98, after 200 steps, in blocks of 64:
+**Why these formats.** `python -m benchmarks.formats` compares formats by the error of their updates: the norm of the
+difference from float32's update, divided by the norm of the latter. β2 = 0.999, α = 0.98, 200 steps, blocks of 64:
 
     m and μ, v          rounding   noisy batches   one batch       four decades in a block
     bfloat16            dither     0.007           0.014           0.009
@@ -62,12 +62,13 @@ to float32's over the norm of float32's. With β2 = 0.999 and α = 0.98, after 2
     e3m4, e4m4          dither     0.054           0.088           0.505
     e4m3, e4m4          dither     0.091           0.151           0.396
 
-int8 is linear, √linear. If the elements of a block are alike, as in real gradients, linear codes are as close as any
-that need no division, with half the arithmetic of small floats (e3m4: 3 bits of exponent, 4 of mantissa). If they
-differ by orders of magnitude, small floats are better, but no 8-bit format is good: the small m drown in the dither.
-bfloat16 is good there.
+In these terms int8 is linear, √linear. If the elements of a block are of similar size, as in real gradients, linear
+codes are as accurate as any that need no division, with half the arithmetic of small floats (e3m4: 3 bits of exponent,
+4 of mantissa). If they differ by orders of magnitude, small floats are better, but no 8-bit format is good: the small m
+drown in the dither. bfloat16 is good there.
 
-Block scales come from the OCP Microscaling formats; √v, and weights in two parts, from databricks/flashoptim.
+Block scales come from the OCP Microscaling formats. Codes of √v, and weights in two parts, are from
+databricks/flashoptim.
 """
 
 from __future__ import annotations
@@ -84,21 +85,21 @@ from .._numbers import accumulator
 from ..options import STATES, may_be_coded
 from ..shards import blocks_before, cuts_blocks, like, part
 
-EXTRAS = (*(f"{name}_scale" for name in STATES), "param_low")  # entries that a state may hold beside STATES
+EXTRAS = (*(f"{name}_scale" for name in STATES), "param_low")  # entries that a state may hold besides STATES
 SMALL = 4096  # the state of a parameter with fewer elements is not worth coding
 BLOCK = 64  # elements of a row that share one scale
 NARROW = 32  # a row with fewer elements is too short for codes
 _LOW: dict[int | None, torch.dtype] = {24: torch.int8, 32: torch.int16}
 HALVES = (torch.bfloat16, torch.float16)
 _CODES = (torch.int8, torch.uint8)
-_GOLDEN, _LANE, _WORD = 0x9E3779B9, 0xC13FA9A9, (1 << 32) - 1  # increments of dithers: from step to step, in a block
-_TURNS = {"exp_avg": 0, "grok_ema": 11, "exp_avg_sq": 22, "param": 5}  # how far each rotates the bits of a hash
-_PARTS = 65536.0  # parts of a code, in which a value is compared with its dither
-# scale per largest value of a block: a little more than 1 / 127 and 1 / 255, so that rounding up makes no larger code
+_GOLDEN, _LANE, _WORD = 0x9E3779B9, 0xC13FA9A9, (1 << 32) - 1  # a dither's increments per step and element; 32 bits
+_TURNS = {"exp_avg": 0, "grok_ema": 11, "exp_avg_sq": 22, "param": 5}  # by how many bits each rotates a hash
+_PARTS = 65536.0  # parts of a code: the precision with which a dither is added
+# a scale over its block's largest value: a little above 1 / 127 and 1 / 255, so that no code exceeds 127 or 255
 _UNIT, _V_UNIT = _PARTS / (127 * _PARTS - 64), _PARTS / (255 * _PARTS - 128)
-_SMALLEST, _LARGEST = 2.0**-100, 0x71800000  # the smallest scale; and the bits of 2^100, the largest value for scales
+_SMALLEST, _LARGEST = 2.0**-100, 0x71800000  # the smallest scale; the bits of 2^100, the largest value to scale
 _TINY = 0x387FE000  # bits of the smallest number that float16 rounds to a normal number
-_NAN = 0x7FC00000  # bits of the one NaN that is stored: adding to others may make numbers of them
+_NAN = 0x7FC00000  # bits of the only NaN that is stored: adding to the bits of others may turn them into numbers
 
 
 def is_coded(row: Sequence[Tensor], extras: Sequence[Any], options: Mapping[str, Any]) -> bool:
@@ -106,7 +107,7 @@ def is_coded(row: Sequence[Tensor], extras: Sequence[Any], options: Mapping[str,
 
     Args:
         row: the parameter, its gradient, m, v and, if there is one, μ.
-        extras: what its state holds of `EXTRAS`.
+        extras: its state's entries for `EXTRAS`, None where it has none.
     """
     if not may_be_coded(options):
         return False
@@ -117,8 +118,8 @@ def is_coded(row: Sequence[Tensor], extras: Sequence[Any], options: Mapping[str,
 def format_of(param: Tensor, name: str, options: Mapping[str, Any]) -> str:
     """Return the format of one of a parameter's states.
 
-    Small parameters, complex ones, float64 ones and, for int8, those whose rows are shorter than `NARROW` or not in one
-    piece, keep float32, or the dtype that they have; so do DTensors if a block may lie on two ranks.
+    It is float32, which stands for the dtype of a state without codes, for small, complex and float64 parameters. It
+    replaces int8 also if rows are shorter than `NARROW` or not in one piece, or a DTensor's block may be on two ranks.
     """
     asked = options["state_dtype"]
     kind: str = asked if isinstance(asked, str) else asked.get(name, "float32")
@@ -132,7 +133,7 @@ def _has_blocks(param: Tensor) -> bool:
 
 
 def width_of(x: Tensor) -> int:
-    """Return the number of elements in a row: a slice along the first dimension; of a vector a block, or all."""
+    """Return the elements in a row: a slice along the first dimension; for a vector, one block or all elements."""
     if x.dim() > 1:
         return math.prod(x.shape[1:])
     return BLOCK if x.numel() % BLOCK == 0 else x.numel()
@@ -161,14 +162,14 @@ def has_rows(x: Tensor) -> bool:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """Return a (rows, width) view of a tensor that `has_rows`, with the elements in the order of memory."""
+    """Return a (rows, width) view of a tensor for which `has_rows` is True, with the elements in memory order."""
     width = width_of(x)
     rows = x.shape[0] if x.dim() > 1 else x.numel() // max(1, width)
     return x.as_strided((rows, width), (width, 1))
 
 
 def new(param: Tensor, name: str, options: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the entries of one of a parameter's states, at zero; `dtype` is used for the format float32."""
+    """Return the entries of one of a parameter's states, as zeros; `dtype` is used for the format float32."""
     kept = _dtype_in(format_of(param, name, options), name, dtype)
     entries = {name: torch.zeros_like(param, dtype=kept, memory_format=torch.preserve_format)}
     if kept in _CODES:
@@ -177,29 +178,29 @@ def new(param: Tensor, name: str, options: Mapping[str, Any], dtype: torch.dtype
 
 
 def _dtype_in(kind: str, name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a state in a format; `dtype` in the format float32."""
+    """Return the dtype of a state that is kept in a format; for the format float32 that is `dtype`."""
     codes = torch.uint8 if name == "exp_avg_sq" else torch.int8
     return {"float32": dtype, "bfloat16": torch.bfloat16, "int8": codes}[kind]
 
 
 def zero_scales(param: Tensor) -> Tensor:
-    """Return the scales of a state at zero."""
+    """Return the scales of a state of zeros."""
     scales = part(param).new_zeros(shape_of_scales(part(param)), dtype=torch.float32)
     return like(scales, shape_of_scales(param), param)
 
 
 def shape_of_scales(param: Tensor) -> torch.Size:
-    """Return (rows, blocks of a row), or (blocks,) for a vector."""
+    """Return the shape of scales: (rows, blocks of a row), or (blocks,) for a vector."""
     rows = param.shape[:1] if param.dim() > 1 else ()
     width = width_of(param) if rows else param.numel()
     return torch.Size((*rows, -(-width // BLOCK)))
 
 
 def unpacked(state: Mapping[str, Any], name: str) -> Tensor:
-    """Return a state as the numbers that it stands for, in at least float32."""
+    """Return the numbers that a state stands for; codes and bfloat16 become float32."""
     kept: Tensor = state[name]
     scales = state.get(f"{name}_scale")
-    if scales is None or kept.dtype not in _CODES:  # scales of codes that somebody has replaced mean nothing
+    if scales is None or kept.dtype not in _CODES:  # if codes were replaced by hand, their scales mean nothing
         return kept.float() if kept.dtype == torch.bfloat16 else kept
     values = torch.empty_like(kept, dtype=torch.float32)
     rows = as_rows(part(kept))
@@ -208,7 +209,7 @@ def unpacked(state: Mapping[str, Any], name: str) -> Tensor:
 
 
 def of_rows(scales: Tensor, rows: Tensor) -> Tensor:
-    """Return scales as (rows, blocks of a row); the scales of a vector come without rows."""
+    """Return scales as (rows, blocks of a row); a vector's scales have no dimension for rows."""
     return scales.reshape(len(rows), -(-rows.shape[1] // BLOCK))
 
 
@@ -217,7 +218,7 @@ def packed(
 ) -> dict[str, Tensor]:
     """Return the entries of one of a parameter's states under these options, converted from any format and layout.
 
-    A state that already is in the right format stays bit for bit.
+    A state that is already in the right format is copied bit for bit.
     """
     entries = new(param, name, options, dtype)
     parts, scale, old = {entry: part(x) for entry, x in entries.items()}, f"{name}_scale", state[name]
@@ -240,10 +241,10 @@ def packed(
 
 
 def misfits(state: Mapping[str, Any], param: Tensor, options: Mapping[str, Any], dtype: torch.dtype) -> list[str]:
-    """Return the names of states and low bits that have another dtype, or order in memory, than new ones would have.
+    """Return the names of states and low bits whose dtype or memory order differs from that of new ones.
 
-    That is so once a parameter's memory format or dtype was changed, or a state was replaced by hand. `dtype` is that
-    of the format float32.
+    They differ once a parameter's memory format or dtype was changed, or a state was replaced by hand. `dtype` is the
+    one for the format float32.
     """
     own, found = part(param), []
     for name in (name for name in (*STATES, "param_low") if name in state):
@@ -268,13 +269,13 @@ def low_bits(low: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dither(first: int, shape: Sequence[int], number: int, draw: Tensor, before: int = 0) -> Callable[[str], Tensor]:
-    """Return a function that takes a name in `_TURNS` to the dithers of rows from `first` on: 32 bits, in an int64.
+    """Return a function that returns the dithers for a name in `_TURNS`, of rows from `first` on: 32 bits in an int64.
 
     Args:
         shape: of the rows.
         number: of the parameter in the optimizer.
         draw: how often the parameter was rounded before.
-        before: blocks that other ranks have before the first row.
+        before: the number of blocks that other ranks have before the first row.
     """
     width, device = math.prod(shape[1:]), draw.device
     blocks = -(-width // BLOCK)
@@ -292,12 +293,12 @@ def dither(first: int, shape: Sequence[int], number: int, draw: Tensor, before: 
 
 
 def key_of(number: int) -> int:
-    """Return the hash from which the dithers of the parameter with this number start."""
+    """Return the hash at which the dithers of the parameter with this number start."""
     return _mixed(number + 1)  # type: ignore[no-any-return]
 
 
 def _mixed(word: Any) -> Any:
-    """Return MurmurHash3's 32-bit finalizer of a word."""
+    """Apply MurmurHash3's 32-bit finalizer to a word."""
     word = (word ^ word >> 16) * 0x85EBCA6B & _WORD
     word = (word ^ word >> 13) * 0xC2B2AE35 & _WORD
     return word ^ word >> 16
@@ -313,11 +314,11 @@ def encode(values: Tensor, kept: torch.dtype, name: str, word: Tensor) -> tuple[
         bits = values.view(torch.int32)
         new = bits + (word >> 16).to(torch.int32)
         if is_v:
-            new = torch.maximum(new, bits.clamp(max=1) << 23)  # a v that is not 0 does not become 0
+            new = torch.maximum(new, bits.clamp(max=1) << 23)  # a v above 0 never becomes 0
         return (new & -(1 << 16)).view(torch.float32).to(torch.bfloat16), None
     width = values.shape[1]
     blocks = -(-width // BLOCK)
-    # float32's root is not rounded correctly on every CPU
+    # not every CPU rounds the root in float32 correctly
     x = values.to(accumulator(values.device)).sqrt().float() if is_v else values
     sizes = functional.pad(x.view(torch.int32) & 0x7FFFFFFF, (0, blocks * BLOCK - width))
     tops = sizes.view(len(x), blocks, BLOCK).amax(2).clamp(max=_LARGEST).view(torch.float32)
@@ -367,7 +368,7 @@ def split(
     Args:
         low: the dtype of the low bits; None for none. The bits that do not fit in 8 are rounded by the dither.
         word: from `dither`.
-        rounds: whether a parameter without low bits is rounded by the dither, too.
+        rounds: True to round a parameter without low bits by the dither, too.
     """
     if low is None and not rounds:
         return whole.to(dtype), None

@@ -1,4 +1,4 @@
-"""Restoring the state from a checkpoint: `load_state_dict` checks all of it, and keeps it as it was saved."""
+"""Restore the state from a checkpoint: `load_state_dict` checks all of it, and keeps it as it was saved."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from .slots import WINDOW, State, by_device, dtype_of, step_device
 
 @contextmanager
 def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
-    """Make optimizer.load_state_dict keep the state as it was saved: torch would cast it to its parameter's dtype.
+    """Make optimizer.load_state_dict keep the state as it was saved. (torch would cast it to its parameter's dtype.)
 
     All copies are made before anything is replaced, so that a shortage of memory leaves the optimizer as it was.
-    Inside, it takes the state dicts that `to_grokadamw` takes, and matches parameters by name if both sides have names.
-    It warns if the run will not continue as it was.
+    In this context it accepts the state dicts that `to_grokadamw` accepts, and matches parameters by name if both sides
+    have names. It warns if the run will not continue as before.
 
     Raises:
-        ValueError: a state has another shape than its parameter, or cannot be continued, or an option is not allowed.
-            Then nothing was loaded.
+        ValueError: a state does not have its parameter's shape, or cannot be continued, or an option is not allowed.
+            Nothing is loaded then.
     """
     placed: dict[Tensor, State] = {}
 
@@ -44,14 +44,14 @@ def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
         _check_kinds(state_dict)
         _check_codes(state_dict)
         loaded = list(_states(state_dict, optimizer.param_groups, optimizer.defaults))
-        for sentence in _doubts(state_dict, loaded, optimizer.defaults):  # now, as a warning may be made an error
+        for sentence in _doubts(state_dict, loaded, optimizer.defaults):  # now, as warnings may be errors
             warn(sentence, UserWarning)
         placed.update((param, _placed(param, state, optimizer.defaults)) for param, state in loaded)
         for params in by_device(param for param, state in placed.items() if "step" in state).values():
             counts = torch.stack([placed[param]["step"] for param in params]).unbind()
             for param, count in zip(params, counts, strict=True):
                 placed[param]["step"] = count
-        # hide our state from torch, which would copy it to the parameters' dtype: that may be four times as large
+        # hide our state from torch: it would copy it to the parameters' dtype, which may take four times the memory
         ours = set(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         others = {key: value for key, value in state_dict["state"].items() if key not in ours}
         return {**state_dict, "state": others}
@@ -59,7 +59,7 @@ def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
     def restore(_: Optimizer) -> None:
         optimizer.state.update(placed)
 
-    # after the user's own pre-hooks, and before their post-hooks
+    # run after the user's own pre-hooks, and before their post-hooks
     before = optimizer.register_load_state_dict_pre_hook(keep)
     after = optimizer.register_load_state_dict_post_hook(restore, prepend=True)
     try:
@@ -72,7 +72,7 @@ def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
 def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the state dict in the order of `groups`, matched by name if both sides have the same names.
 
-    Else parameters are matched by place, as in torch; but ValueError if a name that both sides have is at other places.
+    Otherwise match parameters by position, as torch does; raise ValueError if a name that both sides have is elsewhere.
     """
     saved = state_dict["param_groups"]
     if len(saved) != len(groups):
@@ -119,8 +119,8 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
 def _as_listed(old: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """Put a group in one order: torch.distributed.checkpoint lists names as params, and the rest in another order.
 
-    `names` are the group's, without the parts that wrappers add. If that has regrouped parameters, the rest is another
-    group's: then names and layers are left out.
+    `names` are the group's, without the parts that wrappers add. If torch.distributed.checkpoint has regrouped the
+    parameters, the rest belongs to another group: leave names and layers out then.
     """
     keys = old["params"]
     if all(isinstance(key, str) for key in keys) and set(keys) != set(names):
@@ -136,7 +136,7 @@ def _as_listed(old: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def _reordered(old: dict[str, Any], order: Sequence[int], group: dict[str, Any]) -> dict[str, Any]:
-    """Return a saved group with its parameters in the order of ours, which has the same names."""
+    """Return a saved group with its parameters in the order of our `group`, which has the same names."""
     new = {**old, "params": [old["params"][i] for i in order], "param_names": group["param_names"]}
     if len(old.get("layers", ())) == len(order):
         new["layers"] = [old["layers"][i] for i in order]
@@ -153,7 +153,7 @@ def _named(groups: list[dict[str, Any]]) -> list[list[str]] | None:
 def _states(
     state_dict: dict[str, Any], groups: list[dict[str, Any]], options: dict[str, Any]
 ) -> Iterator[tuple[Tensor, State]]:
-    """Yield the parameters that have a state in a state dict, with the part that an optimizer of these options uses."""
+    """Yield the parameters that have a state in a state dict, with the entries that these options use. Check shapes."""
     keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in groups)
     for key, param in zip(keys, params, strict=False):  # torch refuses a different number of parameters
@@ -192,7 +192,7 @@ def _check_cycle(state_dict: dict[str, Any], steps: int) -> None:
 
 
 def _check_kinds(state_dict: dict[str, Any]) -> None:
-    """Raise ValueError for a state with anything but tensors, and counts that are numbers from 0 on."""
+    """Raise ValueError if a state is not a tensor, or a count is not a number from 0 on."""
     for key in chain.from_iterable(group["params"] for group in state_dict["param_groups"]):
         state = state_dict["state"].get(key) or {}
         for name in (name for name in (*STATES, *formats.EXTRAS, *WINDOW[:-1]) if name in state):
@@ -203,7 +203,7 @@ def _check_kinds(state_dict: dict[str, Any]) -> None:
 
 
 def check_count_loaded(what: str, value: Any) -> None:
-    """Raise ValueError for a saved count of steps that is not a number from 0 on."""
+    """Raise ValueError if a saved count of steps is not a finite number from 0 on."""
     try:
         count = as_number(value, what)
     except TypeError as error:
@@ -213,7 +213,7 @@ def check_count_loaded(what: str, value: Any) -> None:
 
 
 def _check_codes(state_dict: dict[str, Any]) -> None:
-    """Raise ValueError for codes without scales: torch.distributed.checkpoint copies them to float32 like numbers."""
+    """Raise ValueError for codes without scales, which torch.distributed.checkpoint copies to float32 like numbers."""
     for group in state_dict["param_groups"]:
         asked = group.get("state_dtype", "float32")
         for key in group["params"]:
@@ -235,7 +235,7 @@ def _check_codes(state_dict: dict[str, Any]) -> None:
 
 
 def _doubts(state_dict: dict[str, Any], loaded: list[tuple[Tensor, State]], defaults: dict[str, Any]) -> Iterator[str]:
-    """Say in which ways the run will not continue as it was."""
+    """Yield a warning for each way in which the run will not continue as before."""
     for name in (name for name, option in OPTIONS.items() if option.on_load == WARN):
         said = [group[name] for group in state_dict["param_groups"] if name in group]
         if said and said[0] != defaults[name]:
@@ -270,7 +270,7 @@ def _placed(param: Tensor, state: State, options: dict[str, Any]) -> State:
     for name, value in state.items():
         if name in STATES:
             fit |= formats.packed(state, name, param, options, dtype_of(param, options))
-        elif name in formats.EXTRAS:  # scales come with their codes
+        elif name in formats.EXTRAS:  # `packed` returns scales with their codes
             if name == "param_low" and (low := formats.low_dtype(param, options)):
                 fit[name] = formats.low_bits(value, low).clone()
         elif name == "step":

@@ -1,4 +1,4 @@
-"""The size of an optimizer in bytes, with the state that it has or that its next step would make."""
+"""The size of an optimizer in bytes, with the state that it has or that its next step would create."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = ("parameters", "gradients", "exp_avg", "exp_avg_sq", "grok_ema", "param_
 
 
 def sizes(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State], options: dict[str, Any]) -> dict[str, int]:
-    """Return the bytes of each of `KINDS` on this rank, their `total`, and that of torch's AdamW, `adamw`."""
+    """Return this rank's bytes for each of `KINDS`, their `total`, and the total of torch's AdamW, `adamw`."""
     found = dict.fromkeys(KINDS, 0)
     for group in groups:
         for param in group["params"]:
@@ -31,7 +31,7 @@ def sizes(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State], optio
 
 
 def _whole_state(param: Tensor, state: State, options: dict[str, Any], lamb: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a parameter's state by kind, and those that its next step would make, without memory."""
+    """Yield the tensors of a parameter's state by kind, with those that its next step would create (without memory)."""
     whole = dict(state)
     own = part(param)
     outline = like(torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta"), param.shape, param)
@@ -43,7 +43,7 @@ def _whole_state(param: Tensor, state: State, options: dict[str, Any], lamb: Any
 
 
 def table(columns: Mapping[str, Mapping[str, int]], parameters: float, ranks: int) -> str:
-    """Return the sizes of several optimizers side by side, in GB or MB on each rank, without kinds that none has."""
+    """Return a table of several optimizers' sizes, in GB or MB on each rank, without kinds that none of them has."""
     rows = [kind for kind in KINDS if kind != "step" and any(column[kind] for column in columns.values())]
     unit, size = ("GB", 1e9) if all(column["total"] >= 1e8 for column in columns.values()) else ("MB", 1e6)
     lines = [f"{parameters:,.0f} parameters, {unit}" + (f" on each of {ranks} ranks" if ranks > 1 else "")]

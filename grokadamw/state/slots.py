@@ -1,4 +1,4 @@
-"""A parameter's state, `optimizer.state[p]`: making it at zero, and keeping it fit for its parameter.
+"""A parameter's state, `optimizer.state[p]`: create it as zeros, and convert it when its parameter has changed.
 
 `step` is a 0-d float32 tensor, on the CPU or on the accelerator that the parameter is on. `exp_avg` (m),
 `exp_avg_sq` (v) and `grok_ema` (μ) have the parameter's shape. Their dtype is the parameter's, but at least float32
@@ -23,7 +23,7 @@ WINDOW = tuple(window.names("grok_"))
 
 
 def check(state: State, param: Tensor) -> None:
-    """Raise RuntimeError, before a step has written anything, for a state or parameter that it cannot use."""
+    """Raise RuntimeError for a state or parameter that a step cannot use, before the step writes anything."""
     check_shapes(state, (*STATES, *WINDOW, *formats.EXTRAS), param)
     if param.numel() and any(stride == 0 and n > 1 for stride, n in zip(param.stride(), param.shape, strict=True)):
         raise RuntimeError(
@@ -46,7 +46,7 @@ def states_of(groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> Ite
 def check_shapes(state: State, names: Iterable[str], param: Tensor) -> None:
     """Raise RuntimeError if a tensor under one of these names in the state does not fit its parameter's shape.
 
-    A name that ends in "_ring" is a window's, with its length as first dimension; "_count" stands for a 0-d tensor.
+    A name that ends in "_ring" is a window's; its first dimension is the length. One in "_count" is a 0-d tensor.
     """
     shape = as_real(param).shape
     for name in names:
@@ -69,9 +69,9 @@ def check_shapes(state: State, names: Iterable[str], param: Tensor) -> None:
 
 
 def prepare(state: State, param: Tensor, options: dict[str, Any], lamb: Any, count: Tensor | None = None) -> list[str]:
-    """Make missing state that a step needs under the optimizer's options and a group's λ, at zero; return its names.
+    """Create missing state that a step needs under these options and a group's λ, as zeros; return the new names.
 
-    Low bits of a parameter that is no longer of 16 bits are dropped: its weights are what its own dtype holds.
+    Low bits of a parameter that no longer has 16 bits are dropped: its own dtype holds all of its weights.
     """
     names = ["exp_avg", "exp_avg_sq"] + ["grok_ema"] * needs_mu(options, lamb)
     new: State = {}
@@ -91,21 +91,21 @@ def prepare(state: State, param: Tensor, options: dict[str, Any], lamb: Any, cou
         new.update(window.named(empty, "grok_"))
     if options["accumulation_steps"] > 1 and "micro_step" not in state:
         new["micro_step"] = 0
-    state.update(new)  # at the end: all of it or, if memory runs out, none
+    state.update(new)  # at the end, so that all is added or, if memory runs out, nothing
     if low is None:
         state.pop("param_low", None)
     return list(new)
 
 
 def needs_mu(options: dict[str, Any], lamb: Any) -> bool:
-    """Return True if a step with this λ keeps μ, under the optimizer's options, also where there was none."""
+    """Return True if a step with this λ needs μ, under the optimizer's options, and creates it if it is missing."""
     return float(lamb) > 0 or not rules_of(options).mu_waits_for_lamb
 
 
 def lay_out(state: State, param: Tensor, options: dict[str, Any]) -> None:
-    """Convert state, as loading does, if its parameter's dtype or memory format was changed, or it was set by hand.
+    """Convert state, as loading does, if its parameter's dtype or memory format has changed, or it was set by hand.
 
-    Backends write state in the order of the parameter's memory.
+    It must have the memory order of its parameter, because backends write it in that order.
     """
     shards = shards_of(param)
     if shards is not None:
@@ -127,7 +127,7 @@ def lay_out(state: State, param: Tensor, options: dict[str, Any]) -> None:
 
 
 def misfits(state: State, param: Tensor, options: dict[str, Any]) -> list[str]:
-    """Return the names of what `lay_out` would convert."""
+    """Return the names of the entries that `lay_out` would convert."""
     found = formats.misfits(state, param, options, dtype_of(param, options))
     found += window.fitted(state, "grok_", param, options["window_dtype"])
     step = state.get("step")
@@ -137,7 +137,7 @@ def misfits(state: State, param: Tensor, options: dict[str, Any]) -> list[str]:
 
 
 def new_counts(states: Mapping[Tensor, State], params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-    """Return missing step counts for accelerators: parts of one tensor per device, which one launch advances."""
+    """Create the missing step counts on accelerators: parts of one tensor per device, which one launch can advance."""
     counts: dict[Tensor, Tensor] = {}
     for device, missing in by_device(param for param in params if "step" not in states.get(param, {})).items():
         counts.update(zip(missing, torch.zeros(len(missing), dtype=torch.float32, device=device).unbind(), strict=True))
@@ -159,5 +159,5 @@ def dtype_of(param: Tensor, options: dict[str, Any]) -> torch.dtype:
 
 
 def step_device(param: Tensor) -> torch.device:
-    """Return the device for a parameter's step count, chosen so that nothing waits for it."""
+    """Return the device for a parameter's step count: one where nothing waits for it."""
     return torch.device("cpu") if reads_are_free(param.device) else param.device

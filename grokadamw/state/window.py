@@ -1,8 +1,8 @@
 """The mean of a parameter's last gradients, from a ring of them and its sum. A step costs the same for any length.
 
 The sum is at least float32. Each step subtracts the oldest gradient from it and adds the newest, and rounding errors
-would add up over a run. So a second sum collects the gradients of the ring's current lap, and replaces the first one
-when the lap is over: it is then the sum of the whole ring, and nothing was ever subtracted from it.
+would add up over a run. So a second sum collects the gradients of the current lap around the ring. At the end of a lap
+it is the sum of the whole ring, from which nothing was ever subtracted, and it replaces the first sum.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Window(NamedTuple):
 
 
 def new(param: Tensor, size: int, dtype: torch.dtype | None, device: torch.device) -> Window:
-    """Return an empty window of `size` gradients, its ring in the dtype of `dtype_of` and its count on `device`."""
+    """Return an empty window of `size` gradients. `dtype_of` gives its ring's dtype; its count is on `device`."""
     dtype = dtype_of(param, dtype)
     like = as_real(param.detach())
     sums = [torch.zeros_like(like, dtype=wide(like.dtype)) for _ in range(2)]
     if mesh_of(like) is None:
-        # memory that starts as zeros takes no room before it is written to
+        # zeroed memory takes no room until it is written to
         ring = like.new_zeros((size, *like.shape), dtype=dtype)
     else:
         ring = torch.stack([torch.zeros_like(like, dtype=dtype)] * size)
@@ -57,7 +57,7 @@ def names(prefix: str) -> list[str]:
 
 
 def check_loaded(state: Mapping[str, Any], prefix: str, key: Any, param: Tensor, size: int | None) -> None:
-    """Raise ValueError if the window in the saved state of the parameter `key` is not whole, or of another shape."""
+    """Raise ValueError if the window in the saved state of the parameter `key` is incomplete, or of another shape."""
     ring, *sums, _ = names(prefix)
     missing = [name for name in names(prefix) if name not in state]
     if len(missing) == len(Window._fields):
@@ -84,9 +84,9 @@ def of(state: Mapping[str, Any], prefix: str) -> Window:
 
 
 def fitted(state: Mapping[str, Any], prefix: str, param: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return the tensors of the state's window that do not have the dtypes of a new one, converted to these.
+    """Return the tensors of the state's window whose dtype differs from a new window's, converted to that dtype.
 
-    That is so once a parameter's dtype was changed. `dtype` is as for `dtype_of`.
+    They differ once a parameter's dtype was changed. `dtype` is as for `dtype_of`.
     """
     ring, *sums, _ = names(prefix)
     if ring not in state:
@@ -98,7 +98,7 @@ def fitted(state: Mapping[str, Any], prefix: str, param: Tensor, dtype: torch.dt
 def average(
     windows: Sequence[Window], grads: Sequence[Tensor], averages: Sequence[Tensor], finite: Tensor | None
 ) -> None:
-    """Put a real gradient into each window, and the means into `averages`; not if `finite` is a False tensor."""
+    """Put a real gradient into each window, and the means into `averages`, unless `finite` is a False tensor."""
     push(windows, grads, finite)
     found = [w.total / w.seen.clamp(1, len(w.ring)) for w in windows]
     if finite is not None:
@@ -107,7 +107,7 @@ def average(
 
 
 def means(windows: Sequence[Window], grads: Sequence[Tensor]) -> list[Tensor]:
-    """Return the means of the windows once these gradients are in: new tensors, in the dtype of the sums.
+    """Return the means that the windows will have with these gradients: new tensors, in the dtype of the sums.
 
     The host reads the counts.
     """
@@ -122,7 +122,7 @@ def means(windows: Sequence[Window], grads: Sequence[Tensor]) -> list[Tensor]:
 
 
 def push(windows: Sequence[Window], grads: Sequence[Tensor], finite: Tensor | None = None) -> None:
-    """Put a real gradient into each window, in place of its oldest; not if `finite` is a False tensor."""
+    """Replace the oldest gradient of each window by a real new one, unless `finite` is a False tensor."""
     values = _stored(windows, grads)
     is_known = not torch.compiler.is_compiling() and reads_are_free(windows[0].seen.device)
     if finite is not None or not is_known:
@@ -149,17 +149,17 @@ def _push_unread(w: Window, x: Tensor, finite: Tensor) -> None:
     total = torch.where(is_end, lap, w.total - oldest + x)
     w.ring.index_copy_(0, place, torch.where(finite, x, oldest).unsqueeze(0))
     news = [torch.where(finite, total, w.total), torch.where(finite, torch.where(is_end, 0, lap), w.lap)]
-    torch._foreach_copy_([w.total, w.lap], news)  # as compiled, copy_ loses a 0-d float64 on a CPU
+    torch._foreach_copy_([w.total, w.lap], news)  # when compiled, copy_ loses a 0-d float64 on a CPU
     w.seen.add_(finite)
 
 
 def _stored(windows: Sequence[Window], grads: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradients as the rings keep them: the number subtracted from a sum must be the one added to it."""
+    """Return the gradients as rings keep them: a sum must later lose exactly the number that was added to it."""
     return [grad.to(w.ring.dtype) for w, grad in zip(windows, grads, strict=True)]
 
 
 def _rows(windows: Sequence[Window]) -> list[Tensor]:
-    """Return the place of each window's next gradient."""
+    """Return the row of each window's ring that the next gradient will replace."""
     return [w.ring[int(w.seen) % len(w.ring)] for w in windows]
 
 

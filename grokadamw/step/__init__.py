@@ -1,1 +1,1 @@
-"""One step: its stages, in order, and what they hand on."""
+"""The stages of one step, in order, and the values that they pass on."""

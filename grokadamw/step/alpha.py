@@ -1,4 +1,4 @@
-"""The stages signal and alpha: register signals, combine their values, agree between ranks; then α."""
+"""The stages signal and alpha: register signals, combine their values, agree between ranks, and compute α."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from .signatures import names_of, takes_losses
 
 Signal: TypeAlias = Callable[..., Any]
 Combine: TypeAlias = str | Callable[[list[Any]], Any]
-_HEARING = itemgetter("alpha_init", "grokking_signal_decay_rate", *BOOSTS)  # the options that the signal acts on
+_HEARING = itemgetter("alpha_init", "grokking_signal_decay_rate", *BOOSTS)  # options that decide how the signal acts
 
 
 def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, clamp: bool = True) -> Number:
-    """Return α_t from s_t; α_init if it is None. Without clamp a negative signal raises α, as in release 0.1.2."""
+    """Return α_t for s_t, or α_init if s_t is None. Without `clamp` a negative s_t raises α, as in release 0.1.2."""
     if signal is None or decay_rate == 0:
         return alpha_init
     if isinstance(signal, Tensor):
@@ -50,8 +50,8 @@ def hear(
     elsewhere: Number = 0
     boosts = are_boosted(groups)
     is_asked_for = signals.are_given or boosts or any(group["amplify_by_signal"] for group in groups)
-    # ask the other ranks, whatever this one recorded, as they may have recorded more. But not if the user neither chose
-    # signals nor records losses, unless all ranks are known to take this step
+    # Ask the other ranks even if this one has recorded nothing, as they may have recorded more. But if the user neither
+    # chose signals nor records losses, ask only if all ranks are known to take this step.
     wanted = is_asked_for or (train_loss, eval_loss) != (None, None)
     if signals.functions and ranks() > 1 and all_ranks.meet(groups, shard_group, wanted):
         signal, elsewhere = mean_over_ranks(signal, groups, signals.records_are_loaded, all_ranks.compares())
@@ -61,7 +61,7 @@ def hear(
 
 
 def effects_of(signals: Sequence[Number | None], groups: Sequence[dict[str, Any]], rules: Rules) -> list[Effect]:
-    """Return what each group's signal makes of its numbers. Groups with the same options and signal share it."""
+    """Return the `Effect` of each group's signal. Groups with the same options and the same signal share one."""
     made: dict[Any, Effect] = {}
     effects = []
     for group, signal in zip(groups, signals, strict=True):
@@ -83,9 +83,9 @@ class Signals:
     """The registered signals, how they are combined, and their last values.
 
     Args:
-        functions: one callable, several, or None for `loss_gap`; an empty list for none at all.
-        combine: "mean", "max", "min", or a callable from the list of usable values to one.
-        counted: whether the optimizer has metrics() that count failures.
+        functions: one callable, several, or None for `loss_gap`; an empty list for no signal.
+        combine: "mean", "max", "min", or a callable that makes one value of the list of usable ones.
+        counted: True if the optimizer's metrics() count failures.
     """
 
     def __init__(
@@ -110,14 +110,14 @@ class Signals:
         self.failures = 0
         self.waiting: dict[str, Any] = {}  # states from a checkpoint, for functions that are not registered yet
         self._warned: set[str] = set()
-        self.records_are_loaded = False  # whether recorded values came with a checkpoint, and none was recorded since
+        self.records_are_loaded = False  # True if a checkpoint brought recorded values, and none was recorded since
         self._failures_on_device: dict[str, Tensor] = {}
         self._steps_without = 0
-        self._alone = {"loss": 0, "acc": 0}  # training losses and accuracies recorded since one of an evaluation
-        self._began_small = False  # whether the first evaluation loss was less than an untrained model's cross entropy
+        self._alone = {"loss": 0, "acc": 0}  # training losses and accuracies recorded since the last evaluation
+        self._began_small = False  # True if the first evaluation loss was below an untrained model's cross entropy
 
     def check_amplifies(self, amplify_by_signal: bool) -> None:
-        """Raise ValueError if λ is to be multiplied by a signal and there is none."""
+        """Raise ValueError if λ is multiplied by the signal and there is no signal."""
         if amplify_by_signal and not self.functions:
             raise ValueError(
                 "amplify_by_signal=True without a signal: give grokking_signal_fns, or leave it None, for the gap of "
@@ -130,7 +130,7 @@ class Signals:
                 function.bind(optimizer)
 
     def for_pickle(self) -> list[Any] | None:
-        """Return loss_gap, memorisation and AccuracyGap, and the names of other functions; None if none were given."""
+        """Return loss_gap, memorisation, AccuracyGap, and the names of all other functions; None if none were given."""
         if not self.are_given:
             return None
         known = [AccuracyGap if isinstance(function, AccuracyGap) else function for function in self.functions]
@@ -139,7 +139,7 @@ class Signals:
 
     @classmethod
     def from_pickle(cls, kept: list[Any] | None, combine: Combine | None) -> Signals:
-        """Return the signals of a pickle. Leave out those of which it has only the name, and warn about them."""
+        """Return the signals of a pickle. Leave out those that it keeps only by name, and warn about them."""
         lost = [name for name in kept or () if isinstance(name, str)]
         if combine is None:
             lost.append("combine")
@@ -162,11 +162,11 @@ class Signals:
         boosts: bool,
         elsewhere: Number,
     ) -> None:
-        """Warn once if functions do not get the losses or accuracies that they need, as nothing adapts meanwhile.
+        """Warn once if functions do not get the losses or accuracies that they need: nothing adapts without them.
 
-        That is after 100 steps; or after 1,000 if only evaluation is missing and updates do not grow with the signal,
-        as `boosts` says. There is no warning if nothing is given and no signal was asked for, or if other ranks had a
-        signal: `elsewhere` is their number.
+        The warning comes after 100 steps, or after 1,000 if only evaluation is missing and no boost is on (`boosts`).
+        There is none if nothing was recorded and no signal was asked for, or if other ranks had a signal (`elsewhere`
+        is the number of these ranks).
         """
         needed: dict[str, Number | None] = {}
         if any(self.takes_losses):
@@ -188,15 +188,12 @@ class Signals:
             else:
                 instead = "for accuracies instead give grokking_signal_fns=AccuracyGap(), from grokadamw.signals"
             way_out = f"call optimizer.record({names}), {instead}, or pass grokking_signal_fns=[] to do without"
-            if not self.counted:  # as amplify_when
+            if not self.counted:  # as in amplify_when
                 way_out = "call AccuracyGap's own record(train=…, eval=…); until then λ is 0"
             warn(f"the grokking signals wait for {' and '.join(missing)}: {way_out}", UserWarning)
 
     def warn_of_old_evaluation(self, given: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
-        """Warn once if 100 training losses followed an evaluation's: what was learnt since looks memorised.
-
-        Accuracies likewise.
-        """
+        """Warn once if 100 training losses or accuracies follow an evaluation: progress since looks like memorising."""
         by_accuracy = any(isinstance(function, AccuracyGap) for function in self.functions)
         for kind, one, many, heard in (
             ("loss", "loss", "losses", any(self.takes_losses)),
@@ -217,9 +214,9 @@ class Signals:
                 )
 
     def warn_of_unscaled_losses(self, given: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
-        """Warn once if `memorisation` gets losses too small to act. Call it before they are kept.
+        """Warn once if the losses are too small for `memorisation` to act. Call this before they are stored.
 
-        Cross entropy begins at ln 2 or more. Losses that stay on a GPU are not looked at.
+        Cross entropy begins at ln 2 or more. Losses that stay on a GPU are not checked.
         """
         loss = given.get("eval_loss")
         if not isinstance(loss, float) or self.functions != [memorisation] or not are_boosted(groups):
@@ -240,7 +237,7 @@ class Signals:
             )
 
     def silence_missing(self) -> None:
-        """Suppress the warning of `warn_of_missing`, as the caller gives a better one."""
+        """Suppress the warning of `warn_of_missing`, because the caller gives a better one."""
         self._warned.add("missing values")
 
     def evaluate(
@@ -259,7 +256,7 @@ class Signals:
                 else:
                     result = function(train_loss, eval_loss) if how else function()
                 value = None if result is None else as_number(result)
-            except Exception as error:  # whatever a user's function raises, training goes on
+            except Exception as error:  # training goes on after any error of a user's function
                 self._left_out(f"the grokking signal {name}", f"raised {error!r}")
                 continue
             if value is None:
@@ -296,7 +293,7 @@ class Signals:
             warn(f"{who} {what}: it is left out of this step, and of any other where it fails{where}", RuntimeWarning)
 
     def settle(self) -> None:
-        """Read back which values on a device were not finite, count them, and warn."""
+        """Read back how many values on a device were not finite, count them as failures, and warn."""
         failures, self._failures_on_device = self._failures_on_device, {}
         for name, count in failures.items():
             if (times := int(count)) > 0:
@@ -304,7 +301,7 @@ class Signals:
                 self.failures += times - 1
 
     def state(self) -> str | None:
-        """Return the functions' states by name, as JSON, which all ways of saving keep in one piece."""
+        """Return the functions' states by name, as JSON: every way of saving keeps a string in one piece."""
         states = dict(self.waiting)
         for name, function in zip(self.names, self.functions, strict=True):
             if _remembers(function):
@@ -320,7 +317,7 @@ class Signals:
         return json.dumps(states, default=_plain) if states else None
 
     def load(self, state: str | None) -> None:
-        """Restore the functions' states by name; a state without a function waits until one is registered."""
+        """Restore the functions' states by name. A state without a function waits until one is registered."""
         try:
             states = {} if state is None else dict(json.loads(state))
         except (TypeError, ValueError) as error:
@@ -343,7 +340,7 @@ class Signals:
                     )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Signals:
-        """Copy the signals. Functions, which may hold anything, are shared; objects with state or `bind` are copied."""
+        """Copy the signals. Functions may hold anything and are shared; objects with state or `bind` are copied."""
         copied = copy.copy(self)
         copied.functions = [
             copy.deepcopy(f, memo) if hasattr(f, "bind") or _remembers(f) else f for f in self.functions
@@ -361,7 +358,7 @@ _COMBINED: dict[str, Callable[[Sequence[Any]], Any]] = {
 
 
 def _combined_on_device(combine: str, values: list[Number], like: Tensor) -> Tensor:
-    """Combine values without reading them back. Values that are not finite are left out; 0 if none is finite."""
+    """Combine the finite values without reading them back; return 0 if none is finite."""
     moved = [value.to(like) if isinstance(value, Tensor) else torch.full_like(like, value) for value in values]
     stacked = torch.stack(moved)
     usable = torch.isfinite(stacked)
@@ -373,7 +370,7 @@ def _combined_on_device(combine: str, values: list[Number], like: Tensor) -> Ten
 
 
 def _remembers(function: Any) -> bool:
-    """Return True if a signal has state to save. A module's weights are not: their owner saves them."""
+    """Return True if a signal has state to save. A module's weights do not count: their owner saves them."""
     return hasattr(function, "state_dict") and not isinstance(function, torch.nn.Module)
 
 

@@ -31,23 +31,23 @@ class Given(NamedTuple):
     groups: list[dict[str, Any]]
     state: MutableMapping[Tensor, State]
     options: dict[str, Any]  # of the whole optimizer
-    scale: Any = None  # GradScaler's loss scale and flag, if it leaves them to the optimizer
+    scale: Any = None  # GradScaler's loss scale and overflow flag, if it leaves them to the optimizer
     found_inf: Any = None
-    capturing: bool = False  # whether a CUDA graph is being captured
-    compiling: bool = False  # whether torch.compile will see what is written
-    first_number: int = 0  # of the groups' first parameter in the optimizer
-    shard_group: Any = None  # the ranks that plain parameters are divided over
+    capturing: bool = False  # True while a CUDA graph is being captured
+    compiling: bool = False  # True if torch.compile traces the writes of the step
+    first_number: int = 0  # the number of the groups' first parameter in the optimizer
+    shard_group: Any = None  # the ranks over which plain parameters are divided
 
 
 class Member(NamedTuple):
-    """What is known about a parameter besides its tensors."""
+    """Facts about a parameter, besides its tensors."""
 
-    group: int  # the one whose options it has
+    group: int  # index of the group whose options it has
     layer: int
-    number: int  # its place among all parameters of the optimizer
-    is_matrix: bool  # has rows
-    begun: bool = False  # has begun its cycle of micro-batches
-    blocks_before: int = 0  # blocks of it that lie on ranks before this one
+    number: int  # its position among all parameters of the optimizer
+    is_matrix: bool  # it has rows
+    begun: bool = False  # it has begun its cycle of micro-batches
+    blocks_before: int = 0  # number of its blocks on the ranks before this one
 
 
 class Entry(NamedTuple):
@@ -59,34 +59,34 @@ class Entry(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What parameters with the same options must have in common to be in one batch."""
+    """The properties that parameters with the same options must share to be in one batch."""
 
     choice: Choice
     device: torch.device
     shards: Shards | None
     dtypes: tuple[torch.dtype, ...]  # of the parameter, its gradient, m, v and, if there is one, μ
-    coded: tuple[bool, ...] | None  # which of `EXTRAS` there are; None if no tensor is coded
+    coded: tuple[bool, ...] | None  # for each of `EXTRAS`, True if it exists; None if no tensor is coded
 
 
 class Batches(NamedTuple):
-    """The batches of one step, and what is known about all its gradients together."""
+    """The batches of one step, and facts about all of its gradients together."""
 
-    params: list[Tensor]  # all that have a gradient, as they are in the groups
+    params: list[Tensor]  # all that have a gradient, as the groups hold them
     batches: list[Batch]
-    grads: list[tuple[Shards | None, list[Tensor]]]  # real, in the groups' order; a list for each division over ranks
+    grads: list[tuple[Shards | None, list[Tensor]]]  # real, in group order; a list per division over ranks
     devices: list[torch.device]  # of the gradients
-    tables: Tables | None = None  # what the GPU's backend keeps for these batches
+    tables: Tables | None = None  # the tables of the GPU's backend for these batches
     at: bytes | None = None  # the gradients' addresses, if they are known
     squares: Callable[[], float] | None = None  # returns Σ g² of all gradients
-    can_be_judged: bool = False  # whether the GPU's backend can measure all gradients at once
+    can_be_judged: bool = False  # True if we know that the GPU's backend can measure all gradients at once
     dtensors: Sequence[Tensor] = ()  # DTensors that are written through their shards
-    made: Sequence[tuple[Tensor, list[str]]] = ()  # state that this step made
+    made: Sequence[tuple[Tensor, list[str]]] = ()  # the state that this step created, by name
 
 
 def collect(given: Given, names: Mapping[int, str], missing: Collection[Tensor] = ()) -> list[Entry]:
-    """Return the parameters that have a gradient, in the order of the groups; those in `missing` get a gradient of 0.
+    """Return the parameters that have a gradient, in group order. Those in `missing` get a gradient of zeros.
 
-    Raises RuntimeError for a gradient, a parameter or state that a step cannot use. `names` are those of `set_layers`.
+    Raises RuntimeError for a gradient, parameter or state that a step cannot use. `names` come from `set_layers`.
     """
     entries, numbers = [], count(given.first_number)
     for i, group in enumerate(given.groups):
@@ -115,7 +115,7 @@ def collect(given: Given, names: Mapping[int, str], missing: Collection[Tensor] 
 
 
 def make_state(entries: Iterable[Entry], given: Given) -> list[tuple[Tensor, list[str]]]:
-    """Make missing state, at zero, and return its names for each parameter; convert state that no longer fits it."""
+    """Create missing state as zeros and return its names for each parameter; convert state that no longer fits."""
     counts = {} if given.compiling else new_counts(given.state, [entry.param for entry in entries])
     made = []
     for param, _, member in entries:
@@ -126,7 +126,7 @@ def make_state(entries: Iterable[Entry], given: Given) -> list[tuple[Tensor, lis
 
 
 def forget_state(made: Iterable[tuple[Tensor, list[str]]], state: MutableMapping[Tensor, State]) -> None:
-    """Remove the state that was made for a step that was then skipped, which does not count."""
+    """Remove the state that was created for a step that was then skipped: such a step does not count."""
     for param, names in made:
         for name in names:
             del state[param][name]
@@ -143,7 +143,7 @@ class Columns(NamedTuple):
     exp_avg_sqs: list[Tensor]
     grok_emas: list[Any]  # None for a parameter without a slow gradient
     steps: list[Tensor]
-    extras: Sequence[list[Any]] = ()  # a list for each of `EXTRAS`, with None for a parameter without it; or nothing
+    extras: Sequence[list[Any]] = ()  # a list for each of `EXTRAS`, with None where it is missing; empty without codes
 
 
 def kind_of(
@@ -164,7 +164,7 @@ def kind_of(
 
 
 def coded_of(columns: Columns, places: Sequence[int], members: Sequence[Member], options: dict[str, Any]) -> Coded:
-    """Return the scales, low bits and dithers' numbers of the tensors at these places."""
+    """Return the scales, the low bits and the dithers' numbers for the tensors at these places."""
     extras = [[column[i] for i in places] for column in columns.extras]
     m, v, mu, lows = (None if not column or column[0] is None else column for column in extras)
     own = [members[i] for i in places]
@@ -175,9 +175,9 @@ def coded_of(columns: Columns, places: Sequence[int], members: Sequence[Member],
 def assemble(
     columns: Columns, members: Sequence[Member], kinds: Sequence[tuple[Kind, int]], options: dict[str, Any]
 ) -> tuple[list[tuple[Batch, list[int]]], Ranges | None]:
-    """Return the batches, each with the places of its tensors, and the memory that is written by address.
+    """Return the batches, each with its tensors' places in the columns, and the memory that is written by address.
 
-    `kinds` has the kind of each parameter, and the width of its rows.
+    `kinds` holds the kind of each parameter and the width of its rows.
     """
     rules = rules_of(options)
     lists: dict[Any, list[int]] = {}
@@ -210,7 +210,7 @@ def assemble(
         return made, ranges
     elsewhere = Choice(foreach, "parameters, gradients or state share memory")
     shared = [batch.choice.module in BY_ADDRESS and memory.share_memory(batch) for batch, _ in made]
-    # a GPU's batches share launches, so they must not share memory with each other either
+    # batches on a GPU share launches, so they must not share memory with one another either
     on_gpu = [batch for (batch, _), is_shared in zip(made, shared, strict=True) if batch.choice.module is gpu]
     if len(on_gpu) > 1 and memory.share_memory(*on_gpu):
         shared = [is_shared or batch.choice.module is gpu for (batch, _), is_shared in zip(made, shared, strict=True)]
@@ -228,24 +228,25 @@ def _ranges(made: Iterable[tuple[Batch, Any]], grads: list[Tensor]) -> Ranges | 
 
 
 def by_lists(batch: Batch, choice: Choice = _FOREACH) -> Batch:
-    """Return the batch for `foreach`, instead of a backend that gets addresses."""
+    """Return the batch for a backend that takes no addresses: `foreach`, or `decoded` if tensors are coded."""
     if batch.choice.module in (reference, decoded):
         return batch
     if batch.coded is not None:
-        return batch._replace(choice=Choice(decoded, choice.reason), row_widths=None, unlimited=())  # it limits all
+        # `decoded` limits all rows itself
+        return batch._replace(choice=Choice(decoded, choice.reason), row_widths=None, unlimited=())
     limited = [i for i, width in enumerate(batch.row_widths or ()) if width]
     return batch._replace(choice=choice, row_widths=None, unlimited=sorted({*batch.unlimited, *limited}))
 
 
 def with_windows(batch: Batch, states: Sequence[State]) -> Batch:
-    """Return the batch with the windows whose means are its slow gradients."""
+    """Return the batch with its windows. Their means are its slow gradients."""
     if batch.grok_emas is None:
         return batch
     return batch._replace(windows=[window.Window(*map(part, window.of(s, "grok_"))) for s in states])
 
 
 def found_anew(entries: Sequence[Entry], given: Given) -> Batches:
-    """Return batches of tensors that no signature describes: complex ones, subclasses, traced ones, some DTensors."""
+    """Return batches for tensors that no signature describes: complex, traced, of subclasses, or some DTensors."""
     groups, state, options = given[:3]
     rows, kinds, dtensors, extras, members = [], [], [], [], []
     grads: dict[Shards | None, list[Tensor]] = {shards: [] for shards in divisions(groups)}

@@ -1,7 +1,7 @@
-"""The cache of batches: reuse what earlier steps found, as long as it still holds.
+"""The cache of batches: reuse the batches of earlier steps while they are still valid.
 
-Finding batches takes longer than a small step. So `Cache` keeps a plan for each of the last sets of gradients, and
-checks at every step whether all of it still holds. No other module knows whether batches were found anew.
+Building batches takes longer than a small step. So `Cache` keeps a plan for each of the most recent sets of gradients,
+and checks at every step that the whole plan still holds. No other module knows if batches were cached or rebuilt.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from ..state.slots import WINDOW, State, lay_out, needs_mu, prepare
 from . import batches
 from .batches import Batches, Columns, Given, Kind, Member
 
-SETS = 8  # how many sets of parameters with a gradient have a plan
-_LOOKS = 1 << 12  # how many looks of parameters have their kind kept
+SETS = 8  # how many plans are kept, each for one set of parameters with gradients
+_LOOKS = 1 << 12  # how many looks of parameters are kept with their kind
 _EXP_AVG, _EXP_AVG_SQ, _STEP = itemgetter("exp_avg"), itemgetter("exp_avg_sq"), itemgetter("step")
 _PARAMS, _LAYERS = itemgetter("params"), itemgetter("layers")
 _OPTIONS = itemgetter(*[name for name in GROUP_OPTIONS if name not in ("betas", "layer")])
-# fields of a batch that a plan keeps as they are; the others hold tensors, or are made from them
+# fields of a batch that a plan keeps as they are; the others hold tensors or are derived from tensors
 _WITHOUT_TENSORS = ("row_widths", "unlimited", "choice", "group", "layers", "numbers", "shards", "begun")
 
 
 class Cache:
-    """Returns the batches of a step, by the plan of an earlier step if that plan still holds.
+    """Provides the batches of a step, from the plan of an earlier step if that plan still holds.
 
-    It keeps no tensors, and so never keeps their memory alive. Each step brings its own tensors, and the plan checks
-    that they look as they did.
+    It holds no tensors, so it never keeps their memory alive. Each step brings its own tensors, and the plan checks
+    that they look as before.
     """
 
     def __init__(self) -> None:
-        # by which parameters have a gradient, and which of them have begun a cycle; the least recently used comes first
+        # by which parameters have a gradient and which of them have begun a cycle; the least recently used comes first
         self.plans: dict[tuple[tuple[bool, ...], ...], _Plan] = {}
-        self._kinds: dict[Any, tuple[Kind, int]] = {}  # kind and width of rows by look
+        self._kinds: dict[Any, tuple[Kind, int]] = {}  # look → kind and row width
 
     def batches(self, given: Given, names: Mapping[int, str], missing: Collection[Tensor] = ()) -> Batches:
-        """Return the batches of this step; see `collect`. Missing state is made."""
+        """Return the batches of this step, and create missing state. See `collect` for arguments and errors."""
         made: list[tuple[Tensor, list[str]]] = []
         known = None if missing else self._recall(given)
         if known is None:
@@ -72,7 +72,7 @@ class Cache:
         return found
 
     def describe(self, given: Given) -> str:
-        """Return how many parameters go to which backend, and why, as far as is known before they have a state."""
+        """Return a line per backend: how many parameters it takes, and why. Missing gradients and state are guessed."""
         groups, state = given[:2]
         found = self._recall(given)
         choices = [batch.choice for batch in found[0].batches for _ in batch.params] if found else []
@@ -86,7 +86,7 @@ class Cache:
         return "\n".join(lines)
 
     def _recall(self, given: Given, checked: bool = False) -> tuple[Batches, _Plan] | None:
-        """Return the batches of this step and their plan; None if `collect` has something to check first."""
+        """Return the batches of this step and their plan, or None if `collect` must check something first."""
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return None
         windows = given.options["window_size"] is not None
@@ -94,7 +94,7 @@ class Cache:
             seen = _seen(given)
             plan = self.plans.get(seen.key)
             found = plan.now(seen) if plan is not None and plan.facts == seen.facts else None
-            if found is None and (checked or not windows):  # no signature has the shapes of windows
+            if found is None and (checked or not windows):  # signatures do not include the shapes of windows
                 plan = self._new_plan(seen, given, checked)
                 found = None if plan is None else plan.now(seen)
         except (KeyError, TypeError, RuntimeError):  # an incomplete state, a tensor without memory
@@ -109,12 +109,12 @@ class Cache:
         return found, plan
 
     def _new_plan(self, seen: Seen, given: Given, checked: bool) -> _Plan | None:
-        """Make and keep a plan. Return None if a parameter has a new look, and was not `checked`."""
+        """Make a plan and keep it. Return None if there can be none; raise KeyError for a new look if not `checked`."""
         groups, options, columns, facts = given.groups, given.options, seen.columns, seen.facts
         if not _are_plain(columns, seen.written) or any(len(g["layers"]) != len(g["params"]) for g in groups):
             return None
-        # For each parameter the specs of its tensors. The spec of a missing tensor is None, like a plain one's. Without
-        # DTensors there are no specs, and this loop does nothing.
+        # Check that all tensors of a parameter are divided alike. Plain tensors have the spec None. Missing ones have
+        # it, too, and are left out. Without DTensors there are no specs, and this loop does nothing.
         tensors_of = zip(columns.params, *columns[2:5], *columns.extras, columns.grads, strict=True)
         for tensors, specs in zip(tensors_of, zip(*facts.specs, strict=True), strict=False):
             if not alike([spec for x, spec in zip(tensors, specs, strict=True) if x is not None]):
@@ -157,9 +157,9 @@ class Cache:
 
 
 def _likely_choice(param: Tensor, state: State, group: dict[str, Any], options: dict[str, Any]) -> Choice:
-    """Return the backend for a parameter. A missing gradient is taken to be like it; missing state is made.
+    """Return the backend for a parameter, as if it had a gradient like itself and all the state that a step needs.
 
-    A window, which may be large, is not: it decides nothing.
+    No window is made, because it may be large and does not influence the choice.
     """
     shards, whole, options = shards_of(param), dict(state), {**options, "window_size": None}
     prepare(whole, param, options, group["lamb"])
@@ -172,36 +172,36 @@ def _likely_choice(param: Tensor, state: State, group: dict[str, Any], options: 
 
 
 class Facts(NamedTuple):
-    """The conditions under which a plan holds, besides how the tensors look."""
+    """The conditions under which a plan holds, besides the looks of the tensors."""
 
     sizes: list[int]  # each group's number of parameters
-    first_alike: list[int]  # for each group the first one with the same options
-    asked: list[tuple[bool, Any, Any]]  # for each group: whether λ acts, foreach, fused
-    layers: list[list[int]]  # each group's
-    begun: list[bool]  # for each parameter: whether it has begun its cycle of micro-batches; empty without cycles
-    specs: list[list[Any]]  # torch's specs of how DTensors are divided; empty without DTensors
-    first_number: int  # of the groups' first parameter in the optimizer
+    first_alike: list[int]  # for each group, the index of the first with the same options
+    asked: list[tuple[bool, Any, Any]]  # for each group: is λ above 0, foreach, fused
+    layers: list[list[int]]  # of each group
+    begun: list[bool]  # for each parameter: has it begun its cycle of micro-batches? Empty without cycles
+    specs: list[list[Any]]  # torch's specs, which say how DTensors are divided; empty without DTensors
+    first_number: int  # the number of the groups' first parameter in the optimizer
 
 
 class Seen(NamedTuple):
-    """What a step finds: the parameters that have a gradient, with their state."""
+    """The tensors that a step finds: the parameters that have a gradient, and their state."""
 
-    params: list[Tensor]  # as they are in the groups
-    columns: Columns  # of this rank
-    written: list[Tensor]  # all that a step writes, in the order of the columns
-    has: list[bool]  # for each parameter whether it has μ, and then for each of `EXTRAS` likewise
+    params: list[Tensor]  # as the groups hold them
+    columns: Columns  # this rank's parts
+    written: list[Tensor]  # all tensors that a step writes, in the order of the columns
+    has: list[bool]  # for each parameter: does it have μ? Then the same for each of `EXTRAS`
     dtensors: list[Tensor]  # DTensors that are written through their shards
-    present: tuple[bool, ...]  # for all parameters: whether they have a gradient
+    present: tuple[bool, ...]  # for each parameter: does it have a gradient?
     facts: Facts
 
     @property
     def key(self) -> tuple[tuple[bool, ...], ...]:
-        """Which parameters have a gradient, and which of them have begun a cycle."""
+        """The key of the plan: which parameters have a gradient, and which of them have begun a cycle."""
         return self.present, tuple(self.facts.begun)
 
 
 def _seen(given: Given) -> Seen:
-    """Look at the parameters and their state; raise KeyError or TypeError if anything that a plan needs is missing."""
+    """Collect parameters, gradients and state; raise KeyError or TypeError if anything that a plan needs is missing."""
     groups, state, options = given[:3]
     params = [param for group in groups for param in group["params"]]
     are_plain = set(map(type, params)) <= PLAIN
@@ -225,7 +225,7 @@ def _seen(given: Given) -> Seen:
     if not are_plain:
         lists = [params, m, v, mus, *extras]
         specs, (p, m, v, mus, *extras, grads) = parts([*lists, grads])
-        # strict=False leaves out the gradients
+        # strict=False leaves out the gradients' specs, which come last
         of_lists = zip(chain.from_iterable(lists), chain.from_iterable(specs), strict=False)
         dtensors = [x for x, spec in of_lists if spec is not None]
     has = [mu is not None for mu in mus]
@@ -248,10 +248,10 @@ def _seen(given: Given) -> Seen:
 
 
 def _first_alike(groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> list[int]:
-    """Return for each group the first one with the same options: their parameters share batches."""
+    """Return, for each group, the index of the first with the same options: their parameters share batches."""
     if len(groups) == 1 or options["accumulation_steps"] > 1 or rules_of(options).signals_for_each_group:
-        return list(range(len(groups)))  # a cycle's numbers, and signals, are each group's own
-    # a CUDA graph reads each group's own α and boost
+        return list(range(len(groups)))  # each group has its own cycle numbers, or signal
+    # a CUDA graph reads α and the boosts separately for each group
     keys = [(*_OPTIONS(g), *g["betas"], g["capturable"] and i) for i, g in enumerate(groups)]
     firsts: dict[Any, int] = {}
     return [firsts.setdefault(key, i) for i, key in enumerate(keys)]
@@ -272,7 +272,7 @@ def _looks(
     shards: Sequence[Shards | None],
     groups: Sequence[dict[str, Any]],
 ) -> list[Any]:
-    """Return for each parameter everything that decides its kind; `look_of` has the look of each tensor by its id."""
+    """Return, for each parameter, all that decides its kind; `look_of` holds the look of each tensor, by its id."""
     rows = zip(*columns[:6], *columns.extras, strict=True)
     return [
         (group["foreach"], group["fused"], way, *[look_of[id(x)] for x in row])
@@ -281,7 +281,7 @@ def _looks(
 
 
 class _Plan:
-    """The batches of a set of gradients without their tensors, and what the tensors must look like."""
+    """The batches for a set of gradients, without their tensors, and the looks that the tensors must have."""
 
     def __init__(
         self,
@@ -307,15 +307,15 @@ class _Plan:
             self._batches.append((batch.grok_emas is not None, backends.keep(batch).addresses, rest))
         self._coded = [batch.coded is not None for batch, _ in made]
         grads, gpus = seen.columns.grads, [batch.params[0].device for batch, _ in made if batch.choice.module is gpu]
-        # A signature does not show `is_neg`. Only the imaginary part of a tensor has it, and that has gaps, unless it
-        # is one element: check those at each step.
+        # A signature does not show `is_neg`. It is set only on views of imaginary parts. These have gaps in memory,
+        # unless they have one element, so gradients of one element are checked at each step.
         self._of_one = [i for i, grad in enumerate(grads) if grad.numel() == 1]
         self.gpus, self._tables = list(dict.fromkeys(gpus)), dict[Any, Tables]()
         self._devices = list(dict.fromkeys(grad.device for grad in grads))
         self._can_be_judged = len(self._devices) == 1 and gpu.is_for(self._devices[0]) and gpu.can_sum(grads)
         readable = all(map(reads_are_free, self._devices)) and not rules_of(options).clips_each_tensor
         is_fastest = readable and backends.sum_of_squares(options, False) is backends.fastest_sum_of_squares
-        # the places of gradients that are divided alike
+        # the places of the gradients, for each way of division
         self._divided = list(divided.items()) or [(None, list[int]())]
         is_fastest &= len(self._divided) == 1
         self._at, self._squares = memory.addresses(grads), cpu.flat(grads) if is_fastest else None
@@ -352,7 +352,7 @@ class _Plan:
         return Batches(seen.params, made, *known, seen.dtensors)
 
     def tables(self, capturing: bool, capturable: bool) -> Tables | None:
-        """Return the tables on the GPU for the current stream; for a capture the graph's own."""
+        """Return the tables on the GPU for the current stream, or during a capture the graph's own tables."""
         if capturing:
             return next((own for tables in self._tables.values() if (own := tables.captured())), None)
         tables = self._tables.setdefault(gpu.streams(self.gpus), Tables())

@@ -1,6 +1,6 @@
-"""Steps that run again without Python: replays of a CUDA graph, and compiled steps.
+"""Support for steps that run again without Python: replays of CUDA graphs, and compiled steps.
 
-They read nothing back, and values that change from step to step stay in the same memory.
+Such steps read nothing back, and keep values that change from step to step in the same memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Key = TypeVar("Key")
 
 
 def is_capturing(optimizer: Optimizer) -> bool:
-    """Return True if a CUDA graph is being captured; raise RuntimeError if the optimizer was not made for that."""
+    """Return True if a CUDA graph is being captured; raise RuntimeError if the optimizer does not support that."""
     newer = getattr(optimizer, "_accelerator_graph_capture_health_check", None)  # torch 2.6 has an older name for it
     (newer or optimizer._cuda_graph_capture_health_check)()
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -44,7 +44,7 @@ def check_devices(groups: Sequence[dict[str, Any]]) -> None:
 
 
 def check_state(entries: Iterable[Entry], given: Given, has_heard: bool) -> None:
-    """Raise RuntimeError if a capture would read something back, or make state, which every replay would make anew."""
+    """Raise RuntimeError if a capture would read a value back, or create state that every replay would create again."""
     if given.options["nonfinite"] == "raise":
         raise RuntimeError(
             'nonfinite="raise" reads the gradients back, which a CUDA graph of step() cannot do: construct the '
@@ -64,7 +64,7 @@ def check_state(entries: Iterable[Entry], given: Given, has_heard: bool) -> None
 
 
 def in_place(places: dict[Key, Tensor], key: Key, group: dict[str, Any], value: Number) -> Number:
-    """Return a number of a group; if the group is capturable, in the tensor from which its graph reads it."""
+    """Return a group's number; if the group is capturable, return the tensor that its graph reads, with that number."""
     if not group["capturable"] or not group["params"]:
         return value
     if key not in places:
@@ -74,16 +74,16 @@ def in_place(places: dict[Key, Tensor], key: Key, group: dict[str, Any], value: 
 
 
 def counter(groups: Sequence[dict[str, Any]]) -> Tensor | None:
-    """Return a count, at 0, that a graph of the groups can increment; None if no group is capturable."""
+    """Return a counter, at 0, that a graph of the groups can increment; None if no group is capturable."""
     devices = (group["params"][0].device for group in groups if group["capturable"] and group["params"])
     return next((torch.zeros((), dtype=torch.int64, device=device) for device in devices), None)
 
 
 def for_compiler(batch: Batch, scalars: Scalars) -> Scalars:
-    """Return the scalars, with those that change from step to step as tensors, so that their values are no guards.
+    """Return the scalars. Those that change from step to step become tensors, so that no guard depends on their values.
 
-    Also marks the addresses of parameters and state as static, as torch does for its own optimizers, so that a CUDA
-    graph that the compiler makes needs no copies of them.
+    Also mark the addresses of parameters and state as static, as torch does for its own optimizers. A CUDA graph made
+    by the compiler then needs no copies of them.
     """
     for static in (batch.params, batch.exp_avgs, batch.exp_avg_sqs, batch.grok_emas or [], batch.steps):
         for tensor in static:

@@ -1,4 +1,4 @@
-"""What the last step did, for people to read."""
+"""The numbers of the last step, for people to read."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .effects import Effect
 
 
 class LastStep(NamedTuple):
-    """The numbers of one step, as it used them."""
+    """The numbers that one step used."""
 
     signal: Number | None = None  # s_t
-    effects: Sequence[Effect] = ()  # of each group
-    norms: Sequence[Number | None] = ()  # N: the same for all batches; with compat, of each tensor
-    clips: Sequence[Number] = ()  # c
+    effects: Sequence[Effect] = ()  # one for each group
+    norms: Sequence[Number | None] = ()  # N for each batch: of all gradients, or with compat of its one tensor
+    clips: Sequence[Number] = ()  # c for each batch
 
 
 def as_floats(
@@ -31,7 +31,7 @@ def as_floats(
     signals: Signals,
     rules: Rules,
 ) -> dict[str, float]:
-    """Return what `GrokAdamW.metrics` lists."""
+    """Return the values that `GrokAdamW.metrics` lists."""
     norms = [as_float(norm) for norm in (last.norms if rules.clips_each_tensor else last.norms[:1]) if norm is not None]
     beta1s = [beta1 for group in groups for beta1 in layers.beta1s(group)]
     return {
@@ -51,7 +51,7 @@ def as_floats(
 
 
 def steps_taken(states: Iterable[dict[str, Any]]) -> float:
-    """Return the most steps that any parameter has taken, with one read per device; 0 without state."""
+    """Return the largest step count of any parameter, with one read per device; 0 without state."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for state in states:
         if "step" in state:

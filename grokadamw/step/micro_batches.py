@@ -1,4 +1,4 @@
-"""The position in a step of several micro-batches, and the numbers that the first of them fixed.
+"""The progress within a step of several micro-batches, and the numbers that the first of them fixed.
 
 Source: Su Jianlin, https://kexue.fm/archives/8634.
 """
@@ -16,20 +16,20 @@ from .effects import Effect
 
 
 class Cycle:
-    """Where a GrokAdamW with ``accumulation_steps`` k is within a step, as its groups and its state say."""
+    """The progress of a GrokAdamW with ``accumulation_steps`` k within a step, read from its groups and state."""
 
     def __init__(self, k: int, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> None:
         self.k, self._groups, self._state = k, groups, state
         self.nth = groups[0]["micro_step"]
         self.is_first, self.is_last = self.nth == 0, self.nth + 1 >= k
         params = [param for group in groups for param in group["params"]] if self.is_last else []
-        # parameters without a gradient that must still move, because they had one earlier in the cycle
+        # parameters that have no gradient now, but must move because they had one earlier in the cycle
         self.missing = {p for p in params if p.grad is None and state.get(p, {}).get("micro_step")}
 
     def numbers(
         self, effects: Sequence[Effect], amplification: float
     ) -> tuple[list[dict[str, Any]], list[Effect], float]:
-        """Return this cycle's numbers, fixed at its first micro-batch: groups, their effects, and λ's factor."""
+        """Return the numbers that this cycle fixed at its first micro-batch: groups, their effects, and λ's factor."""
         if self.is_first:
             for group, effect in zip(self._groups, effects, strict=True):
                 group["cycle"] = tuple(CycleNumbers.of(group, amplification, *effect))

@@ -1,4 +1,4 @@
-"""The stages norm and clip: the norm of all gradients, the clip coefficients, and whether all gradients are finite."""
+"""The stages norm and clip: the norm of all gradients, the clip coefficients, and a check that all are finite."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SumOfSquares = Callable[[Sequence[Tensor]], Tensor]
 
 
 class GradStats(NamedTuple):
-    """Measurements of the gradients. The lists have an entry for each batch."""
+    """Measurements of the gradients. The lists have one entry per batch."""
 
-    norms: list[Number | None]  # N, if anything needs it: of all gradients, with compat of the tensor's
+    norms: list[Number | None]  # N of all gradients (with compat, of the tensor's own); None if unused
     clips: list[Number]  # c
     factors: list[Number]  # c divided by the loss scale
-    finite: bool | Tensor  # whether the step may be written; a tensor if reading it would make the host wait
-    skipped: Tensor | None = None  # if `finite` is a tensor: whether this counts as a skipped step; GradScaler's do not
+    finite: bool | Tensor  # True if the step may be written; a tensor if reading it would make the host wait
+    skipped: Tensor | None = None  # if `finite` is a tensor: does this step count as skipped? GradScaler's do not
 
 
 def measure(
@@ -38,12 +38,12 @@ def measure(
     apart: bool = False,
     home: torch.device | None = None,
 ) -> GradStats:
-    """Measure the gradients with `sum_of_squares`, on any devices; without it, by the batches' own `squares`.
+    """Measure the gradients, on any devices, by `found.squares` if there is such a function, or by `sum_of_squares`.
 
     Args:
         limits: `gradient_clipping` for each batch.
-        apart: whether each batch has a norm of its own.
-        home: the device for numbers that the host cannot read without waiting; None for Python's numbers.
+        apart: True if each batch has a norm of its own.
+        home: the device where numbers stay that the host cannot read without waiting; None for Python numbers.
     """
     scale, found_inf = given.scale, given.found_inf
     norms: list[Number | None]
@@ -83,9 +83,9 @@ def measure(
 def judge(
     found: Batches, limits: Sequence[float], given: Given, nonfinite: str, counter: Callable[[torch.device], Tensor]
 ) -> GradStats | None:
-    """Do `measure` in two launches on the one GPU that has all gradients; return None if that is impossible.
+    """Do `measure` in two launches on the one GPU that holds all gradients; return None if that is impossible.
 
-    `counter` returns the count of skipped steps on a device, which is increased here.
+    `counter` returns the count of skipped steps on a device, which this function increases.
     """
     scale, found_inf = given.scale, given.found_inf
     if len(found.grads) != 1 or found.grads[0][0] is not None:
@@ -121,8 +121,8 @@ def global_norm(
 ) -> Number:
     """Return N = √Σg² over all elements of all tensors, on any devices: a float, or with home a 0-d tensor there.
 
-    `groups` have all parameters, as this rank may lack gradients that another one has: DTensors are summed over the
-    ranks that share them, and all over the shard_group, if there is one.
+    `groups` hold all parameters, because this rank may lack gradients that other ranks have. DTensors are summed over
+    the ranks that share them, and everything over the shard_group, if there is one.
     """
     lists = [(shards, list(map(as_real, parts))) for shards, parts in local_parts(tensors, divisions(groups))]
     return _norm(lists, sum_of_squares, home, groups, shard_group)
@@ -144,13 +144,13 @@ def _norm(
         if shards is not None:
             here = [shards.total(here)]
         sums += here if shard_group is None else [share_of(total, shards, shard_group) for total in here]
-    if shard_group is not None:  # last, and even if this rank has no gradients: all ranks must take part
+    if shard_group is not None:  # sum last, and even if this rank has no gradients: all ranks must take part
         sums = [sum_over_ranks(sums, groups, shard_group)]
     if home is None:
         return math.sqrt(sum(total.item() for total in sums))
     total = torch.stack([total.to(home) for total in sums]).sum()
     if total.requires_grad:
-        total = total.clamp(min=torch.finfo(total.dtype).tiny)  # the root's derivative at 0 is infinite
+        total = total.clamp(min=torch.finfo(total.dtype).tiny)  # the square root's derivative at 0 is infinite
     return total.sqrt()
 
 
@@ -165,18 +165,18 @@ def clip_coefficient(norm: Number | None, max_norm: float) -> Number:
 
 
 class NormSoFar:
-    """N for gradients that come one after the other and are clipped before all of them are there.
+    """N for gradients that arrive one after the other and are clipped before all of them have arrived.
 
-    It is the larger of two norms: that of the gradients so far, and `last`, that of the previous time.
+    It is the larger of two norms: that of the gradients so far, and `last`, the norm of the previous pass.
     """
 
     def __init__(self, last: Number) -> None:
         self._last = last
         self._squares: Number | None = None
-        self._is_whole: bool | Tensor = True  # whether all norms were finite
+        self._is_whole: bool | Tensor = True  # True if all norms so far were finite
 
     def add(self, norm: Number | None) -> None:
-        """Add the norm of further gradients, unless it is not finite: then the parameter is skipped, or lost."""
+        """Add the norm of further gradients, but not one that is not finite: its parameter is skipped, or lost."""
         if norm is None:
             return
         before = 0.0 if self._squares is None else self._squares
@@ -196,14 +196,14 @@ class NormSoFar:
 
     @property
     def to_remember(self) -> Number:
-        """This norm; or `last`, if no gradient came or not all were finite."""
+        """The norm to pass on as the next `last`: `value`, or `last` if no gradient came or not all were finite."""
         norm = self.value
         if isinstance(norm, Tensor) and isinstance(self._is_whole, Tensor):
             return torch.where(self._is_whole, norm, _on(norm.device, self._last))
         return self._last if norm is None or not self._is_whole else norm
 
     def clip(self, limit: float, device: torch.device | None = None) -> Number:
-        """Return c, as a number for parameters on that device if one is given."""
+        """Return c; if a device is given, as a number for parameters on that device."""
         so_far, last = self.value, self._last
         if not isinstance(so_far, Tensor) and not isinstance(last, Tensor):
             return clip_coefficient(None if so_far is None else max(so_far, last), limit)

@@ -1,4 +1,4 @@
-"""How a signal is called, and what it is called."""
+"""Find out how to call a signal, and give it a name."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def takes_losses(function: Any) -> str:
         called = function.forward if isinstance(function, torch.nn.Module) else function
         parameters = inspect.signature(called).parameters
     except (TypeError, ValueError):
-        return ""  # some built-in callables have no signature to read
-    bound = getattr(function, "keywords", {})  # by functools.partial
+        return ""  # some built-in callables have no readable signature
+    bound = getattr(function, "keywords", {})  # arguments given by functools.partial
     kinds = {name: parameter.kind for name, parameter in parameters.items()}
     positional = [name for name in kinds if kinds[name] in _POSITIONAL]
     by_name = {name for name in kinds if kinds[name] in _BY_NAME and name not in bound}
     losses = ["train_loss", "eval_loss"]
     if inspect.Parameter.VAR_KEYWORD in kinds.values() and inspect.Parameter.VAR_POSITIONAL not in kinds.values():
-        by_name |= {*losses} - {*kinds, *bound}  # (*args, **kwargs) may pass on anything, or nothing
+        by_name |= {*losses} - {*kinds, *bound}  # (*args, **kwargs) may accept anything, or nothing
     required = [name for name in positional if parameters[name].default is inspect.Parameter.empty]
     required += [n for n in kinds if kinds[n] is _KEYWORD_ONLY and parameters[n].default is inspect.Parameter.empty]
     if set(required) <= set(losses):
@@ -37,7 +37,7 @@ def takes_losses(function: Any) -> str:
             return "in order"
         if set(losses) <= by_name:
             return "by name"
-    # losses go in order to arguments of other names, but not to one with the other loss's name
+    # arguments of other names get the losses in order, but none gets a loss under the other loss's name
     swapped = required[:1] == ["eval_loss"] or required[1:] == ["train_loss"]
     if any("acc" in name for name in required):
         way_out = "accuracies are not passed to signals; give grokadamw.signals.AccuracyGap()"
@@ -58,7 +58,7 @@ def _name(function: Any) -> str:
 
 
 def names_of(functions: Sequence[Any]) -> list[str]:
-    """Return a name for each function, numbered where several have the same."""
+    """Return a name for each function, with a number if several have the same name."""
     plain = [_name(function) for function in functions]
     names: list[str] = []
     for name in plain:

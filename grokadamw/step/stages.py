@@ -1,9 +1,9 @@
-"""The stages of a step, in the order of `GrokAdamW._prepared` and `step`; each hands values to the next.
+"""The stages of a step, in the order of `GrokAdamW._prepared` and `step`. Each passes values to the next.
 
-    settings checked → signals heard → α → batches → norm, clip, finite → scalars → written → rows limited
+    check settings → evaluate signals → α → batches → norm, clip, finite → scalars → write → limit rows
 
 `write` does the last two. Options set by hand, and the tensors of a first step, are checked before signals are called.
-Signals are called before tensors are collected: they are users' code, and a step takes the tensors that they leave.
+Signals are called before tensors are collected: they are users' code, and the step uses the tensors that they leave.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from .cache import Cache
 from .effects import Places, amplification, boosted, in_places
 from .micro_batches import Cycle
 
-_beta1s = lru_cache(maxsize=64)(layers.decayed)  # few: a schedule of β1 makes a new entry at every step
+_beta1s = lru_cache(maxsize=64)(layers.decayed)  # a small cache: a schedule of β1 adds an entry at every step
 
 
 @dataclass
 class Run:
-    """What a running optimizer keeps beside defaults, state and groups.
+    """The data that a running optimizer keeps besides its defaults, state and groups.
 
-    One object, because wrappers, such as Lightning's, copy attributes: change values inside it, do not replace it.
+    It is one object because wrappers, such as Lightning's, copy attributes. Change its fields, but do not replace it.
     """
 
     signals: Signals
@@ -51,25 +51,25 @@ class Run:
     captured: Places = field(default_factory=dict)  # the α and boosts that a CUDA graph reads
     layers_checked: bool = False
     checked: list[tuple[Any, ...]] = field(default_factory=list)  # each group's options when they were last checked
-    checked_layers: list[list[int]] = field(default_factory=list)  # and its layers
-    skipped: Tensor | None = None  # counts steps that were skipped on a device and not read back yet
-    # as set_layers found them, by id: torch cannot swap a tensor with weak references, as FSDP2's model.cpu() does
+    checked_layers: list[list[int]] = field(default_factory=list)  # each group's layers at that time
+    skipped: Tensor | None = None  # counts steps that were skipped on a device and were not read back yet
+    # from set_layers, by id: torch cannot swap a tensor that has weak references, and FSDP2's model.cpu() swaps tensors
     names: dict[int, str] = field(default_factory=dict)
-    idle: bool = False  # whether a step had no gradient at all: that is warned of once
-    stepped: bool = False  # whether the last step was a whole one, or the last of its micro-batches
+    idle: bool = False  # True after the warning about a step without any gradient
+    stepped: bool = False  # True if the last step was whole, or the last of its micro-batches
     cache: Cache = field(default_factory=Cache)  # the batches of earlier steps
     evaluation_listeners: list[Callable[[], None]] = field(default_factory=list)  # called after record(eval_acc=…)
     in_backward: Any = None  # `step_in_backward`'s handle, while parameters are updated in the backward pass
     all_ranks: AllRanks = field(default_factory=AllRanks)
-    shard_group: Any = None  # the ranks that plain parameters are divided over
-    flattened: bool = False  # whether the warning about flat parameters was given
+    shard_group: Any = None  # the ranks over which plain parameters are divided
+    flattened: bool = False  # True after the warning about flat parameters
     zero: Callable[[], Any] = lambda: None  # the ZeroRedundancyOptimizer around this one, if any
-    before_loading: list[dict[str, Any]] = field(default_factory=list)  # groups before `zero` loaded another rank's
-    graphs: list[Any] = field(default_factory=list)  # what CUDA graphs of the step read, besides tensors that users see
+    before_loading: list[dict[str, Any]] = field(default_factory=list)  # this rank's groups, before `zero` loads others
+    graphs: list[Any] = field(default_factory=list)  # the tables that CUDA graphs of the step read, kept alive
 
     @property
     def has_updated_early(self) -> bool:
-        """True if the backward pass that the next step ends has updated parameters."""
+        """True if the open backward pass, which the next step ends, has already updated parameters."""
         return self.in_backward is not None and self.in_backward.has_updated
 
     def settle(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -80,19 +80,19 @@ class Run:
         self.signals.settle()
 
     def restart(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Forget the last step after a checkpoint was loaded. Tensors that a CUDA graph uses stay in their place."""
+        """Forget the last step after a checkpoint was loaded. Tensors that a CUDA graph uses keep their addresses."""
         if self.skipped is not None:
             self.skipped.zero_()
-        self.graphs.clear()  # they are no longer valid
+        self.graphs.clear()  # earlier graphs are no longer valid
         self.layers_checked, self.last = False, metrics.LastStep()
         if self.in_backward is not None:
-            self.in_backward.is_open = False  # drop an open pass
+            self.in_backward.is_open = False  # drop an unfinished pass
         self.signals.values.clear()
         self.signals.load(groups[0]["signal_state"])
         self.signals.records_are_loaded = any(recorded(groups, name) is not None for name in RECORDED)
 
     def follow(self, other: Run, memo: dict[int, Any]) -> None:
-        """Become the run of a copy of the other run's optimizer, with its own tensors for CUDA graphs."""
+        """Take over `other`, the run of the optimizer that was copied, but with separate tensors for CUDA graphs."""
         self.signals, self.captured, self.skipped, self.last = copy.deepcopy(
             (other.signals, other.captured, other.skipped, other.last), memo
         )
@@ -102,12 +102,12 @@ class Run:
 
 
 def is_overflow(given: Given) -> bool | None:
-    """Return True if GradScaler found infinity, so that there is no step; None if the host cannot read that.
+    """Return True if GradScaler found infinity, and so forbids the step; None if the host cannot read its flag.
 
-    Raises RuntimeError if the host can, and only some ranks of the shard_group have found it.
+    Raises RuntimeError if the host can read it, and only some ranks of the shard_group found infinity.
     """
     found_inf, options = given.found_inf, given.options
-    if not isinstance(found_inf, Tensor):  # 0 if there are no gradients
+    if not isinstance(found_inf, Tensor):  # the number 0 if there are no gradients
         return False
     readable = is_on_host(found_inf.device, options["differentiable"]) or options["nonfinite"] == "raise"
     if not readable and options["accumulation_steps"] == 1:
@@ -118,7 +118,7 @@ def is_overflow(given: Given) -> bool | None:
 
 
 def check_given(run: Run, given: Given) -> bool:
-    """Check a step's inputs, and return True to take it; False if torch.distributed.checkpoint only wants its state."""
+    """Check a step's inputs. Return True to take it, False if torch.distributed.checkpoint only needs its state."""
     groups, state, options = given[:3]
     check_changed(groups, options, run.checked, run.checked_layers)
     if any(map(itemgetter("capturable"), groups)):
@@ -126,7 +126,7 @@ def check_given(run: Run, given: Given) -> bool:
         capture.check_devices(groups)
     ways = [] if state else divisions(groups)
     if (given.shard_group is not None or ways) and not state and state_is_asked_for():
-        make_state(collect(given, run.names), given)  # without the other ranks, which may have state
+        make_state(collect(given, run.names), given)  # without other ranks: these may have state
         return False
     if options["nonfinite"] == "raise" and not given.capturing:
         check_finite(run, given)
@@ -135,8 +135,8 @@ def check_given(run: Run, given: Given) -> bool:
     entries = collect(given, run.names)
     if given.capturing:
         capture.check_state(entries, given, bool(run.last.effects))
-    # torch.distributed.checkpoint has state made by a first step with lr 0 and gradients of 0. (A warm-up's first step
-    # has other gradients.) If other ranks may have gradients that are not 0, this rank takes the step with them.
+    # torch.distributed.checkpoint creates state by a first step with lr 0 and gradients of 0. (The first step of a
+    # warm-up has other gradients.) If other ranks may have gradients that are not 0, take the step with them.
     if state or not entries or given.shard_group is not None or ways:
         return True
     if any(as_float(group["lr"]) != 0 for group in groups):
@@ -161,8 +161,8 @@ def _norm_now(grads: list[Tensor], given: Given) -> float:
 
 
 def begin(run: Run, given: Given, preset_gamma: float | None) -> None:
-    """Warn of doubtful layers and shards once; evaluate the signals, unless this cycle of micro-batches already has."""
-    if not run.layers_checked:  # not before the first step, as set_layers may be called until then
+    """Warn once about doubtful layers and shards. Evaluate the signals at a step's first (or only) micro-batch."""
+    if not run.layers_checked:  # at the first step, because set_layers may be called until then
         if not rules_of(given.options).layers_by_place:
             for sentence in layers.warnings_for(given.groups, run.names, preset_gamma):
                 warn(sentence, UserWarning)
@@ -188,7 +188,7 @@ def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, 
 
 
 def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables | None]:
-    """Do the stages from the batches to the scalars, make missing state, and return what is left to `write`."""
+    """Do the stages from batches to scalars, create missing state, and return the arguments for `write`."""
     groups, state, options = given[:3]
     rules = rules_of(options)
     factor_of_lamb = amplification(run.last.signal) if options["amplify_by_signal"] else 1.0
@@ -203,7 +203,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
         run.graphs.append(found.tables)
     limits = _limits(found, cycle_groups, given.shard_group, rules)
     stats = _measured(run, given, found, limits, rules)
-    if options["nonfinite"] == "raise" and not stats.finite:  # a signal changed them after check_given
+    if options["nonfinite"] == "raise" and not stats.finite:  # a signal changed the gradients after check_given
         raise _not_finite(run, given, found.params)
     norms, clips = stats.norms, stats.clips
     if not found.params:
@@ -215,7 +215,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     if stats.finite is False:
         if cycle is None:
             forget_state(found.made, state)
-        count_skipped(groups, 1)  # last, as its warning may be an error
+        count_skipped(groups, 1)  # last, as its warning may be raised as an error
         if cycle is None:
             return [], None
 
@@ -256,9 +256,9 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
 
 
 def _limits(found: Batches, groups: Sequence[dict[str, Any]], shard_group: Any, rules: Rules) -> list[float]:
-    """Return `gradient_clipping` of each batch; and one more limit if other ranks have parts of the gradients.
+    """Return the `gradient_clipping` of each batch, and one more limit if other ranks have parts of the gradients.
 
-    All ranks must need the norm, or none, whichever gradients they have: that limit is the least of any group.
+    It is the smallest limit above 0 of any group. All ranks must need the norm, or none, whatever gradients they have.
     """
     limits = [float(groups[batch.group]["gradient_clipping"]) for batch in found.batches]
     are_divided = shard_group is not None or any(map(itemgetter(0), found.grads))
@@ -269,9 +269,9 @@ def _limits(found: Batches, groups: Sequence[dict[str, Any]], shard_group: Any, 
 
 
 def _warn_if_idle(run: Run, given: Given, norms: Sequence[Number | None]) -> None:
-    """Warn once of a step in which no parameter of this rank, nor of its shard_group, has a gradient."""
-    # With a shard_group N is over all its ranks. Without gradients here `norms` has one entry: 0.0 if no rank has any,
-    # None if nothing needed N.
+    """Warn once if no parameter of this rank, nor of its shard_group, has a gradient in a step."""
+    # With a shard_group, N covers all of its ranks. If this rank has no gradients, `norms` has one entry: 0.0 if no
+    # rank has any, None if nothing needed N.
     elsewhere = given.shard_group is not None and norms[:1] != [0.0]
     if run.idle or elsewhere or run.has_updated_early or not any(group["params"] for group in given.groups):
         return
@@ -287,10 +287,10 @@ def _warn_if_idle(run: Run, given: Given, norms: Sequence[Number | None]) -> Non
 def write(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None) -> None:
     """Do the stages slow_grad to limit_rows: let each backend update its batches, then limit the remaining rows.
 
-    A GPU's batches go together, as they share launches. This is all of a step that torch.compile sees.
+    Batches on a GPU go together, because they share launches. torch.compile sees only this part of a step.
     """
     if not calls and torch.compiler.is_compiling():
-        torch.zeros(())  # any operation: dynamo skips code without one for good, and compiles later steps in pieces
+        torch.zeros(())  # any operation will do: dynamo skips code without one for good, and splits later steps
     before = [rows.before(batch, scalars) if batch.unlimited else [] for batch, scalars in calls]
     on_gpu = []
     for batch, scalars in calls:
@@ -309,10 +309,10 @@ def write(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None) -> None
 def _left_to_limit(
     calls: Sequence[tuple[Batch, Scalars]], before: Sequence[list[Tensor]]
 ) -> list[tuple[Batch, Scalars, list[Tensor]]]:
-    """Return what `rows.limit` gets.
+    """Return the arguments for the calls of `rows.limit`.
 
-    Ranks that have parts of rows add these up one parameter at a time, in the optimizer's order: batches depend on how
-    a rank's tensors lie in memory.
+    Ranks that have parts of rows add up norms one parameter at a time, in the optimizer's order. They cannot do it by
+    batches, which depend on how a rank's tensors lie in memory.
     """
     whole: list[tuple[Batch, Scalars, list[Tensor]]] = []
     cut: dict[int, tuple[Batch, Scalars, list[Tensor]]] = {}
@@ -328,7 +328,7 @@ def _left_to_limit(
 
 
 def _measured(run: Run, given: Given, found: Batches, limits: list[float], rules: Rules) -> norm.GradStats:
-    """Do the stages norm and clip in the fastest possible way, and count a step that is skipped on a device."""
+    """Do the stages norm and clip in the fastest way possible, and count the step if it is skipped on a device."""
     groups, _, options = given[:3]
     nonfinite = options["nonfinite"] if rules.knows_nonfinite else "propagate"
     is_scaled = given.scale is not None or given.found_inf is not None
@@ -348,7 +348,7 @@ def _measured(run: Run, given: Given, found: Batches, limits: list[float], rules
             judged = norm.judge(found, limits, given, nonfinite, counter)
             if judged is not None:
                 return judged
-        if given.capturing:  # the GPU's own sum would use tables that are gone after the call
+        if given.capturing:  # the GPU's own sum would use tables that do not outlive the call
             sum_of_squares = foreach.sum_of_squares
     stats = norm.measure(found, limits, given, nonfinite, sum_of_squares, apart=rules.clips_each_tensor, home=home)
     if stats.skipped is not None:
@@ -369,7 +369,7 @@ def _not_finite(run: Run, given: Given, params: Sequence[Tensor]) -> RuntimeErro
 
 
 def skip_counter(run: Run, device: torch.device, movable: bool) -> Tensor:
-    """Return the count of the steps that were skipped on a device; a CUDA graph continues with the same tensor."""
+    """Return the tensor that counts steps skipped on a device. A CUDA graph continues with the same tensor."""
     if run.skipped is None:
         run.skipped = torch.zeros((), dtype=torch.int64, device=device)
     elif run.skipped.device != device and movable:
@@ -378,7 +378,7 @@ def skip_counter(run: Run, device: torch.device, movable: bool) -> Tensor:
 
 
 def count_skipped(groups: Sequence[dict[str, Any]], steps: int) -> None:
-    """Add to the groups' count of skipped steps, and warn of the first."""
+    """Add to the groups' count of skipped steps, and warn about the first one."""
     total = groups[0]["skipped_steps"] + steps
     for group in groups:
         group["skipped_steps"] = total

