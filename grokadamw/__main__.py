@@ -1,4 +1,4 @@
-"""The commands grokadamw env, memory --params N, and convert IN OUT [--to adamw]; also as python -m grokadamw."""
+"""The command line: grokadamw env, memory --params N, and convert IN OUT [--to adamw]; also python -m grokadamw."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status: 1, with a sentence on stderr, if the command failed."""
+    """Run a command and return its exit status. A command that fails prints a sentence on stderr and returns 1."""
     parser = argparse.ArgumentParser(prog="grokadamw")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, dest="command")
@@ -89,7 +89,7 @@ def _count(text: str) -> int:
 
 
 def memory_table(parsed: argparse.Namespace) -> str:
-    """Return the table of `grokadamw memory`: memory on each rank by kind. One tensor stands for all parameters."""
+    """Return the table of `grokadamw memory`: memory on each rank, by kind. One tensor stands for all parameters."""
     share = -(-parsed.params // parsed.ranks)
     options = {"state_dtype": parsed.state, "master_weight_bits": parsed.master_weight_bits}
     if parsed.no_filter:
@@ -119,7 +119,7 @@ def environment() -> str:
         "torch": torch.__version__,
         "triton": triton,
     }
-    # without is_available() torch 2.6 raises if there is none
+    # without the check of is_available(), torch 2.6 raises an error on a machine without an accelerator
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     count = torch.accelerator.device_count() if accelerator else 0
     for name in ("cpu", *(f"{accelerator}:{i}" for i in range(count))):
@@ -132,7 +132,7 @@ def convert_file(source: Path, target: Path, conversion: Callable[[StateDict], S
     """Apply a conversion to every optimizer state dict in a file, and return how many there were.
 
     Raises:
-        OSError: the source cannot be read, or the target cannot be written. It is then left as it was.
+        OSError: the source cannot be read, or the target cannot be written. The target is then left as it was.
         ValueError: the source was not written by torch.save, holds more than tensors and plain data, or holds no state
             dict that can be converted.
     """
@@ -160,7 +160,7 @@ def _read(source: Path) -> Any:
         return torch.load(source, map_location="cpu", weights_only=True)  # so that the file cannot run code
     except OSError:
         raise
-    except Exception as error:  # a file that is not torch's may raise anything
+    except Exception as error:  # a file of another format may raise any exception
         try:
             names = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source)))
         except Exception:
@@ -172,7 +172,7 @@ def _read(source: Path) -> Any:
 
 
 def _converted(value: Any, conversion: Callable[[StateDict], StateDict]) -> tuple[Any, int]:
-    """Return the value with all state dicts inside it converted, and their number."""
+    """Return the value with all state dicts inside it converted, and the number of state dicts."""
     if is_state_dict(value):
         return conversion(value), 1
     if isinstance(value, dict):

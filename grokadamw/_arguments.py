@@ -13,7 +13,7 @@ from ._hints import meant
 from ._numbers import as_float
 from .options import OPTIONS, TAKE
 
-# what the Trainer takes from optim_args for this optimizer; it silently drops all other names
+# the names in optim_args that the Trainer passes to this optimizer; it silently drops all others
 _IN_OPTIM_ARGS = ("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping")
 
 
@@ -24,7 +24,7 @@ def is_given(arguments: Any, name: str) -> bool:
 
 
 def lost(optim_args: str | None, optimizer: Optimizer, is_resumed: bool, options: Collection[str]) -> Iterator[str]:
-    """Yield a warning for each entry of ``optim_args`` that the optimizer does not use; `options` came after them."""
+    """Yield a warning for each entry of ``optim_args`` that the optimizer does not use; later `options` override it."""
     entries = [entry.partition("=") for entry in (optim_args or "").replace(" ", "").split(",")]
     for name, value in {name: value for name, _, value in entries}.items():  # the last entry of a name counts
         if name in _IN_OPTIM_ARGS and name not in options:
@@ -33,8 +33,8 @@ def lost(optim_args: str | None, optimizer: Optimizer, is_resumed: bool, options
                 continue
             if is_resumed:
                 yield (
-                    f"optim_args has {name}={value}, and the run that is resumed has {max(used):g}, which stays: to "
-                    f"change it, give {name} to GrokAdamWCallback"
+                    f"optim_args has {name}={value}, but the resumed run keeps {max(used):g}: to change it, pass "
+                    f"{name} to GrokAdamWCallback"
                 )
             else:
                 yield (
@@ -53,7 +53,7 @@ def lost(optim_args: str | None, optimizer: Optimizer, is_resumed: bool, options
 
 
 def unused(arguments: Any, optimizer: Optimizer, is_resumed: bool) -> Iterator[str]:
-    """Yield a warning for each number of the arguments that the optimizer does not use."""
+    """Yield a warning for each number in the TrainingArguments that the optimizer does not use."""
     groups, defaults = optimizer.param_groups, optimizer.defaults
     for name, option, i in (("adam_beta1", "betas", 0), ("adam_beta2", "betas", 1), ("adam_epsilon", "eps", None)):
         used = as_float(groups[0][option] if i is None else groups[0][option][i])
@@ -72,10 +72,10 @@ def unused(arguments: Any, optimizer: Optimizer, is_resumed: bool) -> Iterator[s
             continue
         if is_resumed:
             yield (
-                f"{name}={given:g} is not used: the run that is resumed has {max(numbers):g}, which stays. To change "
-                f"it, set {where} in a callback's on_train_begin"
+                f"{name}={given:g} is not used: the resumed run keeps {max(numbers):g}. To change it, "
+                f"set {where} in a callback's on_train_begin"
             )
-        elif not _is_among(given, [as_float(defaults[option])]):  # groups may have numbers of their own
+        elif not _is_among(given, [as_float(defaults[option])]):  # groups may have their own numbers
             it = "lr" if option == "lr" else "it"
             yield (
                 f"{name}={given:g} does not reach the optimizer, which has {max(numbers):g}: give {it} where the "
@@ -84,7 +84,7 @@ def unused(arguments: Any, optimizer: Optimizer, is_resumed: bool) -> Iterator[s
 
 
 def _number(value: str) -> float:
-    """Return an entry's number; NaN if nothing read it, so that it need not be one."""
+    """Return an entry's value as a float; NaN if it is no number, as is possible if the Trainer did not read it."""
     try:
         return float(value)
     except ValueError:
@@ -92,4 +92,4 @@ def _number(value: str) -> float:
 
 
 def _is_among(given: float, numbers: list[float]) -> bool:
-    return any(math.isclose(given, number, rel_tol=1e-6) for number in numbers)  # a number may be in float32
+    return any(math.isclose(given, number, rel_tol=1e-6) for number in numbers)  # some may be rounded to float32

@@ -1,4 +1,4 @@
-"""What GrokAdamW does between steps: groups that may be changed by hand, reports, checkpoints, pickles and copies."""
+"""The parts of GrokAdamW that act between steps: parameter groups, reports, checkpoints, pickles and copies."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from .state.slots import states_of
 from .step import metrics
 from .step.alpha import Signals
 from .step.batches import Given
-from .step.stages import Run
+from .step.run import Run
 
 
 class Base(Optimizer):
     """GrokAdamW without `step`: its groups, reports, checkpoints, pickles and copies."""
 
     _run: Run
-    _preset_gamma: float | None = None  # the γ that `for_grokking` chose, which needs no warning
+    _preset_gamma: float | None = None  # the γ that `for_grokking` chose; it causes no warning
 
     def __repr__(self) -> str:
-        """Show the options of each group, but not what the group keeps for checkpoints."""
+        """Show each group's options, without the layers and progress that the group keeps for checkpoints."""
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
             shown = sorted(group.keys() - {"params", "param_names", "layers", *PROGRESS})
@@ -53,18 +53,18 @@ class Base(Optimizer):
         return "\n".join([*lines, ")"])
 
     def _say_whether_it_unscales(self) -> None:
-        """Tell GradScaler that this optimizer unscales: if fused, or to learn of overflows in micro-batches."""
+        """Tell GradScaler if this optimizer unscales gradients: if fused, or to see overflows in micro-batches."""
         self._step_supports_amp_scaling = bool(self.defaults["fused"] or self.defaults["accumulation_steps"] > 1)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch does. It may set the options that the constructor lists.
+        """Add a parameter group, as in torch. It may set the options that the constructor lists under ``params``.
 
-        With names, parameters of a known module join its layer, and new modules follow the layers so far. Without
-        names, each tensor is a layer, counted from 0 in its group. ``layer``, or ``layers`` with an integer for each
-        parameter, says otherwise.
+        With names, parameters of a known module join its layer, and new modules become the next layers. Without names,
+        each tensor is a layer, numbered from 0 within its group. A group can override this with ``layer``, or with
+        ``layers``, a list of one integer for each parameter.
 
         Raises:
-            TypeError, ValueError: a value is not allowed, or not in a group. Then nothing was added.
+            TypeError, ValueError: a value is not allowed, or not allowed in a group. Then nothing was added.
         """
         checked = {}
         if isinstance(param_group, dict):
@@ -76,7 +76,7 @@ class Base(Optimizer):
             param_group = self._with_layers(param_group)
             for sentence in misspelt(param_group, GROUP_KEYS):
                 warn(sentence, UserWarning)
-            # a copy, as the caller may reuse the dict; without keys that only AdamW's groups have
+            # copy the dict, as the caller may reuse it, and leave out keys that only AdamW's groups have
             param_group = {k: v for k, v in param_group.items() if k not in OF_ADAMW}
         super().add_param_group(param_group)
         *earlier, group = self.param_groups
@@ -86,26 +86,26 @@ class Base(Optimizer):
         self._run.layers_checked = False
 
     def _with_layers(self, param_group: dict[str, Any]) -> dict[str, Any]:
-        """Return a group whose `layers`, if it has any that count, are a list with an integer for each parameter."""
+        """Return the group. If it has `layers` that are used, they become a list with one integer per parameter."""
         given, params = param_group.get("layers"), param_group.get("params")
-        # ZeroRedundancyOptimizer gives a part of the parameters, and `zero.take_places` their layers
+        # ZeroRedundancyOptimizer passes only some of the parameters, and `zero.take_places` sets their layers
         if given is None or params is None or param_group.get("layer") is not None or self._run.zero() is not None:
             return param_group
-        if not isinstance(params, Sized):  # an iterator, which can be read once
+        if not isinstance(params, Sized):  # an iterator can be read only once
             params = list(params)
         integers, count = layers.as_integers("layers", given), 1 if isinstance(params, torch.Tensor) else len(params)
         if len(integers) != count:
             raise ValueError(
-                f"layers={given!r} has {len(integers)} layers, and its group {count} parameters: give an integer for "
-                "each, or leave layers out"
+                f"layers={given!r} has {len(integers)} layers, but its group has {count} parameters: give one integer "
+                "per parameter, or leave layers out"
             )
         return {**param_group, "params": params, "layers": integers}
 
     def _complete_groups(self) -> None:
-        """Fill in groups that did not come through `add_param_group`, such as those that an outer optimizer appends.
+        """Complete groups that were not added by `add_param_group`, such as those that an outer optimizer appends.
 
         Raises:
-            TypeError, ValueError: a value is not allowed. Then its group was not filled in.
+            TypeError, ValueError: a value is not allowed. Then its group was not completed.
         """
         run, fits = self._run, True
         if run.before_loading:
@@ -121,35 +121,36 @@ class Base(Optimizer):
         if not fits:
             sentence = layers.make_one(self.param_groups, run.shard_group is None and ranks() > 1)
             if sentence is not None and not run.flattened:
-                run.flattened = True  # warn once: DeepSpeed steps one group after the other
+                run.flattened = True  # warn only once: DeepSpeed steps one group after another
                 warn(sentence, UserWarning)
 
     def implementation(self) -> str:
-        """Return which implementation updates the parameters, and why: a line for each, ``"name: reason"``.
+        """Return which implementations update the parameters, and why: one line ``"name: reason"`` for each.
 
-        ``gpu`` is one Triton launch for all tensors of a kind; ``cpu`` is the native kernel, one pass through memory;
-        ``blocks`` replaces it if it was not built; ``foreach`` uses torch's operations on lists of tensors,
-        ``reference`` on one at a time, ``decoded`` on float32 copies of fewer bits. Those three also take
-        parameters that share memory, and under torch.compile or FakeTensorMode all parameters. A gradient that does not
-        exist yet is assumed to look like its parameter. Missing state is made for a moment, one parameter at a time.
+        ``gpu`` is one Triton launch for all tensors of a kind. ``cpu`` is the native kernel, one pass through memory,
+        and ``blocks`` replaces it if it was not built. ``foreach`` uses torch's operations on lists of tensors,
+        ``reference`` uses them on one tensor at a time, and ``decoded`` on float32 copies of tensors with fewer bits.
+        These three also update parameters that share memory, and all parameters under torch.compile or FakeTensorMode.
+        A missing gradient is assumed to look like its parameter. Missing state is created temporarily, one parameter at
+        a time.
         """
         self._complete_groups()
         return self._run.cache.describe(Given(self.param_groups, self.state, self.defaults))
 
     def layer_table(self) -> list[layers.Layer]:
-        """Return a row for each layer, in order: ``layer``, the ``names`` of its parameters, ``beta1`` (its β1_l)."""
+        """Return one row per layer, in order: ``layer``, the ``names`` of its parameters, and ``beta1`` (its β1_l)."""
         self._complete_groups()
         return layers.table(self.param_groups, self._run.names)
 
     def metrics(self) -> dict[str, float]:
-        """Return what the last step did, or a later ``update_signals``, as plain floats. This waits for the device.
+        """Return numbers about the last step (or a later ``update_signals``) as floats. This waits for the device.
 
-        ``step`` (steps taken, the most of any parameter), ``signal`` (s), ``signal/<name>`` (each function's last
-        usable value), ``alpha`` (α, which a window does not use), ``boost`` (what the signal multiplies lr by),
-        ``decay_boost`` (and ``weight_decay`` by), ``grad_norm`` (N, before clipping), ``clip_coefficient`` (c),
+        The keys are ``step`` (steps taken, the most of any parameter), ``signal`` (s), ``signal/<name>`` (the last
+        usable value of each signal), ``alpha`` (α, which a window does not use), ``boost`` (the signal's factor of lr),
+        ``decay_boost`` (its factor of ``weight_decay``), ``grad_norm`` (N, before clipping), ``clip_coefficient`` (c),
         ``skipped_steps``, ``signal_failures``, ``beta1_min`` and ``beta1_max`` (of β1_l). If groups differ, ``alpha``
-        and ``clip_coefficient`` are the smallest, and the boosts the largest. NaN means unknown: before the first step,
-        without a usable signal, or for a norm that nothing needed.
+        and ``clip_coefficient`` are the smallest values, and the boosts the largest. NaN means unknown: before the
+        first step, without a usable signal, or if nothing needed the norm.
         """
         self._complete_groups()
         self._run.settle(self.param_groups)
@@ -160,36 +161,37 @@ class Base(Optimizer):
     def memory(self) -> dict[str, int]:
         """Return the bytes that training takes on this rank, by kind; before the first step, those that it will take.
 
-        ``parameters``, ``gradients`` (a missing one counts as its parameter), ``exp_avg``, ``exp_avg_sq`` and
-        ``grok_ema`` with their scales, ``param_low``, ``window`` and ``step``; ``total``, their sum; and beside it
-        ``adamw``, the total of ``torch.optim.AdamW`` on the same parameters. Activations, temporary memory of a step,
-        and parameters outside the optimizer are not included. ``python -m grokadamw memory`` needs no model.
+        The keys are ``parameters``, ``gradients`` (a missing one counts like its parameter), ``exp_avg``,
+        ``exp_avg_sq`` and ``grok_ema`` with their scales, ``param_low``, ``window``, ``step``, and ``total``, the sum
+        of these; and, for comparison, ``adamw``, the total with ``torch.optim.AdamW`` on the same parameters.
+        Activations, temporary memory of a step, and parameters outside the optimizer are not included.
+        ``python -m grokadamw memory`` needs no model.
         """
         self._complete_groups()
         return sizes(self.param_groups, self.state, self.defaults)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return only tensors and plain data, as torch does, so that ``torch.load(weights_only=True)`` can read it.
+        """Return a state dict, as in torch: only tensors and plain data, for ``torch.load(weights_only=True)`` to read.
 
-        Signal functions are left out, but the state of those that have a ``state_dict`` is kept.
+        Signal functions are not saved, but the state of signals that have a ``state_dict`` is.
         """
         self._before_saving()
         saved = super().state_dict()
-        # an AdamW that was made from these groups has written into them; what a hook returns may have none
+        # an AdamW made from these groups has added its keys to them; a hook may return a dict without groups
         for group in saved.get("param_groups", ()):
             for name in OF_ADAMW:
                 group.pop(name, None)
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict, as torch does, but do not round the state to its parameter's dtype.
+        """Load a state dict as torch does, but do not round the state to the parameters' dtypes.
 
-        Parameters are matched by name if both sides have the same names, else by order. Signals, the options of the
+        Parameters are matched by name if both sides have the same names, otherwise by order. Signals, options of the
         whole optimizer, ``foreach``, ``fused`` and ``capturable`` stay as constructed.
 
         Args:
-            state_dict: from a GrokAdamW, also of release 0.1.2, or from ``torch.optim.AdamW`` or ``Adam``. Options that
-                those lack stay as they are, and μ starts at 0. See ``grokadamw.checkpoints``.
+            state_dict: from a GrokAdamW (also of release 0.1.2), or from ``torch.optim.AdamW`` or ``Adam``. Options
+                that AdamW and Adam lack stay as they are, and μ starts at 0. See ``grokadamw.checkpoints``.
 
         Raises:
             ValueError: groups, parameters or shapes differ from the saved ones, an option's saved value is not allowed,
@@ -227,13 +229,13 @@ class Base(Optimizer):
         signals, combine = state.pop("_signals", None), state.pop("_combine", "mean")
         if state.pop("_is_sharded", False):
             warn(
-                "a pickle keeps no process group: the unpickled optimizer takes its parameters to be whole. Construct "
+                "a pickle keeps no process group: the unpickled optimizer treats its parameters as whole. Construct "
                 "GrokAdamW(..., shard_group=...) and load a state_dict() instead",
                 UserWarning,
             )
         earlier = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
-        for name, value in group_defaults({}).items():  # those that an older version lacked
+        for name, value in group_defaults({}).items():  # defaults that an older version lacked
             self.defaults.setdefault(name, value)
         fill_in(self.param_groups, earlier, self.defaults)
         if "_run" not in self.__dict__:  # unpickled, or a copy
@@ -254,13 +256,13 @@ class Base(Optimizer):
 
 
 def _join(group: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
-    """Complete a group that has all its options: set its layers, and the progress of the groups before it."""
+    """Complete a group that has all its options: set its layers, and copy the run's progress from earlier groups."""
     first = earlier[0] if earlier else {**CYCLE_AT_REST, "skipped_steps": group["skipped_steps"]}
-    group.update(CYCLE_AT_REST, skipped_steps=first["skipped_steps"])  # the group may be another optimizer's
+    group.update(CYCLE_AT_REST, skipped_steps=first["skipped_steps"])  # it may come from another optimizer
     for name in RECORDED:
         if group[name] is None:
             group[name] = recorded(earlier, name)
-    if first["micro_step"] > 0:  # it joins the current cycle, with its own numbers
+    if first["micro_step"] > 0:  # the group joins the current cycle, with its own numbers
         amplification = CycleNumbers(*first["cycle"]).amplification
         group["cycle"] = tuple(CycleNumbers.of(group, amplification, as_number(group["alpha_init"])))
         group["micro_step"] = first["micro_step"]

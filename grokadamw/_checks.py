@@ -1,4 +1,4 @@
-"""Checks of one argument. Each raises an error that names it, its value and the way out."""
+"""Checks of a single argument. The errors name the argument, its value, and what to give instead."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ._numbers import as_number
 
-# A check gets an option's name and value. It raises an error that names both and the way out, or returns the value. It
-# returns NumPy's numbers as Python's, because torch.load(weights_only=True) cannot read NumPy's.
+# A check takes an option's name and value. It returns the value, or raises an error that names both and says what to
+# give instead. It turns NumPy numbers into Python numbers, which torch.load(weights_only=True) can read.
 Check: TypeAlias = Callable[[str, Any], Any]
 
 
@@ -35,7 +35,7 @@ check_limit = partial(check_number, hint="; 0 switches it off")
 
 
 def check_scalar(name: str, value: Any, *, at_most: float | None = None) -> float | Tensor:
-    """Check a number, or that a tensor has one element. A tensor's value, which may be on a GPU, is not read."""
+    """Check a number, or that a tensor has one real element. A tensor's value is not read, as it may be on a GPU."""
     if not isinstance(value, Tensor):
         return check_number(name, value, at_most=at_most)
     if value.numel() != 1:
@@ -53,7 +53,7 @@ def check_betas(name: str, value: Any) -> tuple[float, ...]:
 
 
 def check_count(name: str, value: Any, at_least: int = 0) -> int:
-    """Check an integer."""
+    """Check an integer of at least `at_least`."""
     if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
         raise TypeError(f"{name}={value!r} is not an integer: give one of at least {at_least}")
     if value < at_least:
@@ -65,7 +65,7 @@ _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_dtype(name: str, value: Any) -> Any:
-    """Check that gradients can be kept in a dtype, or that it is None."""
+    """Check a dtype in which gradients are to be kept, or None."""
     if value is not None and (not isinstance(value, torch.dtype) or value not in _DTYPES):
         raise ValueError(
             f"{name}={value!r} cannot keep gradients: give torch.bfloat16, float32, float64, or None for a dtype that "
@@ -92,7 +92,7 @@ def or_none(check: Check, **limits: Any) -> Check:
 
 
 def check_keys(value: Any) -> None:
-    """Raise TypeError for a dict's key that is no string, as JSON would make one of it."""
+    """Raise TypeError if a dict has a key that is not a string, because JSON would turn it into one."""
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):

@@ -41,7 +41,7 @@ OF_ADAMW = {"amsgrad": "there is no AMSGrad here", "decoupled_weight_decay": "we
 def meant(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that an unknown name most likely means; None if there is none.
 
-    Names that extend a known one, such as lr_scale or weight_decay_mult, are taken to be other packages' own.
+    Names that extend a known one, such as lr_scale or weight_decay_mult, are assumed to belong to other packages.
     """
     known = list(known)
     if any(name.startswith(f"{option}_") for option in known):
@@ -52,7 +52,7 @@ def meant(name: str, known: Iterable[str]) -> str | None:
 
 
 def with_hints(function: Callable[P, None]) -> Callable[P, None]:
-    """Make a method say in its TypeError for an unknown argument what to give instead, if that is likely."""
+    """Make a method's TypeError for an unknown argument suggest what to give instead, if that can be guessed."""
     known = inspect.signature(function).parameters
     is_constructor = function.__name__ == "__init__"
     by_name = [name for name, parameter in known.items() if parameter.kind is parameter.KEYWORD_ONLY]
@@ -96,10 +96,10 @@ def with_model(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def check_iterable(params: Any) -> None:
-    """Raise TypeError if the parameters of an optimizer or group are a model, a dict, or nothing to iterate over."""
+    """Raise TypeError if the parameters of an optimizer or group are a model, a dict, or not iterable."""
     if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
         raise TypeError(f"params is a {type(params).__name__}: give its parameters, model.named_parameters()")
-    if isinstance(params, Tensor):  # torch's affair: a group may have one
+    if isinstance(params, Tensor):  # torch checks this: a group may have one
         return
     try:
         iter(params)
@@ -115,7 +115,7 @@ def check_iterable(params: Any) -> None:
 def check_params(params: Any) -> Any:
     """Return an optimizer's `params` argument, with an iterator turned into a list.
 
-    Raises TypeError if it is nothing that has parameters, and ValueError if it is empty.
+    Raises TypeError if it cannot hold parameters, and ValueError if it is empty.
     """
     check_iterable(params)
     if isinstance(params, Iterator):
@@ -129,6 +129,6 @@ def check_params(params: Any) -> Any:
 
 
 def misspelt(group: Mapping[str, Any], known: Sequence[str]) -> list[str]:
-    """Return a warning for each unknown key of a parameter group that looks like an option."""
+    """Return a warning for each unknown key of a parameter group that looks like a misspelt option."""
     pairs = [(key, meant(key, known)) for key in group if key not in known and key not in ("params", "param_names")]
-    return [f"a parameter group has {key!r}, which nothing reads: did you mean {name}?" for key, name in pairs if name]
+    return [f"a parameter group has {key!r}, which has no effect: did you mean {name}?" for key, name in pairs if name]

@@ -1,4 +1,4 @@
-"""Numbers that a step uses: a Python float, or a tensor if reading it would make the host wait."""
+"""Numbers that a step uses: Python floats, or tensors if reading them would make the host wait for the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _N = TypeVar("_N", Number, Number | None)
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Return True if a number on this device exists, and can be read without waiting for queued work."""
+    """Return True if numbers on this device can be read without waiting for queued work, and are not fake."""
     fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)  # fake tensors have no numbers
     return device.type == "cpu" and fake is None
 
@@ -35,14 +35,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """Return a complex tensor as two real numbers per element, sharing its memory; any other tensor as it is."""
+    """Return a complex tensor as a real view with two numbers per element; return any other tensor unchanged."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def resolved(tensor: Tensor) -> Tensor:
-    """Return a tensor with its elements in memory: a conjugate view, or zeros without memory, as a copy.
+    """Return a tensor whose elements are in memory: copy conjugate views, and ZeroTensors, which have no memory.
 
-    Autograd returns such gradients; zeros without memory, ZeroTensors, for torch.sgn.
+    Autograd returns such gradients: ZeroTensors, for example, for torch.sgn.
     """
     tensor = tensor.resolve_conj()
     return tensor.clone() if tensor._is_zerotensor() else tensor
@@ -75,9 +75,9 @@ def as_number(value: Any, name: str = "the value") -> Number:
 
 
 def plain(value: Any) -> Any:
-    """Return NumPy's numbers as Python's, also in a tuple or list; any other value as it is.
+    """Return NumPy numbers as Python numbers, also in a tuple or list; return any other value unchanged.
 
-    torch.load(weights_only=True) cannot read NumPy's.
+    torch.load(weights_only=True) cannot read NumPy numbers.
     """
     if type(value) in (tuple, list):
         items = [plain(item) for item in value]
@@ -102,14 +102,14 @@ def as_share(value: Any, name: str) -> Number:
 
 
 def product(a: Number, b: Number) -> Number:
-    """Return a · b, on a's device if a is a tensor; without computing anything if b is the number 1."""
+    """Return a · b, on a's device if a is a tensor. If b is the number 1, nothing is computed."""
     if isinstance(b, Tensor):
         return a * (b.to(a.device, non_blocking=True) if isinstance(a, Tensor) else b)
     return a if b == 1 else a * b
 
 
 def number_on(device: torch.device, value: Number, differentiable: bool) -> Number:
-    """Return a number for parameters on a device: a tensor is moved there, or read if that is free."""
+    """Return a number for a step on a device: a tensor is moved there, or read as a float if that is free."""
     if not isinstance(value, Tensor):
         return float(value)
     if is_on_host(value.device, differentiable) or is_on_host(device, differentiable):
@@ -121,7 +121,7 @@ def number_on(device: torch.device, value: Number, differentiable: bool) -> Numb
 
 
 def is_on_host(device: torch.device, differentiable: bool) -> bool:
-    """Return True if numbers for parameters on a device are Python's: reading is free, and loses no derivative."""
+    """Return True if a step on a device uses Python numbers: reading tensors is free, and no derivative is lost."""
     return reads_are_free(device) and not differentiable
 
 

@@ -1,4 +1,4 @@
-"""Shared by the callbacks, Monitor and precision: GrokAdamW inside wrappers, its metrics and layers, and warnings."""
+"""Helpers of the callbacks, Monitor and precision: find a wrapped GrokAdamW, read metrics, set layers, and warn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOGGED = ("alpha", "boost", "decay_boost", "signal", "grad_norm", "clip_coeffic
 
 
 def _unwrapped(optimizer: Any) -> Iterator[Any]:
-    """Yield an optimizer and what is inside of it, through the wrappers of frameworks, torch and this package."""
+    """Yield an optimizer and each optimizer inside it, through the wrappers of frameworks, torch and this package."""
     while optimizer is not None:
         yield optimizer
         if isinstance(optimizer, GrokAdamW):
@@ -35,23 +35,23 @@ def grokadamw_in(optimizer: Any) -> GrokAdamW | None:
 
 
 def readings(optimizer: GrokAdamW) -> dict[str, float]:
-    """Return the metrics() that are worth plotting and known, under names that begin with grok_."""
+    """Return the metrics that are worth plotting and not NaN, under names that begin with grok_."""
     metrics = optimizer.metrics()
     return {f"grok_{name}": metrics[name] for name in _LOGGED if not math.isnan(metrics[name])}
 
 
 def smallest_with(optimizer: GrokAdamW, model: nn.Module) -> nn.Module:
-    """Return the smallest module of a model that has all parameters of the optimizer; the model if none has."""
+    """Return the smallest module that has all parameters of the optimizer; the whole model if there is none."""
     wanted = {param for group in zero.groups_of_all_ranks(optimizer) for param in group["params"]}
     smallest = model
-    for module in model.modules():  # a module comes before those inside it
+    for module in model.modules():  # a module comes before its submodules
         if wanted <= set(module.parameters()):
             smallest = module
     return smallest
 
 
 def name_layers(optimizer: GrokAdamW, model: nn.Module) -> None:
-    """Take layers from the model; if it lacks parameters of the optimizer, warn and leave the layers as they are."""
+    """Set the layers from the model. If it lacks parameters of the optimizer, warn and leave the layers unchanged."""
     try:
         optimizer.set_layers(model)
     except ValueError as error:
@@ -59,7 +59,7 @@ def name_layers(optimizer: GrokAdamW, model: nn.Module) -> None:
 
 
 def group_sizes(optimizer: GrokAdamW) -> list[int]:
-    """Return how many parameters each group has: if that changes, groups need layers again."""
+    """Return the number of parameters of each group. If it changes, the layers must be set again."""
     return [len(group["params"]) for group in zero.groups_of_all_ranks(optimizer)]
 
 
@@ -71,15 +71,15 @@ def check_not_the_trainers(options: Mapping[str, Any]) -> None:
 
 
 def shown(value: Any) -> str:
-    """Return a value as an error shows it: one that takes much space, such as an optimizer, by its type alone."""
+    """Return a value's text for an error message; only its type if the text is long, as for an optimizer."""
     text = repr(value)
     return text if len(text) <= 60 and "\n" not in text else f"<{type(value).__name__}>"
 
 
 def without_nan(values: Mapping[str, Any], said: set[str]) -> dict[str, Any]:
-    """Return values for `record` without accuracies that are NaN; warn of them once. `said` is what was warned of.
+    """Return values for `record` without accuracies that are NaN; warn once about each. `said` has earlier warnings.
 
-    A number on a GPU is not looked at, as that would wait for it.
+    A number on a GPU is not checked, because that would wait for the device.
     """
     found = dict(values)
     for name in ("train_acc", "eval_acc"):
@@ -98,18 +98,18 @@ def without_nan(values: Mapping[str, Any], said: set[str]) -> dict[str, Any]:
 
 
 def hears_losses(optimizer: GrokAdamW) -> bool:
-    """Return True if losses change what the optimizer does: a signal compares them, and an option uses the signal."""
+    """Return True if losses affect the optimizer: a signal takes them, and an option uses the signal."""
     adapts = are_boosted(optimizer.param_groups) or any(group["lamb"] for group in optimizer.param_groups)
     return adapts and any(optimizer._run.signals.takes_losses)
 
 
 def say_who_clips(optimizer: Any, limit: float, name: str, *, by_norm: bool = True) -> None:
-    """Warn if a framework clips gradients, and that has no effect, or another one than the optimizer's clipping.
+    """Warn if a framework's gradient clipping has no effect, clips micro-batches, or differs from the optimizer's.
 
     Args:
-        optimizer: what the framework steps, with a GrokAdamW in it.
-        limit: the framework's, 0 for none; `name` is its argument.
-        by_norm: whether the limit is for the norm, and not for each number.
+        optimizer: the optimizer that the framework steps; it may be or contain a GrokAdamW.
+        limit: the framework's limit, 0 for none. `name` is the argument that sets it.
+        by_norm: True if the limit is for the norm, False if it is for each element.
     """
     found = grokadamw_in(optimizer)
     if found is None or not limit:

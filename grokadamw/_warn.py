@@ -1,4 +1,4 @@
-"""Warnings that point at the user's line, past the wrappers that torch, schedulers and compilers put around a step."""
+"""Warnings that point at the user's line, not at the code that torch, schedulers and compilers wrap around a step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _NOT_THE_USERS = ("grokadamw", "torch", "contextlib", "copy", "functools", *_FRA
 
 
 def is_new(what: str, said: set[str]) -> bool:
-    """Note that something was said, and return True if it was not before: most warnings come once."""
+    """Remember that a warning was given, and return True if it is new. Most warnings are given only once."""
     before = len(said)
     said.add(what)
     return len(said) > before
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn at the innermost frame that does not belong to this package, torch or a framework."""
+    """Issue a warning that points at the innermost frame outside this package, torch and the frameworks."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""The base class of optimizers around another one, and the order of their step."""
+"""The base class of optimizers that wrap another one: how such a wrapper takes a step."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Part(NamedTuple):
     """A parameter that has a gradient, with its gradient, state and group."""
 
     param: Tensor  # may be complex
-    grad: Tensor  # real, and without the loss scale
+    grad: Tensor  # a real tensor, divided by the loss scale
     state: State  # read only: write to the optimizer's `state`
     group: dict[str, Any]
 
 
 class Wrapper(WrapperBase):
-    """A wrapper with its `step`: it makes other gradients, with which the inner optimizer steps."""
+    """An optimizer that wraps another one: it computes new gradients, and the inner optimizer steps with them."""
 
     def __init__(self, optimizer: Optimizer, group_defaults: dict[str, Any]) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -46,15 +46,15 @@ class Wrapper(WrapperBase):
         while isinstance(inner, Wrapper):
             if inner._rank >= self._rank:
                 raise ValueError(
-                    f"{type(self).__name__} around {type(inner).__name__}: one filter at most, and Accumulate is the "
-                    "outermost, as in Accumulate(Grokfast(optimizer), steps)"
+                    f"{type(self).__name__} cannot wrap {type(inner).__name__}: use at most one filter, and put "
+                    "Accumulate outermost, as in Accumulate(Grokfast(optimizer), steps)"
                 )
             inner = inner._inner
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise TypeError(
-                f"{type(optimizer).__name__} evaluates its closure several times a step, and so does not see the "
-                f"gradients that {type(self).__name__} makes: give an optimizer that takes a step without a closure"
+                f"{type(self).__name__} cannot wrap {type(optimizer).__name__}, which evaluates its closure several "
+                "times per step, and so overwrites the gradients: use an optimizer whose step() needs no closure"
             )
         self._check_inner(inner)
         self._inner, self._group_defaults = optimizer, group_defaults
@@ -62,14 +62,14 @@ class Wrapper(WrapperBase):
         self._drop_none()
         for group in optimizer.param_groups:
             self._check({**group_defaults, **group})
-        # groups and states that another wrapper of this kind had
+        # groups and states that belonged to another wrapper of this kind
         groups = [group for group in optimizer.param_groups if self._mark in group]
         states = [optimizer.state.get(param, {}) for group in groups for param in group["params"]]
         entries = (self._state_names, *self._others)
         if any(int(state.get(names[-1], 0)) > 0 for state, names in product(states, entries)):
             warn(
-                "the optimizer has what another wrapper collected, which is dropped: to continue a run, put the same "
-                "wrapper around a new optimizer first, and call the wrapper's load_state_dict",
+                "the optimizer's state has entries of another wrapper, which are dropped: to continue a run, put the "
+                "same wrapper around a new optimizer first, and call the wrapper's load_state_dict",
                 UserWarning,
             )
         for group in groups:
@@ -80,7 +80,7 @@ class Wrapper(WrapperBase):
         self._begin()
 
     def _check_inner(self, inner: Optimizer) -> None:
-        """Raise ValueError if this wrapper cannot work with the optimizer inside all wrappers."""
+        """Raise ValueError if this wrapper cannot work with the innermost optimizer."""
         if getattr(inner, "_overlap_with_ddp", False):
             raise ValueError(
                 "ZeroRedundancyOptimizer with overlap_with_ddp=True steps inside DDP's backward pass, without the "
@@ -88,7 +88,7 @@ class Wrapper(WrapperBase):
             )
         if any(group.get("differentiable") for group in inner.param_groups):
             raise ValueError(
-                f"{type(self).__name__} around an optimizer with differentiable=True, which it would step without an "
+                f"{type(self).__name__} cannot wrap an optimizer with differentiable=True, because it steps without an "
                 "autograd graph: leave one of them out"
             )
 
@@ -99,13 +99,13 @@ class Wrapper(WrapperBase):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Run the closure, if there is one, and take a step. ``p.grad`` stays as the closure left it.
+        """Take one step, after running the closure if there is one. ``p.grad`` stays as the closure left it.
 
-        If GradScaler leaves its scale to the optimizer, gradients are divided by the scale, and nothing is done if
-        GradScaler found infinity. That flag is read back from a GPU.
+        If GradScaler leaves unscaling to the optimizer, gradients are divided by the loss scale, and the step is
+        skipped if GradScaler found infinity. GradScaler's flag is read back from a GPU.
 
         Returns:
-            What the closure returned.
+            The closure's return value; None without a closure.
         """
         loss = None
         if closure is not None:
@@ -115,7 +115,7 @@ class Wrapper(WrapperBase):
             self._step(getattr(self, "found_inf", None))  # without gradients GradScaler gives a plain 0
         return loss
 
-    @_disable_dynamo  # Python's numbers decide what is done; compile the inner optimizer's step instead
+    @_disable_dynamo  # a step branches on Python numbers; compile the inner optimizer's step instead
     def _step(self, found_inf: Any) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -126,7 +126,7 @@ class Wrapper(WrapperBase):
         if self._overflows(found_inf):
             self._skip()
             return
-        self._fill_groups()  # the inner optimizer may have got a new group
+        self._fill_groups()  # the inner optimizer may have a new group
         for group in self.param_groups:
             self._check(group)
         self._check_kept()
@@ -138,22 +138,22 @@ class Wrapper(WrapperBase):
             self._take(parts)
 
     def _overflows(self, found_inf: Any) -> bool:
-        """Return True if GradScaler found infinity; RuntimeError if it did on some ranks of the shard_group only."""
+        """Return True if GradScaler found infinity. Raise RuntimeError if only some ranks of the shard_group did."""
         found = float(overflow_of_all(found_inf, self.param_groups, self._shard_group) or 0)
         check_agreed(found, self._shard_group)
         return found != 0
 
     def _check_not_early(self) -> None:
-        """Raise ValueError if the backward pass has the inner optimizer use gradients before this one sees them."""
+        """Raise ValueError if step_in_backward is on: gradients would be used before this wrapper sees them."""
         if getattr(self._innermost_run, "in_backward", None) is not None:
             name = type(self).__name__
             raise ValueError(
-                f"{name} with step_in_backward, which updates parameters before {name} sees their gradients: leave one "
-                "of them out. GrokAdamW has a filter of its own, and accumulation_steps"
+                f"{name} does not work with step_in_backward, which updates parameters before {name} sees their "
+                "gradients: leave one of them out. GrokAdamW has a filter of its own, and accumulation_steps"
             )
 
     def _check_kept(self) -> None:
-        """Raise RuntimeError if a parameter's state is gone, or no longer has its shape."""
+        """Raise RuntimeError if a parameter's state is missing, or no longer has the parameter's shape."""
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
             state = self.state.get(param, {})
             if state is None:
@@ -172,7 +172,7 @@ class Wrapper(WrapperBase):
         raise NotImplementedError
 
     def _make_state(self, parts: list[Part]) -> None:
-        """Make the state that these parameters lack, at zero."""
+        """Create the state that these parameters lack, initialised to zero."""
         raise NotImplementedError
 
     def _parts(self) -> list[Part]:
@@ -201,8 +201,8 @@ class Wrapper(WrapperBase):
     def _is_for_state_alone(self, parts: list[Part]) -> bool:
         """Return True if torch.distributed.checkpoint takes this step only to create the state that it loads into.
 
-        There is no state yet then, and the learning rate and all gradients are 0. With a shard_group the caller
-        decides, because all ranks must agree, whatever gradients they have.
+        In such a step there is no state yet, and the learning rate and all gradients are 0. With a shard_group, the
+        call stack decides instead, because all ranks must agree even if their gradients differ.
         """
         if any(not isinstance(state, dict) or state for state in self.state.values()):
             return False
@@ -210,26 +210,26 @@ class Wrapper(WrapperBase):
             return state_is_asked_for()
         if not parts:
             return False
-        lrs = [group.get("lr") for group in self.param_groups]  # with None some optimizers choose their own
+        lrs = [group.get("lr") for group in self.param_groups]  # with lr=None some optimizers choose their own
         if any(lr is None or float(lr) != 0 for lr in lrs):
             return False
         return not any(not part.grad.is_meta and part.grad.any() for part in parts)
 
     @property
     def _shard_group(self) -> Any:
-        """The shard_group of a GrokAdamW inside; None without one, as in ZeRO, around which gradients are whole."""
+        """The shard_group of a GrokAdamW inside; None without one, as with ZeRO, whose wrapper has all gradients."""
         return getattr(self._innermost_run, "shard_group", None)
 
     @property
     def _innermost_run(self) -> Any:
-        """The `Run` of a GrokAdamW inside; None without one."""
+        """The `Run` of the GrokAdamW inside; None if there is none."""
         inner = self._inner
         while isinstance(inner, Wrapper):
             inner = inner._inner
         return getattr(inner, "_run", None)
 
     def _inner_step(self, parts: Sequence[Part], grads: Sequence[Tensor]) -> None:
-        """Let the inner optimizer step with these real gradients; other parameters have none meanwhile."""
+        """Step the inner optimizer with these gradients (real tensors). Other parameters have no gradient meanwhile."""
         with self._hidden(), _replaced(parts, grads, chain.from_iterable(g["params"] for g in self.param_groups)):
             self._inner.step()
 
@@ -246,7 +246,7 @@ def by_kind(parts: Sequence[Part], kind: Callable[[Part], _Kind]) -> list[tuple[
 
 @contextmanager
 def _replaced(parts: Sequence[Part], grads: Sequence[Tensor], params: Iterator[Tensor]) -> Iterator[None]:
-    """Replace the gradients inside the context, keeping their dtypes; other parameters have none meanwhile."""
+    """Replace the gradients inside the context, keeping their dtypes. Other parameters have no gradient there."""
     kept = {param: param.grad for param in params}
     new = {part.param: grad for part, grad in zip(parts, grads, strict=True)}
     try:
@@ -254,7 +254,7 @@ def _replaced(parts: Sequence[Part], grads: Sequence[Tensor], params: Iterator[T
             grad = new.get(param)
             if grad is not None:
                 grad = torch.view_as_complex(grad) if param.is_complex() else grad
-                # a parameter may ask for gradients of another dtype than its own (from torch 2.10 on)
+                # from torch 2.10 on, a parameter may ask for gradients of another dtype than its own
                 expected = getattr(param, "grad_dtype", None) or param.dtype
                 grad = grad.to(expected if old is None else old.dtype)
             param.grad = grad

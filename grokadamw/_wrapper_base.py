@@ -1,4 +1,4 @@
-"""What optimizers around another one do between steps: shared groups and state, checkpoints, pickles and copies."""
+"""The parts of wrappers that act between steps: shared groups and state, checkpoints, pickles and copies."""
 
 from __future__ import annotations
 
@@ -21,47 +21,47 @@ _W = TypeVar("_W", bound="WrapperBase")
 
 
 class WrapperBase(Optimizer):
-    """An optimizer around another one, `optimizer`, whose groups and state it shares.
+    """An optimizer that wraps another one, `optimizer`, and shares its groups and state.
 
     A wrapper's own tensors are in that state, too, under names of their own, so that every checkpoint has them. The
     inner optimizer does not see them while it steps. Numbers that may change are in the groups.
     """
 
-    _inner: Optimizer  # use this name only: Lightning's optimizers subclass ours, and have another `optimizer`
+    _inner: Optimizer  # always use this name: Lightning's optimizers subclass ours and redefine `optimizer`
     _group_defaults: dict[str, Any]
-    _state_names: tuple[str, ...]  # its entries in each parameter's state
+    _state_names: tuple[str, ...]  # the wrapper's entries in each parameter's state
     _settings: tuple[str, ...] = ()  # attributes that pickle and deepcopy keep
-    _prefixes: tuple[str, ...]  # how names of group keys and state entries begin: its own, and those of wrappers inside
-    _runs: tuple[str, ...] = ()  # its group keys that are no settings, but the progress of a run
-    _others: tuple[tuple[str, ...], ...] = ()  # those of each other wrapper of its kind; a count comes last in all
-    _mark: str  # a group key which shows that a wrapper of its kind was around the optimizer
+    _prefixes: tuple[str, ...]  # prefixes of its group keys and state entries, and of those of wrappers inside
+    _runs: tuple[str, ...] = ()  # its group keys that hold the progress of a run, not settings
+    _others: tuple[tuple[str, ...], ...] = ()  # state names of each other wrapper; a count comes last in all
+    _mark: str  # a group key which shows that a wrapper of this kind was around the optimizer
     _rank: int  # it may only wrap wrappers of lower rank
 
     def _begin(self) -> None:
-        # makes GradScaler leave its scale to the optimizer, and call the optimizer even if it found infinity
+        # GradScaler then leaves unscaling to the optimizer, and calls the optimizer even if it found infinity
         if self._always_unscales or getattr(self._inner, "_step_supports_amp_scaling", False):
             self._step_supports_amp_scaling = True
-        super().__setstate__({})  # makes the hooks that every optimizer has
+        super().__setstate__({})  # creates the hooks that every optimizer has
 
     _always_unscales = False
 
     def _drop_none(self) -> None:
-        """Remove None from the state, which ZeroRedundancyOptimizer loads for parameters that other ranks step."""
+        """Remove None from the state. ZeroRedundancyOptimizer loads it for parameters that other ranks step."""
         for param in [param for param, state in self.state.items() if state is None]:
             del self.state[param]
 
     def _fill_groups(self) -> None:
-        """Add missing keys to each group, and replace NumPy's numbers."""
+        """Add missing keys to each group, and turn NumPy numbers into Python numbers."""
         for group in self._inner.param_groups:
             for name, value in self._group_defaults.items():
                 group[name] = plain(group.get(name, value))
 
     def _check(self, group: dict[str, Any]) -> None:
-        """Raise TypeError or ValueError for a number that a group must not hold."""
+        """Raise TypeError or ValueError if a group holds a number that is not allowed."""
 
     def __getattr__(self, name: str) -> Any:
         """Look up attributes that this class lacks, such as schedule-free's ``train``, in the inner optimizer."""
-        if name.startswith("_") or "_inner" not in self.__dict__:  # copying and pickling ask before it is there
+        if name.startswith("_") or "_inner" not in self.__dict__:  # copy and pickle ask before it is set
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name == "memory":
             inner, path = self._inner, "optimizer.optimizer"
@@ -69,7 +69,7 @@ class WrapperBase(Optimizer):
                 inner, path = inner._inner, f"{path}.optimizer"
             if hasattr(inner, "memory"):
                 raise AttributeError(
-                    f"memory() of {type(inner).__name__} does not know what {type(self).__name__} keeps: call "
+                    f"memory() of {type(inner).__name__} does not count the tensors of {type(self).__name__}: call "
                     f"{path}.memory(), and add those tensors of optimizer.state whose names begin with accumulated or "
                     "grokfast"
                 )
@@ -104,7 +104,7 @@ class WrapperBase(Optimizer):
     def _hidden(self) -> Iterator[dict[Tensor, State]]:
         """Hide the wrapper's state inside the context, and yield it.
 
-        Many optimizers ask whether a parameter's state is empty.
+        Many optimizers check if a parameter's state is empty, so they must not find the wrapper's entries there.
         """
         states = {param: state for param, state in self.state.items() if isinstance(state, dict)}
         hidden = {p: {name: state[name] for name in self._state_names if name in state} for p, state in states.items()}
@@ -119,7 +119,7 @@ class WrapperBase(Optimizer):
             for param, ours in hidden.items():
                 inner = self.state.get(param)
                 state = states[param]  # keep the same dict object, which state dicts share
-                if inner is not state:  # the inner optimizer began anew, or the state was empty
+                if inner is not state:  # the inner optimizer made a new dict, or the state was empty
                     state.clear()
                     state.update(inner or {})
                 state.update(ours)
@@ -130,7 +130,7 @@ class WrapperBase(Optimizer):
         self._inner.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as the inner optimizer does. It may also set this wrapper's numbers."""
+        """Add a parameter group to the inner optimizer. The group may also set this wrapper's numbers."""
         self._check({**self._group_defaults, **param_group})
         self._inner.add_param_group(param_group)
         self._fill_groups()
@@ -138,7 +138,8 @@ class WrapperBase(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state dict, which includes the wrapper's state.
 
-        So each can load what the other saved. An inner optimizer that has not stepped yet has nothing to load.
+        The wrapper and the inner optimizer can therefore load each other's state dicts. Before the inner optimizer's
+        first step, the state dict has nothing for it to load.
         """
         self._fill_groups()
         for before in self._optimizer_state_dict_pre_hooks.values():
@@ -151,7 +152,7 @@ class WrapperBase(Optimizer):
         return state_dict
 
     def _add_own(self, state_dict: dict[str, Any]) -> None:
-        """Add the wrapper's state where the inner optimizer has replaced it, as ZeroRedundancyOptimizer does."""
+        """Add the wrapper's entries that the inner optimizer left out, as ZeroRedundancyOptimizer does."""
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for key, param in zip(keys, params, strict=False):
@@ -161,9 +162,9 @@ class WrapperBase(Optimizer):
                 state_dict["state"][key] = {**saved, **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict, as the inner optimizer does; the wrapper's state keeps its own dtype.
+        """Load a state dict into the inner optimizer and this wrapper, whose state keeps its own dtype.
 
-        A checkpoint of the inner optimizer alone can be loaded, too: the wrapper's state then starts afresh.
+        A checkpoint of the inner optimizer alone can be loaded, too. The wrapper's state then starts from scratch.
 
         Raises:
             ValueError: this is not an optimizer's state dict, or it does not fit. Then nothing was loaded.
@@ -181,14 +182,14 @@ class WrapperBase(Optimizer):
         for param, state in states.items():
             if missing := [name for name in self._state_names if name not in state]:
                 raise ValueError(
-                    f"state_dict: a parameter's state has {next(iter(state))} without {', '.join(missing)}: take "
-                    f"{', '.join(self._state_names)} out of each state to start afresh"
+                    f"state_dict: a parameter's state has {next(iter(state))} without {', '.join(missing)}: remove "
+                    f"{', '.join(self._state_names)} from each state to start from scratch"
                 )
             self._check_kinds(state)
             self._check_state(param, state)
         groups = []
         for i, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
-            # saved groups that lack this wrapper's numbers get the current ones, and begin their progress anew
+            # saved groups that lack this wrapper's numbers get the current ones, and their progress starts over
             current = {name: group[name] for name in self._group_defaults if name not in self._runs}
             groups.append({**self._group_defaults, **current, **saved})
             try:
@@ -204,7 +205,7 @@ class WrapperBase(Optimizer):
             hook(self)
 
     def _divided(self, state_dict: dict[str, Any]) -> tuple[dict[Tensor, State], dict[Any, Any]]:
-        """Divide a saved state into this wrapper's, by parameter, and the inner optimizer's, by key."""
+        """Split a saved state into this wrapper's part, by parameter, and the inner optimizer's part, by key."""
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = dict(zip(keys, chain.from_iterable(group["params"] for group in self.param_groups), strict=False))
         not_inner = {*self._state_names, *chain(*self._others)}
@@ -220,7 +221,7 @@ class WrapperBase(Optimizer):
         return states, inner_states
 
     def _check_kinds(self, state: State) -> None:
-        """Raise ValueError for a saved state with anything but tensors, and last the number of gradients in them."""
+        """Raise ValueError unless a saved state holds tensors and, as its last entry, the number of their gradients."""
         *tensors, count = self._state_names
         for name in tensors:
             if not isinstance(state[name], Tensor):
@@ -237,7 +238,7 @@ class WrapperBase(Optimizer):
         """Return a loaded value on the device where a step needs it."""
         if not isinstance(value, Tensor):
             return value
-        # counts stay where the host reads them
+        # counts stay on the CPU, where the host reads them
         return value.detach().to(param.device if value.is_floating_point() else torch.device("cpu"), copy=True)
 
     def _described(self) -> str:
@@ -254,8 +255,8 @@ class WrapperBase(Optimizer):
         states = {param: state for param, state in self.state.items() if isinstance(state, dict)}
         if not any(state and state.keys() <= {*self._state_names} for state in states.values()):
             return self._own()
-        # the inner optimizer has not made its state, and many cannot be unpickled with the wrapper's: take a copy
-        # without that, which shares all tensors
+        # the inner optimizer has no state yet, and many optimizers cannot be unpickled with the wrapper's entries:
+        # pickle a copy without them, which shares all tensors
         tensors = [x for param, state in states.items() for x in (param, *state.values()) if isinstance(x, Tensor)]
         tensors += chain.from_iterable(group["params"] for group in self.param_groups)
         with self._hidden() as hidden:
@@ -274,7 +275,7 @@ class WrapperBase(Optimizer):
         self._begin()
 
     def __copy__(self: _W) -> _W:
-        """Return a wrapper around the same optimizer."""
+        """Return another wrapper around the same inner optimizer."""
         copied = type(self).__new__(type(self))
         copied.__setstate__(self._own())
         return copied
@@ -282,15 +283,15 @@ class WrapperBase(Optimizer):
     def __deepcopy__(self: _W, memo: dict[int, Any]) -> _W:
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        with self._hidden() as hidden:  # as many optimizers cannot be copied with it
+        with self._hidden() as hidden:  # many optimizers cannot be copied with it
             copied.__setstate__(copy.deepcopy({**self._own(), "_hidden_state": hidden}, memo))
         return copied
 
 
 def check_saved(name: str, value: Tensor, shape: Sequence[int]) -> None:
-    """Raise ValueError if the tensor that was saved under a name has another shape."""
+    """Raise ValueError if the tensor saved under a name does not have this shape."""
     if value.shape != torch.Size(shape):
         raise ValueError(
             f"state_dict: {name} of a parameter has shape {tuple(value.shape)}, and not {tuple(shape)}: construct the "
-            "optimizer as it was when that was saved, or take those entries out to start afresh"
+            "optimizer as it was when that was saved, or remove those entries to start from scratch"
         )

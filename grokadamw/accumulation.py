@@ -28,9 +28,9 @@ __all__ = ["Accumulate"]
 
 
 class Accumulate(Wrapper):
-    """Gradient accumulation: each ``step()`` takes a micro-batch, and every k-th one changes the parameters.
+    """Gradient accumulation for any optimizer. Call ``step()`` after each micro-batch; every k-th call updates weights.
 
-    At every k-th call the inner optimizer gets the mean of the k gradients: it clips once, steps once, and evaluates
+    At every k-th call, the inner optimizer gets the mean of the k gradients. It clips once, steps once, and evaluates
     its signals once, as for one batch k times as large.
 
     ```python
@@ -44,20 +44,20 @@ class Accumulate(Wrapper):
     optimizer.flush()
     ```
 
-    Zero the gradients after every micro-batch, and do not divide the losses. Groups and state belong to the inner
+    Zero the gradients after every micro-batch, and do not divide the losses by k. Groups and state belong to the inner
     optimizer, ``optimizer.optimizer``. A step in which GradScaler finds infinity does not count as a micro-batch.
-    GradScaler leaves its scale to this optimizer, so that frameworks do not clip micro-batches. Source: Su Jianlin,
+    GradScaler leaves unscaling to this optimizer, so that frameworks do not clip micro-batches. Source: Su Jianlin,
     https://kexue.fm/archives/6794.
 
     Args:
-        optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does, is differentiable, or
-            accumulates itself (``accumulation_steps``).
+        optimizer: any optimizer, except one that evaluates its closure several times in a step (as LBFGS does), is
+            differentiable, or accumulates gradients itself (``accumulation_steps``).
         steps: k ≥ 1, micro-batches per step.
-        gradient_clipping: largest norm ≥ 0 of the mean gradient, by ``clip_grad_norm_``'s formula; 0 is off. With the
-            ``shard_group`` of a GrokAdamW inside it is the norm over all its ranks. A loop that clips gradients itself
-            clips each micro-batch.
+        gradient_clipping: largest norm ≥ 0 of the mean gradient, by ``clip_grad_norm_``'s formula; 0 is off. If a
+            GrokAdamW inside has a ``shard_group``, the norm is over all ranks of the group. If your loop clips
+            gradients, it clips each micro-batch instead.
 
-    The groups hold ``accumulated_steps``, the micro-batches of the cycle so far, and ``accumulation_cycle``, k.
+    The groups hold ``accumulated_steps``, the micro-batches so far in the cycle, and ``accumulation_cycle``, k.
     ``state[p]`` gets ``accumulated``, the sum of its gradients (in the parameter's shape and dtype, but at least
     float32; for a complex parameter, two real numbers per element), and ``accumulated_grads``, their number.
 
@@ -98,11 +98,11 @@ class Accumulate(Wrapper):
 
     @property
     def stepped(self) -> bool:
-        """True if the last ``step()`` or ``flush()`` stepped the inner optimizer: then step the scheduler."""
+        """True if the last ``step()`` or ``flush()`` stepped the inner optimizer. Step the scheduler only then."""
         return self._last["stepped"]
 
     def flush(self) -> None:
-        """Step with the mean of the micro-batches since the last step, if there are any: a last, incomplete cycle."""
+        """End an incomplete cycle: step with the mean of the micro-batches since the last step, if there are any."""
         self._fill_groups()
         self._check_kept()
         self._last["stepped"] = False
@@ -120,7 +120,7 @@ class Accumulate(Wrapper):
             group["accumulated_steps"] = 0
 
     def _count(self) -> int:
-        """Return how many micro-batches of the cycle there were so far."""
+        """Return the number of micro-batches so far in the cycle."""
         return max((int(group["accumulated_steps"]) for group in self.param_groups), default=0)
 
     def _make_state(self, parts: list[Part]) -> None:
@@ -145,7 +145,7 @@ class Accumulate(Wrapper):
             group["accumulated_steps"] = count
 
     def _step_with(self, parts: list[Part], count: int) -> None:
-        """Let the inner optimizer step with the mean of `count` micro-batches; `parts` is the last one."""
+        """Step the inner optimizer with the mean of `count` micro-batches; `parts` is the last of them."""
         last = {part.param: part.grad for part in parts}
         summed = []
         for group in self.param_groups:

@@ -1,7 +1,7 @@
 """Convert state dicts of other optimizers and releases to GrokAdamW's, and back.
 
 A state dict is what an optimizer's `state_dict()` returns: `{"state": {id: {name: tensor}}, "param_groups": [...]}`.
-The functions do not write into their argument; results share its tensors.
+The functions do not modify their argument, and their results share its tensors.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __all__ = ["is_state_dict", "to_adamw", "to_float32", "to_grokadamw"]
 StateDict: TypeAlias = dict[str, Any]
 _Group: TypeAlias = dict[str, Any]
 
-# keys of torch.optim.AdamW's and Adam's groups that GrokAdamW's lack, or use with another meaning
+# keys of torch.optim.AdamW's and Adam's groups that GrokAdamW's groups lack, or use with another meaning
 _ADAMW: _Group = {"amsgrad": False, "decoupled_weight_decay": True}
 _ADAMW |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 # keys of GrokAdamW's groups that AdamW does not share, and state entries that AdamW lacks
 _OURS = {*GROUP_KEYS} - {"lr", "betas", "eps", "weight_decay", "maximize", *_ADAMW}
-_MARKS = _OURS - {"gamma"}  # any of these keys marks a group as ours; AdaBound's have gamma, too
-# how names of the group keys and state entries of wrappers begin
+_MARKS = _OURS - {"gamma"}  # any of these keys marks a group as ours; AdaBound's groups have gamma, too
+# prefixes of the wrappers' group keys and state entries
 OF_ACCUMULATE, OF_FILTERS = ("accumulated", "accumulation_cycle"), ("grokfast_",)
-_COUNTS = ("accumulated_grads", "grokfast_step", "grokfast_ring_count")  # how many gradients those are of
+_COUNTS = ("accumulated_grads", "grokfast_step", "grokfast_ring_count")  # the number of gradients in those entries
 _OUR_STATE = ("grok_ema", "grok_ring", "grok_ring_sum", "grok_ring_lap", "grok_ring_count", "micro_step", "param_low")
 _NEEDED = ("step", "exp_avg", "exp_avg_sq")  # all of AdamW's state
 _KINDS = (
@@ -41,7 +41,7 @@ _KINDS = (
 
 
 def is_state_dict(value: Any) -> bool:
-    """Return True if this is an optimizer's state dict."""
+    """Return True if the value is an optimizer's state dict."""
     if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
         return False
     groups = value.get("param_groups")
@@ -49,7 +49,7 @@ def is_state_dict(value: Any) -> bool:
 
 
 def check_form(value: Any) -> None:
-    """Raise ValueError if this is not an optimizer's state dict."""
+    """Raise ValueError if the value is not an optimizer's state dict."""
     if not is_state_dict(value):
         raise ValueError(
             "state_dict is not an optimizer's, which has 'state' and 'param_groups': give what state_dict() returned, "
@@ -61,11 +61,12 @@ def check_form(value: Any) -> None:
 
 
 def to_grokadamw(state_dict: StateDict) -> StateDict:
-    """Convert a state dict to the form that `GrokAdamW.load_state_dict` continues from.
+    """Convert a state dict to GrokAdamW's form, from which `GrokAdamW.load_state_dict` continues the run.
 
-    From `torch.optim.AdamW` or `Adam` it takes moments, step counts and the options that both have; the slow gradient
-    μ, which they lack, starts at 0. From grokadamw 0.1.2 it takes everything. GrokAdamW's own is returned as it is.
-    What `Accumulate` or `Grokfast` around the optimizer has collected is left out, with a warning.
+    From `torch.optim.AdamW` or `Adam`, it takes the moments, the step counts and the options that GrokAdamW has, too.
+    They have no slow gradient μ, so μ starts at 0. From grokadamw 0.1.2, it takes everything. A state dict of this
+    version is returned as it is. Anything that an `Accumulate` or `Grokfast` wrapper collected is left out, with a
+    warning.
 
     Raises:
         ValueError: the run cannot be continued without loss. The message says why, and what to do.
@@ -77,21 +78,23 @@ def to_grokadamw(state_dict: StateDict) -> StateDict:
         return _from_0_1_2(state_dict)
     of_adam = any("amsgrad" in group for group in groups)
     if groups and not of_adam and not any(name in group for group in groups for name in _MARKS):
-        raise ValueError(f"state_dict is of another kind of optimizer: its groups have {_listed(groups[0])}. {_KINDS}")
+        raise ValueError(
+            f"state_dict is of an optimizer that is not supported: its groups have {_listed(groups[0])}. {_KINDS}"
+        )
     for key, state in _states(state_dict):
         missing = [name for name in _NEEDED if name not in state] if state else []
-        if missing and (of_adam or len(missing) < len(_NEEDED)):  # a GrokAdamW's state may have others' entries alone
+        if missing and (of_adam or len(missing) < len(_NEEDED)):  # ours may hold only the entries of wrappers
             raise ValueError(
-                f"state_dict is of another kind of optimizer: its state of parameter {key} has {_listed(state)}. "
-                + _KINDS
+                f"state_dict is of an optimizer that is not supported: its state of parameter {key} has "
+                f"{_listed(state)}. {_KINDS}"
             )
     return _from_adam(state_dict) if of_adam else state_dict
 
 
 def with_whole_states(state_dict: StateDict) -> StateDict:
-    """Return a state dict with each parameter's state under its key, and nothing under that key as a string.
+    """Return a state dict in which entries under a parameter's key written as a string are moved to the key itself.
 
-    JSON makes strings of integers. So does torch.distributed.checkpoint of the keys of values that are no tensors.
+    JSON turns integer keys into strings. So does torch.distributed.checkpoint for values that are not tensors.
     """
     known = {key for group in state_dict["param_groups"] for key in group["params"]}
     state, strings = dict(state_dict["state"]), list[str]()
@@ -106,9 +109,9 @@ def with_whole_states(state_dict: StateDict) -> StateDict:
 
 
 def without_wrappers(state_dict: StateDict, but: tuple[str, ...] = ()) -> StateDict:
-    """Leave out what wrappers keep, with a warning. Names that begin with one of `but` stay.
+    """Remove the wrappers' entries, and warn if they hold gradients. Names that begin with one of `but` stay.
 
-    If a wrapper has already taken its state, it needs its keys, too: they stay.
+    If a wrapper has already taken its state out, its group keys stay, because it needs them.
     """
     prefixes = tuple(prefix for prefix in (*OF_ACCUMULATE, *OF_FILTERS) if prefix not in but)
     states = {key: state for key, state in _states(state_dict) if isinstance(state, dict)}
@@ -117,8 +120,8 @@ def without_wrappers(state_dict: StateDict, but: tuple[str, ...] = ()) -> StateD
     counts = [name for name in _COUNTS if name.startswith(prefixes)]
     if any(int(state.get(name, 0)) > 0 for state in states.values() for name in counts):
         warn(
-            "state_dict holds what Accumulate or Grokfast around the optimizer collected, which is dropped: to "
-            "continue that run, load it into the same wrapper",
+            "state_dict has entries of Accumulate or Grokfast, which are dropped: to continue that run, load it into "
+            "the same wrapper",
             UserWarning,
         )
 
@@ -132,13 +135,13 @@ def without_wrappers(state_dict: StateDict, but: tuple[str, ...] = ()) -> StateD
 
 
 def to_float32(state_dict: StateDict) -> StateDict:
-    """Convert a GrokAdamW's state dict so that m, v and μ are at least float32, whatever `state_dtype` kept them in.
+    """Convert a GrokAdamW state dict so that m, v and μ are at least float32, whatever `state_dtype` it was saved in.
 
-    Low bits of parameters stay as they are: see `full_precision_state_dict`. GrokAdamW loads a state dict before and
-    after the conversion, whatever its own `state_dtype`.
+    Low bits of parameters stay as they are: see `full_precision_state_dict`. A GrokAdamW with any `state_dtype` can
+    load both the original and the converted state dict.
 
     Raises:
-        ValueError: as `to_grokadamw`.
+        ValueError: as for `to_grokadamw`.
     """
     ours = to_grokadamw(state_dict)
     states = {key: _unpacked(state) if isinstance(state, dict) else state for key, state in ours["state"].items()}
@@ -154,13 +157,13 @@ def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
 def to_adamw(state_dict: StateDict) -> StateDict:
     """Convert a state dict to `torch.optim.AdamW`'s form: moments, steps and AdamW's options.
 
-    Everything else is left out: μ, signals, layers and their group keys. AdamW has one β1 for
-    all layers; if γ is not 0, the first moments of deep layers were made with a smaller one, and adapt within a few
-    steps. There is a warning if weights lose their low bits, which `full_precision_state_dict` saves; if moments hold
-    some of a step's micro-batches, because AdamW takes those for a whole step; and as in `to_grokadamw`.
+    Everything else is left out: μ, signals, layers and their group keys. AdamW has one β1 for all layers. If γ is not
+    0, the first moments of deep layers were averaged with a smaller β1; they adapt within a few steps. A warning is
+    issued if weights lose their low bits, which `full_precision_state_dict` saves; if the moments hold only some of a
+    step's micro-batches, which AdamW takes for a whole step; and in the cases of `to_grokadamw`.
 
     Raises:
-        ValueError: as `to_grokadamw`.
+        ValueError: as for `to_grokadamw`.
     """
     ours, groups, states = to_float32(state_dict), [], {}
     _warn_of_loss(ours)
@@ -173,11 +176,11 @@ def to_adamw(state_dict: StateDict) -> StateDict:
 
 
 def _warn_of_loss(state_dict: StateDict) -> None:
-    """Warn of what AdamW has no place for although the weights, or the moments, are not whole without it."""
+    """Warn of lost low bits of weights, and of moments that hold only a part of a step's micro-batches."""
     if any("param_low" in state for _, state in _states(state_dict) if isinstance(state, dict)):
         warn(
-            "the weights' low bits (param_low, of master_weight_bits) are left out, as AdamW has none: weights go on "
-            "as their dtype holds them. To keep all bits, save full_precision_state_dict(model, optimizer), too",
+            "the weights' low bits (param_low, of master_weight_bits) are left out, as AdamW has none: weights keep "
+            "only the bits of their dtype. To keep all bits, save full_precision_state_dict(model, optimizer), too",
             UserWarning,
         )
     first: _Group = next(iter(state_dict["param_groups"]), {})
@@ -193,7 +196,7 @@ def _from_adam(state_dict: StateDict) -> StateDict:
     if any(group.get("amsgrad") for group in state_dict["param_groups"]):
         raise ValueError(
             "state_dict is of an Adam with amsgrad=True, which divides by the largest second moment so far: GrokAdamW "
-            "has no such thing. To go on without, set 'amsgrad' to False in each of its groups"
+            "does not support it. To go on without, set 'amsgrad' to False in each of its groups"
         )
     ours = {"grokking_signal_fns": None}  # marks a group as GrokAdamW's
     groups = [_without(group, _ADAMW) | ours for group in state_dict["param_groups"]]
@@ -203,7 +206,7 @@ def _from_adam(state_dict: StateDict) -> StateDict:
         if old.get("decoupled_weight_decay") is False and old["weight_decay"] != 0:
             warn(
                 f"weight_decay={old['weight_decay']:g} was Adam's, which is added to the gradient; GrokAdamW's is "
-                "decoupled from it, as AdamW's, and usually larger: choose it anew",
+                "decoupled from it, as AdamW's, and usually larger: choose a new value",
                 UserWarning,
             )
     states = {
@@ -216,8 +219,8 @@ def _from_adam(state_dict: StateDict) -> StateDict:
 def _from_0_1_2(state_dict: StateDict) -> StateDict:
     """Convert a state dict of release 0.1.2.
 
-    It kept the state in `group["state"]`, keyed by Parameter, in the order of their first gradients. After loading it
-    did not find this state and appended a new one, so that the last entries are those in use.
+    It kept the state in `group["state"]`, keyed by Parameter, in the order of their first gradients. After loading, it
+    did not find this state and appended new entries, so the last entries are the ones in use.
     """
     states: dict[Any, Any] = dict(state_dict["state"])
     groups = []
@@ -230,7 +233,7 @@ def _from_0_1_2(state_dict: StateDict) -> StateDict:
 
 
 def _in_use(entries: list[tuple[Tensor, dict[str, Any]]], count: int, i: int) -> list[dict[str, Any]]:
-    """Return the states of the group's parameters in order; ValueError if the order is in doubt."""
+    """Return the states of the group's parameters in order. Raise ValueError if the order is in doubt."""
     last = entries[-count:]
     shapes = [param.shape for param, _ in last]
     blocks = [entries[start : start + count] for start in range(0, len(entries), count)]
@@ -241,14 +244,14 @@ def _in_use(entries: list[tuple[Tensor, dict[str, Any]]], count: int, i: int) ->
     ):
         raise ValueError(
             f"state_dict is of grokadamw 0.1.2, and param_groups[{i}] does not hold one state for each of its {count} "
-            "parameters, all of one step count: some had no gradient at first, or never, and nothing says which state "
-            "is whose. Delete the key 'state' of each of its groups to go on with fresh moments"
+            "parameters, all of one step count: some had no gradient at first, or never, so states cannot be "
+            "matched. Delete the key 'state' of each of its groups to go on with fresh moments"
         )
     return [dict(state) for _, state in last]
 
 
 def _states(state_dict: StateDict) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield the id and state of each parameter that has a state, but not entries that hooks may have added."""
+    """Yield the id and state of each parameter that has a state. Skip entries that hooks may have added."""
     for key in chain.from_iterable(group["params"] for group in state_dict["param_groups"]):
         if key in state_dict["state"]:
             yield key, state_dict["state"][key]

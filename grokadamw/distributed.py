@@ -1,7 +1,7 @@
-"""What ranks tell one another: the norm of all gradients and the signal, so that all use the same α and step length.
+"""Communication between ranks: the norm of all gradients and the signal, so that α and step lengths are the same.
 
-Plain tensors count as whole, unless the optimizer has a `shard_group`: then each rank has different ones, as with
-FSDP1, pipeline stages, and torch's ZeroRedundancyOptimizer, which is detected as the optimizer's caller.
+Plain tensors count as whole, unless the optimizer has a `shard_group`. Then each rank has different ones, as with
+FSDP1, pipeline stages, and torch's ZeroRedundancyOptimizer, which is detected on the call stack.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .shards import PLAIN, Shards, added, mesh_of
 
 
 def ranks() -> int:
-    """Return how many ranks there are."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def span_all_ranks(groups: Iterable[Mapping[str, Any]]) -> bool:
-    """Return True if there are several ranks and parameters on a mesh of all of them: then every rank takes steps."""
+    """Return True if there are several ranks, and parameters on a mesh of all ranks: then every rank takes steps."""
     if ranks() == 1:
         return False
-    last = None  # so that each mesh is asked once: all parameters may be on one smaller mesh
+    last = None  # to check each mesh only once: all parameters may be on one smaller mesh
     for group in groups:
         for param in group["params"]:
             mesh = None if type(param) in PLAIN else mesh_of(param)
@@ -45,9 +45,9 @@ def mean_over_ranks(
 ) -> tuple[Any, Any]:
     """Return the mean of a signal over the ranks that have one, and how many other ranks have one.
 
-    A signal that `is_loaded` comes from values in a checkpoint, perhaps another rank's. It counts only while no rank
-    has a signal from values recorded since. All ranks must call it, even one without a signal or parameters: the others
-    would wait for it. If no rank has a signal the mean is None, or 0 on a GPU, which is not read back.
+    `is_loaded` says that the signal comes from values in a checkpoint, perhaps another rank's. It counts only while no
+    rank has a signal from values recorded since. All ranks must call this, even one without a signal or parameters,
+    because the others wait for it. If no rank has a signal, the mean is None, or 0 on a GPU, which is not read back.
 
     Raises:
         RuntimeError: `are_copies` says that all ranks hold the same model, and their groups differ in lr or
@@ -68,7 +68,7 @@ def mean_over_ranks(
     own, loaded, digests = sums
     if are_copies:
         total, squares = digests.tolist()
-        if ranks() * squares - total * total > 1e-12 * total * total:  # the digests vary; sums of 4,096 round less
+        if ranks() * squares - total * total > 1e-12 * total * total:  # above the rounding of 4,096 summands
             raise RuntimeError(
                 "the ranks' parameter groups differ in lr or weight_decay, so that their copies of the model would "
                 "drift apart. for_grokking looks at the initial weights of embeddings, and DDP makes these equal only "
@@ -93,7 +93,7 @@ def _meeting_place(groups: Sequence[Mapping[str, Any]], group: Any = None) -> to
 
 
 def sum_over_ranks(values: Iterable[Any], groups: Sequence[Mapping[str, Any]], shard_group: Any) -> Tensor:
-    """Return the float64 sum of numbers over these ranks. All of them must call it, even one that has no number."""
+    """Return the float64 sum of numbers over the shard_group's ranks. All must call it, even one without numbers."""
     total = added(values, _meeting_place(groups, shard_group))
     if dist.get_world_size(shard_group) > 1:
         dist.all_reduce(total, group=shard_group)
@@ -101,29 +101,29 @@ def sum_over_ranks(values: Iterable[Any], groups: Sequence[Mapping[str, Any]], s
 
 
 def share_of(total: Any, shards: Shards | None, shard_group: Any) -> Any:
-    """Return this rank's summand for `sum_over_ranks`: a plain total, or its share of a total that a mesh has."""
+    """Return this rank's summand for `sum_over_ranks`: a plain total, or this rank's share of a mesh's total."""
     return total if shards is None else total / shards.ranks_in(shard_group)
 
 
 def overflow_of_all(found_inf: Any, groups: Sequence[Mapping[str, Any]], shard_group: Any) -> Any:
-    """Return GradScaler's flag; with a shard_group the number of its ranks that have one above 0."""
+    """Return GradScaler's found_inf flag; with a shard_group, return on how many of its ranks the flag is set."""
     if found_inf is None or shard_group is None:
         return found_inf
     return sum_over_ranks([found_inf != 0], groups, shard_group)
 
 
 def check_agreed(found: float, shard_group: Any) -> None:
-    """Raise RuntimeError if `found` ranks of the shard_group, but not all, found infinity: scales would differ."""
+    """Raise RuntimeError if only some ranks of the shard_group (`found`) found infinity: loss scales would differ."""
     if shard_group is not None and 0 < found < (size := shard_group.size()):
         raise RuntimeError(
-            f"{found:g} of the shard_group's {size} ranks found infinity in their gradients, and so each would go "
-            "on with a loss scale of its own; nothing was written. Use ShardedGradScaler, and call "
+            f"{found:g} of the shard_group's {size} ranks found infinity in their gradients, so loss scales would "
+            "differ between ranks; nothing was written. Use ShardedGradScaler, and call "
             "scaler.unscale_(optimizer) before scaler.step(optimizer): all ranks then find what one of them finds"
         )
 
 
 def check_shard_group(shard_group: Any, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise TypeError if shard_group is no process group, or ValueError if a group's options do not work with it."""
+    """Raise TypeError if shard_group is not a process group, or ValueError if a group's options exclude it."""
     if shard_group is None:
         return
     if not dist.is_available() or not isinstance(shard_group, dist.ProcessGroup):
@@ -140,7 +140,7 @@ def check_shard_group(shard_group: Any, groups: Sequence[Mapping[str, Any]]) -> 
 
 
 def state_is_asked_for() -> bool:
-    """Return True if torch.distributed.checkpoint is among the callers: it takes a step to create state."""
+    """Return True if torch.distributed.checkpoint is on the call stack: it takes a step to create state."""
     frame: FrameType | None = sys._getframe(1)
     while frame := frame and frame.f_back:
         if frame.f_code.co_name == "_init_optim_state" and frame.f_globals["__name__"].startswith("torch.distributed"):
@@ -149,12 +149,12 @@ def state_is_asked_for() -> bool:
 
 
 class AllRanks:
-    """Knows whether every rank takes an optimizer's steps, as with FSDP2, DDP and FSDP1."""
+    """Finds out if every rank takes an optimizer's steps, as with FSDP2, DDP and FSDP1."""
 
     def __init__(self) -> None:
         self._wrappers: list[Callable[[], Any]] = []  # weak references to DDP and FSDP1 around the parameters
-        self._wait, self._pause = 0, 1  # how many steps to the next look, and from there to the one after it
-        self._are_copies = self._compared = False  # whether all ranks hold the same model; whether groups were compared
+        self._wait, self._pause = 0, 1  # steps until the next search, and from there to the one after it
+        self._are_copies = self._compared = False  # all ranks hold the same model; groups were compared
 
     def compares(self) -> bool:
         """Return True once: in the first step in which all ranks are known to hold the same model."""
@@ -168,10 +168,10 @@ class AllRanks:
         return found
 
     def wrappers(self, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Return the DDP and FSDP1 modules around the parameters; none if they are not known yet. Call it once a step.
+        """Return the DDP and FSDP1 modules around the parameters, if they are known yet. Call this once per step.
 
-        A model may be wrapped after its first steps, or anew. Looking for wrappers may take 50 ms: without one, look
-        at the first step, the second, the fourth, and so on.
+        A model may be wrapped after its first steps, or wrapped again. A search may take 50 ms. As long as none finds a
+        wrapper, search only at the first step, the second, the fourth, and so on.
         """
         found = [wrapper for reference in self._wrappers if (wrapper := reference()) is not None]
         if found:
@@ -185,11 +185,11 @@ class AllRanks:
         """Return True if ranks average signals in this step: all are known to take it, or this rank asks (`wanted`).
 
         Raises:
-            RuntimeError: this rank asks for it in DDP's join(), where ranks that have no more data take no more steps.
+            RuntimeError: this rank asks for it in DDP's join(), where ranks without more data take no more steps.
         """
-        if shard_group is not None:  # a rank may have none of its parameters
+        if shard_group is not None:  # a rank may have no parameters
             return wanted or dist.get_world_size(shard_group) == ranks()
-        if torch._C._current_graph_task_id() != -1:  # an optimizer for each parameter, which steps in the backward pass
+        if torch._C._current_graph_task_id() != -1:  # one optimizer per parameter, which steps in the backward pass
             return wanted
         if all(reference() is None for reference in self._wrappers) and span_all_ranks(groups):
             return True
@@ -206,12 +206,12 @@ class AllRanks:
         return wanted or over_all
 
     def doubts(self, groups: Sequence[Mapping[str, Any]], shard_group: Any, is_own: bool) -> list[str]:
-        """Return warnings if FSDP1 has divided parameters, and the optimizer takes its shards for whole parameters.
+        """Return warnings if FSDP1 has sharded parameters, and the optimizer takes the shards for whole parameters.
 
         Raises:
-            ValueError: shard_group is the user's own (`is_own`), and several of its ranks hold the same parameters.
+            ValueError: the user gave shard_group (`is_own`), and several of its ranks hold the same parameters.
         """
-        self._wait, self._pause = 0, 1  # its parameters may be others than those of its last step
+        self._wait, self._pause = 0, 1  # the parameters may have changed since the last step
         if ranks() == 1 or torch._C._current_graph_task_id() != -1:
             return []
         params = {param for group in groups for param in group["params"]}
@@ -237,8 +237,8 @@ class AllRanks:
         needs_norm |= groups[0]["nonfinite"] != "propagate"
         if ignored and len(ignored) < len(params) and shard_group is None and needs_norm:
             found.append(
-                "DDP or FSDP1 ignores some of the parameters, so that each rank has other gradients of them, and clips "
-                "and skips all parameters by its own norm. Give these an optimizer of their own: if each rank has "
+                "DDP or FSDP1 ignores some of the parameters: their gradients differ between ranks, and each rank "
+                "clips and skips all parameters by its own norm. Give these a separate optimizer: if each rank has "
                 "other parameters there, with shard_group=torch.distributed.group.WORLD"
             )
         if not divided:

@@ -1,7 +1,7 @@
-"""Grokfast's two functions, with the names, arguments and use of the published ones (https://github.com/ironjr/grokfast).
+"""Grokfast's two filter functions, with the names, arguments and usage of https://github.com/ironjr/grokfast.
 
-Call them between ``backward()`` and ``step()``; they write the filtered gradients in place. `grokfast` has optimizers
-that do the same.
+Call them between ``backward()`` and ``step()``; they modify the gradients in place. The optimizers in `grokfast` do the
+same.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["gradfilter_ema", "gradfilter_ma"]
 def gradfilter_ema(
     m: nn.Module, grads: dict[str, Tensor] | None = None, alpha: float = 0.98, lamb: float = 2.0
 ) -> dict[str, Tensor]:
-    """Amplify the slow part of a model's gradients, their exponential moving average, in place.
+    """Amplify the slow part of a model's gradients in place: add λ times their exponential moving average μ.
 
-    Under a GradScaler call ``unscale_`` first, and skip this call if it found infinity: infinity and NaN stay in μ.
+    With a GradScaler, call ``unscale_`` first, and skip this call if it found infinity: infinity and NaN stay in μ.
 
     ```python
     grads = None
@@ -39,9 +39,9 @@ def gradfilter_ema(
     ```
 
     Args:
-        m: the model. Parameters that are frozen or have no gradient are left out; the filter of a parameter starts at
-            its first gradient.
-        grads: what the last call returned; None at first. It is written in place.
+        m: the model. Parameters that are frozen or have no gradient are left out. A parameter's filter starts at its
+            first gradient.
+        grads: the return value of the last call; None at first. It is modified in place.
         alpha: α in [0, 1].
         lamb: λ ≥ 0.
 
@@ -49,8 +49,8 @@ def gradfilter_ema(
         μ by parameter name, in the gradient's shape and dtype, but at least float32.
 
     Raises:
-        TypeError, ValueError: an argument is not as described above, or `grads` is of other parameters.
-        RuntimeError: a gradient is sparse. No gradient was changed in any case.
+        TypeError, ValueError: an argument is not as described above, or `grads` belongs to other parameters.
+        RuntimeError: a gradient is sparse. In every case, no gradient was changed.
     """
     check_number("alpha", alpha, at_most=1)
     check_number("lamb", lamb)
@@ -79,30 +79,30 @@ def gradfilter_ma(
     warmup: bool = True,
     trigger: bool = False,
 ) -> dict[str, Any]:
-    """Amplify the slow part of a model's gradients, the mean of the last w, in place.
+    """Amplify the slow part of a model's gradients in place: add λ times the mean of the last w gradients.
 
-    A call costs the same for any window. Use it like `gradfilter_ema`; NaN and infinity stay for up to 2 w calls.
+    A call takes the same time for any w. Use it like `gradfilter_ema`; NaN and infinity stay for up to 2 w calls.
 
     Args:
-        m: the model. Parameters that are frozen or have no gradient are left out; the filter of a parameter starts at
-            its first gradient.
-        grads: what the last call returned; None at first. It is written in place.
+        m: the model. Parameters that are frozen or have no gradient are left out. A parameter's filter starts at its
+            first gradient.
+        grads: the return value of the last call; None at first. It is modified in place.
         window_size: w ≥ 1, how many gradients to keep.
         lamb: λ ≥ 0.
         filter_type: ``"mean"``, or ``"sum"``.
-        warmup: wait until a parameter has had w gradients. Without it their mean or sum so far is added, and `trigger`
-            is ignored.
+        warmup: add nothing until a parameter has had w gradients. If False, the mean or sum so far is added, and
+            `trigger` is ignored.
         trigger: keep gradients, but add nothing.
 
     Returns:
-        For each parameter name a dict with ``ring`` (w, *shape), in the gradient's dtype (float32 for float16),
+        For each parameter name, a dict with ``ring`` (w, *shape), in the gradient's dtype (float32 for float16),
         ``ring_sum`` and ``ring_lap`` (shape), at least float32, and ``ring_count``, 0-d int64. Complex gradients are
         kept as two real numbers per element.
 
     Raises:
-        TypeError, ValueError: an argument is not as described above, or `grads` is of other parameters or of another
-            window.
-        RuntimeError: a gradient is sparse. No gradient was changed in any case.
+        TypeError, ValueError: an argument is not as described above, or `grads` belongs to other parameters or to
+            another window.
+        RuntimeError: a gradient is sparse. In every case, no gradient was changed.
     """
     check_window(window_size, filter_type)
     check_number("lamb", lamb)
@@ -111,9 +111,9 @@ def gradfilter_ma(
     memory = _memory(m, grads)
     for name, grad in found.items():
         kept = memory.get(name)
-        if isinstance(kept, deque):  # as the published function returns them
+        if isinstance(kept, deque):  # as returned by the published function
             if kept.maxlen != window_size:
-                raise ValueError(f"grads[{name!r}] is of window_size={kept.maxlen}: give that, or None to start afresh")
+                raise ValueError(f"grads[{name!r}] is of window_size={kept.maxlen}: give that, or None to start anew")
             for old in kept:
                 _check_kept(f"grads[{name!r}]", old, given[name].shape)
         elif kept is not None:
@@ -136,7 +136,7 @@ def gradfilter_ma(
 
 
 def check_window(window_size: int, filter_type: str) -> None:
-    """Check the arguments that define a filter's window."""
+    """Raise TypeError or ValueError if the arguments that define a filter's window are not allowed."""
     check_count("window_size", window_size, at_least=1)
     if filter_type not in ("mean", "sum"):
         raise ValueError(f"filter_type={filter_type!r} is unknown: give 'mean' or 'sum'")
@@ -154,10 +154,10 @@ def _gradients(m: nn.Module) -> dict[str, Tensor]:
                     f"the gradient of {name} is sparse, which no filter supports: build its module with sparse=False "
                     "(torch.nn.Embedding)"
                 )
-            grad = resolved(param.grad).resolve_neg()  # one that can be written to
+            grad = resolved(param.grad).resolve_neg()  # a gradient that can be modified
             own = part(grad)
             place = own.untyped_storage()._cdata, own.storage_offset()
-            if place in places:  # autograd gives summands one gradient: it must not be amplified twice
+            if place in places:  # the summands of a sum share one gradient: do not amplify it twice
                 grad = grad.clone()
             places.add(place)
             if grad is not param.grad:
@@ -167,7 +167,7 @@ def _gradients(m: nn.Module) -> dict[str, Tensor]:
 
 
 def _alike(grads: Mapping[str, Tensor]) -> Iterable[list[str]]:
-    """Group the names of gradients that one torch._foreach operation can take."""
+    """Group the names of gradients that one torch._foreach operation can take together."""
     lists: dict[Any, list[str]] = {}
     for name, grad in grads.items():
         lists.setdefault((grad.device, mesh_of(grad), grad.dtype), []).append(name)
@@ -175,16 +175,18 @@ def _alike(grads: Mapping[str, Tensor]) -> Iterable[list[str]]:
 
 
 def _memory(m: nn.Module, grads: Any) -> dict[str, Any]:
-    """Check and return what the last call returned; an empty memory if it is None."""
+    """Check and return `grads`, the return value of the last call; return an empty dict if it is None."""
     if grads is None:
         return {}
     if not isinstance(grads, dict):
-        raise TypeError(f"grads is a {type(grads).__name__}: give what the last call returned, or None to start afresh")
+        raise TypeError(
+            f"grads is a {type(grads).__name__}: give what the last call returned, or None to start from scratch"
+        )
     names = [name for name, _ in m.named_parameters()]
     if grads and not set(grads) & set(names):
         raise ValueError(
-            f"grads is of other parameters ({next(iter(grads))}, …) than those of m ({next(iter(names), 'none')}, …): "
-            "give the same model in the same wrapper, or None to start afresh"
+            f"grads is of other parameters ({next(iter(grads))}, …) than m's ({next(iter(names), 'none')}, …): "
+            "give the same model in the same wrapper, or None to start from scratch"
         )
     return grads
 
@@ -194,5 +196,5 @@ def _check_kept(what: str, value: Any, shape: Iterable[int]) -> None:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
         raise ValueError(
             f"{what} has {found}, and not shape {tuple(shape)}: give what the last call of this function for this "
-            "model and this window_size returned, or None to start afresh"
+            "model and this window_size returned, or None to start from scratch"
         )

@@ -1,9 +1,8 @@
-"""The optimizer as its users call it. A step's stages are in `step/stages.py`."""
+"""The GrokAdamW class, with its arguments and public methods. The stages of a step are in `step/stages.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from operator import itemgetter
 from typing import Any, overload
 
 import torch
@@ -27,15 +26,16 @@ from .state.slots import WINDOW, states_of
 from .step import capture, stages
 from .step.alpha import Combine, Signal, Signals
 from .step.batches import Given
-from .step.stages import Run
+from .step.run import Run
 
 __all__ = ["GrokAdamW"]
 
 
 class GrokAdamW(Base):
-    r"""AdamW that amplifies the slow part of the gradients. Its filter adapts to how far generalisation lags.
+    r"""A replacement for AdamW that amplifies the part of the gradients that stays the same over many steps.
 
-    One step, for a parameter θ of layer l with gradient g at its step t:
+    Grokfast's filter finds that part. Its memory adapts to how far generalisation lags behind training. One step, for a
+    parameter θ of layer l with gradient g at its step t:
 
     ```text
     c   = min(1, gradient_clipping / (N + 1e-6))          N: the norm of all gradients together
@@ -48,105 +48,108 @@ class GrokAdamW(Base):
     m̂   = m / (1 − β1_l^t),  v̂ = v / (1 − β2^t)
     ```
 
-    With ``lamb=0, gamma=0, gradient_clipping=0`` that is ``torch.optim.AdamW``.
+    With ``lamb=0, gamma=0, gradient_clipping=0`` this is ``torch.optim.AdamW``.
 
     Sources: Grokfast (Lee et al. 2024, arXiv:2405.20233, section 2.3) for μ and ĝ; AdamW (Loshchilov & Hutter,
     arXiv:1711.05101, algorithm 2) for m, v and θ; the published GrokAdamW description for α_t and β1_l.
 
     Args: Parameters, and AdamW's numbers
-        params: parameters, ``(name, parameter)`` pairs such as ``model.named_parameters()``, or dicts of either; of
-            dtype float16, bfloat16, float32, float64 or complex. With names, the model's modules are the layers;
-            without, every tensor is a layer of its own. A dict may set, for its group, the arguments from ``lr`` to
-            ``gradient_clipping`` but not the signals; ``max_row_norm``, ``max_row_change``, ``amplify_after``,
+        params: parameters, ``(name, parameter)`` pairs such as ``model.named_parameters()``, or dicts of either, with
+            dtype float16, bfloat16, float32, float64 or complex. With names, the layers are the model's modules;
+            without, every tensor is its own layer. A dict may set options for its group: the arguments from ``lr`` to
+            ``gradient_clipping`` except the signals; ``max_row_norm``, ``max_row_change``, ``amplify_after``,
             ``signal_boost``, ``decay_boost``, ``foreach``, ``fused``, ``maximize`` and ``capturable``; and ``layer``,
-            an integer ≥ 0, the layer of all its parameters.
+            an integer ≥ 0, which is then the layer of all parameters in the group.
         lr: learning rate η ≥ 0, a float or a tensor of one element.
-        betas: (β1, β2), each in [0, 1): decay of the first and second moment.
-        eps: ε ≥ 0.
-        weight_decay: decoupled decay wd ≥ 0, as in AdamW.
+        betas: (β1, β2), each in [0, 1): decay rates of the first and second moment.
+        eps: ε ≥ 0, added to the denominator of the update.
+        weight_decay: decoupled weight decay wd ≥ 0, as in AdamW.
 
     Args: The filter, and its signals
-        alpha_init: α_init in [0, 1], the filter's memory while no signal shortens it: an average over about
+        alpha_init: α_init in [0, 1], the filter's memory while no signal shortens it: μ averages over about
             1 / (1 − α) steps. A float or a tensor of one element.
-        lamb: λ ≥ 0, how much of the slow gradient is added; 0 turns the filter off.
-        gamma: γ in [0, 1), how much β1 falls from layer to layer.
-        grokking_signal_fns: a callable or a list of them, which take no arguments or ``(train_loss, eval_loss)``; see
-            ``grokadamw.signals``. None: ``loss_gap`` of the losses given to ``record``. An empty list: no signal.
+        lamb: λ ≥ 0, the factor of the slow gradient that is added; 0 turns the filter off.
+        gamma: γ in [0, 1), the fraction by which β1 falls from one layer to the next.
+        grokking_signal_fns: a callable, or a list of callables, that take no arguments or ``(train_loss, eval_loss)``;
+            see ``grokadamw.signals``. None: ``loss_gap`` of the losses given to ``record``. An empty list: no signal.
             ``grokking_signal_fn`` is an alias.
         grokking_signal_decay_rate: κ ≥ 0, how strongly the signal shortens the memory.
-        combine: how several signals become one: ``"mean"``, ``"max"``, ``"min"``, or a callable of the list of usable
-            values. A callable reads values back from a GPU; the others do not.
+        combine: how to combine several signals into one: ``"mean"``, ``"max"``, ``"min"``, or a callable that takes the
+            list of usable values. Only with a callable are values on a GPU read back to the host.
         second_moment: ``"filtered"``: v averages ĝ². ``"raw"``: v averages (c g)².
-        amplify_after: steps of a parameter before λ acts on it. μ is kept from the first step on.
-        signal_boost: b ≥ 0: lr and ``max_row_change`` of a step are multiplied by 1 + b · s_t, with the combined
-            signal limited to [0, 1]; 0 is off. Without a usable signal the factor is 1. ``metrics()["boost"]`` is the
-            last factor. Schedulers and ``param_groups`` never see it.
-        decay_boost: d ≥ 0: ``weight_decay`` of a step is multiplied by 1 + d · s_t, in the same way. The decay is of lr
-            as boosted. ``metrics()["decay_boost"]`` is the last factor.
-        amplify_by_signal: multiply λ by the combined signal, limited to [0, 1], so that the filter waits until a model
-            overfits. Without a usable signal λ is 0. The signal still acts on α, unless
+        amplify_after: number of steps of a parameter before λ acts on it. μ is updated from the first step on.
+        signal_boost: b ≥ 0. A step multiplies lr and ``max_row_change`` by 1 + b · s_t, with the combined signal s_t
+            limited to [0, 1]; 0 is off. Without a usable signal the factor is 1. ``metrics()["boost"]`` is the last
+            factor. Schedulers and ``param_groups`` never see it.
+        decay_boost: d ≥ 0. A step multiplies ``weight_decay`` by 1 + d · s_t in the same way. Weights then decay by
+            this weight decay times the boosted lr. ``metrics()["decay_boost"]`` is the last factor.
+        amplify_by_signal: multiply λ by the combined signal, limited to [0, 1], so that the filter has no effect until
+            the model overfits. Without a usable signal λ is 0. The signal still changes α, unless
             ``grokking_signal_decay_rate=0``. A signal on a GPU is read back.
-        window_size: w ≥ 1: μ is the mean of a parameter's last w clipped gradients, or of all until there are w; α has
-            no effect. A step costs the same for any w, and keeps w + 2 more tensors of the parameter's size. None: the
-            EMA. ``amplify_after=w - 1`` waits for a full window, as Grokfast does. Source: arXiv:2405.20233, 2.2.
-        window_dtype: dtype of those gradients. None: the parameter's, or float32 for float16.
+        window_size: w ≥ 1. μ is the mean of a parameter's last w clipped gradients (of all of them until there are w),
+            and α has no effect. A step takes the same time for any w; w + 2 more tensors of the parameter's size are
+            kept. None: μ is the EMA above. ``amplify_after=w - 1`` waits for a full window, as Grokfast does. Source:
+            arXiv:2405.20233, 2.2.
+        window_dtype: dtype of the gradients in the window. None: the parameter's, or float32 for float16.
 
     Args: Limits
-        gradient_clipping: largest norm ≥ 0 of all gradients together; 0 is off.
-        max_row_norm: largest norm ≥ 0 of a row, after a step; 0 is off. A row is a slice along the first dimension of a
-            parameter with two dimensions or more: the weights of one output of a linear layer, or one embedding vector.
-            Flattened parameters, as in FSDP1, have no rows. Source: Srivastava et al. 2014, JMLR 15, section 5.1.
-        max_row_change: largest distance ≥ 0 that a row moves in a step, by the update and by decay, as a share of its
-            norm before the step, or of 0.1 if that is more; 0 is off. It acts before ``max_row_norm``. Below 0.01,
-            rounding outweighs it in bfloat16. Source: LAMB's ratio to the weights' norm (arXiv:1904.00962), as a limit,
-            and by unit, as in arXiv:2102.06171, section 4.1.
-        nonfinite: what happens to a step whose gradients hold NaN or infinity, or whose Σg² overflows float64.
-            ``"skip"``: nothing is written, and ``metrics()["skipped_steps"]`` counts it. ``"raise"``: nothing is
+        gradient_clipping: largest norm ≥ 0 that all gradients together may have; 0 is off.
+        max_row_norm: largest norm ≥ 0 that a row may have after a step; 0 is off. A row is a slice along the first
+            dimension of a parameter with two or more dimensions: the weights of one output of a linear layer, or one
+            embedding vector. Flattened parameters, as in FSDP1, have no rows. Source: Srivastava et al. 2014, JMLR 15,
+            section 5.1.
+        max_row_change: largest distance ≥ 0 that a row may move in a step (update and weight decay together), as a
+            fraction of the row's norm before the step, or of 0.1 if that is more; 0 is off. It is applied before
+            ``max_row_norm``. In bfloat16, rounding outweighs limits below 0.01. Source: LAMB's trust ratio
+            (arXiv:1904.00962), used as a limit, and for each output as in arXiv:2102.06171, section 4.1.
+        nonfinite: how to handle a step whose gradients contain NaN or infinity, or whose Σg² overflows float64.
+            ``"skip"``: nothing is written, and ``metrics()["skipped_steps"]`` counts the step. ``"raise"``: nothing is
             written, and an error is raised; this reads the norm back from a GPU. ``"propagate"``: the step is taken, as
-            AdamW does. Without clipping the first two read the gradients once more.
+            in AdamW. Without clipping, the first two read the gradients one more time.
 
     Args: How a step runs
-        accumulation_steps: k ≥ 1, micro-batches per step, each one call of ``step``. No buffer is needed: m, v and μ
-            collect a k-th of each gradient, and parameters change at every k-th call. m and μ are those of the joined
-            batch; v is the mean of the micro-gradients' squares, so that steps are up to √k times shorter, and
-            ``second_moment="raw"`` is required. Each micro-gradient is clipped on its own; with ``nonfinite="skip"``
-            one that is not finite counts as 0. Signals, λ, γ and betas are taken at the first micro-batch.
+        accumulation_steps: k ≥ 1, micro-batches per step; call ``step`` after each. No buffer is needed: m, v and μ
+            take in 1/k of each micro-batch's contribution, and parameters change at every k-th call. m and μ equal
+            those of one large batch; v averages the squares of the micro-gradients, so steps are up to √k times
+            shorter, and ``second_moment="raw"`` is required. Each micro-gradient is clipped on its own; with
+            ``nonfinite="skip"`` a non-finite one counts as 0. The first micro-batch fixes signals, λ, γ and betas.
             ``Accumulate`` is exact, but needs a buffer. Source: Su Jianlin, https://kexue.fm/archives/8634.
-        state_dtype: how m, v and μ are kept. ``"float32"``: 12 bytes per parameter. ``"bfloat16"``: 6. ``"int8"``: 3.2,
-            in 8-bit codes with a scale per 64 elements of a row. A dict sets some of them, the others being float32:
-            ``{"grok_ema": "int8", "exp_avg": "bfloat16"}``. A step always computes in float32. Parameters with
-            fewer than 4,096 elements, float64 and complex ones and, with int8, rows below 32 keep full precision.
+        state_dtype: the format of m, v and μ. ``"float32"``: 12 bytes per parameter. ``"bfloat16"``: 6. ``"int8"``:
+            3.2, as 8-bit codes with a scale per 64 elements of a row. A dict sets some of them, and the others are
+            float32: ``{"grok_ema": "int8", "exp_avg": "bfloat16"}``. A step always computes in float32. Full precision
+            is kept for parameters with fewer than 4,096 elements, for float64 and complex ones and, with int8, for rows
+            shorter than 32.
         master_weight_bits: how many bits of a bfloat16 or float16 parameter a step works with: 32, as if it were
-            float32; or 24, rounded stochastically. The bits that its dtype does not hold are kept as state,
-            ``param_low``, of 2 bytes or 1. None: only its dtype's bits; a bfloat16 weight of 1 then moves by at least
-            0.004, or not at all.
-        rounding: how such a parameter is rounded to its dtype without master_weight_bits: ``"nearest"``, or
-            ``"stochastic"``, which keeps small changes on average.
-        shard_group: the process group whose ranks each have a part of all plain parameters, as with FSDP1, pipeline
-            stages and DeepSpeed's ZeRO; for example ``torch.distributed.group.WORLD``, which is None before
-            ``init_process_group``. N and the search for NaN and infinity then cover all ranks, which must all call
-            ``step``. DTensors (FSDP2) on different meshes on different ranks count as different parts; those on one
-            mesh count once. None: plain parameters are whole on each rank, as with DDP. DTensors alone and
-            ``ZeroRedundancyOptimizer`` need no group: their division is known. Checkpoints and pickles do not keep it.
-        foreach: None for the fastest implementation that can take a tensor, see ``implementation``. True for torch's
-            operations on lists of tensors. False for one tensor at a time, with scratch memory for one.
-        maximize: climb instead of descend.
-        capturable: let CUDA graphs capture the step; all parameters must be on a GPU. See ``update_signals``.
-        differentiable: let autograd pass through the step, to parameters, gradients and a tensor ``lr``.
-        fused: None: as with ``foreach``. False: foreach. True: as None, but only on the CPU and on CUDA or ROCm GPUs,
-            and GradScaler leaves the loss scale to the optimizer.
-        compat: ``"0.1.2"`` repeats runs of that release, to rounding: bias correction by β1 instead of β1_l, ε added
+            float32; or 24, rounded stochastically. The bits that the parameter's dtype cannot hold are kept in the
+            state ``param_low``, 2 bytes or 1 per element. None: no more bits than the dtype's; a bfloat16 weight of 1
+            then moves by at least 0.004, or not at all.
+        rounding: how a bfloat16 or float16 parameter is rounded to its dtype without master_weight_bits: ``"nearest"``,
+            or ``"stochastic"``, which preserves small changes on average.
+        shard_group: the process group over whose ranks all plain (non-DTensor) parameters are sharded, as with FSDP1,
+            pipeline stages and DeepSpeed's ZeRO; for example ``torch.distributed.group.WORLD``, which is None before
+            ``init_process_group``. N and the check for NaN and infinity then cover all of its ranks, which must all
+            call ``step``. DTensors (FSDP2) on different meshes on different ranks count as different parts; those on
+            one mesh count once. None: each rank has all plain parameters in full, as with DDP. DTensors alone and
+            ``ZeroRedundancyOptimizer`` need no group: their sharding is known. Checkpoints and pickles do not save it.
+        foreach: None: the fastest implementation that can take a tensor, see ``implementation``. True: torch's
+            operations on lists of tensors. False: one tensor at a time, with temporary memory for one.
+        maximize: maximize the loss instead of minimizing it.
+        capturable: allow CUDA graphs to capture the step; all parameters must be on a GPU. See ``update_signals``.
+        differentiable: let autograd go back through the step, to parameters, gradients and a tensor ``lr``.
+        fused: None: ``foreach`` decides. False: like ``foreach=True``. True: like None, but only for parameters on the
+            CPU and on CUDA or ROCm GPUs, and GradScaler leaves unscaling to the optimizer.
+        compat: ``"0.1.2"`` reproduces runs of that release, to rounding: bias correction by β1 instead of β1_l, ε added
             before v's correction, clipping tensor by tensor, layers counted over the tensors that have a gradient,
-            signals evaluated for each group, no limit to α, state in the parameter's dtype, μ also while λ is 0, no
-            rule for NaN.
+            signals evaluated for each group, α without a limit, state in the parameter's dtype, μ also while λ is 0, no
+            handling of NaN.
 
     Raises:
         TypeError, ValueError: an argument is not as described above. The message names it and its value.
 
-    ``optimizer.state[p]`` holds ``step`` (0-d float32), ``exp_avg`` m, ``exp_avg_sq`` v, and ``grok_ema`` μ once λ was
-    above 0: in the parameter's shape, and at least float32, or as state_dtype says; int8 codes have scales,
-    ``exp_avg_scale`` (rows, blocks). With a window also ``grok_ring`` (w, \*shape), ``grok_ring_sum``,
-    ``grok_ring_lap`` (shape) and ``grok_ring_count`` (0-d int64); with accumulation_steps ``micro_step``.
+    ``optimizer.state[p]`` holds ``step`` (0-d float32), ``exp_avg`` m, ``exp_avg_sq`` v and, once λ has been above 0,
+    ``grok_ema`` μ. They have the parameter's shape, and are at least float32, or as state_dtype says; int8 codes have
+    scales, such as ``exp_avg_scale`` (rows, blocks). A window adds ``grok_ring`` (w, \*shape), ``grok_ring_sum``,
+    ``grok_ring_lap`` (shape) and ``grok_ring_count`` (0-d int64); accumulation_steps adds ``micro_step``.
     """
 
     @with_hints
@@ -217,43 +220,43 @@ class GrokAdamW(Base):
         norms: bool | None = None,
         **options: Any,
     ) -> GrokAdamW:
-        """Make an optimizer with the settings that worked best on small models that memorise before they generalise.
+        """Create an optimizer with the settings that worked best on small models that memorise before they generalise.
 
-        They are lr 3e-3, weight decay 1, α 0.9, γ 0.6 and betas (0.9, 0.98), and no row of a weight moves by more than
-        0.035 of its length in a step (``max_row_change``). While a model has memorised and evaluation lags, updates are
-        up to five times as large (``signal_boost`` 4, of ``grokadamw.signals.memorisation``), and weight decay is up to
-        four times as strong (``decay_boost`` 3): for that, call ``record(train_loss=…, eval_loss=…)`` with both every
-        few steps. For models without norms the filter, γ and the limit are off, and other numbers depend on how many
-        weight matrices there are (kernels of convolutions count, embeddings do not). One or two: lr 2e-2, weight decay
-        0.5, ``signal_boost`` 2, ``decay_boost`` 1. Three: lr 1e-2. More, or none: lr 3e-3, weight decay 0.1,
-        ``signal_boost`` 10, ``decay_boost`` 30. Evidence: benchmarks/results/GROKKING_REPORT.md.
+        The settings are lr 3e-3, weight decay 1, α 0.9, γ 0.6 and betas (0.9, 0.98). In a step, no row of a weight
+        moves by more than 0.035 of its length (``max_row_change``). While the model has memorised and evaluation lags,
+        updates are up to five times as large (``signal_boost`` 4, with the signal ``grokadamw.signals.memorisation``),
+        and weight decay is up to four times as strong (``decay_boost`` 3). For that, record both losses every few
+        steps: ``record(train_loss=…, eval_loss=…)``. For models without norms, the filter, γ and the row limit are off.
+        Other settings depend on the number of weight matrices (convolution kernels count, embeddings do not). One or
+        two: lr 2e-2, weight decay 0.5, ``signal_boost`` 2, ``decay_boost`` 1. Three: lr 1e-2. More, or none: lr 3e-3,
+        weight decay 0.1, ``signal_boost`` 10, ``decay_boost`` 30. Evidence: benchmarks/results/GROKKING_REPORT.md.
 
         Args:
-            model: its parameters that require gradients are optimized, under their names and in its layers, in groups:
-                weights; parameters of norm layers, with a third of the weight decay; other vectors (which may have
-                further dimensions of 1), without decay and limit; and a group for each embedding. An embedding whose
+            model: the model. Its parameters that require gradients are optimized, with their names and layers, in these
+                groups: weights; parameters of norm layers, with a third of the weight decay; other vectors (possibly
+                with extra dimensions of 1), without decay or row limit; and one group per embedding. An embedding whose
                 rows are longer than 1 on average gets ``lr`` times that length, and ``weight_decay`` divided by it, so
-                that its rows turn as quickly as those of weights, and shrink as slowly. torch's embeddings begin with a
-                length of √width. Embeddings are ``nn.Embedding`` and ``nn.EmbeddingBag``. Norm layers are torch's, and
-                modules with vectors and the word "norm" in their class's name. In a model without norms vectors count
-                as weights. A mostly frozen model, as with PEFT, gets a warning: the preset is for training from
-                scratch.
-            norms: whether the model normalises its activations. None looks for norm layers, and for calls of
-                ``torch.nn.functional``'s norms in the code of its modules. Say so if it has other arithmetic.
-            lr, weight_decay, options: as for the constructor; they replace the preset's. A weight decay that you give
-                stays as it is, unless you also give ``decay_boost``. If lr is a tensor, each group has a copy of its
-                own: write to ``param_groups``. A scheduler that sets one lr for all groups, as ``OneCycleLR`` does,
-                slows the embeddings down: give it a list, one lr per group.
+                that its rows turn as quickly as those of weights, and shrink as slowly. torch initialises embeddings
+                with a length of √width. Embeddings are ``nn.Embedding`` and ``nn.EmbeddingBag``. Norm layers are
+                torch's, and modules with vectors whose class name has the word "norm". In a model without norms,
+                vectors count as weights. A mostly frozen model, as with PEFT, causes a warning, because the preset is
+                for training from scratch.
+            norms: True or False to say if the model normalises its activations. None looks for norm layers, and for
+                calls of ``torch.nn.functional``'s norms in its modules' code. Pass True if it has other arithmetic.
+            lr, weight_decay, options: as for the constructor; they replace the preset's values. A weight decay that you
+                pass stays constant, unless you also pass ``decay_boost``. If lr is a tensor, each group has its own
+                copy: change it in ``param_groups``. A scheduler that sets one lr for all groups, as ``OneCycleLR``
+                does, slows down the embeddings: give it a list with one lr per group.
 
         Raises:
-            TypeError, ValueError: model is no module, or one of TorchScript or torch.export, or all of it is frozen; a
-                parameter has no shape, or an embedding no finite numbers yet; or an argument is not allowed.
+            TypeError, ValueError: model is not a module, comes from TorchScript or torch.export, or is frozen as a
+                whole; a parameter has no shape yet, or an embedding no finite values; or an argument is not allowed.
         """
         groups, preset = grokking_groups(model, lr, weight_decay, norms)
         if options.get("grokking_signal_fns") is None and options.get("grokking_signal_fn") is None:
             options["grokking_signal_fns"] = memorisation
         optimizer = cls(groups, **preset | options)
-        optimizer.set_layers(model)  # in the model's order, not the groups'
+        optimizer.set_layers(model)  # number layers in the model's order, not the groups'
         optimizer._preset_gamma = None if "gamma" in options else preset["gamma"]
         return optimizer
 
@@ -265,35 +268,35 @@ class GrokAdamW(Base):
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step. A parameter without a gradient stays as it is, with its state; ``p.grad`` is never written to.
+        """Take one step. A parameter without a gradient keeps its value and its state; ``p.grad`` is never written to.
 
-        With ``step_in_backward`` this ends a pass, whose gradients were used and freed as they came.
+        With ``step_in_backward``, this call ends a backward pass that has already used and freed its gradients.
 
         Args:
-            closure: re-evaluates the model and returns the loss. It runs first: gradients and losses are read after it.
+            closure: re-evaluates the model and returns the loss. It runs before gradients and recorded losses are read.
 
         Returns:
-            What the closure returned.
+            The closure's return value; None without a closure.
 
         Raises:
-            RuntimeError: a gradient is sparse, or not finite with ``nonfinite="raise"``; a parameter overlaps itself.
-            TypeError, ValueError: a value set by hand in a group is not allowed. Nothing was written in any case.
+            RuntimeError: a gradient is sparse, or not finite (``nonfinite="raise"``); a parameter's elements overlap.
+            TypeError, ValueError: a value set by hand in a group is not allowed. In every case, nothing was written.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         calls, tables = self._prepared(torch.compiler.is_compiling())
-        stages.write(calls, tables)  # slow_grad to limit_rows, and all that torch.compile sees
+        stages.write(calls, tables)  # slow_grad to limit_rows, the only stages that torch.compile sees
         return loss
 
-    @_disable_dynamo  # so that what changes from step to step comes as tensors, and no value becomes a guard
+    @_disable_dynamo  # so that values which change each step reach the graph as tensors, and none is a guard
     def _prepared(self, compiling: bool) -> tuple[list[tuple[Batch, Scalars]], Tables | None]:
-        """Do the stages before slow_grad. Groups and state are read again after signals, which may load others."""
+        """Run the stages before slow_grad. Groups and state are read again after signals, which may replace them."""
         self._complete_groups()
         run, options = self._run, self.defaults
         run.stepped = False
-        may_capture = torch.cuda._initialized or any(map(itemgetter("capturable"), self.param_groups))
+        may_capture = torch.cuda._initialized or capture.any_capturable(self.param_groups)
         capturing = may_capture and capture.is_capturing(self)
         given = Given(
             self.param_groups,
@@ -318,16 +321,16 @@ class GrokAdamW(Base):
     def update_signals(self) -> None:
         """Evaluate the signals, and set the filter memory α and the boosts of lr and weight decay from them.
 
-        ``step`` does so itself. The replay of a CUDA graph does not: call this between replays, whenever signals should
-        take effect; α and the boosts stay as they are in between. With several processes, call it on all of them.
+        ``step`` does this itself, but the replay of a CUDA graph does not. Call this method between replays, whenever
+        signals should take effect; until then α and the boosts stay constant. With several processes, call it on all.
         """
         self._complete_groups()
         stages.hear_signals(self._run, self.param_groups, self.defaults)
 
     def free_slow_gradient(self) -> None:
-        """Drop the slow gradients μ to free their memory. If λ is not 0 (with compat: always), a step starts them at 0.
+        """Drop the slow gradients μ to free their memory. The next step starts them at 0 if λ > 0 (or compat is set).
 
-        With ``lamb`` set to 0 the filter is off, but μ is kept up to date so that the filter can be turned on again.
+        With ``lamb`` set to 0 the filter is off, but μ is still updated, so that the filter can be turned on again.
         """
         for state in states_of(self.param_groups, self.state):
             for name in ("grok_ema", "grok_ema_scale", *WINDOW):
@@ -335,23 +338,23 @@ class GrokAdamW(Base):
 
     @property
     def stepped(self) -> bool:
-        """True if the last ``step`` was the last micro-batch of ``accumulation_steps``: then step the scheduler."""
+        """True if the last ``step`` took the last micro-batch of ``accumulation_steps``. Step schedulers only then."""
         return self._run.stepped
 
     @with_hints
     def record(
         self, *unnamed: Any, train_loss: Any = None, eval_loss: Any = None, train_acc: Any = None, eval_acc: Any = None
     ) -> None:
-        """Record losses and accuracies for the signals. Groups, and so checkpoints, hold them under these names.
+        """Record losses and accuracies for the signals. Groups and checkpoints store them under these names.
 
-        The next step evaluates the signals. With several processes, call it on all of them, or on one if all of them
-        are known to take every step, as with DDP and FSDP. A ``Monitor`` counts each evaluation accuracy as one
-        evaluation, and reads it.
+        The next step evaluates the signals. With several processes, call this on all of them, or on one if all of them
+        are known to take every step, as with DDP and FSDP. A ``Monitor`` reads each evaluation accuracy, and counts it
+        as one evaluation.
 
         Args:
             train_loss, eval_loss: a number, or a tensor or NumPy array of one element. A tensor on a GPU stays there,
-                and is not waited for. None keeps the loss recorded before.
-            train_acc, eval_acc: the same for the share of right answers, in [0, 1]. On a GPU it is not checked.
+                and the host does not wait for it. None keeps the previous loss.
+            train_acc, eval_acc: the same for accuracies, shares of right answers in [0, 1]. On a GPU it is not checked.
 
         Raises:
             TypeError, ValueError: a value is not one number, or an accuracy is not in [0, 1]. Then nothing is recorded.
@@ -372,7 +375,7 @@ class GrokAdamW(Base):
                 listener()
 
     def set_signals(self, fns: Signal | Iterable[Signal] | None, combine: Combine | None = None) -> None:
-        """Replace the signals. Arguments are as the constructor's, but ``combine=None`` keeps the current one."""
+        """Replace the signals. The arguments are the constructor's, but ``combine=None`` keeps the current setting."""
         old = self._run.signals
         signals = Signals(fns, old.combine if combine is None else combine)
         signals.check_amplifies(self.defaults["amplify_by_signal"])
@@ -384,7 +387,7 @@ class GrokAdamW(Base):
         self._run.signals = signals
 
     def set_layers(self, model: nn.Module) -> None:
-        """Take the layers from a model's modules, in their order, for all groups except those with ``layer``.
+        """Number the layers by a model's modules, in the model's order, in all groups except those with ``layer``.
 
         Raises:
             TypeError, ValueError: model is not a module, or it lacks a parameter of the optimizer.

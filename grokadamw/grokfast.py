@@ -1,9 +1,10 @@
 """The Grokfast filters on their own, for any optimizer (Lee et al. 2024, arXiv:2405.20233).
 
-There are two optimizers that wrap another one and keep the filter's memory in checkpoints; and the two functions of
-`gradfilters`, which you call between ``backward()`` and ``step()``.
+Two optimizers wrap another one, and keep the filter's memory in checkpoints. The two functions of `gradfilters` are
+called between ``backward()`` and ``step()``.
 
-For a gradient g, `gradfilter_ema` and `Grokfast` are section 2.3 of the paper, `gradfilter_ma` and `GrokfastMA` 2.2:
+For a gradient g, `gradfilter_ema` and `Grokfast` implement section 2.3 of the paper, `gradfilter_ma` and `GrokfastMA`
+section 2.2:
 
     EMA   μ ← α μ + (1 − α) g          g ← g + λ μ        μ starts as the first gradient
     MA    μ ← mean of the last w g     g ← g + λ μ        once there are w of them
@@ -42,7 +43,7 @@ _OF_MA = tuple(window.names("grokfast_"))
 
 
 class _Filter(Wrapper):
-    """A filter in front of an optimizer."""
+    """A wrapper that filters the gradients with which another optimizer steps."""
 
     _prefixes = OF_FILTERS
     _settings: tuple[str, ...] = ("_signals",)
@@ -75,7 +76,7 @@ class _Filter(Wrapper):
         check_count("grokfast_amplify_after", group["grokfast_amplify_after"])
 
     def _gate(self) -> float:
-        """Return what λ is multiplied by, in [0, 1]: the same on all ranks."""
+        """Return the factor of λ that `amplify_when` gives, in [0, 1] and the same on all ranks."""
         if self._signals is None:
             return 1.0
         signal, elsewhere = mean_over_ranks(self._signals.evaluate(None, None), self.param_groups)
@@ -95,8 +96,8 @@ class _Filter(Wrapper):
             group["grokfast_filter"] = self._described()
         if str(saved) != self._described():
             warn(
-                f"state_dict is of a run with Grokfast's filter ({saved}), and this optimizer goes on with "
-                f"({self._described()}), as it was constructed",
+                f"state_dict is of a run with Grokfast's filter ({saved}), and this optimizer keeps "
+                f"({self._described()}), as constructed",
                 UserWarning,
             )
         if self._signals is not None:
@@ -104,12 +105,12 @@ class _Filter(Wrapper):
 
 
 def _usable(parts: list[Part]) -> list[Tensor]:
-    """Return the gradients for μ, in which NaN and infinity would stay: they are 0. The inner optimizer gets them."""
+    """Return gradients for μ, in which NaN and infinity would stay, so they are 0. (The inner optimizer gets them.)"""
     return [part.grad.nan_to_num(0.0, 0.0, 0.0) for part in parts]
 
 
 def _signal(function: Any) -> Signals | None:
-    """Return amplify_when as `Signals`; None for None."""
+    """Return amplify_when as `Signals`; None if it is None."""
     if function is None:
         return None
     way_out = "give a function of no arguments, such as lambda: plateau(train_loss, eval_loss)"
@@ -127,29 +128,31 @@ def _signal(function: Any) -> Signals | None:
 
 
 class Grokfast(_Filter):
-    r"""The EMA filter in front of any optimizer, which then steps with :math:`g + λ μ` instead of g.
+    r"""Grokfast around any optimizer: it steps with :math:`g + λ μ`, where μ is a moving average of the gradients g.
 
     ```python
     optimizer = Grokfast(torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.005))
     ```
 
     Use it like the inner optimizer, with schedulers, closures, GradScaler and checkpoints. Groups and state belong to
-    the inner optimizer, ``optimizer.optimizer``. ``p.grad`` is left as it was. NaN and infinity are left to the inner
-    optimizer, and count as 0 in μ. Not for GrokAdamW, which has the filter. Source: arXiv:2405.20233, section 2.3.
+    the inner optimizer, ``optimizer.optimizer``. ``p.grad`` is left unchanged. NaN and infinity are passed on to the
+    inner optimizer, and count as 0 in μ. Do not wrap GrokAdamW, which has this filter itself. Source: arXiv:2405.20233,
+    section 2.3.
 
     Args:
-        optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does, or is differentiable.
-        alpha: α in [0, 1], the memory: an average over about 1 / (1 − α) steps.
+        optimizer: any optimizer, except one that evaluates its closure several times in a step (as LBFGS does) or is
+            differentiable.
+        alpha: α in [0, 1], the filter's memory: μ averages over about 1 / (1 − α) steps.
         lamb: λ ≥ 0; 0 turns the filter off.
-        amplify_after: gradients of a parameter before λ acts on it. μ is kept from the first on.
-        amplify_when: a signal of no arguments (see ``grokadamw.signals``; one that returns a bool will do), called
-            at each step. λ is multiplied by its value, limited to [0, 1], and by 0 while it has no value. With several
-            processes the mean of their values is used. Checkpoints hold its state; pickle holds the function.
+        amplify_after: number of gradients of a parameter before λ acts on it. μ is updated from the first one on.
+        amplify_when: a signal of no arguments (see ``grokadamw.signals``; it may return a bool), called at each step. λ
+            is multiplied by its value, limited to [0, 1], and by 0 while it has no value. With several processes, the
+            mean of their values is used. Checkpoints save the signal's state; pickles contain the function.
 
     The groups hold ``grokfast_alpha``, ``grokfast_lamb`` and ``grokfast_amplify_after``, which may differ between
-    groups and change at any time; and ``grokfast_signal_state``. ``state[p]`` gets ``grokfast_ema`` (μ, in the
-    parameter's shape and dtype, but at least float32; for a complex parameter, two real numbers per element) and
-    ``grokfast_step``, the number of gradients it has seen, once λ was above 0.
+    groups and change at any time; and ``grokfast_signal_state``. Once λ has been above 0, ``state[p]`` holds
+    ``grokfast_ema`` (μ, in the parameter's shape and dtype, but at least float32; for a complex parameter, two real
+    numbers per element) and ``grokfast_step``, the number of gradients it has seen.
 
     Raises:
         TypeError, ValueError: an argument is not as described above. The message names it and its value.
@@ -205,7 +208,7 @@ class Grokfast(_Filter):
                 filtered += [grad.clone() for grad in grads]  # hooks of the inner optimizer may write to them
             else:
                 alpha, lamb, is_first = numbers
-                # λ μ + g, with the μ of after this step
+                # g + λ μ, with the new μ of this step
                 slow = grads if is_first else [self._ema(part) for part in alike]
                 amplified = torch._foreach_mul(slow, 1 + lamb if is_first else lamb * alpha)
                 if not is_first:
@@ -229,18 +232,19 @@ class Grokfast(_Filter):
 
 
 class GrokfastMA(_Filter):
-    r"""The moving-average filter in front of any optimizer: it steps with :math:`g + λ μ`, μ the mean of the last w g.
+    r"""Grokfast around any optimizer: it steps with :math:`g + λ μ`, where μ is the mean of the last w gradients g.
 
-    Use it like `Grokfast`. A step costs the same for any window; the memory is w + 2 times the parameters'. Source:
-    arXiv:2405.20233, section 2.2.
+    Use it like `Grokfast`. A step takes the same time for any w; the window takes w + 2 times the parameters' memory.
+    Source: arXiv:2405.20233, section 2.2.
 
     Args:
-        optimizer: any, unless it evaluates its closure several times in a step, as LBFGS does, or is differentiable.
-        window_size: w ≥ 1.
+        optimizer: any optimizer, except one that evaluates its closure several times in a step (as LBFGS does) or is
+            differentiable.
+        window_size: w ≥ 1, how many gradients to keep.
         lamb: λ ≥ 0; 0 turns the filter off.
         filter_type: ``"mean"``, or ``"sum"``.
-        warmup: wait until a parameter has had w gradients. Without it μ is the mean, or the sum, of those so far.
-        window_dtype: dtype of the kept gradients; None for the parameter's, but float32 for float16, whose range is too
+        warmup: add nothing until a parameter has had w gradients. If False, μ is the mean or sum of those so far.
+        window_dtype: dtype of the kept gradients. None: the parameter's, but float32 for float16, whose range is too
             small. ``torch.bfloat16`` halves the memory that a float32 model needs; sums stay at least float32.
         amplify_after, amplify_when: as for `Grokfast`.
 
@@ -290,7 +294,7 @@ class GrokfastMA(_Filter):
         gate = self._gate()
 
         def kind(part: Part) -> float | None:
-            """Return what the mean is multiplied by; None if no window is kept."""
+            """Return the factor of the mean; None if no window is kept."""
             group, state = part.group, self.state.get(part.param, {})
             if "grokfast_ring" not in state:
                 return None

@@ -1,4 +1,4 @@
-"""Parameter groups of a model, by what its parameters are."""
+"""Divide a model's parameters into groups by their role, such as weights, norms and embeddings."""
 
 from __future__ import annotations
 
@@ -32,33 +32,34 @@ _WITH_NORMS = {
     "max_row_change": 0.035,
     "signal_boost": 4.0,
 }
-# and without, where the lengths of rows matter. The keys: from how many weights on, not counting embeddings
+# and without, where the lengths of rows matter. The keys are the least numbers of weights, not counting embeddings
 _WITHOUT_NORMS = {
     1: {"lr": 2e-2, "weight_decay": 0.5, "decay_boost": 1.0, "signal_boost": 2.0, "lamb": 0.0, "gamma": 0.0},
     3: {"lr": 1e-2, "weight_decay": 1.0, "decay_boost": 3.0, "signal_boost": 4.0, "lamb": 0.0, "gamma": 0.0},
     4: {"lr": 3e-3, "weight_decay": 0.1, "decay_boost": 30.0, "signal_boost": 10.0, "lamb": 0.0, "gamma": 0.0},
 }
-# names of matrices that do not make a model deeper: weight_norm's lengths, and a recurrent layer's other direction
+# names of matrices that do not make a model deeper: weight_norm's lengths, and a recurrent layer's reverse direction
 _BESIDE = re.compile(r"\bweight\w*_g$|\bweight\w*\.original0$|\bweight\w*_reverse$")
 
 
 def decay_groups(
     model: nn.Module, weight_decay: float = 1e-2, no_decay: Callable[[str, Tensor], bool] | None = None
 ) -> list[dict[str, Any]]:
-    """Return a model's parameters in two groups: weights, which decay; and biases, norms and embeddings, which do not.
+    """Return two parameter groups: weights, with weight decay; and biases, norms and embeddings, without.
 
     ```python
     optimizer = GrokAdamW(decay_groups(model, weight_decay=0.1), lr=3e-4)
     ```
 
-    Names are kept. Layers are numbered over the whole model, in its order, and not by group.
+    Parameters keep their names. Layers are numbered in the order of the whole model, not within each group.
 
     Args:
-        model: its parameters that require gradients are taken, shared ones once.
-        weight_decay: wd ≥ 0 of the first group.
+        model: the model. Its parameters that require gradients are returned, shared ones once.
+        weight_decay: weight decay wd ≥ 0 of the first group.
         no_decay: a function of name and parameter that returns True for a parameter that does not decay, as in
-            ``lambda name, param: param.dim() < 2``. None: those with less than two dimensions, and those of norm
-            layers and embeddings. If none has two dimensions, as in a model that FSDP1 flattened, all decay.
+            ``lambda name, param: param.dim() < 2``. None: parameters with fewer than two dimensions, and those of norm
+            layers and embeddings, do not decay. If none has two dimensions, as in a model that FSDP1 flattened, all
+            decay.
 
     Returns:
         ``[{"params": [(name, parameter), …], "layers": [l, …], "weight_decay": …}, …]``, for GrokAdamW, and for torch's
@@ -98,12 +99,12 @@ def grokking_groups(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the parameter groups of `GrokAdamW.for_grokking`, and its other options.
 
-    The groups are: weights; the parameters of norm layers, which decay a third as fast; other vectors, which neither
-    decay nor have limits; and a group for each embedding. If the mean length of an embedding's rows is above 1, its lr
-    is multiplied by that length and its weight decay divided by it. In a model without norms vectors count as weights.
-    `norms` says whether it has some; None looks. Without norms the numbers depend on how many weights the model has:
-    deep models need a lower lr, and shallow ones longer rows. The modules alone decide which groups there are: a model
-    with loaded weights has the groups of their source.
+    The groups are: weights; the parameters of norm layers, which decay a third as fast; other vectors, without decay or
+    limits; and one group per embedding. If the mean length of an embedding's rows is above 1, its lr is multiplied by
+    that length and its weight decay divided by it. In a model without norms, vectors count as weights. `norms` says
+    whether the model has norms; None searches it for them. Without norms, the numbers depend on how many weights the
+    model has: deep models need a lower lr, and shallow ones longer rows. The set of groups depends only on the modules,
+    so a model with loaded weights has the same groups as the model that the weights come from.
     """
     _check_modules(model)
     if norms is not None and not isinstance(norms, bool):
@@ -120,11 +121,11 @@ def grokking_groups(
     of_convolutions = of_modules(model, lambda module: isinstance(module, nn.modules.conv._ConvNd))
 
     def is_weight(param: Tensor) -> bool:
-        """A vector may have further dimensions of 1, as a class token; a matrix of one row is a weight."""
+        """Return True for weights, such as a matrix of one row; a class token with dimensions of 1 is a vector."""
         return param.dim() == 2 or (param.dim() > 2 and (not is_vector(param) or param in of_convolutions))
 
     count = sum(is_weight(param) and param not in embeddings and not _BESIDE.search(name) for name, param in named)
-    # nothing is known of embeddings or vectors alone (a vector may be a whole model): then take the lowest lr
+    # embeddings or vectors alone tell nothing about depth (a vector may be a whole model): then take the lowest lr
     of_count = max(least for least in _WITHOUT_NORMS if least <= count or not count)
     numbers = _WITH_NORMS if normed else _WITHOUT_NORMS[of_count]
     preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, **numbers}
@@ -135,7 +136,7 @@ def grokking_groups(
     check_number("weight_decay", decay)
     preset |= {"lr": lr, "weight_decay": decay}
     if weight_decay is not None:
-        preset.pop("decay_boost", None)  # the user's decay is meant as it is
+        preset.pop("decay_boost", None)  # a weight decay that the user gives stays constant
     of_norms, all_are_weights = of_modules(model, is_norm), is_flat(model) or not normed
     weights, gains, vectors = list[Any](), list[Any](), list[Any]()
     groups: list[dict[str, Any]] = [
@@ -165,7 +166,9 @@ def _mean_row_length(name: str, weight: Tensor) -> float:
     length = math.nan if weight.is_meta else as_float(whole(weight.abs().float().norm(dim=1).mean()))
     if not math.isfinite(length):
         what = "is on the meta device" if weight.is_meta else "holds numbers that are not finite"
-        raise ValueError(f"model: the embedding {name} {what}, and has no length: give the model its weights first")
+        raise ValueError(
+            f"model: the embedding {name} {what}, so its rows have no length yet: initialise or load the weights first"
+        )
     return length
 
 
@@ -184,13 +187,13 @@ def _check_frozen(model: nn.Module) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Raise TypeError if this is not a module."""
+    """Raise TypeError if the model is not a torch.nn.Module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, and not a torch.nn.Module: give the model itself")
 
 
 def _check_modules(model: Any) -> None:
-    """Raise TypeError or ValueError for a model whose modules do not show what its parameters are."""
+    """Raise TypeError or ValueError for a model whose modules do not show the roles of its parameters."""
     check_model(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
@@ -208,12 +211,12 @@ def _check_modules(model: Any) -> None:
 
 
 def is_flat(model: nn.Module) -> bool:
-    """Return True if no parameter has two dimensions, so that dimensions tell nothing."""
+    """Return True if no parameter has two dimensions, so that dimensions do not tell weights from vectors."""
     return all(param.dim() < 2 for param in model.parameters())
 
 
 def trained(model: nn.Module) -> Named:
-    """Return the parameters that require gradients, in the model's order; raise ValueError if all are frozen."""
+    """Return the parameters that require gradients, in the model's order. Raise ValueError if all are frozen."""
     named = list(model.named_parameters())
     found = [(name, param) for name, param in named if param.requires_grad]
     if named and not found:

@@ -1,10 +1,10 @@
-"""For Hugging Face's Trainer: losses and accuracies for the signals, layers from the model, and metrics in the logs.
+"""Callback for Hugging Face's Trainer: it records losses and accuracies, sets layers, and logs metrics.
 
 ```python
 Trainer(model, TrainingArguments(optim="grokadamw", ...), callbacks=[GrokAdamWCallback()], ...)
 ```
 
-`for_grokking` has the Trainer use the preset, with the Trainer's own learning rate and weight decay.
+`for_grokking` makes the Trainer use the preset, with the learning rate and weight decay of TrainingArguments.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
     ```
 
     Args:
-        arguments: those of the Trainer, the same object. Their learning rate and weight decay go to
-            ``GrokAdamW.for_grokking`` when the Trainer makes the optimizer, so ``hyperparameter_search`` can search
-            them. Their schedule multiplies the learning rate of every group.
-        options: further arguments of ``GrokAdamW.for_grokking``. Give ``decay_boost``: the weight decay comes from the
-            arguments, so it is constant without. docs/huggingface.md says which numbers suit which model.
+        arguments: the TrainingArguments that the Trainer gets, the same object. Their learning rate and weight decay
+            are passed to ``GrokAdamW.for_grokking`` when the Trainer creates the optimizer, so
+            ``hyperparameter_search`` can vary them. Their schedule multiplies the learning rate of every group.
+        options: further arguments of ``GrokAdamW.for_grokking``. Pass ``decay_boost``: without it the weight decay is
+            constant, as it comes from the arguments. docs/huggingface.md says which numbers suit which model.
 
     Raises:
         TypeError: arguments are not TrainingArguments.
-        ValueError: learning rate or weight decay are the Trainer's defaults, which are for fine-tuning; or they are
-            among the options.
+        ValueError: the learning rate or weight decay is the Trainer's default, which is for fine-tuning; or one of them
+            is among the options.
     """
     if not isinstance(arguments, TrainingArguments):
         what = f"the class {arguments.__name__}" if isinstance(arguments, type) else f"a {type(arguments).__name__}"
@@ -76,7 +76,7 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
 
 
 def _preset(arguments: TrainingArguments, *groups: Any, **options: Any) -> Callable[..., GrokAdamW]:
-    """Return the function that makes the preset: the Trainer calls a factory, unlike a class, without arguments."""
+    """Return the function that makes the preset. The Trainer calls a factory without arguments, unlike a class."""
     if groups:
         raise TypeError(
             "this release of transformers makes optimizers without the model: give "
@@ -86,34 +86,38 @@ def _preset(arguments: TrainingArguments, *groups: Any, **options: Any) -> Calla
 
 
 class GrokAdamWCallback(TrainerCallback):
-    """Makes the Trainer and a GrokAdamW work together, whatever the Trainer has wrapped around the optimizer.
+    """Trainer callback that records losses and accuracies, sets layers, and logs metrics, for a wrapped GrokAdamW, too.
 
-    - Layers are the model's modules, across decay and no-decay groups, and groups that are added later.
-    - The loss of every evaluation during training, and the last training loss logged before it, go to the signals. They
-      adapt α and, with the preset, the size of updates and weight decay.
-    - Accuracies go to the signals, too, if you give their keys: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
+    - Layers are taken from the model's modules, for decay and no-decay groups, and for groups that are added later.
+    - The loss of every evaluation during training, and the last training loss logged before it, are passed to the
+      signals, which adapt α and, with the preset, the size of updates and weight decay.
+    - Accuracies are passed on, too, if you give their keys: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
     - Every log of the training loss also has ``grok_alpha``, ``grok_boost``, ``grok_decay_boost``, ``grok_signal``,
       ``grok_grad_norm``, ``grok_clip_coefficient`` and ``grok_skipped_steps``, as far as they are known: on the
       console, in the history and wherever the Trainer reports to.
 
-    It warns once if the Trainer clips gradients to another norm, to no effect, or each micro-batch alone; if the
-    arguments hold something that the optimizer did not get, such as unknown names in ``optim_args``, or ``adam_beta1``;
-    if nothing is evaluated; if no training loss is logged from one evaluation to the next; if a checkpoint is saved at
-    a step that is not logged (the Trainer forgets the losses since the last log, so a resumed run records another
-    mean); and if a metric that it waits for does not come. Signals that remember something begin each run in the state
-    that they had when the first run began; a resumed run takes the checkpoint's.
+    It warns once about each of these problems:
+
+    - The Trainer clips gradients to another norm than the optimizer, to no effect, or in each micro-batch separately.
+    - An argument does not reach the optimizer, such as an unknown name in ``optim_args``, or ``adam_beta1``.
+    - Nothing is evaluated, or no training loss is logged from one evaluation to the next.
+    - A checkpoint is saved at a step that is not logged. The Trainer forgets the losses since the last log, so a
+      resumed run records another mean.
+    - A metric that the callback needs is missing.
+
+    Stateful signals begin each run in the state that they had when the first run began; a resumed run takes their state
+    from the checkpoint.
 
     Args:
         eval_loss: the name of the loss in the evaluation's metrics, ``"eval_<name>_loss"`` for one of several sets.
-        eval_acc: the name of the accuracy there, a share in [0, 1]: ``"eval_accuracy"``, if ``compute_metrics`` returns
+        eval_acc: the name of the accuracy there, a share in [0, 1]: ``"eval_accuracy"`` if ``compute_metrics`` returns
             an ``"accuracy"``. None: no accuracy.
         train_acc: the key of the training accuracy, a share in [0, 1], in anything that the Trainer logs: by
-            ``trainer.log``, or by an evaluation of training data, as ``"eval_<name>_accuracy"``. None: no accuracy.
-        signals, combine: as for ``GrokAdamW.set_signals``; None leaves the optimizer's own.
-        options: further settings of the optimizer's groups, such as ``betas``, which ``optim_args`` cannot carry: any
-            argument of ``GrokAdamW`` that a group may set, except lr, weight decay, foreach, fused and capturable. Give
-            settings of the whole optimizer, such as a window, with
-            ``Trainer(optimizer_cls_and_kwargs=(GrokAdamW, {...}))``.
+            ``trainer.log``, or as ``"eval_<name>_accuracy"`` by an evaluation on training data. None: no accuracy.
+        signals, combine: as for ``GrokAdamW.set_signals``; None keeps the optimizer's own.
+        options: further options for all groups, such as ``betas``, which ``optim_args`` cannot carry: any argument of
+            ``GrokAdamW`` that a group may set, except lr, weight decay, foreach, fused and capturable. Pass options of
+            the whole optimizer, such as a window, by ``Trainer(optimizer_cls_and_kwargs=(GrokAdamW, {...}))``.
 
     Raises:
         TypeError, ValueError: an option is not allowed; or, when training begins, the optimizer is not a GrokAdamW; or,
@@ -138,7 +142,7 @@ class GrokAdamWCallback(TrainerCallback):
                 raise TypeError(f"{what} is not the name of a metric: give one, as 'eval_accuracy', or leave it out")
         trainers.check_not_the_trainers(options)
         for name, value in options.items():
-            if name not in OPTIONS or name == "layer":  # layer is for one group of several
+            if name not in OPTIONS or name == "layer":  # layer is for one group, not for all
                 instead = meant(name, OPTIONS.keys() - {"layer"})
                 raise TypeError(
                     f"{name}={trainers.shown(value)} is not an argument of GrokAdamW that its parameter groups may set"
@@ -162,19 +166,19 @@ class GrokAdamWCallback(TrainerCallback):
         evaluated = {"eval_loss": eval_loss, "eval_acc": eval_acc}
         self._evaluated = {name: key for name, key in evaluated.items() if key is not None}
         self._train_acc = train_acc
-        self._optimizer: GrokAdamW | None = None  # while it trains
+        self._optimizer: GrokAdamW | None = None  # set only during training
         self._trained: weakref.ref[GrokAdamW] | None = None  # the optimizer of the last run
         self._at_first: list[Any] | None = None  # the signals' states when the first run began
-        self._group_sizes: list[int] = []  # when layers were taken from the model
+        self._group_sizes: list[int] = []  # when layers were last taken from the model
         self._goes_on = True  # False in a resumed run, until its first step begins
         self._logged_at = 0
-        self._skipped, self._is_nan = 0.0, False  # steps skipped until the last log, and whether its loss is NaN
-        self._logs_before = 0  # how many logs there were at the last evaluation that was recorded
+        self._skipped, self._is_nan = 0.0, False  # steps skipped before the last log; its loss was NaN
+        self._logs_before = 0  # the number of logs at the last recorded evaluation
         self._without_loss = 0  # evaluations since then without a new training loss
         self._recorded: Any = None  # the training loss of that evaluation
-        self._train_accuracy: float | None = None  # the last that was logged and is a number
+        self._train_accuracy: float | None = None  # the last logged one that is not NaN
         self._evaluated_at = -1  # the step of the last evaluation with an accuracy
-        self._metrics: set[str] = set()  # names of metrics that evaluations had
+        self._metrics: set[str] = set()  # names of all metrics of evaluations so far
         self._said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,14 +198,14 @@ class GrokAdamWCallback(TrainerCallback):
             check_settings({**group, **self._options}, found.defaults)
         if self._signals is not None:
             self._begin_signals(found)
-        for group in (*found.param_groups, *zero.groups_of_all_ranks(found)):  # a step takes the latter's options
+        for group in (*found.param_groups, *zero.groups_of_all_ranks(found)):  # a step uses the latter's options
             group.update(self._options)
-        found.defaults.update(self._options)  # for groups that are added in training
+        found.defaults.update(self._options)  # for groups that are added during training
         trainers.name_layers(found, model)
         self._group_sizes = trainers.group_sizes(found)
         self._optimizer, self._trained, self._logged_at = found, weakref.ref(found), state.global_step
         self._skipped, self._is_nan = found.metrics()["skipped_steps"], False
-        logs, key = state.log_history, self._evaluated["eval_loss"]  # a resumed run's logs, or none
+        logs, key = state.log_history, self._evaluated["eval_loss"]  # the logs of a resumed run, or empty
         self._logs_before = next((i for i in range(len(logs), 0, -1) if key in logs[i - 1]), 0)
         self._recorded = recorded(found.param_groups, "train_loss")
         self._goes_on = state.global_step == 0
@@ -227,7 +231,7 @@ class GrokAdamWCallback(TrainerCallback):
                 )
 
     def _begin_signals(self, optimizer: GrokAdamW) -> None:
-        """Register the signals. For another optimizer than the last run's, reset them to their first state."""
+        """Register the signals. If the optimizer is not the last run's, reset them to their first state."""
         stateful = [signal for signal in self._signals or () if hasattr(signal, "state_dict")]
         if self._at_first is None:
             self._at_first = [copy.deepcopy(signal.state_dict()) for signal in stateful]
@@ -237,9 +241,9 @@ class GrokAdamWCallback(TrainerCallback):
         optimizer.set_signals(self._signals, self._combine)
 
     def _go_first(self) -> None:
-        """Move in front of the callbacks that report, which read a log when it is their turn.
+        """Move this callback before those that report, because they read a log when they are called.
 
-        A callback does not know its handler, so this looks for it among the callers.
+        A callback has no reference to its handler, so this looks for the handler on the call stack.
         """
         frame: FrameType | None = sys._getframe(1)
         while frame := frame and frame.f_back:
@@ -261,7 +265,7 @@ class GrokAdamWCallback(TrainerCallback):
         if "loss" not in logs:
             return
         new = trainers.readings(self._optimizer)
-        # of steps whose losses are all NaN the Trainer logs 0, unless logging_nan_inf_filter=False
+        # the Trainer logs 0 for steps whose losses are all NaN, unless logging_nan_inf_filter=False
         skipped = new.get("grok_skipped_steps", 0.0)
         self._is_nan = logs["loss"] == 0 and args.logging_nan_inf_filter and skipped > self._skipped
         self._skipped = skipped
@@ -272,12 +276,12 @@ class GrokAdamWCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         metrics: dict[str, float] = kwargs["metrics"]
-        if self._optimizer is None or not self._goes_on:  # eval_on_start: the checkpoint has the losses
+        if self._optimizer is None or not self._goes_on:  # eval_on_start: a checkpoint has the losses
             return
         found: dict[str, float | None] = {name: metrics[key] for name, key in self._evaluated.items() if key in metrics}
         self._said.update(found)
         self._metrics.update(metrics)
-        # only here: what is learnt later must not be compared with this evaluation
+        # only here: a training loss or accuracy that comes later must not be compared with this evaluation
         if "eval_loss" in found:
             found["train_loss"] = self._new_loss(args, state, self._optimizer)
         if "eval_acc" in found:
@@ -289,9 +293,9 @@ class GrokAdamWCallback(TrainerCallback):
         optimizer.record(**trainers.without_nan(values, self._said))
 
     def _new_loss(self, args: TrainingArguments, state: TrainerState, optimizer: GrokAdamW) -> float | None:
-        """Return the training loss that was logged last; None, with a warning, if none was since the last evaluation.
+        """Return the last training loss that was logged; None, with a warning, if none was since the last evaluation.
 
-        There is no warning if the user has recorded one, or if no step was taken since then, or none follows.
+        There is no warning if the user has recorded one, if no step was taken since then, or if no step follows.
         """
         logs, before = state.log_history, self._logs_before
         self._logs_before = len(logs)
@@ -303,7 +307,7 @@ class GrokAdamWCallback(TrainerCallback):
         is_own = recorded(optimizer.param_groups, "train_loss") is not self._recorded
         goes_on = last_step < state.global_step < state.max_steps
         logging, evaluation = (IntervalStrategy(x).value for x in (args.logging_strategy, args.eval_strategy))
-        # an evaluation that a callback asked for, beside a schedule that is right: one alone does no harm
+        # a callback asked for this evaluation, and the schedule itself is right: a single one does no harm
         is_extra = logging == evaluation == "steps" and state.logging_steps <= state.eval_steps
         goes_on &= not is_extra or self._without_loss > 1
         if goes_on and not is_own and trainers.hears_losses(optimizer) and is_new("no new loss", self._said):
@@ -327,8 +331,8 @@ class GrokAdamWCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._goes_on = True
-        for name, key in self._evaluated.items():  # by now all sets were evaluated
-            # warn only if the Trainer has evaluated: its metrics begin with eval_, and a user's own need not
+        for name, key in self._evaluated.items():  # by now all sets have been evaluated
+            # warn only if the Trainer has evaluated: its metrics begin with eval_, while a user's metrics need not
             if any(metric.startswith(("eval_", f"{key.partition('_')[0]}_")) for metric in self._metrics):
                 self._warn_if_missing(name, key)
 
@@ -341,7 +345,7 @@ class GrokAdamWCallback(TrainerCallback):
         trainers.name_layers(self._optimizer, kwargs["model"])
 
     def _warn_if_missing(self, name: str, key: str) -> None:
-        """Warn, once, of the key of a metric that no evaluation had."""
+        """Warn once if no evaluation had a metric with this key."""
         if name in self._said:
             return
         metrics = sorted(self._metrics - {"epoch"})
@@ -354,7 +358,7 @@ class GrokAdamWCallback(TrainerCallback):
         self._said.add(name)
         silent = "signals of losses" if name == "eval_loss" else "AccuracyGap and Monitor.grokked_at"
         warn(
-            f"GrokAdamWCallback waits for {key!r}, {what}: {silent} stay silent; give {instead} as {name}=", UserWarning
+            f"GrokAdamWCallback waits for {key!r}, {what}: {silent} stay silent; pass {instead} as {name}=", UserWarning
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

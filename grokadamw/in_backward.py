@@ -1,4 +1,4 @@
-"""Gradient release: the backward pass updates each parameter once its gradient is there, and frees the gradient."""
+"""Gradient release: the backward pass updates each parameter once its gradient is ready, and frees the gradient."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from .step.batches import Given
 from .step.cache import Cache
 from .step.metrics import LastStep
 from .step.norm import NormSoFar
+from .step.run import Run
 
 __all__ = ["StepInBackward", "step_in_backward"]
 
 _Calls = Sequence[tuple[Batch, Scalars]]
-_QUIET = 1  # `count_skipped` warns of a group's first skipped step: a count that begins here keeps it silent for `end`
+_QUIET = 1  # `count_skipped` warns if the count was 0: a count that begins at 1 leaves the warning to `end`
 _SCALED = (
     "GradScaler with step_in_backward: this pass has used gradients before they could be unscaled. Compute in "
     "bfloat16, which needs no GradScaler, and start from the last checkpoint; or call the handle's remove()"
@@ -44,10 +45,10 @@ _TWICE = (
 
 
 def step_in_backward(optimizer: GrokAdamW, *, clip_by: str | None = None) -> StepInBackward:
-    """Update each parameter in the backward pass, as soon as its gradient is there, and free that gradient.
+    """Update each parameter in the backward pass, as soon as its gradient is ready, and free that gradient.
 
-    So the gradients of the whole model are never in memory at once. Without clipping, the result is that of ``step()``,
-    bit for bit.
+    The gradients of the whole model are then never in memory at once. Without clipping, the result is the same as that
+    of ``step()``, bit for bit.
 
     ```python
     handle = step_in_backward(optimizer)
@@ -59,29 +60,29 @@ def step_in_backward(optimizer: GrokAdamW, *, clip_by: str | None = None) -> Ste
     ```
 
     Call ``step()`` after each backward pass, as usual; schedulers and frameworks rely on it. It updates parameters that
-    have a gradient but were not updated, counts the step or micro-batch, and calls step hooks. ``step(closure)`` runs
-    the closure first, whose backward pass updates parameters. ``zero_grad()`` does no harm.
+    have a gradient but were not updated yet, counts the step or micro-batch, and calls step hooks. ``step(closure)``
+    first runs the closure, whose backward pass updates parameters. ``zero_grad()`` does no harm.
 
-    Signals are evaluated once a pass, before its first update: call ``record`` before ``backward``. The pass has no
-    other gradients then, so signals must not read them: ``SlowGradient`` is refused. With ``accumulation_steps`` each
-    backward pass is a micro-batch. ``nonfinite`` acts on each parameter alone: ``"skip"`` leaves out that parameter,
-    and ``metrics()["skipped_steps"]`` counts how often that happened; ``"raise"`` stops after earlier parameters of
-    the pass were written.
+    Signals are evaluated once per backward pass, before its first update, so call ``record`` before ``backward``. At
+    that time only one gradient exists, so signals must not read gradients, and ``SlowGradient`` is refused. With
+    ``accumulation_steps``, each backward pass is a micro-batch. ``nonfinite`` acts on each parameter separately:
+    ``"skip"`` leaves out that parameter, and ``metrics()["skipped_steps"]`` counts how often that happened; ``"raise"``
+    raises an error after earlier parameters of the pass were written.
 
     Args:
         optimizer: a GrokAdamW, without ``Grokfast`` or ``Accumulate`` around it. Its parameters must not be DTensors,
             nor be in a DDP or FSDP model.
         clip_by: required if ``gradient_clipping`` is above 0, as the norm N of all gradients is only known at the end
             of the pass. ``"last"``: N is that of the last pass, or of this pass's gradients so far if that is larger,
-            as in the first pass. Checkpoints keep N. A group's ``gradient_clipping`` is still its limit.
+            as in the first pass. Checkpoints save N. Each group's ``gradient_clipping`` is still its limit.
 
     Returns:
         A handle that is also a context manager. Its ``remove()``, or leaving the context, ends an open pass and
-        restores the usual ``step()``. The optimizer keeps the handle, so you need not.
+        restores the usual ``step()``. The optimizer keeps the handle, so you need not keep it.
 
     Raises:
         TypeError, ValueError: the optimizer, or one of its options, does not work with this.
-        RuntimeError: it is on already. Or, in ``backward``, a parameter gets a second gradient before ``step()``.
+        RuntimeError: it is already on. Or, in ``backward``, a parameter gets a second gradient before ``step()``.
     """
     return StepInBackward(optimizer, clip_by)
 
@@ -103,11 +104,11 @@ class StepInBackward:
         optimizer._complete_groups()
         self._check(optimizer, and_wrappers=True)
         self._optimizer = weakref.ref(optimizer)  # weak, as the optimizer keeps this object
-        self._one = stages.Run(Signals([]), in_backward=weakref.proxy(self))  # the run of one parameter's step
+        self._one = Run(Signals([]), in_backward=weakref.proxy(self))  # the run of one parameter's step
         self._caches, self._hooks = dict[Tensor, Cache](), dict[Tensor, RemovableHandle]()
         self._lock = threading.RLock()  # autograd has a thread for each device
         self._begun, self.is_open = 0, False  # how many passes have begun, and whether a pass is open
-        self._places: dict[Tensor, tuple[int, int, int]] = {}  # group, place in it, and number of each parameter
+        self._places: dict[Tensor, tuple[int, int, int]] = {}  # each parameter's group, index in the group, and number
         self._updated, self._norm = set[Tensor](), NormSoFar(0.0)  # in this pass
         self._skipped = list[str]()  # names of updated parameters whose gradients were not finite
         self._watch(optimizer)
@@ -135,13 +136,13 @@ class StepInBackward:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         optimizer = self._optimizer()
         if error is not None and optimizer is not None:
-            optimizer.zero_grad()  # drop what a failed pass left, so that ending it cannot fail
+            optimizer.zero_grad()  # drop the gradients of a failed pass, so that ending it cannot fail
         self.remove()
 
     def end(self, optimizer: GrokAdamW, given: Given) -> tuple[_Calls, Tables | None]:
-        """End the pass for ``step()``: return the updates that are left, and count the pass."""
+        """End the pass for ``step()``: return the updates that remain to be done, and count the pass."""
         if given.scale is not None or given.found_inf is not None:
-            # GradScaler leaves its attributes and scaled gradients behind, which the next step must not meet
+            # GradScaler leaves its attributes and scaled gradients behind; the next step must not see them
             for name in ("grad_scale", "found_inf"):
                 optimizer.__dict__.pop(name, None)
             optimizer.zero_grad()
@@ -162,7 +163,7 @@ class StepInBackward:
             run.last = run.last._replace(norms=[self._norm.value], clips=clips)
             if self._skipped and groups[0]["skipped_steps"] == 0:
                 names = ", ".join(self._skipped)
-                warn(f"gradients hold NaN or infinity; not updated, but counted as skipped: {names}", RuntimeWarning)
+                warn(f"parameters were skipped, as their gradients hold NaN or infinity: {names}", RuntimeWarning)
             for group in groups:
                 group["skipped_steps"] += len(self._skipped)
                 if self._clip_by is not None:
@@ -179,7 +180,7 @@ class StepInBackward:
         return self.is_open and bool(self._updated)
 
     def check_signals(self, signals: Signals) -> None:
-        """Raise ValueError for a signal that reads gradients: when it is called, the pass has that of one parameter."""
+        """Raise ValueError for a signal that reads gradients: when it is called, only one parameter has a gradient."""
         if any(isinstance(function, SlowGradient) for function in signals.functions):
             raise ValueError(
                 "SlowGradient with step_in_backward: it reads the gradients of all parameters, and signals are called "
@@ -191,11 +192,11 @@ class StepInBackward:
         optimizer._complete_groups()
         groups, run = optimizer.param_groups, optimizer._run
         check_changed(groups, optimizer.defaults, run.checked, run.checked_layers)
-        # a model may be wrapped later, and looking for wrappers may take 50 ms: look in passes 1, 2, 4, 8 and so on
+        # a model may be wrapped later, and a search for wrappers may take 50 ms: search in passes 1, 2, 4, 8 and so on
         self._check(optimizer, and_wrappers=self._begun & (self._begun + 1) == 0)
         stages.begin(run, Given(groups, optimizer.state, optimizer.defaults), optimizer._preset_gamma)
         numbers, self._places = 0, {}
-        for i, group in enumerate(optimizer.param_groups):  # after signals, which may load others
+        for i, group in enumerate(optimizer.param_groups):  # after signals, which may replace them
             if len(group["layers"]) == len(group["params"]):  # else `end` raises
                 self._places |= {param: (i, j, numbers + j) for j, param in enumerate(group["params"])}
             numbers += len(group["params"])
@@ -206,7 +207,7 @@ class StepInBackward:
 
     @_disable_dynamo  # compiled autograd would trace the hook
     def _update(self, param: Tensor) -> None:
-        """Update one parameter whose gradient is there, and free the gradient."""
+        """Update one parameter whose gradient is ready, and free the gradient."""
         optimizer = self._optimizer()
         if optimizer is None or param.grad is None:
             return
@@ -237,7 +238,7 @@ class StepInBackward:
             param.grad = None
 
     def _clipped(self, calls: _Calls, last: LastStep, groups: Sequence[dict[str, Any]]) -> _Calls:
-        """Add the norm of these gradients to the pass, and return the calls with the pass's c so far."""
+        """Add these gradients to the pass's norm, and return the calls with the clip coefficient c so far."""
         self._norm.add(next((norm for norm in last.norms if norm is not None), None))
         if self._clip_by is None:
             return calls
@@ -246,7 +247,7 @@ class StepInBackward:
         return [(b, n._replace(clip=self._norm.clip(limit, b.params[0].device))) for (b, n), limit in pairs]
 
     def _watch(self, optimizer: GrokAdamW) -> None:
-        """Put hooks on the parameters that have none, among them new ones and those that were frozen before."""
+        """Put hooks on the parameters that have none, including new ones and those that were frozen before."""
         handle = weakref.ref(self)  # weak, so that parameters do not keep the optimizer alive
 
         def hook(param: Tensor) -> None:
@@ -254,7 +255,7 @@ class StepInBackward:
                 alive._update(param)
 
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        for param in self._hooks.keys() - {*params}:  # taken out of the groups
+        for param in self._hooks.keys() - {*params}:  # removed from the groups
             self._hooks.pop(param).remove()
             self._caches.pop(param, None)
         for param in params:

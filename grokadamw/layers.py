@@ -1,4 +1,4 @@
-"""Which layer a parameter belongs to, and the β1 that follows from it: β1_l = β1 (1 − γ)^l.
+"""Assign parameters to layers, and compute the β1 of each layer: β1_l = β1 (1 − γ)^l.
 
 A layer is a number l = 0, 1, 2 …, kept in the parameter group as plain data: key `layers`, parallel to `params`.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ._checks import check_count
 
-# what wrappers add to parameter names: torch.compile, FSDP1 and activation checkpointing; and, in front, DDP
+# parts that wrappers add to parameter names: torch.compile, FSDP1 and activation checkpointing; and, in front, DDP
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _IN_FRONT = "module."
 
@@ -33,7 +33,7 @@ class Layer(NamedTuple):
 def unwrapped(names: Iterable[str]) -> list[str]:
     """Return a model's parameter names without the parts that wrappers add: "_orig_mod.layers.3.q" → "layers.3.q".
 
-    DDP's "module." in front goes if all names have it: else it is a module of the model.
+    DDP's prefix "module." is removed if all names have it; otherwise it is a module of the model.
     """
     found = list(map(_inside, names))
     while found and all(name.startswith(_IN_FRONT) for name in found):
@@ -41,7 +41,7 @@ def unwrapped(names: Iterable[str]) -> list[str]:
     return found
 
 
-@lru_cache(maxsize=1 << 16)  # each group that is added asks for the names of all groups before it
+@lru_cache(maxsize=1 << 16)  # adding a group asks for the names of all groups before it
 def _inside(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
@@ -50,9 +50,9 @@ def _inside(name: str) -> str:
 def layer_path(name: str) -> str:
     """Return the module path that names the layer of a parameter with this `unwrapped` name.
 
-    It goes up to and including the first all-digit component ("layers.3.attn.q.weight" → "layers.3"), else it is the
-    whole module path ("head.weight" → "head"). A parametrized weight is in its module's layer. A parameter of the model
-    itself ("scale" → "") is in layer 0, with the first module.
+    The path ends with its first all-digit component ("layers.3.attn.q.weight" → "layers.3"). If there is none, it is
+    the whole module path ("head.weight" → "head"). A parametrized weight is in its module's layer. A parameter of the
+    model itself ("scale" → "") is in layer 0, with the first module.
     """
     parts = name.split(".")
     path = parts[: parts.index("parametrizations")] if "parametrizations" in parts else parts[:-1]
@@ -94,7 +94,7 @@ def _numbered(names: Iterable[str], known: Mapping[str, int]) -> list[int]:
 
 
 def as_integers(name: str, value: Any) -> list[int]:
-    """Return a group's layers as a list of Python's integers: the same list, if it is one.
+    """Return a group's layers as a list of Python integers; the same list object if it is one already.
 
     Raises:
         TypeError, ValueError: they are not integers of at least 0.
@@ -117,7 +117,7 @@ def check_length(group: dict[str, Any], i: int) -> None:
 
 
 def check_changed(groups: Sequence[dict[str, Any]], checked: list[list[int]]) -> None:
-    """Check layers that were set by hand since the last step, of which `checked` has copies; update `checked`."""
+    """Check layers that were set by hand since the last step; `checked` has copies of the last ones, and is updated."""
     now = [group["layers"] for group in groups]
     if set(map(type, now)) <= {list} and now == checked:
         return
@@ -155,10 +155,10 @@ def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping
 
 
 def make_one(groups: Sequence[dict[str, Any]], are_shards: bool) -> str | None:
-    """Make one layer of each flat tensor that replaced a group's parameters; return a warning if something is lost.
+    """Make each flat tensor that replaced a group's parameters one layer. Return a warning if something is lost.
 
     Args:
-        are_shards: whether other ranks may have other parts, whose gradients the optimizer's norm then leaves out.
+        are_shards: True if other ranks may have other parts; the optimizer's norm leaves out their gradients.
     """
     lost: dict[str, str] = {}
     for group in groups:
@@ -227,8 +227,8 @@ def warnings_for(
 ) -> Iterator[str]:
     """Yield a warning if two layers may count as one by mistake, and one if γ lowers some β1_l below half of β1.
 
-    The first step asks for them, and the first after a group was added, or layers or a state dict were loaded. There is
-    no warning about `preset_gamma`, the γ that `GrokAdamW.for_grokking` chose for its model.
+    The first step calls this, and so does the first step after a group was added, or layers or a state dict were
+    loaded. There is no warning about `preset_gamma`, the γ that `GrokAdamW.for_grokking` chose for its model.
     """
     of_names = [names(g, i, known) for i, g in enumerate(groups) if g["layer"] is None and "param_names" in g]
     twice = [name for name, uses in Counter(chain.from_iterable(of_names)).items() if uses > 1]

@@ -1,4 +1,4 @@
-"""For Lightning: losses and accuracies for the signals, layers from the model, and metrics in the logs.
+"""Callback for Lightning: it records losses and accuracies, sets layers, and logs metrics.
 
 ```python
 Trainer(callbacks=[GrokAdamWCallback()], ...).fit(module)
@@ -32,28 +32,30 @@ __all__ = ["GrokAdamWCallback"]
 
 
 class GrokAdamWCallback(Callback):
-    """Makes Lightning's Trainer and GrokAdamW work together, with automatic and with manual optimization.
+    """Lightning callback that records losses and accuracies, sets layers, and logs metrics for GrokAdamW.
 
-    - Layers are the module's, also in groups that are added in training. With several optimizers, each has the layers
-      of the smallest module that contains all of its parameters.
-    - The loss of every validation, and of the training batch before it, go to the signals. They adapt α and, with the
-      preset, the size of updates and weight decay.
-    - Accuracies go to the signals, too, if you give their names: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
+    It works with automatic and with manual optimization.
+
+    - Layers are taken from the module, also for groups that are added during training. With several optimizers, each
+      takes them from the smallest module that contains all of its parameters.
+    - The losses of every validation and of the training batch before it are passed to the signals, which adapt α and,
+      with the preset, the size of updates and weight decay.
+    - Accuracies are passed on, too, if you give their names: ``AccuracyGap`` and ``Monitor.grokked_at`` need them.
     - ``grok_alpha``, ``grok_boost``, ``grok_decay_boost``, ``grok_signal``, ``grok_grad_norm``,
       ``grok_clip_coefficient`` and ``grok_skipped_steps`` are logged every ``log_every_n_steps``, as far as they are
       known; those of a second optimizer as ``grok_alpha_1``, ….
 
-    It warns once if Lightning clips gradients to another norm, to no effect, or each micro-batch alone; if no
-    validation is planned, or averaged weights are validated with a boost; and if a value that it waits for is not
-    logged.
+    It warns once about each of these problems: Lightning clips gradients to another norm than the optimizer, to no
+    effect, or in each micro-batch separately; no validation is planned; averaged weights are validated with a boost; a
+    value that the callback needs is not logged.
 
-    Give signals where you make the optimizer, in ``configure_optimizers``.
+    Pass signals to the optimizer itself, in ``configure_optimizers``.
 
     Args:
         eval_loss: the name under which ``validation_step`` logs the loss.
-        train_loss: the name under which ``training_step`` logs the loss; None for the loss that it returns. A loss that
-            is logged for the epoch alone (``on_step=False``) is recorded when its epoch ends.
-        eval_acc, train_acc: the names under which the two log accuracies, shares in [0, 1]. None: no accuracy.
+        train_loss: the name under which ``training_step`` logs the loss. None: the loss that it returns. A loss that is
+            only logged per epoch (``on_step=False``) is recorded when its epoch ends.
+        eval_acc, train_acc: the names under which these methods log accuracies, shares in [0, 1]. None: no accuracy.
 
     Raises:
         TypeError, ValueError: an argument is not a name; or, when training begins, no optimizer is a GrokAdamW; or,
@@ -79,16 +81,16 @@ class GrokAdamWCallback(Callback):
         evaluated = {"eval_loss": eval_loss, "eval_acc": eval_acc}
         self._evaluated = {name: key for name, key in evaluated.items() if key is not None}
         self._optimizers: list[GrokAdamW] = []
-        self._group_sizes: dict[int, list[int]] = {}  # of each optimizer, when layers were taken from the module
+        self._group_sizes: dict[int, list[int]] = {}  # of each optimizer, when its layers were last set
         self._logged_at = 0
         self._last_train_loss: torch.Tensor | None = None
-        self._epochs_loss: Any = None  # what train_loss was when the epoch began
-        self._is_late = False  # whether train_loss is still the one before this epoch
-        self._waits_for_loss = False  # whether a validation in this epoch came before its train_loss was logged
-        self._train_accuracy: Any = None  # the last that was logged and is a number
+        self._epochs_loss: Any = None  # the value of train_loss when the epoch began
+        self._is_late = False  # True while train_loss is still the one from before this epoch
+        self._waits_for_loss = False  # True if this epoch was validated before its train_loss was logged
+        self._train_accuracy: Any = None  # the last logged one that is not NaN
         self._validated_at = -1  # the step of the last validation with an accuracy
-        self._before: dict[str, Any] = {}  # what was logged before a validation, which Lightning keeps
-        self._heard: set[str] = set()  # which of the values were there
+        self._before: dict[str, Any] = {}  # metrics before a validation; Lightning keeps old ones
+        self._heard: set[str] = set()  # the names of the values that have been logged
         self._said: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -118,8 +120,8 @@ class GrokAdamWCallback(Callback):
         boosts = any(are_boosted(optimizer.param_groups) for optimizer in self._optimizers)
         if "WeightAveraging" in classes and boosts and is_new("averages", self._said):
             warn(
-                "validation measures averaged weights, which lag behind those that train: the signal takes that for "
-                "memorising, and updates stay large, or decay strong. Leave the averaging out, or give the "
+                "validation measures averaged weights, which lag behind the trained ones: the signal mistakes that for "
+                "memorising, so updates stay large, or decay strong. Leave the averaging out, or give the "
                 "optimizer signal_boost=0 and decay_boost=0",
                 UserWarning,
             )
@@ -138,7 +140,7 @@ class GrokAdamWCallback(Callback):
         self._name_layers(trainer, pl_module)
 
     def _name_layers(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take layers from the module for each optimizer that is new, or whose groups have become more."""
+        """Set the layers from the module for each optimizer that is new, or has new groups or parameters."""
         several = len(trainer.optimizers) > 1
         for i, optimizer in enumerate(self._optimizers):
             sizes = trainers.group_sizes(optimizer)
@@ -156,7 +158,7 @@ class GrokAdamWCallback(Callback):
     ) -> None:
         if self._train_loss is not None:
             loss = trainer.callback_metrics.get(self._train_loss)
-            self._is_late = loss is self._epochs_loss  # Lightning keeps what was logged before
+            self._is_late = loss is self._epochs_loss  # Lightning keeps old values
         else:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if loss is not None and pl_module.automatic_optimization:
@@ -166,7 +168,7 @@ class GrokAdamWCallback(Callback):
             self._last_train_loss = torch.as_tensor(loss).detach()
         self._record_training_accuracy(trainer)
         step = trainer.global_step
-        # Lightning's own callbacks ask the connector, too: it counts batches, global_step the steps of all optimizers
+        # ask the connector, as Lightning's callbacks do: it counts batches, and global_step all optimizers' steps
         if trainer._logger_connector.should_update_logs and step != self._logged_at:
             self._logged_at = step
             for i, optimizer in enumerate(self._optimizers):
@@ -174,7 +176,7 @@ class GrokAdamWCallback(Callback):
                 pl_module.log_dict({f"{name}{which}": x for name, x in trainers.readings(optimizer).items()})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record what is logged for the epoch, and was not there before; the loss if its epoch had a validation."""
+        """Record the accuracy and the loss that are logged per epoch; the loss only if a validation came before it."""
         self._record_training_accuracy(trainer)
         if self._train_loss is None:
             return
@@ -198,7 +200,7 @@ class GrokAdamWCallback(Callback):
         }
         self._before = {}
         self._heard.update(found, ["validation"])
-        # only here: what is learnt later must not be compared with this evaluation
+        # only here: a training loss or accuracy that comes later must not be compared with this evaluation
         if "eval_loss" in found:
             found["train_loss"] = self._last_train_loss
             self._waits_for_loss = self._is_late
@@ -224,7 +226,7 @@ class GrokAdamWCallback(Callback):
         self._optimizers = []
 
     def _record_training_accuracy(self, trainer: Trainer) -> None:
-        """Record it, unless it has to wait for the next validation."""
+        """Record the training accuracy, unless it has to wait for the next validation."""
         if self._train_acc in trainer.callback_metrics:
             self._heard.add("train_acc")
             found = trainers.without_nan({"train_acc": trainer.callback_metrics[self._train_acc]}, self._said)
@@ -241,9 +243,9 @@ class GrokAdamWCallback(Callback):
             optimizer.record(**found)
 
     def _mean_over_ranks(self, values: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
-        """Return the mean of each value over the ranks that have it: a checkpoint keeps the values of one rank only.
+        """Return the mean of each value over the ranks that have it, because a checkpoint keeps only one rank's values.
 
-        All ranks have to call it, with whatever they have.
+        All ranks must call this, even one without values.
         """
         if trainer.world_size == 1:
             return values

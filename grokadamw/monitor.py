@@ -1,4 +1,4 @@
-"""A record of what the optimizer did, as a picture, in TensorBoard, or as a table."""
+"""Record losses and the optimizer's metrics during training, for a plot, TensorBoard or a table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ROUNDING = 1e-6  # 0.95 in float32 is a little less than 0.95
 
 
 class Monitor:
-    """Keeps losses, accuracies, lr and ``GrokAdamW.metrics`` of every so many steps, until ``close``.
+    """Records losses, accuracies, lr and ``GrokAdamW.metrics`` every few steps, until ``close``.
 
     ```python
     monitor = Monitor(optimizer, every=10)
@@ -40,15 +40,15 @@ class Monitor:
     ```
 
     Reading them waits for the device, so on a GPU ``every`` should not be 1. Each ``optimizer.record(eval_acc=…)`` is
-    read, too, for ``grokked_at``. Nothing is kept while a CUDA graph is captured, or when it is replayed. A copy or a
-    pickle brings its own optimizer, and records it; ``copy.copy`` records the same one.
+    read, too, for ``grokked_at``. Nothing is recorded while a CUDA graph is captured or replayed. A deep copy or an
+    unpickled monitor has its own optimizer, and records that one; ``copy.copy`` records the same one.
 
     Args:
         optimizer: a GrokAdamW, or one that a framework or this package has wrapped.
-        every: steps from one record to the next, ≥ 1. They are at multiples of it, also in a resumed run.
-        capacity: the most records to keep, ≥ 2. Before there are more, every second one is dropped and ``every``
+        every: steps from one record to the next, ≥ 1. Records are at multiples of it, also in a resumed run.
+        capacity: the largest number of records, ≥ 2. Before there are more, every second one is dropped and ``every``
             doubles, so that any number of steps fits.
-        solved: the evaluation accuracy, in [0, 1], from which on a model counts as good, for ``grokked_at``.
+        solved: the lowest evaluation accuracy, in [0, 1], that counts as good, for ``grokked_at``.
 
     Raises:
         TypeError, ValueError: an argument is not as described above.
@@ -86,7 +86,7 @@ class Monitor:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _hooks=[])
-        self._rows, self._evaluations = [*self._rows], [*self._evaluations]  # which a shallow copy must not share
+        self._rows, self._evaluations = [*self._rows], [*self._evaluations]  # a shallow copy must not share them
         if not self._is_closed:
             self._listen()
 
@@ -96,7 +96,7 @@ class Monitor:
             return
         self._steps += 1
         if self._steps % self._every == 0:
-            self._steps = self._steps_taken()  # fewer, if some found no gradient or parameters take turns
+            self._steps = self._steps_taken()  # fewer if a step found no gradient, or parameters take turns
             is_new = not self._rows or self._rows[-1]["step"] != self._steps
             if is_new and self._steps % self._every == 0:
                 self._keep(_row(self._optimizer))
@@ -109,7 +109,7 @@ class Monitor:
         accuracy = recorded(self._optimizer.param_groups, "eval_acc")
         assert accuracy is not None
         step = self._steps_taken()
-        self._forget_evaluations_after(step - 1)  # the last evaluation of a model counts
+        self._forget_evaluations_after(step - 1)  # only the last evaluation of a model counts
         if self.grokked_at is None:
             self._evaluations.append((step, as_float(accuracy) >= self._solved - _ROUNDING))
             del self._evaluations[: -max(self._capacity, _IN_A_ROW)]
@@ -133,7 +133,7 @@ class Monitor:
         if len(self._rows) == self._capacity:
             self._every *= 2
             is_kept = self._steps % self._every == 0
-            del self._rows[(self._capacity + is_kept) % 2 :: 2]  # among them the last one if this one is kept
+            del self._rows[(self._capacity + is_kept) % 2 :: 2]  # including the last one if this one is kept
             if not is_kept:
                 return
         self._rows.append(row)
@@ -143,33 +143,34 @@ class Monitor:
         """The records, in order.
 
         Each has ``step``; the last recorded ``train_loss``, ``eval_loss``, ``train_acc`` and ``eval_acc``; ``lr`` of
-        the first group; and metrics(). NaN stands for values that were not known then.
+        the first group; and the optimizer's ``metrics()``. NaN means that a value was not known at that step.
         """
         return [dict(row) for row in self._rows]
 
     @property
     def grokked_at(self) -> int | None:
-        """The steps taken at the first of six evaluations in a row whose accuracy was at least ``solved``; else None.
+        """The step of the first of six evaluations in a row whose accuracy was at least ``solved``; None otherwise.
 
-        An evaluation is a call of ``optimizer.record(eval_acc=…)`` since the monitor was made, whatever ``every`` is. A
-        second one without a step in between replaces the first. Loading a checkpoint of an earlier step drops the
+        An evaluation is a call of ``optimizer.record(eval_acc=…)`` since the monitor was created, whatever ``every``
+        is. A second one without a step in between replaces the first. Loading a checkpoint of an earlier step drops the
         evaluations after it.
 
-        It is None before the sixth good one, and if only losses are recorded: an evaluation loss can halve long before
-        the answers are right. The training accuracy does not count. If evaluation improved along with training, nothing
-        was grokked, but a step is returned all the same; ``train_acc`` in ``rows`` tells the two cases apart.
+        The value is None before the sixth good evaluation, and if only losses are recorded, because an evaluation loss
+        can halve long before the answers are right. The training accuracy does not count. If evaluation improved along
+        with training, nothing was grokked, but a step is still returned; ``train_acc`` in ``rows`` tells the two cases
+        apart.
         """
         last = self._evaluations[-_IN_A_ROW:]
         return last[0][0] if len(last) == _IN_A_ROW and all(good for _, good in last) else None
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
-        """Draw losses, signal and α, gradient norm and clip coefficient over the steps, and β1 of each layer.
+        """Plot losses, signal and α, gradient norm and clip coefficient over the steps, and β1 of each layer.
 
-        If the signal has raised lr or weight decay, the factors (that of decay is dashed) take the place of α.
-        Accuracies, if recorded, are dashed, on an axis of their own beside the losses.
+        If the signal has raised lr or weight decay, their factors are plotted instead of α (weight decay's is dashed).
+        Accuracies, if recorded, are dashed, on their own axis beside the losses.
 
         Args:
-            path: where to save the figure, too; its ending tells matplotlib the format.
+            path: the file to save the figure to; its suffix sets the format. None: the figure is only returned.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -231,7 +232,7 @@ class Monitor:
         return figure
 
     def to_tensorboard(self, writer: SummaryWriter, prefix: str = "grokadamw/") -> None:
-        """Write the records that were not written yet, as scalars, to a ``torch.utils.tensorboard.SummaryWriter``."""
+        """Write all new records as scalars to a ``torch.utils.tensorboard.SummaryWriter``."""
         for row in self._rows:
             if row["step"] > self._written:
                 for name, value in row.items():
@@ -240,11 +241,11 @@ class Monitor:
                 self._written = row["step"]
 
     def _names(self) -> list[str]:
-        """Return the names of all columns, which are known before the first record, too."""
+        """Return the names of all columns, also before the first record."""
         return [*dict.fromkeys(name for row in self._rows or [_row(self._optimizer)] for name in row)]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write one line per record; unknown values are left empty."""
+        """Write a CSV file with one line per record. Unknown values are left empty."""
         names = self._names()
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names, restval="")
@@ -265,7 +266,7 @@ class Monitor:
         return table.astype({"step": int}).set_index("step")
 
     def close(self) -> None:
-        """Stop recording. What was recorded stays."""
+        """Stop recording. The records stay."""
         self._is_closed = True
         for hook in self._hooks:
             hook.remove()

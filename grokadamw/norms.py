@@ -1,6 +1,6 @@
 """Find a model's norm layers, and tell whether it normalises its activations.
 
-Both show in the names of its modules' classes, and in their code, by calls of torch.nn.functional's norms.
+This looks at the class names of its modules, and for calls of torch.nn.functional's norms in their code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
-# names of classes: the word Norm, but not Normal, NoNorm or NormFree; and kinds of norms that normalise activations
+# class names: the word Norm, but not Normal, NoNorm or NormFree; and the kinds of norms that normalise activations
 _NAME = re.compile(r"(?<!no)norm(?!al(?!i[sz])|_?free)|^ln$", re.IGNORECASE)
 _KIND = re.compile(r"(?<!no)(?<!without)(layer|rms|batch|group|instance)_?norm(?!_?free)", re.IGNORECASE)
 _FUNCTIONS = frozenset({"layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm"})
@@ -28,7 +28,7 @@ _BETWEEN = {"EXTENDED_ARG", "PUSH_NULL"}  # instructions that may stand between 
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return True for torch's norm layers, and for modules with vectors and the word Norm in their class's name.
+    """Return True for torch's norm layers, and for modules with vectors whose class name has the word Norm.
 
     A module with matrices, or with submodules that have parameters, such as a PreNormBlock, is more than a norm layer.
     """
@@ -47,15 +47,15 @@ def has_norms(model: nn.Module) -> bool:
 
 
 def is_vector(param: Tensor) -> bool:
-    """Return True if at most one dimension is not 1."""
+    """Return True if at most one dimension has a size other than 1."""
     return sum(n != 1 for n in param.shape) < 2
 
 
 def _calls_norms(module: nn.Module) -> bool:
     """Return True if a module's ``forward``, or a method or function that it calls by name, calls a norm.
 
-    The ``training_step`` of a Lightning module counts like ``forward``. A call that a flag switches off is found, too.
-    A call through a list, a dict or a hook is not.
+    The ``training_step`` of a Lightning module counts like ``forward``. Calls that a flag switches off are found, too.
+    Calls through a list, a dict or a hook are not found.
     """
     found = [inspect.getattr_static(module, name, None) for name in ("forward", "training_step")]
     seen = set[FunctionType]()
@@ -76,7 +76,7 @@ def _calls_norms(module: nn.Module) -> bool:
 
 
 def _function(value: Any) -> Any:
-    """Return the function that is called in the end, or None."""
+    """Return the function behind partials, methods and decorators; None if the value is not a function."""
     while isinstance(value, partial):
         value = value.func
     if isinstance(value, (staticmethod, classmethod, MethodType)):
@@ -85,7 +85,7 @@ def _function(value: Any) -> Any:
 
 
 def _values(names: set[str], function: FunctionType, module: nn.Module) -> Iterator[Any]:
-    """Yield what these names may be in a function: attributes of the module, globals, parts of modules, closures."""
+    """Yield what these names may refer to: attributes of the module, globals, contents of imports, and closures."""
     uses_super = "__class__" in function.__code__.co_freevars
     for name in names:
         yield inspect.getattr_static(module, name, None)
@@ -108,20 +108,20 @@ def _closure(function: FunctionType) -> dict[str, Any]:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """Yield a function's code, and that of the functions in it."""
+    """Yield a function's code, and the code of the functions that are defined in it."""
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return chain([code], chain.from_iterable(map(_codes, inner)))
 
 
 def _uses_norm(code: CodeType, known: Mapping[str, Any]) -> bool:
-    """Return True for code that uses a norm's function, as in F.layer_norm; `known` are the variables outside of it.
+    """Return True if code uses a norm function, as in F.layer_norm. `known` has the variables from outside the code.
 
-    Behind a local variable, as in self.layer_norm, it may be a method, a submodule or a flag.
+    An attribute of a local variable, as in self.layer_norm, does not count: it may be a method, a submodule or a flag.
     """
     found = [instruction for instruction in dis.get_instructions(code) if instruction.opname not in _BETWEEN]
     instructions = [(instruction.opname, instruction.argval) for instruction in found]
     imports = any(kind.startswith("IMPORT") for kind, _ in instructions)
-    value: Any = None  # the last one; of what the function imports, any module
+    value: Any = None  # the last one; any module stands for what the function imports
     for kind, name in instructions:
         if kind in ("LOAD_ATTR", "LOAD_METHOD"):
             value = inspect.getattr_static(value, name, value if isinstance(value, ModuleType) else None)

@@ -28,7 +28,7 @@ from ._checks import (
 from ._numbers import reads_are_free
 
 STATES = ("exp_avg", "exp_avg_sq", "grok_ema")  # m, v and μ
-FORMATS = ("float32", "bfloat16", "int8")  # in which states can be kept
+FORMATS = ("float32", "bfloat16", "int8")  # the formats in which states can be kept
 
 
 def check_formats(name: str, value: Any) -> Any:
@@ -52,7 +52,7 @@ def _check_format(name: str, value: Any) -> str:
 
 
 def not_in_a_group(name: str, value: Any) -> None:
-    """Refuse signals and ranks in a parameter group. (`Signals` and `check_shard_group` check the constructor's.)"""
+    """Refuse signals or a shard_group in a group. (`Signals` and `check_shard_group` check the constructor's.)"""
     what, way_out = "it holds", "it to GrokAdamW(...)"
     if name != "shard_group":
         what, way_out = "signals hold", "them to GrokAdamW(...) or set_signals(...)"
@@ -63,12 +63,12 @@ def not_in_a_group(name: str, value: Any) -> None:
 # The scope of an option:
 GROUP = "group"  # each parameter group has its own value
 OPTIMIZER = "optimizer"  # all groups have the constructor's value; a group with another value is refused
-RUNNING = "running"  # only the running optimizer has it: it is not plain data, so neither groups nor `defaults` do
+RUNNING = "running"  # only the running optimizer has it; groups and `defaults` do not, as it is not plain data
 
 # What loading a checkpoint does:
 TAKE = "take"  # take the checkpoint's value
 KEEP = "keep"  # keep the value as constructed
-WARN = "warn"  # keep the value as constructed, and warn if the checkpoint's differs: its run computed something else
+WARN = "warn"  # keep the value as constructed, and warn if the checkpoint's differs: that run computed something else
 
 
 class Option(NamedTuple):
@@ -121,23 +121,23 @@ OPTIONS: dict[str, Option] = {
 # fmt: on
 GROUP_OPTIONS = [name for name, option in OPTIONS.items() if option.scope == GROUP]
 OF_NO_GROUP = [name for name, option in OPTIONS.items() if option.scope == RUNNING]
-# Groups hold no signals, but release 0.1.2 had their key there, and its users read it: the key stays, with None.
+# Groups hold no signals, but release 0.1.2 had this key, and its users read it. So the key stays, with the value None.
 IN_GROUPS = [name for name, option in OPTIONS.items() if option.scope != RUNNING or name == "grokking_signal_fns"]
-KEPT = [name for name in IN_GROUPS if OPTIONS[name].on_load != TAKE]  # as constructed, whatever is loaded
+KEPT = [name for name in IN_GROUPS if OPTIONS[name].on_load != TAKE]  # loading does not change these
 
 
 class Rules(NamedTuple):
-    """What `compat` decides: where this version and release 0.1.2 compute different things."""
+    """The differences between this version's computations and those of release 0.1.2; `compat` chooses."""
 
     decays_bias_correction: bool = True  # m is corrected by β1_l, not by β1
-    eps_before_correction: bool = False  # ε joins √v before v's bias correction
-    clips_each_tensor: bool = False  # instead of all by one norm
-    layers_by_place: bool = False  # a layer is a place among the group's tensors that have a gradient
-    signals_for_each_group: bool = False  # instead of once a step
+    eps_before_correction: bool = False  # ε is added to √v before v's bias correction
+    clips_each_tensor: bool = False  # instead of clipping all by one norm
+    layers_by_place: bool = False  # a layer is an index among the group's tensors that have a gradient
+    signals_for_each_group: bool = False  # instead of once per step
     limits_alpha: bool = True  # a negative signal does not raise α
     state_is_wide: bool = True  # at least float32, whatever the parameter's dtype
     mu_waits_for_lamb: bool = True  # there is no μ until λ is above 0
-    knows_nonfinite: bool = True  # `nonfinite` acts
+    knows_nonfinite: bool = True  # `nonfinite` has an effect
 
 
 _OF_0_1_2 = Rules(
@@ -165,14 +165,14 @@ def check_group(
     read_tensors: bool = True,
     names: Collection[str] = OPTIONS.keys(),
 ) -> dict[str, Any]:
-    """Check options of a group whose defaults are filled in, and return them with Python's own numbers.
+    """Check options of a group whose defaults are filled in, and return them with NumPy numbers as Python numbers.
 
-    Without `read_tensors` the value of a tensor on a GPU is not read. Raises TypeError, ValueError or RuntimeError if
-    an option's value is not allowed, or not in a group, or not together with another option.
+    Without `read_tensors`, the value of a tensor on a GPU is not read. Raises TypeError, ValueError or RuntimeError if
+    an option's value is not allowed at all, not allowed in a group, or not allowed together with another option.
     """
     if group.get("amsgrad"):
         raise ValueError(
-            f"amsgrad={group['amsgrad']!r} in a parameter group: GrokAdamW has no such thing; leave it out"
+            f"amsgrad={group['amsgrad']!r} in a parameter group: GrokAdamW does not support it; leave it out"
         )
     checked = {}
     for name in names:
@@ -201,21 +201,21 @@ def _is_readable(value: Tensor) -> bool:
     return reads_are_free(value.device) and not torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
-# Options, other options, and why: if one of the first differs from its default, none of the others may.
+# Options, other options, and the reason: if one of the first differs from its default, none of the others may differ.
 _CONFLICTS = (
-    (("max_row_norm", "max_row_change", "signal_boost", "decay_boost"), ("compat",), ", which has no such thing:"),
+    (("max_row_norm", "max_row_change", "signal_boost", "decay_boost"), ("compat",), ", which lacks that option:"),
     (("accumulation_steps", "window_size"), ("compat", "differentiable"), ":"),
     (("state_dtype", "master_weight_bits", "rounding"), ("compat", "differentiable"), ":"),
-    (("state_dtype",), ("window_size",), ", which keeps gradients as they are:"),
-    (("rounding",), ("master_weight_bits",), ", which rounds at random what its bits do not hold:"),
+    (("state_dtype",), ("window_size",), ", which keeps gradients in their own dtype:"),
+    (("rounding",), ("master_weight_bits",), ", which has its own rounding:"),
     (("accumulation_steps", "amplify_by_signal"), ("capturable",), ": a CUDA graph does the same at every replay;"),
 )
-# what schedulers change, at any step: these options go with all others, so `_check_together` need not look again
+# options that schedulers change at any step: they are allowed with all others, so `_check_together` need not run again
 _ALONE = frozenset(("lr", "betas", "weight_decay", "alpha_init", "lamb", "gamma"))
 
 
 def _check_together(options: Mapping[str, Any]) -> None:
-    """Raise an error for options that do not work together, in torch's words if its optimizers refuse them, too."""
+    """Raise an error for options that do not work together, in torch's words if torch's optimizers refuse them, too."""
     fused, foreach, differentiable = options["fused"], options["foreach"], options["differentiable"]
     if fused and differentiable:
         raise RuntimeError("`fused` does not support `differentiable`: leave one of them out")
@@ -228,7 +228,7 @@ def _check_together(options: Mapping[str, Any]) -> None:
     compat, steps, size = options["compat"], options["accumulation_steps"], options["window_size"]
     if compat is not None and options["nonfinite"] == "raise":
         raise ValueError(
-            f"nonfinite='raise' with compat={compat!r}: that release has no rule for what is not finite; "
+            f"nonfinite='raise' with compat={compat!r}: that release does not check for NaN or infinity; "
             "leave one of them out"
         )
     if size is None and options["window_dtype"] is not None:
@@ -253,8 +253,8 @@ def _check_together(options: Mapping[str, Any]) -> None:
 def check_settings(
     group: Mapping[str, Any], defaults: Mapping[str, Any], names: Collection[str] = OPTIONS.keys()
 ) -> None:
-    """Check the options of these names in a group, which were set by hand."""
+    """Check the options of these names in a group after they were set by hand."""
     lr = group["lr"]
     if isinstance(lr, Real) and -1e-12 < lr < 0:  # type: ignore[operator]  # no float(lr), which may overflow
-        group = {**group, "lr": 0.0}  # a scheduler's 0, to rounding
+        group = {**group, "lr": 0.0}  # a scheduler's 0, up to rounding
     check_group(group, defaults, read_tensors=False, names=names)

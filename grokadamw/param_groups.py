@@ -1,7 +1,7 @@
-"""What parameter groups hold besides their parameters: options, and the progress of a run.
+"""The entries of parameter groups besides their parameters: options, and the progress of a run.
 
-All of it is plain data, which checkpoints keep. Here groups are made, checked when they were changed by hand, made fit
-to be saved, and completed when they were loaded.
+All entries are plain data, which checkpoints keep. This module creates them, checks changes made by hand, prepares them
+for saving, and completes loaded groups.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RECORDED = ("train_loss", "eval_loss", "train_acc", "eval_acc")  # by `GrokAdamW
 
 
 class CycleNumbers(NamedTuple):
-    """What the first micro-batch of a cycle fixes for a group, which keeps it as a plain tuple, `cycle`."""
+    """The numbers that the first micro-batch of a cycle fixes for a group. The group keeps them as a tuple, `cycle`."""
 
     alpha: Number = 0.0
     amplification: float = 0.0  # the factor of λ
@@ -48,7 +48,7 @@ GROUP_KEYS = (*IN_GROUPS, *PROGRESS, "layers")
 
 
 def recorded(groups: Sequence[dict[str, Any]], name: str) -> Any:
-    """Return what `GrokAdamW.record` was last given under a name: the value of the first group that has one."""
+    """Return the last value that `GrokAdamW.record` got under a name: that of the first group that has one."""
     for group in groups:
         if group.get(name) is not None:
             return group[name]
@@ -65,9 +65,9 @@ def check_pickled(state: Mapping[str, Any]) -> None:
 
 
 def group_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a group holds from the start, as plain data, from the constructor's arguments.
+    """Return a group's initial entries, as plain data, from the constructor's arguments.
 
-    All keys are there from the start because sharded checkpoints need the same keys on both sides.
+    All keys exist from the start, because sharded checkpoints need the same keys when they are saved and loaded.
     """
     options = {name: arguments.get(name, OPTIONS[name].default) for name in IN_GROUPS}
     return {**options, "grokking_signal_fns": None, **PROGRESS}
@@ -79,9 +79,9 @@ def check_changed(
     checked: list[tuple[Any, ...]],
     checked_layers: list[list[int]],
 ) -> None:
-    """Check options and layers set by hand since the last step; the lists hold their values, and are updated."""
+    """Check options and layers set by hand since the last step. The lists hold the checked values, and are updated."""
     layers.check_changed(groups, checked_layers)
-    # the number of keys, too: a key that was added may be an option that groups must not set
+    # compare the number of keys, too: an added key may be an option that groups must not set
     now = [(len(group), *_OPTIONS_IN(group)) for group in groups]
     if len(now) == len(checked) and all(map(is_, chain.from_iterable(now), chain.from_iterable(checked))):
         return
@@ -103,7 +103,7 @@ def check_changed(
 def check_loaded(
     saved: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]
 ) -> None:
-    """Raise ValueError if a step would refuse the groups that `fill_in` makes of saved ones."""
+    """Raise ValueError if a step would refuse the groups that `fill_in` makes from saved ones."""
     for i, (old, own) in enumerate(zip(saved, groups, strict=True)):
         group = {**defaults, **own, **old, **{name: own[name] for name in KEPT}}
         try:
@@ -120,12 +120,12 @@ def check_loaded(
 
 
 def make_savable(groups: Sequence[dict[str, Any]]) -> None:
-    """Replace NumPy's numbers by Python's, also in layers, and detach recorded values from their autograd graph."""
+    """Turn NumPy numbers into Python numbers, also in layers, and detach recorded values from their autograd graph."""
     for group in groups:
         for name, value in group.items():
-            group[name] = plain(value)  # a scheduler's may be NumPy's
+            group[name] = plain(value)  # a scheduler may set NumPy numbers
         for name in RECORDED:
-            if group[name] is not None:  # set by hand, it may have a graph, which cannot be copied
+            if group[name] is not None:  # a value set by hand may have a graph, which cannot be copied
                 group[name] = as_number(group[name], name)
         group["layers"] = layers.as_integers("layers", group["layers"])
         group["cycle"] = tuple(map(as_float, group["cycle"]))
@@ -141,9 +141,9 @@ def place_recorded(groups: Sequence[dict[str, Any]]) -> None:
 
 
 def fill_in(groups: list[dict[str, Any]], earlier: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-    """Complete loaded or unpickled groups: keys that they lack, and options that loading keeps, are as before.
+    """Complete loaded or unpickled groups: missing keys, and options that loading keeps, get their earlier values.
 
-    They may be another optimizer's, or an older version's, and replace the `earlier` groups, if there are any.
+    The groups may come from another optimizer or an older version. `earlier` has the groups that they replace, if any.
     """
     for i, group in enumerate(groups):
         before = defaults | (earlier[i] if i < len(earlier) else {})

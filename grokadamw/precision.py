@@ -1,4 +1,4 @@
-"""The float32 weights of a model whose parameters are bfloat16 or float16, as `master_weight_bits` keeps them."""
+"""Save and load the float32 weights that `master_weight_bits` keeps for a bfloat16 or float16 model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .grokadamw import GrokAdamW
 from .groups import check_model
 from .shards import like, local, part, shards_of
 from .state.formats import HALVES, full, low_dtype, split
-from .state.slots import prepare
+from .state.slots import add_missing
 
 __all__ = ["full_precision_state_dict", "load_full_precision_state_dict"]
 
@@ -23,13 +23,13 @@ __all__ = ["full_precision_state_dict", "load_full_precision_state_dict"]
 def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Return the model's state dict, with float32 weights for parameters whose low bits the optimizer keeps.
 
-    With ``master_weight_bits=32`` those are the weights that training works with, bit for bit; with 24, to 16 bits of
-    the mantissa. The other entries are the model's own, and share its memory.
+    With ``master_weight_bits=32`` these are the weights that training works with, bit for bit; with 24, they agree to
+    16 bits of the mantissa. The other entries are those of ``model.state_dict()``, and share the model's memory.
 
     Args:
-        model: it has the parameters that `optimizer` updates, and may have more.
+        model: a model with the parameters that `optimizer` updates; it may have more.
         optimizer: a GrokAdamW with ``master_weight_bits``, or one that a framework or this package has wrapped. Before
-            its first step all low bits are 0. A rank of ``ZeroRedundancyOptimizer`` has those of its own parameters.
+            its first step, all low bits are 0. A rank of ``ZeroRedundancyOptimizer`` has those of its own parameters.
 
     Raises:
         TypeError, ValueError: the optimizer keeps no low bits for this model, which has bfloat16 or float16 parameters;
@@ -47,11 +47,11 @@ def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[st
 def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Load float32 weights into a bfloat16 or float16 model, and their low bits into its optimizer.
 
-    The rest of the optimizer's state stays: load its own state dict first.
+    The rest of the optimizer's state stays as it is, so load the optimizer's own state dict first.
 
     Raises:
-        TypeError, ValueError: as ``full_precision_state_dict``. Then nothing was loaded.
-        RuntimeError: names or shapes are not the model's, as in ``model.load_state_dict``.
+        TypeError, ValueError: as for ``full_precision_state_dict``. Then nothing was loaded.
+        RuntimeError: names or shapes differ from the model's, as in ``model.load_state_dict``.
     """
     optimizer = _keeper(model, optimizer, "model.load_state_dict(state_dict) rounds them")
     named = _with_low_bits(model, optimizer)
@@ -62,8 +62,8 @@ def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state
             continue
         low = low_dtype(param, optimizer.defaults)
         state = optimizer.state[param]
-        # all of it, so that the optimizer can be saved before its first step
-        prepare(state, param, optimizer.defaults, lamb=groups[param]["lamb"])
+        # create the whole state, so that the optimizer can be saved before its first step
+        add_missing(state, param, optimizer.defaults, lamb=groups[param]["lamb"])
         weights: Tensor = local(state_dict[name].detach().to(param.device, torch.float32), shards_of(param))
         half = torch.full((), 1 << 31, dtype=torch.int64, device=param.device)  # rounds to nearest
         rounded, bits = split(weights.contiguous(), param.dtype, low, half, False)
@@ -76,20 +76,20 @@ def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state
 def _with_low_bits(model: nn.Module, optimizer: GrokAdamW) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters that can have low bits, by their names in the model's state dict.
 
-    These may be others than in `named_parameters`: hooks take the names of wrappers out.
+    The names may differ from those in `named_parameters`, because hooks remove the names of wrappers.
     """
     named = [(name, x) for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, nn.Parameter)]
     missing = {*optimizer.state}.intersection(model.parameters()).difference(param for _, param in named)
     if any("param_low" in optimizer.state[param] for param in missing):
         raise ValueError(
-            f"model.state_dict() has other tensors than the parameters of this {type(model).__name__}: nothing says "
-            "which low bits belong to which of them"
+            f"model.state_dict() has other tensors than the parameters of this {type(model).__name__}: low "
+            "bits cannot be matched to them"
         )
     return [(name, param) for name, param in named if low_dtype(param, optimizer.defaults) is not None]
 
 
 def _keeper(model: nn.Module, optimizer: Optimizer, otherwise: str) -> GrokAdamW:
-    """Return the GrokAdamW inside the optimizer; TypeError or ValueError if it does not keep this model's low bits."""
+    """Return the GrokAdamW inside the optimizer. Raise TypeError or ValueError if it has no low bits of this model."""
     check_model(model)
     found = grokadamw_in(optimizer)
     if found is None:

@@ -1,4 +1,4 @@
-"""DTensors: how they are divided over ranks, and this rank's part of them.
+"""DTensors: how they are sharded over ranks, and this rank's part of them.
 
 A step takes this rank's shard out of each DTensor, and works on plain tensors from there on.
 """
@@ -16,28 +16,28 @@ PLAIN = {Tensor, nn.Parameter}
 
 
 def mesh_of(tensor: Tensor) -> Any:
-    """Return a DTensor's mesh; None for a plain tensor. (torch's list operations refuse lists that mix them.)"""
+    """Return a DTensor's mesh; None for a plain tensor. (torch._foreach operations refuse lists that mix both.)"""
     return getattr(tensor, "device_mesh", None)
 
 
 def whole(value: Tensor) -> Tensor:
-    """Return the full tensor behind a DTensor; any other tensor as it is."""
+    """Return the full tensor of a DTensor; return any other tensor unchanged."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 class Shards(NamedTuple):
-    """How DTensors are divided. Hashable, and equal for all DTensors that are divided in the same way."""
+    """How a DTensor is sharded. It is hashable, and equal for all DTensors that are sharded in the same way."""
 
     mesh: Any
     placements: tuple[Any, ...]
 
     @property
     def cut_rows(self) -> bool:
-        """Return True if a row, a slice along the first dimension, may lie on several ranks."""
+        """True if a row, which is a slice along the first dimension, may be split over several ranks."""
         return any(dim > 0 for _, dim in self.cuts())
 
     def sum(self, value: Tensor, rows: bool = False) -> Tensor:
-        """Return the sum over all ranks that have another shard: of one number, or with `rows` of one for each row."""
+        """Sum a value over all ranks that have different shards: one number or, with `rows`, one number per row."""
         for i, dim in self.cuts():
             if dim > 0 or not rows:
                 value = value.clone()
@@ -45,9 +45,9 @@ class Shards(NamedTuple):
         return value
 
     def total(self, values: Iterable[Any], size: Sequence[int] = ()) -> Tensor:
-        """Return the float64 sum of these tensors, all of one size, over this rank and ranks that have another shard.
+        """Return the float64 sum of these tensors, all of one size, over all ranks that have different shards.
 
-        All these ranks must call it, even one that has no such tensor.
+        All of these ranks must call it, even one that has no such tensor.
         """
         return self.sum(added(values, torch.device(self.mesh.device_type), size))
 
@@ -56,31 +56,31 @@ class Shards(NamedTuple):
         return len({*self.mesh.mesh.flatten().tolist()} & {*dist.get_process_group_ranks(group)})
 
     def cuts(self) -> Iterable[tuple[int, int]]:
-        """Yield each mesh dimension that tensors are divided over, with the tensor dimension that it divides."""
+        """Yield each mesh dimension that tensors are sharded over, with the tensor dimension that it splits."""
         for i, placement in enumerate(self.placements):
             if not placement.is_replicate() and not placement.is_partial() and self.mesh.size(i) > 1:
                 yield i, placement.dim
 
 
 def shards_of(tensor: Tensor) -> Shards | None:
-    """Return how a DTensor is divided; None for a plain tensor."""
+    """Return how a DTensor is sharded; None for a plain tensor."""
     mesh = mesh_of(tensor)
     return None if mesh is None else Shards(mesh, tuple(tensor.placements))  # type: ignore[attr-defined]
 
 
 def divisions(groups: Iterable[Mapping[str, Any]]) -> list[Shards]:
-    """Return the ways in which the groups' parameters are divided, in the same order on all ranks."""
+    """Return the different ways in which the groups' parameters are sharded, in the same order on all ranks."""
     ways = (shards_of(param) for group in groups for param in group["params"])
     return list(dict.fromkeys(shards for shards in ways if shards is not None))
 
 
 def local(tensor: Tensor, shards: Shards | None) -> Tensor:
-    """Return this rank's part of a DTensor, redistributed to `shards` if needed; a plain tensor as it is."""
+    """Return this rank's part of a DTensor, redistributed to `shards` if needed; return a plain tensor unchanged."""
     return tensor if shards is None else part(placed(tensor, shards))
 
 
 def placed(tensor: Tensor, shards: Shards) -> Tensor:
-    """Return the DTensor divided like `shards`. Unless it already is, this communicates: all ranks must call it."""
+    """Return the DTensor sharded like `shards`. Unless it already is, this communicates, and all ranks must call it."""
     dtensor: Any = tensor
     if mesh_of(tensor) is None or tuple(dtensor.placements) == shards.placements:
         return tensor
@@ -88,7 +88,7 @@ def placed(tensor: Tensor, shards: Shards) -> Tensor:
 
 
 def part(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a DTensor; a plain tensor as it is."""
+    """Return this rank's part of a DTensor; return a plain tensor unchanged."""
     if mesh_of(tensor) is None:
         return tensor
     inner: Any = tensor._local_tensor  # type: ignore[attr-defined]
@@ -96,13 +96,13 @@ def part(tensor: Tensor) -> Tensor:
 
 
 def parts(lists: Iterable[Sequence[Any]]) -> tuple[list[list[Any]], list[list[Any]]]:
-    """Return torch's specs of how the tensors in some lists are divided, and this rank's parts of the tensors.
+    """Return torch's specs of how the tensors in these lists are sharded, and this rank's parts of the tensors.
 
-    A plain tensor, or None, stays as it is, and its spec is None. Compare specs with `alike`.
+    A plain tensor, or None, is returned unchanged, and its spec is None. Compare specs with `alike`.
     """
     specs, all_parts = [], []
     for tensors in lists:
-        try:  # list comprehensions: from Python 3.11 on they read slots in two thirds of attrgetter's time
+        try:  # list comprehensions: from Python 3.11 on, they read slots in two thirds of the time of attrgetter
             described, own = [x._spec for x in tensors], [x._local_tensor for x in tensors]
         except AttributeError:
             described = [getattr(x, "_spec", None) for x in tensors]
@@ -115,13 +115,13 @@ def parts(lists: Iterable[Sequence[Any]]) -> tuple[list[list[Any]], list[list[An
 
 
 def alike(specs: Sequence[Any]) -> bool:
-    """Return True if tensors with these specs are all divided in the same way, or are all plain."""
+    """Return True if tensors with these specs are all sharded in the same way, or are all plain."""
     ways = [(spec.mesh, spec.placements) for spec in specs if spec is not None]
     return not ways or (len(ways) == len(specs) and all(way == ways[0] for way in ways))
 
 
 def like(value: Tensor, shape: Sequence[int], tensor: Tensor) -> Tensor:
-    """Return a DTensor of this shape, divided like `tensor`, from this rank's part; the part if `tensor` is plain."""
+    """Return a DTensor of this shape, sharded like `tensor`, from this rank's part; the part if `tensor` is plain."""
     shards = shards_of(tensor)
     if shards is None:
         return value
@@ -133,7 +133,7 @@ def like(value: Tensor, shape: Sequence[int], tensor: Tensor) -> Tensor:
 
 
 def cuts_blocks(tensor: Tensor, block: int) -> bool:
-    """Return True if a block of `block` elements of a row (of a vector: of all elements) may lie on two ranks.
+    """Return True if a block of `block` elements of a row (or of a vector) may be split over two ranks.
 
     All ranks get the same answer, whatever their own part is.
     """
@@ -149,10 +149,10 @@ def cuts_blocks(tensor: Tensor, block: int) -> bool:
 
 
 def blocks_before(tensor: Tensor, block: int) -> int:
-    """Return how many blocks of a parameter's rows (of a vector: of all elements) lie on ranks before this one.
+    """Return how many blocks of a parameter's rows (or of a vector) are on ranks before this one.
 
-    For parts of rows, and for torch's strided shards, the number is not exact. Ranks may have the same one if their
-    parts of a row begin within one block.
+    The number is not exact for parts of rows and for torch's strided shards. Ranks may get the same number if their
+    parts of a row begin within the same block.
     """
     shards = shards_of(tensor)
     if shards is None or not tensor.dim() or not tensor.numel():
@@ -170,7 +170,7 @@ def blocks_before(tensor: Tensor, block: int) -> int:
 
 
 def local_parts(tensors: Iterable[Tensor], ways: Iterable[Shards]) -> list[tuple[Shards | None, list[Tensor]]]:
-    """Return this rank's parts in lists that are divided alike: one list for each of `ways`, and for any other way."""
+    """Return this rank's parts, grouped by how they are sharded: a list for each of `ways`, and for any other way."""
     lists: dict[Shards | None, list[Tensor]] = {shards: [] for shards in ways}
     for tensor in tensors:
         shards = shards_of(tensor)

@@ -1,27 +1,28 @@
-"""Grokking signals: how far generalisation lags behind memorisation, and the filter memory α that follows.
+"""Grokking signals measure how far generalisation lags behind memorisation; the filter's memory α depends on them.
 
 A signal is a callable of no arguments, or of `(train_loss, eval_loss)`, that returns a number: 0 or less if
-generalisation does not lag, and larger the more it lags. α_t = α_init · exp(−κ · max(signal, 0)): the larger the
-signal, the shorter the filter's memory. A signal gets the losses if it has arguments named `train_loss` and
+generalisation does not lag, and larger the more it lags. The larger the signal, the shorter the filter's memory:
+α_t = α_init · exp(−κ · max(signal, 0)). A signal gets the losses if it has arguments named `train_loss` and
 `eval_loss`, in any order or as `**kwargs`, or if it requires two arguments. It is not called before both losses are
-there.
+recorded.
 
 Ready-made signals, and when to use them:
 
-- `loss_gap`, the default: both losses are recorded, and mean the same thing on both sets.
-- `memorisation`, the preset's: like `loss_gap`, but near 0 while the losses are close, as they are before anything is
-  learnt, and once the evaluation loss has come down. For cross entropy, or squared errors of targets of variance 1.
-- `AccuracyGap`: accuracies are recorded, and the share of right answers is what matters, as on algorithmic tasks, whose
+- `loss_gap`, the default: use it if both losses are recorded, and mean the same thing on both sets.
+- `memorisation`, the preset's: use it with cross entropy, or squared errors of targets of variance 1. It is like
+  `loss_gap`, but near 0 while the losses are close, as before anything is learnt, and once the evaluation loss has come
+  down.
+- `AccuracyGap`: use it if accuracies are recorded and right answers are what matters, as on algorithmic tasks, where
   losses still change when the answers are right.
-- `Plateau`: the signal should not act on the filter until training is nearly done.
-- `SlowGradient`: there is no evaluation data, or evaluation is expensive.
+- `Plateau`: use it if the signal should not act on the filter until training is nearly done.
+- `SlowGradient`: use it if there is no evaluation data, or evaluation is expensive.
 
 A signal that is an object may also have
 
 - `ready`: while it is False, the signal is not called;
 - `bind(optimizer)`, called when the signal is registered;
 - `state_dict()` and `load_state_dict(state)`, of numbers, strings, lists, and dicts of them with strings as keys. The
-  optimizer's checkpoints keep them under the signal's name, so that a resumed run continues where it stopped.
+  optimizer's checkpoints save that state under the signal's name, so that a resumed run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -43,14 +44,17 @@ __all__ = ["AccuracyGap", "Plateau", "SlowGradient", "loss_gap", "memorisation"]
 
 
 def loss_gap(train_loss: Number, eval_loss: Number) -> Number:
-    """Return max(0, eval − train) / max(eval, train), in [0, 1] for losses ≥ 0; 0 if neither loss is positive."""
+    """Return the relative gap between the losses, max(0, eval − train) / max(eval, train).
+
+    It is in [0, 1] for losses ≥ 0, and 0 if neither loss is positive.
+    """
     gap = eval_loss - train_loss
     if isinstance(gap, Tensor):
         positive = gap.clamp(min=0)
         larger = train_loss + positive
         return torch.where(larger > 0, positive / larger, 0) + 0 * gap  # NaN, as below
     if not math.isfinite(gap):
-        return math.nan  # not 0: a loss that is not finite means no signal, and not "no gap"
+        return math.nan  # not 0: a loss that is not finite means "no signal", not "no gap"
     largest = max(float(eval_loss), float(train_loss))
     return max(0.0, gap) / largest if largest > 0 else 0.0
 
@@ -58,9 +62,9 @@ def loss_gap(train_loss: Number, eval_loss: Number) -> Number:
 def memorisation(train_loss: Number, eval_loss: Number) -> Number:
     """Return (loss_gap · min(1, eval − train))², in [0, 1]: near 1 while a model only knows its training data.
 
-    The first factor keeps it small while both losses are high; the other, once both are low. Losses must be in nats, or
-    squared errors of targets of variance 1; ≥ 0; and from the same time: a training loss that has fallen since the
-    evaluation looks like memorisation.
+    The first factor keeps it small while both losses are high, the second once both are low. Losses must be ≥ 0, in
+    nats or squared errors of targets of variance 1, and from about the same step, because a training loss that has
+    fallen since the evaluation looks like memorisation.
     """
     share, gap = loss_gap(train_loss, eval_loss), eval_loss - train_loss
     product = share * (gap.clamp(max=1) if isinstance(gap, Tensor) else min(gap, 1.0))
@@ -68,15 +72,15 @@ def memorisation(train_loss: Number, eval_loss: Number) -> Number:
 
 
 class AccuracyGap:
-    """max(0, training accuracy − evaluation accuracy), of the last recorded ones. No signal until both are recorded.
+    """Signal max(0, training accuracy − evaluation accuracy) of the last recorded values; silent until both exist.
 
     ```python
     optimizer = GrokAdamW(model.named_parameters(), grokking_signal_fns=AccuracyGap())
     optimizer.record(train_acc=0.99, eval_acc=0.31)  # whenever they are known
     ```
 
-    It reads them from the optimizer that it was last registered with. An accuracy given to its own ``record`` takes
-    precedence over the optimizer's.
+    It reads the accuracies from the optimizer that it was last registered with. An accuracy given to its own ``record``
+    takes precedence over the optimizer's.
     """
 
     def __init__(self) -> None:
@@ -88,7 +92,7 @@ class AccuracyGap:
         self._optimizer = optimizer
 
     def record(self, *, train: Any = None, eval: Any = None) -> None:
-        """Record accuracies here, for optimizers without ``record``, such as ``Grokfast``. None keeps the last one.
+        """Record accuracies here, for optimizers without ``record``, such as ``Grokfast``. None keeps the last value.
 
         A tensor on a GPU is read back.
 
@@ -133,9 +137,10 @@ def _read_share(value: Any, name: str) -> float:
 
 
 class Plateau:
-    """Training is done and evaluation is not: d(train) · (1 − d(eval)), with d(loss) = max(0, 1 − loss / threshold).
+    """Signal d(train) · (1 − d(eval)), which is high, at most 1, while training is done and evaluation is not.
 
-    0 while the training loss is above the threshold, and again once the evaluation loss has come down; at most 1.
+    Here d(loss) = max(0, 1 − loss / threshold). The signal is 0 while the training loss is above the threshold, and
+    again once the evaluation loss has come down.
 
     Args:
         threshold: the loss, > 0, below which a set begins to count as done.
@@ -158,16 +163,16 @@ _SLOW = ("grok_ema", "grokfast_ema", "grokfast_ring_sum")  # μ, or a multiple o
 
 
 class SlowGradient:
-    """How much of the gradient is slow: max(0, cos(μ, g)) over all parameters. Needs no evaluation data.
+    """Signal max(0, cos(μ, g)) over all parameters, which says how much of the gradient is slow. Needs no evaluation.
 
-    μ is the last step's, g this step's. Near 0 the slow part is lost in noise, and the filter keeps its full memory;
-    near 1 the gradient points where it has long been pointing, and a shorter memory, quicker to follow a turn, loses
-    nothing. 0 until there is a μ; around another optimizer it is that of ``Grokfast`` or ``GrokfastMA``. It serves one
-    optimizer, the one that it was last registered with. It does not work with ``step_in_backward``, which never has all
-    gradients at once.
+    μ is from the last step, g from this one. Near 0, the slow part is lost in noise, and the filter keeps its full
+    memory. Near 1, the gradient has kept its direction for a long time; a shorter memory then loses nothing, and
+    follows a turn more quickly. The signal is 0 until there is a μ. Around another optimizer, μ is that of ``Grokfast``
+    or ``GrokfastMA``. The signal serves one optimizer, the one that it was last registered with. It does not work with
+    ``step_in_backward``, which never has all gradients at once.
 
     Args:
-        every: steps from one evaluation to the next, ≥ 1. Each reads μ and g once; in between its value stays.
+        every: steps from one evaluation to the next, ≥ 1. Each reads μ and g once; in between, the value stays.
     """
 
     def __init__(self, every: int = 10) -> None:
@@ -189,7 +194,7 @@ class SlowGradient:
 
     @torch.no_grad()
     def _cosine(self) -> Number:
-        # for each division over ranks, [[μ·μ, μ·g], [g·μ, g·g]] of its tensors
+        # for each way of sharding, [[μ·μ, μ·g], [g·μ, g·g]] of its tensors
         products: dict[Shards | None, list[Tensor]] = {shards: [] for shards in divisions(self._groups())}
         for group in self._groups():
             for param in group["params"]:
@@ -199,7 +204,7 @@ class SlowGradient:
                     is_negated = name == "grok_ema" and group["maximize"]  # wrappers average gradients as they are
                     shards, g = shards_of(param), resolved(-param.grad if is_negated else param.grad)
                     pair = [as_real(local(x, shards)).flatten() for x in (unpacked(state, name), g)]
-                    # widened: products of small float32 numbers vanish
+                    # in a wider dtype, as products of small float32 numbers underflow
                     both = torch.stack([x.to(accumulator(x.device)) for x in pair])
                     products.setdefault(shards, []).append(both @ both.T)
         sums = products.pop(None, [])

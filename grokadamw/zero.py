@@ -1,8 +1,8 @@
-"""Run inside torch's ZeroRedundancyOptimizer, which gives each rank's optimizer a part of every group.
+"""Support for torch's ZeroRedundancyOptimizer, which gives each rank's optimizer a part of every group.
 
 Before each step, and when it loads a checkpoint, ZeroRedundancyOptimizer copies its groups, except for the parameters,
-over those of the rank's optimizer; after a step it copies them back. So values written between steps must be written to
-its groups, too.
+over those of the rank's optimizer. After a step, it copies them back. Values that are written between steps must
+therefore be written to its groups, too.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .param_groups import PROGRESS, fill_in, place_recorded
 
 
 def caller() -> Any:
-    """Return the ZeroRedundancyOptimizer that is making its rank's optimizer; None if there is none.
+    """Return the ZeroRedundancyOptimizer that is constructing its rank's optimizer; None if there is none.
 
-    It does not pass itself on, so this looks for it among the callers.
+    It does not pass itself on, so this looks for it on the call stack.
     """
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     frame: FrameType | None = sys._getframe(1) if module is not None else None
@@ -33,9 +33,9 @@ def caller() -> Any:
 
 
 def follow(zero: Any, optimizer: Any, params: Any, arguments: dict[str, Any]) -> list[Any]:
-    """Connect a rank's optimizer to its ZeroRedundancyOptimizer; return params without options that no group may hold.
+    """Connect a rank's optimizer to its ZeroRedundancyOptimizer. Return params without options that no group may hold.
 
-    ZeroRedundancyOptimizer puts all arguments into groups, also process groups and signals, which do not belong there.
+    ZeroRedundancyOptimizer puts all arguments into groups, even process groups and signals, which do not belong there.
     """
     of_no_group = {name: arguments[name] for name in OF_NO_GROUP if name in arguments}
     zero.defaults = _without(of_no_group, zero.defaults)
@@ -61,23 +61,23 @@ def _without(dropped: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, 
 
 
 def groups_of_all_ranks(optimizer: Any) -> list[dict[str, Any]]:
-    """Return ZeroRedundancyOptimizer's groups, which have the parameters of all ranks; without it the optimizer's."""
+    """Return ZeroRedundancyOptimizer's groups, with the parameters of all ranks; without it, the optimizer's groups."""
     zero = optimizer._run.zero()
     return optimizer.param_groups if zero is None else zero.param_groups  # type: ignore[no-any-return]
 
 
 def tell(optimizer: Any) -> None:
-    """Copy to ZeroRedundancyOptimizer's groups what they would otherwise overwrite at the next step."""
+    """Copy to ZeroRedundancyOptimizer's groups the values that they would otherwise overwrite at the next step."""
     if (zero := optimizer._run.zero()) is not None:
         for group, outer in zip(optimizer.param_groups, zero.param_groups, strict=False):
             outer.update({name: group[name] for name in ("layers", *PROGRESS)})
-            outer.pop("param_names", None)  # a state dict would have those of this rank alone
+            outer.pop("param_names", None)  # a state dict would only have this rank's names
 
 
 def take_places(optimizer: Any) -> None:
-    """Take names and layers of the last group by its parameters' places in the whole group that it is a part of.
+    """Set the last group's names and layers from the whole group that it is a part of, by its parameters' positions.
 
-    A whole group without names and layers is numbered by these places.
+    If the whole group has no names and no layers, these positions are the layers.
     """
     *earlier, group = optimizer.param_groups
     zero = optimizer._run.zero()
@@ -94,7 +94,7 @@ def take_places(optimizer: Any) -> None:
 
 
 def go_on_after_loading(optimizer: Any) -> None:
-    """Do the rest of `load_state_dict` if ZeroRedundancyOptimizer has loaded a checkpoint without calling it."""
+    """Do the rest of `load_state_dict` after ZeroRedundancyOptimizer has loaded a checkpoint without calling it."""
     run = optimizer._run
     own, run.before_loading = run.before_loading, []
     outer_groups = run.zero().param_groups if run.zero() is not None else []

@@ -500,7 +500,7 @@ def test_a_cycle_under_way_is_not_gone_on_from_with_another_length() -> None:
         assert not other.state
     backward(model, *micro[2])
     optimizer.step()
-    with pytest.warns(UserWarning, match="accumulation_steps=3, and this optimizer goes on with accumulation_steps=4"):
+    with pytest.warns(UserWarning, match="accumulation_steps=3, and this optimizer keeps accumulation_steps=4"):
         in_moments(model, 4).load_state_dict(saved_and_loaded(optimizer.state_dict()))
 
 
@@ -545,7 +545,7 @@ def test_a_window_goes_with_its_checkpoint() -> None:
         other.load_state_dict(saved)
     assert not other.state
     ema = GrokAdamW(model.named_parameters())
-    with pytest.warns(UserWarning, match="window_size=3, and this optimizer goes on with window_size=None"):
+    with pytest.warns(UserWarning, match="window_size=3, and this optimizer keeps window_size=None"):
         ema.load_state_dict(saved)
     assert {key for state in ema.state.values() for key in state} == {"step", "exp_avg", "exp_avg_sq", "grok_ema"}
     windowed = GrokAdamW(model.named_parameters(), window_size=3)

@@ -145,7 +145,7 @@ def test_a_tensor_that_is_set_by_hand_is_not_read() -> None:
 def test_options_of_the_whole_optimizer_stay_as_constructed() -> None:
     _, optimizer = trained(nonfinite="propagate", second_moment="raw")
     _, other = trained()
-    with pytest.warns(UserWarning, match="run with second_moment='raw', and this optimizer goes on with .*'filtered'"):
+    with pytest.warns(UserWarning, match="run with second_moment='raw', and this optimizer keeps .*'filtered'"):
         other.load_state_dict(optimizer.state_dict())
     assert (other.param_groups[0]["nonfinite"], other.param_groups[0]["second_moment"]) == ("skip", "filtered")
 
@@ -225,8 +225,8 @@ BAD = [
     ({"state_dtype": "int8", "compat": "0.1.2"}, ValueError, "state_dtype='int8' with compat='0.1.2'"),
     ({"state_dtype": "int8", "differentiable": True}, ValueError, "state_dtype='int8' with differentiable=True"),
     ({"decay_boost": -1.0}, ValueError, "decay_boost=-1.0"),
-    ({"decay_boost": 1.0, "compat": "0.1.2"}, ValueError, r"decay_boost=1\.0 with compat='0\.1\.2', which has no"),
-    ({"signal_boost": 1.0, "compat": "0.1.2"}, ValueError, r"signal_boost=1\.0 with compat='0\.1\.2', which has no"),
+    ({"decay_boost": 1.0, "compat": "0.1.2"}, ValueError, r"decay_boost=1\.0 with compat='0\.1\.2', which lacks"),
+    ({"signal_boost": 1.0, "compat": "0.1.2"}, ValueError, r"signal_boost=1\.0 with compat='0\.1\.2', which lacks"),
     ({"master_weight_bits": 16}, ValueError, "master_weight_bits=16 is unknown"),
     ({"rounding": "up"}, ValueError, "rounding='up' is unknown"),
     ({"rounding": "stochastic", "master_weight_bits": 24}, ValueError, "rounding='stochastic' with master_weight_bits"),

@@ -250,7 +250,7 @@ def test_another_wrapper_drops_what_is_not_its_own(before: str, after: str, inne
     model = network()
     saving, loading = (WRAPPERS[name](inner(model.parameters())) for name in (before, after))
     train(model, range(5), lambda step, loss: saving.step())
-    what = "goes on with" if after == "both" else "what Accumulate or Grokfast around the optimizer collected"
+    what = "this optimizer keeps" if after == "both" else "has entries of Accumulate or Grokfast"
     with pytest.warns(UserWarning, match=what):
         loading.load_state_dict(saving.state_dict())
     alone = WRAPPERS[after](inner(model.parameters()))
@@ -294,7 +294,7 @@ def test_what_a_wrapper_collected_is_dropped_with_a_warning(wrap: Callable[[Any]
         *(GrokAdamW(model.parameters(), lamb=0.0) for _ in range(2)),
     )
     train(model, range(5), lambda step, loss: wrapped.step())
-    with pytest.warns(UserWarning, match="is dropped: to continue that run, load it into the same wrapper"):
+    with pytest.warns(UserWarning, match="are dropped: to continue that run, load it into the same wrapper"):
         plain.load_state_dict(wrapped.state_dict())
     of_plain = set(GrokAdamW(network().parameters()).param_groups[0])
     saved = plain.state_dict()
@@ -310,7 +310,7 @@ def test_a_cycle_before_the_first_step_has_no_moments_yet(convert: Callable[[Any
     model = network()
     optimizer = Accumulate(GrokAdamW(model.parameters()), steps=3)
     train(model, range(2), lambda step, loss: optimizer.step())
-    with pytest.warns(UserWarning, match="holds what Accumulate or Grokfast around the optimizer collected"):
+    with pytest.warns(UserWarning, match="has entries of Accumulate or Grokfast"):
         converted = convert(optimizer.state_dict())
     assert converted["state"] == {}
 
@@ -406,7 +406,9 @@ def test_another_kind_of_optimizer_is_refused(kind: Any, stepped: bool) -> None:
     model = network()
     other = kind(model.parameters(), lr=0.1)
     train(model, range(int(stepped)), lambda step, loss: other.step())
-    with pytest.raises(ValueError, match=r"another kind of optimizer: its groups have .*lr.* from others, start with"):
+    with pytest.raises(
+        ValueError, match=r"an optimizer that is not supported: its groups have .*lr.* from others, start with"
+    ):
         GrokAdamW(model.parameters()).load_state_dict(other.state_dict())
 
 
@@ -415,7 +417,7 @@ def test_a_common_option_does_not_make_it_ours() -> None:
     zeros = torch.zeros(3)
     group = {"lr": 1e-3, "betas": (0.9, 0.999), "final_lr": 0.1, "gamma": 1e-3, "eps": 1e-8, "params": [0]}
     saved = {"state": {0: {"step": 7, "exp_avg": zeros, "exp_avg_sq": zeros}}, "param_groups": [group]}
-    with pytest.raises(ValueError, match="another kind of optimizer: its groups have "):
+    with pytest.raises(ValueError, match="an optimizer that is not supported: its groups have "):
         GrokAdamW([nn.Parameter(zeros)]).load_state_dict(saved)
 
 
@@ -543,7 +545,7 @@ def test_names_that_leave_a_doubt_are_refused(change: str) -> None:
         groups[1]["params"].append(("more", nn.Parameter(torch.zeros(1))))
     other = GrokAdamW(groups)
     message = {
-        "one group more": "different number of parameter groups: 2, and the optimizer 3",
+        "one group more": "different number of parameter groups, 2, than the optimizer, 3",
         "one parameter more": "doesn't match the size of optimizer's group",
         "one renamed and moved": r"both name '0\.weight', in different places.*'4\.bias', 'renamed'",
         "other groups": "both name .* in different places.*only one side has these groups",

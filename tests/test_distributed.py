@@ -574,7 +574,7 @@ def _whole_state(rank: int) -> tuple[str, bool, bool]:
     optimizer = GrokAdamW(model.named_parameters(), lr=0.01)
     train(model, range(2), lambda step, loss: optimizer.step())
     groups, states = copy.copy(optimizer.param_groups), dict(optimizer.state)
-    with pytest.raises(ValueError, match="of parameter 0 is whole") as raised:
+    with pytest.raises(ValueError, match="of parameter 0 is a full tensor") as raised:
         optimizer.load_state_dict(plain.state_dict())
     kept = optimizer.param_groups == groups and optimizer.param_groups[0]["lr"] == 0.01 and optimizer.state == states
     saved = get_optimizer_state_dict(of_one, plain)
@@ -935,7 +935,7 @@ def _ranks_with_less(rank: int) -> list[dict[str, float]]:
             if rank == 1 and how in ("NaN", "raise") and step == 2:
                 q.grad[1] = torch.nan
             if how == "raise" and step == 2:
-                said = "group 0" if rank == 1 else "another rank's"
+                said = "group 0" if rank == 1 else "those of another rank"
                 with pytest.raises(RuntimeError, match=f"the gradients are not finite: .*{said}"):
                     optimizer.step()
                 continue

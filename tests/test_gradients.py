@@ -168,7 +168,7 @@ def test_a_parameter_that_becomes_expanded_is_refused_before_anything_is_written
     optimizer.step()
     p.data = torch.tensor(0.5).expand(4, 4)
     before = q.detach().clone(), optimizer.state[p]["exp_avg"].clone()
-    with pytest.raises(RuntimeError, match="keeps several elements in one place"):
+    with pytest.raises(RuntimeError, match="has several elements at one address"):
         optimizer.step()
     assert torch.equal(q, before[0])
     assert torch.equal(optimizer.state[p]["exp_avg"], before[1])

@@ -693,7 +693,7 @@ def test_accuracies_that_do_not_come(tmp_path: Path) -> None:
         it.train()
     first, second = (str(warning.message) for warning in caught if "waits for" in str(warning.message))
     assert "waits for 'eval_acuracy', and the evaluation has eval_accuracy, eval_loss, " in first
-    assert first.endswith("AccuracyGap and Monitor.grokked_at stay silent; give the name of one as eval_acc=")
+    assert first.endswith("AccuracyGap and Monitor.grokked_at stay silent; pass the name of one as eval_acc=")
     assert "waits for 'right', and no log had it" in second
     assert grokadamw_of(it).param_groups[0]["eval_loss"] > 0
 
@@ -701,11 +701,11 @@ def test_accuracies_that_do_not_come(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "key", "has", "way_out"),
     [
-        ({"eval_acc": "accuracy"}, "'accuracy'", "eval_accuracy, eval_loss, ", "give 'eval_accuracy' as eval_acc="),
-        ({"eval_acc": "acc"}, "'acc'", "eval_accuracy, eval_loss, ", "give the name of one as eval_acc="),
-        ({"eval_loss": "loss"}, "'loss'", "eval_loss: ", "give 'eval_loss' as eval_loss="),
-        ({"eval_loss": "test_loss"}, "'test_loss'", "eval_loss: ", "give the name of one as eval_loss="),
-        ({"eval_acc": "eval"}, "'eval'", "eval_accuracy, eval_loss, ", "give the name of one as eval_acc="),
+        ({"eval_acc": "accuracy"}, "'accuracy'", "eval_accuracy, eval_loss, ", "pass 'eval_accuracy' as eval_acc="),
+        ({"eval_acc": "acc"}, "'acc'", "eval_accuracy, eval_loss, ", "pass the name of one as eval_acc="),
+        ({"eval_loss": "loss"}, "'loss'", "eval_loss: ", "pass 'eval_loss' as eval_loss="),
+        ({"eval_loss": "test_loss"}, "'test_loss'", "eval_loss: ", "pass the name of one as eval_loss="),
+        ({"eval_acc": "eval"}, "'eval'", "eval_accuracy, eval_loss, ", "pass the name of one as eval_acc="),
     ],
 )
 @pytest.mark.parametrize("eval_steps", [3, STEPS])
@@ -744,7 +744,7 @@ def test_a_key_of_one_of_several_sets(eval_steps: int, tmp_path: Path) -> None:
         assert len(said) == warns
         if warns:
             assert "has eval_a_loss, eval_test_loss: " in said[0]
-            assert said[0].endswith("give 'eval_test_loss' as eval_loss=")
+            assert said[0].endswith("pass 'eval_test_loss' as eval_loss=")
 
 
 def test_a_metric_that_is_no_accuracy_stops_the_run(tmp_path: Path) -> None:

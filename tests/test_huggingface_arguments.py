@@ -149,13 +149,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "checkpoint-2"
 
 
-LR_STAYS = "learning_rate=0.005 is not used: the run that is resumed has 0.01, which stays. To change it, set lr and "
-DECAY_STAYS = (
-    "weight_decay=0.3 is not used: the run that is resumed has 0.1, which stays. To change it, set weight_decay "
-)
-LAMB_STAYS = (
-    "optim_args has lamb=1, and the run that is resumed has 2, which stays: to change it, give lamb to GrokAdamWC"
-)
+LR_STAYS = "learning_rate=0.005 is not used: the resumed run keeps 0.01. To change it, set lr and "
+DECAY_STAYS = "weight_decay=0.3 is not used: the resumed run keeps 0.1. To change it, set weight_decay "
+LAMB_STAYS = "optim_args has lamb=1, but the resumed run keeps 2: to change it, pass lamb to GrokAdamWC"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +185,7 @@ def test_a_resumed_preset_has_the_numbers_that_were_given(tmp_path: Path) -> Non
         it = with_preset(tmp_path, GrokAdamWCallback(), max_steps=4, learning_rate=lr)
         found = said_by(lambda: it.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")))  # noqa: B023
         assert len(found) == says
-        assert not says or "learning_rate=0.001 is not used: the run that is resumed has 0.002, which" in found[0]
+        assert not says or "learning_rate=0.001 is not used: the resumed run keeps 0.002. To" in found[0]
 
 
 def test_a_resumed_run_gets_the_numbers_as_it_is_told(checkpoint: Path, tmp_path: Path) -> None:

@@ -402,8 +402,16 @@ BAD = {
     "a text": (["a", 1], TypeError, r"layers.*\[0\]='a' is not an integer"),
     "a tensor": (torch.arange(2), TypeError, r"layers.*\[0\]=tensor\(0\) is not an integer"),
     "a number": (3, TypeError, "layers.*=3 is not a list of integers, one for each parameter"),
-    "too few": ([0], (ValueError, RuntimeError), "has 1 layers, and its group 2 parameters|2 parameters and 1 layers"),
-    "too many": (np.arange(3), (ValueError, RuntimeError), "has 3 layers, and its group 2 |2 parameters and 3 layers"),
+    "too few": (
+        [0],
+        (ValueError, RuntimeError),
+        "has 1 layers, but its group has 2 |2 parameters and 1 layers",
+    ),
+    "too many": (
+        np.arange(3),
+        (ValueError, RuntimeError),
+        "has 3 layers, but its group has 2 |2 parameters and 3 layers",
+    ),
 }
 
 

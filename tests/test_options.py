@@ -140,7 +140,7 @@ def test_loading_takes_what_a_group_may_set_and_keeps_the_rest(name: str) -> Non
     kept = name in OF_THE_OPTIMIZER | HOW_TO_RUN
     assert optimizer.param_groups[0][name] == (OPTIONS[name].default if kept else another(name))
     said = " ".join(str(warning.message) for warning in caught)
-    assert (f"a run with {name}={another(name)!r}, and this optimizer goes on with" in said) == (name in WARNED_OF)
+    assert (f"a run with {name}={another(name)!r}, and this optimizer keeps" in said) == (name in WARNED_OF)
 
 
 @pytest.mark.parametrize("name", IN_GROUPS)
@@ -238,7 +238,6 @@ def test_a_new_option_is_a_row_and_an_argument(tmp_path: Path) -> None:
         "roughness=3 is out of range: give a number in [0, 3)",
         "roughness=1 in a parameter group: it holds for the whole optimizer, where it is 0.5; pass it to "
         "GrokAdamW(...)",
-        "state_dict is of a run with roughness=2.0, and this optimizer goes on with roughness=0.5, as it was "
-        "constructed",
+        "state_dict is of a run with roughness=2.0, and this optimizer keeps roughness=0.5, as constructed",
         "0.5",
     ]

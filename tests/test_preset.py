@@ -142,7 +142,7 @@ def test_what_does_not_show_its_parameters_is_refused() -> None:
     with torch.device("meta"):
         model = nn.Embedding(5, 16)
     with pytest.raises(
-        ValueError, match="the embedding weight is on the meta device.*give the model its weights first"
+        ValueError, match="the embedding weight is on the meta device.*initialise or load the weights first"
     ):
         GrokAdamW.for_grokking(model)
     model = nn.Sequential(nn.Embedding(5, 16), nn.LayerNorm(16))

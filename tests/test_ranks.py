@@ -334,7 +334,7 @@ def _lack_gradients(rank: int) -> list[tuple[float, float, float]]:
             if how == "raise" and step == 3:
                 if rank == 0:
                     params[0].grad = torch.full_like(params[0], torch.nan)
-                with pytest.raises(RuntimeError, match="group 0" if rank == 0 else "another rank's"):
+                with pytest.raises(RuntimeError, match="group 0" if rank == 0 else "those of another rank"):
                     optimizer.step()
             else:
                 optimizer.step()

@@ -337,8 +337,8 @@ def test_a_wrapper_that_copies_attributes_shares_what_changes() -> None:
         ("exp_avg_sq", None, "exp_avg_sq of parameter 3 is None, not a tensor"),
         ("grok_ema", [0.0] * 8, r"grok_ema of parameter 3 is \[0.0, .*, not a tensor"),
         ("grok_ring", torch.zeros(2, 8), r"the window of parameter 3 has shape \(2, 8\), and with window_size=3"),
-        ("grok_ring_sum", ..., "the window of parameter 3 is without grok_ring_sum: take grok_ring, "),
-        ("grok_ring_lap", torch.zeros(2), r"grok_ring_lap of parameter 3 has shape \(2,\), and not \(8,\): take"),
+        ("grok_ring_sum", ..., "the window of parameter 3 lacks grok_ring_sum: remove grok_ring, "),
+        ("grok_ring_lap", torch.zeros(2), r"grok_ring_lap of parameter 3 has shape \(2,\), not \(8,\): remove"),
         ("grok_ring_lap", 1.0, "grok_ring_lap of parameter 3 is 1.0, not a tensor"),
         ("grok_ring_count", torch.zeros(2), r"grok_ring_count of parameter 3 is a tensor of shape \(2,\)"),
         ("grok_ring_count", math.inf, "grok_ring_count of parameter 3 is inf: give a number of steps"),
@@ -532,7 +532,7 @@ def test_a_corrupt_memory_of_signals_starts_afresh(corrupt: Any) -> None:
     optimizer = GrokAdamW(parameters(), grokking_signal_fns=AccuracyGap())
     saved = optimizer.state_dict()
     saved["param_groups"][0]["signal_state"] = corrupt
-    with pytest.warns(RuntimeWarning, match="not JSON.*start afresh"):
+    with pytest.warns(RuntimeWarning, match="not JSON.*start from scratch"):
         optimizer.load_state_dict(saved)
 
 

@@ -8,8 +8,7 @@ A backend is two functions:
 `decoded` has only `step`: gradients are never kept in fewer bits.
 
 A new backend needs one new file and a few lines in `choose`. List it in `BY_ADDRESS` if its tensors must not share
-memory. List it in `LIMITS_ROWS` if it limits rows itself; then it also has `row_width`. A backend that reads memory by
-address also has `keep`.
+memory. A backend that limits rows itself also has `row_width`; one that reads memory by address also has `keep`.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ from torch import Tensor
 from . import blocks, cpu, decoded, foreach, gpu, memory, native, reference
 from .types import NOBODY, Batch, Choice, Scalars
 
-__all__ = ["BY_ADDRESS", "FUSED_ON", "LIMITS_ROWS", "Batch", "Choice", "Scalars", "choose"]
+__all__ = ["BY_ADDRESS", "FUSED_ON", "Batch", "Choice", "Scalars", "choose"]
 __all__ += ["fastest_sum_of_squares", "keep", "row_width", "sum_of_squares"]
 
 BY_ADDRESS = (cpu, blocks, gpu)  # backends whose tensors must not share memory
-LIMITS_ROWS = (cpu, gpu, decoded)  # backends that limit rows themselves
 _LAUNCH = "one Triton launch for all tensors of a kind"
 # device types with a backend that does everything in one pass; AMD's GPUs are of type cuda, too
 FUSED_ON = ["cpu", "cuda"]
@@ -86,8 +84,8 @@ def asked_for(options: dict[str, Any]) -> Choice | None:
 
 def row_width(choice: Choice, param: Tensor, coded: bool) -> int:
     """Return the elements in a row of the parameter if the chosen backend limits its rows; otherwise 0."""
-    width: int = choice.module.row_width(param, coded) if choice.module in LIMITS_ROWS else 0
-    return width
+    limits = getattr(choice.module, "row_width", None)
+    return 0 if limits is None else limits(param, coded)
 
 
 def keep(batch: Batch) -> Batch:
@@ -110,6 +108,6 @@ def sum_of_squares(options: dict[str, Any], compiling: bool) -> Callable[[Sequen
 
 def fastest_sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Return Σ g² of a list of tensors on one device, by the fastest backend for it."""
-    if gpu.is_for(tensors[0].device) and gpu.can_sum(tensors):
+    if gpu.can_sum(tensors):
         return gpu.sum_of_squares(tensors)
     return cpu.sum_of_squares(tensors) if tensors[0].is_cpu else foreach.sum_of_squares(tensors)

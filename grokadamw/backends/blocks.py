@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .foreach import sum_of_squares
+from .foreach import amplified, sum_of_squares
 from .types import Batch, Scalars, written
 
 __all__ = ["step", "sum_of_squares", "why_not"]
@@ -30,7 +30,7 @@ def why_not(row: Sequence[Tensor], raw_second_moment: bool, eps_before_correctio
     if any(x.dtype != row[0].dtype for x in row) or row[0].dtype not in (torch.float32, torch.float64):
         return "torch's fused AdamW takes no such mixture of dtypes"
     if row[0].numel() < _SMALL:
-        return "so small a tensor is quicker in a list with others"
+        return "a tensor this small is quicker in a list with others"
     return None
 
 
@@ -57,7 +57,7 @@ def step(batch: Batch, scalars: Scalars) -> None:
         g = block.grads if clip == 1 else torch._foreach_mul(block.grads, clip)
         if block.grok_emas:
             torch._foreach_lerp_(block.grok_emas, g, 1 - float(n.alpha))  # slow_grad
-            g = _amplified(g, block, n)  # amplify
+            g = amplified(g, block.grok_emas, (count.item() for count in block.steps), n)  # amplify
         torch._fused_adamw_(  # exp_avg to update
             block.params,
             g,
@@ -75,14 +75,6 @@ def step(batch: Batch, scalars: Scalars) -> None:
         )
     for column in written(batch):  # the fused AdamW does not do this itself
         torch.autograd.graph.increment_version(column)
-
-
-def _amplified(g: tuple[Tensor, ...] | list[Tensor], block: _Block, n: Scalars) -> tuple[Tensor, ...]:
-    lamb = float(n.lamb)
-    if n.amplify_after == 0:
-        return torch._foreach_add(g, block.grok_emas, alpha=lamb)
-    late = [lamb if count.item() > n.amplify_after else 0.0 for count in block.steps]
-    return torch._foreach_add(g, torch._foreach_mul(block.grok_emas, late))
 
 
 def _blocks(batch: Batch, beta1: Sequence[float]) -> Iterator[_Block]:

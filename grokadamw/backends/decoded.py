@@ -43,7 +43,7 @@ def step(batch: Batch, scalars: Scalars) -> None:
         for start in range(0, max(1, size), few):
             some: list[Any] = [None if x is None else x[start : start + few] for x in kept]
             before = batch.coded.blocks_before[i] if batch.coded.blocks_before else 0
-            dither = formats.dither(start, some[0].shape, batch.coded.numbers[i], draw, before)
+            dither = formats.dither(start, some[0].shape, batch.numbers[i], draw, before)
             t.copy_(count)
             _step(_Rows(*some), t, of_tensor, dither, batch, param.dim() > 1)
         count.copy_(t)

@@ -10,7 +10,7 @@ masking values that are not finite takes two more.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -84,7 +84,7 @@ def _step(batch: Batch, n: Scalars) -> None:
     g_hat = g
     if mu is not None:
         _average_(mu, g, 1 - n.alpha, active)  # slow_grad
-        g_hat = _amplified(g, mu, t, n)
+        g_hat = amplified(g, mu, t, n)
     _average_(m, g_hat, [1 - beta1 for beta1 in n.beta1], active)  # exp_avg
     squared = g if n.raw_second_moment else g_hat
     if isinstance(active, Tensor):
@@ -207,18 +207,18 @@ def _corrections(t: list[Any], n: Scalars) -> tuple[list[Any], list[Any]]:
     return root, list(correction.unbind())
 
 
-def _amplified(g: _TensorList, mu: list[Tensor], t: list[Any], n: Scalars) -> _TensorList:
+def amplified(g: _TensorList, mu: list[Tensor], t: Iterable[Any], n: Scalars) -> _TensorList:
     """Return c g + λ μ in new tensors, with λ = 0 until t > amplify_after."""
     if n.amplify_after == 0 and not isinstance(n.lamb, Tensor):
         return torch._foreach_add(g, mu, alpha=n.lamb)
     if n.amplify_after == 0:
-        amplified: _TensorList = _mul(mu, n.lamb)
+        added: _TensorList = _mul(mu, n.lamb)
     else:
         late, dtype = [count > n.amplify_after for count in t], mu[0].dtype
         factors = [(n.lamb * x.to(dtype)).to(dtype) if torch.is_tensor(x) else n.lamb * x for x in late]
-        amplified = torch._foreach_mul(mu, factors)
-    torch._foreach_add_(amplified, g)
-    return amplified
+        added = torch._foreach_mul(mu, factors)
+    torch._foreach_add_(added, g)
+    return added
 
 
 def _mul(tensors: _TensorList, factor: Number) -> _TensorList:

@@ -77,10 +77,10 @@ def _why_not_tried(device: torch.device, state: torch.dtype) -> str | None:
     try:
         theta, g, count = ([torch.zeros((), dtype=torch.float32, device=device)] for _ in range(3))
         m, v, mu = ([torch.zeros((), dtype=state, device=device)] for _ in range(3))
-        coded = None if state == torch.float32 else Coded(None, None, None, None, [0], False)
+        coded = None if state == torch.float32 else Coded(None, None, None, None, False)
         for _ in range(2):  # the second launch takes another path: see `_launch`
             sum_of_squares(g)
-            step(Batch(theta, g, m, v, mu, count, coded=coded), numbers)
+            step(Batch(theta, g, m, v, mu, count, numbers=(0,), coded=coded), numbers)
     except torch.OutOfMemoryError:
         raise  # a shortage of memory is temporary
     except Exception as error:  # Triton compiles its launcher, and there may be no C compiler
@@ -179,10 +179,11 @@ def _launch(
 
 
 def can_sum(grads: Sequence[Tensor]) -> bool:
-    """Return True if `sum_of_squares` and `judge` can take these gradients. The first is on a device of `is_for`."""
+    """Return True if `sum_of_squares` and `judge` can take these gradients."""
     device = grads[0].device
     return (
-        type(grads[0]) is Tensor
+        is_for(device)
+        and type(grads[0]) is Tensor
         and _why_not_here(device) is None
         and all(
             type(x) is Tensor

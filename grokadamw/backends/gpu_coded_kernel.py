@@ -38,11 +38,16 @@ from .gpu_stages import (
     AT_V,
     AT_V_SCALES,
     AT_WIDTH,
+    BIT,
+    LONG,
     MAX_ROW_CHANGE,
     MAX_ROW_NORM,
     MICRO_STEPS,
+    NARROW,
     NTH,
     NUMBERS,
+    ODD,
+    WIDEST,
     float64_at,
     limited,
     moments,
@@ -54,12 +59,6 @@ from .gpu_stages import (
     step_of,
     updated,
 )
-from .gpu_tables import LONG as _LONG
-from .gpu_tables import ODD as _ODD
-from .gpu_tables import WIDTHS
-
-NARROW, WIDEST = tl.constexpr(WIDTHS[0]), tl.constexpr(WIDTHS[-1])
-BIT, LONG, ODD = (tl.constexpr(x) for x in (1, _LONG, _ODD))
 
 
 @triton.jit

@@ -24,9 +24,14 @@ from .gpu_stages import (
     AT_SIZE,
     AT_THETA,
     AT_V,
+    BIT,
+    LONG,
     MAX_ROW_CHANGE,
     MAX_ROW_NORM,
+    NARROW,
     NUMBERS,
+    ODD,
+    WIDEST,
     float64_at,
     limited,
     moments,
@@ -38,14 +43,9 @@ from .gpu_stages import (
     step_of,
     updated,
 )
-from .gpu_tables import LONG as _LONG
-from .gpu_tables import ODD as _ODD
 from .gpu_tables import STRAIGHT as _STRAIGHT
-from .gpu_tables import WIDTHS
 
 STRAIGHT = tl.constexpr(_STRAIGHT)
-NARROW, WIDEST = tl.constexpr(WIDTHS[0]), tl.constexpr(WIDTHS[-1])
-BIT, LONG, ODD = (tl.constexpr(x) for x in (1, _LONG, _ODD))
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_ANOTHER = "the native kernel is of another version of grokadamw: install it again"
+_ANOTHER = "the native kernel was built for another version of grokadamw: install grokadamw again"
 _LIBRARY = Path(__file__).with_name("cpu_kernel.so")
 
 

@@ -46,7 +46,6 @@ class Coded(NamedTuple):
     exp_avg_sq_scales: list[Tensor] | None
     grok_ema_scales: list[Tensor] | None
     lows: list[Tensor] | None  # the low bits of parameters
-    numbers: list[int]  # the parameters' numbers in the optimizer, on which dithers depend
     rounds: bool  # True if parameters without low bits are rounded by a dither
     blocks_before: Sequence[int] = ()  # for each parameter, its blocks on ranks before this one; () if none has any
 
@@ -73,7 +72,7 @@ class Batch(NamedTuple):
     choice: Choice = NOBODY  # the backend
     group: int = 0  # index of the first parameter group with these options
     layers: tuple[int, ...] = ()
-    numbers: tuple[int, ...] = ()  # the parameters' places in the optimizer
+    numbers: tuple[int, ...] = ()  # the parameters' places in the optimizer, which dithers depend on, too
     shards: Any = None  # a `Shards`, if the tensors are parts of DTensors
     begun: bool = False  # True if the averages have begun this cycle of micro-batches
     windows: Any = None  # a list of `window.Window` if μ is the mean of a window

@@ -173,7 +173,8 @@ def new(param: Tensor, name: str, options: Mapping[str, Any], dtype: torch.dtype
     kept = _dtype_in(format_of(param, name, options), name, dtype)
     entries = {name: torch.zeros_like(param, dtype=kept, memory_format=torch.preserve_format)}
     if kept in _CODES:
-        entries[f"{name}_scale"] = zero_scales(param)
+        scales = part(param).new_zeros(shape_of_scales(part(param)), dtype=torch.float32)
+        entries[f"{name}_scale"] = like(scales, shape_of_scales(param), param)
     return entries
 
 
@@ -181,12 +182,6 @@ def _dtype_in(kind: str, name: str, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a state that is kept in a format; for the format float32 that is `dtype`."""
     codes = torch.uint8 if name == "exp_avg_sq" else torch.int8
     return {"float32": dtype, "bfloat16": torch.bfloat16, "int8": codes}[kind]
-
-
-def zero_scales(param: Tensor) -> Tensor:
-    """Return the scales of a state of zeros."""
-    scales = part(param).new_zeros(shape_of_scales(part(param)), dtype=torch.float32)
-    return like(scales, shape_of_scales(param), param)
 
 
 def shape_of_scales(param: Tensor) -> torch.Size:

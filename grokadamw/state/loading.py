@@ -77,8 +77,8 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
     saved = state_dict["param_groups"]
     if len(saved) != len(groups):
         raise ValueError(
-            f"state_dict has a different number of parameter groups: {len(saved)}, and the optimizer {len(groups)}: "
-            "construct it as it was when this was saved. (for_grokking makes groups of its own.)"
+            f"state_dict has a different number of parameter groups, {len(saved)}, than the optimizer, {len(groups)}: "
+            "construct the optimizer as it was when this was saved. (for_grokking makes its own groups.)"
         )
     saved = list(map(_as_listed, saved, unwrapped_in(saved)))
     state_dict = {**state_dict, "param_groups": saved}
@@ -91,7 +91,7 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
             return state_dict
         raise ValueError(
             f"state_dict and the optimizer both name {max(flat_own, key=flat_own.count)!r} twice, and others in "
-            "another order: nothing says which state is whose. Give the optimizer its parameters in the saved order"
+            "another order: states cannot be matched. Give the optimizer its parameters in the saved order"
         )
     by_names = {frozenset(names): (group, names) for names, group in zip(saved_names, saved, strict=True)}
     if all(frozenset(names) in by_names for names in own_names):
@@ -109,8 +109,8 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
     if moved := [a for a, b in zip_longest(flat_saved, flat_own) if a != b and a in shared]:
         raise ValueError(
             f"state_dict and the optimizer both name {moved[0]!r}, in different places, but do not name the same "
-            "parameters in each group: nothing says which state is whose. Give the optimizer the groups and names that "
-            f"were saved; only one side has {sorted(set(flat_saved) ^ set(flat_own)) or 'these groups'}"
+            "parameters in each group: states cannot be matched. Give the optimizer the groups and names that were "
+            f"saved; only one side has {sorted(set(flat_saved) ^ set(flat_own)) or 'these groups'}"
         )
     pairs = zip(saved, groups, strict=True)
     return {**state_dict, "param_groups": [{**old, "param_names": group["param_names"]} for old, group in pairs]}
@@ -169,9 +169,10 @@ def _states(
                 )
             if name in state and mesh_of(state[name]) is None and is_cut:
                 raise ValueError(
-                    f"state_dict: {name} of parameter {key} is whole, and this rank has a part of the parameter. Save "
-                    "by get_optimizer_state_dict, and load by set_optimizer_state_dict(model, optimizer, saved, options"
-                    "=StateDictOptions(full_state_dict=True)), both of torch.distributed.checkpoint.state_dict"
+                    f"state_dict: {name} of parameter {key} is a full tensor, and this rank has a part of the "
+                    "parameter. Save by get_optimizer_state_dict, and load by set_optimizer_state_dict(model, "
+                    "optimizer, saved, options=StateDictOptions(full_state_dict=True)), both of "
+                    "torch.distributed.checkpoint.state_dict"
                 )
         if options["window_size"] is None:
             state = {name: value for name, value in state.items() if name not in WINDOW}
@@ -187,7 +188,7 @@ def _check_cycle(state_dict: dict[str, Any], steps: int) -> None:
             raise ValueError(
                 f"state_dict was saved after {group['micro_step']} of accumulation_steps={group['accumulation_steps']} "
                 f"micro-batches, and the optimizer has accumulation_steps={steps}: construct it with "
-                f"{group['accumulation_steps']}. What is saved between cycles loads with any number"
+                f"{group['accumulation_steps']}. What is saved between cycles loads with any accumulation_steps"
             )
 
 
@@ -240,15 +241,15 @@ def _doubts(state_dict: dict[str, Any], loaded: list[tuple[Tensor, State]], defa
         said = [group[name] for group in state_dict["param_groups"] if name in group]
         if said and said[0] != defaults[name]:
             yield (
-                f"state_dict is of a run with {name}={said[0]!r}, and this optimizer goes on with {name}="
-                f"{defaults[name]!r}, as it was constructed"
+                f"state_dict is of a run with {name}={said[0]!r}, and this optimizer keeps {name}="
+                f"{defaults[name]!r}, as constructed"
             )
     if defaults["master_weight_bits"] is None and any(
         "param_low" in state and param.dtype in formats.HALVES for param, state in loaded
     ):
         yield (
             "state_dict has the low bits of its parameters, and this optimizer has master_weight_bits=None: they are "
-            "dropped, and parameters go on as their dtype has them. Construct it with master_weight_bits=32 or 24"
+            "dropped, and parameters keep only the bits of their dtype. Construct it with master_weight_bits=32 or 24"
         )
     for i, group in enumerate(state_dict["param_groups"]):
         states = [state_dict["state"].get(key, {}) for key in group["params"]]

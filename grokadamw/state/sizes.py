@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..shards import like, part
-from .slots import WINDOW, State, prepare
+from .slots import WINDOW, State, add_missing
 
 KINDS = ("parameters", "gradients", "exp_avg", "exp_avg_sq", "grok_ema", "param_low", "window", "step")
 
@@ -35,7 +35,7 @@ def _whole_state(param: Tensor, state: State, options: dict[str, Any], lamb: Any
     whole = dict(state)
     own = part(param)
     outline = like(torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta"), param.shape, param)
-    prepare(whole, outline, options, lamb)
+    add_missing(whole, outline, options, lamb)
     for name, x in whole.items():
         kind = "window" if name in WINDOW else name.removesuffix("_scale")
         if isinstance(x, Tensor) and kind in KINDS:

@@ -27,8 +27,8 @@ def check(state: State, param: Tensor) -> None:
     check_shapes(state, (*STATES, *WINDOW, *formats.EXTRAS), param)
     if param.numel() and any(stride == 0 and n > 1 for stride, n in zip(param.stride(), param.shape, strict=True)):
         raise RuntimeError(
-            f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} keeps several elements in one "
-            "place, where they cannot be updated separately: make it from a clone()"
+            f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} has several elements at one "
+            "address, so they cannot be updated separately: make it from a clone()"
         )
     if not param.is_complex() and (not param.is_floating_point() or param.itemsize < 2):
         raise RuntimeError(
@@ -58,17 +58,19 @@ def check_shapes(state: State, names: Iterable[str], param: Tensor) -> None:
         if is_scale and (kept.dtype != torch.float32 or not kept.is_contiguous()):
             raise RuntimeError(
                 f"state[{name!r}] must be contiguous and torch.float32, and is {kept.dtype} with strides "
-                f"{kept.stride()}: delete optimizer.state[parameter] to start it afresh"
+                f"{kept.stride()}: delete optimizer.state[parameter] to reset it"
             )
         if found != (formats.shape_of_scales(param) if is_scale else shape):
             raise RuntimeError(
                 f"state[{name!r}] of a parameter of shape {tuple(param.shape)} has shape {tuple(kept.shape)}: the "
                 f"parameter's data was replaced. Change optimizer.state[parameter][{name!r}] in the same way, or "
-                "delete optimizer.state[parameter] to start it afresh"
+                "delete optimizer.state[parameter] to reset it"
             )
 
 
-def prepare(state: State, param: Tensor, options: dict[str, Any], lamb: Any, count: Tensor | None = None) -> list[str]:
+def add_missing(
+    state: State, param: Tensor, options: dict[str, Any], lamb: Any, count: Tensor | None = None
+) -> list[str]:
     """Create missing state that a step needs under these options and a group's λ, as zeros; return the new names.
 
     Low bits of a parameter that no longer has 16 bits are dropped: its own dtype holds all of its weights.

@@ -62,19 +62,19 @@ def check_loaded(state: Mapping[str, Any], prefix: str, key: Any, param: Tensor,
     missing = [name for name in names(prefix) if name not in state]
     if len(missing) == len(Window._fields):
         return
-    afresh = f"take {', '.join(names(prefix))} out of each state to begin another window"
+    way_out = f"remove {', '.join(names(prefix))} from each state to start a new window"
     if missing:
-        raise ValueError(f"state_dict: the window of parameter {key} is without {', '.join(missing)}: {afresh}")
+        raise ValueError(f"state_dict: the window of parameter {key} lacks {', '.join(missing)}: {way_out}")
     shape = tuple(as_real(param).shape)
     if state[ring].shape != (size, *shape):
         raise ValueError(
             f"state_dict: the window of parameter {key} has shape {tuple(state[ring].shape)}, and with window_size="
-            f"{size} {(size, *shape)}: construct the optimizer with window_size={len(state[ring])}, or {afresh}"
+            f"{size} {(size, *shape)}: construct the optimizer with window_size={len(state[ring])}, or {way_out}"
         )
     for name in sums:
         if state[name].shape != shape:
             raise ValueError(
-                f"state_dict: {name} of parameter {key} has shape {tuple(state[name].shape)}, and not {shape}: {afresh}"
+                f"state_dict: {name} of parameter {key} has shape {tuple(state[name].shape)}, not {shape}: {way_out}"
             )
 
 

@@ -67,16 +67,11 @@ def effects_of(signals: Sequence[Number | None], groups: Sequence[dict[str, Any]
     for group, signal in zip(groups, signals, strict=True):
         key = (*map(id, _HEARING(group)), id(signal))
         if key not in made:
-            made[key] = effect_on(group, _alpha(group, signal, rules), signal)
+            alpha_init, decay_rate = as_number(group["alpha_init"]), group["grokking_signal_decay_rate"]
+            alpha = filter_memory(alpha_init, decay_rate, signal, rules.limits_alpha)
+            made[key] = effect_on(group, alpha, signal)
         effects.append(made[key])
     return effects
-
-
-def _alpha(group: dict[str, Any], signal: Number | None, rules: Rules) -> Number:
-    """Return α_t of a group."""
-    initial = group["alpha_init"]
-    initial = initial if type(initial) is float else as_number(initial)
-    return filter_memory(initial, group["grokking_signal_decay_rate"], signal, rules.limits_alpha)
 
 
 class Signals:
@@ -187,7 +182,7 @@ class Signals:
                 instead = "give a trainer's callback their names as train_acc= and eval_acc="
             else:
                 instead = "for accuracies instead give grokking_signal_fns=AccuracyGap(), from grokadamw.signals"
-            way_out = f"call optimizer.record({names}), {instead}, or pass grokking_signal_fns=[] to do without"
+            way_out = f"call optimizer.record({names}), {instead}, or pass grokking_signal_fns=[] to turn signals off"
             if not self.counted:  # as in amplify_when
                 way_out = "call AccuracyGap's own record(train=…, eval=…); until then λ is 0"
             warn(f"the grokking signals wait for {' and '.join(missing)}: {way_out}", UserWarning)
@@ -207,9 +202,9 @@ class Signals:
             is_used = heard and are_boosted(group for group in groups if group[evaluation] is not None)
             if is_used and self._alone[kind] >= 100 and is_new("an old evaluation", self._warned):
                 warn(
-                    f"100 training {many} were recorded since the last evaluation {one}: a model that has learnt since "
-                    f"then seems to have memorised, and signal_boost or decay_boost acts on that. Record both {many} "
-                    f"after an evaluation, optimizer.record({train}=…, {evaluation}=…), and none in between",
+                    f"100 training {many} were recorded since the last evaluation {one}: what the model has "
+                    f"learnt since then looks like memorising, and signal_boost or decay_boost reacts to it. After an "
+                    f"evaluation, record both {many} together: optimizer.record({train}=…, {evaluation}=…)",
                     UserWarning,
                 )
 
@@ -231,8 +226,8 @@ class Signals:
                 "the losses look like squared errors that are not scaled: the first eval_loss was below 0.5, and now "
                 f"train_loss={train_loss:.3g} is far below eval_loss={loss:.3g}. The signal `memorisation` is near 0 "
                 "for such losses, so neither signal_boost nor decay_boost acts. Record both divided by the targets' "
-                "variance; or give grokking_signal_fns=AccuracyGap(), from grokadamw.signals, and record train_acc and "
-                "eval_acc. If they are cross entropies of a model that was trained before, all is well",
+                "variance; or pass grokking_signal_fns=AccuracyGap(), from grokadamw.signals, and record train_acc and "
+                "eval_acc. If they are cross entropies of a pretrained model, ignore this warning",
                 UserWarning,
             )
 
@@ -290,7 +285,10 @@ class Signals:
         self.failures += 1
         if is_new(who, self._warned):
             where = ". metrics()['signal_failures'] counts them" if self.counted else ""
-            warn(f"{who} {what}: it is left out of this step, and of any other where it fails{where}", RuntimeWarning)
+            warn(
+                f"{who} {what}: it is left out of this step, and of every other step in which it fails{where}",
+                RuntimeWarning,
+            )
 
     def settle(self) -> None:
         """Read back how many values on a device were not finite, count them as failures, and warn."""
@@ -321,7 +319,10 @@ class Signals:
         try:
             states = {} if state is None else dict(json.loads(state))
         except (TypeError, ValueError) as error:
-            warn(f"the checkpoint's state of grokking signals is not JSON ({error}): they start afresh", RuntimeWarning)
+            warn(
+                f"the checkpoint's state of grokking signals is not JSON ({error}): they start from scratch",
+                RuntimeWarning,
+            )
             states = {}
         self.restore(states)
 
@@ -335,7 +336,7 @@ class Signals:
                 except Exception as error:
                     warn(
                         f"the grokking signal {name} cannot load its state from the checkpoint ({error!r}): it starts "
-                        "afresh",
+                        "from scratch",
                         RuntimeWarning,
                     )
 

@@ -20,7 +20,7 @@ from ..options import STATES, may_be_coded, rules_of
 from ..shards import Shards, blocks_before, divisions, local, part, shards_of
 from ..state import window
 from ..state.formats import BLOCK, EXTRAS, is_coded
-from ..state.slots import State, check, lay_out, new_counts, prepare
+from ..state.slots import State, add_missing, check, lay_out, new_counts
 
 _FOREACH = Choice(foreach, "")
 
@@ -109,7 +109,7 @@ def collect(given: Given, names: Mapping[int, str], missing: Collection[Tensor] 
         if given.groups[member.group]["fused"] and param.device.type not in backends.FUSED_ON:
             raise RuntimeError(
                 "`fused=True` requires all the params to be floating point Tensors of supported devices: "
-                f"{backends.FUSED_ON}, and param_groups[{member.group}] has one on {param.device}: leave fused out"
+                f"{backends.FUSED_ON}, but param_groups[{member.group}] has one on {param.device}: leave fused out"
             )
     return entries
 
@@ -120,7 +120,7 @@ def make_state(entries: Iterable[Entry], given: Given) -> list[tuple[Tensor, lis
     made = []
     for param, _, member in entries:
         lamb = given.groups[member.group]["lamb"]
-        made.append((param, prepare(given.state[param], param, given.options, lamb, counts.get(param))))
+        made.append((param, add_missing(given.state[param], param, given.options, lamb, counts.get(param))))
         lay_out(given.state[param], param, given.options)
     return made
 
@@ -167,9 +167,8 @@ def coded_of(columns: Columns, places: Sequence[int], members: Sequence[Member],
     """Return the scales, the low bits and the dithers' numbers for the tensors at these places."""
     extras = [[column[i] for i in places] for column in columns.extras]
     m, v, mu, lows = (None if not column or column[0] is None else column for column in extras)
-    own = [members[i] for i in places]
-    numbers, before = [member.number for member in own], [member.blocks_before for member in own]
-    return Coded(m, v, mu, lows, numbers, options["rounding"] == "stochastic", before if any(before) else ())
+    before = [members[i].blocks_before for i in places]
+    return Coded(m, v, mu, lows, options["rounding"] == "stochastic", before if any(before) else ())
 
 
 def assemble(
@@ -194,7 +193,7 @@ def assemble(
         p, g, m, v, mu, steps = ([column[i] for i in places] for column in columns[:6])
         batch = Batch(
             *(p, g, m, v, None if mu[0] is None else mu, steps),
-            row_widths=widths if kind.choice.module in backends.LIMITS_ROWS else None,
+            row_widths=widths,
             unlimited=[j for j, i in enumerate(places) if members[i].is_matrix and not widths[j]],
             choice=kind.choice,
             group=group,

@@ -24,9 +24,10 @@ from ..backends.memory import Ranges, TensorSignature
 from ..options import GROUP_OPTIONS, STATES, may_be_coded, rules_of
 from ..shards import PLAIN, Shards, alike, blocks_before, divisions, local, parts, shards_of
 from ..state.formats import BLOCK, EXTRAS
-from ..state.slots import WINDOW, State, lay_out, needs_mu, prepare
+from ..state.slots import WINDOW, State, add_missing, lay_out, needs_mu
 from . import batches
 from .batches import Batches, Columns, Given, Kind, Member
+from .capture import any_capturable
 
 SETS = 8  # how many plans are kept, each for one set of parameters with gradients
 _LOOKS = 1 << 12  # how many looks of parameters are kept with their kind
@@ -49,7 +50,7 @@ class Cache:
         self.plans: dict[tuple[tuple[bool, ...], ...], _Plan] = {}
         self._kinds: dict[Any, tuple[Kind, int]] = {}  # look → kind and row width
 
-    def batches(self, given: Given, names: Mapping[int, str], missing: Collection[Tensor] = ()) -> Batches:
+    def find(self, given: Given, names: Mapping[int, str], missing: Collection[Tensor] = ()) -> Batches:
         """Return the batches of this step, and create missing state. See `collect` for arguments and errors."""
         made: list[tuple[Tensor, list[str]]] = []
         known = None if missing else self._recall(given)
@@ -62,7 +63,7 @@ class Cache:
             found = found._replace(made=made)
         tables = None
         if plan is not None and plan.gpus and not given.compiling:
-            tables = plan.tables(given.capturing, any(group["capturable"] for group in given.groups))
+            tables = plan.tables(given.capturing, any_capturable(given.groups))
             found = found._replace(tables=tables)
         if not memory.memory_is_all(given.compiling):
             return found._replace(batches=list(map(batches.by_lists, found.batches)), squares=None)
@@ -93,10 +94,10 @@ class Cache:
         try:
             seen = _seen(given)
             plan = self.plans.get(seen.key)
-            found = plan.now(seen) if plan is not None and plan.facts == seen.facts else None
+            found = plan.batches_for(seen) if plan is not None and plan.facts == seen.facts else None
             if found is None and (checked or not windows):  # signatures do not include the shapes of windows
                 plan = self._new_plan(seen, given, checked)
-                found = None if plan is None else plan.now(seen)
+                found = None if plan is None else plan.batches_for(seen)
         except (KeyError, TypeError, RuntimeError):  # an incomplete state, a tensor without memory
             return None
         if found is None or plan is None:
@@ -162,7 +163,7 @@ def _likely_choice(param: Tensor, state: State, group: dict[str, Any], options: 
     No window is made, because it may be large and does not influence the choice.
     """
     shards, whole, options = shards_of(param), dict(state), {**options, "window_size": None}
-    prepare(whole, param, options, group["lamb"])
+    add_missing(whole, param, options, group["lamb"])
     lay_out(whole, param, options)
     grad = param if param.grad is None else resolved(param.grad)
     columns = (param, grad, *map(whole.get, STATES)), map(whole.get, EXTRAS)
@@ -312,7 +313,7 @@ class _Plan:
         self._of_one = [i for i, grad in enumerate(grads) if grad.numel() == 1]
         self.gpus, self._tables = list(dict.fromkeys(gpus)), dict[Any, Tables]()
         self._devices = list(dict.fromkeys(grad.device for grad in grads))
-        self._can_be_judged = len(self._devices) == 1 and gpu.is_for(self._devices[0]) and gpu.can_sum(grads)
+        self._can_be_judged = len(self._devices) == 1 and gpu.can_sum(grads)
         readable = all(map(reads_are_free, self._devices)) and not rules_of(options).clips_each_tensor
         is_fastest = readable and backends.sum_of_squares(options, False) is backends.fastest_sum_of_squares
         # the places of the gradients, for each way of division
@@ -320,7 +321,7 @@ class _Plan:
         is_fastest &= len(self._divided) == 1
         self._at, self._squares = memory.addresses(grads), cpu.flat(grads) if is_fastest else None
 
-    def now(self, seen: Seen) -> Batches | None:
+    def batches_for(self, seen: Seen) -> Batches | None:
         """Return the batches with the tensors of this step; None if something has changed."""
         columns, grads = seen.columns, seen.columns.grads
         at = self._signature.other_addresses([*seen.written, *grads]) if seen.has == self._has else None

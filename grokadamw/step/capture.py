@@ -5,7 +5,8 @@ Such steps read nothing back, and keep values that change from step to step in t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -31,6 +32,11 @@ def is_capturing(optimizer: Optimizer) -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def any_capturable(groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Return True if any group is `capturable`."""
+    return any(map(itemgetter("capturable"), groups))
+
+
 def check_devices(groups: Sequence[dict[str, Any]]) -> None:
     """Raise RuntimeError, in the words of torch's optimizers, if a capturable group is on an unsupported device."""
     supported = _get_capturable_supported_devices()
@@ -38,8 +44,8 @@ def check_devices(groups: Sequence[dict[str, Any]]) -> None:
         with_gradient = (param for param in group["params"] if param.grad is not None)
         if group["capturable"] and any(param.device.type not in supported for param in with_gradient):
             raise RuntimeError(
-                f"If capturable=True, params and state_steps must be on supported devices: {supported}, and "
-                f"param_groups[{i}] has some that are not: leave capturable out there"
+                f"If capturable=True, params and state_steps must be on supported devices: {supported}, but "
+                f"param_groups[{i}] has some on other devices: leave capturable out of that group"
             )
 
 
@@ -57,7 +63,7 @@ def check_state(entries: Iterable[Entry], given: Given, has_heard: bool) -> None
         state = given.state.get(entry.param, {})
         if not has_heard or needed - state.keys() or misfits(state, entry.param, given.options):
             raise RuntimeError(
-                "a CUDA graph of step() needs its state to be there: before capturing, take a few steps on a side "
+                "a CUDA graph of step() needs state that exists: before capturing, take a few steps on a side "
                 "stream, as torch.cuda.graph requires anyway; also after loading a checkpoint, free_slow_gradient(), "
                 "switching lamb on, changing parameters' memory format or dtype, and setting state by hand"
             )

@@ -21,7 +21,7 @@ class Cycle:
     def __init__(self, k: int, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> None:
         self.k, self._groups, self._state = k, groups, state
         self.nth = groups[0]["micro_step"]
-        self.is_first, self.is_last = self.nth == 0, self.nth + 1 >= k
+        self.is_last = self.nth + 1 >= k
         params = [param for group in groups for param in group["params"]] if self.is_last else []
         # parameters that have no gradient now, but must move because they had one earlier in the cycle
         self.missing = {p for p in params if p.grad is None and state.get(p, {}).get("micro_step")}
@@ -30,12 +30,12 @@ class Cycle:
         self, effects: Sequence[Effect], amplification: float
     ) -> tuple[list[dict[str, Any]], list[Effect], float]:
         """Return the numbers that this cycle fixed at its first micro-batch: groups, their effects, and λ's factor."""
-        if self.is_first:
+        if self.nth == 0:
             for group, effect in zip(self._groups, effects, strict=True):
                 group["cycle"] = tuple(CycleNumbers.of(group, amplification, *effect))
         cycles = [CycleNumbers(*group["cycle"]) for group in self._groups]
         groups = self._groups
-        if not self.is_first:
+        if self.nth > 0:
             groups = [
                 {**group, "lamb": fixed.lamb, "betas": (fixed.beta1, fixed.beta2), "gamma": fixed.gamma}
                 for group, fixed in zip(groups, cycles, strict=True)

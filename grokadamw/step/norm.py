@@ -94,7 +94,7 @@ def judge(
     scalers = [x for x in (scale, found_inf) if x is not None]
     if any(not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device != grads[0].device for x in scalers):
         return None
-    if not gpu.is_for(grads[0].device) or not (found.can_be_judged or gpu.can_sum(grads)):
+    if not (found.can_be_judged or gpu.can_sum(grads)):
         return None
     skipped = counter(grads[0].device) if nonfinite == "skip" else None
     if skipped is not None and skipped.device != grads[0].device:

@@ -47,7 +47,7 @@ def takes_losses(function: Any) -> str:
         return "in order"
     else:
         way_out = (
-            "a signal takes no arguments, or (train_loss, eval_loss); give it all others with a lambda or "
+            "a signal takes no arguments, or (train_loss, eval_loss); bind all others with a lambda or "
             "functools.partial"
         )
     raise TypeError(f"grokking_signal_fns holds {_name(function)}, which requires ({', '.join(required)}): {way_out}")

@@ -8,10 +8,8 @@ Signals are called before tensors are collected: they are users' code, and the s
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any
@@ -25,80 +23,18 @@ from .._warn import warn
 from ..backends import foreach, gpu, rows
 from ..backends.gpu_tables import Tables
 from ..backends.types import WHOLE, Batch, MicroStep, Scalars
-from ..distributed import AllRanks, check_agreed, check_shard_group, state_is_asked_for
+from ..distributed import check_agreed, check_shard_group, state_is_asked_for
 from ..options import Rules, rules_of
-from ..param_groups import RECORDED, check_changed, recorded
+from ..param_groups import check_changed
 from ..shards import divisions, part
 from . import capture, metrics, norm
-from .alpha import Signals, effects_of, hear
-from .batches import Batches, Given, collect, forget_state, make_state
-from .cache import Cache
-from .effects import Places, amplification, boosted, in_places
+from .alpha import effects_of, hear
+from .batches import Batches, Entry, Given, collect, forget_state, make_state
+from .effects import Effect, amplification, boosted, in_places
 from .micro_batches import Cycle
+from .run import Run, count_skipped
 
 _beta1s = lru_cache(maxsize=64)(layers.decayed)  # a small cache: a schedule of β1 adds an entry at every step
-
-
-@dataclass
-class Run:
-    """The data that a running optimizer keeps besides its defaults, state and groups.
-
-    It is one object because wrappers, such as Lightning's, copy attributes. Change its fields, but do not replace it.
-    """
-
-    signals: Signals
-    last: metrics.LastStep = metrics.LastStep()
-    captured: Places = field(default_factory=dict)  # the α and boosts that a CUDA graph reads
-    layers_checked: bool = False
-    checked: list[tuple[Any, ...]] = field(default_factory=list)  # each group's options when they were last checked
-    checked_layers: list[list[int]] = field(default_factory=list)  # each group's layers at that time
-    skipped: Tensor | None = None  # counts steps that were skipped on a device and were not read back yet
-    # from set_layers, by id: torch cannot swap a tensor that has weak references, and FSDP2's model.cpu() swaps tensors
-    names: dict[int, str] = field(default_factory=dict)
-    idle: bool = False  # True after the warning about a step without any gradient
-    stepped: bool = False  # True if the last step was whole, or the last of its micro-batches
-    cache: Cache = field(default_factory=Cache)  # the batches of earlier steps
-    evaluation_listeners: list[Callable[[], None]] = field(default_factory=list)  # called after record(eval_acc=…)
-    in_backward: Any = None  # `step_in_backward`'s handle, while parameters are updated in the backward pass
-    all_ranks: AllRanks = field(default_factory=AllRanks)
-    shard_group: Any = None  # the ranks over which plain parameters are divided
-    flattened: bool = False  # True after the warning about flat parameters
-    zero: Callable[[], Any] = lambda: None  # the ZeroRedundancyOptimizer around this one, if any
-    before_loading: list[dict[str, Any]] = field(default_factory=list)  # this rank's groups, before `zero` loads others
-    graphs: list[Any] = field(default_factory=list)  # the tables that CUDA graphs of the step read, kept alive
-
-    @property
-    def has_updated_early(self) -> bool:
-        """True if the open backward pass, which the next step ends, has already updated parameters."""
-        return self.in_backward is not None and self.in_backward.has_updated
-
-    def settle(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Read back the counts that are on a device."""
-        if self.skipped is not None and not self.skipped.is_meta and (steps := int(self.skipped)) > 0:
-            self.skipped.zero_()
-            count_skipped(groups, steps)
-        self.signals.settle()
-
-    def restart(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Forget the last step after a checkpoint was loaded. Tensors that a CUDA graph uses keep their addresses."""
-        if self.skipped is not None:
-            self.skipped.zero_()
-        self.graphs.clear()  # earlier graphs are no longer valid
-        self.layers_checked, self.last = False, metrics.LastStep()
-        if self.in_backward is not None:
-            self.in_backward.is_open = False  # drop an unfinished pass
-        self.signals.values.clear()
-        self.signals.load(groups[0]["signal_state"])
-        self.signals.records_are_loaded = any(recorded(groups, name) is not None for name in RECORDED)
-
-    def follow(self, other: Run, memo: dict[int, Any]) -> None:
-        """Take over `other`, the run of the optimizer that was copied, but with separate tensors for CUDA graphs."""
-        self.signals, self.captured, self.skipped, self.last = copy.deepcopy(
-            (other.signals, other.captured, other.skipped, other.last), memo
-        )
-        self.names = {id(memo[i]): name for i, name in other.names.items() if i in memo}
-        self.layers_checked, self.stepped = other.layers_checked, other.stepped
-        self.shard_group = other.shard_group  # process groups cannot be copied
 
 
 def is_overflow(given: Given) -> bool | None:
@@ -119,33 +55,36 @@ def is_overflow(given: Given) -> bool | None:
 
 def check_given(run: Run, given: Given) -> bool:
     """Check a step's inputs. Return True to take it, False if torch.distributed.checkpoint only needs its state."""
-    groups, state, options = given[:3]
+    groups, options = given.groups, given.options
     check_changed(groups, options, run.checked, run.checked_layers)
-    if any(map(itemgetter("capturable"), groups)):
+    if capture.any_capturable(groups):
         check_shard_group(given.shard_group, groups)
         capture.check_devices(groups)
-    ways = [] if state else divisions(groups)
-    if (given.shard_group is not None or ways) and not state and state_is_asked_for():
-        make_state(collect(given, run.names), given)  # without other ranks: these may have state
-        return False
-    if options["nonfinite"] == "raise" and not given.capturing:
-        check_finite(run, given)
-    if state and not given.capturing:
-        return True
-    entries = collect(given, run.names)
     if given.capturing:
-        capture.check_state(entries, given, bool(run.last.effects))
-    # torch.distributed.checkpoint creates state by a first step with lr 0 and gradients of 0. (The first step of a
-    # warm-up has other gradients.) If other ranks may have gradients that are not 0, take the step with them.
-    if state or not entries or given.shard_group is not None or ways:
+        capture.check_state(collect(given, run.names), given, bool(run.last.effects))
         return True
-    if any(as_float(group["lr"]) != 0 for group in groups):
-        return True
+    if not given.state:
+        entries = collect(given, run.names)  # which checks the tensors
+        if _is_for_state_alone(entries, given):
+            make_state(entries, given)
+            return False
+    if options["nonfinite"] == "raise":
+        check_finite(run, given)
+    return True
+
+
+def _is_for_state_alone(entries: Sequence[Entry], given: Given) -> bool:
+    """Return True if torch.distributed.checkpoint takes this first step only to create state.
+
+    It does so with lr 0 and gradients of 0. (The first step of a warm-up has other gradients.) If other ranks have
+    parts of the parameters, they may have gradients and state: then the caller of the step decides, for all ranks.
+    """
+    if given.shard_group is not None or divisions(given.groups):
+        return state_is_asked_for()
+    if not entries or any(as_float(group["lr"]) != 0 for group in given.groups):
+        return False
     grads = [entry.grad for entry in entries]
-    if not any(grad.is_meta for grad in grads) and _norm_now(grads, given) != 0:
-        return True
-    make_state(entries, given)
-    return False
+    return any(grad.is_meta for grad in grads) or _norm_now(grads, given) == 0
 
 
 def check_finite(run: Run, given: Given) -> None:
@@ -180,7 +119,7 @@ def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, 
     rules = rules_of(options)
     signals = hear(run.signals, groups, rules, run.all_ranks, run.shard_group)
     effects = effects_of(signals, groups, rules)
-    if any(map(itemgetter("capturable"), groups)):
+    if capture.any_capturable(groups):
         if run.skipped is None:
             run.skipped = capture.counter(groups)
         effects = [in_places(run.captured, i, group, effects[i]) for i, group in enumerate(groups)]
@@ -198,7 +137,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
         cycle_groups, effects, factor_of_lamb = cycle.numbers(effects, factor_of_lamb)
 
     missing = () if cycle is None else cycle.missing
-    found = run.cache.batches(given if cycle is None else given._replace(groups=cycle_groups), run.names, missing)
+    found = run.cache.find(given if cycle is None else given._replace(groups=cycle_groups), run.names, missing)
     if given.capturing and found.tables is not None:
         run.graphs.append(found.tables)
     limits = _limits(found, cycle_groups, given.shard_group, rules)
@@ -219,40 +158,49 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
         if cycle is None:
             return [], None
 
-    calls: list[tuple[Batch, Scalars]] = []
     finite = None
     if stats.finite is not True:
         finite = stats.finite if isinstance(stats.finite, Tensor) else torch.tensor(stats.finite, device="cpu")
+    calls = []
     for batch, clip in zip(found.batches, stats.factors[: len(found.batches)], strict=True):
-        group, device = cycle_groups[batch.group], batch.params[0].device
-        beta1s = _beta1s(group["betas"][0], group["gamma"], batch.layers)
-        effect = effects[batch.group]
-        lr, change, decay = boosted(group, effect, device, differentiable)
-        alpha = 1.0 if batch.windows is not None else effect.alpha
-        scalars = Scalars(
-            beta1=beta1s,
-            bias_beta1=beta1s if rules.decays_bias_correction else [float(group["betas"][0])] * len(beta1s),
-            beta2=float(group["betas"][1]),
-            lr=lr,
-            eps=float(group["eps"]),
-            eps_before_correction=rules.eps_before_correction,
-            weight_decay=decay,
-            alpha=alpha if type(alpha) is float else number_on(device, alpha, differentiable),
-            lamb=float(group["lamb"]) * factor_of_lamb,
-            amplify_after=int(group["amplify_after"]),
-            clip=clip if type(clip) is float else number_on(device, clip, differentiable),
-            raw_second_moment=options["second_moment"] == "raw",
-            maximize=group["maximize"],
-            finite=None if finite is None else finite.to(device),
-            micro_step=WHOLE if cycle is None else MicroStep(cycle.k, not batch.begun, cycle.is_last, cycle.nth),
-            max_row_change=change,
-            max_row_norm=float(group["max_row_norm"]),
-        )
+        group, effect = cycle_groups[batch.group], effects[batch.group]
+        micro_step = WHOLE if cycle is None else MicroStep(cycle.k, not batch.begun, cycle.is_last, cycle.nth)
+        scalars = _scalars(batch, group, options, effect, factor_of_lamb, clip, finite, micro_step)
         calls.append((batch, capture.for_compiler(batch, scalars) if given.compiling else scalars))
     run.stepped = cycle is None or cycle.end(found.params)
     if found.dtensors:
         torch.autograd.graph.increment_version(found.dtensors)
     return calls, found.tables
+
+
+def _scalars(
+    batch: Batch, group: dict[str, Any], options: dict[str, Any], effect: Effect, factor_of_lamb: float, clip: Number,
+    finite: Tensor | None, micro_step: MicroStep,
+) -> Scalars:  # fmt: skip
+    """Return the numbers with which a backend updates a batch."""
+    device, differentiable, rules = batch.params[0].device, options["differentiable"], rules_of(options)
+    beta1s = _beta1s(group["betas"][0], group["gamma"], batch.layers)
+    lr, change, decay = boosted(group, effect, device, differentiable)
+    alpha = 1.0 if batch.windows is not None else effect.alpha
+    return Scalars(
+        beta1=beta1s,
+        bias_beta1=beta1s if rules.decays_bias_correction else [float(group["betas"][0])] * len(beta1s),
+        beta2=float(group["betas"][1]),
+        lr=lr,
+        eps=float(group["eps"]),
+        eps_before_correction=rules.eps_before_correction,
+        weight_decay=decay,
+        alpha=alpha if type(alpha) is float else number_on(device, alpha, differentiable),
+        lamb=float(group["lamb"]) * factor_of_lamb,
+        amplify_after=int(group["amplify_after"]),
+        clip=clip if type(clip) is float else number_on(device, clip, differentiable),
+        raw_second_moment=options["second_moment"] == "raw",
+        maximize=group["maximize"],
+        finite=None if finite is None else finite.to(device),
+        micro_step=micro_step,
+        max_row_change=change,
+        max_row_norm=float(group["max_row_norm"]),
+    )
 
 
 def _limits(found: Batches, groups: Sequence[dict[str, Any]], shard_group: Any, rules: Rules) -> list[float]:
@@ -278,8 +226,8 @@ def _warn_if_idle(run: Run, given: Given, norms: Sequence[Number | None]) -> Non
     run.idle = True
     warn(
         "a step found no gradient, and changed nothing: call loss.backward() before optimizer.step(). If you did, "
-        "the model has other parameters than the optimizer by now: make the optimizer anew. If a batch was skipped on "
-        "purpose, all is well",
+        "the optimizer no longer has the model's parameters: construct it again. If you skipped a batch on purpose, "
+        "ignore this warning",
         UserWarning,
     )
 
@@ -336,20 +284,20 @@ def _measured(run: Run, given: Given, found: Batches, limits: list[float], rules
     if found.squares is not None or not (is_scaled or norm.norm_is_wanted(limits, nonfinite)):
         return norm.measure(found, limits, given, nonfinite)
 
-    movable = not given.capturing and not any(group["capturable"] for group in groups)
-    counter = partial(skip_counter, run, movable=movable)
+    movable = not given.capturing and not capture.any_capturable(groups)
+    counter = partial(run.skip_counter, movable=movable)
     sum_of_squares = backends.sum_of_squares(options, given.compiling)
     home = next((device for device in found.devices if not is_on_host(device, options["differentiable"])), None)
+    fastest = sum_of_squares is backends.fastest_sum_of_squares
     on_one_gpu = home is not None and len(found.devices) == 1 and not rules.clips_each_tensor
-    if sum_of_squares is backends.fastest_sum_of_squares:
-        # A graph reads the verdict at each replay: capture `judge` only with tables, which outlive the step.
-        judges = on_one_gpu and nonfinite != "raise" and given.shard_group is None
-        if judges and (found.tables or not given.capturing):
-            judged = norm.judge(found, limits, given, nonfinite, counter)
-            if judged is not None:
-                return judged
-        if given.capturing:  # the GPU's own sum would use tables that do not outlive the call
-            sum_of_squares = foreach.sum_of_squares
+    judges = fastest and on_one_gpu and nonfinite != "raise" and given.shard_group is None
+    # A graph reads the verdict at each replay: capture `judge` only with tables, which outlive the step.
+    if judges and (found.tables or not given.capturing):
+        judged = norm.judge(found, limits, given, nonfinite, counter)
+        if judged is not None:
+            return judged
+    if fastest and given.capturing:  # the GPU's own sum would use tables that are gone after the call
+        sum_of_squares = foreach.sum_of_squares
     stats = norm.measure(found, limits, given, nonfinite, sum_of_squares, apart=rules.clips_each_tensor, home=home)
     if stats.skipped is not None:
         total = counter(stats.skipped.device)
@@ -361,32 +309,6 @@ def _not_finite(run: Run, given: Given, params: Sequence[Tensor]) -> RuntimeErro
     found = [param for param in params if param.grad is not None and not part(param.grad).isfinite().all()]
     names = ", ".join(layers.name_of(param, given.groups, run.names) for param in found)
     is_alone = given.shard_group is None and not divisions(given.groups)
-    others = "their sum of squares overflows" if is_alone else "another rank's, or Σg² overflows"
+    others = "their sum of squares overflows" if is_alone else "those of another rank, or their sum overflows"
     what = "Earlier parameters of this pass were updated" if run.has_updated_early else "Nothing was written"
-    return RuntimeError(
-        f'the gradients are not finite: {names or others}. {what}; nonfinite="skip" goes on without such a step'
-    )
-
-
-def skip_counter(run: Run, device: torch.device, movable: bool) -> Tensor:
-    """Return the tensor that counts steps skipped on a device. A CUDA graph continues with the same tensor."""
-    if run.skipped is None:
-        run.skipped = torch.zeros((), dtype=torch.int64, device=device)
-    elif run.skipped.device != device and movable:
-        run.skipped = run.skipped.to(device)
-    return run.skipped
-
-
-def count_skipped(groups: Sequence[dict[str, Any]], steps: int) -> None:
-    """Add to the groups' count of skipped steps, and warn about the first one."""
-    total = groups[0]["skipped_steps"] + steps
-    for group in groups:
-        group["skipped_steps"] = total
-    if total == steps:
-        what = "a step was skipped: its gradients hold NaN or infinity, and nothing was written"
-        if groups[0]["accumulation_steps"] > 1:
-            what = "the gradients of a micro-batch hold NaN or infinity, and it counts as 0"
-        warn(
-            f"{what}. metrics()['skipped_steps'] counts such steps; nonfinite=\"raise\" stops at the first",
-            RuntimeWarning,
-        )
+    return RuntimeError(f'the gradients are not finite: {names or others}. {what}; nonfinite="skip" skips such steps')

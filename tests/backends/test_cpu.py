@@ -357,7 +357,7 @@ def test_it_says_which_one_runs_and_why(monkeypatch: pytest.MonkeyPatch) -> None
         assert said() == "blocks: the native kernel was not built"
         with monkeypatch.context() as patch:
             patch.setattr(update.blocks, "_SMALL", 3)
-            assert said().startswith("foreach: the native kernel was not built, and so small a tensor is quicker")
+            assert said().startswith("foreach: the native kernel was not built, and a tensor this small is quicker")
         assert said(compat="0.1.2").startswith("foreach: the native kernel was not built, and torch's fused AdamW")
         assert said(second_moment="raw").startswith("foreach: the native kernel was not built, and torch's fused")
         monkeypatch.delattr(torch, "_fused_adamw_")
@@ -381,8 +381,8 @@ def test_it_says_what_the_next_step_will_do() -> None:
     [
         ({"_LIBRARY": native._LIBRARY.with_name("absent.so")}, "was not built, as there was no C compiler"),
         ({"_LIBRARY": native._LIBRARY.with_name("cpu.py")}, "cannot be loaded: .*cpu.py"),
-        ({"Table": native._Python}, "is of another version of grokadamw: install it again"),
-        ({"_instruction_sets": lambda: ["mmx"]}, "is of another version of grokadamw: install it again"),
+        ({"Table": native._Python}, "was built for another version of grokadamw: install grokadamw again"),
+        ({"_instruction_sets": lambda: ["mmx"]}, "was built for another version of grokadamw: install grokadamw again"),
     ],
 )
 def test_why_there_is_no_kernel(change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from benchmarks.on_gpu.rehearsal import that_read
 from grokadamw import GrokAdamW
 from grokadamw.backends import gpu, memory
 from grokadamw.backends.gpu_tables import JUDGE_BLOCK, JUDGE_THREADS, SHAPES, Shape, Tables, _runs, misaligned
-from grokadamw.step.stages import skip_counter, write
+from grokadamw.step.stages import write
 
 from ..models import batch, laid_out, network, running, skip_unless_interpreted
 from ..oracle import Oracle
@@ -438,7 +438,7 @@ def test_skips_are_counted_where_the_gradients_are(monkeypatch: pytest.MonkeyPat
     p.grad = torch.full((3,), torch.nan)
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "to", to)
-        skip_counter(optimizer._run, p.device, movable=True)
+        optimizer._run.skip_counter(p.device, movable=True)
     optimizer.step()
     assert moved == [elsewhere]
     assert optimizer.metrics()["skipped_steps"] == 6
