@@ -228,6 +228,12 @@ class Wrapper(WrapperBase):
             inner = inner._inner
         return getattr(inner, "_run", None)
 
+    def _widen(self, part: Part, name: str) -> None:
+        """Convert a tensor of the state if the gradient has more precision, as after `model.double()`."""
+        kept = part.state.get(name)
+        if kept is not None and (dtype := torch.promote_types(kept.dtype, part.grad.dtype)) != kept.dtype:
+            self.state[part.param][name] = kept.to(dtype)
+
     def _inner_step(self, parts: Sequence[Part], grads: Sequence[Tensor]) -> None:
         """Step the inner optimizer with these gradients (real tensors). Other parameters have no gradient meanwhile."""
         with self._hidden(), _replaced(parts, grads, chain.from_iterable(g["params"] for g in self.param_groups)):

@@ -128,6 +128,7 @@ class Accumulate(Wrapper):
             if "accumulated" not in self.state.get(part.param, {}):
                 total = torch.zeros_like(part.grad, dtype=wide(part.grad.dtype))
                 self.state[part.param].update(accumulated=total, accumulated_grads=0)
+            self._widen(part, "accumulated")
 
     def _take(self, parts: list[Part]) -> None:
         self._last["stepped"] = False

@@ -187,6 +187,7 @@ class Grokfast(_Filter):
             if "grokfast_step" not in part.state and part.group["grokfast_lamb"] > 0:
                 ema = torch.zeros_like(part.grad, dtype=wide(part.grad.dtype))
                 self.state[part.param].update(grokfast_ema=ema, grokfast_step=0)
+            self._widen(part, "grokfast_ema")
 
     def _take(self, parts: list[Part]) -> None:
         self._make_state(parts)

@@ -38,8 +38,11 @@ _WITHOUT_NORMS = {
     3: {"lr": 1e-2, "weight_decay": 1.0, "decay_boost": 3.0, "signal_boost": 4.0, "lamb": 0.0, "gamma": 0.0},
     4: {"lr": 3e-3, "weight_decay": 0.1, "decay_boost": 30.0, "signal_boost": 10.0, "lamb": 0.0, "gamma": 0.0},
 }
-# names of matrices that do not make a model deeper: weight_norm's lengths, and a recurrent layer's reverse direction
-_BESIDE = re.compile(r"\bweight\w*_g$|\bweight\w*\.original0$|\bweight\w*_reverse$")
+# names of parameters that do not make a model deeper: the reverse direction of a recurrent layer, also if parametrized,
+# and the lengths of weight_norm
+_REVERSE = re.compile(r"\bweight\w*_reverse(_g|_v|_orig|\.original\d*)?$")
+_LENGTHS = re.compile(r"\bweight\w*(_g|\.original0)$")
+_KERNEL = re.compile(r"\bweight\w*$|\bparametrizations\.weight\.")  # names of a convolution's kernel
 
 
 def decay_groups(
@@ -119,12 +122,16 @@ def grokking_groups(
     normed = has_norms(model) if norms is None else norms
     embeddings = of_modules(model, lambda module: isinstance(module, _EMBEDDINGS))
     of_convolutions = of_modules(model, lambda module: isinstance(module, nn.modules.conv._ConvNd))
+    kernels = {param for name, param in named if param in of_convolutions and _KERNEL.search(name)}
 
     def is_weight(param: Tensor) -> bool:
         """Return True for weights, such as a matrix of one row; a class token with dimensions of 1 is a vector."""
-        return param.dim() == 2 or (param.dim() > 2 and (not is_vector(param) or param in of_convolutions))
+        return param.dim() == 2 or (param.dim() > 2 and (not is_vector(param) or param in kernels))
 
-    count = sum(is_weight(param) and param not in embeddings and not _BESIDE.search(name) for name, param in named)
+    def is_beside(name: str, param: Tensor) -> bool:
+        return bool(_REVERSE.search(name) or (is_vector(param) and _LENGTHS.search(name)))
+
+    count = sum(is_weight(param) and param not in embeddings and not is_beside(name, param) for name, param in named)
     # embeddings or vectors alone tell nothing about depth (a vector may be a whole model): then take the lowest lr
     of_count = max(least for least in _WITHOUT_NORMS if least <= count or not count)
     numbers = _WITH_NORMS if normed else _WITHOUT_NORMS[of_count]

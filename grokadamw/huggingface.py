@@ -209,7 +209,9 @@ class GrokAdamWCallback(TrainerCallback):
         self._logs_before = next((i for i in range(len(logs), 0, -1) if key in logs[i - 1]), 0)
         self._recorded = recorded(found.param_groups, "train_loss")
         self._goes_on = state.global_step == 0
-        self._train_accuracy, self._evaluated_at = None, -1
+        accuracies = [log[self._train_acc] for log in logs if self._train_acc in log]
+        self._train_accuracy = next((x for x in reversed(accuracies) if not math.isnan(x)), None)
+        self._evaluated_at = -1
         self._metrics.clear()
         self._go_first()
         is_evaluated = args.eval_strategy != "no" or args.eval_on_start

@@ -88,6 +88,7 @@ class GrokAdamWCallback(Callback):
         self._is_late = False  # True while train_loss is still the one from before this epoch
         self._waits_for_loss = False  # True if this epoch was validated before its train_loss was logged
         self._train_accuracy: Any = None  # the last logged one that is not NaN
+        self._loaded: dict[str, Any] = {}  # what a checkpoint had of the last two
         self._validated_at = -1  # the step of the last validation with an accuracy
         self._before: dict[str, Any] = {}  # metrics before a validation; Lightning keeps old ones
         self._heard: set[str] = set()  # the names of the values that have been logged
@@ -106,9 +107,13 @@ class GrokAdamWCallback(Callback):
         self._group_sizes.clear()
         self._name_layers(trainer, pl_module)
         self._logged_at = trainer.global_step
-        self._last_train_loss = self._epochs_loss = None
+        self._last_train_loss, self._train_accuracy = (
+            None if (value := self._loaded.get(name)) is None else value.to(pl_module.device)
+            for name in ("train_loss", "train_acc")
+        )
+        self._loaded = {}
+        self._epochs_loss, self._validated_at = None, -1
         self._is_late = self._waits_for_loss = False
-        self._train_accuracy, self._validated_at = None, -1
         self._heard.clear()
         limit = trainer.gradient_clip_val
         if limit and is_new("clips", self._said):
@@ -135,6 +140,15 @@ class GrokAdamWCallback(Callback):
                     "validation_step, and fit data for it, or make the optimizer with grokking_signal_fns=[]",
                     UserWarning,
                 )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the training loss and accuracy that wait for the next validation."""
+        found = {"train_loss": self._last_train_loss, "train_acc": self._train_accuracy}
+        return {name: torch.as_tensor(value).clone() for name, value in found.items() if value is not None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned. Lightning does so before training begins."""
+        self._loaded = dict(state_dict)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._name_layers(trainer, pl_module)
@@ -183,6 +197,7 @@ class GrokAdamWCallback(Callback):
         loss = trainer.callback_metrics.get(self._train_loss)
         if loss is not None and loss is not self._epochs_loss:
             self._heard.add("train_loss")
+            self._last_train_loss = torch.as_tensor(loss).detach()
             if self._waits_for_loss:
                 self._record(train_loss=loss)
 

@@ -17,7 +17,7 @@ from .grokadamw import GrokAdamW
 from .param_groups import RECORDED, recorded
 from .state.slots import states_of
 from .step.capture import is_capturing
-from .step.metrics import steps_taken
+from .step.metrics import step_counts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,8 +40,9 @@ class Monitor:
     ```
 
     Reading them waits for the device, so on a GPU ``every`` should not be 1. Each ``optimizer.record(eval_acc=…)`` is
-    read, too, for ``grokked_at``. Nothing is recorded while a CUDA graph is captured or replayed. A deep copy or an
-    unpickled monitor has its own optimizer, and records that one; ``copy.copy`` records the same one.
+    read, too, for ``grokked_at``. Steps are those of the parameter that has taken the most, as in ``metrics()``.
+    Nothing is recorded while a CUDA graph is captured or replayed. A deep copy or an unpickled monitor has its own
+    optimizer, and records that one; ``copy.copy`` records the same one.
 
     Args:
         optimizer: a GrokAdamW, or one that a framework or this package has wrapped.
@@ -69,7 +70,8 @@ class Monitor:
         self._steps = self._steps_taken()  # counted from here on: reading them at each step would wait for a GPU
         self._written = -math.inf  # the step up to which TensorBoard has all records
         self._rows: list[dict[str, float]] = []
-        self._evaluations: list[tuple[int, bool]] = []  # (step, is good); none is added after six good ones
+        # (steps of all parameters together, step, is good); none is added after six good ones
+        self._evaluations: list[tuple[int, int, bool]] = []
         self._is_closed = False
         self._listen()
 
@@ -108,22 +110,26 @@ class Monitor:
             return
         accuracy = recorded(self._optimizer.param_groups, "eval_acc")
         assert accuracy is not None
-        step = self._steps_taken()
-        self._forget_evaluations_after(step - 1)  # only the last evaluation of a model counts
+        counts = self._step_counts()
+        total = sum(counts)  # this also grows while the parameter with the most steps is frozen
+        self._forget_evaluations_after(total - 1)  # only the last evaluation of a model counts
         if self.grokked_at is None:
-            self._evaluations.append((step, as_float(accuracy) >= self._solved - _ROUNDING))
+            is_good = as_float(accuracy) >= self._solved - _ROUNDING
+            self._evaluations.append((total, max(counts, default=0), is_good))
             del self._evaluations[: -max(self._capacity, _IN_A_ROW)]
 
     def _after_loading(self, optimizer: Optimizer) -> None:
         self._steps = self._steps_taken()
-        self._forget_evaluations_after(self._steps)
+        self._forget_evaluations_after(sum(self._step_counts()))
+
+    def _step_counts(self) -> list[int]:
+        return list(map(int, step_counts(states_of(self._optimizer.param_groups, self._optimizer.state))))
 
     def _steps_taken(self) -> int:
-        states = states_of(self._optimizer.param_groups, self._optimizer.state)
-        return int(steps_taken(states))
+        return max(self._step_counts(), default=0)
 
-    def _forget_evaluations_after(self, step: int) -> None:
-        while self._evaluations and self._evaluations[-1][0] > step:
+    def _forget_evaluations_after(self, total: int) -> None:
+        while self._evaluations and self._evaluations[-1][0] > total:
             self._evaluations.pop()
 
     def _keep(self, row: dict[str, float]) -> None:
@@ -161,7 +167,7 @@ class Monitor:
         apart.
         """
         last = self._evaluations[-_IN_A_ROW:]
-        return last[0][0] if len(last) == _IN_A_ROW and all(good for _, good in last) else None
+        return last[0][1] if len(last) == _IN_A_ROW and all(good for *_, good in last) else None
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Plot losses, signal and α, gradient norm and clip coefficient over the steps, and β1 of each layer.

@@ -889,3 +889,33 @@ def test_a_window_follows_the_dtype_of_its_parameter(dtype: torch.dtype) -> None
         for name in ("ring", "ring_sum", "ring_lap"):
             assert state[f"{prefix}_{name}"].dtype == dtype
         torch.testing.assert_close(state[f"{prefix}_ring_sum"], sum(last))
+
+
+@pytest.mark.parametrize("how", ["converted", "loaded"])
+@pytest.mark.parametrize(
+    ("wrap", "factor"),
+    [
+        (lambda inner: Grokfast(inner, alpha=0.0, lamb=1.0), 2.0),
+        (lambda inner: GrokfastMA(inner, window_size=1, lamb=1.0), 2.0),
+        (lambda inner: Accumulate(inner, steps=2), 1.0),
+    ],
+    ids=["Grokfast", "GrokfastMA", "Accumulate"],
+)
+def test_memory_gets_the_precision_of_the_gradients(wrap: Callable[[Any], Any], factor: float, how: str) -> None:
+    """A float32 run goes on in float64, and no gradient may be rounded to float32 on its way to the inner optimizer."""
+    model = nn.Linear(5, 4, bias=False)
+    optimizer = wrap(SGD(model.parameters(), lr=0.1))
+    for _ in range(4):
+        model.weight.grad = torch.zeros_like(model.weight)
+        optimizer.step()
+    saved = saved_and_loaded(optimizer.state_dict())
+    model.double()
+    if how == "loaded":
+        optimizer = wrap(SGD(model.parameters(), lr=0.1))
+        optimizer.load_state_dict(saved)
+    grad = torch.rand(4, 5, dtype=torch.float64) + 0.1
+    before = model.weight.detach().clone()
+    for _ in range(2 if factor == 1 else 1):
+        model.weight.grad = grad.clone()
+        optimizer.step()
+    torch.testing.assert_close(before - model.weight, 0.1 * factor * grad, rtol=1e-13, atol=1e-15)

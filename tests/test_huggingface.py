@@ -791,3 +791,26 @@ def test_accuracies_resume_with_the_run(tmp_path: Path) -> None:
     assert len(set(alphas(runs[0]))) > 1
     for a, b in zip(runs[1].model.parameters(), runs[0].model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_an_accuracy_that_was_logged_before_the_checkpoint_resumes_with_the_run(tmp_path: Path) -> None:
+    """The accuracy waits for the next evaluation, and the run may be resumed in between."""
+
+    class Logs(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step in (1, SAVE_AT - 1):
+                it.log({"right": 0.5 if state.global_step == 1 else 0.75})
+            if state.global_step == SAVE_AT:
+                it.log({"right": math.nan})
+
+    runs = []
+    for resume in (None, str(tmp_path / f"checkpoint-{SAVE_AT}")):
+        callback = GrokAdamWCallback(eval_acc="eval_accuracy", train_acc="right", signals=AccuracyGap())
+        options = {"eval_steps": SAVE_AT + 1, "logging_steps": 1}
+        it = trainer(tmp_path, callback, Logs(), compute_metrics=lambda _: {"accuracy": 0.25}, **options)
+        it.train(resume_from_checkpoint=resume)
+        runs.append(it)
+    assert alphas(runs[1]) == alphas(runs[0])
+    assert len(set(alphas(runs[0]))) > 1
+    for a, b in zip(runs[1].model.parameters(), runs[0].model.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -694,6 +694,58 @@ def test_a_loss_that_is_logged_for_the_epoch(
         assert found["train_loss"] == last
 
 
+class Saves(lightning.Callback):
+    """A callback that saves a checkpoint when the first epoch ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+class ByEpoch(Measured):
+    """A module that logs loss and accuracy for the epoch, and the alphas of its steps."""
+
+    def __init__(self, signal: Any) -> None:
+        super().__init__(lambda model: GrokAdamW(model.parameters(), lr=0.01, grokking_signal_fns=signal))
+        self.alphas: dict[int, float] = {}
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = super().training_step(batch)
+        self.log_dict({"mse": loss, "acc": 1 / (1 + loss.detach())}, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        super().validation_step(batch)
+        self.log("val_acc", 0.1)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.alphas[self.trainer.global_step] = self.trainer.optimizers[0].metrics()["alpha"]
+
+
+@pytest.mark.parametrize(
+    ("names", "hears"),
+    [({"train_loss": "mse"}, loss_gap), ({"train_acc": "acc", "eval_acc": "val_acc"}, AccuracyGap)],
+)
+def test_a_value_of_the_epoch_resumes_with_the_run(
+    names: dict[str, str], hears: Any, trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    """An epoch's value waits for a validation in the next epoch, and the run may be resumed in between."""
+    modules = []
+    for resume in (None, tmp_path / "epoch.ckpt"):
+        modules.append(ByEpoch(hears() if isinstance(hears, type) else hears))
+        callbacks = [GrokAdamWCallback(**names), Saves(tmp_path / "epoch.ckpt")]
+        it = trainer(max_epochs=3, val_check_interval=BATCHES + 4, check_val_every_n_epoch=None, callbacks=callbacks)
+        it.fit(modules[-1], data(), data(), ckpt_path=resume, weights_only=resume and True)
+    whole, resumed = modules
+    assert resumed.alphas == {step: alpha for step, alpha in whole.alphas.items() if step > BATCHES}
+    assert len(set(resumed.alphas.values())) > 2
+    for a, b in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 class Both(Rarely):
     """A module that logs the training loss both for each step and for the epoch."""
 

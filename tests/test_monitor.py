@@ -276,6 +276,22 @@ def test_one_model_is_evaluated_once() -> None:
     assert monitor.grokked_at == 10
 
 
+def test_evaluations_count_while_the_parameter_with_the_most_steps_is_frozen() -> None:
+    """A head is trained first, and then the body alone: the largest step count does not change for a while."""
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = GrokAdamW(params)
+    monitor = Monitor(optimizer)
+    for trained, accuracy in ((0, 0.5), (1, 0.99)):
+        for step in range(60):
+            params[trained].grad, params[1 - trained].grad = torch.ones(2), None
+            optimizer.step()
+            if step % 10 == 9:
+                optimizer.record(eval_acc=accuracy)
+    assert monitor.grokked_at == 60
+    optimizer.record(eval_acc=0.5)  # replaces the last evaluation, as no step came in between
+    assert monitor.grokked_at is None
+
+
 def test_losses_and_training_are_no_evaluations() -> None:
     optimizer, monitor = evaluated([1.0])
     for _ in range(10):

@@ -62,6 +62,16 @@ def test_vectors_may_have_dimensions_of_1(shape: tuple[int, ...], decays: bool) 
     assert groups["3.weight"]["weight_decay"] == groups["4.weight"]["weight_decay"] == 1
 
 
+def test_a_gain_in_a_convolution_is_a_vector() -> None:
+    """A convolution with standardised weights has a gain of shape (channels, 1, 1, 1) beside its kernel."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.GroupNorm(1, 4), spectral_norm(nn.Conv2d(4, 1, 1)))
+    model[0].gain = nn.Parameter(torch.ones(4, 1, 1, 1))
+    groups = {name: group for group in GrokAdamW.for_grokking(model).param_groups for name in group["param_names"]}
+    assert (groups["0.gain"]["weight_decay"], groups["0.gain"]["max_row_change"]) == (0, 0)
+    for kernel in ("0.weight", "2.parametrizations.weight.original"):
+        assert (groups[kernel]["weight_decay"], groups[kernel]["max_row_change"]) == (1, 0.035)
+
+
 def test_parametrized_modules_are_of_their_kind() -> None:
     model = nn.Sequential(spectral_norm(nn.Embedding(9, 16)), nn.LayerNorm(16), weight_norm(nn.Linear(16, 4)))
     register_parametrization(model[1], "weight", nn.ReLU())
@@ -365,6 +375,24 @@ def test_without_norms_the_preset_is_adamw() -> None:
 
 SHALLOW = nn.Sequential(nn.Embedding(9, 4, _weight=torch.zeros(9, 4)), *(nn.Linear(4, 4) for _ in range(3)))
 DEEP = nn.Sequential(SHALLOW, nn.Linear(4, 4))
+NORMS_OF_WEIGHTS = (weight_norm, old_weight_norm, spectral_norm)
+
+
+def both_ways(norm: Any) -> nn.Module:
+    """Return an LSTM of two directions whose recurrent matrices are parametrized."""
+    lstm = nn.LSTM(4, 4, bidirectional=True)
+    for name in ("weight_hh_l0", "weight_hh_l0_reverse"):
+        norm(lstm, name)
+    return lstm
+
+
+class Matrices(nn.Module):
+    """A module with matrices of these names."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.ones(4, 4)))
 
 
 @pytest.mark.parametrize(
@@ -377,6 +405,8 @@ DEEP = nn.Sequential(SHALLOW, nn.Linear(4, 4))
         (nn.Sequential(nn.LSTM(4, 4), nn.Linear(4, 4)), (1e-2, 1, 4, 3)),
         (nn.Sequential(nn.LSTM(4, 4, num_layers=2), nn.Linear(4, 4)), (3e-3, 0.1, 10, 30)),
         (nn.Sequential(nn.LSTM(4, 4, bidirectional=True), nn.Linear(8, 4)), (1e-2, 1, 4, 3)),
+        *((nn.Sequential(both_ways(norm), nn.Linear(8, 4)), (1e-2, 1, 4, 3)) for norm in NORMS_OF_WEIGHTS),
+        (Matrices("weight_u", "weight_g", "weight_d"), (1e-2, 1, 4, 3)),  # a gate, and not the lengths of weight_norm
         (nn.Sequential(*(weight_norm(nn.Linear(4, 4)) for _ in range(3))), (1e-2, 1, 4, 3)),
         (nn.Sequential(*(old_weight_norm(nn.Linear(4, 4)) for _ in range(3))), (1e-2, 1, 4, 3)),
         (nn.Sequential(*(nn.Conv1d(1, 1, 1) for _ in range(4))), (3e-3, 0.1, 10, 30)),
@@ -384,8 +414,9 @@ DEEP = nn.Sequential(SHALLOW, nn.Linear(4, 4))
         (SHALLOW[:1], (3e-3, 0.1, 10, 30)),
     ],
     ids=[
-        *("shallow", "deep", "two", "one", "LSTM", "two LSTMs", "both ways", "weight_norm", "old weight_norm"),
-        *("convolutions", "vector", "embedding"),
+        *("shallow", "deep", "two", "one", "LSTM", "two LSTMs", "both ways"),
+        *("both ways, weight_norm", "both ways, old weight_norm", "both ways, spectral_norm", "a gate"),
+        *("weight_norm", "old weight_norm", "convolutions", "vector", "embedding"),
     ],
 )
 def test_without_norms_the_numbers_depend_on_how_many_weights_there_are(

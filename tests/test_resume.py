@@ -228,6 +228,19 @@ def test_copies_keep_what_signals_remember_until_they_are_registered(how: str) -
     assert signal.state_dict() == remembered
 
 
+def test_a_pickle_does_not_take_a_subclass_of_a_known_signal_for_that_signal() -> None:
+    class Half(AccuracyGap):
+        def __call__(self) -> Any:
+            return 0.5
+
+    _, optimizer = trained(grokking_signal_fns=Half())
+    with pytest.warns(UserWarning, match="without Half"):
+        copied = pickle.loads(pickle.dumps(optimizer))
+    copied.record(train_acc=1.0, eval_acc=0.0)
+    copied.update_signals()
+    assert not [name for name in copied.metrics() if name.startswith("signal/")]
+
+
 def test_what_signals_remember_goes_by_their_names() -> None:
     gap = AccuracyGap()
     gap.record(train=0.9, eval=0.5)

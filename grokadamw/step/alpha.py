@@ -128,7 +128,7 @@ class Signals:
         """Return loss_gap, memorisation, AccuracyGap, and the names of all other functions; None if none were given."""
         if not self.are_given:
             return None
-        known = [AccuracyGap if isinstance(function, AccuracyGap) else function for function in self.functions]
+        known = [AccuracyGap if type(function) is AccuracyGap else function for function in self.functions]
         named = zip(known, self.names, strict=True)
         return [function if function in (loss_gap, memorisation, AccuracyGap) else name for function, name in named]
 

@@ -35,7 +35,7 @@ def as_floats(
     norms = [as_float(norm) for norm in (last.norms if rules.clips_each_tensor else last.norms[:1]) if norm is not None]
     beta1s = [beta1 for group in groups for beta1 in layers.beta1s(group)]
     return {
-        "step": steps_taken(states),
+        "step": max(step_counts(states), default=0.0),
         "signal": math.nan if last.signal is None else as_float(last.signal),
         **{f"signal/{name}": as_float(value) for name, value in signals.values.items()},
         "alpha": min((as_float(effect.alpha) for effect in last.effects), default=math.nan),
@@ -50,10 +50,13 @@ def as_floats(
     }
 
 
-def steps_taken(states: Iterable[dict[str, Any]]) -> float:
-    """Return the largest step count of any parameter, with one read per device; 0 without state."""
+def step_counts(states: Iterable[dict[str, Any]]) -> list[float]:
+    """Return the step count of each parameter that has state, with one read per device; NaN on the meta device."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for state in states:
         if "step" in state:
             by_device.setdefault(state["step"].device, []).append(state["step"])
-    return max((torch.stack(here).max().item() for here in by_device.values()), default=0.0)
+    counts = list[float]()
+    for device, here in by_device.items():
+        counts += [math.nan] * len(here) if device.type == "meta" else torch.stack(here).tolist()
+    return counts
