@@ -33,9 +33,16 @@ def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[st
 
     Raises:
         TypeError, ValueError: the optimizer keeps no low bits for this model, which has bfloat16 or float16 parameters;
-            or the model's state dict does not hold its parameters, as FSDP1's does not.
+            the model was cast to another dtype after its last step; or its state dict does not hold its parameters, as
+            FSDP1's does not.
     """
     optimizer = _keeper(model, optimizer, "model.state_dict() returns the weights as they are")
+    for param in model.parameters():
+        if "param_low" in optimizer.state.get(param, {}) and param.dtype not in HALVES:
+            raise ValueError(
+                f"model was cast to {param.dtype} after its last step, and without the low bits that the optimizer "
+                "keeps: call full_precision_state_dict before the cast"
+            )
     state_dict: dict[str, Any] = model.state_dict()
     for name, param in _with_low_bits(model, optimizer):
         low = optimizer.state[param].get("param_low") if param in optimizer.state else None
@@ -50,11 +57,18 @@ def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state
     The rest of the optimizer's state stays as it is, so load the optimizer's own state dict first.
 
     Raises:
-        TypeError, ValueError: as for ``full_precision_state_dict``. Then nothing was loaded.
+        TypeError, ValueError: as for ``full_precision_state_dict``; or a finite weight is too large for float16. Then
+            nothing was loaded.
         RuntimeError: names or shapes differ from the model's, as in ``model.load_state_dict``.
     """
     optimizer = _keeper(model, optimizer, "model.load_state_dict(state_dict) rounds them")
     named = _with_low_bits(model, optimizer)
+    for name, param in named:
+        given = state_dict.get(name)
+        if param.dtype == torch.float16 and isinstance(given, Tensor) and _overflows_float16(given):
+            raise ValueError(
+                f"state_dict[{name!r}] has weights that are too large for float16: make the model bfloat16"
+            )
     model.load_state_dict(state_dict)
     groups = {param: group for group in optimizer.param_groups for param in group["params"]}
     for name, param in named:
@@ -71,6 +85,11 @@ def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state
         with torch.no_grad():
             part(param).copy_(rounded)
         part(state["param_low"]).copy_(bits)
+
+
+def _overflows_float16(weights: Tensor) -> bool:
+    values = part(weights.detach())
+    return not values.is_meta and bool((values.isfinite() & values.to(torch.float16).isinf()).any())
 
 
 def _with_low_bits(model: nn.Module, optimizer: GrokAdamW) -> list[tuple[str, nn.Parameter]]:

@@ -362,3 +362,17 @@ def test_numpys_numbers_keep_their_kind_when_saved(pair: type) -> None:
     ]
     set_gradients(params)
     optimizer.step()
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_amplification_may_wait_for_ever(foreach: bool | None) -> None:
+    """An integer beyond 64 bits, which no kernel can hold, is not reached either."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = GrokAdamW([p], amplify_after=10**30, lr=0.1, foreach=foreach)
+    without = torch.nn.Parameter(torch.ones(3))
+    plain = GrokAdamW([without], lamb=0.0, lr=0.1, foreach=foreach)
+    for _ in range(2):
+        p.grad, without.grad = torch.ones(3), torch.ones(3)
+        optimizer.step()
+        plain.step()
+    assert torch.equal(p, without)

@@ -469,6 +469,23 @@ def test_a_weight_that_is_not_a_number_stays_so(implementation: str, weights: An
         assert full_precision_state_dict(module, optimizer)["p"][::2].isnan().all()
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "gpu", "foreach", "reference"])
+@pytest.mark.parametrize("bits", [24, 32])
+def test_a_weight_that_is_too_large_for_float16_becomes_infinite(implementation: str, bits: int) -> None:
+    """Its low bits are 0: otherwise the next step would make another number of it."""
+    p = nn.Parameter(torch.full((70, 64), 65472.0).half())
+    p.data[1::2] *= -1
+    with running(implementation) as how:
+        optimizer = GrokAdamW(
+            [p], lr=40.0, weight_decay=0.0, lamb=0.0, gradient_clipping=0.0, master_weight_bits=bits, **how
+        )
+        for step in range(3):
+            p.grad = p.detach().sign() if step == 2 else -p.detach().sign()
+            optimizer.step()
+            assert (p.isinf() | (p.abs() == 65504)).all() if step == 0 else p.isinf().all()
+    assert torch.equal(formats.full(p.detach(), optimizer.state[p]["param_low"]), p.float())
+
+
 def test_a_parameter_that_was_set_keeps_its_value() -> None:
     """Low bits that belonged to another value change the new one by no more than rounding does."""
     for dtype in (torch.bfloat16, torch.float16):

@@ -172,3 +172,23 @@ def test_a_parameter_that_becomes_expanded_is_refused_before_anything_is_written
         optimizer.step()
     assert torch.equal(q, before[0])
     assert torch.equal(optimizer.state[p]["exp_avg"], before[1])
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("of_gradient", [False, True])
+def test_a_tensor_whose_memory_was_freed_is_refused(foreach: bool | None, steps: int, of_gradient: bool) -> None:
+    """Such a parameter would not be updated, and such a gradient would be read from address 0."""
+    p, q = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(3))
+    optimizer = GrokAdamW([p, q], foreach=foreach)
+    for step in range(steps + 1):
+        p.grad, q.grad = torch.ones(4, 4), torch.ones(3)
+        if step == steps:
+            freed = p.grad if of_gradient else p.data
+            freed.untyped_storage().resize_(0)
+            before = q.detach().clone()
+            with pytest.raises(RuntimeError, match=r"shape \(4, 4\), or its gradient, has no memory"):
+                optimizer.step()
+            assert torch.equal(q, before)
+        else:
+            optimizer.step()

@@ -303,13 +303,26 @@ def test_24_bits_come_out_to_their_precision() -> None:
         full_precision_state_dict({}, optimizer)  # type: ignore[arg-type]
 
 
+def test_weights_that_are_too_large_for_float16_are_not_loaded() -> None:
+    model = nn.Linear(3, 2).half()
+    optimizer = GrokAdamW(model.named_parameters(), master_weight_bits=32)
+    before = copy.deepcopy(model.state_dict())
+    weights = {"weight": torch.ones(2, 3), "bias": torch.tensor([65519.0, 65520.0])}
+    with pytest.raises(ValueError, match=r"state_dict\['bias'\] has weights that are too large for float16"):
+        load_full_precision_state_dict(model, optimizer, weights)
+    assert same(dict(model.state_dict()), dict(before))
+    weights["bias"] = torch.tensor([65519.0, -torch.inf])
+    load_full_precision_state_dict(model, optimizer, weights)
+    assert same(full_precision_state_dict(model, optimizer), weights)
+
+
 @pytest.mark.parametrize("implementation", ["cpu", "gpu", "blocks", "foreach", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_a_model_that_is_no_longer_of_16_bits_has_no_low_bits(
     implementation: str, dtype: torch.dtype, half: torch.dtype
 ) -> None:
-    """After a cast to float32 or float64 the weights are the rounded ones, and no later step adds low bits to them."""
+    """After a cast to float32 or float64 the weights are the rounded ones, which is said. No step adds low bits."""
     with running(implementation, chunk=4096) as how:
         model = nn.Sequential(nn.Linear(70, 64), nn.Linear(64, 3)).to(half)
         optimizer = GrokAdamW(model.named_parameters(), master_weight_bits=32, **how)
@@ -324,10 +337,17 @@ def test_a_model_that_is_no_longer_of_16_bits_has_no_low_bits(
             step(seed)
         model.to(dtype)
         weights = copy.deepcopy(model.state_dict())
-        assert same(full_precision_state_dict(model, optimizer), weights)
+        with pytest.raises(ValueError, match=f"model was cast to {dtype} .* before the cast"):
+            full_precision_state_dict(model, optimizer)
         optimizer.param_groups[0]["lr"] = 0.0
+        saved = saved_and_loaded(optimizer.state_dict())
         for seed in range(2, 4):
-            step(seed)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                step(seed)
+            assert ["low bits of master_weight_bits are dropped" in str(w.message) for w in caught] == [True] * (
+                seed == 2
+            )
             assert same(dict(model.state_dict()), dict(weights))
             assert same(full_precision_state_dict(model, optimizer), weights)
         assert not any("param_low" in state for state in optimizer.state.values())
@@ -338,6 +358,9 @@ def test_a_model_that_is_no_longer_of_16_bits_has_no_low_bits(
         model.to(half)
         step(5)
         assert all("param_low" in state for state in optimizer.state.values())
+        model.to(dtype)
+        with pytest.warns(UserWarning, match=f"which are {dtype} here: they are dropped"):
+            GrokAdamW(model.named_parameters(), master_weight_bits=32, **how).load_state_dict(saved)
 
 
 def test_loading_makes_no_copies_in_the_parameters_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

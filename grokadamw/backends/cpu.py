@@ -140,11 +140,12 @@ def step(batch: Batch, scalars: Scalars) -> None:
     clip = -float(n.clip) if n.maximize else float(n.clip)
     _SCALARS.pack_into(
         *(table, _FIRST, n.beta2, n.lr, n.eps, n.weight_decay, n.alpha, n.lamb, clip, k),
-        *(n.max_row_change, n.max_row_norm, SHORT, min(n.amplify_after, 2**63 - 1)),
+        *(n.max_row_change, n.max_row_norm, SHORT, n.amplify_after),
         *(n.eps_before_correction, n.raw_second_moment, decays, moves),
     )
     if batch.coded is not None:
         table.nth = n.micro_step.nth
     # torch's own operations do this themselves
     torch.autograd.graph.increment_version(chain.from_iterable(written(batch, moves)))
-    kernel.step(table, *_threads(table.elements))
+    if kernel.step(table, *_threads(table.elements)):
+        raise MemoryError("there is no memory for copies of the rows that are limited: this batch was not written")

@@ -21,11 +21,9 @@
 enum { PIECE = 1 << 16, /* elements that a thread takes at a time; there is one sum of squares for each piece */
        CHUNK = 512,     /* elements that are converted at a time, so that they stay in the L1 cache */
        STRIP = 128,     /* limited rows are updated this many elements at a time; then their squares are summed */
-       ROW_BYTES = 1 << 18, /* size of the longest row that can be limited; a copy of it is on the stack */
-       ROW = ROW_BYTES / 4, /* elements of the longest row of a coded tensor that can be limited */
+       ROW_BYTES = 1 << 18, /* size of the longest row that can be limited, as a thread keeps a copy of it */
        BLOCK = 64,      /* elements of a row that share a scale */
        LANES = 16,      /* partial sums of squares, computed side by side */
-       STACK = 1 << 20, /* bytes for a thread that the kernel starts: two rows, and the buffers of a chunk */
        AHEAD = 12 };    /* how many tensors ahead of the current one are prefetched */
 enum dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum format { PLAIN, DITHERED, INT8 }; /* of a state: its dtype as it is; bfloat16, rounded by a dither; 8-bit codes */
@@ -60,6 +58,8 @@ typedef struct {
     double *sums;                  /* of squares, one for each piece; NULL for a step */
     int64_t pieces, next, done;    /* next: the piece to take */
     int64_t users;                 /* threads that may still look at this */
+    char *room;                    /* for each thread, `room_bytes` for the rows that it limits; NULL if none are limited */
+    int64_t room_bytes, workers;   /* workers: threads that have taken their part of the room */
     fenv_t environment;            /* the caller's, which may flush denormal numbers to zero */
 } job;
 
@@ -128,6 +128,7 @@ static inline void store(const float *restrict room, char *at, int64_t i, int64_
 typedef struct {
     double clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step;
     double t, bias_beta1; /* with which root and step were computed */
+    char *room;           /* this thread's, for the rows that it limits */
 } numbers;
 
 #define ROWS(real, square_root)                                                                                       \
@@ -400,7 +401,7 @@ static void store_param(const table *t, const float *restrict x, int64_t tensor,
     for (int j = 0; has_tiny && j < n; j++) {
         const uint32_t bits = bits_of(x[j]), word = smaller(words[j], 0x3ff7fff), tiny = (bits & 0x7fffffff) < TINY;
         const uint32_t half = tiny ? (bits >> 16 & 0x8000) | (word + 0x8000) >> 16 : out[j];
-        words[j] = tiny ? word : words[j] - bits_of(from_float16(half));
+        words[j] = tiny ? word : (half & 0x7c00) == 0x7c00 ? 0 : words[j] - bits_of(from_float16(half));
         out[j] = half;
     }
     int16_t *restrict lows16 = t->low_bits == 16 ? (int16_t *)t->lows[tensor] + i : NULL;
@@ -710,8 +711,7 @@ static void store_double(const double *room, char *at, int64_t i, int64_t n, int
                                  int64_t size)                                                                        \
     {                                                                                                                 \
         const int64_t width = t->row_widths[tensor], rows = width < STRIP ? STRIP / width : 1; /* at a time */        \
-        real copy[ROW_BYTES / sizeof(real)] __attribute__((aligned(64)));                                             \
-        char *const before = (char *)copy;                                                                            \
+        char *const before = k->room;                                                                                 \
         for (int64_t start = from, n; start < to; start += n) {                                                       \
             char *theta = t->params[tensor] + start * size;                                                           \
             double ways[LANES] = {0}, olds[LANES] = {0};                                                              \
@@ -743,10 +743,12 @@ static void step_rows(const table *t, const numbers *k, int64_t tensor, int64_t 
     (t->param == FLOAT64 ? step_rows_double : step_rows_float)(t, k, tensor, first * width, end * width, size);
 }
 
+static int64_t padded(int64_t width) { return (width + 15) / 16 * 16; } /* to 64 bytes of floats */
+
 static void step_coded_rows(const table *t, const numbers *k, int64_t tensor, int64_t from, int64_t to)
 {
     const int64_t width = t->row_widths[tensor], rows = width < CHUNK ? CHUNK / width : 1; /* at a time */
-    float x[ROW] __attribute__((aligned(64))), y[ROW] __attribute__((aligned(64)));
+    float *const x = (float *)k->room, *const y = x + padded(width < CHUNK ? CHUNK : width);
     table of_floats = *t;
     of_floats.param = FLOAT32; /* is read in place, as add_squares has no room for a whole row */
     for (int64_t start = from, n; start < to; start += n) {
@@ -779,6 +781,18 @@ static void step_coded_part(const table *t, const numbers *k, int64_t tensor, in
     else step_coded(t, k, tensor, first, end < size ? end : size, NULL, NULL);
 }
 
+/* Return the bytes that a thread needs for the rows that it limits: a copy of some rows, or of a long one; and for coded
+ * tensors also what they become. */
+static int64_t room_for_rows(const table *t)
+{
+    int64_t widest = 0;
+    for (int64_t i = 0; t->row_widths && i < t->count; i++)
+        if (t->row_widths[i] > widest) widest = t->row_widths[i];
+    if (!widest) return 0;
+    if (t->coded) return 2 * sizeof(float) * padded(widest < CHUNK ? CHUNK : widest);
+    return sizeof(double) * padded(widest < STRIP ? STRIP : widest);
+}
+
 /* The elements of all tensors, one tensor after the other, are cut into pieces. A free thread takes the next piece. A row that
  * is limited belongs to the piece in which it begins. */
 
@@ -786,6 +800,7 @@ static void do_pieces(job *j)
 {
     int64_t tensor = 0, piece;
     numbers k = {0};
+    if (j->room) k.room = j->room + j->room_bytes * __atomic_fetch_add(&j->workers, 1, __ATOMIC_RELAXED);
     while ((piece = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->pieces) {
         const table *t = j->t;
         const int64_t total = t->ends[t->count - 1], end = (piece + 1) * PIECE < total ? (piece + 1) * PIECE : total;
@@ -852,7 +867,6 @@ static void work_on(job alone, int64_t threads, gomp_parallel *parallel)
     pthread_attr_t detached;
     pthread_attr_init(&detached);
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-    pthread_attr_setstacksize(&detached, STACK); /* without this, macOS gives a thread no more than half of that */
     int64_t started = 1;
     for (pthread_t thread; started < threads && !pthread_create(&thread, &detached, help, j);) started++;
     pthread_attr_destroy(&detached);
@@ -863,10 +877,17 @@ static void work_on(job alone, int64_t threads, gomp_parallel *parallel)
 
 static int64_t pieces_of(const table *t) { return t->count ? (t->ends[t->count - 1] + PIECE - 1) / PIECE : 0; }
 
-void NAME(step)(const table *t, int64_t threads, gomp_parallel *parallel)
+/* Return 1 if there is no memory for it: then nothing was written. */
+int NAME(step)(const table *t, int64_t threads, gomp_parallel *parallel)
 {
-    work_on((job){.t = t, .pieces = pieces_of(t)}, threads, parallel);
+    const int64_t room_bytes = room_for_rows(t);
+    char *const memory = room_bytes ? malloc(threads * room_bytes + 64) : NULL;
+    if (room_bytes && !memory) return 1;
+    char *const room = memory ? memory + 64 - (uintptr_t)memory % 64 : NULL; /* aligned for wide loads */
+    work_on((job){.t = t, .pieces = pieces_of(t), .room = room, .room_bytes = room_bytes}, threads, parallel);
+    free(memory); /* all pieces are done, so threads that still look at the job do not use it */
     for (int64_t i = 0; t->moves && i < t->count; i++) *t->steps[i] += 1;
+    return 0;
 }
 
 /* `sums` has room for one sum per piece. */

@@ -152,6 +152,7 @@ def store_param(
             sign = (values.to(tl.int32, bitcast=True) >> 16) & 0x8000
             half = tl.where(is_tiny, sign | size, rounded.to(tl.int16, bitcast=True).to(tl.int32))
             words = words - tl.where(is_tiny, size << 16, rounded.to(tl.float32).to(tl.int32, bitcast=True))
+            words = tl.where((half & 0x7C00) == 0x7C00, 0, words)  # what is too large for float16 becomes infinite
         else:
             half = (words + 0x8000) >> 16  # ties go up: the low bits are in [-2¹⁵, 2¹⁵)
         store(param, at, inside, half.to(tl.int16).to(PARAM, bitcast=True), MASKED)

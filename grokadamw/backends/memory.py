@@ -78,6 +78,13 @@ def memory_is_all(compiling: bool) -> bool:
     )
 
 
+def is_freed(x: Tensor) -> bool:
+    """Return True for a plain tensor whose elements have no memory."""
+    if type(x) not in (Tensor, nn.Parameter) or x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return x.numel() > 0 and x.untyped_storage().nbytes() == 0
+
+
 def why_not(row: Sequence[Tensor], step: Tensor, coded: bool) -> str | None:
     """Return why no backend that takes addresses can take a parameter, or None if one can; arguments as in `choose`."""
     dtypes = [x.dtype for x in row]

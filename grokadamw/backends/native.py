@@ -42,7 +42,7 @@ class Kernel(NamedTuple):
     instruction_set: str
     piece: int  # elements in each partial sum of squares
     row_bytes: int  # of the longest row that `step` can limit
-    step: Callable[..., None]
+    step: Callable[..., int]
     sum_of_squares: Callable[..., float]
     meet: Callable[..., int]
     signature: Callable[..., int] | None  # None if torch has no table of DLPack's functions
@@ -76,7 +76,7 @@ def _kernel(library: ctypes.CDLL, name: str) -> Kernel | str:
     )
     if table_size() != ctypes.sizeof(Table):
         return _ANOTHER
-    step.restype, squares.restype = None, ctypes.c_double
+    squares.restype = ctypes.c_double
     step.argtypes = (ctypes.POINTER(Table), ctypes.c_int64, ctypes.c_void_p)
     squares.argtypes = (ctypes.POINTER(Table), ctypes.POINTER(ctypes.c_double), ctypes.c_int64, ctypes.c_void_p)
     meet.argtypes = (ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p) * 2

@@ -358,7 +358,7 @@ def full(param: Tensor, low: Tensor | None) -> Tensor:
 def split(
     whole: Tensor, dtype: torch.dtype, low: torch.dtype | None, word: Tensor, rounds: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Split a float32 parameter into a 16-bit dtype and its low bits. NaN stays NaN, and its low bits are 0.
+    """Split a float32 parameter into a 16-bit dtype and its low bits. Those of NaN, and of float16's infinity, are 0.
 
     Args:
         low: the dtype of the low bits; None for none. The bits that do not fit in 8 are rounded by the dither.
@@ -386,4 +386,5 @@ def split(
         tiny = (size.float() * 2.0**-24).copysign(whole)
         rounded = torch.where(is_tiny, tiny, words.view(torch.float32)).to(dtype)
         words = words - torch.where(is_tiny, size << 16, rounded.float().view(torch.int32))
+        words = words.masked_fill(rounded.isinf(), 0)  # what is too large for float16 becomes infinite
     return rounded, (words if low == torch.int16 else words >> 8).to(low).masked_fill(is_nan, 0)

@@ -235,6 +235,12 @@ def _check_codes(state_dict: dict[str, Any]) -> None:
                     )
 
 
+def _has_16_bits(param: Tensor) -> bool:
+    """Return True if all numbers of a wider parameter would fit into bfloat16 or float16."""
+    values = part(param.detach())
+    return not values.is_meta and any(torch.equal(values, values.to(half).to(values.dtype)) for half in formats.HALVES)
+
+
 def _doubts(state_dict: dict[str, Any], loaded: list[tuple[Tensor, State]], defaults: dict[str, Any]) -> Iterator[str]:
     """Yield a warning for each way in which the run will not continue as before."""
     for name in (name for name, option in OPTIONS.items() if option.on_load == WARN):
@@ -244,12 +250,17 @@ def _doubts(state_dict: dict[str, Any], loaded: list[tuple[Tensor, State]], defa
                 f"state_dict is of a run with {name}={said[0]!r}, and this optimizer keeps {name}="
                 f"{defaults[name]!r}, as constructed"
             )
-    if defaults["master_weight_bits"] is None and any(
-        "param_low" in state and param.dtype in formats.HALVES for param, state in loaded
-    ):
+    dropped = [p for p, state in loaded if "param_low" in state and formats.low_dtype(p, defaults) is None]
+    if any(param.dtype in formats.HALVES for param in dropped):
         yield (
             "state_dict has the low bits of its parameters, and this optimizer has master_weight_bits=None: they are "
             "dropped, and parameters keep only the bits of their dtype. Construct it with master_weight_bits=32 or 24"
+        )
+    elif dropped and all(map(_has_16_bits, dropped)):  # else the weights come from full_precision_state_dict
+        yield (
+            f"state_dict has the low bits of bfloat16 or float16 parameters, which are {dropped[0].dtype} here: they "
+            "are dropped. To keep them, load what full_precision_state_dict(model, optimizer) returned in the run that "
+            "saved this into the model"
         )
     for i, group in enumerate(state_dict["param_groups"]):
         states = [state_dict["state"].get(key, {}) for key in group["params"]]

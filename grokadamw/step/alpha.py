@@ -35,7 +35,8 @@ def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, 
         return alpha_init
     if isinstance(signal, Tensor):
         return alpha_init * torch.exp(-decay_rate * (signal.clamp(min=0) if clamp else signal))
-    return alpha_init * math.exp(-decay_rate * (max(signal, 0.0) if clamp else signal))
+    exponent = -decay_rate * (max(signal, 0.0) if clamp else signal)
+    return alpha_init * (math.exp(exponent) if exponent < 709 else math.inf)  # math.exp raises an error above 709.78
 
 
 def hear(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import backends, layers
 from .._numbers import as_real, resolved
+from .._warn import warn
 from ..backends import BY_ADDRESS, Batch, Choice, decoded, foreach, gpu, memory, reference
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges
@@ -19,7 +20,7 @@ from ..backends.types import Coded, written
 from ..options import STATES, may_be_coded, rules_of
 from ..shards import Shards, blocks_before, divisions, local, part, shards_of
 from ..state import window
-from ..state.formats import BLOCK, EXTRAS, is_coded
+from ..state.formats import BLOCK, EXTRAS, is_coded, low_dtype
 from ..state.slots import State, add_missing, check, lay_out, new_counts
 
 _FOREACH = Choice(foreach, "")
@@ -104,8 +105,13 @@ def collect(given: Given, names: Mapping[int, str], missing: Collection[Tensor] 
                     "sparse=False (torch.nn.Embedding), or give it to torch.optim.SparseAdam"
                 )
             entries.append(Entry(param, resolved(param.grad), member))
-    for param, _, member in entries:
+    for param, grad, member in entries:
         check(given.state.get(param, {}), param)
+        if memory.is_freed(param) or memory.is_freed(grad):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)}, or its gradient, has no memory, as after "
+                "untyped_storage().resize_(0): give it memory before optimizer.step()"
+            )
         if given.groups[member.group]["fused"] and param.device.type not in backends.FUSED_ON:
             raise RuntimeError(
                 "`fused=True` requires all the params to be floating point Tensors of supported devices: "
@@ -116,7 +122,15 @@ def collect(given: Given, names: Mapping[int, str], missing: Collection[Tensor] 
 
 def make_state(entries: Iterable[Entry], given: Given) -> list[tuple[Tensor, list[str]]]:
     """Create missing state as zeros and return its names for each parameter; convert state that no longer fits."""
-    counts = {} if given.compiling else new_counts(given.state, [entry.param for entry in entries])
+    params = [entry.param for entry in entries]
+    if any("param_low" in given.state[param] and low_dtype(param, given.options) is None for param in params):
+        warn(
+            "parameters were cast to another dtype after their last step, so the low bits of master_weight_bits are "
+            "dropped: call full_precision_state_dict(model, optimizer) before the cast, and load it into the model "
+            "after the cast",
+            UserWarning,
+        )
+    counts = {} if given.compiling else new_counts(given.state, params)
     made = []
     for param, _, member in entries:
         lamb = given.groups[member.group]["lamb"]

@@ -192,7 +192,7 @@ def _scalars(
         weight_decay=decay,
         alpha=alpha if type(alpha) is float else number_on(device, alpha, differentiable),
         lamb=float(group["lamb"]) * factor_of_lamb,
-        amplify_after=int(group["amplify_after"]),
+        amplify_after=min(int(group["amplify_after"]), 2**63 - 1),  # kernels count in 64 bits
         clip=clip if type(clip) is float else number_on(device, clip, differentiable),
         raw_second_moment=options["second_moment"] == "raw",
         maximize=group["maximize"],

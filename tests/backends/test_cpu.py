@@ -244,7 +244,7 @@ def test_the_number_of_threads_is_torchs_of_this_moment(monkeypatch: pytest.Monk
     found = native.kernel()
     assert not isinstance(found, str)
     seen: list[int] = []
-    spy = found._replace(step=lambda table, threads, openmp: (seen.append(threads), found.step(table, threads, openmp)))
+    spy = found._replace(step=lambda table, threads, openmp: seen.append(threads) or found.step(table, threads, openmp))
     monkeypatch.setattr(native, "kernel", lambda: spy)
     p, small = nn.Parameter(torch.ones(cpu._ALONE + 1)), nn.Parameter(torch.ones(2))
     optimizer = GrokAdamW([{"params": [p]}, {"params": [small], "lr": 0.1}])  # one backend call per group
@@ -279,31 +279,38 @@ print("done")
     assert run(code) == "done"
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
-def test_its_own_threads_have_room_for_the_rows_that_they_limit(state_dtype: str) -> None:
-    """The kernel's own threads ask for enough stack, even if the default is half a MiB, as on macOS."""
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8", "master_weight_bits": 24}], ids=["float32", "24 bits"])
+@pytest.mark.parametrize("width", [512, "longest"])
+def test_limited_rows_need_little_stack(options: dict[str, Any], width: int | str) -> None:
+    """Threads may have 128 KiB of stack: those that a user starts, and those of the kernel, as with musl."""
     code = f"""
-import ctypes, torch
+import ctypes, threading, torch
 from grokadamw import GrokAdamW
-from grokadamw.backends import cpu
+from grokadamw.backends import cpu, native
 libc, attributes = ctypes.CDLL(None), (ctypes.c_char * 256)()
-if not hasattr(libc, "pthread_setattr_default_np"):
-    raise SystemExit(print("skip"))
-assert libc.pthread_attr_init(attributes) == 0
-assert libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(1 << 19)) == 0
-assert libc.pthread_setattr_default_np(attributes) == 0
-cpu._openmp = lambda: None
-torch.set_num_threads(8)
-p = torch.nn.Parameter(torch.ones(2048, 512))
-optimizer = GrokAdamW([p], state_dtype={state_dtype!r}, max_row_change=0.03)
-for _ in range(20):
-    p.grad = torch.ones_like(p)
-    optimizer.step()
-print("done")
+if hasattr(libc, "pthread_setattr_default_np"):
+    assert libc.pthread_attr_init(attributes) == 0
+    assert libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(1 << 17)) == 0
+    assert libc.pthread_setattr_default_np(attributes) == 0
+threading.stack_size(1 << 17)
+dtype = torch.bfloat16 if {options!r} else torch.float32
+width = native.kernel().row_bytes // 4 if {width!r} == "longest" else {width!r}
+p = torch.nn.Parameter(torch.ones((1 << 20) // width, width, dtype=dtype))
+optimizer = GrokAdamW([p], max_row_change=0.03, **{options!r})
+assert optimizer.implementation().startswith("cpu")
+def steps():
+    for _ in range(5):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+for openmp in (cpu._openmp, lambda: None):
+    cpu._openmp = openmp
+    torch.set_num_threads(8 if openmp() is None else 1)
+    thread = threading.Thread(target=steps)
+    thread.start()
+    thread.join()
+print(p.detach()[0, 0].item() < 1)
 """
-    if (found := run(code)) == "skip":
-        pytest.skip("needs glibc, which changes the default for all threads")
-    assert found == "done"
+    assert run(code) == "True"
 
 
 def test_a_step_needs_no_memory() -> None:
