@@ -79,11 +79,11 @@ class GrokAdamW(Base):
         second_moment: ``"filtered"``: v averages ĝ². ``"raw"``: v averages (c g)².
         amplify_after: number of steps of a parameter before λ acts on it. μ is updated from the first step on.
         signal_boost: b ≥ 0. A step multiplies lr and ``max_row_change`` by 1 + b · s_t, with the combined signal s_t
-            limited to [0, 1]; 0 is off. Without a usable signal the factor is 1. ``metrics()["boost"]`` is the last
+            clamped to [0, 1]; 0 is off. Without a usable signal the factor is 1. ``metrics()["boost"]`` is the last
             factor. Schedulers and ``param_groups`` never see it.
         decay_boost: d ≥ 0. A step multiplies ``weight_decay`` by 1 + d · s_t in the same way. Weights then decay by
             this weight decay times the boosted lr. ``metrics()["decay_boost"]`` is the last factor.
-        amplify_by_signal: multiply λ by the combined signal, limited to [0, 1], so that the filter has no effect until
+        amplify_by_signal: multiply λ by the combined signal, clamped to [0, 1], so that the filter has no effect until
             the model overfits. Without a usable signal λ is 0. The signal still changes α, unless
             ``grokking_signal_decay_rate=0``. A signal on a GPU is read back.
         window_size: w ≥ 1. μ is the mean of a parameter's last w clipped gradients (of all of them until there are w),
@@ -242,7 +242,7 @@ class GrokAdamW(Base):
                 vectors count as weights. A mostly frozen model, as with PEFT, causes a warning, because the preset is
                 for training from scratch.
             norms: True or False to say if the model normalises its activations. None looks for norm layers, and for
-                calls of ``torch.nn.functional``'s norms in its modules' code. Pass True if it has other arithmetic.
+                calls of ``torch.nn.functional``'s norms in its modules' code. Pass True if its code has its own norms.
             lr, weight_decay, options: as for the constructor; they replace the preset's values. A weight decay that you
                 pass stays constant, unless you also pass ``decay_boost``. If lr is a tensor, each group has its own
                 copy: change it in ``param_groups``. A scheduler that sets one lr for all groups, as ``OneCycleLR``

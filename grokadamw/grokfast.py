@@ -146,7 +146,7 @@ class Grokfast(_Filter):
         lamb: λ ≥ 0; 0 turns the filter off.
         amplify_after: number of gradients of a parameter before λ acts on it. μ is updated from the first one on.
         amplify_when: a signal of no arguments (see ``grokadamw.signals``; it may return a bool), called at each step. λ
-            is multiplied by its value, limited to [0, 1], and by 0 while it has no value. With several processes, the
+            is multiplied by its value, clamped to [0, 1], and by 0 while it has no value. With several processes, the
             mean of their values is used. Checkpoints save the signal's state; pickles contain the function.
 
     The groups hold ``grokfast_alpha``, ``grokfast_lamb`` and ``grokfast_amplify_after``, which may differ between

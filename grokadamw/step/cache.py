@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from itertools import accumulate, chain, compress, count, repeat
+from itertools import accumulate, chain, compress, count
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -121,15 +121,16 @@ class Cache:
             if not alike([spec for x, spec in zip(tensors, specs, strict=True) if x is not None]):
                 return None
         shards = list(map(shards_of, seen.params))
-        before = [blocks_before(param, BLOCK) for param in seen.params] if may_be_coded(options) else repeat(0)
         numbers = count(given.first_number)
         places = [
             (i, layer, next(numbers))
             for i, layers in zip(facts.first_alike, facts.layers, strict=True)
             for layer in layers
         ]
-        about = zip(compress(places, seen.present), seen.params, facts.begun or repeat(False), before, strict=False)
-        members = [Member(*place, param.dim() > 1, begun, blocks) for place, param, begun, blocks in about]
+        has_blocks, members = may_be_coded(options), []
+        for i, (place, param) in enumerate(zip(compress(places, seen.present), seen.params, strict=True)):
+            begun = bool(facts.begun) and facts.begun[i]
+            members.append(Member(*place, param.dim() > 1, begun, blocks_before(param, BLOCK) if has_blocks else 0))
         needing = [needs_mu(options, group["lamb"]) for group in groups]
         if any(mu is None and needing[m.group] for m, mu in zip(members, columns.grok_emas, strict=True)):
             return None

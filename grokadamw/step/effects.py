@@ -44,7 +44,7 @@ def in_places(places: Places, i: int, group: dict[str, Any], effect: Effect) -> 
 
 
 def amplification(signal: Number | None) -> float:
-    """Return the factor of λ under `amplify_by_signal`: the signal limited to [0, 1], or 0 without a usable signal."""
+    """Return the factor of λ under `amplify_by_signal`: the signal clamped to [0, 1], or 0 without a usable signal."""
     return 0.0 if signal is None else as_float(_share(signal))
 
 
@@ -62,7 +62,7 @@ def boosted(
 
 
 def _share(signal: Number) -> Number:
-    """Return a signal limited to [0, 1], or 0 for NaN."""
+    """Return a signal clamped to [0, 1], or 0 for NaN."""
     if isinstance(signal, Tensor):
         return torch.nan_to_num(signal, nan=0.0).clamp(0, 1)
     return min(max(signal, 0.0), 1.0) if signal == signal else 0.0
