@@ -34,7 +34,7 @@ def wrappers_of(params: set[Tensor]) -> list[Any]:
     if not found and gc.get_freeze_count() and not all(hasattr(param, "device_mesh") for param in params):
         gc.unfreeze()  # gc.get_objects() leaves out frozen objects
         found = _around(params, gc.get_objects())
-        if found:  # else freezing would include models that were not frozen, and could then never be freed
+        if found:  # else freezing would include models that were not frozen, and these could then never be freed
             gc.collect()
             gc.freeze()
     return found

@@ -113,7 +113,9 @@ def gradfilter_ma(
         kept = memory.get(name)
         if isinstance(kept, deque):  # as returned by the published function
             if kept.maxlen != window_size:
-                raise ValueError(f"grads[{name!r}] is of window_size={kept.maxlen}: give that, or None to start anew")
+                raise ValueError(
+                    f"grads[{name!r}] is of window_size={kept.maxlen}: give that, or None to start from scratch"
+                )
             for old in kept:
                 _check_kept(f"grads[{name!r}]", old, given[name].shape)
         elif kept is not None:

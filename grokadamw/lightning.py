@@ -88,11 +88,19 @@ class GrokAdamWCallback(Callback):
         self._is_late = False  # True while train_loss is still the one from before this epoch
         self._waits_for_loss = False  # True if this epoch was validated before its train_loss was logged
         self._train_accuracy: Any = None  # the last logged one that is not NaN
-        self._loaded: dict[str, Any] = {}  # what a checkpoint had of the last two
+        self._loaded: dict[str, Any] = {}  # train_loss and train_acc from a checkpoint, until training begins
         self._validated_at = -1  # the step of the last validation with an accuracy
         self._before: dict[str, Any] = {}  # metrics before a validation; Lightning keeps old ones
         self._heard: set[str] = set()  # the names of the values that have been logged
         self._said: set[str] = set()
+
+    @property
+    def state_key(self) -> str:
+        """The key of this callback's state in a checkpoint, which differs between callbacks with other arguments."""
+        return self._generate_state_key(train_loss=self._train_loss, train_acc=self._train_acc, **self._evaluated)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._loaded = {}  # from an earlier run; Lightning loads the checkpoint of this one after setup
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = [trainers.grokadamw_in(optimizer) for optimizer in trainer.optimizers]
@@ -147,7 +155,7 @@ class GrokAdamWCallback(Callback):
         return {name: torch.as_tensor(value).clone() for name, value in found.items() if value is not None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned. Lightning does so before training begins."""
+        """Load what `state_dict` returned. Lightning does so between `setup` and the start of training."""
         self._loaded = dict(state_dict)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

@@ -123,7 +123,8 @@ class Monitor:
         self._forget_evaluations_after(sum(self._step_counts()))
 
     def _step_counts(self) -> list[int]:
-        return list(map(int, step_counts(states_of(self._optimizer.param_groups, self._optimizer.state))))
+        counts = step_counts(states_of(self._optimizer.param_groups, self._optimizer.state))
+        return [0 if math.isnan(count) else int(count) for count in counts]
 
     def _steps_taken(self) -> int:
         return max(self._step_counts(), default=0)

@@ -206,7 +206,7 @@ _CONFLICTS = (
     (("max_row_norm", "max_row_change", "signal_boost", "decay_boost"), ("compat",), ", which lacks that option:"),
     (("accumulation_steps", "window_size"), ("compat", "differentiable"), ":"),
     (("state_dtype", "master_weight_bits", "rounding"), ("compat", "differentiable"), ":"),
-    (("state_dtype",), ("window_size",), ", which keeps gradients in their own dtype:"),
+    (("state_dtype",), ("window_size",), ", which has window_dtype:"),
     (("rounding",), ("master_weight_bits",), ", which has its own rounding:"),
     (("accumulation_steps", "amplify_by_signal"), ("capturable",), ": a CUDA graph does the same at every replay;"),
 )

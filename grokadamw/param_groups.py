@@ -42,7 +42,7 @@ class CycleNumbers(NamedTuple):
 
 # the micro-batches of a cycle so far, and its numbers
 CYCLE_AT_REST: dict[str, Any] = {"micro_step": 0, "cycle": tuple(CycleNumbers())}
-# The progress of a run, which groups hold beside their options; "last_norm" is N of `step_in_backward`'s last pass.
+# The progress of a run, which groups hold besides their options; "last_norm" is N of `step_in_backward`'s last pass.
 PROGRESS = {**dict.fromkeys(RECORDED), "signal_state": None, "skipped_steps": 0, **CYCLE_AT_REST, "last_norm": 0.0}
 GROUP_KEYS = (*IN_GROUPS, *PROGRESS, "layers")
 

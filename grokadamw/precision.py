@@ -41,7 +41,7 @@ def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[st
         if "param_low" in optimizer.state.get(param, {}) and param.dtype not in HALVES:
             raise ValueError(
                 f"model was cast to {param.dtype} after its last step, and without the low bits that the optimizer "
-                "keeps: call full_precision_state_dict before the cast"
+                "keeps: call full_precision_state_dict before the cast, or delete 'param_low' from the states"
             )
     state_dict: dict[str, Any] = model.state_dict()
     for name, param in _with_low_bits(model, optimizer):

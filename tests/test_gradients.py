@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from grokadamw import GrokAdamW
-from grokadamw.backends import foreach
+from grokadamw.backends import foreach, native
 from grokadamw.signals import SlowGradient
 from grokadamw.step.norm import clip_coefficient, global_norm
 
@@ -176,18 +176,25 @@ def test_a_parameter_that_becomes_expanded_is_refused_before_anything_is_written
 
 @pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("steps", [0, 2])
-@pytest.mark.parametrize("of_gradient", [False, True])
-def test_a_tensor_whose_memory_was_freed_is_refused(foreach: bool | None, steps: int, of_gradient: bool) -> None:
-    """Such a parameter would not be updated, and such a gradient would be read from address 0."""
+@pytest.mark.parametrize("which", ["parameter", "gradient", "state"])
+@pytest.mark.parametrize("sees_by_dlpack", [True, False])
+def test_a_tensor_whose_memory_was_freed_is_refused(
+    foreach: bool | None, steps: int, which: str, sees_by_dlpack: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a parameter would not be updated, and gradient or state would be read from address 0."""
+    if not sees_by_dlpack:
+        monkeypatch.setattr(native, "signature", lambda: None)
     p, q = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(3))
     optimizer = GrokAdamW([p, q], foreach=foreach)
     for step in range(steps + 1):
         p.grad, q.grad = torch.ones(4, 4), torch.ones(3)
         if step == steps:
-            freed = p.grad if of_gradient else p.data
+            if which == "state" and not steps:
+                return
+            freed = {"parameter": p.data, "gradient": p.grad, "state": optimizer.state[p].get("exp_avg")}[which]
             freed.untyped_storage().resize_(0)
             before = q.detach().clone()
-            with pytest.raises(RuntimeError, match=r"shape \(4, 4\), or its gradient, has no memory"):
+            with pytest.raises(RuntimeError, match=r"shape \(4, 4\), its gradient or its state has no memory"):
                 optimizer.step()
             assert torch.equal(q, before)
         else:

@@ -230,8 +230,8 @@ def test_a_signal_of_accuracies_that_gets_losses_is_warned_of_once() -> None:
 @pytest.mark.parametrize(
     ("kind", "before", "words", "signal"),
     [
-        ("loss", 2.0, "record both losses together:", None),
-        ("acc", 0.5, "record both accuracies together:", AccuracyGap()),
+        ("loss", 2.0, "Record both losses together:", None),
+        ("acc", 0.5, "Record both accuracies together:", AccuracyGap()),
     ],
 )
 def test_an_evaluation_of_long_ago_is_warned_of_once(kind: str, before: float, words: str, signal: Any) -> None:

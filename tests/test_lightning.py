@@ -746,6 +746,25 @@ def test_a_value_of_the_epoch_resumes_with_the_run(
         assert torch.equal(a, b)
 
 
+def test_the_values_of_another_runs_checkpoint_are_forgotten(trainer: Callable[..., Any], tmp_path: Path) -> None:
+    """A checkpoint that is only tested fills the callback, too, and the next run must not begin with its loss."""
+    path, options = tmp_path / "epoch.ckpt", {"val_check_interval": BATCHES - 4, "max_epochs": 1}
+    alphas = []
+    for callback in (GrokAdamWCallback(train_loss="mse"), tested := GrokAdamWCallback(train_loss="mse")):
+        if callback is tested:
+            trainer(callbacks=[tested]).validate(ByEpoch(loss_gap), data(), ckpt_path=path, weights_only=True)
+        module = ByEpoch(loss_gap)
+        trainer(callbacks=[callback, Saves(path)], **options).fit(module, data(), data())
+        alphas.append(module.alphas)
+    assert alphas[0] == alphas[1]
+
+
+def test_two_callbacks_may_listen(trainer: Callable[..., Any]) -> None:
+    """Lightning wants another key in the checkpoint for each callback that has a state."""
+    callbacks = [GrokAdamWCallback(train_loss="mse"), GrokAdamWCallback(train_acc="acc", eval_acc="val_acc")]
+    trainer(max_epochs=1, callbacks=callbacks).fit(ByEpoch(AccuracyGap()), data(), data())
+
+
 class Both(Rarely):
     """A module that logs the training loss both for each step and for the epoch."""
 

@@ -878,13 +878,14 @@ static void work_on(job alone, int64_t threads, gomp_parallel *parallel)
 static int64_t pieces_of(const table *t) { return t->count ? (t->ends[t->count - 1] + PIECE - 1) / PIECE : 0; }
 
 /* Return 1 if there is no memory for it: then nothing was written. */
-int NAME(step)(const table *t, int64_t threads, gomp_parallel *parallel)
+int NAME(update)(const table *t, int64_t threads, gomp_parallel *parallel)
 {
-    const int64_t room_bytes = room_for_rows(t);
+    const int64_t room_bytes = room_for_rows(t), pieces = pieces_of(t);
+    if (threads > pieces) threads = pieces;
     char *const memory = room_bytes ? malloc(threads * room_bytes + 64) : NULL;
     if (room_bytes && !memory) return 1;
     char *const room = memory ? memory + 64 - (uintptr_t)memory % 64 : NULL; /* aligned for wide loads */
-    work_on((job){.t = t, .pieces = pieces_of(t), .room = room, .room_bytes = room_bytes}, threads, parallel);
+    work_on((job){.t = t, .pieces = pieces, .room = room, .room_bytes = room_bytes}, threads, parallel);
     free(memory); /* all pieces are done, so threads that still look at the job do not use it */
     for (int64_t i = 0; t->moves && i < t->count; i++) *t->steps[i] += 1;
     return 0;

@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _LOOKS: tuple[Callable[[Tensor], Any], ...] = (
     *(type, attrgetter("dtype"), Tensor.size, Tensor.stride, Tensor.get_device),
-    Tensor._is_zerotensor,
+    lambda x: x._is_zerotensor() or not x.data_ptr(),  # has no memory
 )
 
 

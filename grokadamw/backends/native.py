@@ -56,7 +56,7 @@ def kernel() -> Kernel | str:
     try:
         library = ctypes.CDLL(str(_LIBRARY))
         for name in _instruction_sets():
-            if hasattr(library, f"signature_{name}"):  # the newest function, which an older library lacks
+            if hasattr(library, f"update_{name}"):  # the newest function, which an older library lacks
                 return _kernel(library, name)
     except OSError as error:
         return f"the native kernel cannot be loaded: {error}"
@@ -72,7 +72,7 @@ def _instruction_sets() -> list[str]:
 def _kernel(library: ctypes.CDLL, name: str) -> Kernel | str:
     table_size, piece, row_bytes, step, squares, meet = (
         getattr(library, f"{function}_{name}")
-        for function in ("table_size", "piece", "row_bytes", "step", "sum_of_squares", "meet")
+        for function in ("table_size", "piece", "row_bytes", "update", "sum_of_squares", "meet")
     )
     if table_size() != ctypes.sizeof(Table):
         return _ANOTHER

@@ -34,7 +34,7 @@ and step, so a resumed run needs no generator state. There is no seed: another o
     v in int8          |√y - √x| < √B / 254, and y > 0 if x > 0 and B > 2^-133
     bfloat16           |y - x| < |x| / 128, or 2^-133 if that is more; but a v above 0 is never below 2^-126
     24 bits            |y - x| < |x| / 2^15, or 2^-141 if that is more; for float16 2^-32
-    float16, 32 bits   |y - x| < 2^-40 below 2^-17, else y = x
+    float16, 32 bits   |y - x| < 2^-40 below 2^-17, else y = x (or infinite)
 
 An outlier in a block cannot make the steps of the other elements explode. With m' and v' as stored,
 

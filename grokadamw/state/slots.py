@@ -73,7 +73,7 @@ def add_missing(
 ) -> list[str]:
     """Create missing state that a step needs under these options and a group's λ, as zeros; return the new names.
 
-    Low bits of a parameter that no longer has 16 bits are dropped: its own dtype holds all of its weights.
+    Low bits of a parameter that no longer has 16 bits are dropped: its weights are then what its own dtype holds.
     """
     names = ["exp_avg", "exp_avg_sq"] + ["grok_ema"] * needs_mu(options, lamb)
     new: State = {}

@@ -36,7 +36,7 @@ def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, 
     if isinstance(signal, Tensor):
         return alpha_init * torch.exp(-decay_rate * (signal.clamp(min=0) if clamp else signal))
     exponent = -decay_rate * (max(signal, 0.0) if clamp else signal)
-    return alpha_init * (math.exp(exponent) if exponent < 709 else math.inf)  # math.exp raises an error above 709.78
+    return alpha_init * math.exp(min(exponent, 709.0))  # above 709.78 math.exp raises an error
 
 
 def hear(
@@ -204,8 +204,8 @@ class Signals:
             if is_used and self._alone[kind] >= 100 and is_new("an old evaluation", self._warned):
                 warn(
                     f"100 training {many} were recorded since the last evaluation {one}: what the model has "
-                    f"learnt since then looks like memorising, and signal_boost or decay_boost reacts to it. After an "
-                    f"evaluation, record both {many} together: optimizer.record({train}=…, {evaluation}=…)",
+                    f"learnt since then looks like memorising, and signal_boost or decay_boost reacts to it. Record "
+                    f"both {many} together: optimizer.record({train}=…, {evaluation}=…), after each evaluation",
                     UserWarning,
                 )
 

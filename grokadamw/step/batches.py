@@ -106,10 +106,11 @@ def collect(given: Given, names: Mapping[int, str], missing: Collection[Tensor] 
                 )
             entries.append(Entry(param, resolved(param.grad), member))
     for param, grad, member in entries:
-        check(given.state.get(param, {}), param)
-        if memory.is_freed(param) or memory.is_freed(grad):
+        state = given.state.get(param, {})
+        check(state, param)
+        if any(memory.is_freed(x) for x in (param, grad, *state.values()) if isinstance(x, Tensor)):
             raise RuntimeError(
-                f"a parameter of shape {tuple(param.shape)}, or its gradient, has no memory, as after "
+                f"a parameter of shape {tuple(param.shape)}, its gradient or its state has no memory, as after "
                 "untyped_storage().resize_(0): give it memory before optimizer.step()"
             )
         if given.groups[member.group]["fused"] and param.device.type not in backends.FUSED_ON:
@@ -178,7 +179,7 @@ def kind_of(
 
 
 def coded_of(columns: Columns, places: Sequence[int], members: Sequence[Member], options: dict[str, Any]) -> Coded:
-    """Return the scales, the low bits and the dithers' numbers for the tensors at these places."""
+    """Return the scales and low bits of the tensors at these places, how weights are rounded, and earlier blocks."""
     extras = [[column[i] for i in places] for column in columns.extras]
     m, v, mu, lows = (None if not column or column[0] is None else column for column in extras)
     before = [members[i].blocks_before for i in places]

@@ -98,7 +98,11 @@ class Cache:
             if found is None and (checked or not windows):  # signatures do not include the shapes of windows
                 plan = self._new_plan(seen, given, checked)
                 found = None if plan is None else plan.batches_for(seen)
-        except (KeyError, TypeError, RuntimeError):  # an incomplete state, a tensor without memory
+        except (
+            KeyError,
+            TypeError,
+            RuntimeError,
+        ):  # an incomplete state, a look that `collect` must check, a tensor without memory
             return None
         if found is None or plan is None:
             return None
@@ -159,9 +163,9 @@ class Cache:
 
 
 def _likely_choice(param: Tensor, state: State, group: dict[str, Any], options: dict[str, Any]) -> Choice:
-    """Return the backend for a parameter, as if it had a gradient like itself and all the state that a step needs.
+    """Return the backend for a parameter with all the state that a step needs.
 
-    No window is made, because it may be large and does not influence the choice.
+    A missing gradient is taken to be like the parameter. No window is made: it may be large, and decides nothing.
     """
     shards, whole, options = shards_of(param), dict(state), {**options, "window_size": None}
     add_missing(whole, param, options, group["lamb"])

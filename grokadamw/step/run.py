@@ -1,4 +1,4 @@
-"""What a running optimizer keeps beside its groups, its state and its defaults."""
+"""What a running optimizer keeps besides its groups, its state and its defaults."""
 
 from __future__ import annotations
 

@@ -309,6 +309,8 @@ def _not_finite(run: Run, given: Given, params: Sequence[Tensor]) -> RuntimeErro
     found = [param for param in params if param.grad is not None and not part(param.grad).isfinite().all()]
     names = ", ".join(layers.name_of(param, given.groups, run.names) for param in found)
     is_alone = given.shard_group is None and not divisions(given.groups)
-    others = "their sum of squares overflows" if is_alone else "those of another rank, or their sum overflows"
+    others = (
+        "their sum of squares overflows" if is_alone else "those of another rank, or their sum of squares overflows"
+    )
     what = "Earlier parameters of this pass were updated" if run.has_updated_early else "Nothing was written"
     return RuntimeError(f'the gradients are not finite: {names or others}. {what}; nonfinite="skip" skips such steps')
