@@ -221,7 +221,11 @@ BAD = [
         r"state_dtype\['grok_ema'\]={'exp_avg': 'int8'} is no",
     ),
     ({"state_dtype": {"step": "int8"}}, ValueError, "state_dtype=.* names 'step'"),
-    ({"state_dtype": "int8", "window_size": 2}, ValueError, "state_dtype='int8' with window_size=2, which has window_dtype"),
+    (
+        {"state_dtype": "int8", "window_size": 2},
+        ValueError,
+        "state_dtype='int8' with window_size=2, which has window_dtype",
+    ),
     ({"state_dtype": "int8", "compat": "0.1.2"}, ValueError, "state_dtype='int8' with compat='0.1.2'"),
     ({"state_dtype": "int8", "differentiable": True}, ValueError, "state_dtype='int8' with differentiable=True"),
     ({"decay_boost": -1.0}, ValueError, "decay_boost=-1.0"),
