@@ -168,11 +168,11 @@ class Wrapper(WrapperBase):
         """Handle a step in which GradScaler found infinity."""
 
     def _take(self, parts: list[Part]) -> None:
-        """Take a step with these gradients."""
+        """Take a step with these gradients. Every wrapper defines this."""
         raise NotImplementedError
 
     def _make_state(self, parts: list[Part]) -> None:
-        """Create the state that these parameters lack, initialised to zero."""
+        """Create the state that these parameters lack, initialised to zero. Every wrapper defines this."""
         raise NotImplementedError
 
     def _parts(self) -> list[Part]:

@@ -242,7 +242,7 @@ class WrapperBase(Optimizer):
         return value.detach().to(param.device if value.is_floating_point() else torch.device("cpu"), copy=True)
 
     def _described(self) -> str:
-        """Describe the settings that are not in the groups."""
+        """Describe the settings that are not in the groups. Every wrapper defines this."""
         raise NotImplementedError
 
     def __repr__(self) -> str:

@@ -119,8 +119,9 @@ class Monitor:
             del self._evaluations[: -max(self._capacity, _IN_A_ROW)]
 
     def _after_loading(self, optimizer: Optimizer) -> None:
-        self._steps = self._steps_taken()
-        self._forget_evaluations_after(sum(self._step_counts()))
+        counts = self._step_counts()
+        self._steps = max(counts, default=0)
+        self._forget_evaluations_after(sum(counts))
 
     def _step_counts(self) -> list[int]:
         counts = step_counts(states_of(self._optimizer.param_groups, self._optimizer.state))
