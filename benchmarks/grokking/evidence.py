@@ -348,6 +348,17 @@ def by_accuracy(task: str) -> dict[str, list[Run]]:
     return {PRESET: losses, BY_ACCURACY: [replace(run, method=BY_ACCURACY) for run in losses]}
 
 
+def pairs_alike(pairs: list[str], rows: list[Row]) -> list[Run]:
+    """Return runs of AdamW with the same cell on all pairs: the best of the grid on the first seed, over all pairs.
+
+    There are none until the grids of all pairs are done.
+    """
+    found = select(rows, [run for pair in pairs for run in pair_grid(pair, "adamw", rows)])
+    if len(found) < len(pairs) * len(LRS) * len(DECAYS) or (cell := best(found)) is None:
+        return []
+    return [Run.of(pair, "adamw", seed, *cell) for pair, seed in product(pairs, PAIR_SEEDS)]
+
+
 def pair_recipe(pair: str, cell: Cell) -> list[Run]:
     """Return runs of AdamW with the learning rate and weight decay of a public recipe."""
     return [Run.of(pair, "adamw", seed, *cell, budget=GRID_BUDGET) for seed in PAIR_SEEDS]
@@ -466,6 +477,8 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
     for task, method in product(OTHER_TASKS, COMPARED):
         yield other_finals(task, method, rows)
     yield [run for task in BY_ACCURACY_TASKS for runs in by_accuracy(task).values() for run in runs]
+    yield pairs_alike(KINDS, rows)
+    yield pairs_alike(PAIRS, rows)
     for cell in RECIPES:
         yield [run for pair in PAIRS for run in pair_recipe(pair, cell)]
     yield untuned()

@@ -28,6 +28,7 @@ from .runs import Row
 from .tasks.architectures import PROBLEMS
 
 Table = Callable[[list[Row]], str]
+Both = tuple[list[Row], list[Row]]  # AdamW's rows and the preset's, on the same task
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / page for page in ("README.md", "docs/grokfast.md", "benchmarks/results/GROKKING_REPORT.md")]
@@ -111,7 +112,7 @@ def untuned(rows: list[Row]) -> str:
     return markdown(["", "lr, wd", *MOD97], [*lines, ["speed-up", "", *sooner]])
 
 
-def both_of_pairs(rows: list[Row], names: Iterable[str] = evidence.PAIRS) -> dict[str, tuple[list[Row], list[Row]]]:
+def both_of_pairs(rows: list[Row], names: Iterable[str] = evidence.PAIRS) -> dict[str, Both]:
     """Return for each architecture × task the rows of a tuned AdamW, if there are any, and of the untuned preset."""
     return {
         pair: (
@@ -120,6 +121,13 @@ def both_of_pairs(rows: list[Row], names: Iterable[str] = evidence.PAIRS) -> dic
         )
         for pair in names
     }
+
+
+def alike_of_pairs(rows: list[Row], names: list[str]) -> dict[str, list[Row]]:
+    """Return the rows of AdamW with one cell for all of these pairs, for each pair whose runs are done."""
+    found = select(rows, evidence.pairs_alike(names, rows))
+    by_pair = {pair: [row for row in found if row.task == pair] for pair in names}
+    return {pair: there for pair, there in by_pair.items() if len(there) == len(evidence.PAIR_SEEDS)}
 
 
 def ratio(preset: list[Row], adamw: list[Row]) -> float | None:
@@ -136,26 +144,39 @@ def two_digits(ratio: float) -> str:
 
 
 def pairs(names: list[str], rows: list[Row]) -> str:
-    """Return a table of models × tasks, with AdamW tuned on each, if its runs are done, and the untuned preset."""
-    lines, ratios = list[list[str]](), list[float]()
-    compared: tuple[list[Row], list[Row]] = ([], [])
+    """Return a table of models × tasks: the untuned preset, AdamW tuned on each, and AdamW with one cell for all.
+
+    AdamW is shown where its runs are done.
+    """
+    alike = alike_of_pairs(rows, names)
+    lines, tuned, same_cell = list[list[str]](), list[Both](), list[Both]()
     for pair, (adamw, preset) in both_of_pairs(rows, names).items():
         if not preset and not adamw:
             continue
-        found = ratio(preset, adamw)
-        if found is not None:
-            ratios.append(found)
-            compared[0].extend(adamw)
-            compared[1].extend(preset)
-        shown_ratio = "" if found is None else two_digits(found)
-        lines.append([pair, cell(adamw), quartiles(adamw), quartiles(preset), shown_ratio])
-    if ratios:
-        failed = (f"{sum(map(math.isinf, steps(each)))} of {len(each)} failed" for each in compared)
-        numbers = f"{min(ratios):.2f}, {float(np.median(ratios)):.2f}, {max(ratios):.2f}"
-        mean = math.exp(float(np.mean(np.log(ratios))))
-        lines.append([f"best, median, worst of {len(ratios)}", "", *failed, numbers])
-        lines.append(["geometric mean", "", "", "", f"{mean:.2f}"])
-    return markdown(["task/model", "AdamW: lr, wd", "AdamW, tuned", "preset, untuned", "ratio"], lines)
+        line = [pair, quartiles(preset), cell(adamw)]
+        for opponents, compared in ((adamw, tuned), (alike.get(pair, []), same_cell)):
+            found = ratio(preset, opponents)
+            line += [quartiles(opponents), "" if found is None else two_digits(found)]
+            if found is not None:
+                compared.append((opponents, preset))
+        lines.append(line)
+    if tuned:
+        count, *_, failed, _ = _in_short(tuned)
+        first, mean = _last_lines(tuned)
+        first_of_same, mean_of_same = _last_lines(same_cell if len(same_cell) == len(tuned) else [])
+        lines.append([f"best, median, worst of {count}", f"{failed} failed", "", *first, *first_of_same])
+        lines.append(["geometric mean", "", "", *mean, *mean_of_same])
+    of_all = cell(next(iter(alike.values()), []))
+    head = ["task/model", "preset, untuned", "AdamW: lr, wd", "AdamW, tuned", "ratio", f"AdamW, {of_all}", "ratio"]
+    return markdown(head, lines)
+
+
+def _last_lines(compared: list[Both]) -> tuple[list[str], list[str]]:
+    """Return entries for the last two lines of `pairs`: AdamW's failed runs and the range of ratios; their mean."""
+    if not compared:
+        return ["", ""], ["", ""]
+    _, best, median, worst, mean, _, failed = _in_short(compared)
+    return [f"{failed} failed", f"{best}, {median}, {worst}"], ["", mean]
 
 
 def recipes(rows: list[Row]) -> str:
@@ -205,9 +226,6 @@ def by_accuracy(rows: list[Row]) -> str:
     return markdown(["task/model", "AdamW, tuned", "preset, by losses", "preset, by accuracies"], lines)
 
 
-Both = tuple[list[Row], list[Row]]  # AdamW's rows and the preset's, on the same task
-
-
 def summary(rows: list[Row]) -> str:
     """Return the table of the preset's medians over a tuned AdamW's, and of failures, for pairs with all runs done."""
     home = select(rows, evidence.finals("adamw", rows)), select(rows, evidence.untuned())
@@ -236,6 +254,12 @@ def summary(rows: list[Row]) -> str:
         done = [each for each in both if all(len(found) == len(evidence.PAIR_SEEDS) for found in each)]
         if done:
             lines.append([name, *_in_short(done)])
+    for name, names in (("other transformers", evidence.PAIRS), ("other kinds of models", evidence.KINDS)):
+        alike = alike_of_pairs(rows, names)
+        if len(alike) == len(names):
+            done = [(alike[pair], preset) for pair, (_, preset) in both_of_pairs(rows, names).items()]
+            lr, wd = done[0][0][0].lr, done[0][0][0].weight_decay
+            lines.append([f"{name}; AdamW at lr {lr:g}, wd {wd:g} on all", *_in_short(done)])
     ratios = ["best ratio", "median ratio", "worst ratio", "geometric mean"]
     return markdown(["models and tasks", "pairs", *ratios, "preset: failed runs", "AdamW: failed runs"], lines)
 

@@ -404,6 +404,39 @@ def test_recipes_are_shown_where_all_seeds_are_done() -> None:
     assert f"| {pair} | 700 (700 to 700) | not reached (0 of 5) |  |  |" in report.recipes(rows)
 
 
+def test_one_cell_for_all_pairs_is_the_best_over_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On each of two pairs another cell is best. The cell that is second-best on both is best over both."""
+    names = evidence.PAIRS[:2]
+    quickest = dict(zip(names, [(1e-2, 1.0), (1e-2, 0.3)], strict=True))
+    rows = [replace(ROW, **asdict(run), sustained=200) for pair in names for run in evidence.pair_untuned(pair)]
+    done = {row.run for row in rows}
+    while new := [
+        run for pair in names for part in evidence.PAIR_PARTS for run in part(pair, "adamw", rows) if run not in done
+    ]:
+        for run in dict.fromkeys(new):
+            at = run.lr, run.weight_decay
+            took = 400 if at == quickest[run.task] else 500 if at == (3e-3, 0.3) else 700
+            rows.append(replace(ROW, **asdict(run), sustained=took))
+            done.add(run)
+
+    runs = evidence.pairs_alike(names, rows)
+    assert runs == [Run.of(pair, "adamw", seed, 3e-3, 0.3) for pair in names for seed in range(100, 105)]
+    assert evidence.pairs_alike(names, [row for row in rows if (row.lr, row.seed) != (1e-3, 0)]) == []
+    rows += [replace(ROW, **asdict(run), sustained=800) for run in runs[:-1]]
+    assert report.pairs(names, rows).endswith(
+        "| 0 of 10 failed | 0.50, 0.50, 0.50 |  |  |\n| geometric mean |  |  |  | 0.50 |  |  |\n"
+    )
+    rows.append(replace(ROW, **asdict(runs[-1]), sustained=None))
+    assert "| AdamW, 0.003, 0.3 | ratio |\n" in report.pairs(names, rows)
+    assert "| 800 (800 to 800), 1 of 5 failed | 0.25 |\n" in report.pairs(names, rows)
+    assert "| 1 of 10 failed | 0.25, 0.25, 0.25 |\n" in report.pairs(names, rows)
+    monkeypatch.setattr(evidence, "KINDS", names)
+    ratios = " | ".join(4 * ["0.25"])
+    line = f"| other kinds of models; AdamW at lr 0.003, wd 0.3 on all | 2 | {ratios} | 0 of 10 | 1 of 10 |"
+    assert line in report.summary(rows)
+    assert line not in report.summary(rows[:-1])
+
+
 def test_architectures_are_tuned_by_a_race() -> None:
     """The first cell limits the others. The best three run with a second seed, and the best of these is kept."""
     steps = {(3e-3, 1.0): 600, (1e-3, 3.0): 800, (3e-3, 0.3): 500, (1e-2, 0.3): 550}
