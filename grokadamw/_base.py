@@ -25,8 +25,7 @@ from .param_groups import (
     check_pickled,
     fill_in,
     group_defaults,
-    make_savable,
-    place_recorded,
+    make_plain,
     recorded,
 )
 from .state.loading import keeping_precision
@@ -202,7 +201,6 @@ class Base(Optimizer):
         self._complete_groups()
         with keeping_precision(self):
             super().load_state_dict(state_dict)
-        place_recorded(self.param_groups)
         self._run.restart(self.param_groups)
 
     def _before_saving(self) -> None:
@@ -211,7 +209,7 @@ class Base(Optimizer):
             raise RuntimeError("a micro-batch of step_in_backward is not over: call optimizer.step() before you save")
         self._complete_groups()
         self._run.settle(self.param_groups)
-        make_savable(self.param_groups)
+        make_plain(self.param_groups)
         for group in self.param_groups[:1]:
             group["signal_state"] = self._run.signals.state()
         zero.tell(self)

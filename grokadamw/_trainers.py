@@ -14,6 +14,7 @@ from ._numbers import as_number
 from ._warn import is_new, warn
 from .accumulation import Accumulate
 from .grokadamw import GrokAdamW
+from .layers import unwrapped
 from .step.effects import are_boosted
 
 _LOGGED = ("alpha", "boost", "decay_boost", "signal", "grad_norm", "clip_coefficient", "skipped_steps")
@@ -50,10 +51,29 @@ def smallest_with(optimizer: GrokAdamW, model: nn.Module) -> nn.Module:
     return smallest
 
 
+def _named_in(optimizer: GrokAdamW, model: nn.Module) -> nn.Module | None:
+    """Return the module whose names of parameters the optimizer has; None if it has no names, or others."""
+    named = zero.groups_of_all_ranks(optimizer)
+    names = unwrapped(name for group in named for name in group.get("param_names", ()))
+    params = [param for group in named for param in group["params"]]
+    if len(names) != len(params):
+        return None
+    wanted = dict(zip(params, names, strict=True))
+    for module in model.modules():
+        own = list(module.named_parameters())
+        if wanted.items() <= dict(zip((param for _, param in own), unwrapped(n for n, _ in own), strict=True)).items():
+            return module
+    return None
+
+
 def name_layers(optimizer: GrokAdamW, model: nn.Module) -> None:
-    """Set the layers from the model. If it lacks parameters of the optimizer, warn and leave the layers unchanged."""
+    """Set the layers from the model, or from the module in it from which the optimizer has its parameters' names.
+
+    So a frozen teacher beside a student does not count if the optimizer got the student's names. If the model lacks
+    parameters of the optimizer, warn and leave the layers unchanged.
+    """
     try:
-        optimizer.set_layers(model)
+        optimizer.set_layers(_named_in(optimizer, model) or model)
     except ValueError as error:
         warn(f"layers stay as they were ({error})", UserWarning)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import chain, product
 from typing import Any, NamedTuple, TypeVar, overload
 
@@ -235,9 +234,26 @@ class Wrapper(WrapperBase):
             self.state[part.param][name] = kept.to(dtype)
 
     def _inner_step(self, parts: Sequence[Part], grads: Sequence[Tensor]) -> None:
-        """Step the inner optimizer with these gradients (real tensors). Other parameters have no gradient meanwhile."""
-        with self._hidden(), _replaced(parts, grads, chain.from_iterable(g["params"] for g in self.param_groups)):
-            self._inner.step()
+        """Step the inner optimizer with these gradients (real tensors), in the dtypes of the parameters' own.
+
+        Other parameters have no gradient meanwhile.
+        """
+        kept = {param: param.grad for group in self.param_groups for param in group["params"]}
+        new = {part.param: grad for part, grad in zip(parts, grads, strict=True)}
+        try:
+            for param, old in kept.items():
+                grad = new.get(param)
+                if grad is not None:
+                    grad = torch.view_as_complex(grad) if param.is_complex() else grad
+                    # from torch 2.10 on, a parameter may ask for gradients of another dtype than its own
+                    expected = getattr(param, "grad_dtype", None) or param.dtype
+                    grad = grad.to(expected if old is None else old.dtype)
+                param.grad = grad
+            with self._hidden():
+                self._inner.step()
+        finally:
+            for param, old in kept.items():
+                param.grad = old
 
 
 def by_kind(parts: Sequence[Part], kind: Callable[[Part], _Kind]) -> list[tuple[_Kind, list[Part]]]:
@@ -248,23 +264,3 @@ def by_kind(parts: Sequence[Part], kind: Callable[[Part], _Kind]) -> list[tuple[
         key = (part_kind, part.grad.device, mesh_of(part.grad), part.grad.dtype)
         lists.setdefault(key, (part_kind, []))[1].append(part)
     return list(lists.values())
-
-
-@contextmanager
-def _replaced(parts: Sequence[Part], grads: Sequence[Tensor], params: Iterator[Tensor]) -> Iterator[None]:
-    """Replace the gradients inside the context, keeping their dtypes. Other parameters have no gradient there."""
-    kept = {param: param.grad for param in params}
-    new = {part.param: grad for part, grad in zip(parts, grads, strict=True)}
-    try:
-        for param, old in kept.items():
-            grad = new.get(param)
-            if grad is not None:
-                grad = torch.view_as_complex(grad) if param.is_complex() else grad
-                # from torch 2.10 on, a parameter may ask for gradients of another dtype than its own
-                expected = getattr(param, "grad_dtype", None) or param.dtype
-                grad = grad.to(expected if old is None else old.dtype)
-            param.grad = grad
-        yield
-    finally:
-        for param, grad in kept.items():
-            param.grad = grad

@@ -36,14 +36,13 @@ class WrapperBase(Optimizer):
     _others: tuple[tuple[str, ...], ...] = ()  # state names of each other wrapper; a count comes last in all
     _mark: str  # a group key which shows that a wrapper of this kind was around the optimizer
     _rank: int  # it may only wrap wrappers of lower rank
+    _always_unscales = False
 
     def _begin(self) -> None:
         # GradScaler then leaves unscaling to the optimizer, and calls the optimizer even if it found infinity
         if self._always_unscales or getattr(self._inner, "_step_supports_amp_scaling", False):
             self._step_supports_amp_scaling = True
         super().__setstate__({})  # creates the hooks that every optimizer has
-
-    _always_unscales = False
 
     def _drop_none(self) -> None:
         """Remove None from the state. ZeroRedundancyOptimizer loads it for parameters that other ranks step."""

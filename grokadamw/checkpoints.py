@@ -97,10 +97,8 @@ def with_whole_states(state_dict: StateDict) -> StateDict:
     JSON turns integer keys into strings. So does torch.distributed.checkpoint for values that are not tensors.
     """
     known = {key for group in state_dict["param_groups"] for key in group["params"]}
-    state, strings = dict(state_dict["state"]), list[str]()
-    for key in state:
-        if isinstance(key, str) and key not in known and key.isdecimal() and int(key) in known:
-            strings.append(key)
+    state = dict(state_dict["state"])
+    strings = [k for k in state if isinstance(k, str) and k not in known and k.isdecimal() and int(k) in known]
     for key in strings:
         own = state.pop(key)
         check_form({**state_dict, "state": {int(key): own}})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import FrameType
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -58,8 +58,9 @@ def mean_over_ranks(
     device = _meeting_place(groups)
     # (own, loaded) × (sum, count), and the groups' numbers
     sums = torch.zeros(3, 2, dtype=torch.float64, device=device)
-    sums[int(is_loaded), 0] += 0.0 if signal is None else signal
-    sums[int(is_loaded), 1] += signal is not None
+    if signal is not None:
+        sums[int(is_loaded), 0] = signal  # a tensor may be on another device
+        sums[int(is_loaded), 1] = 1
     numbers = [group.get(name) for group in groups for name in ("initial_lr", "lr", "weight_decay")]
     digest = sum(i * number for i, number in enumerate(numbers, 1) if isinstance(number, float))
     sums[2, 0] += digest
@@ -141,11 +142,10 @@ def check_shard_group(shard_group: Any, groups: Sequence[Mapping[str, Any]]) -> 
 
 def state_is_asked_for() -> bool:
     """Return True if torch.distributed.checkpoint is on the call stack: it takes a step to create state."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame := frame and frame.f_back:
-        if frame.f_code.co_name == "_init_optim_state" and frame.f_globals["__name__"].startswith("torch.distributed"):
-            return True
-    return False
+    return any(
+        frame.f_code.co_name == "_init_optim_state" and frame.f_globals["__name__"].startswith("torch.distributed")
+        for frame, _ in walk_stack(sys._getframe())
+    )
 
 
 class AllRanks:

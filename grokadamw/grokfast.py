@@ -12,7 +12,6 @@ section 2.2:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch.optim import Optimizer
 
 from ._checks import check_count, check_dtype, check_number
 from ._hints import with_hints
-from ._numbers import as_float, as_real, wide
+from ._numbers import as_real, wide
 from ._warn import warn
 from ._wrapper import Part, Wrapper, by_kind
 from ._wrapper_base import check_saved
@@ -33,6 +32,7 @@ from .gradfilters import check_window, gradfilter_ema, gradfilter_ma
 from .state import window
 from .state.slots import State
 from .step.alpha import Signals
+from .step.effects import amplification
 
 __all__ = ["Grokfast", "GrokfastMA", "gradfilter_ema", "gradfilter_ma"]
 
@@ -51,11 +51,7 @@ class _Filter(Wrapper):
     _mark, _rank = "grokfast_filter", 1
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        numbers: dict[str, Any],
-        amplify_after: int,
-        amplify_when: Callable[[], Any] | None,
+        self, optimizer: Optimizer, numbers: dict[str, Any], amplify_after: int, amplify_when: Callable[[], Any] | None
     ) -> None:
         check_count("amplify_after", amplify_after)
         self._signals = _signal(amplify_when)
@@ -81,8 +77,7 @@ class _Filter(Wrapper):
             return 1.0
         signal, elsewhere = mean_over_ranks(self._signals.evaluate(None, None), self.param_groups)
         self._signals.warn_of_missing(None, None, is_asked_for=True, boosts=True, elsewhere=elsewhere)
-        value = 0.0 if signal is None else as_float(signal)
-        return 0.0 if math.isnan(value) else min(max(value, 0.0), 1.0)
+        return amplification(signal)
 
     def state_dict(self) -> dict[str, Any]:
         for group in self.param_groups[:1]:

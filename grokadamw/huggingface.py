@@ -15,7 +15,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable
-from types import FrameType
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -247,8 +247,7 @@ class GrokAdamWCallback(TrainerCallback):
 
         A callback has no reference to its handler, so this looks for the handler on the call stack.
         """
-        frame: FrameType | None = sys._getframe(1)
-        while frame := frame and frame.f_back:
+        for frame, _ in walk_stack(sys._getframe()):
             handler = frame.f_locals.get("self")
             if isinstance(handler, CallbackHandler) and self in handler.callbacks:
                 handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
@@ -348,7 +347,8 @@ class GrokAdamWCallback(TrainerCallback):
 
     def _warn_if_missing(self, name: str, key: str) -> None:
         """Warn once if no evaluation had a metric with this key."""
-        if name in self._said:
+        is_heard = name != "eval_loss" or self._optimizer is None or trainers.hears_losses(self._optimizer)
+        if name in self._said or not is_heard:
             return
         metrics = sorted(self._metrics - {"epoch"})
         if name == "eval_loss":
@@ -368,6 +368,8 @@ class GrokAdamWCallback(TrainerCallback):
         is_logged = self._logged_at == state.global_step
         if self._optimizer is None or is_last or is_logged or args.save_only_model:
             return  # a checkpoint of the model alone does not resume the optimizer
+        if recorded(self._optimizer.param_groups, "train_loss") is None or not trainers.hears_losses(self._optimizer):
+            return
         if not is_new("saves", self._said):
             return
         warn(

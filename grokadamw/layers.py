@@ -205,10 +205,8 @@ def names(group: dict[str, Any], i: int, known: Mapping[int, str]) -> list[str]:
 
 def name_of(param: Tensor, groups: Sequence[dict[str, Any]], known: Mapping[int, str]) -> str:
     """Return the name that `names` gives a parameter of the groups."""
-    places = ((i, j) for i, group in enumerate(groups) for j, p in enumerate(group["params"]) if p is param)
-    for i, j in places:
-        return names(groups[i], i, known)[j]
-    raise KeyError(param)
+    i, j = next((i, j) for i, group in enumerate(groups) for j, p in enumerate(group["params"]) if p is param)
+    return names(groups[i], i, known)[j]
 
 
 def table(groups: Sequence[dict[str, Any]], known: Mapping[int, str]) -> list[Layer]:

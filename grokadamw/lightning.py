@@ -183,12 +183,14 @@ class GrokAdamWCallback(Callback):
             self._is_late = loss is self._epochs_loss  # Lightning keeps old values
         else:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            if loss is not None and torch.as_tensor(loss).numel() != 1:  # as manual optimization may return
+                loss = None
             if loss is not None and pl_module.automatic_optimization:
                 loss = loss * trainer.accumulate_grad_batches  # Lightning has divided the loss by it
         if loss is not None:
             self._heard.add("train_loss")
             self._last_train_loss = torch.as_tensor(loss).detach()
-        self._record_training_accuracy(trainer)
+        self._hear_accuracy(trainer.callback_metrics, trainer)
         step = trainer.global_step
         # ask the connector, as Lightning's callbacks do: it counts batches, and global_step all optimizers' steps
         if trainer._logger_connector.should_update_logs and step != self._logged_at:
@@ -199,15 +201,19 @@ class GrokAdamWCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the accuracy and the loss that are logged per epoch; the loss only if a validation came before it."""
-        self._record_training_accuracy(trainer)
-        if self._train_loss is None:
-            return
-        loss = trainer.callback_metrics.get(self._train_loss)
-        if loss is not None and loss is not self._epochs_loss:
-            self._heard.add("train_loss")
-            self._last_train_loss = torch.as_tensor(loss).detach()
+        keys = {"train_loss": self._train_loss, "train_acc": self._train_acc}
+        metrics = trainer.callback_metrics
+        found = {name: metrics[key] for name, key in keys.items() if key in metrics}
+        if found.get("train_loss") is self._epochs_loss:  # Lightning keeps old values
+            found.pop("train_loss", None)
+        self._heard.update(found)
+        found = self._mean_over_ranks(found, trainer)
+        if "train_acc" in found:
+            self._hear_accuracy({self._train_acc: found["train_acc"]}, trainer)
+        if "train_loss" in found:
+            self._last_train_loss = torch.as_tensor(found["train_loss"]).detach()
             if self._waits_for_loss:
-                self._record(train_loss=loss)
+                self._record(train_loss=found["train_loss"])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._before = dict(trainer.callback_metrics)
@@ -231,7 +237,7 @@ class GrokAdamWCallback(Callback):
             found["train_acc"], self._validated_at = self._train_accuracy, trainer.global_step
         self._record(**self._mean_over_ranks(found, trainer))
         for name, key in self._evaluated.items():
-            if key not in metrics and is_new(name, self._said):
+            if key not in metrics:
                 self._warn(name, key, trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -239,20 +245,19 @@ class GrokAdamWCallback(Callback):
             if any(recorded(optimizer.param_groups, name) is not None for optimizer in self._optimizers):
                 self._heard.add(name)
         for name, key in self._evaluated.items():
-            is_needed = name == "eval_acc" or self._hears_losses()
-            if is_needed and name not in self._heard and trainer.enable_validation and is_new(name, self._said):
+            if name not in self._heard and trainer.enable_validation:
                 self._warn(name, key, trainer)
-        if "train_loss" not in self._heard and is_new("train_loss", self._said):
+        if "train_loss" not in self._heard:
             self._warn("train_loss", self._train_loss, trainer)
-        if self._train_acc is not None and "train_acc" not in self._heard and is_new("train_acc", self._said):
+        if self._train_acc is not None and "train_acc" not in self._heard:
             self._warn("train_acc", self._train_acc, trainer)
         self._optimizers = []
 
-    def _record_training_accuracy(self, trainer: Trainer) -> None:
+    def _hear_accuracy(self, metrics: Mapping[Any, Any], trainer: Trainer) -> None:
         """Record the training accuracy, unless it has to wait for the next validation."""
-        if self._train_acc in trainer.callback_metrics:
+        if self._train_acc in metrics:
             self._heard.add("train_acc")
-            found = trainers.without_nan({"train_acc": trainer.callback_metrics[self._train_acc]}, self._said)
+            found = trainers.without_nan({"train_acc": metrics[self._train_acc]}, self._said)
             self._train_accuracy = found.get("train_acc", self._train_accuracy)
             if "eval_acc" not in self._evaluated or self._validated_at == trainer.global_step:
                 self._record(train_acc=self._train_accuracy)
@@ -280,11 +285,14 @@ class GrokAdamWCallback(Callback):
         return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
 
     def _warn(self, which: str, name: str | None, trainer: Trainer) -> None:
+        """Warn once about a value that was not logged, if it would have an effect."""
+        if (which.endswith("loss") and not self._hears_losses()) or not is_new(which, self._said):
+            return
         logged = sorted(key for key in trainer.callback_metrics if not key.startswith("grok_"))
         waited, why = f"waited for {which}={name!r}", f"what was logged is {', '.join(logged) or 'nothing'}"
         way_out = "log it under this name, or give another"
         if name is None:
-            waited, why = "waited for training_step's loss", f"it returned none, and {why}"
+            waited, why = "waited for training_step's loss", f"it returned no number, and {why}"
             way_out = "return it, or log it, and give its name as train_loss="
         if which in self._evaluated and "validation" not in self._heard:
             why, way_out = "no validation took place", "validate more often, as by val_check_interval"

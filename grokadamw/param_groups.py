@@ -11,8 +11,6 @@ from itertools import chain, compress
 from operator import is_, is_not, itemgetter
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from . import layers
 from ._numbers import Number, as_float, as_number, plain
 from .options import IN_GROUPS, KEPT, OPTIONS, check_settings
@@ -95,6 +93,8 @@ def check_changed(
                 check_settings(group, defaults, different)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise type(error)(f"in param_groups[{i}]: {error}") from None
+            if "layer" in different and group["layer"] is not None:
+                group["layers"] = [group["layer"]] * len(group["params"])
         if list in map(type, new):  # a list may be changed in place: check it at every step
             now[i] = tuple([... if type(value) is list else value for value in new])
     checked[:] = now
@@ -119,25 +119,17 @@ def check_loaded(
             raise ValueError(f"state_dict: param_groups[{i}] cannot be loaded, as {error}") from None
 
 
-def make_savable(groups: Sequence[dict[str, Any]]) -> None:
-    """Turn NumPy numbers into Python numbers, also in layers, and detach recorded values from their autograd graph."""
+def make_plain(groups: Sequence[dict[str, Any]]) -> None:
+    """Turn all numbers into Python numbers, as sharded checkpoints load a tensor only in place of another tensor."""
     for group in groups:
         for name, value in group.items():
             group[name] = plain(value)  # a scheduler may set NumPy numbers
         for name in RECORDED:
-            if group[name] is not None:  # a value set by hand may have a graph, which cannot be copied
-                group[name] = as_number(group[name], name)
+            if group[name] is not None:
+                group[name] = as_float(as_number(group[name], name))
         group["layers"] = layers.as_integers("layers", group["layers"])
         group["cycle"] = tuple(map(as_float, group["cycle"]))
         group["last_norm"] = as_float(group["last_norm"])
-
-
-def place_recorded(groups: Sequence[dict[str, Any]]) -> None:
-    """Move loaded losses and accuracies to the device where `record` keeps them, so that α is computed there."""
-    for group in groups:
-        for name in RECORDED:
-            if isinstance(group[name], Tensor) and group["params"]:
-                group[name] = as_number(group[name].to(group["params"][0].device), name)
 
 
 def fill_in(groups: list[dict[str, Any]], earlier: list[dict[str, Any]], defaults: dict[str, Any]) -> None:

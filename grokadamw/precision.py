@@ -45,7 +45,7 @@ def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[st
             )
     state_dict: dict[str, Any] = model.state_dict()
     for name, param in _with_low_bits(model, optimizer):
-        low = optimizer.state[param].get("param_low") if param in optimizer.state else None
+        low = optimizer.state.get(param, {}).get("param_low")
         if low is not None:
             state_dict[name] = like(full(part(param.detach()), part(low)), param.shape, param)
     return state_dict

@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Mapping
-from types import FrameType
+from traceback import walk_stack
 from typing import Any
 
 from .distributed import check_shard_group
 from .options import KEPT, OF_NO_GROUP, rules_of
-from .param_groups import PROGRESS, fill_in, place_recorded
+from .param_groups import PROGRESS, fill_in
 
 
 def caller() -> Any:
@@ -24,8 +24,7 @@ def caller() -> Any:
     It does not pass itself on, so this looks for it on the call stack.
     """
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame: FrameType | None = sys._getframe(1) if module is not None else None
-    while frame := frame and frame.f_back:
+    for frame, _ in walk_stack(sys._getframe()) if module is not None else ():
         if frame.f_code.co_name == "_init_local_optimizer":
             zero = frame.f_locals.get("self")
             return zero if isinstance(zero, module.ZeroRedundancyOptimizer) else None  # type: ignore[union-attr]
@@ -86,7 +85,7 @@ def take_places(optimizer: Any) -> None:
     whole = zero.param_groups[len(earlier)]
     places = {param: place for place, param in enumerate(whole["params"])}
     own = [places[param] for param in group["params"]]
-    for name in ("param_names", *["layers"] * (group["layer"] is None)):
+    for name in ("param_names", "layers") if group["layer"] is None else ("param_names",):
         if isinstance(whole.get(name), list | tuple) and len(whole[name]) == len(places):
             group[name] = [whole[name][place] for place in own]
     if group["layer"] is None and "param_names" not in group and "layers" not in whole:
@@ -106,6 +105,5 @@ def go_on_after_loading(optimizer: Any) -> None:
         if "param_names" not in group:
             outer.pop("param_names", None)
         outer.update({name: group[name] for name in KEPT})
-    place_recorded(optimizer.param_groups)
     run.restart(optimizer.param_groups)
     tell(optimizer)

@@ -280,7 +280,9 @@ def lightning(folder: Path, how: str) -> Run:
                 self.judged = wrapped(self.judged)
 
         def training_step(self, examples: list[Tensor]) -> Tensor:
-            return self.judged(*examples)["loss"]  # type: ignore[no-any-return]
+            loss: Tensor = self.judged(*examples)["loss"]
+            self.log("of_epoch", loss, on_step=False, on_epoch=True)
+            return loss
 
         def validation_step(self, examples: list[Tensor]) -> None:
             self.log("val_loss", self.judged(*examples)["loss"], sync_dist=True)
@@ -311,7 +313,7 @@ def lightning(folder: Path, how: str) -> Run:
         "fsdp2": ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1),
         "fsdp1": OnCPU(),
     }[how]
-    module = Module()
+    module, by_epoch = Module(), GrokAdamWCallback(train_loss="of_epoch")
     trainer = of_lightning.Trainer(
         accelerator="cpu",
         devices=RANKS,
@@ -319,7 +321,7 @@ def lightning(folder: Path, how: str) -> Run:
         max_epochs=1,
         val_check_interval=1,
         num_sanity_val_steps=0,
-        callbacks=[GrokAdamWCallback()],
+        callbacks=[GrokAdamWCallback(), by_epoch],
         default_root_dir=folder,
         logger=False,
         enable_checkpointing=False,
@@ -334,6 +336,7 @@ def lightning(folder: Path, how: str) -> Run:
     trainer.fit(module, *loaders)
     if how == "ddp":  # rank 0 writes the checkpoint, so every rank must hold the same losses
         mine = [trainer.optimizers[0].param_groups[0][name] for name in ("train_loss", "eval_loss")]
+        mine += [by_epoch.state_dict()["train_loss"].item()]
         of_ranks: list[Any] = [None] * RANKS
         dist.all_gather_object(of_ranks, mine)
         assert all(losses == mine for losses in of_ranks)

@@ -448,6 +448,19 @@ def test_json_makes_strings_of_keys(keeper: str) -> None:
     assert not any(isinstance(key, str) for key in again.state)
 
 
+def test_a_state_of_none_counts_as_missing() -> None:
+    """ZeroRedundancyOptimizer writes None for parameters that other ranks step."""
+    model, other = network(), network()
+    optimizer, again = GrokAdamW(model.parameters()), GrokAdamW(other.parameters())
+    train(model, range(2), lambda step, loss: optimizer.step())
+    saved = optimizer.state_dict()
+    saved["state"][1] = None
+    again.load_state_dict(saved)
+    first, second = list(other.parameters())[:2]
+    assert torch.equal(again.state[first]["exp_avg"], optimizer.state[next(model.parameters())]["exp_avg"])
+    assert second not in again.state
+
+
 def test_moments_without_a_step_count_are_refused() -> None:
     saved = load("torch-2.13-adamw")["optimizer"]
     del saved["state"][0]["step"]
@@ -502,6 +515,20 @@ def test_state_finds_its_parameter_by_name() -> None:
             assert torch.equal(other.state[theirs[name]][key], value)
     other.update_signals()
     assert other.metrics()["signal"] == 0.25
+
+
+def test_names_stay_the_optimizers_own() -> None:
+    """What a wrapper added to the saved names must not separate groups that are added later from their layers."""
+    names = [name for name, _ in network().named_parameters()]
+    model, params = named([f"module.{name}" for name in names[::2]])
+    optimizer = GrokAdamW(params)
+    train(model, range(2), lambda step, loss: optimizer.step())
+    _, params = named(names)
+    other = GrokAdamW(params[::2])
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["param_names"] == names[::2]
+    other.add_param_group({"params": params[1::2]})
+    assert other.param_groups[1]["layers"] == other.param_groups[0]["layers"] == [0, 1, 2]
 
 
 @pytest.mark.filterwarnings("ignore:two parameters are called")

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from grokadamw import GrokAdamW, Grokfast
+from grokadamw import GrokAdamW, Grokfast, _numbers
 from grokadamw.options import STATES
 from grokadamw.signals import AccuracyGap, SlowGradient
 
@@ -240,6 +240,28 @@ def test_an_optimizer_may_be_saved_as_it_is(keeper: str, tmp_path: Path) -> None
         train(each, range(5, 9), lambda step, loss, its=its: its.step())
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
     assert not any(isinstance(key, str) for key in other.state)
+
+
+def test_values_that_were_recorded_on_a_gpu_load_into_a_new_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There they are tensors, but DCP loads a tensor only in place of another tensor."""
+    model, twin = network(), network()
+    optimizer, other = split(model), split(twin)
+    train(model, range(2), lambda step, loss: optimizer.step())
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(_numbers, "reads_are_free", lambda device: False)
+        optimizer.record(train_loss=torch.tensor(0.25), eval_loss=torch.tensor(0.5))
+        assert torch.is_tensor(optimizer.param_groups[0]["train_loss"])
+        _, saved = get_state_dict(model, optimizer)
+    dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
+    loaded = {"optimizer": get_state_dict(twin, other)[1]}
+    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(twin, other, loaded["optimizer"])
+    for each, its in ((model, optimizer), (twin, other)):
+        assert [group["eval_loss"] for group in its.param_groups] == [0.5, 0.5]
+        train(each, range(2, 4), lambda step, loss, its=its: its.step())
+    assert other.metrics()["alpha"] == optimizer.metrics()["alpha"] < 0.98
 
 
 @pytest.mark.parametrize("flatten", [False, True])

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -82,6 +83,15 @@ def _signals_that_differ(rank: int) -> list[float]:
         optimizer.step()
         alphas.append(optimizer.metrics()["alpha"])
     return alphas
+
+
+def test_a_signal_on_a_gpu_may_meet_others_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are on a GPU, and parameters are offloaded. Fake tensors stand for both, so the count cannot be read."""
+    monkeypatch.setattr(distributed, "ranks", lambda: RANKS)
+    monkeypatch.setattr(distributed, "_meeting_place", lambda groups: torch.device("cpu"))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        distributed.mean_over_ranks(torch.ones((), device="cuda", dtype=torch.float64), [])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -578,10 +578,19 @@ def test_clipping_of_micro_batches(steps: int, own: float, limit: float, says: b
 
 @pytest.mark.parametrize(
     ("options", "warns"),
-    [({"save_steps": 3}, True), ({"save_steps": 4}, False), ({"save_steps": 3, "save_only_model": True}, False)],
+    [
+        ({"save_steps": 3}, True),
+        ({"save_steps": 4}, False),
+        ({"save_steps": 3, "save_only_model": True}, False),
+        ({"save_steps": 3, "eval_strategy": "no"}, False),
+        ({"save_steps": 3, "signals": []}, False),
+        ({"save_steps": 3, "lamb": 0.0}, False),
+    ],
 )
 def test_checkpoints_that_forget_the_running_loss(options: dict[str, Any], warns: bool, tmp_path: Path) -> None:
-    it = trainer(tmp_path, GrokAdamWCallback(), max_steps=7, **options)
+    """It matters only if that loss is recorded, and a signal hears it."""
+    callback = GrokAdamWCallback(**{name: options[name] for name in ("signals", "lamb") if name in options})
+    it = trainer(tmp_path, callback, max_steps=7, **{k: v for k, v in options.items() if k not in ("signals", "lamb")})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         it.train()
@@ -745,6 +754,15 @@ def test_a_key_of_one_of_several_sets(eval_steps: int, tmp_path: Path) -> None:
         if warns:
             assert "has eval_a_loss, eval_test_loss: " in said[0]
             assert said[0].endswith("pass 'eval_test_loss' as eval_loss=")
+
+
+def test_without_signals_no_loss_is_missed(tmp_path: Path) -> None:
+    sets = {"a": data(0, 16), "b": data(1, 16)}
+    it = trainer(tmp_path, GrokAdamWCallback(signals=[]), eval_sets=sets, save_strategy="no")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        it.train()
+    assert not [warning for warning in caught if "waits for" in str(warning.message)]
 
 
 def test_a_metric_that_is_no_accuracy_stops_the_run(tmp_path: Path) -> None:

@@ -464,6 +464,16 @@ def test_layers_that_were_set_by_hand_are_checked_before_signals_are_heard(
     handle.remove()
 
 
+def test_a_layer_that_is_set_by_hand_is_that_of_the_whole_group() -> None:
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = GrokAdamW(params)
+    for layer in (3, 0):
+        optimizer.param_groups[0]["layer"] = layer
+        set_gradients(params)
+        optimizer.step()
+        assert optimizer.param_groups[0]["layers"] == [layer, layer]
+
+
 @pytest.mark.parametrize("layers", [np.array([1, 0]), (1, 0), [np.int64(1), 0]])
 def test_layers_that_were_given_can_be_saved(layers: Any) -> None:
     params = [nn.Parameter(torch.ones(2)) for _ in range(2)]

@@ -379,6 +379,24 @@ def test_a_frozen_part_shifts_nobody(tmp_path: Path) -> None:
     assert [group["layers"] for group in it.optimizers[0].param_groups] == layers == [[1, 2], [1, 2]]
 
 
+@pytest.mark.parametrize("make", [GrokAdamW.for_grokking, lambda model: GrokAdamW(model.named_parameters())])
+def test_a_frozen_teacher_does_not_count(make: Callable[[nn.Module], GrokAdamW], trainer: Callable[..., Any]) -> None:
+    """An optimizer that got the names of one part keeps the layers of that part."""
+
+    class Distils(Measured):
+        def __init__(self) -> None:
+            super().__init__(lambda _: make(self.network))
+            student = self.network
+            del self.network
+            self.teacher, self.network = network().requires_grad_(False), student
+
+    module = Distils()
+    it = trainer(max_epochs=1, callbacks=[GrokAdamWCallback()])
+    it.fit(module, data(), data())
+    names = [[name.rpartition(".")[0] for name in row.names] for row in it.optimizers[0].layer_table()]
+    assert names == [["0", "0"], ["2", "2"], ["4", "4"]]
+
+
 def test_layers_are_the_modules(tmp_path: Path) -> None:
     """Layers are the modules' across groups, also if the parameters came without names."""
 
@@ -823,11 +841,37 @@ def test_without_a_training_loss_it_says_how_to_give_one(trainer: Callable[..., 
             self.manual_backward(super().training_step(batch))
             self.optimizers().step()
 
-    says = (
-        r"waited for training_step's loss, but it returned none, and what was logged is val_loss: .*; return it, or log"
-    )
+    says = r"training_step's loss, but it returned no number, and what was logged is val_loss: .*; return it, or log it"
     with pytest.warns(UserWarning, match=says):
         trainer(max_epochs=1, callbacks=[GrokAdamWCallback()]).fit(Silent(), data(), data())
+
+
+class ByHand(Measured):
+    """A module that steps by hand, and returns what it is told to."""
+
+    def __init__(self, signals: Any, returned: Callable[[Tensor], Any]) -> None:
+        super().__init__(lambda model: GrokAdamW(model.named_parameters(), grokking_signal_fns=signals))
+        self.automatic_optimization, self.returned = False, returned
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Any:  # type: ignore[override]
+        loss = super().training_step(batch)
+        self.manual_backward(loss)
+        self.optimizers().step()
+        return self.returned(loss)
+
+
+@pytest.mark.parametrize("returned", [lambda loss: None, lambda loss: {"loss": loss.expand(3)}])
+@pytest.mark.parametrize("signals", [None, []])
+def test_manual_optimization_need_not_return_a_loss(
+    signals: Any, returned: Callable[[Tensor], Any], trainer: Callable[..., Any]
+) -> None:
+    """Losses of samples are no loss, and nobody is told of that if no signal takes losses."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(max_epochs=1, callbacks=[GrokAdamWCallback()]).fit(ByHand(signals, returned), data(), data())
+    said = [str(warning.message) for warning in caught if "GrokAdamWCallback" in str(warning.message)]
+    assert len(said) == (signals is None)
+    assert all("it returned no number" in text for text in said)
 
 
 def test_without_an_optimizer(trainer: Callable[..., Any]) -> None:

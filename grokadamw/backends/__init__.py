@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import blocks, cpu, decoded, foreach, gpu, memory, native, reference
-from .types import NOBODY, Batch, Choice, Scalars
+from .types import NOBODY, Addresses, Batch, Choice, Scalars
 
 __all__ = ["BY_ADDRESS", "FUSED_ON", "Batch", "Choice", "Scalars", "choose"]
 __all__ += ["fastest_sum_of_squares", "keep", "row_width", "sum_of_squares"]
@@ -88,10 +88,10 @@ def row_width(choice: Choice, param: Tensor, coded: bool) -> int:
     return 0 if limits is None else limits(param, coded)
 
 
-def keep(batch: Batch) -> Batch:
-    """Return the batch with the data that its backend can reuse until a parameter or state moves."""
-    kept = getattr(batch.choice.module, "keep", None)
-    return batch if kept is None else batch._replace(addresses=kept(batch))
+def keep(batch: Batch) -> Addresses | None:
+    """Return the addresses that a batch's backend can reuse until a parameter or state moves; None if it takes none."""
+    kept: Callable[[Batch], Addresses] | None = getattr(batch.choice.module, "keep", None)
+    return None if kept is None else kept(batch)
 
 
 def sum_of_squares(options: dict[str, Any], compiling: bool) -> Callable[[Sequence[Tensor]], Tensor]:

@@ -52,12 +52,12 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
         lists.setdefault(x.dtype if _can_be_summed(x) else None, []).append(x)
     total = 0.0
     for group in lists.values():
-        squares = flat(group)
+        squares = squares_by_address(group)
         total += foreach.sum_of_squares(group).item() if squares is None else squares(addresses(group))
     return torch.tensor(total, dtype=torch.float64, device="cpu")
 
 
-def flat(tensors: Sequence[Tensor]) -> Callable[[bytes], float] | None:
+def squares_by_address(tensors: Sequence[Tensor]) -> Callable[[bytes], float] | None:
     """Return a function from the tensors' addresses to their Σ g², or None if one kernel call cannot sum them."""
     kernel = native.kernel()
     if isinstance(kernel, str) or len({x.dtype for x in tensors}) != 1 or not all(map(_can_be_summed, tensors)):

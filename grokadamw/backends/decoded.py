@@ -7,7 +7,7 @@ and `gpu` do the same in one pass through memory, for the tensors that they can 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,30 +37,16 @@ def step(batch: Batch, scalars: Scalars) -> None:
             kept = [None if x is None else _in_rows(x, param) for x in kept]
         of_tensor = n._replace(beta1=n.beta1[i : i + 1], bias_beta1=n.bias_beta1[i : i + 1])
         draw = count.to(torch.int64) * n.micro_step.k + n.micro_step.nth
+        before = batch.coded.blocks_before[i] if batch.coded.blocks_before else 0
         size, width, t = len(kept[0]), kept[0].numel() // max(1, len(kept[0])), count.clone()
         # ranks that hold parts of rows add up the norms of all rows at once
         few = max(1, size if is_cut else _PIECE // max(1, width))
         for start in range(0, max(1, size), few):
             some: list[Any] = [None if x is None else x[start : start + few] for x in kept]
-            before = batch.coded.blocks_before[i] if batch.coded.blocks_before else 0
             dither = formats.dither(start, some[0].shape, batch.numbers[i], draw, before)
             t.copy_(count)
-            _step(_Rows(*some), t, of_tensor, dither, batch, param.dim() > 1)
+            _step(some, t, of_tensor, dither, batch, param.dim() > 1)
         count.copy_(t)
-
-
-class _Rows(NamedTuple):
-    """Some rows of a parameter, its gradient, states, scales and low bits. Missing ones are None."""
-
-    param: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    grok_ema: Any
-    exp_avg_scales: Any
-    exp_avg_sq_scales: Any
-    grok_ema_scales: Any
-    low: Any
 
 
 def _in_rows(x: Tensor, param: Tensor) -> Tensor:
@@ -74,12 +60,14 @@ def _lying_like(param: Tensor, grad: Tensor) -> Tensor:
     return grad if alike else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 
-def _step(kept: _Rows, t: Tensor, n: Scalars, dither: Callable[[str], Tensor], batch: Batch, is_matrix: bool) -> None:
-    """Step some rows of a parameter whose step count is t."""
+def _step(
+    some: list[Any], t: Tensor, n: Scalars, dither: Callable[[str], Tensor], batch: Batch, is_matrix: bool
+) -> None:
+    """Step some rows of a parameter whose step count is t: θ, g, m, v, μ, the scales of m, v and μ, and low bits."""
     assert batch.coded is not None
-    param, grad, low = kept.param, kept.grad, kept.low
+    param, grad, *coded, low = some
     theta = param if param.dtype == torch.float32 else formats.full(param, low)
-    states = list(zip(STATES, kept[2:5], kept[5:8], strict=True))  # m, v and μ: their name, codes and scales
+    states = list(zip(STATES, coded[:3], coded[3:], strict=True))  # m, v and μ: their name, codes and scales
     m, v, mu = (
         x if x is None or x.dtype == torch.float32 else formats.decode(x, scale, name) for name, x, scale in states
     )

@@ -87,7 +87,7 @@ def _new(
     M: tl.constexpr, V: tl.constexpr, MU: tl.constexpr, LOW: tl.constexpr, HAS_MU: tl.constexpr, RAW: tl.constexpr,
     MOVES: tl.constexpr, MAY_BE_UNUSABLE: tl.constexpr, MASKED: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """Return θ of some blocks before and after the update. Write m, v and μ, but not θ."""
+    """Return θ of some blocks before and after the update. If WRITES, write m, v and μ, but never θ."""
     theta, low, grad, m, v, mu, m_scales, v_scales, mu_scales = tensors
     clip, keep_mu, add_mu, lamb, keep_m, add_m, keep_v, add_v, root, eps, decay, step = numbers
     # load everything before storing: the compiler cannot know that the pointers do not alias

@@ -154,7 +154,7 @@ def _row(
     OF_A_THREAD: tl.constexpr = 4
     THREADS: tl.constexpr = BLOCK // OF_A_THREAD
     if IS_STRAIGHT:
-        offsets = 4 * tl.arange(0, THREADS)[:, None] + tl.arange(0, 4)[None, :]
+        offsets = OF_A_THREAD * tl.arange(0, THREADS)[:, None] + tl.arange(0, OF_A_THREAD)[None, :]
         AXIS: tl.constexpr = 1
     else:
         offsets = THREADS * tl.arange(0, OF_A_THREAD)[:, None] + tl.arange(0, THREADS)[None, :]

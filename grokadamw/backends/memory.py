@@ -23,7 +23,8 @@ from . import native
 from .types import Addresses, Batch, written
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the native kernel's order
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
+_CODED = {torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.int16}  # of states and low bits
 _LOOKS: tuple[Callable[[Tensor], Any], ...] = (
     *(type, attrgetter("dtype"), Tensor.size, Tensor.stride, Tensor.get_device),
     lambda x: x._is_zerotensor() or not x.data_ptr(),  # has no memory
@@ -89,13 +90,7 @@ def why_not(row: Sequence[Tensor], step: Tensor, coded: bool) -> str | None:
     """Return why no backend that takes addresses can take a parameter, or None if one can; arguments as in `choose`."""
     dtypes = [x.dtype for x in row]
     if coded:
-        fits = {*dtypes[:2]} <= {*_FLOATS} and {*dtypes[2:]} <= {
-            torch.float32,
-            torch.bfloat16,
-            torch.int8,
-            torch.uint8,
-            torch.int16,
-        }
+        fits = {*dtypes[:2]} <= _FLOATS and {*dtypes[2:]} <= _CODED
     else:
         are_double = {dtype == torch.float64 for dtype in dtypes}
         fits = {*dtypes} <= {*DTYPES} and len({*dtypes[2:]}) == 1 and len(are_double) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, zip_longest
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._numbers import as_number
+from .._numbers import as_number, as_real
 from .._warn import warn
 from ..checkpoints import to_grokadamw
 from ..layers import unwrapped_in
@@ -35,7 +35,7 @@ def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
         ValueError: a state does not have its parameter's shape, or cannot be continued, or an option is not allowed.
             Nothing is loaded then.
     """
-    placed: dict[Tensor, State] = {}
+    copies: dict[Tensor, State] = {}
 
     def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         state_dict = in_order(to_grokadamw(state_dict), optimizer.param_groups)
@@ -46,18 +46,18 @@ def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
         loaded = list(_states(state_dict, optimizer.param_groups, optimizer.defaults))
         for sentence in _doubts(state_dict, loaded, optimizer.defaults):  # now, as warnings may be errors
             warn(sentence, UserWarning)
-        placed.update((param, _placed(param, state, optimizer.defaults)) for param, state in loaded)
-        for params in by_device(param for param, state in placed.items() if "step" in state).values():
-            counts = torch.stack([placed[param]["step"] for param in params]).unbind()
+        copies.update((param, _placed(param, state, optimizer.defaults)) for param, state in loaded)
+        for params in by_device(param for param, state in copies.items() if "step" in state).values():
+            counts = torch.stack([copies[param]["step"] for param in params]).unbind()
             for param, count in zip(params, counts, strict=True):
-                placed[param]["step"] = count
+                copies[param]["step"] = count
         # hide our state from torch: it would copy it to the parameters' dtype, which may take four times the memory
         ours = set(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         others = {key: value for key, value in state_dict["state"].items() if key not in ours}
         return {**state_dict, "state": others}
 
     def restore(_: Optimizer) -> None:
-        optimizer.state.update(placed)
+        optimizer.state.update(copies)
 
     # run after the user's own pre-hooks, and before their post-hooks
     before = optimizer.register_load_state_dict_pre_hook(keep)
@@ -83,8 +83,11 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
     saved = list(map(_as_listed, saved, unwrapped_in(saved)))
     state_dict = {**state_dict, "param_groups": saved}
     saved_names, own_names = _named(saved), _named(groups)
-    if saved_names is None or own_names is None or saved_names == own_names:
+    if saved_names is None or own_names is None:
         return state_dict
+    with_own_names = [{**old, "param_names": group["param_names"]} for old, group in zip(saved, groups, strict=True)]
+    if saved_names == own_names:  # but perhaps not what wrappers have added to the names
+        return {**state_dict, "param_groups": with_own_names}
     flat_saved, flat_own = list(chain.from_iterable(saved_names)), list(chain.from_iterable(own_names))
     if len(flat_saved) > len(set(flat_saved)) or len(flat_own) > len(set(flat_own)):
         if sorted(flat_saved) != sorted(flat_own):
@@ -112,8 +115,7 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
             "parameters in each group: states cannot be matched. Give the optimizer the groups and names that were "
             f"saved; only one side has {sorted(set(flat_saved) ^ set(flat_own)) or 'these groups'}"
         )
-    pairs = zip(saved, groups, strict=True)
-    return {**state_dict, "param_groups": [{**old, "param_names": group["param_names"]} for old, group in pairs]}
+    return {**state_dict, "param_groups": with_own_names}
 
 
 def _as_listed(old: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -176,10 +178,32 @@ def _states(
                 )
         if options["window_size"] is None:
             state = {name: value for name, value in state.items() if name not in WINDOW}
-        window.check_loaded(state, "grok_", key, param, options["window_size"])
+        _check_window(state, key, param, options["window_size"])
         if options["accumulation_steps"] == 1:
             state = {name: value for name, value in state.items() if name != "micro_step"}
         yield param, state
+
+
+def _check_window(state: Mapping[str, Any], key: Any, param: Tensor, size: int | None) -> None:
+    """Raise ValueError if the window in the saved state of the parameter `key` is incomplete, or of another shape."""
+    ring, *sums, _ = WINDOW
+    missing = [name for name in WINDOW if name not in state]
+    if len(missing) == len(WINDOW):
+        return
+    way_out = f"remove {', '.join(WINDOW)} from each state to start a new window"
+    if missing:
+        raise ValueError(f"state_dict: the window of parameter {key} lacks {', '.join(missing)}: {way_out}")
+    shape = tuple(as_real(param).shape)
+    if state[ring].shape != (size, *shape):
+        raise ValueError(
+            f"state_dict: the window of parameter {key} has shape {tuple(state[ring].shape)}, and with window_size="
+            f"{size} {(size, *shape)}: construct the optimizer with window_size={len(state[ring])}, or {way_out}"
+        )
+    for name in sums:
+        if state[name].shape != shape:
+            raise ValueError(
+                f"state_dict: {name} of parameter {key} has shape {tuple(state[name].shape)}, not {shape}: {way_out}"
+            )
 
 
 def _check_cycle(state_dict: dict[str, Any], steps: int) -> None:
@@ -196,11 +220,12 @@ def _check_kinds(state_dict: dict[str, Any]) -> None:
     """Raise ValueError if a state is not a tensor, or a count is not a number from 0 on."""
     for key in chain.from_iterable(group["params"] for group in state_dict["param_groups"]):
         state = state_dict["state"].get(key) or {}
-        for name in (name for name in (*STATES, *formats.EXTRAS, *WINDOW[:-1]) if name in state):
-            if not isinstance(state[name], Tensor):
+        for name in (*STATES, *formats.EXTRAS, *WINDOW[:-1]):
+            if name in state and not isinstance(state[name], Tensor):
                 raise ValueError(f"state_dict: {name} of parameter {key} is {state[name]!r:.40}, not a tensor")
-        for name in (name for name in ("step", "micro_step", WINDOW[-1]) if name in state):
-            check_count_loaded(f"{name} of parameter {key}", state[name])
+        for name in ("step", "micro_step", WINDOW[-1]):
+            if name in state:
+                check_count_loaded(f"{name} of parameter {key}", state[name])
 
 
 def check_count_loaded(what: str, value: Any) -> None:
@@ -243,9 +268,9 @@ def _has_16_bits(param: Tensor) -> bool:
 
 def _doubts(state_dict: dict[str, Any], loaded: list[tuple[Tensor, State]], defaults: dict[str, Any]) -> Iterator[str]:
     """Yield a warning for each way in which the run will not continue as before."""
-    for name in (name for name, option in OPTIONS.items() if option.on_load == WARN):
+    for name, option in OPTIONS.items():
         said = [group[name] for group in state_dict["param_groups"] if name in group]
-        if said and said[0] != defaults[name]:
+        if option.on_load == WARN and said and said[0] != defaults[name]:
             yield (
                 f"state_dict is of a run with {name}={said[0]!r}, and this optimizer keeps {name}="
                 f"{defaults[name]!r}, as constructed"
@@ -263,7 +288,7 @@ def _doubts(state_dict: dict[str, Any], loaded: list[tuple[Tensor, State]], defa
             "saved this into the model"
         )
     for i, group in enumerate(state_dict["param_groups"]):
-        states = [state_dict["state"].get(key, {}) for key in group["params"]]
+        states = [state_dict["state"].get(key) or {} for key in group["params"]]
         if group.get("lamb", 0) > 0 and any("exp_avg" in state and "grok_ema" not in state for state in states):
             yield (
                 f"state_dict has lamb={group['lamb']:g} in group {i}, and no slow gradient (grok_ema): it starts at 0. "

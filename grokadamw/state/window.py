@@ -30,13 +30,12 @@ def new(param: Tensor, size: int, dtype: torch.dtype | None, device: torch.devic
     """Return an empty window of `size` gradients. `dtype_of` gives its ring's dtype; its count is on `device`."""
     dtype = dtype_of(param, dtype)
     like = as_real(param.detach())
-    sums = [torch.zeros_like(like, dtype=wide(like.dtype)) for _ in range(2)]
+    total, lap = (torch.zeros_like(like, dtype=wide(like.dtype)) for _ in range(2))
     if mesh_of(like) is None:
         # zeroed memory takes no room until it is written to
         ring = like.new_zeros((size, *like.shape), dtype=dtype)
     else:
         ring = torch.stack([torch.zeros_like(like, dtype=dtype)] * size)
-    total, lap = sums
     return Window(ring, total, lap, torch.zeros((), dtype=torch.int64, device=device))
 
 
@@ -54,28 +53,6 @@ def named(window: Window, prefix: str) -> dict[str, Any]:
 def names(prefix: str) -> list[str]:
     """Return the names of a window's entries in a state."""
     return [f"{prefix}ring", f"{prefix}ring_sum", f"{prefix}ring_lap", f"{prefix}ring_count"]
-
-
-def check_loaded(state: Mapping[str, Any], prefix: str, key: Any, param: Tensor, size: int | None) -> None:
-    """Raise ValueError if the window in the saved state of the parameter `key` is incomplete, or of another shape."""
-    ring, *sums, _ = names(prefix)
-    missing = [name for name in names(prefix) if name not in state]
-    if len(missing) == len(Window._fields):
-        return
-    way_out = f"remove {', '.join(names(prefix))} from each state to start a new window"
-    if missing:
-        raise ValueError(f"state_dict: the window of parameter {key} lacks {', '.join(missing)}: {way_out}")
-    shape = tuple(as_real(param).shape)
-    if state[ring].shape != (size, *shape):
-        raise ValueError(
-            f"state_dict: the window of parameter {key} has shape {tuple(state[ring].shape)}, and with window_size="
-            f"{size} {(size, *shape)}: construct the optimizer with window_size={len(state[ring])}, or {way_out}"
-        )
-    for name in sums:
-        if state[name].shape != shape:
-            raise ValueError(
-                f"state_dict: {name} of parameter {key} has shape {tuple(state[name].shape)}, not {shape}: {way_out}"
-            )
 
 
 def of(state: Mapping[str, Any], prefix: str) -> Window:

@@ -145,10 +145,9 @@ class Signals:
                 f"without {', '.join(lost)}. Call optimizer.set_signals to restore what it had",
                 UserWarning,
             )
-        if kept is None:
-            return cls(None, combine or "mean")
-        found = [function for function in kept if not isinstance(function, str)]
-        return cls([AccuracyGap() if function is AccuracyGap else function for function in found], combine or "mean")
+        if kept is not None:
+            kept = [AccuracyGap() if f is AccuracyGap else f for f in kept if not isinstance(f, str)]
+        return cls(kept, combine or "mean")
 
     def warn_of_missing(
         self,

@@ -92,8 +92,8 @@ def collect(given: Given, names: Mapping[int, str], missing: Collection[Tensor] 
     entries, numbers = [], count(given.first_number)
     for i, group in enumerate(given.groups):
         layers.check_length(group, i)
-        for j, (param, layer, number) in enumerate(zip(group["params"], group["layers"], numbers, strict=False)):
-            member = Member(i, layer, number, param.dim() > 1)
+        for j, (param, layer) in enumerate(zip(group["params"], group["layers"], strict=True)):
+            member = Member(i, layer, next(numbers), param.dim() > 1)
             if param.grad is None:
                 if param in missing:
                     entries.append(Entry(param, torch.zeros_like(param), member))

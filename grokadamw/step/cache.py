@@ -98,12 +98,8 @@ class Cache:
             if found is None and (checked or not windows):  # signatures do not include the shapes of windows
                 plan = self._new_plan(seen, given, checked)
                 found = None if plan is None else plan.batches_for(seen)
-        except (
-            KeyError,
-            TypeError,
-            RuntimeError,
-        ):  # an incomplete state, a look that `collect` must check, a tensor without memory
-            return None
+        except (KeyError, TypeError, RuntimeError):
+            return None  # an incomplete state, a look that `collect` must check, or a tensor without memory
         if found is None or plan is None:
             return None
         if len(self.plans) > 1:
@@ -273,10 +269,7 @@ def _are_plain(columns: Columns, written: list[Tensor]) -> bool:
 
 
 def _looks(
-    columns: Columns,
-    look_of: Mapping[int, Any],
-    shards: Sequence[Shards | None],
-    groups: Sequence[dict[str, Any]],
+    columns: Columns, look_of: Mapping[int, Any], shards: Sequence[Shards | None], groups: Sequence[dict[str, Any]]
 ) -> list[Any]:
     """Return, for each parameter, all that decides its kind; `look_of` holds the look of each tensor, by its id."""
     rows = zip(*columns[:6], *columns.extras, strict=True)
@@ -310,7 +303,7 @@ class _Plan:
         self._batches = []
         for batch, _ in made:
             rest = {name: getattr(batch, name) for name in _WITHOUT_TENSORS}
-            self._batches.append((batch.grok_emas is not None, backends.keep(batch).addresses, rest))
+            self._batches.append((batch.grok_emas is not None, backends.keep(batch), rest))
         self._coded = [batch.coded is not None for batch, _ in made]
         grads, gpus = seen.columns.grads, [batch.params[0].device for batch, _ in made if batch.choice.module is gpu]
         # A signature does not show `is_neg`. It is set only on views of imaginary parts. These have gaps in memory,
@@ -324,7 +317,7 @@ class _Plan:
         # the places of the gradients, for each way of division
         self._divided = list(divided.items()) or [(None, list[int]())]
         is_fastest &= len(self._divided) == 1
-        self._at, self._squares = memory.addresses(grads), cpu.flat(grads) if is_fastest else None
+        self._at, self._squares = memory.addresses(grads), cpu.squares_by_address(grads) if is_fastest else None
 
     def batches_for(self, seen: Seen) -> Batches | None:
         """Return the batches with the tensors of this step; None if something has changed."""

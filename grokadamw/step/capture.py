@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,7 @@ from torch.optim.optimizer import _get_capturable_supported_devices
 from .._numbers import Number, accumulator
 from ..backends.types import Batch, Scalars
 from ..state.slots import misfits, needs_mu
-
-if TYPE_CHECKING:
-    from .batches import Entry, Given
-
-
-Key = TypeVar("Key")
+from .batches import Entry, Given
 
 
 def is_capturing(optimizer: Optimizer) -> bool:
@@ -67,22 +62,6 @@ def check_state(entries: Iterable[Entry], given: Given, has_heard: bool) -> None
                 "stream, as torch.cuda.graph requires anyway; also after loading a checkpoint, free_slow_gradient(), "
                 "switching lamb on, changing parameters' memory format or dtype, and setting state by hand"
             )
-
-
-def in_place(places: dict[Key, Tensor], key: Key, group: dict[str, Any], value: Number) -> Number:
-    """Return a group's number; if the group is capturable, return the tensor that its graph reads, with that number."""
-    if not group["capturable"] or not group["params"]:
-        return value
-    if key not in places:
-        device = group["params"][0].device
-        places[key] = torch.zeros((), dtype=accumulator(device), device=device)
-    return places[key].copy_(value, non_blocking=True) if isinstance(value, Tensor) else places[key].fill_(value)
-
-
-def counter(groups: Sequence[dict[str, Any]]) -> Tensor | None:
-    """Return a counter, at 0, that a graph of the groups can increment; None if no group is capturable."""
-    devices = (group["params"][0].device for group in groups if group["capturable"] and group["params"])
-    return next((torch.zeros((), dtype=torch.int64, device=device) for device in devices), None)
 
 
 def for_compiler(batch: Batch, scalars: Scalars) -> Scalars:

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .._numbers import Number, as_float, number_on
-from . import capture
+from .._numbers import Number, accumulator, as_float, number_on
 
 BOOSTS = ("signal_boost", "decay_boost")  # the options that say how strongly the signal acts
 Places: TypeAlias = dict[tuple[int, str], Tensor]  # by the index of the group, and "alpha" or the option's name
@@ -35,16 +34,22 @@ def effect_on(group: Mapping[str, Any], alpha: Number, signal: Number | None) ->
 
 
 def in_places(places: Places, i: int, group: dict[str, Any], effect: Effect) -> Effect:
-    """Write the i-th group's numbers into the tensors that a CUDA graph reads, and return these tensors."""
-    numbers = []
+    """Return the i-th group's effect; if the group is capturable, in the tensors that its CUDA graph reads."""
+    if not group["capturable"] or not group["params"]:
+        return effect
+    device, numbers = group["params"][0].device, list[Number]()
     for name, number in zip(("alpha", *BOOSTS), effect, strict=True):
-        is_read = name == "alpha" or group[name] or (i, name) in places  # a graph still reads a boost that is now off
-        numbers.append(capture.in_place(places, (i, name), group, number) if is_read else number)
+        if name == "alpha" or group[name] or (i, name) in places:  # a graph still reads a boost that is now off
+            if (i, name) not in places:
+                places[i, name] = torch.zeros((), dtype=accumulator(device), device=device)
+            place = places[i, name]
+            number = place.copy_(number, non_blocking=True) if isinstance(number, Tensor) else place.fill_(number)
+        numbers.append(number)
     return Effect(*numbers)
 
 
 def amplification(signal: Number | None) -> float:
-    """Return the factor of λ under `amplify_by_signal`: the signal clamped to [0, 1], or 0 without a usable signal."""
+    """Return the factor of λ under `amplify_by_signal` or `amplify_when`: s in [0, 1], or 0 without a usable signal."""
     return 0.0 if signal is None else as_float(_share(signal))
 
 

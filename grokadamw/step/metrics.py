@@ -25,11 +25,7 @@ class LastStep(NamedTuple):
 
 
 def as_floats(
-    last: LastStep,
-    groups: Sequence[dict[str, Any]],
-    states: Iterable[dict[str, Any]],
-    signals: Signals,
-    rules: Rules,
+    last: LastStep, groups: Sequence[dict[str, Any]], states: Iterable[dict[str, Any]], signals: Signals, rules: Rules
 ) -> dict[str, float]:
     """Return the values that `GrokAdamW.metrics` lists."""
     norms = [as_float(norm) for norm in (last.norms if rules.clips_each_tensor else last.norms[:1]) if norm is not None]

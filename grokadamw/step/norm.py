@@ -50,7 +50,7 @@ def measure(
     if not norm_is_wanted(limits, nonfinite):
         norms = [None] * len(limits)
     elif found.squares is not None:
-        squares, ((shards, _),) = found.squares(), found.grads
+        squares, shards = found.squares(), found.grads[0][0]
         if shards is not None:
             squares = shards.total([squares]).item()
         if given.shard_group is not None:

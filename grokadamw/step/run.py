@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._warn import warn
 from ..distributed import AllRanks
-from ..param_groups import RECORDED, recorded
+from ..param_groups import RECORDED, make_plain, recorded
 from . import metrics
 from .alpha import Signals
 from .cache import Cache
@@ -61,6 +61,7 @@ class Run:
 
     def restart(self, groups: Sequence[dict[str, Any]]) -> None:
         """Forget the last step after a checkpoint was loaded. Tensors that a CUDA graph uses keep their addresses."""
+        make_plain(groups)
         if self.skipped is not None:
             self.skipped.zero_()
         self.graphs.clear()  # earlier graphs are no longer valid

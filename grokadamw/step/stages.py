@@ -120,8 +120,9 @@ def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, 
     signals = hear(run.signals, groups, rules, run.all_ranks, run.shard_group)
     effects = effects_of(signals, groups, rules)
     if capture.any_capturable(groups):
-        if run.skipped is None:
-            run.skipped = capture.counter(groups)
+        devices = [group["params"][0].device for group in groups if group["capturable"] and group["params"]]
+        if devices:  # a graph cannot create the count that it increments
+            run.skip_counter(devices[0], movable=False)
         effects = [in_places(run.captured, i, group, effects[i]) for i, group in enumerate(groups)]
     run.last = run.last._replace(signal=signals[0] if signals else None, effects=effects)
 
@@ -147,8 +148,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     norms, clips = stats.norms, stats.clips
     if not found.params:
         _warn_if_idle(run, given, norms)
-    differentiable = options["differentiable"]
-    if differentiable:
+    if options["differentiable"]:
         norms, clips = detached(norms), detached(clips)
     run.last = metrics.LastStep(run.last.signal, effects, norms, clips)
     if stats.finite is False:
