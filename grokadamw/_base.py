@@ -163,7 +163,8 @@ class Base(Optimizer):
         The keys are ``parameters``, ``gradients`` (a missing one counts like its parameter), ``exp_avg``,
         ``exp_avg_sq`` and ``grok_ema`` with their scales, ``param_low``, ``window``, ``step``, and ``total``, the sum
         of these; and, for comparison, ``adamw``, the total with ``torch.optim.AdamW`` on the same parameters.
-        Activations, temporary memory of a step, and parameters outside the optimizer are not included.
+        Frozen parameters count as ``parameters`` alone. Activations, temporary memory of a step, and parameters outside
+        the optimizer are not included.
         ``python -m grokadamw memory`` needs no model.
         """
         self._complete_groups()

@@ -202,11 +202,12 @@ def check_model(model: Any) -> None:
 def _check_modules(model: Any) -> None:
     """Raise TypeError or ValueError for a model whose modules do not show the roles of its parameters."""
     check_model(model)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            "model is TorchScript, which does not show its embeddings and norm layers: give the model that it was made "
-            "from, whose parameters it shares"
-        )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and list(module.parameters()):
+            raise TypeError(
+                f"model{name and '.'}{name} is TorchScript, which does not show its embeddings and norm layers: give "
+                "the model that it was made from, whose parameters it shares"
+            )
     if any(kind.__module__.startswith("torch.export.") for module in model.modules() for kind in type(module).__mro__):
         raise TypeError(
             "model comes from torch.export, whose modules do not show which parameters are embeddings and norm layers: "

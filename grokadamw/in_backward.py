@@ -18,10 +18,11 @@ from .backends.gpu_tables import Tables
 from .ddp import why_not_early
 from .grokadamw import GrokAdamW
 from .layers import name_of
+from .options import rules_of
 from .param_groups import check_changed
 from .signals import SlowGradient
 from .step import stages
-from .step.alpha import Signals
+from .step.alpha import Signals, effects_of
 from .step.batches import Given
 from .step.cache import Cache
 from .step.metrics import LastStep
@@ -110,6 +111,7 @@ class StepInBackward:
         self._begun, self.is_open = 0, False  # how many passes have begun, and whether a pass is open
         self._places: dict[Tensor, tuple[int, int, int]] = {}  # each parameter's group, index in the group, and number
         self._updated, self._norm = set[Tensor](), NormSoFar(0.0)  # in this pass
+        self.limit = 0.0  # above 0 if any group is clipped: then all gradients of the pass count in its norm
         self._skipped = list[str]()  # names of updated parameters whose gradients were not finite
         self._watch(optimizer)
         optimizer._run.in_backward = self
@@ -155,6 +157,9 @@ class StepInBackward:
             if not self.is_open:
                 self._begin(optimizer)
             groups = optimizer.param_groups
+            added = groups[len(run.last.effects) :]  # since the pass began
+            effects = effects_of([run.last.signal] * len(added), added, rules_of(given.options))
+            run.last = run.last._replace(effects=[*run.last.effects, *effects])
             left, tables = stages.prepare(run, given._replace(groups=groups, state=optimizer.state))
             calls = self._clipped(left, run.last, groups)
             if self._updated and given.options["accumulation_steps"] == 1:
@@ -203,6 +208,7 @@ class StepInBackward:
         self._updated.clear()
         self._skipped.clear()
         self._norm = NormSoFar(optimizer.param_groups[0]["last_norm"])
+        self.limit = float(max(group["gradient_clipping"] for group in optimizer.param_groups))
         self._begun, self.is_open = self._begun + 1, True
 
     @_disable_dynamo  # compiled autograd would trace the hook

@@ -111,8 +111,9 @@ class Monitor:
         accuracy = recorded(self._optimizer.param_groups, "eval_acc")
         assert accuracy is not None
         counts = self._step_counts()
-        total = sum(counts)  # this also grows while the parameter with the most steps is frozen
-        self._forget_evaluations_after(total - 1)  # only the last evaluation of a model counts
+        total = sum(counts)  # changes with each step, also while the parameter with the most steps is frozen
+        if self._evaluations and self._evaluations[-1][0] == total:  # only the last evaluation of a model counts
+            self._evaluations.pop()
         if self.grokked_at is None:
             is_good = as_float(accuracy) >= self._solved - _ROUNDING
             self._evaluations.append((total, max(counts, default=0), is_good))
@@ -121,7 +122,8 @@ class Monitor:
     def _after_loading(self, optimizer: Optimizer) -> None:
         counts = self._step_counts()
         self._steps = max(counts, default=0)
-        self._forget_evaluations_after(sum(counts))
+        while self._evaluations and self._evaluations[-1][0] > sum(counts):
+            self._evaluations.pop()
 
     def _step_counts(self) -> list[int]:
         counts = step_counts(states_of(self._optimizer.param_groups, self._optimizer.state))
@@ -129,10 +131,6 @@ class Monitor:
 
     def _steps_taken(self) -> int:
         return max(self._step_counts(), default=0)
-
-    def _forget_evaluations_after(self, total: int) -> None:
-        while self._evaluations and self._evaluations[-1][0] > total:
-            self._evaluations.pop()
 
     def _keep(self, row: dict[str, float]) -> None:
         while self._rows and self._rows[-1]["step"] >= row["step"]:  # after going back to a checkpoint
@@ -151,7 +149,9 @@ class Monitor:
         """The records, in order.
 
         Each has ``step``; the last recorded ``train_loss``, ``eval_loss``, ``train_acc`` and ``eval_acc``; ``lr`` of
-        the first group; and the optimizer's ``metrics()``. NaN means that a value was not known at that step.
+        the first group; and the optimizer's ``metrics()``. NaN means that a value was not known at that step. If the
+        step count falls, as after loading an earlier checkpoint or clearing the optimizer's state, the next record
+        replaces those of later steps.
         """
         return [dict(row) for row in self._rows]
 

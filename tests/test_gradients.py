@@ -199,3 +199,25 @@ def test_a_tensor_whose_memory_was_freed_is_refused(
             assert torch.equal(q, before)
         else:
             optimizer.step()
+
+
+def test_entries_of_the_state_that_are_not_ours_may_be_sparse() -> None:
+    params = [nn.Parameter(torch.ones(3, 3, dtype=dtype)) for dtype in (torch.float32, torch.complex64)]
+    optimizer = GrokAdamW(params)
+    for param in params:
+        optimizer.state[param]["mask"] = torch.eye(3).to_sparse()
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert all(optimizer.state[param]["mask"].is_sparse for param in params)
+
+
+@pytest.mark.parametrize("count", [0, 5.0, torch.tensor([3.0])])
+def test_a_step_count_that_was_set_by_hand_can_be_read(count: Any) -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = GrokAdamW(params)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    optimizer.state[params[0]]["step"] = count
+    assert optimizer.metrics()["step"] == max(2, float(count))

@@ -377,6 +377,45 @@ def test_the_larger_of_the_last_norm_and_this_ones_so_far_clips() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+def test_gradients_of_groups_without_a_limit_are_in_the_norm(nonfinite: str) -> None:
+    found = []
+    for early in (False, True):
+        params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+        groups = [{"params": [p], "gradient_clipping": limit} for p, limit in zip(params, (1.0, 0.0, 0.0), strict=True)]
+        optimizer = GrokAdamW(groups, lr=0.1, nonfinite=nonfinite)
+        handle = step_in_backward(optimizer, clip_by="last") if early else None
+        for _ in range(3):
+            optimizer.zero_grad()
+            (0.1 * params[0].sum() + 100 * params[1].sum()).backward()
+            params[2].grad = torch.full((3,), 10.0)  # no hook sees this one
+            optimizer.step()
+        assert (handle is not None) == early
+        metrics = optimizer.metrics()
+        found.append((metrics["grad_norm"], metrics["clip_coefficient"]))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulation_steps": 2, "second_moment": "raw"}])
+@pytest.mark.parametrize("has_gradient", [False, True])
+def test_a_group_may_be_added_between_backward_and_step(options: dict[str, Any], has_gradient: bool) -> None:
+    found = []
+    for early in (False, True):
+        params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+        optimizer = GrokAdamW(params[:1], gradient_clipping=0.0, gamma=0.0, grokking_signal_fns=lambda: 0.5, **options)
+        handle = step_in_backward(optimizer) if early else None
+        for step in range(4):
+            optimizer.zero_grad()
+            (params[0].square().sum() + (params[1].square().sum() if has_gradient else 0)).backward()
+            if step == 2:
+                optimizer.add_param_group({"params": params[1:], "lr": 0.02, "weight_decay": 0.1})
+            optimizer.step()
+            params[1].grad = None
+        assert (handle is not None) == early
+        found.append(params)
+    assert all(map(torch.equal, *found))
+
+
 def test_a_pass_without_gradients_keeps_the_last_norm() -> None:
     model = network()
     optimizer = GrokAdamW(model.named_parameters(), gradient_clipping=0.1)

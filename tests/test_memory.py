@@ -69,6 +69,21 @@ def test_its_parts_are_what_the_docs_say() -> None:
     assert each == pytest.approx(expected | {"step": 0.0, "total": 8 + 3 / 16}, abs=1e-5)
 
 
+def test_frozen_parameters_have_neither_gradients_nor_state() -> None:
+    """As with LoRA, where all of the model's parameters may be given. Some are in a dtype that no step could take."""
+    frozen = [nn.Parameter(torch.ones(64, 64)), nn.Parameter(torch.ones(64, 64).to(torch.float8_e4m3fn), False)]
+    trained = nn.Parameter(torch.ones(64, 64))
+    optimizer = GrokAdamW([trained, *(param.requires_grad_(False) for param in frozen)])
+    for _ in range(2):
+        found = optimizer.memory()
+        assert found["parameters"] == (4 + 4 + 1) * 4096
+        assert found["gradients"] == found["exp_avg"] == found["grok_ema"] == 4 * 4096
+        assert found["adamw"] == found["parameters"] + found["step"] + 3 * 4 * 4096
+        assert optimizer.implementation()
+        trained.grad = torch.ones_like(trained)
+        optimizer.step()
+
+
 def test_what_has_gone_is_not_counted() -> None:
     model, optimizer = formats.started({"state_dtype": "int8"})
     formats.train(model, optimizer, 0, 1)

@@ -292,6 +292,15 @@ def test_evaluations_count_while_the_parameter_with_the_most_steps_is_frozen() -
     assert monitor.grokked_at is None
 
 
+def test_evaluations_stay_if_state_is_reset() -> None:
+    optimizer, monitor = evaluated([1.0] * 6)
+    assert monitor.grokked_at == 10
+    optimizer.state.clear()
+    take_step(optimizer)
+    optimizer.record(eval_acc=0.5)
+    assert monitor.grokked_at == 10
+
+
 def test_losses_and_training_are_no_evaluations() -> None:
     optimizer, monitor = evaluated([1.0])
     for _ in range(10):

@@ -164,6 +164,9 @@ def test_what_does_not_show_its_parameters_is_refused() -> None:
     for make in (GrokAdamW.for_grokking, decay_groups):
         with pytest.raises(TypeError, match="model is TorchScript.*give the model that it was made from"):
             make(torch.jit.script(nn.Linear(2, 2)))
+        with pytest.raises(TypeError, match=r"model\.1 is TorchScript"):
+            make(nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.LayerNorm(2))))
+        make(nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.ReLU())))
         with pytest.raises(TypeError, match=r"model comes from torch.export.*from the model that was exported"):
             make(torch.export.export(nn.Linear(2, 2), (torch.ones(2),)).module())
         with pytest.raises(ValueError, match="weight has no shape yet: run the model once"):

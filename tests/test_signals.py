@@ -236,7 +236,15 @@ def test_a_signal_of_losses_waits_for_both() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [lambda eval_loss, train: 0.5, lambda eval_loss, train_loss, /: 0.5, lambda evaluation, train_loss: 0.5]
+    "function",
+    [
+        lambda eval_loss, train: 0.5,
+        lambda eval_loss, train_loss, /: 0.5,
+        lambda evaluation, train_loss: 0.5,
+        lambda val, train: 0.5,
+        lambda val_loss, other: 0.5,
+        lambda other, training_loss: 0.5,
+    ],
 )
 def test_losses_that_would_arrive_in_the_wrong_place_are_refused(function: Any) -> None:
     with pytest.raises(TypeError, match="requires"):

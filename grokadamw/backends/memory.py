@@ -81,7 +81,9 @@ def memory_is_all(compiling: bool) -> bool:
 
 def is_freed(x: Tensor) -> bool:
     """Return True for a plain tensor whose elements have no memory."""
-    if type(x) not in (Tensor, nn.Parameter) or x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if type(x) not in (Tensor, nn.Parameter) or x.is_meta or x.layout != torch.strided:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
     return x.numel() > 0 and x.untyped_storage().nbytes() == 0
 

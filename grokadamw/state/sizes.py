@@ -16,18 +16,26 @@ KINDS = ("parameters", "gradients", "exp_avg", "exp_avg_sq", "grok_ema", "param_
 
 def sizes(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State], options: dict[str, Any]) -> dict[str, int]:
     """Return this rank's bytes for each of `KINDS`, their `total`, and the total of torch's AdamW, `adamw`."""
-    found = dict.fromkeys(KINDS, 0)
+    found, trained = dict.fromkeys(KINDS, 0), 0
     for group in groups:
         for param in group["params"]:
             own = part(param)
             grad = own if param.grad is None or param.grad.layout != torch.strided else part(param.grad)
             found["parameters"] += own.nbytes
+            if is_frozen(param, state):
+                continue
+            trained += own.nbytes
             found["gradients"] += grad.nbytes
             for name, x in _whole_state(param, state.get(param, {}), options, group["lamb"]):
                 found[name] += part(x).nbytes
     # AdamW's moments have the dtype of their parameter
-    adamw = 3 * found["parameters"] + found["gradients"] + found["step"]
+    adamw = found["parameters"] + 2 * trained + found["gradients"] + found["step"]
     return {**found, "total": sum(found.values()), "adamw": adamw}
+
+
+def is_frozen(param: Tensor, state: Mapping[Tensor, State]) -> bool:
+    """Return True if a parameter gets no gradient, and has neither one nor state from before."""
+    return not param.requires_grad and param.grad is None and param not in state
 
 
 def _whole_state(param: Tensor, state: State, options: dict[str, Any], lamb: Any) -> Iterator[tuple[str, Tensor]]:

@@ -24,6 +24,7 @@ from ..backends.memory import Ranges, TensorSignature
 from ..options import GROUP_OPTIONS, STATES, may_be_coded, rules_of
 from ..shards import PLAIN, Shards, alike, blocks_before, divisions, local, parts, shards_of
 from ..state.formats import BLOCK, EXTRAS
+from ..state.sizes import is_frozen
 from ..state.slots import WINDOW, State, add_missing, lay_out, needs_mu
 from . import batches
 from .batches import Batches, Columns, Given, Kind, Member
@@ -77,7 +78,7 @@ class Cache:
         groups, state = given[:2]
         found = self._recall(given)
         choices = [batch.choice for batch in found[0].batches for _ in batch.params] if found else []
-        pairs = [(param, group) for group in groups for param in group["params"]]
+        pairs = [(p, group) for group in groups for p in group["params"] if not is_frozen(p, state)]
         if len(choices) != len(pairs):
             choices = [_likely_choice(param, state.get(param, {}), group, given.options) for param, group in pairs]
         lines = []

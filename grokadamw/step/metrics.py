@@ -51,7 +51,8 @@ def step_counts(states: Iterable[dict[str, Any]]) -> list[float]:
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for state in states:
         if "step" in state:
-            by_device.setdefault(state["step"].device, []).append(state["step"])
+            step = torch.as_tensor(state["step"], dtype=torch.float32).reshape(())  # it may have been set by hand
+            by_device.setdefault(step.device, []).append(step)
     counts = list[float]()
     for device, here in by_device.items():
         counts += [math.nan] * len(here) if device.type == "meta" else torch.stack(here).tolist()

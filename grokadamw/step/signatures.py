@@ -11,6 +11,8 @@ import torch
 
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_OF_TRAINING = {"train", "training"}
+_OF_EVALUATION = {"eval", "evaluation", "val", "valid", "validation", "test"}
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, _KEYWORD_ONLY)
 
 
@@ -38,7 +40,8 @@ def takes_losses(function: Any) -> str:
         if set(losses) <= by_name:
             return "by name"
     # arguments of other names get the losses in order, but none gets a loss under the other loss's name
-    swapped = required[:1] == ["eval_loss"] or required[1:] == ["train_loss"]
+    first, second = ([name.partition("_")[0] for name in names] for names in (required[:1], required[1:]))
+    swapped = {*first} & _OF_EVALUATION or {*second} & _OF_TRAINING
     if any("acc" in name for name in required):
         way_out = "accuracies are not passed to signals; give grokadamw.signals.AccuracyGap()"
     elif not required:

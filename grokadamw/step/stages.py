@@ -141,7 +141,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     found = run.cache.find(given if cycle is None else given._replace(groups=cycle_groups), run.names, missing)
     if given.capturing and found.tables is not None:
         run.graphs.append(found.tables)
-    limits = _limits(found, cycle_groups, given.shard_group, rules)
+    limits = _limits(run, found, cycle_groups, given.shard_group, rules)
     stats = _measured(run, given, found, limits, rules)
     if options["nonfinite"] == "raise" and not stats.finite:  # a signal changed the gradients after check_given
         raise _not_finite(run, given, found.params)
@@ -203,12 +203,15 @@ def _scalars(
     )
 
 
-def _limits(found: Batches, groups: Sequence[dict[str, Any]], shard_group: Any, rules: Rules) -> list[float]:
-    """Return the `gradient_clipping` of each batch, and one more limit if other ranks have parts of the gradients.
+def _limits(run: Run, found: Batches, groups: Sequence[dict[str, Any]], shard_group: Any, rules: Rules) -> list[float]:
+    """Return the `gradient_clipping` of each batch, and one more limit if other gradients belong to the same norm.
 
-    It is the smallest limit above 0 of any group. All ranks must need the norm, or none, whatever gradients they have.
+    They are those of other ranks, or of the rest of a backward pass. The limit is the smallest one above 0 of any
+    group. All ranks must need the norm, or none, whatever gradients they have.
     """
     limits = [float(groups[batch.group]["gradient_clipping"]) for batch in found.batches]
+    if limits and run.in_backward is not None:
+        limits.append(run.in_backward.limit)
     are_divided = shard_group is not None or any(map(itemgetter(0), found.grads))
     if are_divided and not rules.clips_each_tensor:
         of_groups = (float(group["gradient_clipping"]) for group in groups)
