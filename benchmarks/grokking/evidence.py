@@ -6,8 +6,9 @@ Every method gets the same trials:
 - every other task: four to nine cells, one seed; then the best with three other seeds, or ten where runs are quick;
 - architectures, and other kinds of models: on each task the grid on one seed, as a race; then its three best cells on
   another seed, and the best of these on five more. If AdamW's best cell is on the grid's edge, the cells beyond it are
-  tried, too. If it fails on two or more of the five seeds, the second-best cell runs on them, too. If several of
-  AdamW's cells ran on the five seeds, the best one counts;
+  tried, too. If it fails on two or more of the five seeds, the second-best cell runs on them, too. So does the cell
+  that is best over all architectures and tasks, or over all other kinds of models. If several of AdamW's cells ran on
+  the five seeds, the best one counts;
 - tasks on real data: a grid for each, then five seeds.
 """
 
