@@ -529,15 +529,13 @@ def test_a_slow_gradient_that_is_not_in_the_checkpoint_is_missed() -> None:
 
 
 @pytest.mark.usefixtures("nothing_is_free_to_read")
-def test_losses_come_back_to_the_device_that_they_were_on() -> None:
-    """Losses from a checkpoint on the CPU move to the parameters' device, so that α is computed there again."""
+def test_losses_that_an_older_version_saved_as_tensors_become_numbers() -> None:
     optimizer = GrokAdamW([nn.Parameter(torch.empty(2, device="meta"))])
     saved = optimizer.state_dict()
     for name in ("train_loss", "eval_acc"):
         saved["param_groups"][0][name] = torch.tensor(0.5, dtype=torch.float64)
     optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["train_loss"].device.type == "meta"
-    assert optimizer.param_groups[0]["eval_acc"].device.type == "meta"
+    assert optimizer.param_groups[0]["train_loss"] == optimizer.param_groups[0]["eval_acc"] == 0.5
 
 
 @pytest.mark.parametrize("corrupt", ["{", "[1]", 0.5])

@@ -78,7 +78,8 @@ class Cache:
         groups, state = given[:2]
         found = self._recall(given)
         choices = [batch.choice for batch in found[0].batches for _ in batch.params] if found else []
-        pairs = [(p, group) for group in groups for p in group["params"] if not is_frozen(p, state)]
+        pairs = [(param, group) for group in groups for param in group["params"]]
+        pairs = [(param, group) for param, group in pairs if not is_frozen(param, state)] or pairs
         if len(choices) != len(pairs):
             choices = [_likely_choice(param, state.get(param, {}), group, given.options) for param, group in pairs]
         lines = []
