@@ -206,8 +206,8 @@ def _scalars(
 def _limits(run: Run, found: Batches, groups: Sequence[dict[str, Any]], shard_group: Any, rules: Rules) -> list[float]:
     """Return the `gradient_clipping` of each batch, and one more limit if other gradients belong to the same norm.
 
-    They are those of other ranks, or of the rest of a backward pass. The limit is the smallest one above 0 of any
-    group. All ranks must need the norm, or none, whatever gradients they have.
+    They are those of the rest of a backward pass, or of other ranks. For ranks it is the smallest limit above 0 of any
+    group: all of them must need the norm, or none, whatever gradients they have.
     """
     limits = [float(groups[batch.group]["gradient_clipping"]) for batch in found.batches]
     if limits and run.in_backward is not None:
