@@ -38,19 +38,20 @@ def test_code_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest
 
 
 def test_every_argument_is_in_the_table_with_its_default() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)`[ ◦]*\| ([^|]*?) ?\|", README, re.MULTILINE))
+    page = (ROOT / "docs/arguments.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)`[ ◦]*\| ([^|]*?) ?\|", page, re.MULTILINE))
     for name, parameter in inspect.signature(GrokAdamW).parameters.items():
         if name == "params":
             assert name in rows
         elif name != "grokking_signal_fn":
-            assert name in rows, f"README's table of arguments has no row for {name}"
+            assert name in rows, f"the table of arguments has no row for {name}"
             assert eval(rows.pop(name)) == parameter.default, name
 
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
 def test_the_figures_on_grokking_are_those_of_the_runs(page: Path) -> None:
     text = page.read_text()
-    assert re.search(r"<!-- (untuned|mod97|published) -->\n\| ", text)
+    assert re.search(r"<!-- (summary|mod97|published) -->\n\| ", text)
     assert report.filled(text, runs.read(runs.CSV)) == text
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (page.parent / picture).exists()

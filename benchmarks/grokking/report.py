@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -25,14 +26,12 @@ from .evidence import (
     select,
 )
 from .runs import Row
-from .tasks.architectures import PROBLEMS
 
 Table = Callable[[list[Row]], str]
 Both = tuple[list[Row], list[Row]]  # AdamW's rows and the preset's, on the same task
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / page for page in ("README.md", "docs/grokfast.md", "benchmarks/results/GROKKING_REPORT.md")]
-TITLES = {"add97": "addition mod 97", "div97": "division mod 97", "add113": "addition mod 113", "s5": "S5"}
 PUBLISHED = {"grokfast": 910, "grokfast-ma": 790, "adam": 39890}  # steps to 95% (arXiv:2405.20233, table 1)
 
 
@@ -227,41 +226,34 @@ def by_accuracy(rows: list[Row]) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """Return the table of the preset's medians over a tuned AdamW's, and of failures, for pairs with all runs done."""
-    home = select(rows, evidence.finals("adamw", rows)), select(rows, evidence.untuned())
-    tasks_at_home = [[[row for row in found if row.task == task] for found in home] for task in LEARNT]
-    sets = [("two-block model, tasks mod 97", evidence.SEEDS, [(adamw, preset) for adamw, preset in tasks_at_home])]
-    for problem in PROBLEMS:
-        of_problem = [both for pair, both in both_of_pairs(rows).items() if pair.startswith(f"{problem}/")]
-        sets.append((f"other transformers, {TITLES[problem]}", evidence.PAIR_SEEDS, of_problem))
-    lines, everything = list[list[str]](), list[Both]()
-    for name, seeds, asked in sets:
-        done = [both for both in asked if all(len(found) == len(seeds) for found in both)]
-        everything += done
-        if done:
-            lines.append([name, *_in_short(done)])
-    if everything:
-        lines.append(["all transformers", *_in_short(everything)])
-        unseen = [both for pair, both in both_of_pairs(rows).items() if pair in evidence.UNSEEN and all(both)]
-        if unseen:
-            lines.append(["other transformers on which no setting was chosen", *_in_short(unseen)])
-    for name, has_norms in (
-        ("other kinds of models, with norms", True),
-        ("other kinds of models, without norms", False),
-    ):
-        names = [pair for pair in evidence.KINDS if evidence.has_norms(pair) == has_norms]
-        both = both_of_pairs(rows, names).values()
-        done = [each for each in both if all(len(found) == len(evidence.PAIR_SEEDS) for found in each)]
-        if done:
-            lines.append([name, *_in_short(done)])
-    for name, names in (("other transformers", evidence.PAIRS), ("other kinds of models", evidence.KINDS)):
+    """Return the table of the preset's medians over AdamW's, and of failures, for pairs with all runs done.
+
+    In the first lines AdamW is tuned for each pair; in the last two it has one cell for all pairs of the line.
+    """
+
+    def done(compared: Iterable[Both], seeds: Collection[int] = evidence.PAIR_SEEDS) -> list[Both]:
+        return [both for both in compared if all(len(found) == len(seeds) for found in both)]
+
+    def of_pairs(names: Iterable[str]) -> list[Both]:
+        return done(both_of_pairs(rows, names).values())
+
+    adamw, preset = (select(rows, asked) for asked in (evidence.finals("adamw", rows), evidence.untuned()))
+    by_task = [([x for x in adamw if x.task == task], [x for x in preset if x.task == task]) for task in LEARNT]
+    sets = [
+        ("transformers", done(by_task, evidence.SEEDS) + of_pairs(evidence.PAIRS)),
+        ("those on which no setting was chosen", of_pairs(evidence.UNSEEN)),
+        ("other models, with norms", of_pairs(filter(evidence.has_norms, evidence.KINDS))),
+        ("other models, without norms", of_pairs(itertools.filterfalse(evidence.has_norms, evidence.KINDS))),
+    ]
+    lines = [[name, "tuned for each", *_in_short(compared)] for name, compared in sets if compared]
+    for name, names in (("transformers but the two-block one", evidence.PAIRS), ("other models", evidence.KINDS)):
         alike = alike_of_pairs(rows, names)
         if len(alike) == len(names):
-            done = [(alike[pair], preset) for pair, (_, preset) in both_of_pairs(rows, names).items()]
-            lr, wd = done[0][0][0].lr, done[0][0][0].weight_decay
-            lines.append([f"{name}; AdamW at lr {lr:g}, wd {wd:g} on all", *_in_short(done)])
+            compared = [(alike[pair], preset) for pair, (_, preset) in both_of_pairs(rows, names).items()]
+            lines.append([name, f"{cell(alike[names[0]])} for all", *_in_short(compared)])
     ratios = ["best ratio", "median ratio", "worst ratio", "geometric mean"]
-    return markdown(["models and tasks", "pairs", *ratios, "preset: failed runs", "AdamW: failed runs"], lines)
+    head = ["models", "AdamW's lr, wd", "pairs", *ratios, "preset: failed runs", "AdamW: failed runs"]
+    return markdown(head, lines)
 
 
 def _in_short(compared: list[Both]) -> list[str]:
@@ -410,7 +402,6 @@ TABLES: dict[str, Table] = {
     "summary": summary,
     "afterwards": partial(afterwards, MOD97_METHODS),
     "reach": partial(reach, [*MOD97_METHODS, evidence.RISING]),
-    "reach, in short": partial(reach, ["adamw", evidence.PRESET]),
     "others": others,
     **{f"filter and decay, {task}": partial(two_by_two, task) for task in TWO_BY_TWO},
     "variations": variations,
