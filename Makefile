@@ -81,7 +81,7 @@ peers: $(VENV)/ready $(VENV)/peers/deepspeed
 	for peer in $(PEERS); do \
 		$(INSTALL) --no-deps --no-build-isolation --upgrade --target $(VENV)/peers/$${peer%%==*} $$peer || exit; done
 
-SANITIZE := -fsanitize=address,undefined
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 asan: $(VENV)/ready
 	rm -rf build/asan
 	CFLAGS="$(SANITIZE) -g" LDFLAGS="$(SANITIZE)" $(INSTALL) --no-deps --target build/asan .

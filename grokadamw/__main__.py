@@ -70,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         count = convert_file(parsed.source, parsed.target, {"grokadamw": to_grokadamw, "adamw": to_adamw}[parsed.to])
+    except RecursionError:
+        print(f"{parser.prog}: {parsed.source}: a part of it contains itself", file=sys.stderr)
+        return 1
     except (OSError, ValueError) as error:
         reason, path = (error.strerror, error.filename) if isinstance(error, OSError) else (error, None)
         print(f"{parser.prog}: {path or parsed.source}: {reason or error}", file=sys.stderr)

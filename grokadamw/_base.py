@@ -76,7 +76,8 @@ class Base(Optimizer):
             for sentence in misspelt(param_group, GROUP_KEYS):
                 warn(sentence, UserWarning)
             # copy the dict, as the caller may reuse it, and leave out keys that only AdamW's groups have
-            param_group = {k: v for k, v in param_group.items() if k not in OF_ADAMW}
+            param_group = {k: v for k, v in layers.without_none_names(param_group).items() if k not in OF_ADAMW}
+        self._complete_appended()
         super().add_param_group(param_group)
         *earlier, group = self.param_groups
         group.update(checked)
@@ -100,24 +101,28 @@ class Base(Optimizer):
             )
         return {**param_group, "params": params, "layers": integers}
 
-    def _complete_groups(self) -> None:
+    def _complete_appended(self) -> None:
         """Complete groups that were not added by `add_param_group`, such as those that an outer optimizer appends.
 
         Raises:
             TypeError, ValueError: a value is not allowed. Then its group was not completed.
         """
-        run, fits = self._run, True
-        if run.before_loading:
-            zero.go_on_after_loading(self)
         for i, group in enumerate(self.param_groups):
             if "layers" not in group:
                 whole = {**self.defaults, **group}
                 group.update(whole | check_group(whole, self.defaults))
                 _join(group, self.param_groups[:i])
-                run.layers_checked = False
-            if hasattr(group["layers"], "__len__"):  # else the next step raises an error
-                fits &= len(group["layers"]) == len(group["params"])
-        if not fits:
+                self._run.layers_checked = False
+
+    def _complete_groups(self) -> None:
+        """Complete appended groups, and fit layers to flat tensors that replaced parameters. Raises as the former."""
+        run = self._run
+        if run.before_loading:
+            zero.go_on_after_loading(self)
+        self._complete_appended()
+        # layers that are no list make the next step raise an error
+        lists = [group for group in self.param_groups if hasattr(group["layers"], "__len__")]
+        if any(len(group["layers"]) != len(group["params"]) for group in lists):
             sentence = layers.make_one(self.param_groups, run.shard_group is None and ranks() > 1)
             if sentence is not None and not run.flattened:
                 run.flattened = True  # warn only once: DeepSpeed steps one group after another
@@ -145,11 +150,12 @@ class Base(Optimizer):
         """Return numbers about the last step (or a later ``update_signals``) as floats. This waits for the device.
 
         The keys are ``step`` (steps taken, the most of any parameter), ``signal`` (s), ``signal/<name>`` (the last
-        usable value of each signal), ``alpha`` (α, which a window does not use), ``boost`` (the signal's factor of lr),
-        ``decay_boost`` (its factor of ``weight_decay``), ``grad_norm`` (N, before clipping), ``clip_coefficient`` (c),
-        ``skipped_steps``, ``signal_failures``, ``beta1_min`` and ``beta1_max`` (of β1_l). If groups differ, ``alpha``
-        and ``clip_coefficient`` are the smallest values, and the boosts the largest. NaN means unknown: before the
-        first step, without a usable signal, or if nothing needed the norm.
+        usable value of each signal; on a GPU, where values are not read back, the last one), ``alpha`` (α, which a
+        window does not use), ``boost`` (the signal's factor of lr), ``decay_boost`` (its factor of ``weight_decay``),
+        ``grad_norm`` (N, before clipping), ``clip_coefficient`` (c), ``skipped_steps``, ``signal_failures``,
+        ``beta1_min`` and ``beta1_max`` (of β1_l). If groups differ, ``alpha`` and ``clip_coefficient`` are the smallest
+        values, and the boosts the largest. NaN means unknown: before the first step, without a usable signal, or if
+        nothing needed the norm.
         """
         self._complete_groups()
         self._run.settle(self.param_groups)
@@ -256,7 +262,7 @@ class Base(Optimizer):
 
 def _join(group: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
     """Complete a group that has all its options: set its layers, and copy the run's progress from earlier groups."""
-    first = earlier[0] if earlier else {**CYCLE_AT_REST, "skipped_steps": group["skipped_steps"]}
+    first = earlier[0] if earlier else PROGRESS
     group.update(CYCLE_AT_REST, skipped_steps=first["skipped_steps"])  # it may come from another optimizer
     for name in RECORDED:
         if group[name] is None:

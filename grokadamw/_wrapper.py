@@ -43,7 +43,7 @@ class Wrapper(WrapperBase):
             )
         inner = optimizer
         while isinstance(inner, Wrapper):
-            if inner._rank >= self._rank:
+            if inner._level >= self._level:
                 raise ValueError(
                     f"{type(self).__name__} cannot wrap {type(inner).__name__}: use at most one filter, and put "
                     "Accumulate outermost, as in Accumulate(Grokfast(optimizer), steps)"

@@ -35,7 +35,7 @@ class WrapperBase(Optimizer):
     _runs: tuple[str, ...] = ()  # its group keys that hold the progress of a run, not settings
     _others: tuple[tuple[str, ...], ...] = ()  # state names of each other wrapper; a count comes last in all
     _mark: str  # a group key which shows that a wrapper of this kind was around the optimizer
-    _rank: int  # it may only wrap wrappers of lower rank
+    _level: int  # it may only wrap wrappers of a lower level
     _always_unscales = False
 
     def _begin(self) -> None:

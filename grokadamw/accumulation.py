@@ -69,7 +69,7 @@ class Accumulate(Wrapper):
     _prefixes: tuple[str, ...] = OF_ACCUMULATE
     _settings = ("_steps", "_clipping", "_last", "_prefixes")
     _runs = ("accumulated_steps",)
-    _mark, _rank = "accumulation_cycle", 2
+    _mark, _level = "accumulation_cycle", 2
     _always_unscales = True  # so that `stepped` becomes False on overflow, and a loop cannot clip micro-batches
 
     @with_hints

@@ -16,6 +16,7 @@ from torch import Tensor
 from ._warn import warn
 from .options import STATES
 from .param_groups import GROUP_KEYS
+from .state import window
 from .state.formats import unpacked
 
 __all__ = ["is_state_dict", "to_adamw", "to_float32", "to_grokadamw"]
@@ -32,9 +33,9 @@ _MARKS = _OURS - {"gamma"}  # any of these keys marks a group as ours; AdaBound'
 # prefixes of the wrappers' group keys and state entries
 OF_ACCUMULATE, OF_FILTERS = ("accumulated", "accumulation_cycle"), ("grokfast_",)
 _COUNTS = ("accumulated_grads", "grokfast_step", "grokfast_ring_count")  # the number of gradients in those entries
-_OUR_STATE = ("grok_ema", "grok_ring", "grok_ring_sum", "grok_ring_lap", "grok_ring_count", "micro_step", "param_low")
+_OUR_STATE = ("grok_ema", *window.names("grok_"), "micro_step", "param_low")
 _NEEDED = ("step", "exp_avg", "exp_avg_sq")  # all of AdamW's state
-_KINDS = (
+_SUPPORTED = (
     "GrokAdamW continues from torch.optim.AdamW, Adam and GrokAdamW; from others, start with fresh moments, or convert "
     "the state dict to one of these forms"
 )
@@ -79,14 +80,14 @@ def to_grokadamw(state_dict: StateDict) -> StateDict:
     of_adam = any("amsgrad" in group for group in groups)
     if groups and not of_adam and not any(name in group for group in groups for name in _MARKS):
         raise ValueError(
-            f"state_dict is of an optimizer that is not supported: its groups have {_listed(groups[0])}. {_KINDS}"
+            f"state_dict is of an optimizer that is not supported: its groups have {_listed(groups[0])}. {_SUPPORTED}"
         )
     for key, state in _states(state_dict):
         missing = [name for name in _NEEDED if name not in state] if state else []
         if missing and (of_adam or len(missing) < len(_NEEDED)):  # ours may hold only the entries of wrappers
             raise ValueError(
                 f"state_dict is of an optimizer that is not supported: its state of parameter {key} has "
-                f"{_listed(state)}. {_KINDS}"
+                f"{_listed(state)}. {_SUPPORTED}"
             )
     return _from_adam(state_dict) if of_adam else state_dict
 
@@ -196,6 +197,10 @@ def _from_adam(state_dict: StateDict) -> StateDict:
             "state_dict is of an Adam with amsgrad=True, which divides by the largest second moment so far: GrokAdamW "
             "does not support it. To go on without, set 'amsgrad' to False in each of its groups"
         )
+    needed = {"lr", "betas", "eps", "weight_decay"}
+    for i, group in enumerate(state_dict["param_groups"]):
+        if missing := sorted(needed - group.keys()):
+            raise ValueError(f"state_dict: param_groups[{i}] has no {', '.join(missing)}, as an AdamW's or Adam's has")
     ours = {"grokking_signal_fns": None}  # marks a group as GrokAdamW's
     groups = [_without(group, _ADAMW) | ours for group in state_dict["param_groups"]]
     for group, old in zip(groups, state_dict["param_groups"], strict=True):

@@ -364,6 +364,7 @@ class GrokAdamW(Base):
         values = (train_loss, eval_loss, train_acc, eval_acc)
         checks = zip(RECORDED, values, (as_number, as_number, as_share, as_share), strict=True)
         given = {name: check(value, name) for name, value, check in checks if value is not None}
+        self._complete_groups()
         self._run.signals.warn_of_unscaled_losses(given, self.param_groups)
         for group in self.param_groups:
             group.update(given)

@@ -48,7 +48,7 @@ class _Filter(Wrapper):
     _prefixes = OF_FILTERS
     _settings: tuple[str, ...] = ("_signals",)
     _runs = ("grokfast_signal_state",)
-    _mark, _rank = "grokfast_filter", 1
+    _mark, _level = "grokfast_filter", 1
 
     def __init__(
         self, optimizer: Optimizer, numbers: dict[str, Any], amplify_after: int, amplify_when: Callable[[], Any] | None

@@ -76,6 +76,11 @@ def layers_of(group: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> list[
     return _numbered(own, known)
 
 
+def without_none_names(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a group in which names that are None are missing. torch's optimizers allow both."""
+    return {key: value for key, value in group.items() if key != "param_names" or value is not None}
+
+
 def unwrapped_in(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return the `unwrapped` names of each group's parameters; an empty list for a group without names."""
     own = [group.get("param_names", ()) for group in groups]

@@ -1,6 +1,6 @@
 """All options of GrokAdamW in one table, and the checks of their values.
 
-To add an option, add its row to `OPTIONS`, its argument to the constructor, and a line to the class's docstring.
+CONTRIBUTING.md says how to add one.
 """
 
 from __future__ import annotations
@@ -53,11 +53,10 @@ def _check_format(name: str, value: Any) -> str:
 
 def not_in_a_group(name: str, value: Any) -> None:
     """Refuse signals or a shard_group in a group. (`Signals` and `check_shard_group` check the constructor's.)"""
-    what, way_out = "it holds", "it to GrokAdamW(...)"
-    if name != "shard_group":
-        what, way_out = "signals hold", "them to GrokAdamW(...) or set_signals(...)"
     if value is not None:
-        raise ValueError(f"{name}={value!r} in a parameter group: {what} for the whole optimizer; pass {way_out}")
+        raise ValueError(
+            f"{name}={value!r} in a parameter group: it holds for the whole optimizer; pass it to GrokAdamW(...)"
+        )
 
 
 # The scope of an option:
@@ -206,7 +205,7 @@ _CONFLICTS = (
     (("max_row_norm", "max_row_change", "signal_boost", "decay_boost"), ("compat",), ", which lacks that option:"),
     (("accumulation_steps", "window_size"), ("compat", "differentiable"), ":"),
     (("state_dtype", "master_weight_bits", "rounding"), ("compat", "differentiable"), ":"),
-    (("state_dtype",), ("window_size",), ", which has window_dtype:"),
+    (("state_dtype",), ("window_size",), ", whose memory window_dtype controls:"),
     (("rounding",), ("master_weight_bits",), ", which has its own rounding:"),
     (("accumulation_steps", "amplify_by_signal"), ("capturable",), ": a CUDA graph does the same at every replay;"),
 )

@@ -113,7 +113,9 @@ class AccuracyGap:
     def __call__(self) -> Number:
         train, evaluation = self.accuracies().values()
         if train is None or evaluation is None:
-            raise RuntimeError("AccuracyGap has no accuracies: record both; inside a function, bind(optimizer) first")
+            raise RuntimeError(
+                "AccuracyGap has no accuracies: record both. If a function calls it, call its bind(optimizer) first"
+            )
         gap = train - evaluation
         return gap.clamp(min=0) if isinstance(gap, Tensor) else max(gap, 0.0)
 
@@ -186,7 +188,9 @@ class SlowGradient:
 
     def __call__(self) -> Number:
         if self._optimizer is None:
-            raise RuntimeError("SlowGradient knows no optimizer: register it itself, or call its bind(optimizer)")
+            raise RuntimeError(
+                "SlowGradient has no optimizer: pass the object itself as a signal, or call its bind(optimizer)"
+            )
         if self._calls % self.every == 0:
             self._value = self._cosine()
         self._calls += 1

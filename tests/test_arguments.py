@@ -224,7 +224,7 @@ BAD = [
     (
         {"state_dtype": "int8", "window_size": 2},
         ValueError,
-        "state_dtype='int8' with window_size=2, which has window_dtype",
+        "state_dtype='int8' with window_size=2, whose memory window_dtype controls",
     ),
     ({"state_dtype": "int8", "compat": "0.1.2"}, ValueError, "state_dtype='int8' with compat='0.1.2'"),
     ({"state_dtype": "int8", "differentiable": True}, ValueError, "state_dtype='int8' with differentiable=True"),

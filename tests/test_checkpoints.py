@@ -620,6 +620,12 @@ def test_state_dicts_are_found_in_lists_and_dicts(tmp_path: Path) -> None:
         assert "amsgrad" not in state_dict["param_groups"][0]
 
 
+def _around_itself() -> list[Any]:
+    content: list[Any] = []
+    content.append(content)
+    return content
+
+
 class Dangerous:
     def __reduce__(self) -> Any:
         return Path.touch, (Path("it-ran"),)
@@ -631,6 +637,11 @@ class Dangerous:
         (Dangerous(), "it holds builtins.getattr, pathlib."),  # the class's name differs between Python versions
         ({"model": {}}, "holds no optimizer state dict"),
         ({"state": {}, "param_groups": [{}]}, "holds no optimizer state dict"),
+        (
+            {"state": {}, "param_groups": [{"params": [], "lr": 1, "eps": 1, "amsgrad": False}]},
+            "no betas, weight_decay",
+        ),
+        (_around_itself(), "a part of it contains itself"),
         (b"not a file of torch's", "torch.save did not write this file"),
         (b"hello", "torch.save did not write this file"),
         (b"", "torch.save did not write this file"),
@@ -687,7 +698,7 @@ print(*sorted(name for name in sys.modules if name.startswith("grokadamw.")))
     loaded = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True).stdout
     private = ("_checks", "_numbers", "_warn")
     public = ("checkpoints", "layers", "options", "param_groups", "shards")
-    needed = (*private, *public, "state", "state.formats")
+    needed = (*private, *public, "state", "state.formats", "state.window")
     assert loaded.split() == [f"grokadamw.{name}" for name in needed]
 
 

@@ -497,3 +497,18 @@ def test_a_parameter_that_was_set_keeps_its_value() -> None:
             p.copy_(new)
         whole = formats.full(p.detach(), optimizer.state[p]["param_low"])
         assert ((whole - new.float()).abs() <= new.abs().float() * 2.0**-7 + 2.0**-24).all()
+
+
+def test_long_rows_of_halves_take_another_way_only_while_they_are_limited() -> None:
+    """Float32 copies take twenty times as long as the kernel, which cannot limit rows as long as these."""
+    if isinstance(native.kernel(), str):
+        pytest.skip("the native kernel is not here")
+    p = nn.Parameter(torch.ones(2, native.kernel().row_bytes, dtype=torch.bfloat16))
+    optimizer = GrokAdamW([p], state_dtype="int8", rounding="stochastic")
+    for limit in (0.0, 1.0, 0.0):
+        optimizer.param_groups[0]["max_row_norm"] = limit
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert optimizer.implementation().startswith("decoded" if limit else "cpu")
+        if limit:
+            assert float(p.detach().float().norm(dim=1).max()) == pytest.approx(1.0, rel=0.01)

@@ -405,6 +405,18 @@ def test_a_group_that_did_not_pass_add_param_group_is_one_as_well(how: str) -> N
     assert ours.state_dict()["param_groups"][1].keys() == expected.state_dict()["param_groups"][1].keys()
 
 
+def test_a_group_from_outside_is_completed_by_whatever_reads_it() -> None:
+    first, second = parameters()
+    optimizer = GrokAdamW([("a.weight", first)])
+    optimizer.param_groups.append({"params": [second], "param_names": ["b.weight"]})
+    optimizer.record(train_loss=1.0, eval_loss=2.0)
+    assert [group["eval_loss"] for group in optimizer.param_groups] == [2.0, 2.0]
+    optimizer = GrokAdamW([("a.weight", first)])
+    optimizer.param_groups.append({"params": [second], "param_names": ["b.weight"]})
+    optimizer.add_param_group({"params": [("c.weight", torch.nn.Parameter(torch.ones(2)))]})
+    assert [group["layers"] for group in optimizer.param_groups] == [[0], [1], [2]]
+
+
 def test_a_wrong_group_from_outside_is_refused_before_anything_is_written() -> None:
     first, second = parameters()
     optimizer = GrokAdamW([first])

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA, decay_groups, step_in_backward
 from grokadamw.signals import AccuracyGap, SlowGradient, loss_gap
+from grokadamw.step.norm import NormSoFar
 
 from .models import batch as numbers
 from .models import network, running, same, saved_and_loaded
@@ -347,6 +348,12 @@ def test_clipping_wants_a_choice() -> None:
     with pytest.raises(ValueError, match=r"gradient_clipping=0\.1 with step_in_backward"):
         mse(model, 0).backward()
     assert same(before, dict(model.state_dict()))
+
+
+def test_the_norm_of_the_last_pass_keeps_its_precision() -> None:
+    c = NormSoFar(torch.tensor(1 / 3, dtype=torch.float64)).clip(0.1)
+    assert isinstance(c, torch.Tensor)
+    assert float(c) == 0.1 / (1 / 3 + 1e-6)
 
 
 def test_the_larger_of_the_last_norm_and_this_ones_so_far_clips() -> None:

@@ -503,6 +503,30 @@ def test_a_group_taken_from_another_optimizer_keeps_its_layers() -> None:
     assert GrokAdamW(first.param_groups).param_groups[0]["layers"] == [0, 0, 1, 1, 2, 2]
 
 
+def test_an_optimizer_of_another_ones_groups_counts_its_own_skipped_steps() -> None:
+    p = nn.Parameter(torch.ones(2))
+    first = GrokAdamW([p])
+    p.grad = torch.full((2,), torch.nan)
+    with pytest.warns(RuntimeWarning, match="a step was skipped"):
+        first.step()
+    second = GrokAdamW(first.param_groups)
+    assert second.metrics()["skipped_steps"] == 0
+    with pytest.warns(RuntimeWarning, match="a step was skipped"):
+        second.step()
+    assert second.metrics()["skipped_steps"] == 1
+
+
+def test_names_may_be_none_as_in_torch() -> None:
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = GrokAdamW([{"params": [p], "param_names": None}])
+    saved = torch.optim.AdamW([q]).state_dict()
+    saved["param_groups"][0]["param_names"] = None
+    for loading in (optimizer, GrokAdamW([("weight", p)])):
+        loading.load_state_dict(saved)
+        p.grad = torch.ones(2)
+        loading.step()
+
+
 def _flattened(**options: Any) -> GrokAdamW:
     """Return an optimizer whose parameters were replaced by one vector after its construction, as DeepSpeed does."""
     model = network()

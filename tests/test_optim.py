@@ -133,7 +133,7 @@ def errors(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
         ("it holds for the whole optimizer", {"compat": "0.1.2"}),
         ("it holds for the whole optimizer", {"differentiable": True}),
         ("shard_group=2 in a parameter group: it holds for the whole", {"shard_group": 2}),
-        ("signals hold for the whole optimizer", {"grokking_signal_fns": [SlowGradient()]}),
+        ("it holds for the whole optimizer", {"grokking_signal_fns": [SlowGradient()]}),
         ("weight_decay=-1 is out of range", {"weight_decay": -1}),
     ]
     in_a_step: list[tuple[str, Kwargs, Tensor]] = [

@@ -527,7 +527,7 @@ def test_slow_gradient_reads_state_in_fewer_bits(state_dtype: str) -> None:
 
 @pytest.mark.parametrize(
     ("signal", "says"),
-    [(SlowGradient(), "knows no optimizer"), (AccuracyGap(), "has no accuracies")],
+    [(SlowGradient(), "has no optimizer"), (AccuracyGap(), "has no accuracies")],
 )
 def test_a_signal_inside_a_function_says_what_it_lacks(signal: Any, says: str) -> None:
     optimizer = optimizer_with(lambda: 1 - signal())

@@ -48,7 +48,7 @@ def check_in_an_empty_environment(package: Path, compiler: str, folder: Path) ->
     assert Path(lines[0]).is_relative_to(site)
     if compiler == "missing":
         assert lines[1] == (
-            "blocks: the native kernel was not built, as there was no C compiler when grokadamw was installed"
+            "blocks: the native kernel was not built: install grokadamw again, where a C compiler works"
         )
     else:
         assert lines[1].startswith("cpu: the native kernel, compiled for ")

@@ -23,7 +23,7 @@ from . import blocks, cpu, decoded, foreach, gpu, memory, native, reference
 from .types import NOBODY, Addresses, Batch, Choice, Scalars
 
 __all__ = ["BY_ADDRESS", "FUSED_ON", "Batch", "Choice", "Scalars", "choose"]
-__all__ += ["fastest_sum_of_squares", "keep", "row_width", "sum_of_squares"]
+__all__ += ["fastest_sum_of_squares", "has_limits", "keep", "row_width", "sum_of_squares"]
 
 BY_ADDRESS = (cpu, blocks, gpu)  # backends whose tensors must not share memory
 _LAUNCH = "one Triton launch for all tensors of a kind"
@@ -50,11 +50,17 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: 
         return asked._replace(module=decoded) if coded else asked
     choice, reason = _by_address(row, step, options, coded)
     is_matrix_of_halves = row[0].itemsize == 2 and row[0].dim() > 1 and row[0].numel() > 0
-    if coded and reason is None and is_matrix_of_halves and not row_width(choice, row[0], True):
-        reason = "rows longer than those that the kernel limits"  # rows.py cannot handle low bits
+    limits_rows = coded and is_matrix_of_halves and has_limits(options)  # rows.py cannot handle low bits
+    if limits_rows and reason is None and not row_width(choice, row[0], True):
+        reason = "rows longer than those that the kernel limits"
     if reason is None:
         return choice
     return Choice(decoded, f"float32 copies, as {reason}") if coded else Choice(foreach, reason)
+
+
+def has_limits(options: dict[str, Any]) -> bool:
+    """Return True if these options of a group limit rows."""
+    return bool(options["max_row_norm"] or options["max_row_change"])
 
 
 def _by_address(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: bool) -> tuple[Choice, str | None]:

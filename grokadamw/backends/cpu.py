@@ -24,6 +24,7 @@ from .rows import SHORT
 from .types import Addresses, Batch, Coded, Scalars, limited_widths, written
 
 _PROCESS = os.getpid()  # a process forked later lacks OpenMP's threads, and would wait for them forever
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}  # as `enum format` in cpu_kernel.c
 _ALONE = 1 << 17  # elements; up to this many, it is not worth starting another thread
 
 
@@ -106,10 +107,7 @@ def _add_codes(table: Any, batch: Batch, coded: Coded) -> None:
     """Add to the table how state and parameters are coded."""
     table.coded, table.rounds, table.low_bits = 1, coded.rounds, 8 * coded.lows[0].itemsize if coded.lows else 0
     for i, (column, scales) in enumerate(zip(batch[2:5], coded[:3], strict=True)):
-        dtype = column[0].dtype if column else torch.float32
-        table.formats[i] = (torch.float32, torch.bfloat16, torch.int8).index(
-            dtype if dtype != torch.uint8 else torch.int8
-        )
+        table.formats[i] = _FORMATS[column[0].dtype] if column else 0
         table.scales[i] = addresses(scales) if scales else None
     table.lows = addresses(coded.lows) if coded.lows else None
     odd = [width_of(param) if param.dim() > 1 and width_of(param) % BLOCK else 0 for param in batch.params]

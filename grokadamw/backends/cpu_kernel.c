@@ -213,8 +213,10 @@ static void step_part(const table *t, const numbers *k, int64_t tensor, int64_t 
 /* Tensors that are kept in fewer bits than a step computes with: decode, step, encode. formats.py gives the same bits. */
 
 #define STEP 0x9e3779b9u /* added to a dither from step to step */
+enum { TURN_V = 22, TURN_MU = 11, TURN_PARAM = 5 }; /* by how many bits each rotates a hash; m does not */
 #define LANE 0xc13fa9a9u /* added to a dither from element to element of a block */
 #define PARTS 65536.0f   /* of a code */
+#define LARGEST 0x71800000 /* the bits of 2^100, the largest value to scale */
 #define UNIT (float)(65536.0 / (127 * 65536.0 - 64)) /* a block's scale for a largest value of 1: no code exceeds 127 */
 #define V_UNIT (float)(65536.0 / (255 * 65536.0 - 128))
 
@@ -224,17 +226,20 @@ static inline uint32_t mixed(uint32_t word) /* MurmurHash3's finalizer */
     return word ^ word >> 16;
 }
 
-static inline uint32_t turned(uint32_t word, int turn) { return word << turn | word >> (32 - turn); }
+static inline uint32_t turned(uint32_t word, int turn) { return word << turn | word >> (-turn & 31); }
 static inline int32_t larger(int32_t x, int32_t y) { return x > y ? x : y; }
 static inline int32_t smaller(int32_t x, int32_t y) { return x < y ? x : y; }
 
 static inline int32_t in_bfloat16(float x, uint32_t dither, int is_v) /* in the upper half of the word */
 {
-    const int32_t bits = bits_of(x), word = bits + (int32_t)(dither >> 16);
+    const int32_t bits = bits_of(x), word = (int32_t)((uint32_t)bits + (dither >> 16));
     return is_v ? larger(word, smaller(bits, 1) << 23) : word; /* a v above 0 never becomes 0 */
 }
 
-static inline int32_t in_codes(float x, float parts, uint32_t dither) { return ((int32_t)(x * parts) + (int32_t)(dither >> 16)) >> 16; }
+static inline int32_t in_codes(float x, float parts, uint32_t dither)
+{
+    return (int32_t)((uint32_t)(int32_t)(x * parts) + (dither >> 16)) >> 16;
+}
 
 /* Find the largest size, as bits, in each of `count` full blocks. Each loop shrinks all blocks together, so that a vector may
  * span several. */
@@ -325,7 +330,7 @@ static void find_blocks(blocks *b, const table *t, const numbers *k, int64_t ten
                 tops[q] = top;                                                                                        \
             }                                                                                                         \
             for (int q = 0; q < b->count; q++) {                                                                      \
-                const float top = float_of(smaller(tops[q], 0x71800000)), unit = top * (is_v ? V_UNIT : UNIT);        \
+                const float top = float_of(smaller(tops[q], LARGEST)), unit = top * (is_v ? V_UNIT : UNIT);           \
                 const float scale = unit < 0x1p-100f ? 0x1p-100f : unit, parts = PARTS / scale;                       \
                 const uint32_t dither = turned(b->hashes[q], turn) + b->turns;                                        \
                 scales[b->first + q] = scale;                                                                         \
@@ -336,8 +341,8 @@ static void find_blocks(blocks *b, const table *t, const numbers *k, int64_t ten
         } else store(room, state, b->i, n, t->state);                                                                 \
     }
 STATE(m, 0, 0, int8_t)
-STATE(v, 1, 22, uint8_t)
-STATE(mu, 0, 11, int8_t)
+STATE(v, 1, TURN_V, uint8_t)
+STATE(mu, 0, TURN_MU, int8_t)
 
 #define TINY 0x387fe000 /* bits of the smallest number that float16 rounds to a normal number */
 #define INF 0x7f800000
@@ -391,7 +396,7 @@ static void store_param(const table *t, const float *restrict x, int64_t tensor,
         words[j] = size < TINY ? (uint32_t)(int32_t)(float_of(size < TINY ? size : 0) * 0x1p40f) : words[j];
     }
     for (int q = 0; dropped && q < b->count; q++) {
-        const uint32_t dither = turned(b->hashes[q], 5) + b->turns;
+        const uint32_t dither = turned(b->hashes[q], TURN_PARAM) + b->turns;
         EACH(b, q, j, l, words[j] = (words[j] + ((dither + l * LANE) >> (32 - dropped))) & -(1u << dropped))
     }
     uint16_t *restrict out = (uint16_t *)t->params[tensor] + i;
@@ -455,7 +460,7 @@ INLINE float scale_of(const floats *x, int is_v) /* of a block */
 {
     words tops = all(0);
     for (int part = 0; part < BLOCK / 16; part++) tops = _mm512_max_epi32(tops, _mm512_and_si512(bits(x[part]), all(0x7fffffff)));
-    const float top = float_of(smaller(_mm512_reduce_max_epi32(tops), 0x71800000)), unit = top * (is_v ? V_UNIT : UNIT);
+    const float top = float_of(smaller(_mm512_reduce_max_epi32(tops), LARGEST)), unit = top * (is_v ? V_UNIT : UNIT);
     return unit < 0x1p-100f ? 0x1p-100f : unit;
 }
 
@@ -510,8 +515,9 @@ INLINE void step_full(const table *t, const numbers *k, int64_t tensor, int64_t 
     for (int64_t i = from, block = from / BLOCK; i < to; i += BLOCK, block++) {
         const uint32_t hash = mixed(((uint32_t)block + (t->firsts ? t->firsts[tensor] : 0)) ^ t->keys[tensor]);
         const uint32_t turns = (uint32_t)(int64_t)((k->t - 1) * t->micro_steps + t->nth) * STEP;
-        const words m_dithers = plus(all(hash + turns), lanes), v_dithers = plus(all(turned(hash, 22) + turns), lanes);
-        const words mu_dithers = plus(all(turned(hash, 11) + turns), lanes), dithers = plus(all(turned(hash, 5) + turns), lanes);
+        const words m_dithers = plus(all(hash + turns), lanes), v_dithers = plus(all(turned(hash, TURN_V) + turns), lanes);
+        const words mu_dithers = plus(all(turned(hash, TURN_MU) + turns), lanes);
+        const words dithers = plus(all(turned(hash, TURN_PARAM) + turns), lanes);
         float *scale[STATES];
         for (int s = 0; s < STATES; s++) scale[s] = scales[s] ? scales[s] + block : unused + s;
         floats ms[BLOCK / 16], roots[BLOCK / 16], mus[BLOCK / 16];

@@ -47,7 +47,7 @@ def kernels() -> Any:
     except Exception as error:  # an incompatible Triton may raise anything
         return f"Triton cannot be imported: {error}"
     if str(triton.__version__).startswith(("2.", "3.0.", "3.1.", "3.2.")):
-        return f"Triton {triton.__version__} cannot compile the kernels: it takes 3.3 or newer, and so torch 2.7"
+        return f"the kernels need Triton 3.3 or newer, which comes with torch 2.7, and this is {triton.__version__}"
     return gpu_kernels
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..state.formats import has_no_gaps, has_rows
+from ..state.formats import has_no_gaps, has_rows, width_of
 from . import native
 from .types import Addresses, Batch, written
 
@@ -103,9 +103,9 @@ def why_not(row: Sequence[Tensor], step: Tensor, coded: bool) -> str | None:
         return f"a tensor subclass, {odd[0]}"
     if any(x.device != row[0].device for x in (*row, step)) or step.dtype != torch.float32 or step.numel() != 1:
         return f"gradient or state are not on {row[0].device}, or the step count is not float32"
-    if not lie_alike(row) or (coded and not has_rows(row[0])):
+    if not lie_alike(row):
         return "memory with gaps, or a gradient with other strides"
-    return None
+    return "rows that do not follow one another in memory" if coded and not has_rows(row[0]) else None
 
 
 def where(batch: Batch) -> Addresses:
@@ -136,11 +136,8 @@ def row_width(param: Tensor, longest: int) -> int:
 
     They can if a row has at most `longest` elements and lies in one piece, and the rows follow one another in memory.
     """
-    if param.dim() < 2 or not param.numel():
-        return 0
-    width = param.numel() // param.shape[0]
-    in_order = param.shape[0] == 1 or param.stride(0) == width
-    return width if in_order and width <= longest else 0
+    width = width_of(param) if param.dim() > 1 and param.numel() else 0
+    return width if width <= longest and has_rows(param) else 0
 
 
 def share_memory(*batches: Batch) -> bool:

@@ -52,7 +52,7 @@ class Kernel(NamedTuple):
 def kernel() -> Kernel | str:
     """Return the kernel for this processor, or a sentence that says why there is none."""
     if not _LIBRARY.exists():
-        return "the native kernel was not built, as there was no C compiler when grokadamw was installed"
+        return "the native kernel was not built: install grokadamw again, where a C compiler works"
     try:
         library = ctypes.CDLL(str(_LIBRARY))
         for name in _instruction_sets():

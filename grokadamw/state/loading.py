@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .._numbers import as_number, as_real
 from .._warn import warn
 from ..checkpoints import to_grokadamw
-from ..layers import unwrapped_in
+from ..layers import unwrapped_in, without_none_names
 from ..options import OPTIONS, STATES, WARN
 from ..param_groups import check_loaded
 from ..shards import cuts_blocks, mesh_of, part, placed, shards_of
@@ -80,6 +80,7 @@ def in_order(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
             f"state_dict has a different number of parameter groups, {len(saved)}, than the optimizer, {len(groups)}: "
             "construct the optimizer as it was when this was saved. (for_grokking makes its own groups.)"
         )
+    saved = list(map(without_none_names, saved))
     saved = list(map(_as_listed, saved, unwrapped_in(saved)))
     state_dict = {**state_dict, "param_groups": saved}
     saved_names, own_names = _named(saved), _named(groups)

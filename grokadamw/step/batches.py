@@ -106,19 +106,31 @@ def collect(given: Given, names: Mapping[int, str], missing: Collection[Tensor] 
                 )
             entries.append(Entry(param, resolved(param.grad), member))
     for param, grad, member in entries:
-        state = given.state.get(param, {})
-        check(state, param)
-        if any(memory.is_freed(x) for x in (param, grad, *state.values()) if isinstance(x, Tensor)):
-            raise RuntimeError(
-                f"a parameter of shape {tuple(param.shape)}, its gradient or its state has no memory, as after "
-                "untyped_storage().resize_(0): give it memory before optimizer.step()"
-            )
+        try:
+            _check(param, grad, given.state.get(param, {}))
+        except RuntimeError as error:
+            raise RuntimeError(f"{layers.name_of(param, given.groups, names)}: {error}") from None
         if given.groups[member.group]["fused"] and param.device.type not in backends.FUSED_ON:
             raise RuntimeError(
                 "`fused=True` requires all the params to be floating point Tensors of supported devices: "
                 f"{backends.FUSED_ON}, but param_groups[{member.group}] has one on {param.device}: leave fused out"
             )
     return entries
+
+
+def _check(param: Tensor, grad: Tensor, state: State) -> None:
+    """Raise RuntimeError for a parameter, gradient or state that a step cannot use."""
+    check(state, param)
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"the gradient has shape {tuple(grad.shape)}, and the parameter {tuple(param.shape)}: the parameter's data "
+            "was replaced after backward(). Call zero_grad(), and compute the gradients again"
+        )
+    if any(memory.is_freed(x) for x in (param, grad, *state.values()) if isinstance(x, Tensor)):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(param.shape)}, its gradient or its state has no memory, as after "
+            "untyped_storage().resize_(0): give it memory before optimizer.step()"
+        )
 
 
 def make_state(entries: Iterable[Entry], given: Given) -> list[tuple[Tensor, list[str]]]:
@@ -261,7 +273,7 @@ def with_windows(batch: Batch, states: Sequence[State]) -> Batch:
 
 def found_anew(entries: Sequence[Entry], given: Given) -> Batches:
     """Return batches for tensors that no signature describes: complex, traced, of subclasses, or some DTensors."""
-    groups, state, options = given[:3]
+    groups, state, options = given.groups, given.state, given.options
     rows, kinds, dtensors, extras, members = [], [], [], [], []
     grads: dict[Shards | None, list[Tensor]] = {shards: [] for shards in divisions(groups)}
     for entry in entries:

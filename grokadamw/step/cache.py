@@ -31,7 +31,7 @@ from .batches import Batches, Columns, Given, Kind, Member
 from .capture import any_capturable
 
 SETS = 8  # how many plans are kept, each for one set of parameters with gradients
-_LOOKS = 1 << 12  # how many looks of parameters are kept with their kind
+_MOST_KINDS = 1 << 12  # how many looks of parameters are kept with their kind
 _EXP_AVG, _EXP_AVG_SQ, _STEP = itemgetter("exp_avg"), itemgetter("exp_avg_sq"), itemgetter("step")
 _PARAMS, _LAYERS = itemgetter("params"), itemgetter("layers")
 _OPTIONS = itemgetter(*[name for name in GROUP_OPTIONS if name not in ("betas", "layer")])
@@ -75,7 +75,7 @@ class Cache:
 
     def describe(self, given: Given) -> str:
         """Return a line per backend: how many parameters it takes, and why. Missing gradients and state are guessed."""
-        groups, state = given[:2]
+        groups, state = given.groups, given.state
         found = self._recall(given)
         choices = [batch.choice for batch in found[0].batches for _ in batch.params] if found else []
         pairs = [(param, group) for group in groups for param in group["params"]]
@@ -84,7 +84,7 @@ class Cache:
             choices = [_likely_choice(param, state.get(param, {}), group, given.options) for param, group in pairs]
         lines = []
         for choice, uses in Counter(choices).items():
-            share = "" if uses == len(choices) else f" for {uses} parameters"
+            share = "" if uses == len(choices) else f" for {uses} parameter{'s' * (uses > 1)}"
             lines.append(f"{choice.module.__name__.rpartition('.')[2]}{share}: {choice.reason}")
         return "\n".join(lines)
 
@@ -141,7 +141,7 @@ class Cache:
         look_of = dict(zip(map(id, watched), signature.looks(), strict=True)) | {id(None): None}
         looks = _looks(columns, look_of, shards, [groups[member.group] for member in members])
         if checked:
-            if len(self._kinds) > _LOOKS:
+            if len(self._kinds) > _MOST_KINDS:
                 self._kinds.clear()
             for i, (look, member) in enumerate(zip(looks, members, strict=True)):
                 if look not in self._kinds:
@@ -180,7 +180,7 @@ class Facts(NamedTuple):
 
     sizes: list[int]  # each group's number of parameters
     first_alike: list[int]  # for each group, the index of the first with the same options
-    asked: list[tuple[bool, Any, Any]]  # for each group: is λ above 0, foreach, fused
+    asked: list[tuple[Any, ...]]  # for each group: is λ above 0, and what of its options decides the backend
     layers: list[list[int]]  # of each group
     begun: list[bool]  # for each parameter: has it begun its cycle of micro-batches? Empty without cycles
     specs: list[list[Any]]  # torch's specs, which say how DTensors are divided; empty without DTensors
@@ -206,7 +206,7 @@ class Seen(NamedTuple):
 
 def _seen(given: Given) -> Seen:
     """Collect parameters, gradients and state; raise KeyError or TypeError if anything that a plan needs is missing."""
-    groups, state, options = given[:3]
+    groups, state, options = given.groups, given.state, given.options
     params = [param for group in groups for param in group["params"]]
     are_plain = set(map(type, params)) <= PLAIN
     grads: list[Any] = [param.grad for param in params]
@@ -242,13 +242,18 @@ def _seen(given: Given) -> Seen:
     facts = Facts(
         sizes=list(map(len, map(_PARAMS, groups))),
         first_alike=_first_alike(groups, options),
-        asked=[(group["lamb"] > 0, group["foreach"], group["fused"]) for group in groups],
+        asked=[(group["lamb"] > 0, *_asked(group)) for group in groups],
         layers=list(map(_LAYERS, groups)),
         begun=begun,
         specs=specs,
         first_number=given.first_number,
     )
     return Seen(params, Columns(p, grads, m, v, mus, steps, extras), written, has, dtensors, present, facts)
+
+
+def _asked(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what decides the backend among a group's options."""
+    return group["foreach"], group["fused"], backends.has_limits(group)
 
 
 def _first_alike(groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> list[int]:
@@ -276,7 +281,7 @@ def _looks(
     """Return, for each parameter, all that decides its kind; `look_of` holds the look of each tensor, by its id."""
     rows = zip(*columns[:6], *columns.extras, strict=True)
     return [
-        (group["foreach"], group["fused"], way, *[look_of[id(x)] for x in row])
+        (_asked(group), way, *[look_of[id(x)] for x in row])
         for group, way, row in zip(groups, shards, rows, strict=True)
     ]
 

@@ -176,7 +176,7 @@ class NormSoFar:
         self._is_whole: bool | Tensor = True  # True if all norms so far were finite
 
     def add(self, norm: Number | None) -> None:
-        """Add the norm of further gradients, but not one that is not finite: its parameter is skipped, or lost."""
+        """Add the norm of further gradients. Leave out one that is not finite: its parameter is skipped, or lost."""
         if norm is None:
             return
         before = 0.0 if self._squares is None else self._squares
@@ -207,8 +207,10 @@ class NormSoFar:
         so_far, last = self.value, self._last
         if not isinstance(so_far, Tensor) and not isinstance(last, Tensor):
             return clip_coefficient(None if so_far is None else max(so_far, last), limit)
-        so_far = torch.as_tensor(0.0 if so_far is None else so_far)
-        c = clip_coefficient(torch.maximum(so_far, torch.as_tensor(last).to(so_far)), limit)
+        like = so_far if isinstance(so_far, Tensor) else torch.as_tensor(last)
+        numbers = (0.0 if so_far is None else so_far), last
+        both = [torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in numbers]
+        c = clip_coefficient(torch.maximum(*both), limit)
         if device is None or not isinstance(c, Tensor):
             return c
         return as_float(c) if reads_are_free(device) else c.to(device, accumulator(device))

@@ -129,7 +129,7 @@ def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, 
 
 def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables | None]:
     """Do the stages from batches to scalars, create missing state, and return the arguments for `write`."""
-    groups, state, options = given[:3]
+    groups, state, options = given.groups, given.state, given.options
     rules = rules_of(options)
     factor_of_lamb = amplification(run.last.signal) if options["amplify_by_signal"] else 1.0
     effects, cycle, cycle_groups = run.last.effects, None, groups
@@ -242,7 +242,7 @@ def write(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None) -> None
     """
     if not calls and torch.compiler.is_compiling():
         torch.zeros(())  # any operation will do: dynamo skips code without one for good, and splits later steps
-    before = [rows.before(batch, scalars) if batch.unlimited else [] for batch, scalars in calls]
+    before = [rows.before(batch, scalars) for batch, scalars in calls]
     on_gpu = []
     for batch, scalars in calls:
         if batch.windows is not None:
@@ -280,7 +280,7 @@ def _left_to_limit(
 
 def _measured(run: Run, given: Given, found: Batches, limits: list[float], rules: Rules) -> norm.GradStats:
     """Do the stages norm and clip in the fastest way possible, and count the step if it is skipped on a device."""
-    groups, _, options = given[:3]
+    groups, options = given.groups, given.options
     nonfinite = options["nonfinite"] if rules.knows_nonfinite else "propagate"
     is_scaled = given.scale is not None or given.found_inf is not None
     # the native kernel knows all addresses, or nothing needs N: there is no choice to make

@@ -322,6 +322,18 @@ def test_a_parameter_of_another_shape_is_refused_before_anything_is_written() ->
     assert all(torch.equal(a, b) for a, b in zip(before, memory(optimizer), strict=True))
 
 
+@pytest.mark.parametrize(("shape", "grad"), [((6, 8), (4, 8)), ((4, 8), (1, 8))], ids=["other", "broadcast"])
+def test_a_gradient_of_another_shape_is_refused_by_name(shape: tuple[int, ...], grad: tuple[int, ...]) -> None:
+    first, second = nn.Parameter(torch.ones(2, 8)), nn.Parameter(torch.ones(grad))
+    optimizer = GrokAdamW([("first", first), ("head.weight", second)])
+    first.grad, second.grad = torch.ones(2, 8), torch.ones(grad)
+    second.data = torch.ones(shape)
+    with pytest.raises(RuntimeError, match=r"head\.weight: the gradient has shape .*Call zero_grad"):
+        optimizer.step()
+    assert torch.equal(first, torch.ones(2, 8))
+    assert not optimizer.state
+
+
 def test_gradients_are_not_kept() -> None:
     """The optimizer keeps no reference to the user's gradients, so zero_grad() frees their memory."""
     import weakref
@@ -502,7 +514,7 @@ def test_only_what_the_kernel_cannot_take_goes_another_way(implementation: str) 
     assert optimizer.implementation().splitlines() == lines
     assert [line.partition(":")[0] for line in lines] == [
         f"{implementation} for 2 parameters",
-        "foreach for 1 parameters",
+        "foreach for 1 parameter",
     ]
     assert torch.equal(params[0], params[1])
 
