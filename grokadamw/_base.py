@@ -51,7 +51,7 @@ class Base(Optimizer):
             lines += [f"Parameter Group {i}", *(f"    {name}: {group[name]}" for name in shown)]
         return "\n".join([*lines, ")"])
 
-    def _say_whether_it_unscales(self) -> None:
+    def _set_amp_support(self) -> None:
         """Tell GradScaler if this optimizer unscales gradients: if fused, or to see overflows in micro-batches."""
         self._step_supports_amp_scaling = bool(self.defaults["fused"] or self.defaults["accumulation_steps"] > 1)
 
@@ -159,7 +159,7 @@ class Base(Optimizer):
         """
         self._complete_groups()
         self._run.settle(self.param_groups)
-        zero.tell(self)
+        zero.update_outer_groups(self)
         run, states = self._run, states_of(self.param_groups, self.state)
         return metrics.as_floats(run.last, self.param_groups, states, run.signals, rules_of(self.defaults))
 
@@ -219,7 +219,7 @@ class Base(Optimizer):
         make_plain(self.param_groups)
         for group in self.param_groups[:1]:
             group["signal_state"] = self._run.signals.state()
-        zero.tell(self)
+        zero.update_outer_groups(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._before_saving()
@@ -244,7 +244,7 @@ class Base(Optimizer):
             self.defaults.setdefault(name, value)
         fill_in(self.param_groups, earlier, self.defaults)
         if "_run" not in self.__dict__:  # unpickled, or a copy
-            self._say_whether_it_unscales()
+            self._set_amp_support()
             self._run = Run(Signals.from_pickle(signals, combine))
             self._run.signals.bind(self)
             for group in self.param_groups[:1]:

@@ -206,7 +206,7 @@ class GrokAdamW(Base):
         if (outer := zero.caller()) is not None:
             params = zero.follow(outer, self, params, arguments)
         super().__init__(params, defaults)
-        self._say_whether_it_unscales()
+        self._set_amp_support()
         signals.bind(self)
 
     @classmethod
@@ -368,7 +368,7 @@ class GrokAdamW(Base):
         self._run.signals.warn_of_unscaled_losses(given, self.param_groups)
         for group in self.param_groups:
             group.update(given)
-        zero.tell(self)
+        zero.update_outer_groups(self)
         self._run.signals.records_are_loaded &= not given
         self._run.signals.warn_of_old_evaluation(given, self.param_groups)
         if eval_acc is not None:
@@ -397,4 +397,4 @@ class GrokAdamW(Base):
         self._complete_groups()
         self._run.names = layers.take_from(model, self.param_groups, self._run.names)
         self._run.layers_checked = False
-        zero.tell(self)
+        zero.update_outer_groups(self)

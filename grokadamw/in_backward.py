@@ -127,7 +127,7 @@ class StepInBackward:
         finally:
             if optimizer is not None and is_on:
                 optimizer._run.in_backward = None
-                optimizer._say_whether_it_unscales()
+                optimizer._set_amp_support()
             for hook in self._hooks.values():
                 hook.remove()
             self._hooks.clear()

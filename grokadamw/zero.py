@@ -65,7 +65,7 @@ def groups_of_all_ranks(optimizer: Any) -> list[dict[str, Any]]:
     return optimizer.param_groups if zero is None else zero.param_groups  # type: ignore[no-any-return]
 
 
-def tell(optimizer: Any) -> None:
+def update_outer_groups(optimizer: Any) -> None:
     """Copy to ZeroRedundancyOptimizer's groups the values that they would otherwise overwrite at the next step."""
     if (zero := optimizer._run.zero()) is not None:
         for group, outer in zip(optimizer.param_groups, zero.param_groups, strict=False):
@@ -106,4 +106,4 @@ def go_on_after_loading(optimizer: Any) -> None:
             outer.pop("param_names", None)
         outer.update({name: group[name] for name in KEPT})
     run.restart(optimizer.param_groups)
-    tell(optimizer)
+    update_outer_groups(optimizer)

@@ -7,8 +7,8 @@ A backend is two functions:
 
 `decoded` has only `step`: gradients are never kept in fewer bits.
 
-A new backend needs one new file and a few lines in `choose`. List it in `BY_ADDRESS` if its tensors must not share
-memory. A backend that limits rows itself also has `row_width`; one that reads memory by address also has `keep`.
+A new backend needs one new file and a few lines in `choose`. List it in `NO_SHARED_MEMORY` if its tensors must not
+share memory. A backend that limits rows itself also has `row_width`; one that reads memory by address also has `keep`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch import Tensor
 from . import blocks, cpu, decoded, foreach, gpu, memory, native, reference
 from .types import NOBODY, Addresses, Batch, Choice, Scalars
 
-__all__ = ["BY_ADDRESS", "FUSED_ON", "Batch", "Choice", "Scalars", "choose"]
+__all__ = ["NO_SHARED_MEMORY", "FUSED_ON", "Batch", "Choice", "Scalars", "choose"]
 __all__ += ["fastest_sum_of_squares", "has_limits", "keep", "row_width", "sum_of_squares"]
 
-BY_ADDRESS = (cpu, blocks, gpu)  # backends whose tensors must not share memory
+NO_SHARED_MEMORY = (cpu, blocks, gpu)  # backends whose tensors must not share memory
 _LAUNCH = "one Triton launch for all tensors of a kind"
 # device types with a backend that does everything in one pass; AMD's GPUs are of type cuda, too
 FUSED_ON = ["cpu", "cuda"]
 
 
-def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: bool) -> Choice:
+def choose(tensors: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: bool) -> Choice:
     """Return the backend for one parameter, under the options of its group.
 
     Only `reference` supports autograd and torch.func's transforms, because its results are new tensors. foreach=False
@@ -39,19 +39,20 @@ def choose(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: 
     tensor on any device. GPUs and the CPU have faster backends for some tensors.
 
     Args:
-        row: the parameter, its gradient, m, v and, if it has one, μ; plain and real.
+        tensors: the parameter, its gradient, m, v and, if it has one, μ; plain and real.
         step: its step count.
         options: of its group.
         coded: True if the parameter or its state is kept in another form than a step computes with.
     """
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, row)):
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
         return Choice(reference, "torch.func transforms it, and has no rules for lists")
     if asked := asked_for(options):
         return asked._replace(module=decoded) if coded else asked
-    choice, reason = _by_address(row, step, options, coded)
-    is_matrix_of_halves = row[0].itemsize == 2 and row[0].dim() > 1 and row[0].numel() > 0
+    choice, reason = _by_address(tensors, step, options, coded)
+    param = tensors[0]
+    is_matrix_of_halves = param.itemsize == 2 and param.dim() > 1 and param.numel() > 0
     limits_rows = coded and is_matrix_of_halves and has_limits(options)  # rows.py cannot handle low bits
-    if limits_rows and reason is None and not row_width(choice, row[0], True):
+    if limits_rows and reason is None and not row_width(choice, param, True):
         reason = "rows longer than those that the kernel limits"
     if reason is None:
         return choice
@@ -63,19 +64,21 @@ def has_limits(options: dict[str, Any]) -> bool:
     return bool(options["max_row_norm"] or options["max_row_change"])
 
 
-def _by_address(row: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: bool) -> tuple[Choice, str | None]:
+def _by_address(
+    tensors: Sequence[Tensor], step: Tensor, options: dict[str, Any], coded: bool
+) -> tuple[Choice, str | None]:
     """Return this device's backend that takes addresses, and why it cannot take the parameter (None if it can)."""
-    device = row[0].device
+    device = tensors[0].device
     if gpu.is_for(device):
-        return Choice(gpu, _LAUNCH), gpu.why_not(row, step, coded)
-    if not row[0].is_cpu:
+        return Choice(gpu, _LAUNCH), gpu.why_not(tensors, step, coded)
+    if not tensors[0].is_cpu:
         return NOBODY, f"{'there is no kernel for ' if coded else ''}parameters on {device}"
-    reason, kernel = memory.why_not(row, step, coded), native.kernel()
+    reason, kernel = memory.why_not(tensors, step, coded), native.kernel()
     if not isinstance(kernel, str):
         return Choice(cpu, f"the native kernel, compiled for {kernel.instruction_set}"), reason
     if reason or coded:
         return NOBODY, reason or kernel
-    reason = blocks.why_not(row, options["second_moment"] == "raw", options["compat"] is not None)
+    reason = blocks.why_not(tensors, options["second_moment"] == "raw", options["compat"] is not None)
     return Choice(blocks, kernel), reason and f"{kernel}, and {reason}"
 
 

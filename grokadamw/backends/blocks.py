@@ -21,15 +21,15 @@ _BLOCK = 1 << 17  # elements; five operands and scratch take 3 MiB of float32
 _SMALL = 1 << 12  # elements; for smaller tensors calls cost more than memory traffic, and foreach makes fewer calls
 
 
-def why_not(row: Sequence[Tensor], raw_second_moment: bool, eps_before_correction: bool) -> str | None:
+def why_not(tensors: Sequence[Tensor], raw_second_moment: bool, eps_before_correction: bool) -> str | None:
     """Return why this backend cannot take a parameter that `memory.why_not` has cleared, or None if it can."""
     if not hasattr(torch, "_fused_adamw_"):
         return "this torch has no fused AdamW"
     if raw_second_moment or eps_before_correction:
         return "torch's fused AdamW has no such second moment or bias correction"
-    if any(x.dtype != row[0].dtype for x in row) or row[0].dtype not in (torch.float32, torch.float64):
+    if any(x.dtype != tensors[0].dtype for x in tensors) or tensors[0].dtype not in (torch.float32, torch.float64):
         return "torch's fused AdamW takes no such mixture of dtypes"
-    if row[0].numel() < _SMALL:
+    if tensors[0].numel() < _SMALL:
         return "a tensor this small is quicker in a list with others"
     return None
 

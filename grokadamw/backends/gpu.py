@@ -93,12 +93,12 @@ def is_for(device: torch.device) -> bool:
     return device.type == _DEVICE_TYPE
 
 
-def why_not(row: Sequence[Tensor], step: Tensor, coded: bool) -> str | None:
+def why_not(tensors: Sequence[Tensor], step: Tensor, coded: bool) -> str | None:
     """Return why the kernels cannot take a parameter on a device of `is_for`, or None; see `memory.why_not`."""
-    device = row[0].device
-    reason = memory.why_not(row, step, coded)  # comes first: a fake tensor may have no device
+    device = tensors[0].device
+    reason = memory.why_not(tensors, step, coded)  # comes first: a fake tensor may have no device
     reason = reason or (_why_not_for_codes if coded else _why_not_here)(device)
-    if reason is None and any(x.dtype == torch.bfloat16 for x in row) and not _has_bfloat16(device):
+    if reason is None and any(x.dtype == torch.bfloat16 for x in tensors) and not _has_bfloat16(device):
         return f"{torch.cuda.get_device_name(device)} has no bfloat16"
     return reason
 

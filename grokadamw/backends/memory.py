@@ -88,9 +88,9 @@ def is_freed(x: Tensor) -> bool:
     return x.numel() > 0 and x.untyped_storage().nbytes() == 0
 
 
-def why_not(row: Sequence[Tensor], step: Tensor, coded: bool) -> str | None:
+def why_not(tensors: Sequence[Tensor], step: Tensor, coded: bool) -> str | None:
     """Return why no backend that takes addresses can take a parameter, or None if one can; arguments as in `choose`."""
-    dtypes = [x.dtype for x in row]
+    dtypes = [x.dtype for x in tensors]
     if coded:
         fits = {*dtypes[:2]} <= _FLOATS and {*dtypes[2:]} <= _CODED
     else:
@@ -98,14 +98,14 @@ def why_not(row: Sequence[Tensor], step: Tensor, coded: bool) -> str | None:
         fits = {*dtypes} <= {*DTYPES} and len({*dtypes[2:]}) == 1 and len(are_double) == 1
     if not fits:
         return f"dtypes {', '.join(map(str, dtypes))}"
-    odd = [type(x).__name__ for x in row if type(x) not in (Tensor, nn.Parameter)]
+    odd = [type(x).__name__ for x in tensors if type(x) not in (Tensor, nn.Parameter)]
     if odd:
         return f"a tensor subclass, {odd[0]}"
-    if any(x.device != row[0].device for x in (*row, step)) or step.dtype != torch.float32 or step.numel() != 1:
-        return f"gradient or state are not on {row[0].device}, or the step count is not float32"
-    if not lie_alike(row):
+    if any(x.device != tensors[0].device for x in (*tensors, step)) or step.dtype != torch.float32 or step.numel() != 1:
+        return f"gradient or state are not on {tensors[0].device}, or the step count is not float32"
+    if not lie_alike(tensors):
         return "memory with gaps, or a gradient with other strides"
-    return "rows that do not follow one another in memory" if coded and not has_rows(row[0]) else None
+    return "rows that do not follow one another in memory" if coded and not has_rows(tensors[0]) else None
 
 
 def where(batch: Batch) -> Addresses:
@@ -122,12 +122,12 @@ def where(batch: Batch) -> Addresses:
     )
 
 
-def lie_alike(row: Sequence[Tensor]) -> bool:
+def lie_alike(tensors: Sequence[Tensor]) -> bool:
     """Return True if all tensors have their elements in the same order in memory, without gaps."""
-    if any(x.shape != row[0].shape or x.is_neg() for x in row):
+    if any(x.shape != tensors[0].shape or x.is_neg() for x in tensors):
         return False
-    return all(x.is_contiguous() for x in row) or (
-        has_no_gaps(row[0]) and all(x.stride() == row[0].stride() for x in row)
+    return all(x.is_contiguous() for x in tensors) or (
+        has_no_gaps(tensors[0]) and all(x.stride() == tensors[0].stride() for x in tensors)
     )
 
 

@@ -102,17 +102,17 @@ _TINY = 0x387FE000  # bits of the smallest number that float16 rounds to a norma
 _NAN = 0x7FC00000  # bits of the only NaN that is stored: adding to the bits of others may turn them into numbers
 
 
-def is_coded(row: Sequence[Tensor], extras: Sequence[Any], options: Mapping[str, Any]) -> bool:
+def is_coded(tensors: Sequence[Tensor], extras: Sequence[Any], options: Mapping[str, Any]) -> bool:
     """Return True if a step must decode or encode a parameter or its state.
 
     Args:
-        row: the parameter, its gradient, m, v and, if there is one, μ.
+        tensors: the parameter, its gradient, m, v and, if there is one, μ.
         extras: its state's entries for `EXTRAS`, None where it has none.
     """
     if not may_be_coded(options):
         return False
-    has_codes = any(x is not None for x in extras) or any(x.dtype == torch.bfloat16 for x in row[2:])
-    return has_codes or (options["rounding"] != "nearest" and row[0].dtype in HALVES)
+    has_codes = any(x is not None for x in extras) or any(x.dtype == torch.bfloat16 for x in tensors[2:])
+    return has_codes or (options["rounding"] != "nearest" and tensors[0].dtype in HALVES)
 
 
 def format_of(param: Tensor, name: str, options: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import backends, layers
 from .._numbers import as_real, resolved
 from .._warn import warn
-from ..backends import BY_ADDRESS, Batch, Choice, decoded, foreach, gpu, memory, reference
+from ..backends import NO_SHARED_MEMORY, Batch, Choice, decoded, foreach, gpu, memory, reference
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges
 from ..backends.types import Coded, written
@@ -235,25 +235,25 @@ def assemble(
     if ranges is None or not (ranges.overlap or ranges.meet(memory.addresses(columns.grads))):
         return made, ranges
     elsewhere = Choice(foreach, "parameters, gradients or state share memory")
-    shared = [batch.choice.module in BY_ADDRESS and memory.share_memory(batch) for batch, _ in made]
+    shared = [batch.choice.module in NO_SHARED_MEMORY and memory.share_memory(batch) for batch, _ in made]
     # batches on a GPU share launches, so they must not share memory with one another either
     on_gpu = [batch for (batch, _), is_shared in zip(made, shared, strict=True) if batch.choice.module is gpu]
     if len(on_gpu) > 1 and memory.share_memory(*on_gpu):
         shared = [is_shared or batch.choice.module is gpu for (batch, _), is_shared in zip(made, shared, strict=True)]
     made = [
-        (by_lists(batch, elsewhere) if is_shared else batch, places)
+        (without_addresses(batch, elsewhere) if is_shared else batch, places)
         for (batch, places), is_shared in zip(made, shared, strict=True)
     ]
     return made, _ranges(made, columns.grads)
 
 
 def _ranges(made: Iterable[tuple[Batch, Any]], grads: list[Tensor]) -> Ranges | None:
-    by_address = [batch for batch, _ in made if batch.choice.module in BY_ADDRESS]
+    by_address = [batch for batch, _ in made if batch.choice.module in NO_SHARED_MEMORY]
     tensors = [x for batch in by_address for column in written(batch) for x in column]
     return Ranges(tensors, grads) if by_address else None
 
 
-def by_lists(batch: Batch, choice: Choice = _FOREACH) -> Batch:
+def without_addresses(batch: Batch, choice: Choice = _FOREACH) -> Batch:
     """Return the batch for a backend that takes no addresses: `foreach`, or `decoded` if tensors are coded."""
     if batch.choice.module in (reference, decoded):
         return batch

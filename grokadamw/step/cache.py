@@ -67,9 +67,9 @@ class Cache:
             tables = plan.tables(given.capturing, any_capturable(given.groups))
             found = found._replace(tables=tables)
         if not memory.memory_is_all(given.compiling):
-            return found._replace(batches=list(map(batches.by_lists, found.batches)), squares=None)
+            return found._replace(batches=list(map(batches.without_addresses, found.batches)), squares=None)
         if given.capturing and tables is None:
-            off_gpu = [batches.by_lists(b) if b.choice.module is gpu else b for b in found.batches]
+            off_gpu = [batches.without_addresses(b) if b.choice.module is gpu else b for b in found.batches]
             return found._replace(batches=off_gpu)
         return found
 
