@@ -68,14 +68,20 @@ def unused(arguments: Any, optimizer: Optimizer, is_resumed: bool) -> Iterator[s
     ):
         given = getattr(arguments, name)
         numbers = [as_float(group.get(current, defaults[option])) for group in groups]
-        if not is_given(arguments, name) or _is_among(given, numbers):
+        of_optimizer, of_trainer = as_float(defaults[option]), _is_among(given, numbers)
+        if option == "weight_decay" and of_trainer and not _is_among(of_optimizer, [*numbers, OPTIONS[option].default]):
+            yield (
+                f"the optimizer was given weight_decay={of_optimizer:g}, and the Trainer's groups have "
+                f"{max(numbers):g}: pass weight_decay to TrainingArguments"
+            )
+        if not is_given(arguments, name) or of_trainer:
             continue
         if is_resumed:
             yield (
                 f"{name}={given:g} is not used: the resumed run keeps {max(numbers):g}. To change it, "
                 f"set {where} in a callback's on_train_begin"
             )
-        elif not _is_among(given, [as_float(defaults[option])]):  # groups may have their own numbers
+        elif not _is_among(given, [of_optimizer]):  # groups may have their own numbers
             it = "lr" if option == "lr" else "it"
             yield (
                 f"{name}={given:g} does not reach the optimizer, which has {max(numbers):g}: give {it} where the "

@@ -208,6 +208,12 @@ class Base(Optimizer):
         self._complete_groups()
         with keeping_precision(self):
             super().load_state_dict(state_dict)
+        if self._preset_gamma is not None and any("amsgrad" in group for group in state_dict["param_groups"]):
+            warn(
+                "a state dict of AdamW or Adam was loaded into the preset: its lr, weight_decay, betas and eps replace "
+                "the preset's. Start the preset with fresh moments, or set them again",
+                UserWarning,
+            )
         self._run.restart(self.param_groups)
 
     def _before_saving(self) -> None:

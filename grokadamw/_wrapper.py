@@ -95,9 +95,9 @@ class Wrapper(WrapperBase):
     def step(self, closure: None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], Any]) -> Any: ...
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step, after running the closure if there is one. ``p.grad`` stays as the closure left it.
 
         If GradScaler leaves unscaling to the optimizer, gradients are divided by the loss scale, and the step is

@@ -264,10 +264,10 @@ class GrokAdamW(Base):
     def step(self, closure: None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], Any]) -> Any: ...
 
     @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step. A parameter without a gradient keeps its value and its state; ``p.grad`` is never written to.
 
         With ``step_in_backward``, this call ends a backward pass that has already used and freed its gradients.

@@ -212,7 +212,9 @@ class Monitor:
                 axes.set_xlabel("step")
         if boosted:
             effect.plot(steps, [row["decay_boost"] for row in self._rows], color="C1", linewidth=1, linestyle="--")
-            effect.set_ylabel("factors of lr and decay (dashed)", color="C1")
+            effect.set_ylabel("factors of lr, decay (- -)", color="C1")
+            if all(0 <= row["signal"] <= 1 for row in self._rows if not math.isnan(row["signal"])):
+                memory.set_ylim(0, 1.02)  # else the signal and the factor of lr are one line
         losses.set_ylabel("loss")
         handles = list(losses.lines)
         if any(not math.isnan(row[name]) for row in self._rows for name in ("train_acc", "eval_acc")):

@@ -54,8 +54,9 @@ def _check_format(name: str, value: Any) -> str:
 def not_in_a_group(name: str, value: Any) -> None:
     """Refuse signals or a shard_group in a group. (`Signals` and `check_shard_group` check the constructor's.)"""
     if value is not None:
+        takers = "GrokAdamW(...)" + ("" if name == "shard_group" else " or set_signals(...)")
         raise ValueError(
-            f"{name}={value!r} in a parameter group: it holds for the whole optimizer; pass it to GrokAdamW(...)"
+            f"{name}={value!r} in a parameter group: it holds for the whole optimizer; pass it to {takers}"
         )
 
 

@@ -12,7 +12,9 @@ from operator import is_, is_not, itemgetter
 from typing import Any, NamedTuple
 
 from . import layers
+from ._hints import misspelt
 from ._numbers import Number, as_float, as_number, plain
+from ._warn import warn
 from .options import IN_GROUPS, KEPT, OPTIONS, check_settings
 
 _OPTIONS_IN = itemgetter(*IN_GROUPS)
@@ -88,6 +90,9 @@ def check_changed(
         different: Collection[str] = OPTIONS
         if i < len(kept) and new[0] == kept[i][0]:
             different = list(compress(IN_GROUPS, map(is_not, new[1:], kept[i][1:])))
+        if i < len(kept) and new[0] != kept[i][0]:
+            for sentence in misspelt(group, GROUP_KEYS):
+                warn(sentence, UserWarning)
         if different:
             try:
                 check_settings(group, defaults, different)

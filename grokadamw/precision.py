@@ -24,7 +24,8 @@ def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[st
     """Return the model's state dict, with float32 weights for parameters whose low bits the optimizer keeps.
 
     With ``master_weight_bits=32`` these are the weights that training works with, bit for bit; with 24, they agree to
-    16 bits of the mantissa. The other entries are those of ``model.state_dict()``, and share the model's memory.
+    16 bits of the mantissa. The other entries, such as parameters outside the optimizer, are those of
+    ``model.state_dict()``, and share the model's memory.
 
     Args:
         model: a model with the parameters that `optimizer` updates; it may have more.
@@ -44,10 +45,13 @@ def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[st
                 "keeps: call full_precision_state_dict before the cast, or delete 'param_low' from the states"
             )
     state_dict: dict[str, Any] = model.state_dict()
+    own = {param for group in optimizer.param_groups for param in group["params"]}
     for name, param in _with_low_bits(model, optimizer):
         low = optimizer.state.get(param, {}).get("param_low")
         if low is not None:
             state_dict[name] = like(full(part(param.detach()), part(low)), param.shape, param)
+        elif param in own:
+            state_dict[name] = param.detach().float()
     return state_dict
 
 

@@ -306,3 +306,16 @@ def test_it_is_printed_without_what_is_kept_for_checkpoints() -> None:
     assert "    lr: 0.001\n" in shown
     assert "    name: all\n" in shown
     assert not {"cycle", "layers", "signal_state", "skipped_steps", "train_loss"} & set(shown.replace(":", " ").split())
+
+
+def test_a_misspelt_key_that_is_set_later_is_doubted_once() -> None:
+    p = nn.Parameter(torch.ones(1))
+    optimizer = GrokAdamW([p])
+    p.grad = torch.ones(1)
+    optimizer.step()
+    optimizer.param_groups[0]["lambda"] = 0.0
+    with pytest.warns(UserWarning, match="'lambda', which has no effect: did you mean lamb"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()

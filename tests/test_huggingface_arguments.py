@@ -107,6 +107,13 @@ def test_a_trainer_that_makes_optimizers_without_the_model_is_told_another_way(t
         make([{"params": list(model().parameters())}], **options)
 
 
+def test_a_weight_decay_that_the_trainers_groups_hide_is_named(tmp_path: Path) -> None:
+    made_by = (GrokAdamW, {"lr": 3e-3, "weight_decay": 0.7})
+    it = trainer(tmp_path, GrokAdamWCallback(), make=made_by, learning_rate=5e-5, weight_decay=0.0, **BRIEF)
+    (sentence,) = said_by(it.train)
+    assert sentence.startswith("the optimizer was given weight_decay=0.7, and the Trainer's groups have 0")
+
+
 def test_what_the_trainer_drops_is_said_once(tmp_path: Path) -> None:
     callback = GrokAdamWCallback(eps=1e-6)
     dropped = {"adam_beta1": 0.8, "adam_beta2": 0.98, "adam_epsilon": 1e-6}

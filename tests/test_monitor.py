@@ -460,7 +460,7 @@ def test_a_picture_of_what_the_preset_does() -> None:
         take_step(optimizer)
     effect = monitor.plot().axes[4]
     assert [list(line.get_ydata()) for line in effect.lines] == [[3.0, 3.0], [2.5, 2.5]]
-    assert effect.get_ylabel() == "factors of lr and decay (dashed)"
+    assert effect.get_ylabel() == "factors of lr, decay (- -)"
 
 
 def test_a_picture_of_accuracies() -> None:

@@ -417,3 +417,12 @@ def test_a_state_dict_of_other_tensors_has_no_low_bits() -> None:
     optimizer.step()
     with pytest.raises(ValueError, match="other tensors than the parameters of this Linear"):
         full_precision_state_dict(model, optimizer)
+
+
+def test_before_the_first_step_the_weights_are_float32_too() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).bfloat16()
+    model[1].requires_grad_(False)
+    optimizer = GrokAdamW(model[0].named_parameters(), master_weight_bits=24)
+    weights = full_precision_state_dict(model, optimizer)
+    assert [x.dtype for x in weights.values()] == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert all(torch.equal(x.bfloat16(), model.state_dict()[name]) for name, x in weights.items())

@@ -607,3 +607,11 @@ def test_the_preset_needs_a_model_and_numbers() -> None:
         GrokAdamW.for_grokking(network(), lr="1e-3")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model is a generator, and not a torch.nn.Module: give the model itself"):
         GrokAdamW.for_grokking(network().parameters())  # type: ignore[arg-type]
+
+
+def test_the_state_dict_of_an_adamw_is_doubted() -> None:
+    """Models without norms have one group, so it fits."""
+    model = nn.Linear(3, 3)
+    optimizer = GrokAdamW.for_grokking(model)
+    with pytest.warns(UserWarning, match="AdamW or Adam was loaded into the preset"):
+        optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())

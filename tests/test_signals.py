@@ -92,7 +92,7 @@ def test_a_useless_signal_is_left_out_named_once_and_counted(what: str) -> None:
             assert alpha_after(optimizer) == pytest.approx(0.98 * math.exp(-0.05))
     metrics = optimizer.metrics()
     assert (metrics["signal"], metrics["signal_failures"]) == (0.5, 3)
-    assert "signal/broken" not in metrics
+    assert math.isnan(metrics["signal/broken"])
 
 
 def test_what_raises_is_not_hidden_when_it_stops_the_program() -> None:
@@ -677,3 +677,17 @@ def test_a_group_that_is_added_knows_what_was_recorded(compat: str | None) -> No
     alphas = {effect.alpha for effect in optimizer._run.last.effects}
     assert len(alphas) == 1
     assert alphas.pop() < 0.98
+
+
+def test_every_signal_has_a_key_in_the_metrics_from_the_start() -> None:
+    def gap(scale: float, train_loss: float, eval_loss: float) -> float:
+        return scale * (eval_loss - train_loss)
+
+    optimizer = GrokAdamW([nn.Parameter(torch.ones(1))], grokking_signal_fns=[functools.partial(gap, 2.0), loss_gap])
+    before = optimizer.metrics()
+    assert math.isnan(before["signal/gap"])
+    optimizer.record(train_loss=1.0, eval_loss=1.5)
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(1)
+    optimizer.step()
+    assert optimizer.metrics().keys() == before.keys()
+    assert optimizer.metrics()["signal/gap"] == 1.0

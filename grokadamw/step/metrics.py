@@ -33,7 +33,7 @@ def as_floats(
     return {
         "step": max(step_counts(states), default=0.0),
         "signal": math.nan if last.signal is None else as_float(last.signal),
-        **{f"signal/{name}": as_float(value) for name, value in signals.values.items()},
+        **{f"signal/{name}": as_float(signals.values.get(name, math.nan)) for name in signals.names},
         "alpha": min((as_float(effect.alpha) for effect in last.effects), default=math.nan),
         "boost": max((as_float(effect.boost) for effect in last.effects), default=math.nan),
         "decay_boost": max((as_float(effect.decay_boost) for effect in last.effects), default=math.nan),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ def takes_losses(function: Any) -> str:
 
 
 def _name(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
     return getattr(function, "__name__", None) or type(function).__name__
 
 
