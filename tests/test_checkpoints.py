@@ -696,7 +696,7 @@ print(*sorted(name for name in sys.modules if name.startswith("grokadamw.")))
 """
     folder = HERE.parent.parent / "grokadamw"
     loaded = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True).stdout
-    private = ("_checks", "_numbers", "_warn")
+    private = ("_checks", "_hints", "_numbers", "_warn")
     public = ("checkpoints", "layers", "options", "param_groups", "shards")
     needed = (*private, *public, "state", "state.formats", "state.window")
     assert loaded.split() == [f"grokadamw.{name}" for name in needed]
