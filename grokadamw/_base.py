@@ -120,9 +120,8 @@ class Base(Optimizer):
         if run.before_loading:
             zero.go_on_after_loading(self)
         self._complete_appended()
-        # layers that are no list make the next step raise an error
-        lists = [group for group in self.param_groups if hasattr(group["layers"], "__len__")]
-        if any(len(group["layers"]) != len(group["params"]) for group in lists):
+        # a step refuses layers without a length
+        if [g for g in self.param_groups if hasattr(g["layers"], "__len__") and len(g["layers"]) != len(g["params"])]:
             sentence = layers.make_one(self.param_groups, run.shard_group is None and ranks() > 1)
             if sentence is not None and not run.flattened:
                 run.flattened = True  # warn only once: DeepSpeed steps one group after another

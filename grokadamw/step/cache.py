@@ -180,7 +180,7 @@ class Facts(NamedTuple):
 
     sizes: list[int]  # each group's number of parameters
     first_alike: list[int]  # for each group, the index of the first with the same options
-    asked: list[tuple[Any, ...]]  # for each group: is λ above 0, and what of its options decides the backend
+    asked: list[tuple[bool, Any, Any, bool]]  # for each group: is λ above 0, foreach, fused, are rows limited
     layers: list[list[int]]  # of each group
     begun: list[bool]  # for each parameter: has it begun its cycle of micro-batches? Empty without cycles
     specs: list[list[Any]]  # torch's specs, which say how DTensors are divided; empty without DTensors
@@ -242,18 +242,16 @@ def _seen(given: Given) -> Seen:
     facts = Facts(
         sizes=list(map(len, map(_PARAMS, groups))),
         first_alike=_first_alike(groups, options),
-        asked=[(group["lamb"] > 0, *_asked(group)) for group in groups],
+        # written out, as a call for each of many groups would take longer than the rest
+        asked=[
+            (g["lamb"] > 0, g["foreach"], g["fused"], bool(g["max_row_norm"] or g["max_row_change"])) for g in groups
+        ],
         layers=list(map(_LAYERS, groups)),
         begun=begun,
         specs=specs,
         first_number=given.first_number,
     )
     return Seen(params, Columns(p, grads, m, v, mus, steps, extras), written, has, dtensors, present, facts)
-
-
-def _asked(group: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what decides the backend among a group's options."""
-    return group["foreach"], group["fused"], backends.has_limits(group)
 
 
 def _first_alike(groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> list[int]:
@@ -281,7 +279,7 @@ def _looks(
     """Return, for each parameter, all that decides its kind; `look_of` holds the look of each tensor, by its id."""
     rows = zip(*columns[:6], *columns.extras, strict=True)
     return [
-        (_asked(group), way, *[look_of[id(x)] for x in row])
+        (group["foreach"], group["fused"], backends.has_limits(group), way, *[look_of[id(x)] for x in row])
         for group, way, row in zip(groups, shards, rows, strict=True)
     ]
 
