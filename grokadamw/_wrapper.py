@@ -41,22 +41,21 @@ class Wrapper(WrapperBase):
             raise TypeError(
                 f"optimizer is {what}, and not a torch.optim.Optimizer: make one from your parameters, and give it here"
             )
-        inner = optimizer
-        while isinstance(inner, Wrapper):
-            if inner._level >= self._level:
+        self._inner, self._group_defaults = optimizer, group_defaults
+        *wrappers, innermost = self._inside()
+        for wrapper in wrappers:
+            if wrapper._level >= self._level:
                 raise ValueError(
-                    f"{type(self).__name__} cannot wrap {type(inner).__name__}: use at most one filter, and put "
+                    f"{type(self).__name__} cannot wrap {type(wrapper).__name__}: use at most one filter, and put "
                     "Accumulate outermost, as in Accumulate(Grokfast(optimizer), steps)"
                 )
-            inner = inner._inner
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise TypeError(
                 f"{type(self).__name__} cannot wrap {type(optimizer).__name__}, which evaluates its closure several "
                 "times per step, and so overwrites the gradients: use an optimizer whose step() needs no closure"
             )
-        self._check_inner(inner)
-        self._inner, self._group_defaults = optimizer, group_defaults
+        self._check_innermost(innermost)
         self._check_not_early()
         self._drop_none()
         for group in optimizer.param_groups:
@@ -78,7 +77,7 @@ class Wrapper(WrapperBase):
         self._fill_groups()
         self._begin()
 
-    def _check_inner(self, inner: Optimizer) -> None:
+    def _check_innermost(self, inner: Optimizer) -> None:
         """Raise ValueError if this wrapper cannot work with the innermost optimizer."""
         if getattr(inner, "_overlap_with_ddp", False):
             raise ValueError(
@@ -222,10 +221,7 @@ class Wrapper(WrapperBase):
     @property
     def _innermost_run(self) -> Any:
         """The `Run` of the GrokAdamW inside; None if there is none."""
-        inner = self._inner
-        while isinstance(inner, Wrapper):
-            inner = inner._inner
-        return getattr(inner, "_run", None)
+        return getattr(self._inside()[-1], "_run", None)
 
     def _widen(self, part: Part, name: str) -> None:
         """Convert a tensor of the state if the gradient has more precision, as after `model.double()`."""

@@ -63,16 +63,22 @@ class WrapperBase(Optimizer):
         if name.startswith("_") or "_inner" not in self.__dict__:  # copy and pickle ask before it is set
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name == "memory":
-            inner, path = self._inner, "optimizer.optimizer"
-            while isinstance(inner, WrapperBase):
-                inner, path = inner._inner, f"{path}.optimizer"
-            if hasattr(inner, "memory"):
+            inside = self._inside()
+            if hasattr(inside[-1], "memory"):
+                path = ".".join(["optimizer"] * (len(inside) + 1))
                 raise AttributeError(
-                    f"memory() of {type(inner).__name__} does not count the tensors of {type(self).__name__}: call "
-                    f"{path}.memory(), and add those tensors of optimizer.state whose names begin with accumulated or "
-                    "grokfast"
+                    f"memory() of {type(inside[-1]).__name__} does not count the tensors of {type(self).__name__}: "
+                    f"call {path}.memory(), and add those tensors of optimizer.state whose names begin with "
+                    "accumulated or grokfast"
                 )
         return getattr(self._inner, name)
+
+    def _inside(self) -> list[Any]:
+        """Return the optimizers inside this one: the wrappers, outermost first, and last the innermost optimizer."""
+        inside: list[Any] = [self._inner]
+        while isinstance(inside[-1], WrapperBase):
+            inside.append(inside[-1]._inner)
+        return inside
 
     @property
     def optimizer(self) -> Optimizer:

@@ -82,8 +82,8 @@ class Accumulate(Wrapper):
         if any("grokfast_filter" in group for group in self.param_groups):  # inside, maybe in another library's wrapper
             self._prefixes = (*OF_ACCUMULATE, *OF_FILTERS)
 
-    def _check_inner(self, inner: Optimizer) -> None:
-        super()._check_inner(inner)
+    def _check_innermost(self, inner: Optimizer) -> None:
+        super()._check_innermost(inner)
         if (k := inner.defaults.get("accumulation_steps", 1)) > 1:
             raise ValueError(
                 f"Accumulate around a GrokAdamW with accumulation_steps={k}: both accumulate, and `stepped` would be "
