@@ -52,7 +52,7 @@ CODES = {
 # a kernel takes a second or two, so only one GPU gets all formats, and only one format the cases "no tail" and "rows"
 THOROUGH, LIMITED = "sm_90", "int8, 24 bits"
 UPDATE = dict.fromkeys(("chunks", "table", "grads", "numbers"), "*i64") | {"finite": "*i1"}  # its pointer arguments
-LISTS = [2, 32, 1024]  # groups of parameters, as a power of two: `judge` holds a number for each in registers
+BATCHES = [2, 32, 1024]  # groups of parameters, as a power of two: `judge` holds a number for each in registers
 
 
 class Code(NamedTuple):
@@ -76,7 +76,7 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
     """Yield each kernel with the constants that `gpu` gives it, and its threads, in warps of 32.
 
     `update` is also compiled for micro-batches before the last, and with limits on rows; `judge` for each number of
-    lists.
+    batches.
     """
     tl, shape = kernels.tl, SHAPES[max(state.itemsize, 4)]
     of_grads = SHAPES[param.itemsize]
@@ -101,9 +101,9 @@ def sources(kernels: Any, param: torch.dtype, state: torch.dtype, tail: bool) ->
         constants["update, rows of 256"] = limited | {"OF_ROWS": 1 << WIDTHS.index(256)}
         constants["update, longer rows"] = limited | {"OF_ROWS": 1 << LONG}
         constants["update, odd rows"] = limited | {"OF_ROWS": 1 << ODD + WIDTHS.index(256)}
-    for lists in LISTS:
+    for batches in BATCHES:
         flags = {"HAS_SCALE": True, "HAS_FOUND": True, "SKIPS": True}
-        constants[f"judge, {lists} lists"] = flags | {"LISTS": lists, "BLOCK": JUDGE_BLOCK}
+        constants[f"judge, {batches} batches"] = flags | {"BATCHES": batches, "BLOCK": JUDGE_BLOCK}
     warps = {"update": shape.warps, "squares": of_grads.warps, "judge": JUDGE_THREADS // 32}
     for name, values in constants.items():
         function = name.partition(",")[0]

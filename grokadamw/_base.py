@@ -15,7 +15,7 @@ from ._numbers import as_number
 from ._warn import warn
 from .checkpoints import check_form
 from .distributed import ranks
-from .options import check_group, rules_of
+from .options import check_group
 from .param_groups import (
     CYCLE_AT_REST,
     GROUP_KEYS,
@@ -160,7 +160,7 @@ class Base(Optimizer):
         self._run.settle(self.param_groups)
         zero.update_outer_groups(self)
         run, states = self._run, states_of(self.param_groups, self.state)
-        return metrics.as_floats(run.last, self.param_groups, states, run.signals, rules_of(self.defaults))
+        return metrics.as_floats(run.last, self.param_groups, states, run.signals)
 
     def memory(self) -> dict[str, int]:
         """Return the bytes that training takes on this rank, by kind; before the first step, those that it will take.

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from ._numbers import as_real, resolved
 from ._warn import warn
 from ._wrapper_base import WrapperBase
-from .distributed import check_agreed, overflow_of_all, state_is_asked_for
+from .distributed import check_agreed, is_for_state_alone, overflow_of_all
 from .shards import mesh_of
-from .state.slots import State, check_shapes
+from .state.slots import State, check_grad, check_shapes
 
 _Kind = TypeVar("_Kind")
 
@@ -129,15 +129,23 @@ class Wrapper(WrapperBase):
             self._check(group)
         self._check_kept()
         parts = self._parts()
-        if self._is_for_state_alone(parts):
+        has_state = any(not isinstance(state, dict) or state for state in self.state.values())
+        grads = [part.grad for part in parts]
+        if not has_state and is_for_state_alone(self.param_groups, grads, self._shard_group):
             self._inner.step()
             self._make_state(parts)
-        else:
+            return
+        without = [part.param for part in parts if self._state_names[-1] not in part.state]
+        try:
             self._take(parts)
+        except BaseException:
+            self._forget_state(without)
+            raise
 
     def _overflows(self, found_inf: Any) -> bool:
         """Return True if GradScaler found infinity. Raise RuntimeError if only some ranks of the shard_group did."""
-        found = float(overflow_of_all(found_inf, self.param_groups, self._shard_group) or 0)
+        flag = overflow_of_all(found_inf, self.param_groups, self._shard_group)
+        found = 0.0 if flag is None else float(flag)  # waits for the device
         check_agreed(found, self._shard_group)
         return found != 0
 
@@ -185,6 +193,10 @@ class Wrapper(WrapperBase):
                         f"{type(self).__name__} does not support sparse gradients, and parameter {j} of group {i} has "
                         "one: build its module with sparse=False (torch.nn.Embedding)"
                     )
+                try:
+                    check_grad(param, param.grad)
+                except RuntimeError as error:
+                    raise RuntimeError(f"parameter {j} of group {i}: {error}") from None
                 if scale is not None and param.grad.dtype == torch.float16:
                     raise ValueError(
                         f"parameter {j} of group {i} has a float16 gradient, which cannot be divided by GradScaler's "
@@ -196,22 +208,14 @@ class Wrapper(WrapperBase):
                 parts.append(Part(param, grad, self.state.get(param, {}), group))
         return parts
 
-    def _is_for_state_alone(self, parts: list[Part]) -> bool:
-        """Return True if torch.distributed.checkpoint takes this step only to create the state that it loads into.
-
-        In such a step there is no state yet, and the learning rate and all gradients are 0. With a shard_group, the
-        call stack decides instead, because all ranks must agree even if their gradients differ.
-        """
-        if any(not isinstance(state, dict) or state for state in self.state.values()):
-            return False
-        if self._shard_group is not None:
-            return state_is_asked_for()
-        if not parts:
-            return False
-        lrs = [group.get("lr") for group in self.param_groups]  # with lr=None some optimizers choose their own
-        if any(lr is None or float(lr) != 0 for lr in lrs):
-            return False
-        return not any(not part.grad.is_meta and part.grad.any() for part in parts)
+    def _forget_state(self, params: Sequence[Tensor]) -> None:
+        """Remove this wrapper's state of these parameters."""
+        for param in params:
+            state = self.state.get(param, {})
+            for name in self._state_names:
+                state.pop(name, None)
+            if not state:
+                self.state.pop(param, None)
 
     @property
     def _shard_group(self) -> Any:

@@ -111,7 +111,7 @@ class StepInBackward:
         self._begun, self.is_open = 0, False  # how many passes have begun, and whether a pass is open
         self._places: dict[Tensor, tuple[int, int, int]] = {}  # each parameter's group, index in the group, and number
         self._updated, self._norm = set[Tensor](), NormSoFar(0.0)  # in this pass
-        self.limit = 0.0  # above 0 if any group is clipped: then all gradients of the pass count in its norm
+        self.clips = False  # True if any group is clipped: then all gradients of the pass count in its norm
         self._skipped = list[str]()  # names of updated parameters whose gradients were not finite
         self._watch(optimizer)
         optimizer._run.in_backward = self
@@ -165,7 +165,7 @@ class StepInBackward:
             if self._updated and given.options["accumulation_steps"] == 1:
                 run.stepped = bool(calls) or len(self._skipped) < len(self._updated)
             clips = [self._norm.clip(group["gradient_clipping"]) for group in groups]
-            run.last = run.last._replace(norms=[self._norm.value], clips=clips)
+            run.last = run.last._replace(norm=self._norm.value, clips=clips)
             if self._skipped and groups[0]["skipped_steps"] == 0:
                 names = ", ".join(self._skipped)
                 warn(f"parameters were skipped, as their gradients hold NaN or infinity: {names}", RuntimeWarning)
@@ -208,7 +208,7 @@ class StepInBackward:
         self._updated.clear()
         self._skipped.clear()
         self._norm = NormSoFar(optimizer.param_groups[0]["last_norm"])
-        self.limit = float(max(group["gradient_clipping"] for group in optimizer.param_groups))
+        self.clips = any(group["gradient_clipping"] > 0 for group in optimizer.param_groups)
         self._begun, self.is_open = self._begun + 1, True
 
     @_disable_dynamo  # compiled autograd would trace the hook
@@ -245,7 +245,7 @@ class StepInBackward:
 
     def _clipped(self, calls: _Calls, last: LastStep, groups: Sequence[dict[str, Any]]) -> _Calls:
         """Add these gradients to the pass's norm, and return the calls with the clip coefficient c so far."""
-        self._norm.add(next((norm for norm in last.norms if norm is not None), None))
+        self._norm.add(last.norm)
         if self._clip_by is None:
             return calls
         limits = [groups[batch.group]["gradient_clipping"] for batch, _ in calls]

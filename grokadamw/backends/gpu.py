@@ -240,7 +240,7 @@ def judge(
 
     Args:
         grads: gradients that `can_sum` has cleared.
-        limits: the largest norm for each list of tensors; 0 for no limit.
+        limits: the largest norm for each batch; 0 for no limit.
         scale, found_inf: GradScaler's, float32 and of one element, on the gradients' device.
         skipped: 0-d int64, incremented if a norm that is not finite forbids the step; None if such a norm does not.
         wants_norm: True if the norm is needed. Else gradients are not read, and the returned norm is meaningless.
@@ -270,7 +270,7 @@ def judge(
         HAS_SCALE=scale is not None,
         HAS_FOUND=found_inf is not None,
         SKIPS=skipped is not None,
-        LISTS=1 << (len(limits) - 1).bit_length(),
+        BATCHES=1 << (len(limits) - 1).bit_length(),
         BLOCK=JUDGE_BLOCK,
         warps=JUDGE_THREADS // (64 if torch.version.hip else 32),
     )

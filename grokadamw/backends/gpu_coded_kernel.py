@@ -22,9 +22,9 @@ from .gpu_codes import (
 )
 from .gpu_norm import chunk, load, pointer_to
 from .gpu_stages import (
+    AT_BATCH,
     AT_BETA1,
     AT_DITHER,
-    AT_LIST,
     AT_LOG_BIAS_BETA1,
     AT_LOW,
     AT_M,
@@ -272,9 +272,9 @@ def update_coded(
     mu = tl.load(here + AT_MU * tensors) if HAS_MU else m
     t = step_of(here, tensors)
     beta1, log_bias_beta1 = float64_at(here, AT_BETA1 * tensors), float64_at(here, AT_LOG_BIAS_BETA1 * tensors)
-    of_batch = numbers + tl.load(here + AT_LIST * tensors) * NUMBERS
+    of_batch = numbers + tl.load(here + AT_BATCH * tensors) * NUMBERS
     grad = tl.load(grads + i)
-    of_list = numbers_of(of_batch, t, beta1, log_bias_beta1, tl.float32, EPS_FIRST, IS_PART, MOVES)
+    scalars = numbers_of(of_batch, t, beta1, log_bias_beta1, tl.float32, EPS_FIRST, IS_PART, MOVES)
     m_scales = tl.load(here + AT_M_SCALES * tensors)
     v_scales = tl.load(here + AT_V_SCALES * tensors)
     mu_scales = tl.load(here + AT_MU_SCALES * tensors) if HAS_MU else m_scales
@@ -300,7 +300,7 @@ def update_coded(
                     fits = (width <= NARROW << n) & (n == 0 or 2 * width > NARROW << n)
                     if fits and is_straight == (odd == 0):
                         _chunk_of_rows(
-                            addresses, of_list, key, before, draw, first, end, width, of_row, change, norm, usable,
+                            addresses, scalars, key, before, draw, first, end, width, of_row, change, norm, usable,
                             PARAM, GRAD, M, V, MU, LOW, ROUNDS, HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE,
                             HAS_NORM, BLOCK // 2, NARROW << n if NARROW << n > BLOCK_SIZE else BLOCK_SIZE, odd == 0,
                         )  # fmt: skip
@@ -308,7 +308,7 @@ def update_coded(
                 is_long = width > WIDEST
                 if is_long and is_straight == (odd == 0):
                     _row(
-                        addresses, of_list, key, before, draw, nth, width, of_row, change, norm, usable, PARAM, GRAD, M,
+                        addresses, scalars, key, before, draw, nth, width, of_row, change, norm, usable, PARAM, GRAD, M,
                         V, MU, LOW, ROUNDS, HAS_MU, RAW, IS_PART and HAS_FINITE, HAS_CHANGE, HAS_NORM, BLOCK // 2,
                         odd == 0,
                     )  # fmt: skip
@@ -318,11 +318,11 @@ def update_coded(
         is_full = aligned and first * BLOCK_SIZE + CHUNK <= size
         if TAIL and not (is_full and (pad == 0 or blocks == of_row)):
             _chunk_of_blocks(
-                addresses, of_list, key, before, draw, first, blocks, of_row, pad, usable, PARAM, GRAD, M, V, MU, LOW,
+                addresses, scalars, key, before, draw, first, blocks, of_row, pad, usable, PARAM, GRAD, M, V, MU, LOW,
                 ROUNDS, HAS_MU, RAW, MOVES, IS_PART and HAS_FINITE, CHUNK, BLOCK // 4, True,
             )  # fmt: skip
         else:
             _chunk_of_blocks(
-                addresses, of_list, key, before, draw, first, blocks, of_row, pad, usable, PARAM, GRAD, M, V, MU, LOW,
+                addresses, scalars, key, before, draw, first, blocks, of_row, pad, usable, PARAM, GRAD, M, V, MU, LOW,
                 ROUNDS, HAS_MU, RAW, MOVES, IS_PART and HAS_FINITE, CHUNK, BLOCK, False,
             )  # fmt: skip

@@ -14,8 +14,8 @@ import triton.language as tl
 from .gpu_coded_kernel import update_coded  # noqa: F401
 from .gpu_norm import chunk, judge, load, pointer_to, squares, store  # noqa: F401
 from .gpu_stages import (
+    AT_BATCH,
     AT_BETA1,
-    AT_LIST,
     AT_LOG_BIAS_BETA1,
     AT_M,
     AT_MU,
@@ -219,7 +219,7 @@ def update(
     t = step_of(here, tensors)
     beta1 = float64_at(here, AT_BETA1 * tensors)
     log_bias_beta1 = float64_at(here, AT_LOG_BIAS_BETA1 * tensors)
-    of_batch = numbers + tl.load(here + AT_LIST * tensors) * NUMBERS
+    of_batch = numbers + tl.load(here + AT_BATCH * tensors) * NUMBERS
     grad = tl.load(grads + i)
 
     REAL: tl.constexpr = tl.float64 if STATE == tl.float64 else tl.float32

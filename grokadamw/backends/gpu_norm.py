@@ -69,14 +69,14 @@ def squares(
     tl.store(sums + first + tl.program_id(0), total)
 
 
-@triton.jit(do_not_specialize=["count", "lists"])
+@triton.jit(do_not_specialize=["count", "batches"])
 def judge(
-    sums, limits, grad_scale, found_inf, verdict, finite, skipped, count, lists,
-    HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, SKIPS: tl.constexpr, LISTS: tl.constexpr, BLOCK: tl.constexpr,
+    sums, limits, grad_scale, found_inf, verdict, finite, skipped, count, batches,
+    HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, SKIPS: tl.constexpr, BATCHES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute the norm and the clip coefficients from the sums of squares, which are added in a fixed order.
 
-    `verdict` gets N, then c of each list, then each c divided by the loss scale. `finite` says whether the step may be
+    `verdict` gets N, then c of each batch, then each c divided by the loss scale. `finite` says whether the step may be
     written. `skipped` is incremented if it may not, unless GradScaler counts that step itself.
     """
     totals = tl.zeros([BLOCK], tl.float64)
@@ -86,13 +86,13 @@ def judge(
     total = tl.sum(totals)
     unscale = 1 / tl.load(grad_scale).to(tl.float64) if HAS_SCALE else tl.full([], 1, tl.float64)
     norm = tl.sqrt(total) * unscale
-    at = tl.arange(0, LISTS)
-    limit = tl.load(limits + at, mask=at < lists, other=0).to(tl.float64, bitcast=True)
+    at = tl.arange(0, BATCHES)
+    limit = tl.load(limits + at, mask=at < batches, other=0).to(tl.float64, bitcast=True)
     clip = tl.where(limit == 0, 1, limit / (norm + 1e-6))
     clip = tl.where(clip > 1, 1, clip)  # NaN stays NaN, as in clip_grad_norm_
     tl.store(verdict, norm)
-    tl.store(verdict + 1 + at, clip, mask=at < lists)
-    tl.store(verdict + 1 + lists + at, clip * unscale, mask=at < lists)
+    tl.store(verdict + 1 + at, clip, mask=at < batches)
+    tl.store(verdict + 1 + batches + at, clip * unscale, mask=at < batches)
     usable = tl.full([], 1, tl.int1)
     if HAS_FOUND:
         usable = tl.load(found_inf) == 0

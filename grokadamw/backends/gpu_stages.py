@@ -6,7 +6,7 @@ import triton.language as tl
 from . import gpu_tables
 from .rows import SHORT
 
-# offsets of a list's numbers, as `gpu_tables.words_of` packs them; the first five take two words: address and value
+# offsets of a batch's numbers, as `gpu_tables.words_of` packs them; the first five take two words: address and value
 LR, ALPHA, CLIP, MAX_ROW_CHANGE, WEIGHT_DECAY = (tl.constexpr(i) for i in range(0, 10, 2))
 BETA2, LOG_BETA2, EPS, LAMB, AMPLIFY_AFTER, SIGN = (tl.constexpr(i) for i in range(10, 16))
 MICRO_STEPS, DECAYS, MAX_ROW_NORM, NTH, NUMBERS = (tl.constexpr(i) for i in range(16, 21))
@@ -15,7 +15,7 @@ NARROW, WIDEST = (tl.constexpr(gpu_tables.WIDTHS[i]) for i in (0, -1))
 BIT, LONG, ODD = (tl.constexpr(x) for x in (1, gpu_tables.LONG, gpu_tables.ODD))
 # columns of the table of tensors, as `gpu_tables.Tables` packs them; those for tensors in fewer bits come last
 AT_SIZE, AT_THETA, AT_M, AT_V, AT_MU, AT_STEP, AT_BETA1 = (tl.constexpr(i) for i in range(7))
-AT_LOG_BIAS_BETA1, AT_LIST, AT_ROW_WIDTH, AT_ROWS = (tl.constexpr(i) for i in range(7, 11))
+AT_LOG_BIAS_BETA1, AT_BATCH, AT_ROW_WIDTH, AT_ROWS = (tl.constexpr(i) for i in range(7, 11))
 AT_M_SCALES, AT_V_SCALES, AT_MU_SCALES, AT_LOW, AT_WIDTH, AT_DITHER = (tl.constexpr(i) for i in range(11, 17))
 
 

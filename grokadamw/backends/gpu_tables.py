@@ -19,7 +19,7 @@ from .types import Addresses, Batch, Coded, Scalars, limited_widths
 _ANOTHER = "the captured step differs from the one before it: take a step before capturing"
 _KEPT = 64  # how many tables the device keeps a copy of
 _COLUMNS = ("params", "exp_avgs", "exp_avg_sqs", "grok_emas", "steps")
-_NUMBERS = struct.Struct("QdQdQdQdQd10d")  # a list's numbers, as `words_of` packs them
+_NUMBERS = struct.Struct("QdQdQdQdQd10d")  # a batch's numbers, as `words_of` packs them
 _ALIGNED = bytes(range(0, 256, 16))
 _SPARES = 4  # captures that may follow one another without an eager step in between
 
@@ -56,7 +56,7 @@ class Verdict(NamedTuple):
 
 
 class Static(NamedTuple):
-    """The data that the device keeps for lists of tensors until one of them moves."""
+    """The data that the device keeps for batches until one of them moves."""
 
     key: Any  # the values from which it was made
     table: Tensor
@@ -112,14 +112,14 @@ class Tables:
         self._sent = 0
         self.masked = False  # True if every launch includes the masked body
 
-    def may_be_captured(self, tensors: int, lists: int) -> None:
+    def may_be_captured(self, tensors: int, batches: int) -> None:
         """Prepare what a graph needs and a capture cannot obtain: pinned memory for its tables, and its kernels.
 
         Args:
-            tensors, lists: the largest possible number of each.
+            tensors, batches: the largest possible number of each.
         """
         self.masked = True  # a kernel that is first used during a capture cannot be loaded
-        size = 20 * tensors + 32 * lists  # the gradients twice, and the table; the limits and numbers
+        size = 20 * tensors + 32 * batches  # the gradients twice, and the table; the limits and numbers
         while len(self._spares) < _SPARES:
             pinned = torch.cuda.is_available()
             self._spares.append(torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned))
@@ -230,14 +230,14 @@ class Tables:
         runs = self._runs[at]
         return [numbers[i] if length == 1 else numbers[i].as_strided((length,), (1,)) for i, length in runs]
 
-    def verdict(self, device: torch.device, lists: int) -> Verdict:
+    def verdict(self, device: torch.device, batches: int) -> Verdict:
         """Return the tensors for a step's verdict: always the same, because the next kernel gets their addresses."""
-        if (device, lists) not in self._verdicts:
-            numbers = torch.empty(1 + 2 * lists, dtype=torch.float64, device=device)
+        if (device, batches) not in self._verdicts:
+            numbers = torch.empty(1 + 2 * batches, dtype=torch.float64, device=device)
             norm, *rest = numbers.unbind()
             finite = torch.empty((), dtype=torch.bool, device=device)
-            self._verdicts[device, lists] = Verdict(numbers, norm, rest[:lists], rest[lists:], finite)
-        return self._verdicts[device, lists]
+            self._verdicts[device, batches] = Verdict(numbers, norm, rest[:batches], rest[batches:], finite)
+        return self._verdicts[device, batches]
 
 
 def _sizes(ends: bytes) -> list[int]:
@@ -308,7 +308,7 @@ def misaligned(at: bytes) -> bool:
 
 
 def words_of(n: Scalars) -> bytes:
-    """Return a list's numbers as the kernel reads them: the first five as an address and a value, one of which is 0."""
+    """Return a batch's numbers as the kernel reads them: the first five as an address and a value, one of them 0."""
     first: list[Any] = []
     for number in (n.lr, n.alpha, n.clip, n.max_row_change, n.weight_decay):  # a check for Tensor takes longer
         first += (0, number) if isinstance(number, (float, int)) else (number.data_ptr(), 0.0)

@@ -37,6 +37,15 @@ def check(state: State, param: Tensor) -> None:
         )
 
 
+def check_grad(param: Tensor, grad: Tensor) -> None:
+    """Raise RuntimeError for a gradient of another shape than its parameter."""
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"the gradient has shape {tuple(grad.shape)}, and the parameter {tuple(param.shape)}: the parameter's data "
+            "was replaced after backward(). Call zero_grad(), and compute the gradients again"
+        )
+
+
 def states_of(groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> Iterator[State]:
     """Yield the state of every parameter that has one, but not entries that hooks may have added."""
     for group in groups:

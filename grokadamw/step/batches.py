@@ -21,7 +21,7 @@ from ..options import STATES, may_be_coded, rules_of
 from ..shards import Shards, blocks_before, divisions, local, part, shards_of
 from ..state import window
 from ..state.formats import BLOCK, EXTRAS, is_coded, low_dtype
-from ..state.slots import State, add_missing, check, lay_out, new_counts
+from ..state.slots import State, add_missing, check, check_grad, lay_out, new_counts
 
 _FOREACH = Choice(foreach, "")
 
@@ -93,10 +93,12 @@ def collect(given: Given, names: Mapping[int, str], missing: Collection[Tensor] 
     for i, group in enumerate(given.groups):
         layers.check_length(group, i)
         for j, (param, layer) in enumerate(zip(group["params"], group["layers"], strict=True)):
-            member = Member(i, layer, next(numbers), param.dim() > 1)
+            number = next(numbers)
+            if param.grad is None and param not in missing:  # it may be a lazy module's, and have no shape yet
+                continue
+            member = Member(i, layer, number, param.dim() > 1)
             if param.grad is None:
-                if param in missing:
-                    entries.append(Entry(param, torch.zeros_like(param), member))
+                entries.append(Entry(param, torch.zeros_like(param), member))
                 continue
             if param.grad.layout != torch.strided:
                 name = layers.names(group, i, names)[j]
@@ -121,11 +123,7 @@ def collect(given: Given, names: Mapping[int, str], missing: Collection[Tensor] 
 def _check(param: Tensor, grad: Tensor, state: State) -> None:
     """Raise RuntimeError for a parameter, gradient or state that a step cannot use."""
     check(state, param)
-    if grad.shape != param.shape:
-        raise RuntimeError(
-            f"the gradient has shape {tuple(grad.shape)}, and the parameter {tuple(param.shape)}: the parameter's data "
-            "was replaced after backward(). Call zero_grad(), and compute the gradients again"
-        )
+    check_grad(param, grad)
     if any(memory.is_freed(x) for x in (param, grad, *state.values()) if isinstance(x, Tensor)):
         raise RuntimeError(
             f"a parameter of shape {tuple(param.shape)}, its gradient or its state has no memory, as after "

@@ -10,7 +10,6 @@ import torch
 
 from .. import layers
 from .._numbers import Number, as_float
-from ..options import Rules
 from .alpha import Signals
 from .effects import Effect
 
@@ -20,15 +19,14 @@ class LastStep(NamedTuple):
 
     signal: Number | None = None  # s_t
     effects: Sequence[Effect] = ()  # one for each group
-    norms: Sequence[Number | None] = ()  # N for each batch: of all gradients, or with compat of its one tensor
+    norm: Number | None = None  # N; None if nothing needed it
     clips: Sequence[Number] = ()  # c for each batch
 
 
 def as_floats(
-    last: LastStep, groups: Sequence[dict[str, Any]], states: Iterable[dict[str, Any]], signals: Signals, rules: Rules
+    last: LastStep, groups: Sequence[dict[str, Any]], states: Iterable[dict[str, Any]], signals: Signals
 ) -> dict[str, float]:
     """Return the values that `GrokAdamW.metrics` lists."""
-    norms = [as_float(norm) for norm in (last.norms if rules.clips_each_tensor else last.norms[:1]) if norm is not None]
     beta1s = [beta1 for group in groups for beta1 in layers.beta1s(group)]
     return {
         "step": max(step_counts(states), default=0.0),
@@ -37,7 +35,7 @@ def as_floats(
         "alpha": min((as_float(effect.alpha) for effect in last.effects), default=math.nan),
         "boost": max((as_float(effect.boost) for effect in last.effects), default=math.nan),
         "decay_boost": max((as_float(effect.decay_boost) for effect in last.effects), default=math.nan),
-        "grad_norm": math.hypot(*norms) if norms else math.nan,
+        "grad_norm": math.nan if last.norm is None else as_float(last.norm),
         "clip_coefficient": min(map(as_float, last.clips), default=math.nan),
         "skipped_steps": float(max((group["skipped_steps"] for group in groups), default=0)),
         "signal_failures": float(signals.failures),

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._numbers import Number, accumulator, as_float, as_number, as_real, product, reads_are_free
-from ..backends import gpu
+from .. import backends
+from .._numbers import Number, accumulator, as_float, as_number, as_real, is_on_host, product, reads_are_free
+from ..backends import foreach, gpu
 from ..distributed import share_of, sum_over_ranks
+from ..options import rules_of
 from ..shards import Shards, divisions, local_parts
 from .batches import Batches, Given
 
@@ -19,74 +21,107 @@ SumOfSquares = Callable[[Sequence[Tensor]], Tensor]
 
 
 class GradStats(NamedTuple):
-    """Measurements of the gradients. The lists have one entry per batch."""
+    """Measurements of the gradients."""
 
-    norms: list[Number | None]  # N of all gradients (with compat, of the tensor's own); None if unused
-    clips: list[Number]  # c
-    factors: list[Number]  # c divided by the loss scale
+    norm: Number | None  # N; None if nothing needed it. With compat, over the tensors' own norms
+    clips: list[Number]  # c for each batch
+    factors: list[Number]  # c for each batch, divided by the loss scale
     finite: bool | Tensor  # True if the step may be written; a tensor if reading it would make the host wait
-    skipped: Tensor | None = None  # if `finite` is a tensor: does this step count as skipped? GradScaler's do not
 
 
-def measure(
+def stats(
     found: Batches,
     limits: Sequence[float],
     given: Given,
     nonfinite: str,
-    sum_of_squares: Any = None,
-    *,
-    apart: bool = False,
-    home: torch.device | None = None,
+    needs_norm: bool,
+    counter: Callable[[torch.device], Tensor],
 ) -> GradStats:
-    """Measure the gradients, on any devices, by `found.squares` if there is such a function, or by `sum_of_squares`.
+    """Measure the gradients in the fastest way, and count the step if it is skipped on a device.
 
     Args:
         limits: `gradient_clipping` for each batch.
-        apart: True if each batch has a norm of its own.
-        home: the device where numbers stay that the host cannot read without waiting; None for Python numbers.
+        nonfinite: the option, or "propagate" if it has no effect.
+        needs_norm: True if N must be measured.
+        counter: returns the count of skipped steps, on the given device if possible.
+    """
+    options, each_tensor = given.options, rules_of(given.options).clips_each_tensor
+    is_scaled = given.scale is not None or given.found_inf is not None
+    # the native kernel knows all addresses, or nothing needs N: there is no choice to make
+    if found.squares is not None or not (is_scaled or needs_norm):
+        return _measure(found, limits, given, nonfinite, needs_norm)
+
+    sum_of_squares = backends.sum_of_squares(options, given.compiling)
+    home = next((device for device in found.devices if not is_on_host(device, options["differentiable"])), None)
+    fastest = sum_of_squares is backends.fastest_sum_of_squares
+    on_one_gpu = home is not None and len(found.devices) == 1 and not each_tensor
+    judges = fastest and on_one_gpu and nonfinite != "raise" and given.shard_group is None
+    # A graph reads the verdict at each replay: capture `judge` only with tables, which outlive the step.
+    if judges and (found.tables or not given.capturing):
+        judged = _judge(found, limits, given, nonfinite, needs_norm, counter)
+        if judged is not None:
+            return judged
+    if fastest and given.capturing:  # the GPU's own sum would use tables that are gone after the call
+        sum_of_squares = foreach.sum_of_squares
+    return _measure(found, limits, given, nonfinite, needs_norm, sum_of_squares, home, counter)
+
+
+def _measure(
+    found: Batches,
+    limits: Sequence[float],
+    given: Given,
+    nonfinite: str,
+    needs_norm: bool,
+    sum_of_squares: Any = None,
+    home: torch.device | None = None,
+    counter: Any = None,
+) -> GradStats:
+    """Do `stats` on any devices, by `found.squares` if there is such a function, or by `sum_of_squares`.
+
+    Numbers that the host cannot read without waiting stay on the device `home`; None for Python numbers.
     """
     scale, found_inf = given.scale, given.found_inf
-    norms: list[Number | None]
-    if not norm_is_wanted(limits, nonfinite):
-        norms = [None] * len(limits)
-    elif found.squares is not None:
-        squares, shards = found.squares(), found.grads[0][0]
-        if shards is not None:
-            squares = shards.total([squares]).item()
-        if given.shard_group is not None:
-            summand = share_of(squares, shards, given.shard_group)
-            squares = sum_over_ranks([summand], given.groups, given.shard_group).item()
-        norms = [math.sqrt(squares)] * len(limits)
-    elif apart:
-        norms = [_norm([(batch.shards, batch.grads)], sum_of_squares, home) for batch in found.batches]
-    else:
-        norms = [_norm(found.grads, sum_of_squares, home, given.groups, given.shard_group)] * len(limits)
+    total: Number | None = None
+    norms: list[Number | None] = [None] * len(limits)
+    if needs_norm and rules_of(given.options).clips_each_tensor:
+        each = [_norm([(batch.shards, batch.grads)], sum_of_squares, home) for batch in found.batches]
+        total, norms = _joined(each), list[Number | None](each)
+    elif needs_norm:
+        if found.squares is not None:
+            total = _norm_by_address(found.squares, found.grads[0][0], given)
+        else:
+            total = _norm(found.grads, sum_of_squares, home, given.groups, given.shard_group)
+        norms = [total] * len(limits)
     if scale is not None:
         unscale = 1 / as_number(scale, "grad_scale")
-        norms = [None if norm is None else product(norm, unscale) for norm in norms]
+        total, *norms = (None if norm is None else product(norm, unscale) for norm in (total, *norms))
     clips = [clip_coefficient(norm, limit) for norm, limit in zip(norms, limits, strict=True)]
     factors = clips if scale is None else [product(clip, unscale) for clip in clips]
     finite: bool | Tensor = True
-    skipped = None
-    if nonfinite != "propagate" and norms and norms[0] is not None:
-        finite = torch.isfinite(norms[0]) if isinstance(norms[0], Tensor) else math.isfinite(norms[0])
-        skipped = torch.logical_not(finite) if isinstance(finite, Tensor) else None
+    if nonfinite != "propagate" and total is not None:
+        finite = torch.isfinite(total) if isinstance(total, Tensor) else math.isfinite(total)
+    skipped = torch.logical_not(finite) if isinstance(finite, Tensor) else None
     if found_inf is not None:
         none_found = found_inf.reshape(()) == 0
         if isinstance(finite, Tensor):
             none_found = none_found.to(finite.device)
             skipped = torch.logical_and(torch.logical_not(finite), none_found)
         finite = none_found if finite is True else torch.logical_and(none_found, torch.as_tensor(finite))
-    return GradStats(norms, clips, factors, finite, skipped)
+    if skipped is not None:  # steps in which GradScaler found infinity do not count as skipped
+        count = counter(skipped.device)
+        count.add_(skipped.to(count.device))  # in place, for CUDA graphs
+    return GradStats(total, clips, factors, finite)
 
 
-def judge(
-    found: Batches, limits: Sequence[float], given: Given, nonfinite: str, counter: Callable[[torch.device], Tensor]
+def _judge(
+    found: Batches,
+    limits: Sequence[float],
+    given: Given,
+    nonfinite: str,
+    needs_norm: bool,
+    counter: Callable[[torch.device], Tensor],
 ) -> GradStats | None:
-    """Do `measure` in two launches on the one GPU that holds all gradients; return None if that is impossible.
-
-    `counter` returns the count of skipped steps on a device, which this function increases.
-    """
+    """Do `stats` in two launches on the one GPU that holds all gradients; return None if that is impossible."""
     scale, found_inf = given.scale, given.found_inf
     if len(found.grads) != 1 or found.grads[0][0] is not None:
         return None
@@ -99,17 +134,29 @@ def judge(
     skipped = counter(grads[0].device) if nonfinite == "skip" else None
     if skipped is not None and skipped.device != grads[0].device:
         return None
-    wants_norm = norm_is_wanted(limits, nonfinite)
     at, tables = found.at, found.tables
-    verdict = gpu.judge(grads, limits, scale, found_inf, skipped, wants_norm=wants_norm, at=at, tables=tables)
-    norms: list[Number | None] = [verdict.norm if wants_norm else None] * len(limits)
+    verdict = gpu.judge(grads, limits, scale, found_inf, skipped, wants_norm=needs_norm, at=at, tables=tables)
     finite = verdict.finite if nonfinite == "skip" or found_inf is not None else True
-    return GradStats(norms, [*verdict.clips], [*verdict.factors], finite)
+    return GradStats(verdict.norm if needs_norm else None, [*verdict.clips], [*verdict.factors], finite)
 
 
-def norm_is_wanted(limits: Sequence[float], nonfinite: str) -> bool:
-    """Return True if anything needs N."""
-    return nonfinite != "propagate" or any(limit > 0 for limit in limits)
+def _norm_by_address(sum_of_squares: Callable[[], float], shards: Shards | None, given: Given) -> float:
+    """Return N by a function that knows the addresses of this rank's gradients, which `shards` divides over ranks."""
+    squares = sum_of_squares()
+    if shards is not None:
+        squares = shards.total([squares]).item()
+    if given.shard_group is not None:
+        summand = share_of(squares, shards, given.shard_group)
+        squares = sum_over_ranks([summand], given.groups, given.shard_group).item()
+    return math.sqrt(squares)
+
+
+def _joined(norms: Sequence[Number]) -> Number | None:
+    """Return the norm of all elements of tensors from the norm of each; None if there are no tensors."""
+    if not norms:
+        return None
+    tensors = [norm for norm in norms if isinstance(norm, Tensor)]
+    return torch.linalg.vector_norm(torch.stack(tensors)) if tensors else math.hypot(*norms)
 
 
 def global_norm(

@@ -23,13 +23,13 @@ from .._warn import warn
 from ..backends import foreach, gpu, rows
 from ..backends.gpu_tables import Tables
 from ..backends.types import WHOLE, Batch, MicroStep, Scalars
-from ..distributed import check_agreed, check_shard_group, state_is_asked_for
-from ..options import Rules, rules_of
+from ..distributed import check_agreed, check_shard_group, is_for_state_alone
+from ..options import rules_of
 from ..param_groups import check_changed
 from ..shards import divisions, part
 from . import capture, metrics, norm
 from .alpha import effects_of, hear
-from .batches import Batches, Entry, Given, collect, forget_state, make_state
+from .batches import Batches, Given, collect, forget_state, make_state
 from .effects import Effect, amplification, boosted, in_places
 from .micro_batches import Cycle
 from .run import Run, count_skipped
@@ -65,26 +65,12 @@ def check_given(run: Run, given: Given) -> bool:
         return True
     if not given.state:
         entries = collect(given, run.names)  # which checks the tensors
-        if _is_for_state_alone(entries, given):
+        if is_for_state_alone(groups, [entry.grad for entry in entries], given.shard_group):
             make_state(entries, given)
             return False
     if options["nonfinite"] == "raise":
         check_finite(run, given)
     return True
-
-
-def _is_for_state_alone(entries: Sequence[Entry], given: Given) -> bool:
-    """Return True if torch.distributed.checkpoint takes this first step only to create state.
-
-    It does so with lr 0 and gradients of 0. (The first step of a warm-up has other gradients.) If other ranks have
-    parts of the parameters, they may have gradients and state: then the caller of the step decides, for all ranks.
-    """
-    if given.shard_group is not None or divisions(given.groups):
-        return state_is_asked_for()
-    if not entries or any(as_float(group["lr"]) != 0 for group in given.groups):
-        return False
-    grads = [entry.grad for entry in entries]
-    return any(grad.is_meta for grad in grads) or _norm_now(grads, given) == 0
 
 
 def check_finite(run: Run, given: Given) -> None:
@@ -130,7 +116,6 @@ def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, 
 def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables | None]:
     """Do the stages from batches to scalars, create missing state, and return the arguments for `write`."""
     groups, state, options = given.groups, given.state, given.options
-    rules = rules_of(options)
     factor_of_lamb = amplification(run.last.signal) if options["amplify_by_signal"] else 1.0
     effects, cycle, cycle_groups = run.last.effects, None, groups
     if options["accumulation_steps"] > 1:
@@ -141,28 +126,30 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     found = run.cache.find(given if cycle is None else given._replace(groups=cycle_groups), run.names, missing)
     if given.capturing and found.tables is not None:
         run.graphs.append(found.tables)
-    limits = _limits(run, found, cycle_groups, given.shard_group, rules)
-    stats = _measured(run, given, found, limits, rules)
-    if options["nonfinite"] == "raise" and not stats.finite:  # a signal changed the gradients after check_given
-        raise _not_finite(run, given, found.params)
-    norms, clips = stats.norms, stats.clips
-    if not found.params:
-        _warn_if_idle(run, given, norms)
-    if options["differentiable"]:
-        norms, clips = detached(norms), detached(clips)
-    run.last = metrics.LastStep(run.last.signal, effects, norms, clips)
-    if stats.finite is False:
-        if cycle is None:
-            forget_state(found.made, state)
-        count_skipped(groups, 1)  # last, as its warning may be raised as an error
-        if cycle is None:
-            return [], None
+    try:
+        stats = _measured(run, given, found, cycle_groups)
+        last_norm, clips = stats.norm, stats.clips
+        if options["differentiable"]:
+            (last_norm,), clips = detached([last_norm]), detached(clips)
+        run.last = metrics.LastStep(run.last.signal, effects, last_norm, clips)
+        if options["nonfinite"] == "raise" and not stats.finite:  # a signal changed the gradients after check_given
+            raise _not_finite(run, given, found.params)
+        if stats.finite is False:
+            count_skipped(groups, 1)  # its warning may be raised as an error
+        if not found.params:
+            _warn_if_idle(run, given, last_norm)
+    except BaseException:
+        forget_state(found.made, state)
+        raise
+    if stats.finite is False and cycle is None:
+        forget_state(found.made, state)
+        return [], None
 
     finite = None
     if stats.finite is not True:
         finite = stats.finite if isinstance(stats.finite, Tensor) else torch.tensor(stats.finite, device="cpu")
     calls = []
-    for batch, clip in zip(found.batches, stats.factors[: len(found.batches)], strict=True):
+    for batch, clip in zip(found.batches, stats.factors, strict=True):
         group, effect = cycle_groups[batch.group], effects[batch.group]
         micro_step = WHOLE if cycle is None else MicroStep(cycle.k, not batch.begun, cycle.is_last, cycle.nth)
         scalars = _scalars(batch, group, options, effect, factor_of_lamb, clip, finite, micro_step)
@@ -203,27 +190,28 @@ def _scalars(
     )
 
 
-def _limits(run: Run, found: Batches, groups: Sequence[dict[str, Any]], shard_group: Any, rules: Rules) -> list[float]:
-    """Return the `gradient_clipping` of each batch, and one more limit if other gradients belong to the same norm.
-
-    They are those of the rest of a backward pass, or of other ranks. For ranks it is the smallest limit above 0 of any
-    group: all of them must need the norm, or none, whatever gradients they have.
-    """
+def _measured(run: Run, given: Given, found: Batches, groups: Sequence[dict[str, Any]]) -> norm.GradStats:
+    """Do the stages norm and clip."""
+    options, rules = given.options, rules_of(given.options)
+    nonfinite = options["nonfinite"] if rules.knows_nonfinite else "propagate"
     limits = [float(groups[batch.group]["gradient_clipping"]) for batch in found.batches]
+    clips = any(limits)
+    # Other gradients may belong to the same norm: those of the rest of a backward pass, or of other ranks. All ranks
+    # must take part in the norm, or none, whatever gradients they have: so the limits of all groups count.
     if limits and run.in_backward is not None:
-        limits.append(run.in_backward.limit)
-    are_divided = shard_group is not None or any(map(itemgetter(0), found.grads))
+        clips = clips or run.in_backward.clips
+    are_divided = given.shard_group is not None or any(map(itemgetter(0), found.grads))
     if are_divided and not rules.clips_each_tensor:
-        of_groups = (float(group["gradient_clipping"]) for group in groups)
-        limits.append(min((limit for limit in of_groups if limit > 0), default=0.0))
-    return limits
+        clips = clips or any(group["gradient_clipping"] > 0 for group in groups)
+    needs_norm = (bool(limits) or are_divided) and (clips or nonfinite != "propagate")
+    movable = not given.capturing and not capture.any_capturable(given.groups)
+    return norm.stats(found, limits, given, nonfinite, needs_norm, partial(run.skip_counter, movable=movable))
 
 
-def _warn_if_idle(run: Run, given: Given, norms: Sequence[Number | None]) -> None:
+def _warn_if_idle(run: Run, given: Given, last_norm: Number | None) -> None:
     """Warn once if no parameter of this rank, nor of its shard_group, has a gradient in a step."""
-    # With a shard_group, N covers all of its ranks. If this rank has no gradients, `norms` has one entry: 0.0 if no
-    # rank has any, None if nothing needed N.
-    elsewhere = given.shard_group is not None and norms[:1] != [0.0]
+    # with a shard_group, N covers all of its ranks: it is 0.0 if no rank has a gradient, None if nothing needed it
+    elsewhere = given.shard_group is not None and last_norm != 0.0
     if run.idle or elsewhere or run.has_updated_early or not any(group["params"] for group in given.groups):
         return
     run.idle = True
@@ -276,36 +264,6 @@ def _left_to_limit(
         for j, i in enumerate(batch.unlimited):
             cut[batch.numbers[i]] = batch._replace(unlimited=[i]), scalars, old[j : j + 1]
     return [*whole, *(cut[number] for number in sorted(cut))]
-
-
-def _measured(run: Run, given: Given, found: Batches, limits: list[float], rules: Rules) -> norm.GradStats:
-    """Do the stages norm and clip in the fastest way possible, and count the step if it is skipped on a device."""
-    groups, options = given.groups, given.options
-    nonfinite = options["nonfinite"] if rules.knows_nonfinite else "propagate"
-    is_scaled = given.scale is not None or given.found_inf is not None
-    # the native kernel knows all addresses, or nothing needs N: there is no choice to make
-    if found.squares is not None or not (is_scaled or norm.norm_is_wanted(limits, nonfinite)):
-        return norm.measure(found, limits, given, nonfinite)
-
-    movable = not given.capturing and not capture.any_capturable(groups)
-    counter = partial(run.skip_counter, movable=movable)
-    sum_of_squares = backends.sum_of_squares(options, given.compiling)
-    home = next((device for device in found.devices if not is_on_host(device, options["differentiable"])), None)
-    fastest = sum_of_squares is backends.fastest_sum_of_squares
-    on_one_gpu = home is not None and len(found.devices) == 1 and not rules.clips_each_tensor
-    judges = fastest and on_one_gpu and nonfinite != "raise" and given.shard_group is None
-    # A graph reads the verdict at each replay: capture `judge` only with tables, which outlive the step.
-    if judges and (found.tables or not given.capturing):
-        judged = norm.judge(found, limits, given, nonfinite, counter)
-        if judged is not None:
-            return judged
-    if fastest and given.capturing:  # the GPU's own sum would use tables that are gone after the call
-        sum_of_squares = foreach.sum_of_squares
-    stats = norm.measure(found, limits, given, nonfinite, sum_of_squares, apart=rules.clips_each_tensor, home=home)
-    if stats.skipped is not None:
-        total = counter(stats.skipped.device)
-        total.add_(stats.skipped.to(total.device))  # in place, for CUDA graphs
-    return stats
 
 
 def _not_finite(run: Run, given: Given, params: Sequence[Tensor]) -> RuntimeError:
