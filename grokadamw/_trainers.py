@@ -117,7 +117,7 @@ def without_nan(values: Mapping[str, Any], said: set[str]) -> dict[str, Any]:
     return found
 
 
-def hears_losses(optimizer: GrokAdamW) -> bool:
+def uses_losses(optimizer: GrokAdamW) -> bool:
     """Return True if losses affect the optimizer: a signal takes them, and an option uses the signal."""
     adapts = are_boosted(optimizer.param_groups) or any(group["lamb"] for group in optimizer.param_groups)
     return adapts and any(optimizer._run.signals.takes_losses)

@@ -44,7 +44,7 @@ class Accumulate(Wrapper):
     optimizer.flush()
     ```
 
-    Zero the gradients after every micro-batch, and do not divide the losses by k. Groups and state belong to the inner
+    Zero the gradients before every micro-batch, and do not divide the losses by k. Groups and state belong to the inner
     optimizer, ``optimizer.optimizer``. A step in which GradScaler finds infinity does not count as a micro-batch.
     GradScaler leaves unscaling to this optimizer, so that frameworks do not clip micro-batches. Source: Su Jianlin,
     https://kexue.fm/archives/6794.
@@ -102,7 +102,10 @@ class Accumulate(Wrapper):
         return self._last["stepped"]
 
     def flush(self) -> None:
-        """End an incomplete cycle: step with the mean of the micro-batches since the last step, if there are any."""
+        """End an incomplete cycle: step with the mean of the micro-batches since the last step, if there are any.
+
+        This calls the step hooks of ``optimizer.optimizer``, but not those of this wrapper.
+        """
         self._fill_groups()
         self._check_kept()
         self._last["stepped"] = False
@@ -185,6 +188,7 @@ class Accumulate(Wrapper):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self._last["stepped"] = False
         for group in self.param_groups:
             group["accumulation_cycle"] = self._steps
 

@@ -257,7 +257,7 @@ class GrokAdamW(Base):
             options["grokking_signal_fns"] = memorisation
         optimizer = cls(groups, **preset | options)
         optimizer.set_layers(model)  # number layers in the model's order, not the groups'
-        optimizer._preset_gamma = None if "gamma" in options else preset["gamma"]
+        optimizer._run.preset_gamma = None if "gamma" in options else preset["gamma"]
         return optimizer
 
     @overload
@@ -313,7 +313,7 @@ class GrokAdamW(Base):
         overflow = stages.is_overflow(given)
         if overflow or not stages.check_given(run, given):
             return [], None
-        stages.begin(run, given, self._preset_gamma)
+        stages.begin(run, given)
         found_inf = given.found_inf if overflow is None else None  # needed only if the host cannot read it
         return stages.prepare(run, given._replace(groups=self.param_groups, state=self.state, found_inf=found_inf))
 
@@ -325,7 +325,7 @@ class GrokAdamW(Base):
         signals should take effect; until then α and the boosts stay constant. With several processes, call it on all.
         """
         self._complete_groups()
-        stages.hear_signals(self._run, self.param_groups, self.defaults)
+        stages.evaluate_signals(self._run, self.param_groups, self.defaults)
 
     def free_slow_gradient(self) -> None:
         """Drop the slow gradients μ to free their memory. The next step starts them at 0 if λ > 0 (or compat is set).

@@ -86,17 +86,19 @@ class _Filter(Wrapper):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        saved = self.param_groups[0]["grokfast_filter"]
         for group in self.param_groups:
             group["grokfast_filter"] = self._described()
-        if str(saved) != self._described():
+        if self._signals is not None:
+            self._signals.load(self.param_groups[0]["grokfast_signal_state"])
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        saved = str(groups[0].get("grokfast_filter", self._described()))
+        if saved != self._described():
             warn(
                 f"state_dict is of a run with Grokfast's filter ({saved}), and this optimizer keeps "
                 f"({self._described()}), as constructed",
                 UserWarning,
             )
-        if self._signals is not None:
-            self._signals.load(self.param_groups[0]["grokfast_signal_state"])
 
 
 def _usable(parts: list[Part]) -> list[Tensor]:

@@ -24,7 +24,7 @@ Named: TypeAlias = list[tuple[str, nn.Parameter]]
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 # the preset for models with norm layers
-_WITH_NORMS = {
+WITH_NORMS = {
     "lr": 3e-3,
     "weight_decay": 1.0,
     "decay_boost": 3.0,
@@ -33,7 +33,7 @@ _WITH_NORMS = {
     "signal_boost": 4.0,
 }
 # and without, where the lengths of rows matter. The keys are the least numbers of weights, not counting embeddings
-_WITHOUT_NORMS = {
+WITHOUT_NORMS = {
     1: {"lr": 2e-2, "weight_decay": 0.5, "decay_boost": 1.0, "signal_boost": 2.0, "lamb": 0.0, "gamma": 0.0},
     3: {"lr": 1e-2, "weight_decay": 1.0, "decay_boost": 3.0, "signal_boost": 4.0, "lamb": 0.0, "gamma": 0.0},
     4: {"lr": 3e-3, "weight_decay": 0.1, "decay_boost": 30.0, "signal_boost": 10.0, "lamb": 0.0, "gamma": 0.0},
@@ -133,8 +133,8 @@ def grokking_groups(
 
     count = sum(is_weight(param) and param not in embeddings and not is_beside(name, param) for name, param in named)
     # embeddings or vectors alone tell nothing about depth (a vector may be a whole model): then take the lowest lr
-    of_count = max(least for least in _WITHOUT_NORMS if least <= count or not count)
-    numbers = _WITH_NORMS if normed else _WITHOUT_NORMS[of_count]
+    of_count = max(least for least in WITHOUT_NORMS if least <= count or not count)
+    numbers = WITH_NORMS if normed else WITHOUT_NORMS[of_count]
     preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, **numbers}
     lr = preset["lr"] if lr is None else lr
     decay = preset["weight_decay"] if weight_decay is None else weight_decay

@@ -86,7 +86,7 @@ def _preset(arguments: TrainingArguments, *groups: Any, **options: Any) -> Calla
 
 
 class GrokAdamWCallback(TrainerCallback):
-    """Trainer callback that records losses and accuracies, sets layers, and logs metrics, for a wrapped GrokAdamW, too.
+    """Trainer callback that records losses and accuracies, sets layers, and logs metrics.
 
     - Layers are taken from the model's modules, for decay and no-decay groups, and for groups that are added later.
     - The loss of every evaluation during training, and the last training loss logged before it, are passed to the
@@ -223,7 +223,7 @@ class GrokAdamWCallback(TrainerCallback):
             dropped = lost(args.optim_args, found, is_resumed, self._options)
             for sentence in (*dropped, *unused(args, found, is_resumed)):
                 warn(sentence, UserWarning)
-            if not is_evaluated and ("eval_acc" in self._evaluated or trainers.hears_losses(found)):
+            if not is_evaluated and ("eval_acc" in self._evaluated or trainers.uses_losses(found)):
                 warn(
                     'eval_strategy="no": no evaluation is planned, so signals that compare losses or accuracies stay '
                     "silent, and neither α nor the boost adapts, unless a callback evaluates, or you call "
@@ -311,7 +311,7 @@ class GrokAdamWCallback(TrainerCallback):
         # a callback asked for this evaluation, and the schedule itself is right: a single one does no harm
         is_extra = logging == evaluation == "steps" and state.logging_steps <= state.eval_steps
         goes_on &= not is_extra or self._without_loss > 1
-        if goes_on and not is_own and trainers.hears_losses(optimizer) and is_new("no new loss", self._said):
+        if goes_on and not is_own and trainers.uses_losses(optimizer) and is_new("no new loss", self._said):
             optimizer._run.signals.silence_missing()
             rarely = f"logging_steps={args.logging_steps:g}" if logging == "steps" else f'logging_strategy="{logging}"'
             stale = "stay silent" if self._recorded is None else "compare its loss with an older one"
@@ -347,8 +347,8 @@ class GrokAdamWCallback(TrainerCallback):
 
     def _warn_if_missing(self, name: str, key: str) -> None:
         """Warn once if no evaluation had a metric with this key."""
-        is_heard = name != "eval_loss" or self._optimizer is None or trainers.hears_losses(self._optimizer)
-        if name in self._said or not is_heard:
+        is_used = name != "eval_loss" or self._optimizer is None or trainers.uses_losses(self._optimizer)
+        if name in self._said or not is_used:
             return
         metrics = sorted(self._metrics - {"epoch"})
         if name == "eval_loss":
@@ -368,7 +368,7 @@ class GrokAdamWCallback(TrainerCallback):
         is_logged = self._logged_at == state.global_step
         if self._optimizer is None or is_last or is_logged or args.save_only_model:
             return  # a checkpoint of the model alone does not resume the optimizer
-        if recorded(self._optimizer.param_groups, "train_loss") is None or not trainers.hears_losses(self._optimizer):
+        if recorded(self._optimizer.param_groups, "train_loss") is None or not trainers.uses_losses(self._optimizer):
             return
         if not is_new("saves", self._said):
             return

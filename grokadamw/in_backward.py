@@ -109,9 +109,9 @@ class StepInBackward:
         self._caches, self._hooks = dict[Tensor, Cache](), dict[Tensor, RemovableHandle]()
         self._lock = threading.RLock()  # autograd has a thread for each device
         self._begun, self.is_open = 0, False  # how many passes have begun, and whether a pass is open
-        self._places: dict[Tensor, tuple[int, int, int]] = {}  # each parameter's group, index in the group, and number
+        self._places: dict[Tensor, tuple[int, int, int]] = {}  # each parameter's group, place in the group, and index
         self._updated, self._norm = set[Tensor](), NormSoFar(0.0)  # in this pass
-        self.clips = False  # True if any group is clipped: then all gradients of the pass count in its norm
+        self.is_clipped = False  # True if any group is clipped: then all gradients of the pass count in its norm
         self._skipped = list[str]()  # names of updated parameters whose gradients were not finite
         self._watch(optimizer)
         optimizer._run.in_backward = self
@@ -199,16 +199,16 @@ class StepInBackward:
         check_changed(groups, optimizer.defaults, run.checked, run.checked_layers)
         # a model may be wrapped later, and a search for wrappers may take 50 ms: search in passes 1, 2, 4, 8 and so on
         self._check(optimizer, and_wrappers=self._begun & (self._begun + 1) == 0)
-        stages.begin(run, Given(groups, optimizer.state, optimizer.defaults), optimizer._preset_gamma)
-        numbers, self._places = 0, {}
+        stages.begin(run, Given(groups, optimizer.state, optimizer.defaults))
+        index, self._places = 0, {}
         for i, group in enumerate(optimizer.param_groups):  # after signals, which may replace them
             if len(group["layers"]) == len(group["params"]):  # else `end` raises
-                self._places |= {param: (i, j, numbers + j) for j, param in enumerate(group["params"])}
-            numbers += len(group["params"])
+                self._places |= {param: (i, j, index + j) for j, param in enumerate(group["params"])}
+            index += len(group["params"])
         self._updated.clear()
         self._skipped.clear()
         self._norm = NormSoFar(optimizer.param_groups[0]["last_norm"])
-        self.clips = any(group["gradient_clipping"] > 0 for group in optimizer.param_groups)
+        self.is_clipped = any(group["gradient_clipping"] > 0 for group in optimizer.param_groups)
         self._begun, self.is_open = self._begun + 1, True
 
     @_disable_dynamo  # compiled autograd would trace the hook
@@ -225,14 +225,14 @@ class StepInBackward:
             if param in self._updated:
                 param.grad = None  # else `end` would use this gradient
                 raise RuntimeError(_TWICE.format(name_of(param, optimizer.param_groups, optimizer._run.names)))
-            run, one, (i, place, number) = optimizer._run, self._one, self._places[param]
+            run, one, (i, place, index) = optimizer._run, self._one, self._places[param]
             group = optimizer.param_groups[i]
             alone = {**group, "skipped_steps": _QUIET}
             alone |= {name: [group[name][place]] for name in ("params", "layers", "param_names") if name in group}
             one.cache = self._caches.setdefault(param, Cache())
             one.last = LastStep(run.last.signal, run.last.effects[i : i + 1])
             one.skipped, one.names = run.skipped, run.names
-            given = Given([alone], optimizer.state, optimizer.defaults, first_number=number)
+            given = Given([alone], optimizer.state, optimizer.defaults, first_index=index)
             if optimizer.defaults["nonfinite"] == "raise":
                 stages.check_finite(one, given)
             calls, tables = stages.prepare(one, given)

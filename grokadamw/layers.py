@@ -160,7 +160,7 @@ def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping
 
 
 def make_one(groups: Sequence[dict[str, Any]], are_shards: bool) -> str | None:
-    """Make each flat tensor that replaced a group's parameters one layer. Return a warning if something is lost.
+    """If a framework replaced a group's parameters by one flat tensor, give it one layer. Return a warning of losses.
 
     Args:
         are_shards: True if other ranks may have other parts; the optimizer's norm leaves out their gradients.

@@ -91,7 +91,7 @@ class GrokAdamWCallback(Callback):
         self._loaded: dict[str, Any] = {}  # train_loss and train_acc from a checkpoint, until training begins
         self._validated_at = -1  # the step of the last validation with an accuracy
         self._before: dict[str, Any] = {}  # metrics before a validation; Lightning keeps old ones
-        self._heard: set[str] = set()  # the names of the values that have been logged
+        self._logged: set[str] = set()  # the names of the values that have been logged
         self._said: set[str] = set()
 
     @property
@@ -122,7 +122,7 @@ class GrokAdamWCallback(Callback):
         self._loaded = {}
         self._epochs_loss, self._validated_at = None, -1
         self._is_late = self._waits_for_loss = False
-        self._heard.clear()
+        self._logged.clear()
         limit = trainer.gradient_clip_val
         if limit and is_new("clips", self._said):
             by_norm = trainer.gradient_clip_algorithm != "value"
@@ -141,7 +141,7 @@ class GrokAdamWCallback(Callback):
         if not trainer.enable_validation:
             for optimizer in self._optimizers:
                 optimizer._run.signals.silence_missing()  # the warning below says why
-            if ("eval_acc" in self._evaluated or self._hears_losses()) and is_new("no validation", self._said):
+            if ("eval_acc" in self._evaluated or self._uses_losses()) and is_new("no validation", self._said):
                 warn(
                     "no validation is planned, so signals that compare losses or accuracies stay silent, and neither α "
                     "nor the boost adapts, unless you call optimizer.record yourself. Give the module a "
@@ -188,9 +188,9 @@ class GrokAdamWCallback(Callback):
             if loss is not None and pl_module.automatic_optimization:
                 loss = loss * trainer.accumulate_grad_batches  # Lightning has divided the loss by it
         if loss is not None:
-            self._heard.add("train_loss")
+            self._logged.add("train_loss")
             self._last_train_loss = torch.as_tensor(loss).detach()
-        self._hear_accuracy(trainer.callback_metrics, trainer)
+        self._take_accuracy(trainer.callback_metrics, trainer)
         step = trainer.global_step
         # ask the connector, as Lightning's callbacks do: it counts batches, and global_step all optimizers' steps
         if trainer._logger_connector.should_update_logs and step != self._logged_at:
@@ -206,10 +206,10 @@ class GrokAdamWCallback(Callback):
         found = {name: metrics[key] for name, key in keys.items() if key in metrics}
         if found.get("train_loss") is self._epochs_loss:  # Lightning keeps old values
             found.pop("train_loss", None)
-        self._heard.update(found)
+        self._logged.update(found)
         found = self._mean_over_ranks(found, trainer)
         if "train_acc" in found:
-            self._hear_accuracy({self._train_acc: found["train_acc"]}, trainer)
+            self._take_accuracy({self._train_acc: found["train_acc"]}, trainer)
         if "train_loss" in found:
             self._last_train_loss = torch.as_tensor(found["train_loss"]).detach()
             if self._waits_for_loss:
@@ -228,7 +228,7 @@ class GrokAdamWCallback(Callback):
             if key in metrics and metrics[key] is not self._before.get(key)
         }
         self._before = {}
-        self._heard.update(found, ["validation"])
+        self._logged.update(found, ["validation"])
         # only here: a training loss or accuracy that comes later must not be compared with this evaluation
         if "eval_loss" in found:
             found["train_loss"] = self._last_train_loss
@@ -243,27 +243,27 @@ class GrokAdamWCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name in RECORDED:  # a user may have recorded a value
             if any(recorded(optimizer.param_groups, name) is not None for optimizer in self._optimizers):
-                self._heard.add(name)
+                self._logged.add(name)
         for name, key in self._evaluated.items():
-            if name not in self._heard and trainer.enable_validation:
+            if name not in self._logged and trainer.enable_validation:
                 self._warn(name, key, trainer)
-        if "train_loss" not in self._heard:
+        if "train_loss" not in self._logged:
             self._warn("train_loss", self._train_loss, trainer)
-        if self._train_acc is not None and "train_acc" not in self._heard:
+        if self._train_acc is not None and "train_acc" not in self._logged:
             self._warn("train_acc", self._train_acc, trainer)
         self._optimizers = []
 
-    def _hear_accuracy(self, metrics: Mapping[Any, Any], trainer: Trainer) -> None:
+    def _take_accuracy(self, metrics: Mapping[Any, Any], trainer: Trainer) -> None:
         """Record the training accuracy, unless it has to wait for the next validation."""
         if self._train_acc in metrics:
-            self._heard.add("train_acc")
+            self._logged.add("train_acc")
             found = trainers.without_nan({"train_acc": metrics[self._train_acc]}, self._said)
             self._train_accuracy = found.get("train_acc", self._train_accuracy)
             if "eval_acc" not in self._evaluated or self._validated_at == trainer.global_step:
                 self._record(train_acc=self._train_accuracy)
 
-    def _hears_losses(self) -> bool:
-        return any(map(trainers.hears_losses, self._optimizers))
+    def _uses_losses(self) -> bool:
+        return any(map(trainers.uses_losses, self._optimizers))
 
     def _record(self, **values: Any) -> None:
         found = trainers.without_nan(values, self._said)
@@ -286,7 +286,7 @@ class GrokAdamWCallback(Callback):
 
     def _warn(self, which: str, name: str | None, trainer: Trainer) -> None:
         """Warn once about a value that was not logged, if it would have an effect."""
-        if (which.endswith("loss") and not self._hears_losses()) or not is_new(which, self._said):
+        if (which.endswith("loss") and not self._uses_losses()) or not is_new(which, self._said):
             return
         logged = sorted(key for key in trainer.callback_metrics if not key.startswith("grok_"))
         waited, why = f"waited for {which}={name!r}", f"what was logged is {', '.join(logged) or 'nothing'}"
@@ -294,7 +294,7 @@ class GrokAdamWCallback(Callback):
         if name is None:
             waited, why = "waited for training_step's loss", f"it returned no number, and {why}"
             way_out = "return it, or log it, and give its name as train_loss="
-        if which in self._evaluated and "validation" not in self._heard:
+        if which in self._evaluated and "validation" not in self._logged:
             why, way_out = "no validation took place", "validate more often, as by val_check_interval"
         silent = "signals of losses" if which.endswith("loss") else "AccuracyGap and Monitor.grokked_at"
         warn(f"GrokAdamWCallback {waited}, but {why}: {silent} stay silent; {way_out}", UserWarning)

@@ -38,7 +38,8 @@ def check_formats(name: str, value: Any) -> Any:
     if unknown := [key for key in value if key not in STATES]:
         raise ValueError(f"{name}={value!r} names {unknown[0]!r}: the states are {', '.join(map(repr, STATES))}")
     formats = {key: _check_format(f"{name}[{key!r}]", value[key]) for key in STATES if key in value}
-    return formats if {*formats.values()} - {"float32"} else "float32"
+    kinds = {formats.get(key, "float32") for key in STATES}
+    return formats if len(kinds) > 1 else kinds.pop()
 
 
 def _check_format(name: str, value: Any) -> str:
@@ -127,25 +128,20 @@ KEPT = [name for name in IN_GROUPS if OPTIONS[name].on_load != TAKE]  # loading 
 
 
 class Rules(NamedTuple):
-    """The differences between this version's computations and those of release 0.1.2; `compat` chooses."""
+    """The ways in which release 0.1.2 computes differently. `compat="0.1.2"` switches all of them on."""
 
-    decays_bias_correction: bool = True  # m is corrected by β1_l, not by β1
+    corrects_by_beta1: bool = False  # m is corrected by β1, not by β1_l
     eps_before_correction: bool = False  # ε is added to √v before v's bias correction
-    clips_each_tensor: bool = False  # instead of clipping all by one norm
+    clips_each_tensor: bool = False  # by its own norm, instead of clipping all by one norm
     layers_by_place: bool = False  # a layer is an index among the group's tensors that have a gradient
     signals_for_each_group: bool = False  # instead of once per step
-    limits_alpha: bool = True  # a negative signal does not raise α
-    state_is_wide: bool = True  # at least float32, whatever the parameter's dtype
-    mu_waits_for_lamb: bool = True  # there is no μ until λ is above 0
-    knows_nonfinite: bool = True  # `nonfinite` has an effect
+    raises_alpha: bool = False  # by a negative signal
+    state_in_param_dtype: bool = False  # even in fewer bits than float32 has
+    always_has_mu: bool = False  # also before λ is above 0
+    ignores_nonfinite: bool = False  # as if it were "propagate"
 
 
-_OF_0_1_2 = Rules(
-    decays_bias_correction=False, eps_before_correction=True, clips_each_tensor=True, layers_by_place=True,
-    signals_for_each_group=True, limits_alpha=False, state_is_wide=False, mu_waits_for_lamb=False,
-    knows_nonfinite=False,
-)  # fmt: skip
-_RULES = {None: Rules(), "0.1.2": _OF_0_1_2}
+_RULES = {None: Rules(), "0.1.2": Rules(*[True] * len(Rules._fields))}
 
 
 def rules_of(defaults: Mapping[str, Any]) -> Rules:

@@ -85,12 +85,12 @@ def check_changed(
     now = [(len(group), *_OPTIONS_IN(group)) for group in groups]
     if len(now) == len(checked) and all(map(is_, chain.from_iterable(now), chain.from_iterable(checked))):
         return
-    kept = checked[: len(now)]
     for i, (group, new) in enumerate(zip(groups, now, strict=True)):
+        before = checked[i] if i < len(checked) else None
         different: Collection[str] = OPTIONS
-        if i < len(kept) and new[0] == kept[i][0]:
-            different = list(compress(IN_GROUPS, map(is_not, new[1:], kept[i][1:])))
-        if i < len(kept) and new[0] != kept[i][0]:
+        if before is not None and new[0] == before[0]:
+            different = list(compress(IN_GROUPS, map(is_not, new[1:], before[1:])))
+        elif before is not None:
             for sentence in misspelt(group, GROUP_KEYS):
                 warn(sentence, UserWarning)
         if different:

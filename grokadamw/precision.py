@@ -15,6 +15,7 @@ from .grokadamw import GrokAdamW
 from .groups import check_model
 from .shards import like, local, part, shards_of
 from .state.formats import HALVES, full, low_dtype, split
+from .state.sizes import is_frozen
 from .state.slots import add_missing
 
 __all__ = ["full_precision_state_dict", "load_full_precision_state_dict"]
@@ -76,8 +77,8 @@ def load_full_precision_state_dict(model: nn.Module, optimizer: Optimizer, state
     model.load_state_dict(state_dict)
     groups = {param: group for group in optimizer.param_groups for param in group["params"]}
     for name, param in named:
-        if param not in groups:
-            continue
+        if param not in groups or is_frozen(param, optimizer.state):
+            continue  # `model.load_state_dict` has rounded it
         low = low_dtype(param, optimizer.defaults)
         state = optimizer.state[param]
         # create the whole state, so that the optimizer can be saved before its first step

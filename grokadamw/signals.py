@@ -141,8 +141,8 @@ def _read_share(value: Any, name: str) -> float:
 class Plateau:
     """Signal d(train) · (1 − d(eval)), which is high, at most 1, while training is done and evaluation is not.
 
-    Here d(loss) = max(0, 1 − loss / threshold). The signal is 0 while the training loss is above the threshold, and
-    again once the evaluation loss has come down.
+    Here d(loss) is 1 − loss / threshold, clamped to [0, 1]. The signal is 0 while the training loss is above the
+    threshold, and again once the evaluation loss has come down.
 
     Args:
         threshold: the loss, > 0, below which a set begins to count as done.
@@ -158,7 +158,7 @@ class Plateau:
 
     def _done(self, loss: Number) -> Number:
         done = 1 - loss / self.threshold
-        return done.clamp(min=0) if isinstance(done, Tensor) else max(done, 0.0)
+        return done.clamp(0, 1) if isinstance(done, Tensor) else min(max(done, 0.0), 1.0)
 
 
 _SLOW = ("grok_ema", "grokfast_ema", "grokfast_ring_sum")  # μ, or a multiple of it

@@ -66,7 +66,7 @@ def groups_of_all_ranks(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def update_outer_groups(optimizer: Any) -> None:
-    """Copy to ZeroRedundancyOptimizer's groups the values that they would otherwise overwrite at the next step."""
+    """Copy these groups' values to ZeroRedundancyOptimizer's groups, which replace them before the next step."""
     if (zero := optimizer._run.zero()) is not None:
         for group, outer in zip(optimizer.param_groups, zero.param_groups, strict=False):
             outer.update({name: group[name] for name in ("layers", *PROGRESS)})

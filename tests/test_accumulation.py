@@ -257,6 +257,8 @@ def test_a_cycle_of_accumulate_under_way_keeps_its_length() -> None:
     assert not other.stepped
     other.step()
     assert other.stepped
+    other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    assert not other.stepped
 
 
 def test_groups_that_the_inner_optimizer_got_take_part() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from grokadamw import GrokAdamW
+from grokadamw.options import STATES
 from grokadamw.signals import AccuracyGap
 
 from .models import parameters, same, saved_and_loaded, set_gradients, trained
@@ -262,6 +263,12 @@ def test_a_bad_argument_is_refused(options: dict[str, Any], error: type[Exceptio
 def test_a_group_may_repeat_what_the_whole_optimizer_has(given: Any) -> None:
     (group,) = GrokAdamW([{"params": parameters(), "state_dtype": given}], state_dtype=given).param_groups
     assert group["state_dtype"] == ("bfloat16" if given is torch.bfloat16 else {"exp_avg": "bfloat16"})
+
+
+@pytest.mark.parametrize("value", ["int8", dict.fromkeys(STATES, torch.int8)], ids=["alone", "in a dict"])
+def test_one_format_for_all_states_may_be_spelt_out(value: Any) -> None:
+    optimizer = GrokAdamW([{"params": parameters(), "state_dtype": "int8"}], state_dtype=value)
+    assert optimizer.param_groups[0]["state_dtype"] == optimizer.defaults["state_dtype"] == "int8"
 
 
 @pytest.mark.parametrize(("options", "error", "message"), BAD_IN_A_GROUP)

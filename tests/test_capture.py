@@ -348,7 +348,7 @@ def test_what_goes_to_a_graph_has_its_room() -> None:
     """A graph's tables need pinned memory, which cannot be allocated during a capture."""
     tables = Tables()
     assert tables.captured() is None
-    tables.may_be_captured(tensors=1, lists=1)
+    tables.may_be_captured(tensors=1, batches=1)
     tables.squares([torch.ones(3)])
     own = tables.captured()
     assert own is not None

@@ -608,6 +608,17 @@ def test_a_file_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     torch.optim.AdamW(write["groups"](write["model"](), named=False)).load_state_dict(torch.load(target)["optimizer"])
 
 
+def test_a_converted_file_keeps_its_permissions_and_links(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.pt", tmp_path / "link.pt"
+    real.write_bytes((HERE / "torch-2.13-adamw.pt").read_bytes())
+    real.chmod(0o640)
+    link.symlink_to(real)
+    assert main(["convert", str(link), str(link)]) == 0
+    assert link.is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o640
+    assert "amsgrad" not in torch.load(real)["optimizer"]["param_groups"][0]
+
+
 def test_state_dicts_are_found_in_lists_and_dicts(tmp_path: Path) -> None:
     """Lightning keeps state dicts in a list. A converted file has lists and tuples where they were."""
     one = load("torch-2.13-adamw")["optimizer"]

@@ -151,7 +151,7 @@ def coded_batch(shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dt
     low = formats.low_dtype(param, options)
     lows = None if low is None else [torch.randint(-100, 100, shape, generator=generator, dtype=low)]
     coded = Coded(*scales, lows, options["rounding"] == "stochastic")
-    return Batch([param], [random().to(dtype)], *columns, [torch.tensor(2.0)], numbers=(number,), coded=coded)
+    return Batch([param], [random().to(dtype)], *columns, [torch.tensor(2.0)], indices=(number,), coded=coded)
 
 
 def on(device: str, batch: Batch) -> Batch:
@@ -161,7 +161,7 @@ def on(device: str, batch: Batch) -> Batch:
     if coded is not None:
         kept: Any = [None if column is None else [x.to(device, copy=True) for x in column] for column in coded[:4]]
         coded = Coded(*kept, *coded[4:])
-    return Batch(*lists, numbers=batch.numbers, coded=coded)
+    return Batch(*lists, indices=batch.indices, coded=coded)
 
 
 def plain(batch: Batch) -> Batch:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,11 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim import Optimizer
 
-from grokadamw import GrokAdamW
+from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA
 from grokadamw.backends import foreach, native
 from grokadamw.signals import SlowGradient
 from grokadamw.step.norm import clip_coefficient, global_norm
+
+from .models import same
 
 
 @given(st.lists(st.lists(st.floats(-1e3, 1e3), max_size=5), min_size=1, max_size=5), st.floats(0, 100))
@@ -84,24 +89,99 @@ def test_skipped_steps_on_a_device_are_counted_when_they_are_read() -> None:
     assert optimizer.metrics()["step"] == 1
 
 
+CYCLES = {"accumulation_steps": 3, "second_moment": "raw"}
+
+
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_skipped_step_whose_warning_is_an_error_leaves_nothing(steps: int) -> None:
+@pytest.mark.parametrize("options", [{}, CYCLES], ids=["steps", "micro-batches"])
+def test_a_skipped_step_whose_warning_is_an_error_leaves_nothing(steps: int, options: dict[str, Any]) -> None:
     p = nn.Parameter(torch.ones(3))
-    optimizer = GrokAdamW([p])
+    optimizer = GrokAdamW([p], **options)
     for _ in range(steps - 1):
         p.grad = torch.ones_like(p)
         optimizer.step()
-    weights, state = p.detach().clone(), {name: x.clone() for name, x in optimizer.state.get(p, {}).items()}
+    weights, state = p.detach().clone(), copy.deepcopy(optimizer.state.get(p, {}))
     p.grad = torch.full_like(p, math.nan)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(RuntimeWarning, match="a step was skipped"):
+        with pytest.raises(RuntimeWarning, match="NaN or infinity"):
             optimizer.step()
     assert torch.equal(p, weights)
-    left = optimizer.state.get(p, {})
-    assert left.keys() == state.keys()
-    assert all(torch.equal(left[name], x) for name, x in state.items())
+    assert same(optimizer.state.get(p, {}), state)
+    assert optimizer.param_groups[0]["micro_step"] == (steps - 1) * bool(options)
     assert optimizer.metrics()["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("options", [{}, CYCLES], ids=["steps", "micro-batches"])
+def test_a_first_step_whose_gradients_a_signal_makes_infinite_leaves_nothing(options: dict[str, Any]) -> None:
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones_like(p)
+    optimizer = GrokAdamW([p], nonfinite="raise", grokking_signal_fns=lambda: p.grad.fill_(math.inf) and 0.5, **options)
+    with pytest.raises(RuntimeError, match="not finite"):
+        optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(p, torch.ones(3))
+
+
+WRAPPED: dict[str, Callable[[Optimizer], Optimizer]] = {
+    "alone": lambda optimizer: optimizer,
+    "Accumulate": lambda optimizer: Accumulate(optimizer, 2),
+    "Grokfast": Grokfast,
+    "GrokfastMA": lambda optimizer: GrokfastMA(optimizer, 2, warmup=False),
+}
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,)], ids=["broadcast", "not"])
+@pytest.mark.parametrize("steps", [0, 1], ids=["at first", "later"])
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_a_gradient_of_another_shape_is_refused_before_anything_changes(
+    wrapped: str, steps: int, shape: tuple[int, ...]
+) -> None:
+    """A parameter's data may be replaced after backward()."""
+    p, q = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    inner: Optimizer = GrokAdamW([p, q]) if wrapped == "alone" else torch.optim.SGD([p, q], momentum=0.9)
+    optimizer = WRAPPED[wrapped](inner)
+    for _ in range(steps):
+        p.grad, q.grad = torch.ones(5), torch.ones(5)
+        optimizer.step()
+    q.data, q.grad, p.grad = torch.ones(shape), None, torch.ones(5)
+    q.grad = torch.full(shape, 2.0)
+    q.data = torch.ones(5)
+    before = copy.deepcopy(optimizer.state_dict()), p.detach().clone()
+    with pytest.raises(RuntimeError, match=r"the gradient has shape .* zero_grad"):
+        optimizer.step()
+    assert same((optimizer.state_dict(), p.detach()), before)
+    assert torch.equal(p.grad, torch.ones(5))
+    assert torch.equal(q.grad, torch.full(shape, 2.0))
+
+
+@pytest.mark.parametrize("wrapped", ["Grokfast", "GrokfastMA"])
+def test_a_first_step_that_the_inner_optimizer_refuses_leaves_no_state(wrapped: str) -> None:
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = WRAPPED[wrapped](GrokAdamW([p], lamb=0.0))
+    optimizer.param_groups[0]["gamma"] = 2.0
+    with pytest.raises(ValueError, match="gamma"):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.param_groups[0]["gamma"] = 0.1
+    optimizer.step()
+    assert len(optimizer.state[p]) > 3
+
+
+def test_a_lazy_parameter_without_a_gradient_is_left_alone() -> None:
+    """As by AdamW: it may belong to a module that is not used."""
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.LazyLinear(2)})
+    optimizer = GrokAdamW(model.parameters())
+    model["used"](torch.ones(1, 3)).sum().backward()
+    whole = optimizer.memory()["total"]
+    assert whole == GrokAdamW(model["used"].parameters()).memory()["total"]
+    assert "kernel" in optimizer.implementation() or "blocks" in optimizer.implementation()
+    optimizer.step()
+    assert optimizer.state.keys() == {*model["used"].parameters()}
+    model["unused"](torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert len(optimizer.state) == 4
 
 
 @pytest.mark.usefixtures("nothing_is_free_to_read")

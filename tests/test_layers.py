@@ -200,6 +200,19 @@ def test_the_warning_comes_for_a_group_that_an_outer_optimizer_appends() -> None
         step(optimizer, model)
 
 
+def test_a_group_that_an_outer_optimizer_appends_may_have_layers() -> None:
+    """As the groups of `decay_groups` do."""
+    model = deep()
+    optimizer = GrokAdamW(list(model.parameters())[:2])
+    group = {"params": list(model.parameters())[2:4], "layers": [7, 3]}
+    optimizer.param_groups.append({**group})
+    step(optimizer, model)
+    assert optimizer.param_groups[1]["layers"] == [7, 3]
+    optimizer.param_groups.append({**group, "layers": [7]})
+    with pytest.raises(ValueError, match="layers"):
+        step(optimizer, model)
+
+
 @pytest.mark.parametrize("deepest", range(1, 60))
 def test_the_way_out_is_one(deepest: int) -> None:
     pairs = [(f"l{i}.w", nn.Parameter(torch.ones(1))) for i in range(deepest + 1)]

@@ -385,6 +385,19 @@ def test_what_full_weights_were_loaded_into_can_be_saved_before_a_step() -> None
     assert all(torch.equal(found[key], x) for key, x in expected.items())
 
 
+def test_full_weights_make_no_state_for_frozen_parameters() -> None:
+    model, optimizer = started(FORMATS["24 bits"])
+    frozen = next(param for param in model.parameters() if param.dim() > 1)
+    frozen.requires_grad_(False)
+    full = {name: x + 2**-12 for name, x in Model(torch.float32).state_dict().items()}
+    expected = optimizer.memory()["total"]
+    load_full_precision_state_dict(model, optimizer, full)
+    assert frozen not in optimizer.state
+    assert optimizer.memory()["total"] == expected
+    name = next(name for name, param in model.named_parameters() if param is frozen)
+    assert torch.equal(frozen, full[name].to(frozen.dtype))
+
+
 def test_16_low_bits_are_rounded_to_the_nearest_8() -> None:
     low = torch.tensor([0, 0x7F, 0x80, 0x17F, -0x80, -0x81, 0x7FFF, -0x8000], dtype=torch.int16)
     assert formats.low_bits(low, torch.int8).tolist() == [0, 0, 1, 1, 0, -1, 127, -128]

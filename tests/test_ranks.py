@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.distributed import collectives
-from grokadamw import Accumulate, GrokAdamW
+from grokadamw import Accumulate, GrokAdamW, Grokfast
 from grokadamw.signals import SlowGradient, loss_gap, memorisation
 
 from .models import IMPLEMENTATIONS, network, running
@@ -310,7 +310,7 @@ def _lack_gradients(rank: int) -> list[tuple[float, float, float]]:
     """Train DTensors that are sharded along either dimension; the second rank lacks gradients from the start."""
     mesh = init_device_mesh("cpu", (2,))
     found = []
-    for how in ("all", "of the first group", "a warm-up", "a signal that sums", "raise", "accumulated"):
+    for how in ("all", "of the first group", "a warm-up", "a signal that sums", "raise", "accumulated", "filtered"):
         values = [torch.ones(4, 3), torch.ones(3, 4), torch.ones(5)]
         divided = [
             distribute_tensor(x, mesh, [place]) for x, place in zip(values, [Shard(0), Shard(1), Shard(0)], strict=True)
@@ -322,9 +322,11 @@ def _lack_gradients(rank: int) -> list[tuple[float, float, float]]:
             "a warm-up": {"lr": 0.0},
             "a signal that sums": {"grokking_signal_fns": SlowGradient(every=1)},
             "raise": {"nonfinite": "raise"},
+            "filtered": {"lr": 0.0, "lamb": 0.0},
         }.get(how, {})
         inner = GrokAdamW(groups, **options)
         optimizer = Accumulate(inner, 2, gradient_clipping=0.5) if how == "accumulated" else inner
+        optimizer = Grokfast(inner) if how == "filtered" else optimizer
         for step in range(4):
             lacks = [3, 1, 0, 3][step] if rank == 1 else 0
             if how == "of the first group" and rank == 1:

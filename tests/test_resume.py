@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from grokadamw import Accumulate, GrokAdamW, Grokfast
+from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA
 from grokadamw.signals import AccuracyGap, SlowGradient, loss_gap, memorisation
 
 from .models import network, parameters, same, saved_and_loaded, set_gradients, train, trained
@@ -294,6 +294,7 @@ def test_loading_forgets_what_the_last_step_did() -> None:
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert np.isnan(optimizer.metrics()["alpha"])
     assert np.isnan(optimizer.metrics()["signal/loss_gap"])
+    assert not optimizer.stepped
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"accumulation_steps": 2, "second_moment": "raw"}], ids=str)
@@ -481,6 +482,24 @@ def test_a_warning_that_is_an_error_comes_before_anything_changes(changed: dict[
         with pytest.raises(UserWarning, match="state_dict"):
             optimizer.load_state_dict(saved.state_dict())
     assert same(optimizer.state_dict(), before)
+
+
+def test_so_does_one_about_the_preset_or_a_filter() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    preset = GrokAdamW.for_grokking(model)
+    adamw = torch.optim.AdamW([{"params": group["params"]} for group in preset.param_groups], lr=0.5)
+    ours = GrokfastMA(torch.optim.SGD(model.parameters()), 3, amplify_when=lambda: 0.5)
+    theirs = GrokfastMA(torch.optim.SGD(model.parameters()), 3, filter_type="sum")
+    for optimizer, saved, words in ((preset, adamw, "the preset's"), (ours, theirs, "Grokfast's filter")):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        saved.step()
+        before = copy.deepcopy(optimizer.state_dict())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match=words):
+                optimizer.load_state_dict(saved.state_dict())
+        assert same(optimizer.state_dict(), before)
 
 
 def test_load_hooks_see_what_is_loaded() -> None:

@@ -118,6 +118,28 @@ def test_a_combination_that_is_none_is_no_signal(combine: Any) -> None:
     assert optimizer.metrics()["signal_failures"] == 1
 
 
+def test_a_combination_that_is_none_at_all_is_named() -> None:
+    optimizer = optimizer_with(lambda: 0.5, combine=lambda values: None)
+    with pytest.warns(RuntimeWarning, match="`combine` returned None"):
+        assert alpha_after(optimizer) == 0.98
+
+
+@pytest.mark.parametrize("compat", [None, "0.1.2"])
+def test_a_signal_may_add_a_group(compat: str | None) -> None:
+    p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+
+    def signal() -> float:
+        if len(optimizer.param_groups) == 1:
+            optimizer.add_param_group({"params": [q]})
+        return 0.5
+
+    optimizer = GrokAdamW([p], grokking_signal_fns=signal, compat=compat)
+    p.grad, q.grad = torch.ones(2), torch.ones(2)
+    optimizer.step()
+    assert not torch.equal(q, torch.ones(2))
+    assert optimizer.metrics()["alpha"] == pytest.approx(0.98 * math.exp(-0.1 * 0.5))
+
+
 def test_signals_are_evaluated_once_a_step_whatever_the_groups() -> None:
     calls = []
     params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
@@ -478,13 +500,14 @@ def test_an_accuracy_that_is_on_a_device_is_not_read() -> None:
     assert float(gap()) == 0
 
 
-@given(losses, losses, st.floats(1e-3, 1e3))
+@given(losses | losses.map(lambda loss: -loss), losses | losses.map(lambda loss: -loss), st.floats(1e-3, 1e3))
 def test_plateau(train_loss: float, eval_loss: float, threshold: float) -> None:
+    """Losses of densities may be negative."""
     signal = Plateau(threshold)(train_loss, eval_loss)
     assert 0 <= signal <= 1
-    if train_loss >= threshold or eval_loss == 0:
+    if train_loss >= threshold or eval_loss <= 0:
         assert signal == 0
-    assert Plateau(threshold)(0.0, eval_loss) == pytest.approx(min(1.0, eval_loss / threshold))
+    assert Plateau(threshold)(min(train_loss, 0.0), eval_loss) == pytest.approx(min(1.0, max(eval_loss, 0) / threshold))
     tensors = (torch.tensor(loss, dtype=torch.float64) for loss in (train_loss, eval_loss))
     torch.testing.assert_close(float(Plateau(threshold)(*tensors)), float(signal))
 

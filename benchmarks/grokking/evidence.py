@@ -21,7 +21,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from grokadamw.groups import _WITHOUT_NORMS
+from grokadamw.groups import WITHOUT_NORMS
 
 from . import architectures
 from .methods.grokadamw import BOOST
@@ -53,7 +53,7 @@ OTHER_SEEDS_OF: dict[str, Iterable[int]] = {
 # the preset's lr, wd and d for models without norms, by `kinds.WEIGHTS`; a run that gives wd must give d, too
 WITHOUT_NORMS: dict[int, tuple[float, float, dict[str, Any]]] = {
     max(weights, 2): (preset["lr"], preset["weight_decay"], {"decay_boost": preset["decay_boost"]})
-    for weights, preset in _WITHOUT_NORMS.items()
+    for weights, preset in WITHOUT_NORMS.items()
 }
 
 # lrs and weight decays of the grid of each other task

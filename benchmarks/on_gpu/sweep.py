@@ -91,7 +91,7 @@ def update_coded(theta: Tensor, grad: Tensor, options: dict[str, Any], width: in
     tensors = Batch(
         *([param], [grad.view(-1, 1024)], *lists, [torch.zeros((), device=DEVICE)]),
         row_widths=[width],
-        numbers=(0,),
+        indices=(0,),
         coded=Coded(*extras, lows, False),
     )
     numbers = NUMBERS._replace(max_row_change=0.035 if width else 0.0)

@@ -113,7 +113,7 @@ def _add_codes(table: Any, batch: Batch, coded: Coded) -> None:
     odd = [width_of(param) if param.dim() > 1 and width_of(param) % BLOCK else 0 for param in batch.params]
     before = [blocks % 2**32 for blocks in coded.blocks_before]
     table.firsts = struct.pack(f"{len(odd)}I", *before) if before else None
-    table.widths, table.keys = memory.packed(odd), struct.pack(f"{len(odd)}I", *map(key_of, batch.numbers))
+    table.widths, table.keys = memory.packed(odd), struct.pack(f"{len(odd)}I", *map(key_of, batch.indices))
 
 
 def step(batch: Batch, scalars: Scalars) -> None:

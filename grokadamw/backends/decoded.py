@@ -43,7 +43,7 @@ def step(batch: Batch, scalars: Scalars) -> None:
         few = max(1, size if is_cut else _PIECE // max(1, width))
         for start in range(0, max(1, size), few):
             some: list[Any] = [None if x is None else x[start : start + few] for x in kept]
-            dither = formats.dither(start, some[0].shape, batch.numbers[i], draw, before)
+            dither = formats.dither(start, some[0].shape, batch.indices[i], draw, before)
             t.copy_(count)
             _step(some, t, of_tensor, dither, batch, param.dim() > 1)
         count.copy_(t)

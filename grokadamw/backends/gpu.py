@@ -80,7 +80,7 @@ def _why_not_tried(device: torch.device, state: torch.dtype) -> str | None:
         coded = None if state == torch.float32 else Coded(None, None, None, None, False)
         for _ in range(2):  # the second launch takes another path: see `_launch`
             sum_of_squares(g)
-            step(Batch(theta, g, m, v, mu, count, numbers=(0,), coded=coded), numbers)
+            step(Batch(theta, g, m, v, mu, count, indices=(0,), coded=coded), numbers)
     except torch.OutOfMemoryError:
         raise  # a shortage of memory is temporary
     except Exception as error:  # Triton compiles its launcher, and there may be no C compiler

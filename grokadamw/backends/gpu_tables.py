@@ -262,7 +262,7 @@ def codes_of(batch: Batch, coded: Coded) -> Codes:
     """Return the data that the kernel needs about tensors kept in fewer bits."""
     odd = [x.dim() > 1 and width_of(x) % BLOCK > 0 for x in batch.params]
     before = coded.blocks_before or [0] * len(odd)
-    words = [key_of(number) | blocks % 2**32 << 32 for number, blocks in zip(batch.numbers, before, strict=True)]
+    words = [key_of(index) | blocks % 2**32 << 32 for index, blocks in zip(batch.indices, before, strict=True)]
     return Codes(
         (
             *(column[0].dtype if column else torch.float32 for column in batch[2:5]),

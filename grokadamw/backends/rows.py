@@ -26,7 +26,7 @@ def before(batch: Batch, scalars: Scalars) -> list[Tensor]:
 def limit(batch: Batch, scalars: Scalars, old_params: Sequence[Tensor]) -> None:
     """Limit the rows that the backend has left, after a step. `before` returned `old_params`.
 
-    θ_r ← θ'_r + (θ_r − θ'_r) / max(1, ‖θ_r − θ'_r‖ / (change · ‖θ'_r‖)) for each row r, in place; then
+    θ_r ← θ'_r + (θ_r − θ'_r) / max(1, ‖θ_r − θ'_r‖ / (change · max(‖θ'_r‖, 0.1))) for each row r, in place; then
     θ_r ← θ_r / max(1, ‖θ_r‖ / norm). A row within its limits stays as it is, bit for bit, and so does one whose norm
     is not finite. Elements that are not finite stay as they are, and do not count as having moved.
     """

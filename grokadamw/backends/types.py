@@ -72,7 +72,7 @@ class Batch(NamedTuple):
     choice: Choice = NOBODY  # the backend
     group: int = 0  # index of the first parameter group with these options
     layers: tuple[int, ...] = ()
-    numbers: tuple[int, ...] = ()  # the parameters' places in the optimizer, which dithers depend on, too
+    indices: tuple[int, ...] = ()  # the parameters' places in the optimizer, which dithers depend on, too
     shards: Any = None  # a `Shards`, if the tensors are parts of DTensors
     begun: bool = False  # True if the averages have begun this cycle of micro-batches
     windows: Any = None  # a list of `window.Window` if μ is the mean of a window

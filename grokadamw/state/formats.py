@@ -263,19 +263,19 @@ def low_bits(low: Tensor, dtype: torch.dtype) -> Tensor:
 # --- random bits ---
 
 
-def dither(first: int, shape: Sequence[int], number: int, draw: Tensor, before: int = 0) -> Callable[[str], Tensor]:
+def dither(first: int, shape: Sequence[int], index: int, draw: Tensor, before: int = 0) -> Callable[[str], Tensor]:
     """Return a function that returns the dithers for a name in `_TURNS`, of rows from `first` on: 32 bits in an int64.
 
     Args:
         shape: of the rows.
-        number: of the parameter in the optimizer.
+        index: of the parameter in the optimizer.
         draw: how often the parameter was rounded before.
         before: the number of blocks that other ranks have before the first row.
     """
     width, device = math.prod(shape[1:]), draw.device
     blocks = -(-width // BLOCK)
     block = torch.arange(before + first * blocks, before + (first + shape[0]) * blocks, device=device) & _WORD
-    hashed = _mixed(block ^ key_of(number)).view(shape[0], blocks)
+    hashed = _mixed(block ^ key_of(index)).view(shape[0], blocks)
     rest = torch.arange(width, device=device) % BLOCK * _LANE + draw * _GOLDEN
 
     def of(name: str) -> Tensor:
@@ -287,9 +287,9 @@ def dither(first: int, shape: Sequence[int], number: int, draw: Tensor, before: 
     return of
 
 
-def key_of(number: int) -> int:
-    """Return the hash at which the dithers of the parameter with this number start."""
-    return _mixed(number + 1)  # type: ignore[no-any-return]
+def key_of(index: int) -> int:
+    """Return the hash at which the dithers of the parameter with this index start."""
+    return _mixed(index + 1)  # type: ignore[no-any-return]
 
 
 def _mixed(word: Any) -> Any:

@@ -24,7 +24,7 @@ from .slots import WINDOW, State, by_device, dtype_of, step_device
 
 
 @contextmanager
-def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
+def keeping_precision(optimizer: Optimizer, is_preset: bool) -> Iterator[None]:
     """Make optimizer.load_state_dict keep the state as it was saved. (torch would cast it to its parameter's dtype.)
 
     All copies are made before anything is replaced, so that a shortage of memory leaves the optimizer as it was.
@@ -37,8 +37,8 @@ def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
     """
     copies: dict[Tensor, State] = {}
 
-    def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        state_dict = in_order(to_grokadamw(state_dict), optimizer.param_groups)
+    def keep(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        state_dict = in_order(to_grokadamw(given), optimizer.param_groups)
         check_loaded(state_dict["param_groups"], optimizer.param_groups, optimizer.defaults)
         _check_cycle(state_dict, optimizer.defaults["accumulation_steps"])
         _check_kinds(state_dict)
@@ -46,6 +46,12 @@ def keeping_precision(optimizer: Optimizer) -> Iterator[None]:
         loaded = list(_states(state_dict, optimizer.param_groups, optimizer.defaults))
         for sentence in _doubts(state_dict, loaded, optimizer.defaults):  # now, as warnings may be errors
             warn(sentence, UserWarning)
+        if is_preset and any("amsgrad" in group for group in given["param_groups"]):
+            warn(
+                "a state dict of AdamW or Adam was loaded into the preset: its lr, weight_decay, betas and eps replace "
+                "the preset's. Start the preset with fresh moments, or set them again",
+                UserWarning,
+            )
         copies.update((param, _placed(param, state, optimizer.defaults)) for param, state in loaded)
         for params in by_device(param for param, state in copies.items() if "step" in state).values():
             counts = torch.stack([copies[param]["step"] for param in params]).unbind()

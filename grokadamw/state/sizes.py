@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..shards import like, part
 from .slots import WINDOW, State, add_missing
@@ -19,6 +20,8 @@ def sizes(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State], optio
     found, trained = dict.fromkeys(KINDS, 0), 0
     for group in groups:
         for param in group["params"]:
+            if is_lazy(param):  # it has no shape yet
+                continue
             own = part(param)
             grad = own if param.grad is None or param.grad.layout != torch.strided else part(param.grad)
             found["parameters"] += own.nbytes
@@ -34,8 +37,8 @@ def sizes(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, State], optio
 
 
 def is_frozen(param: Tensor, state: Mapping[Tensor, State]) -> bool:
-    """Return True if a parameter gets no gradient, and has neither one nor state from before."""
-    return not param.requires_grad and param.grad is None and param not in state
+    """Return True if a parameter gets no gradient, and has neither one nor state from before; or has no shape yet."""
+    return is_lazy(param) or (not param.requires_grad and param.grad is None and param not in state)
 
 
 def _whole_state(param: Tensor, state: State, options: dict[str, Any], lamb: Any) -> Iterator[tuple[str, Tensor]]:

@@ -110,7 +110,7 @@ def add_missing(
 
 def needs_mu(options: dict[str, Any], lamb: Any) -> bool:
     """Return True if a step with this λ needs μ, under the optimizer's options, and creates it if it is missing."""
-    return float(lamb) > 0 or not rules_of(options).mu_waits_for_lamb
+    return float(lamb) > 0 or rules_of(options).always_has_mu
 
 
 def lay_out(state: State, param: Tensor, options: dict[str, Any]) -> None:
@@ -166,7 +166,7 @@ def by_device(params: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
 
 def dtype_of(param: Tensor, options: dict[str, Any]) -> torch.dtype:
     """Return the dtype of the moments, wide enough for small updates; with compat="0.1.2" the parameter's."""
-    return wide(param.dtype) if rules_of(options).state_is_wide else param.dtype
+    return param.dtype if rules_of(options).state_in_param_dtype else wide(param.dtype)
 
 
 def step_device(param: Tensor) -> torch.device:

@@ -26,7 +26,8 @@ from .signatures import names_of, takes_losses
 
 Signal: TypeAlias = Callable[..., Any]
 Combine: TypeAlias = str | Callable[[list[Any]], Any]
-_HEARING = itemgetter("alpha_init", "grokking_signal_decay_rate", *BOOSTS)  # options that decide how the signal acts
+# options that decide how the signal acts
+_SIGNAL_OPTIONS = itemgetter("alpha_init", "grokking_signal_decay_rate", *BOOSTS)
 
 
 def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, clamp: bool = True) -> Number:
@@ -39,12 +40,13 @@ def filter_memory(alpha_init: Number, decay_rate: float, signal: Number | None, 
     return alpha_init * math.exp(min(exponent, 709.0))  # above 709.78 math.exp raises an error
 
 
-def hear(
+def evaluate(
     signals: Signals, groups: Sequence[dict[str, Any]], rules: Rules, all_ranks: AllRanks, shard_group: Any
 ) -> list[Number | None]:
     """Evaluate the signals, and return s_t for every group."""
     if rules.signals_for_each_group:
-        losses = [[x if x == x else None for x in (group["train_loss"], group["eval_loss"])] for group in groups]
+        # a generator, as a signal may add a group
+        losses = ([x if x == x else None for x in (group["train_loss"], group["eval_loss"])] for group in groups)
         return [signals.evaluate(train, evaluation, keep_nonfinite=True) for train, evaluation in losses]
     train_loss, eval_loss = recorded(groups, "train_loss"), recorded(groups, "eval_loss")
     signal = signals.evaluate(train_loss, eval_loss)
@@ -66,10 +68,10 @@ def effects_of(signals: Sequence[Number | None], groups: Sequence[dict[str, Any]
     made: dict[Any, Effect] = {}
     effects = []
     for group, signal in zip(groups, signals, strict=True):
-        key = (*map(id, _HEARING(group)), id(signal))
+        key = (*map(id, _SIGNAL_OPTIONS(group)), id(signal))
         if key not in made:
             alpha_init, decay_rate = as_number(group["alpha_init"]), group["grokking_signal_decay_rate"]
-            alpha = filter_memory(alpha_init, decay_rate, signal, rules.limits_alpha)
+            alpha = filter_memory(alpha_init, decay_rate, signal, not rules.raises_alpha)
             made[key] = effect_on(group, alpha, signal)
         effects.append(made[key])
     return effects
@@ -190,7 +192,7 @@ class Signals:
     def warn_of_old_evaluation(self, given: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
         """Warn once if 100 training losses or accuracies follow an evaluation: progress since looks like memorising."""
         by_accuracy = any(isinstance(function, AccuracyGap) for function in self.functions)
-        for kind, one, many, heard in (
+        for kind, one, many, uses in (
             ("loss", "loss", "losses", any(self.takes_losses)),
             ("acc", "accuracy", "accuracies", by_accuracy),
         ):
@@ -199,7 +201,7 @@ class Signals:
                 self._alone[kind] = 0
             elif train in given:
                 self._alone[kind] += 1
-            is_used = heard and are_boosted(group for group in groups if group[evaluation] is not None)
+            is_used = uses and are_boosted(group for group in groups if group[evaluation] is not None)
             if is_used and self._alone[kind] >= 100 and is_new("an old evaluation", self._warned):
                 warn(
                     f"100 training {many} were recorded since the last evaluation {one}: what the model has "
@@ -272,14 +274,14 @@ class Signals:
             return _combined_on_device(self.combine, values, tensors[0]) if tensors else _COMBINED[self.combine](values)
         try:
             usable = [value for value in map(as_float, values) if math.isfinite(value)]
-            combined = as_float(as_number(self.combine(usable))) if usable else None
+            combined = self.combine(usable) if usable else math.nan
+            number = as_float(as_number(combined)) if combined is not None else math.nan
         except Exception as error:
             self._left_out("`combine`", f"raised {error!r}")
             return None
-        if combined is not None and not math.isfinite(combined):
+        if usable and not math.isfinite(number):
             self._left_out("`combine`", f"returned {combined}")
-            return None
-        return combined
+        return number if math.isfinite(number) else None
 
     def _left_out(self, who: str, what: str) -> None:
         self.failures += 1

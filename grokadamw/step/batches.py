@@ -36,7 +36,7 @@ class Given(NamedTuple):
     found_inf: Any = None
     capturing: bool = False  # True while a CUDA graph is being captured
     compiling: bool = False  # True if torch.compile traces the writes of the step
-    first_number: int = 0  # the number of the groups' first parameter in the optimizer
+    first_index: int = 0  # the index of the groups' first parameter in the optimizer
     shard_group: Any = None  # the ranks over which plain parameters are divided
 
 
@@ -45,7 +45,7 @@ class Member(NamedTuple):
 
     group: int  # index of the group whose options it has
     layer: int
-    number: int  # its position among all parameters of the optimizer
+    param_index: int  # its place among all parameters of the optimizer
     is_matrix: bool  # it has rows
     begun: bool = False  # it has begun its cycle of micro-batches
     blocks_before: int = 0  # number of its blocks on the ranks before this one
@@ -89,14 +89,14 @@ def collect(given: Given, names: Mapping[int, str], missing: Collection[Tensor] 
 
     Raises RuntimeError for a gradient, parameter or state that a step cannot use. `names` come from `set_layers`.
     """
-    entries, numbers = [], count(given.first_number)
+    entries, indices = [], count(given.first_index)
     for i, group in enumerate(given.groups):
         layers.check_length(group, i)
         for j, (param, layer) in enumerate(zip(group["params"], group["layers"], strict=True)):
-            number = next(numbers)
+            index = next(indices)
             if param.grad is None and param not in missing:  # it may be a lazy module's, and have no shape yet
                 continue
-            member = Member(i, layer, number, param.dim() > 1)
+            member = Member(i, layer, index, param.dim() > 1)
             if param.grad is None:
                 entries.append(Entry(param, torch.zeros_like(param), member))
                 continue
@@ -223,7 +223,7 @@ def assemble(
             choice=kind.choice,
             group=group,
             layers=tuple(of_batch),
-            numbers=tuple([members[i].number for i in places]),
+            indices=tuple([members[i].param_index for i in places]),
             shards=kind.shards,
             begun=members[places[0]].begun,
             coded=None if kind.coded is None else coded_of(columns, places, members, options),

@@ -36,7 +36,7 @@ _EXP_AVG, _EXP_AVG_SQ, _STEP = itemgetter("exp_avg"), itemgetter("exp_avg_sq"), 
 _PARAMS, _LAYERS = itemgetter("params"), itemgetter("layers")
 _OPTIONS = itemgetter(*[name for name in GROUP_OPTIONS if name not in ("betas", "layer")])
 # fields of a batch that a plan keeps as they are; the others hold tensors or are derived from tensors
-_WITHOUT_TENSORS = ("row_widths", "unlimited", "choice", "group", "layers", "numbers", "shards", "begun")
+_WITHOUT_TENSORS = ("row_widths", "unlimited", "choice", "group", "layers", "indices", "shards", "begun")
 
 
 class Cache:
@@ -54,12 +54,13 @@ class Cache:
     def find(self, given: Given, names: Mapping[int, str], missing: Collection[Tensor] = ()) -> Batches:
         """Return the batches of this step, and create missing state. See `collect` for arguments and errors."""
         made: list[tuple[Tensor, list[str]]] = []
-        known = None if missing else self._recall(given)
+        known: tuple[Batches, _Plan | None] | None = None if missing else self._recall(given)
         if known is None:
             entries = batches.collect(given, names, missing)
             made = batches.make_state(entries, given)
             known = None if missing else self._recall(given, checked=True)
-        found, plan = known or (batches.found_anew(entries, given), None)
+            known = known or (batches.found_anew(entries, given), None)
+        found, plan = known
         if made:
             found = found._replace(made=made)
         tables = None
@@ -123,9 +124,9 @@ class Cache:
             if not alike([spec for x, spec in zip(tensors, specs, strict=True) if x is not None]):
                 return None
         shards = list(map(shards_of, seen.params))
-        numbers = count(given.first_number)
+        indices = count(given.first_index)
         places = [
-            (i, layer, next(numbers))
+            (i, layer, next(indices))
             for i, layers in zip(facts.first_alike, facts.layers, strict=True)
             for layer in layers
         ]
@@ -184,7 +185,7 @@ class Facts(NamedTuple):
     layers: list[list[int]]  # of each group
     begun: list[bool]  # for each parameter: has it begun its cycle of micro-batches? Empty without cycles
     specs: list[list[Any]]  # torch's specs, which say how DTensors are divided; empty without DTensors
-    first_number: int  # the number of the groups' first parameter in the optimizer
+    first_index: int  # the index of the groups' first parameter in the optimizer
 
 
 class Seen(NamedTuple):
@@ -249,7 +250,7 @@ def _seen(given: Given) -> Seen:
         layers=list(map(_LAYERS, groups)),
         begun=begun,
         specs=specs,
-        first_number=given.first_number,
+        first_index=given.first_index,
     )
     return Seen(params, Columns(p, grads, m, v, mus, steps, extras), written, has, dtensors, present, facts)
 

@@ -44,7 +44,7 @@ def check_devices(groups: Sequence[dict[str, Any]]) -> None:
             )
 
 
-def check_state(entries: Iterable[Entry], given: Given, has_heard: bool) -> None:
+def check_state(entries: Iterable[Entry], given: Given, has_evaluated: bool) -> None:
     """Raise RuntimeError if a capture would read a value back, or create state that every replay would create again."""
     if given.options["nonfinite"] == "raise":
         raise RuntimeError(
@@ -56,7 +56,7 @@ def check_state(entries: Iterable[Entry], given: Given, has_heard: bool) -> None
         if needs_mu(given.options, group["lamb"]):
             needed |= {"grok_ema"} if group["window_size"] is None else {"grok_ema", "grok_ring"}
         state = given.state.get(entry.param, {})
-        if not has_heard or needed - state.keys() or misfits(state, entry.param, given.options):
+        if not has_evaluated or needed - state.keys() or misfits(state, entry.param, given.options):
             raise RuntimeError(
                 "a CUDA graph of step() needs state that exists: before capturing, take a few steps on a side "
                 "stream, as torch.cuda.graph requires anyway; also after loading a checkpoint, free_slow_gradient(), "

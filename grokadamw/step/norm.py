@@ -24,8 +24,8 @@ class GradStats(NamedTuple):
     """Measurements of the gradients."""
 
     norm: Number | None  # N; None if nothing needed it. With compat, over the tensors' own norms
-    clips: list[Number]  # c for each batch
-    factors: list[Number]  # c for each batch, divided by the loss scale
+    clips: list[Number]  # c for each batch; only `metrics` shows it
+    factors: list[Number]  # c for each batch, divided by the loss scale: gradients are multiplied by it
     finite: bool | Tensor  # True if the step may be written; a tensor if reading it would make the host wait
 
 

@@ -30,6 +30,7 @@ class Run:
     last: metrics.LastStep = metrics.LastStep()
     captured: Places = field(default_factory=dict)  # the α and boosts that a CUDA graph reads
     layers_checked: bool = False
+    preset_gamma: float | None = None  # the γ that `for_grokking` chose; it causes no warning
     checked: list[tuple[Any, ...]] = field(default_factory=list)  # each group's options when they were last checked
     checked_layers: list[list[int]] = field(default_factory=list)  # each group's layers at that time
     skipped: Tensor | None = None  # counts steps that were skipped on a device and were not read back yet
@@ -65,7 +66,7 @@ class Run:
         if self.skipped is not None:
             self.skipped.zero_()
         self.graphs.clear()  # earlier graphs are no longer valid
-        self.layers_checked, self.last = False, metrics.LastStep()
+        self.layers_checked, self.last, self.stepped = False, metrics.LastStep(), False
         if self.in_backward is not None:
             self.in_backward.is_open = False  # drop an unfinished pass
         self.signals.values.clear()

@@ -28,7 +28,7 @@ from ..options import rules_of
 from ..param_groups import check_changed
 from ..shards import divisions, part
 from . import capture, metrics, norm
-from .alpha import effects_of, hear
+from .alpha import effects_of, evaluate
 from .batches import Batches, Given, collect, forget_state, make_state
 from .effects import Effect, amplification, boosted, in_places
 from .micro_batches import Cycle
@@ -85,11 +85,11 @@ def _norm_now(grads: list[Tensor], given: Given) -> float:
     return as_float(norm.global_norm(grads, sum_of_squares, None, given.groups, given.shard_group))
 
 
-def begin(run: Run, given: Given, preset_gamma: float | None) -> None:
+def begin(run: Run, given: Given) -> None:
     """Warn once about doubtful layers and shards. Evaluate the signals at a step's first (or only) micro-batch."""
     if not run.layers_checked:  # at the first step, because set_layers may be called until then
         if not rules_of(given.options).layers_by_place:
-            for sentence in layers.warnings_for(given.groups, run.names, preset_gamma):
+            for sentence in layers.warnings_for(given.groups, run.names, run.preset_gamma):
                 warn(sentence, UserWarning)
         is_own = run.shard_group is not None and run.zero() is None
         for sentence in run.all_ranks.doubts(given.groups, run.shard_group, is_own):
@@ -97,13 +97,13 @@ def begin(run: Run, given: Given, preset_gamma: float | None) -> None:
         run.layers_checked = True
     steps, groups = given.options["accumulation_steps"], given.groups
     if not given.capturing and (steps == 1 or groups[0]["micro_step"] == 0):
-        hear_signals(run, groups, given.options)
+        evaluate_signals(run, groups, given.options)
 
 
-def hear_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> None:
+def evaluate_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> None:
     """Evaluate the signals, and set α and the boosts of every group from them."""
     rules = rules_of(options)
-    signals = hear(run.signals, groups, rules, run.all_ranks, run.shard_group)
+    signals = evaluate(run.signals, groups, rules, run.all_ranks, run.shard_group)
     effects = effects_of(signals, groups, rules)
     if capture.any_capturable(groups):
         devices = [group["params"][0].device for group in groups if group["capturable"] and group["params"]]
@@ -171,7 +171,7 @@ def _scalars(
     alpha = 1.0 if batch.windows is not None else effect.alpha
     return Scalars(
         beta1=beta1s,
-        bias_beta1=beta1s if rules.decays_bias_correction else [float(group["betas"][0])] * len(beta1s),
+        bias_beta1=[float(group["betas"][0])] * len(beta1s) if rules.corrects_by_beta1 else beta1s,
         beta2=float(group["betas"][1]),
         lr=lr,
         eps=float(group["eps"]),
@@ -193,19 +193,23 @@ def _scalars(
 def _measured(run: Run, given: Given, found: Batches, groups: Sequence[dict[str, Any]]) -> norm.GradStats:
     """Do the stages norm and clip."""
     options, rules = given.options, rules_of(given.options)
-    nonfinite = options["nonfinite"] if rules.knows_nonfinite else "propagate"
+    nonfinite = "propagate" if rules.ignores_nonfinite else options["nonfinite"]
     limits = [float(groups[batch.group]["gradient_clipping"]) for batch in found.batches]
-    clips = any(limits)
+    is_clipped = any(limits)
     # Other gradients may belong to the same norm: those of the rest of a backward pass, or of other ranks. All ranks
     # must take part in the norm, or none, whatever gradients they have: so the limits of all groups count.
     if limits and run.in_backward is not None:
-        clips = clips or run.in_backward.clips
+        is_clipped = is_clipped or run.in_backward.is_clipped
     are_divided = given.shard_group is not None or any(map(itemgetter(0), found.grads))
     if are_divided and not rules.clips_each_tensor:
-        clips = clips or any(group["gradient_clipping"] > 0 for group in groups)
-    needs_norm = (bool(limits) or are_divided) and (clips or nonfinite != "propagate")
+        is_clipped = is_clipped or any(group["gradient_clipping"] > 0 for group in groups)
+    needs_norm = (bool(limits) or are_divided) and (is_clipped or nonfinite != "propagate")
     movable = not given.capturing and not capture.any_capturable(given.groups)
-    return norm.stats(found, limits, given, nonfinite, needs_norm, partial(run.skip_counter, movable=movable))
+    stats = norm.stats(found, limits, given, nonfinite, needs_norm, partial(run.skip_counter, movable=movable))
+    if are_divided and not rules.clips_each_tensor:  # show the same on all ranks, although their batches differ
+        clips = [norm.clip_coefficient(stats.norm, group["gradient_clipping"]) for group in groups]
+        stats = stats._replace(clips=clips)
+    return stats
 
 
 def _warn_if_idle(run: Run, given: Given, last_norm: Number | None) -> None:
@@ -262,8 +266,8 @@ def _left_to_limit(
             whole.append((batch, scalars, old))
             continue
         for j, i in enumerate(batch.unlimited):
-            cut[batch.numbers[i]] = batch._replace(unlimited=[i]), scalars, old[j : j + 1]
-    return [*whole, *(cut[number] for number in sorted(cut))]
+            cut[batch.indices[i]] = batch._replace(unlimited=[i]), scalars, old[j : j + 1]
+    return [*whole, *(cut[index] for index in sorted(cut))]
 
 
 def _not_finite(run: Run, given: Given, params: Sequence[Tensor]) -> RuntimeError:

@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 
 from grokadamw import GrokAdamW
-from grokadamw.groups import _WITH_NORMS
+from grokadamw.groups import WITH_NORMS
 from grokadamw.signals import AccuracyGap
 
 from . import Method
 
-LR, DECAY = _WITH_NORMS["lr"], _WITH_NORMS["weight_decay"]
-BOOST = {"decay_boost": _WITH_NORMS["decay_boost"]}
+LR, DECAY = WITH_NORMS["lr"], WITH_NORMS["weight_decay"]
+BOOST = {"decay_boost": WITH_NORMS["decay_boost"]}
 
 
 def make(model: nn.Module, **settings: Any) -> GrokAdamW:
