@@ -82,7 +82,7 @@ def milliseconds(case: Case, steps: int) -> dict[str, list[float]]:
             for optimizer in optimizers:
                 optimizer.step()
             times[name].append(1e3 * (time.perf_counter() - began))
-    return {name: each[WARMUP:] for name, each in times.items()}
+    return {name: values[WARMUP:] for name, values in times.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = Table("ms a step", *ARMS, "ratio", box=None)
     cases = {}
     for case in CASES:
-        fused, ours = (statistics.median(each) for each in milliseconds(case, given.steps).values())
+        fused, ours = (statistics.median(values) for values in milliseconds(case, given.steps).values())
         cases[case.title] = {"fused_ms": round(fused, 3), "ours_ms": round(ours, 3), "ratio": round(ours / fused, 2)}
         table.add_row(case.title, f"{fused:.2f}", f"{ours:.2f}", f"{ours / fused:.2f}")
     Console().print(table)

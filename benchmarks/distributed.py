@@ -89,7 +89,7 @@ def compared(width: int, options: dict[str, Any]) -> dict[str, float]:
             times["shards"].append(seconds["shards"] - timed.seconds)
             times["plain"].append(seconds["plain"])
             times["all_reduce"].append(timed.seconds)
-    found = {name: 1000 * statistics.quantiles(each, n=4)[0] for name, each in times.items()}
+    found = {name: 1000 * statistics.quantiles(seconds, n=4)[0] for name, seconds in times.items()}
     return {**found, "ratio": found["shards"] / found["plain"], "collectives": collectives(sharded.step)}
 
 

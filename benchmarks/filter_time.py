@@ -111,7 +111,7 @@ def ready(arms: list[Arm], with_backward: bool) -> dict[str, Callable[[], Any]]:
     return turns
 
 
-def measured(turns: dict[str, Callable[[], Any]], rounds: int, each: int, console: Console) -> dict[str, list[float]]:
+def measured(turns: dict[str, Callable[[], Any]], rounds: int, steps: int, console: Console) -> dict[str, list[float]]:
     """Return the seconds of a call by arm, one entry per round."""
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     generator = random.Random(0)
@@ -121,9 +121,9 @@ def measured(turns: dict[str, Callable[[], Any]], rounds: int, each: int, consol
         for name in names:
             turns[name]()
             began = time.perf_counter()
-            for _ in range(each):
+            for _ in range(steps):
                 turns[name]()
-            seconds[name].append((time.perf_counter() - began) / each)
+            seconds[name].append((time.perf_counter() - began) / steps)
     return seconds
 
 
@@ -163,8 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
         "peer": {PEER: version(PEER)},
         "rounds": options.rounds,
     }
-    for kind, arms, each in (("training", TRAINING, 3), ("alone", ALONE, 20)):
-        seconds = measured(ready(arms, kind == "training"), options.rounds, each, console)
+    for kind, arms, steps in (("training", TRAINING, 3), ("alone", ALONE, 20)):
+        seconds = measured(ready(arms, kind == "training"), options.rounds, steps, console)
         results[kind] = summary(seconds, COMPARED[kind])
     (options.out / "filter_time-cpu.json").write_text(json.dumps(results, indent=1) + "\n")
     console.print(table(results), markup=False, highlight=False)

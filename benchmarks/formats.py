@@ -228,7 +228,10 @@ def replay(stream: str, beta2: float, alpha: float, steps: int) -> list[dict[str
                 numbers.append((error, *ratios, float(coded.abs().max())))
     return [
         {"stream": stream, "beta2": beta2, "alpha": alpha, "format": c.name, "block": c.block, "rounding": c.rounding}
-        | {name: round(statistics.mean(each), 4) for name, each in zip(names, zip(*numbers, strict=True), strict=True)}
+        | {
+            name: round(statistics.mean(found), 4)
+            for name, found in zip(names, zip(*numbers, strict=True), strict=True)
+        }
         for c, numbers in zip(CANDIDATES, seen, strict=True)
     ]
 

@@ -146,12 +146,12 @@ def table(results: dict[str, Any]) -> Table:
     for head in ("", "state", "with weight and gradient", "peak", *results["models"]):
         shown.add_column(head, justify="left" if not head else "right")
     for name, peak_mib in results["peak_mib"].items():
-        each = [of_model[name] for of_model in results["models"].values()]
-        if "reason" in each[0]:
-            shown.add_row(name, f"does not run here: {each[0]['reason']}")
+        of_arm = [of_model[name] for of_model in results["models"].values()]
+        if "reason" in of_arm[0]:
+            shown.add_row(name, f"does not run here: {of_arm[0]['reason']}")
             continue
-        ratios = [f"{of_model['ratio'][1]:.2f}" for of_model in each]
-        bytes_ = [f"{each[-1][kind]:.2f}" for kind in ("state", "all")]
+        ratios = [f"{of_model['ratio'][1]:.2f}" for of_model in of_arm]
+        bytes_ = [f"{of_arm[-1][kind]:.2f}" for kind in ("state", "all")]
         shown.add_row(name, *bytes_, "–" if peak_mib is None else f"{peak_mib:.1f}", *ratios)
     return shown
 

@@ -148,7 +148,7 @@ def version(package: str) -> str | None:
     """Return the version of a peer, or None if it is not installed."""
     folder = PUBLISHED if package == "grokadamw" else PEERS / package
     found = importlib.metadata.Distribution.discover(name=package, path=[str(folder)])
-    return next((each.version for each in found), None)
+    return next((distribution.version for distribution in found), None)
 
 
 FUSED = Arm("torch AdamW, fused", adamw(fused=True), kept=8, traffic=28)

@@ -102,7 +102,7 @@ def measure(ranks: int) -> dict[str, tuple[int, int]]:
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, args=(ranks, folder), nprocs=ranks, start_method="forkserver")
         found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks)]
-    return {name: (max(each[name][0] for each in found), found[0][name][1]) for name in FORMATS}
+    return {name: (max(result[name][0] for result in found), found[0][name][1]) for name in FORMATS}
 
 
 def _rank(rank: int, ranks: int, folder: str) -> None:

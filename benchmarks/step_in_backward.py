@@ -56,7 +56,7 @@ def measure(early: bool, passes: int) -> dict[str, float]:
         nonlocal most
         assert param.grad is not None
         live.append(weakref.ref(param.grad))
-        most = max(most, sum(grad.nbytes for each in live if (grad := each()) is not None))
+        most = max(most, sum(grad.nbytes for reference in live if (grad := reference()) is not None))
 
     for param in model.parameters():
         param.register_post_accumulate_grad_hook(count)

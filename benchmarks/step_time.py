@@ -294,11 +294,11 @@ def processor() -> str:
 
 def row(results: dict[str, Any], arm: dict[str, Any], entry: Callable[[dict[str, Any]], str]) -> list[str]:
     """Return an entry for each model. The reason why an arm does not run is given once."""
-    each = [results["models"][key]["arms"].get(arm["name"]) for key in results["models"]]
-    reasons = {of_model["reason"] for of_model in each if of_model and "reason" in of_model}
-    cells = ["–" if of_model is None or "reason" in of_model else entry(of_model) for of_model in each]
+    of_arm = [results["models"][key]["arms"].get(arm["name"]) for key in results["models"]]
+    reasons = {of_model["reason"] for of_model in of_arm if of_model and "reason" in of_model}
+    cells = ["–" if of_model is None or "reason" in of_model else entry(of_model) for of_model in of_arm]
     if reasons:
-        first = next(i for i, of_model in enumerate(each) if of_model and "reason" in of_model)
+        first = next(i for i, of_model in enumerate(of_arm) if of_model and "reason" in of_model)
         cells[first] = f"does not run here: {'; '.join(sorted(reasons))}"
     return cells
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from . import layers, zero
 from ._hints import OF_ADAMW, check_iterable, misspelt
 from ._numbers import as_number
-from ._warn import warn
+from ._warn import is_new, warn
 from .checkpoints import check_form
 from .distributed import ranks
 from .options import check_group
@@ -43,9 +43,10 @@ class Base(Optimizer):
     _run: Run
 
     def __repr__(self) -> str:
-        """Show each group's options, without the layers and progress that the group keeps for checkpoints."""
-        lines = [f"{type(self).__name__} ("]
+        """Show each group's options and the signals, without layers and progress, which are for checkpoints."""
+        lines, signals = [f"{type(self).__name__} ("], self._run.signals.names
         for i, group in enumerate(self.param_groups):
+            group = {**group, "grokking_signal_fns": signals}
             shown = sorted(group.keys() - {"params", "param_names", "layers", *PROGRESS})
             lines += [f"Parameter Group {i}", *(f"    {name}: {group[name]}" for name in shown)]
         return "\n".join([*lines, ")"])
@@ -77,7 +78,15 @@ class Base(Optimizer):
             # copy the dict, as the caller may reuse it, and leave out keys that only AdamW's groups have
             param_group = {k: v for k, v in layers.without_none_names(param_group).items() if k not in OF_ADAMW}
         self._complete_appended()
-        super().add_param_group(param_group)
+        try:
+            super().add_param_group(param_group)
+        except ValueError as error:
+            if "with/without names" not in str(error):
+                raise
+            raise ValueError(
+                f"{error}: if the others have names, give (name, parameter) pairs, as in [(name, p) for name, p in "
+                "model.named_parameters() if ...]; otherwise give parameters alone"
+            ) from None
         *earlier, group = self.param_groups
         group.update(checked)
         _join(group, earlier)
@@ -122,8 +131,7 @@ class Base(Optimizer):
         # a step refuses layers without a length
         if [g for g in self.param_groups if hasattr(g["layers"], "__len__") and len(g["layers"]) != len(g["params"])]:
             sentence = layers.make_one(self.param_groups, run.shard_group is None and ranks() > 1)
-            if sentence is not None and not run.flattened:
-                run.flattened = True  # warn only once: DeepSpeed steps one group after another
+            if sentence is not None and is_new("flat", run.said):  # DeepSpeed steps one group after another
                 warn(sentence, UserWarning)
 
     def implementation(self) -> str:

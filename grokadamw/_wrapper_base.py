@@ -71,6 +71,11 @@ class WrapperBase(Optimizer):
                     f"call {path}.memory(), and add those tensors of optimizer.state whose names begin with "
                     "accumulated or grokfast"
                 )
+        if name == "record" and not hasattr(self._inner, name):
+            raise AttributeError(
+                f"only GrokAdamW has record(), and there is none inside this {type(self).__name__}. Grokfast's "
+                "amplify_when may be a function that reads your losses, or AccuracyGap(), with a record() of its own"
+            )
         return getattr(self._inner, name)
 
     def _inside(self) -> list[Any]:

@@ -22,6 +22,7 @@ from .checkpoints import OF_ACCUMULATE, OF_FILTERS
 from .shards import divisions
 from .state.loading import check_count_loaded
 from .state.slots import State
+from .step.micro_batches import warn_if_not_zeroed
 from .step.norm import clip_coefficient, global_norm
 
 __all__ = ["Accumulate"]
@@ -77,7 +78,8 @@ class Accumulate(Wrapper):
         check_count("steps", steps, at_least=1)
         check_limit("gradient_clipping", gradient_clipping)
         self._steps, self._clipping = steps, gradient_clipping
-        self._last = {"stepped": False}  # in a dict, because Lightning's copy of this object has its own attributes
+        # in a dict, because Lightning's copy of this object has its own attributes
+        self._last: dict[str, Any] = {"stepped": False, "said": set()}
         super().__init__(optimizer, {"accumulated_steps": 0, "accumulation_cycle": steps})
         if any("grokfast_filter" in group for group in self.param_groups):  # inside, maybe in another library's wrapper
             self._prefixes = (*OF_ACCUMULATE, *OF_FILTERS)
@@ -99,7 +101,7 @@ class Accumulate(Wrapper):
     @property
     def stepped(self) -> bool:
         """True if the last ``step()`` or ``flush()`` stepped the inner optimizer. Step the scheduler only then."""
-        return self._last["stepped"]
+        return bool(self._last["stepped"])
 
     def flush(self) -> None:
         """End an incomplete cycle: step with the mean of the micro-batches since the last step, if there are any.
@@ -135,6 +137,7 @@ class Accumulate(Wrapper):
 
     def _take(self, parts: list[Part]) -> None:
         self._last["stepped"] = False
+        warn_if_not_zeroed(self.param_groups, self._last["said"])
         count = self._count() + 1
         if count >= self._steps:
             self._step_with(parts, count)

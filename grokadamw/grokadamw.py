@@ -233,14 +233,14 @@ class GrokAdamW(Base):
 
         Args:
             model: the model. Its parameters that require gradients are optimized, with their names and layers, in these
-                groups: weights; parameters of norm layers, with a third of the weight decay; other vectors (possibly
-                with extra dimensions of 1), without decay or row limit; and one group per embedding. An embedding whose
-                rows are longer than 1 on average gets ``lr`` times that length, and ``weight_decay`` divided by it, so
-                that its rows turn as quickly as those of weights, and shrink as slowly. torch initialises embeddings
-                with a length of √width. Embeddings are ``nn.Embedding`` and ``nn.EmbeddingBag``. Norm layers are
-                torch's, and modules with vectors whose class name has the word "norm". In a model without norms,
-                vectors count as weights. A mostly frozen model, as with PEFT, causes a warning, because the preset is
-                for training from scratch.
+                groups: weights; parameters of norm layers, with a third of the weight decay; other vectors (also with
+                two or more extra dimensions of 1), without decay or row limit; and one group per embedding. An
+                embedding whose rows are longer than 1 on average gets ``lr`` times that length, and ``weight_decay``
+                divided by it, so that its rows turn as quickly as those of weights, and shrink as slowly. torch
+                initialises embeddings with a length of √width. Embeddings are ``nn.Embedding`` and
+                ``nn.EmbeddingBag``. Norm layers are torch's, and modules with vectors whose class name has the word
+                "norm". In a model without norms, vectors count as weights. A mostly frozen model, as with PEFT, causes
+                a warning, because the preset is for training from scratch.
             norms: True or False to say if the model normalises its activations. None looks for norm layers, and for
                 calls of ``torch.nn.functional``'s norms in its modules' code. Pass True if its code has its own norms.
             lr, weight_decay, options: as for the constructor; they replace the preset's values. A weight decay that you
@@ -258,6 +258,7 @@ class GrokAdamW(Base):
         optimizer = cls(groups, **preset | options)
         optimizer.set_layers(model)  # number layers in the model's order, not the groups'
         optimizer._run.preset_gamma = None if "gamma" in options else preset["gamma"]
+        optimizer._run.preset_lrs = [group["lr"] for group in optimizer.param_groups]
         return optimizer
 
     @overload

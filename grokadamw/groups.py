@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import check_number
-from ._numbers import as_float
+from ._numbers import Number, as_float
 from ._warn import warn
 from .ddp import FSDP1, kind_of
 from .layers import layers_in
@@ -163,6 +163,20 @@ def grokking_groups(
     for group in groups if isinstance(lr, Tensor) else ():
         group["lr"] = torch.clone(group["lr"])  # schedulers write into it, so each group needs its own
     return groups, preset
+
+
+def lost_rates(groups: Sequence[Mapping[str, Any]], first: Sequence[Number]) -> str | None:
+    """Return a warning if all groups have one learning rate, and `grokking_groups` had given them different ones."""
+    rates = [group.get("initial_lr", group["lr"]) for group in groups]
+    if len(rates) != len(first) or any(isinstance(rate, Tensor) for rate in (*rates, *first)):
+        return None
+    if len({*first}) == 1 or len({*rates}) > 1 or rates[0] == 0:
+        return None
+    return (
+        f"all parameter groups have lr={rates[0]:g}, but the preset gave each embedding its own, up to "
+        f"{max(first):g}: a scheduler or a loop has replaced it. Let the schedule multiply each group's lr, as "
+        'LambdaLR does; or give it a list: max_lr=[group["lr"] for group in optimizer.param_groups]'
+    )
 
 
 @torch.no_grad()

@@ -308,6 +308,58 @@ def test_it_is_printed_without_what_is_kept_for_checkpoints() -> None:
     assert not {"cycle", "layers", "signal_state", "skipped_steps", "train_loss"} & set(shown.replace(":", " ").split())
 
 
+def test_its_signals_are_printed() -> None:
+    optimizer = GrokAdamW(model().parameters(), grokking_signal_fns=[loss_gap, AccuracyGap()])
+    assert "grokking_signal_fns: ['loss_gap', 'AccuracyGap']" in repr(optimizer)
+    optimizer.set_signals([])
+    assert "grokking_signal_fns: []" in repr(optimizer)
+
+
+def test_a_group_without_names_beside_one_with_them_is_told_what_to_give() -> None:
+    network = model()
+    optimizer = GrokAdamW(network.named_parameters())
+    with pytest.raises(ValueError, match=r"give \(name, parameter\) pairs"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("wrapper", [Grokfast, lambda optimizer: Accumulate(optimizer, 2)])
+def test_losses_recorded_with_another_optimizer(wrapper: Any) -> None:
+    with pytest.raises(AttributeError, match="only GrokAdamW has record"):
+        wrapper(torch.optim.SGD(model().parameters())).record(train_loss=1.0)
+
+
+ACCUMULATING: dict[str, Any] = {
+    "Accumulate": lambda params: Accumulate(torch.optim.SGD(params), 3),
+    "accumulation_steps": lambda params: GrokAdamW(params, accumulation_steps=3, second_moment="raw"),
+}
+ZEROING: dict[str, Any] = {
+    "once a step": lambda i, optimizer, network: optimizer.zero_grad() if i % 3 == 0 else None,
+    "never": lambda i, optimizer, network: None,
+    "to None": lambda i, optimizer, network: optimizer.zero_grad(),
+    "in place": lambda i, optimizer, network: network.zero_grad(set_to_none=False),
+}
+
+
+@pytest.mark.parametrize("clips", [False, True], ids=["", "clipped"])
+@pytest.mark.parametrize("zeroing", ZEROING)
+@pytest.mark.parametrize("accumulating", ACCUMULATING)
+def test_gradients_that_count_several_times_are_warned_of_once(accumulating: str, zeroing: str, clips: bool) -> None:
+    """Torch's usual loop zeroes the gradients once a step. Where the optimizer accumulates, that is silently wrong."""
+    network = model()
+    optimizer = ACCUMULATING[accumulating](network.parameters())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(9):
+            ZEROING[zeroing](i, optimizer, network)
+            network(torch.ones(2, 2)).sum().backward()
+            if clips and zeroing in ("to None", "in place"):  # clipping writes to the gradients, and so hides the fault
+                nn.utils.clip_grad_norm_(network.parameters(), 0.1)
+            optimizer.step()
+    found = [str(warning.message) for warning in caught if "not zeroed" in str(warning.message)]
+    assert len(found) == (zeroing in ("once a step", "never"))
+
+
 def test_a_misspelt_key_that_is_set_later_is_doubted_once() -> None:
     p = nn.Parameter(torch.ones(1))
     optimizer = GrokAdamW([p])

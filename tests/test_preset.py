@@ -18,6 +18,7 @@ from torch.nn.functional import layer_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 from grokadamw import GrokAdamW, decay_groups
 from grokadamw.signals import AccuracyGap
@@ -396,6 +397,35 @@ class Matrices(nn.Module):
         super().__init__()
         for name in names:
             self.register_parameter(name, nn.Parameter(torch.ones(4, 4)))
+
+
+SCHEDULES: dict[str, tuple[Any, bool]] = {
+    "one cycle": (lambda o: OneCycleLR(o, 0.01, total_steps=9, cycle_momentum=False), True),
+    "one cycle, a list": (
+        lambda o: OneCycleLR(o, [g["lr"] for g in o.param_groups], total_steps=9, cycle_momentum=False),
+        False,
+    ),
+    "a factor": (lambda o: LambdaLR(o, lambda step: min(1.0, (step + 1) / 10)), False),
+    "from 0": (lambda o: LambdaLR(o, lambda step: step / 10), False),
+    "cosine": (lambda o: CosineAnnealingLR(o, 9), False),
+    "a loop": (lambda o: [group.update(lr=0.01) for group in o.param_groups], True),
+    "by hand": (lambda o: o.param_groups[0].update(lr=0.01), False),
+    "none": (lambda o: None, False),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_that_loses_the_embeddings_lr_is_warned_of_once(schedule: str) -> None:
+    model = nn.Sequential(nn.Embedding(5, 64), nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 5))
+    optimizer = GrokAdamW.for_grokking(model)
+    make, is_warned_of = SCHEDULES[schedule]
+    make(optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(torch.arange(5)).square().sum().backward()
+            optimizer.step()
+    assert sum("the preset gave each embedding its own" in str(w.message) for w in caught) == is_warned_of
 
 
 @pytest.mark.parametrize(

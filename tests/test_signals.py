@@ -334,7 +334,7 @@ def test_a_module_may_be_a_signal_and_keeps_its_weights_to_itself() -> None:
 
 
 def test_a_class_is_not_a_signal() -> None:
-    with pytest.raises(TypeError, match=r"AccuracyGap.*give a function, or an object"):
+    with pytest.raises(TypeError, match=r"the class AccuracyGap: .*AccuracyGap\(\)"):
         optimizer_with(AccuracyGap)
 
 

@@ -176,8 +176,8 @@ def checked(options: argparse.Namespace) -> list[Run]:
         for method in options.method
         for seed in options.seeds
     ]
-    for each in asked:
-        each.optimizer(nn.Linear(2, 2))
+    for planned in asked:
+        planned.optimizer(nn.Linear(2, 2))
     return asked
 
 
@@ -190,12 +190,12 @@ def run(options: argparse.Namespace, asked: list[Run], console: Console) -> None
     for name in ("method", "seed", "training", "first", "sustained", "seconds", "best", "at step"):
         table.add_column(name, justify="left" if name == "method" else "right")
     rows = {row.run: row for row in read(csv)}
-    for each in asked:
-        row = rows[each]
+    for planned in asked:
+        row = rows[planned]
         steps = ["–" if step is None else f"{step:,}" for step in (row.train, row.first, row.sustained)]
         seconds = "–" if row.seconds is None else f"{row.seconds:.0f}"
         best = [f"{row.best:.3f}", "–" if row.best_at is None else f"{row.best_at:,}"]
-        table.add_row(each.method, str(each.seed), *steps, seconds, *best)
+        table.add_row(planned.method, str(planned.seed), *steps, seconds, *best)
     console.print(table)
     pictures.curves(task, curves, picture)
     console.print(f"curves  {picture}\nruns    {csv}", highlight=False, soft_wrap=True)

@@ -157,7 +157,7 @@ def best(rows: Iterable[Row]) -> Cell | None:
     for row in rows:
         steps[row.lr, row.weight_decay].append((math.log(row.sustained or 2 * row.budget), -row.best))
     means = {  # rounded: means of equal numbers differ in the last digit, depending on how many there are
-        cell: tuple(round(sum(each) / len(found), 9) for each in zip(*found, strict=True))
+        cell: tuple(round(sum(values) / len(found), 9) for values in zip(*found, strict=True))
         for cell, found in steps.items()
     }
     return min(means, key=means.__getitem__, default=None)
@@ -168,7 +168,7 @@ def select(rows: Iterable[Row], asked: Iterable[Run]) -> list[Row]:
     asked = list(asked)
     tasks = {run.task for run in asked}  # to skip most rows quickly
     by_run = {row.run: row for row in rows if row.task in tasks}
-    return [by_run[each] for each in asked if each in by_run]
+    return [by_run[run] for run in asked if run in by_run]
 
 
 def published() -> list[Run]:

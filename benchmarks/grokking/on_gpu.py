@@ -114,8 +114,8 @@ def work(todo: Todo, done: Done) -> None:
                 how = (tasks.load()[asked.task], asked.optimizer, asked.seed, asked.budget, asked.afterwards)
                 curve = evaluations(*how, clip=asked.clip, device="cuda")
                 active.append((asked, torch.cuda.Stream(), curve))
-        for each in list(active):
-            asked, stream, curve = each
+        for member in list(active):
+            asked, stream, curve = member
             try:
                 with torch.cuda.stream(stream):
                     curves[asked] = next(curve)
@@ -125,6 +125,6 @@ def work(todo: Todo, done: Done) -> None:
                 done.put(f"{asked}: {type(error).__name__}: {error}")
             else:
                 continue
-            active.remove(each)
-            del each, curve
+            active.remove(member)
+            del member, curve
             gc.collect()

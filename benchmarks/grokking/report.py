@@ -183,8 +183,8 @@ def recipes(rows: list[Row]) -> str:
     lines = []
     for pair, (adamw, preset) in both_of_pairs(rows).items():
         found = [select(rows, evidence.pair_recipe(pair, cell)) for cell in evidence.RECIPES]
-        if any(len(each) == len(evidence.PAIR_SEEDS) for each in found):
-            done = (quartiles(each) if len(each) == len(evidence.PAIR_SEEDS) else "" for each in found)
+        if any(len(of_cell) == len(evidence.PAIR_SEEDS) for of_cell in found):
+            done = (quartiles(of_cell) if len(of_cell) == len(evidence.PAIR_SEEDS) else "" for of_cell in found)
             lines.append([pair, *done, quartiles(adamw), quartiles(preset)])
     heads = [f"AdamW, {lr:g}, {decay:g}" for lr, decay in evidence.RECIPES]
     return markdown(["task/architecture", *heads, "AdamW, tuned", "preset, untuned"], lines)
@@ -203,7 +203,7 @@ def defaults(rows: list[Row]) -> str:
             lines.append([pair, quartiles(adamw), cell(found), quartiles(found), two_digits(shown_ratio)])
     if ratios:
         numbers = ", ".join(map(two_digits, (min(ratios), float(np.median(ratios)), max(ratios))))
-        of_adamw, of_defaults = (f"{sum(map(math.isinf, steps(each)))} of {len(each)} failed" for each in compared)
+        of_adamw, of_defaults = (f"{sum(map(math.isinf, steps(rows)))} of {len(rows)} failed" for rows in compared)
         lines.append([f"best, median, worst of {len(ratios)}", of_adamw, "", of_defaults, numbers])
     return markdown(["task/architecture", "AdamW, tuned", "defaults: lr, wd", "defaults, tuned", "ratio"], lines)
 
@@ -260,8 +260,8 @@ def _in_short(compared: list[Both]) -> list[str]:
     """Return the number of pairs; their best, median, worst and mean ratio; the failed runs of preset and AdamW."""
     ratios = [found for adamw, preset in compared if (found := ratio(preset, adamw)) is not None]
     numbers = min(ratios), float(np.median(ratios)), max(ratios), math.exp(float(np.mean(np.log(ratios))))
-    adamws, presets = ([x for found in each for x in steps(found)] for each in zip(*compared, strict=True))
-    failed = (f"{sum(map(math.isinf, each))} of {len(each)}" for each in (presets, adamws))
+    adamws, presets = ([x for found in pairs for x in steps(found)] for pairs in zip(*compared, strict=True))
+    failed = (f"{sum(map(math.isinf, found))} of {len(found)}" for found in (presets, adamws))
     return [str(len(ratios)), *(f"{x:.2f}" for x in numbers), *failed]
 
 

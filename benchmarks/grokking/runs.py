@@ -247,31 +247,31 @@ def execute_all(asked: Iterable[Run], path: Path, jobs: int | None, console: Con
     with Progress(*COLUMNS, console=console) as progress, workers:
         every = progress.add_task("all runs", total=len(todo), shown="")
         bars: dict[Run, TaskID] = {}
-        futures = {workers.submit(work, each): each for each in todo}
+        futures = {workers.submit(work, planned): planned for planned in todo}
         while futures:
             finished = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED).done
             while not told.empty():
-                each, step, shown = told.get()
-                if each not in futures.values():
+                planned, step, shown = told.get()
+                if planned not in futures.values():
                     continue  # the run has ended, and its news comes late
-                if each not in bars:
-                    title = f"{each.task} {each.method}, seed {each.seed}"
-                    bars[each] = progress.add_task(title, total=each.budget, shown="")
-                progress.update(bars[each], completed=step, shown=shown)
+                if planned not in bars:
+                    title = f"{planned.task} {planned.method}, seed {planned.seed}"
+                    bars[planned] = progress.add_task(title, total=planned.budget, shown="")
+                progress.update(bars[planned], completed=step, shown=shown)
             for future in finished:
-                each = futures.pop(future)
-                if each in bars:
-                    progress.remove_task(bars.pop(each))
+                planned = futures.pop(future)
+                if planned in bars:
+                    progress.remove_task(bars.pop(planned))
                 if error := future.exception():
-                    error.add_note(f"in {each}")
+                    error.add_note(f"in {planned}")
                     failure = failure or error
                 else:
-                    row, curves[each] = future.result()
+                    row, curves[planned] = future.result()
                     append(path, row)
                 progress.advance(every)
     if failure:
         raise failure
-    return {each: curves[each] for each in todo}
+    return {planned: curves[planned] for planned in todo}
 
 
 def begin(told: Queue[News]) -> None:

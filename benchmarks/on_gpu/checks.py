@@ -54,7 +54,7 @@ def set_gradients(params: list[nn.Parameter], step: int, scale: float = 1.0, poi
     """Set gradients in place, where a graph reads them. With poison, one element of the largest gradient is NaN."""
     for i, p in enumerate(params):
         grad = scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * step + i))
-        if poison and p.numel() == max(each.numel() for each in params):
+        if poison and p.numel() == max(q.numel() for q in params):
             grad.view(-1)[-1] = torch.nan
         if p.grad is None:
             p.grad = torch.empty_like(p)
@@ -283,9 +283,9 @@ def here(*names: str) -> None:
     common.begin()
     warnings.simplefilter("ignore")
     found = {name: outcome_of(CHECKS[name]) for name in names}
-    for name, each in found.items():
-        print(name, each, flush=True)
-    sys.exit(any(each["outcome"] == "failed" for each in found.values()))
+    for name, outcome in found.items():
+        print(name, outcome, flush=True)
+    sys.exit(any(outcome["outcome"] == "failed" for outcome in found.values()))
 
 
 if __name__ == "__main__":

@@ -114,24 +114,24 @@ def begin() -> None:
         driver.set_active(_Driver())
         of_module.append((gpu, "_why_not_here", lambda device: None))
     of_module += [(torch.cuda, name, value) for name, value in _stand_ins().items()]
-    _patches.extend(patch.object(*each) for each in of_module)
+    _patches.extend(patch.object(*arguments) for arguments in of_module)
     _patches.extend(patch.object(module, "reads_are_free", lambda device: False) for module in that_read())
     _patches.append(patch("grokadamw.step.capture.is_capturing", lambda optimizer: _capturing))
     _patches.append(patch("grokadamw.step.capture._get_capturable_supported_devices", lambda: ["cpu"]))
-    for each in _patches:
-        each.start()
+    for replaced in _patches:
+        replaced.start()
 
 
 @contextmanager
 def paused() -> Iterator[None]:
     """Let tensors on the CPU use the CPU's code inside."""
-    for each in _patches:
-        each.stop()
+    for replaced in _patches:
+        replaced.stop()
     try:
         yield
     finally:
-        for each in _patches:
-            each.start()
+        for replaced in _patches:
+            replaced.start()
 
 
 def _stand_ins() -> dict[str, Any]:

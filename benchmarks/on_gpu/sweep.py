@@ -84,10 +84,10 @@ def update_coded(theta: Tensor, grad: Tensor, options: dict[str, Any], width: in
     kept = [formats.new(param, name, options, torch.float32) for name in STATES]
     low = formats.low_dtype(param, options)
     extras = [
-        [each[f"{name}_scale"]] if f"{name}_scale" in each else None for name, each in zip(STATES, kept, strict=True)
+        [state[f"{name}_scale"]] if f"{name}_scale" in state else None for name, state in zip(STATES, kept, strict=True)
     ]
     lows = None if low is None else [torch.zeros_like(param, dtype=low)]
-    lists = [[each[name]] for name, each in zip(STATES, kept, strict=True)]
+    lists = [[state[name]] for name, state in zip(STATES, kept, strict=True)]
     tensors = Batch(
         *([param], [grad.view(-1, 1024)], *lists, [torch.zeros((), device=DEVICE)]),
         row_widths=[width],
@@ -157,7 +157,7 @@ class Sweep:
         moved = ELEMENTS * (BYTES[self.kernel] if self.moved is None else self.moved)
         if self.dtype == torch.bfloat16 and self.moved is None:  # 2 bytes less for g, θ read and θ written
             moved -= 2 * ELEMENTS if self.kernel == "squares" else 6 * ELEMENTS
-        return {"ms": ms, "gb_per_s": [round(1e-6 * moved / each, 1) for each in reversed(ms)]}
+        return {"ms": ms, "gb_per_s": [round(1e-6 * moved / time, 1) for time in reversed(ms)]}
 
 
 def of_kernels() -> Iterator[list[Sweep]]:

@@ -205,7 +205,7 @@ def rows_of_kernels(title: str) -> list[dict[str, Any]]:
         for name in BYTES:
             ms = kernels.milliseconds(name)
             moved = BYTES[name] * (chunks if name == "judge" else sum(map(math.prod, shapes)))
-            speeds = quartiles([1e-6 * moved / each for each in ms])
+            speeds = quartiles([1e-6 * moved / time for time in ms])
             rows.append({"model": title, "kernel": name, "ms": quartiles(ms), "gb_per_s": speeds})
     return rows
 
@@ -264,8 +264,8 @@ def of_host(record: Record) -> None:
         said: dict[str, list[list[float]]] = {}
         for said in rounds_of(turns):
             of_case = [
-                {"tensors": count, "groups": groups, "arm": name, "us": quartiles([x for turn in each for x in turn])}
-                for name, each in said.items()
+                {"tensors": count, "groups": groups, "arm": name, "us": quartiles([x for turn in turns for x in turn])}
+                for name, turns in said.items()
             ]
             record.write(host=rows + of_case)
         rows += of_case

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..options import STATES
 from ..state import formats
-from ..state.formats import as_rows, has_rows, width_of
+from ..state.formats import as_rows, has_rows, same_order, width_of
 from . import foreach, rows
 from .types import Batch, Scalars
 
@@ -56,8 +56,7 @@ def _in_rows(x: Tensor, param: Tensor) -> Tensor:
 
 def _lying_like(param: Tensor, grad: Tensor) -> Tensor:
     """Return the gradient, or a copy of it, in the order of the parameter's memory."""
-    alike = grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous())
-    return grad if alike else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+    return grad if same_order(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 
 def _step(

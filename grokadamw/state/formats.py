@@ -144,6 +144,11 @@ def low_dtype(param: Tensor, options: Mapping[str, Any]) -> torch.dtype | None:
     return _LOW.get(options.get("master_weight_bits")) if param.dtype in HALVES else None
 
 
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Return True if two tensors of one shape have their elements at the same places in memory."""
+    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
+
+
 def has_no_gaps(x: Tensor) -> bool:
     """Return True if the elements fill their memory without gaps or overlap, in any order."""
     if x.is_contiguous():
@@ -244,9 +249,8 @@ def misfits(state: Mapping[str, Any], param: Tensor, options: Mapping[str, Any],
     own, found = part(param), []
     for name in (name for name in (*STATES, "param_low") if name in state):
         kept = part(state[name])
-        lies_alike = kept.stride() == own.stride() or (kept.is_contiguous() and own.is_contiguous())
         fits = name == "param_low" or kept.dtype == _dtype_in(format_of(param, name, options), name, dtype)
-        if not fits or (not lies_alike and has_no_gaps(own)):
+        if not fits or (not same_order(kept, own) and has_no_gaps(own)):
             found.append(name)
     return found
 

@@ -95,7 +95,10 @@ class Signals:
         elif callable(functions):
             functions = [functions]
         elif not isinstance(functions, Iterable) or isinstance(functions, (str, Mapping)) or hasattr(functions, "ndim"):
-            raise TypeError(f"grokking_signal_fns={functions!r} is neither a callable nor a list of callables")
+            raise TypeError(
+                f"grokking_signal_fns={functions!r} is neither a callable nor a list of callables: give one, such as "
+                "grokadamw.signals.loss_gap"
+            )
         if not callable(combine) and (not isinstance(combine, str) or combine not in _COMBINED):
             raise ValueError(
                 f'combine={combine!r} is unknown: give "mean", "max", "min" or a callable of a list of values'

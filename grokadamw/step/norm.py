@@ -84,8 +84,8 @@ def _measure(
     total: Number | None = None
     norms: list[Number | None] = [None] * len(limits)
     if needs_norm and rules_of(given.options).clips_each_tensor:
-        each = [_norm([(batch.shards, batch.grads)], sum_of_squares, home) for batch in found.batches]
-        total, norms = _joined(each), list[Number | None](each)
+        of_tensors = [_norm([(batch.shards, batch.grads)], sum_of_squares, home) for batch in found.batches]
+        total, norms = _joined(of_tensors), list[Number | None](of_tensors)
     elif needs_norm:
         if found.squares is not None:
             total = _norm_by_address(found.squares, found.grads[0][0], given)

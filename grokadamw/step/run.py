@@ -31,19 +31,19 @@ class Run:
     captured: Places = field(default_factory=dict)  # the α and boosts that a CUDA graph reads
     layers_checked: bool = False
     preset_gamma: float | None = None  # the γ that `for_grokking` chose; it causes no warning
+    preset_lrs: Sequence[float] = ()  # the learning rates that `for_grokking` chose for the groups
     checked: list[tuple[Any, ...]] = field(default_factory=list)  # each group's options when they were last checked
     checked_layers: list[list[int]] = field(default_factory=list)  # each group's layers at that time
     skipped: Tensor | None = None  # counts steps that were skipped on a device and were not read back yet
     # from set_layers, by id: torch cannot swap a tensor that has weak references, and FSDP2's model.cpu() swaps tensors
     names: dict[int, str] = field(default_factory=dict)
-    idle: bool = False  # True after the warning about a step without any gradient
+    said: set[str] = field(default_factory=set)  # the warnings that were given, and come only once
     stepped: bool = False  # True if the last step was whole, or the last of its micro-batches
     cache: Cache = field(default_factory=Cache)  # the batches of earlier steps
     evaluation_listeners: list[Callable[[], None]] = field(default_factory=list)  # called after record(eval_acc=…)
     in_backward: Any = None  # `step_in_backward`'s handle, while parameters are updated in the backward pass
     all_ranks: AllRanks = field(default_factory=AllRanks)
     shard_group: Any = None  # the ranks over which plain parameters are divided
-    flattened: bool = False  # True after the warning about flat parameters
     zero: Callable[[], Any] = lambda: None  # the ZeroRedundancyOptimizer around this one, if any
     before_loading: list[dict[str, Any]] = field(default_factory=list)  # this rank's groups, before `zero` loads others
     graphs: list[Any] = field(default_factory=list)  # the tables that CUDA graphs of the step read, kept alive

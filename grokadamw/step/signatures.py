@@ -19,7 +19,10 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, _KEYWORD_ONLY)
 
 def takes_losses(function: Any) -> str:
     """Return how a signal takes (train_loss, eval_loss): "by name", "in order", or "" for not at all."""
-    if not callable(function) or isinstance(function, type):
+    if isinstance(function, type):
+        name = function.__name__
+        raise TypeError(f"grokking_signal_fns holds the class {name}: give one of its objects, such as {name}()")
+    if not callable(function):
         raise TypeError(f"grokking_signal_fns holds {function!r}: give a function, or an object that can be called")
     try:
         called = function.forward if isinstance(function, torch.nn.Module) else function

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from .. import backends, layers
 from .._numbers import Number, as_float, detached, is_on_host, number_on, resolved
-from .._warn import warn
+from .._warn import is_new, warn
 from ..backends import foreach, gpu, rows
 from ..backends.gpu_tables import Tables
 from ..backends.types import WHOLE, Batch, MicroStep, Scalars
 from ..distributed import check_agreed, check_shard_group, is_for_state_alone
+from ..groups import lost_rates
 from ..options import rules_of
 from ..param_groups import check_changed
 from ..shards import divisions, part
@@ -31,7 +32,7 @@ from . import capture, metrics, norm
 from .alpha import effects_of, evaluate
 from .batches import Batches, Given, collect, forget_state, make_state
 from .effects import Effect, amplification, boosted, in_places
-from .micro_batches import Cycle
+from .micro_batches import Cycle, warn_if_not_zeroed
 from .run import Run, count_skipped
 
 _beta1s = lru_cache(maxsize=64)(layers.decayed)  # a small cache: a schedule of β1 adds an entry at every step
@@ -86,11 +87,13 @@ def _norm_now(grads: list[Tensor], given: Given) -> float:
 
 
 def begin(run: Run, given: Given) -> None:
-    """Warn once about doubtful layers and shards. Evaluate the signals at a step's first (or only) micro-batch."""
+    """Warn once about doubtful layers, lrs and shards. Evaluate the signals at a step's first (or only) micro-batch."""
     if not run.layers_checked:  # at the first step, because set_layers may be called until then
         if not rules_of(given.options).layers_by_place:
             for sentence in layers.warnings_for(given.groups, run.names, run.preset_gamma):
                 warn(sentence, UserWarning)
+        if lost := lost_rates(given.groups, run.preset_lrs):
+            warn(lost, UserWarning)
         is_own = run.shard_group is not None and run.zero() is None
         for sentence in run.all_ranks.doubts(given.groups, run.shard_group, is_own):
             warn(sentence, UserWarning)
@@ -119,6 +122,7 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     factor_of_lamb = amplification(run.last.signal) if options["amplify_by_signal"] else 1.0
     effects, cycle, cycle_groups = run.last.effects, None, groups
     if options["accumulation_steps"] > 1:
+        warn_if_not_zeroed(groups, run.said)
         cycle = Cycle(options["accumulation_steps"], groups, state)
         cycle_groups, effects, factor_of_lamb = cycle.numbers(effects, factor_of_lamb)
 
@@ -216,15 +220,15 @@ def _warn_if_idle(run: Run, given: Given, last_norm: Number | None) -> None:
     """Warn once if no parameter of this rank, nor of its shard_group, has a gradient in a step."""
     # with a shard_group, N covers all of its ranks: it is 0.0 if no rank has a gradient, None if nothing needed it
     elsewhere = given.shard_group is not None and last_norm != 0.0
-    if run.idle or elsewhere or run.has_updated_early or not any(group["params"] for group in given.groups):
+    if elsewhere or run.has_updated_early or not any(group["params"] for group in given.groups):
         return
-    run.idle = True
-    warn(
-        "a step found no gradient, and changed nothing: call loss.backward() before optimizer.step(). If you did, "
-        "the optimizer no longer has the model's parameters: construct it again. If you skipped a batch on purpose, "
-        "ignore this warning",
-        UserWarning,
-    )
+    if is_new("idle", run.said):
+        warn(
+            "a step found no gradient, and changed nothing: call loss.backward() before optimizer.step(). If you did, "
+            "the optimizer no longer has the model's parameters: construct it again (with FSDP2, after fully_shard). "
+            "If you skipped a batch on purpose, ignore this warning",
+            UserWarning,
+        )
 
 
 def write(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None) -> None:

@@ -119,4 +119,4 @@ def mlp(width: int, activation: nn.Module, bias: bool = True) -> nn.Module:
 def load() -> dict[str, Architecture]:
     """Return all architectures, by name."""
     modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
-    return {each.name: each for module in modules for each in module.ARCHITECTURES}
+    return {architecture.name: architecture for module in modules for architecture in module.ARCHITECTURES}
