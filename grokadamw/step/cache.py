@@ -96,13 +96,16 @@ class Cache:
         windows = given.options["window_size"] is not None
         try:
             seen = _seen(given)
+        except (KeyError, TypeError):  # an incomplete state
+            return None
+        try:
             plan = self.plans.get(seen.key)
             found = plan.batches_for(seen) if plan is not None and plan.facts == seen.facts else None
             if found is None and (checked or not windows):  # signatures do not include the shapes of windows
                 plan = self._new_plan(seen, given, checked)
                 found = None if plan is None else plan.batches_for(seen)
-        except (KeyError, TypeError, RuntimeError):
-            return None  # an incomplete state, a look that `collect` must check, or a tensor without memory
+        except RuntimeError:  # a tensor without memory
+            return None
         if found is None or plan is None:
             return None
         if len(self.plans) > 1:
@@ -113,7 +116,7 @@ class Cache:
         return found, plan
 
     def _new_plan(self, seen: Seen, given: Given, checked: bool) -> _Plan | None:
-        """Make a plan and keep it. Return None if there can be none; raise KeyError for a new look if not `checked`."""
+        """Make a plan and keep it. Return None if there can be none, or if `collect` must check a new look first."""
         groups, options, columns, facts = given.groups, given.options, seen.columns, seen.facts
         if not _are_plain(columns, seen.written) or any(len(g["layers"]) != len(g["params"]) for g in groups):
             return None
@@ -149,7 +152,9 @@ class Cache:
                     row, extras = [column[i] for column in columns[:6]], [column[i] for column in columns.extras]
                     kind = batches.kind_of(row, extras, groups[member.group], member.is_matrix, shards[i])
                     self._kinds[look] = kind
-        kinds = [self._kinds[look] for look in looks]
+        kinds = [self._kinds[look] for look in looks if look in self._kinds]
+        if len(kinds) < len(looks):
+            return None
         made, ranges = batches.assemble(columns, members, kinds, options)
         divided: dict[Shards | None, list[int]] = {way: [] for way in divisions(groups)}
         for i, way in enumerate(shards):
