@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.metadata
 import math
 import os
@@ -185,7 +186,10 @@ def _converted(value: Any, conversion: Callable[[StateDict], StateDict]) -> tupl
     if isinstance(value, dict):
         pairs = {key: _converted(item, conversion) for key, item in value.items()}
         count = sum(n for _, n in pairs.values())
-        return ({key: item for key, (item, _) in pairs.items()} if count else value), count
+        if count:
+            value = copy.copy(value)  # it may be an OrderedDict
+            value.update((key, item) for key, (item, _) in pairs.items())
+        return value, count
     if type(value) in (list, tuple):
         items = [_converted(item, conversion) for item in value]
         count = sum(n for _, n in items)

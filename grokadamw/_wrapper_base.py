@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ._numbers import plain
 from .checkpoints import check_form, with_whole_states, without_wrappers
-from .state.loading import check_count_loaded, in_order
+from .state.loading import check_count_loaded, check_sharding, in_order
 from .state.slots import State
 
 _W = TypeVar("_W", bound="WrapperBase")
@@ -197,6 +197,8 @@ class WrapperBase(Optimizer):
                 )
             self._check_kinds(state)
             self._check_state(param, state)
+            for name in self._state_names[:-1]:
+                check_sharding(f"{name} of a parameter", state[name], param)
         groups = []
         for i, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
             # saved groups that lack this wrapper's numbers get the current ones, and their progress starts over

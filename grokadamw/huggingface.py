@@ -331,6 +331,8 @@ class GrokAdamWCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._optimizer is None:  # the callback was added during training
+            self.on_train_begin(args, state, control, **kwargs)
         self._goes_on = True
         for name, key in self._evaluated.items():  # by now all sets have been evaluated
             # warn only if the Trainer has evaluated: its metrics begin with eval_, while a user's metrics need not

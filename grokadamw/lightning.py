@@ -240,6 +240,9 @@ class GrokAdamWCallback(Callback):
             if key not in metrics:
                 self._warn(name, key, trainer)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._optimizers = []  # a later `trainer.validate` is not a part of training
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name in RECORDED:  # a user may have recorded a value
             if any(recorded(optimizer.param_groups, name) is not None for optimizer in self._optimizers):

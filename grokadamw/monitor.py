@@ -47,8 +47,8 @@ class Monitor:
     Args:
         optimizer: a GrokAdamW, or one that a framework or this package has wrapped.
         every: steps from one record to the next, ≥ 1. Records are at multiples of it, also in a resumed run.
-        capacity: the largest number of records, ≥ 2. Before there are more, every second one is dropped and ``every``
-            doubles, so that any number of steps fits.
+        capacity: the largest number of records, ≥ 2. Before there are more, ``every`` doubles and the others are
+            dropped, so that any number of steps fits.
         solved: the lowest evaluation accuracy, in [0, 1], that counts as good, for ``grokked_at``.
 
     Raises:
@@ -56,8 +56,7 @@ class Monitor:
     """
 
     def __init__(self, optimizer: Optimizer, every: int = 10, capacity: int = 4096, solved: float = 0.95) -> None:
-        check_count("every", every, at_least=1)
-        check_count("capacity", capacity, at_least=2)
+        every, capacity = check_count("every", every, at_least=1), check_count("capacity", capacity, at_least=2)
         check_number("solved", solved, at_most=1)
         found = trainers.grokadamw_in(optimizer)
         if found is None:
@@ -136,13 +135,11 @@ class Monitor:
         while self._rows and self._rows[-1]["step"] >= row["step"]:  # after going back to a checkpoint
             self._rows.pop()
         self._written = min(self._written, self._rows[-1]["step"] if self._rows else -math.inf)
-        if len(self._rows) == self._capacity:
+        while len(self._rows) >= self._capacity:  # more than once if steps are missing, as after loading a later one
             self._every *= 2
-            is_kept = self._steps % self._every == 0
-            del self._rows[(self._capacity + is_kept) % 2 :: 2]  # including the last one if this one is kept
-            if not is_kept:
-                return
-        self._rows.append(row)
+            self._rows = [kept for kept in self._rows if kept["step"] % self._every == 0]
+        if row["step"] % self._every == 0:
+            self._rows.append(row)
 
     @property
     def rows(self) -> list[dict[str, float]]:

@@ -11,6 +11,7 @@ import runpy
 import subprocess
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -623,11 +624,13 @@ def test_state_dicts_are_found_in_lists_and_dicts(tmp_path: Path) -> None:
     """Lightning keeps state dicts in a list. A converted file has lists and tuples where they were."""
     one = load("torch-2.13-adamw")["optimizer"]
     before, after = tmp_path / "before.pt", tmp_path / "after.pt"
-    torch.save({"optimizer_states": [one, one], "epoch": 3, "deep": ({"o": one}, [1])}, before)
+    deep = ({"o": one}, [1]), OrderedDict(o=one)
+    torch.save({"optimizer_states": [one, one], "epoch": 3, "deep": deep[0], "ordered": deep[1]}, before)
     assert main(["convert", str(before), str(after)]) == 0
     content = torch.load(after)
     assert (content["epoch"], content["deep"][1]) == (3, [1])
-    for state_dict in [*content["optimizer_states"], content["deep"][0]["o"]]:
+    assert type(content["ordered"]) is OrderedDict
+    for state_dict in [*content["optimizer_states"], content["deep"][0]["o"], content["ordered"]["o"]]:
         assert "amsgrad" not in state_dict["param_groups"][0]
 
 

@@ -9,6 +9,7 @@ import itertools
 import math
 import pickle
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -600,6 +601,32 @@ def test_shards_refuse_a_whole_state_before_anything_is_loaded(tmp_path: Path) -
         assert "set_optimizer_state_dict(model" in said
         assert kept
         assert equal
+
+
+def _other_sharding(rank: int) -> None:
+    makers: list[Callable[[Any], torch.optim.Optimizer]] = [
+        GrokAdamW,
+        lambda params: Grokfast(torch.optim.SGD(params)),
+        lambda params: GrokfastMA(torch.optim.SGD(params), 2),
+        lambda params: Accumulate(torch.optim.SGD(params), 3),
+    ]
+    for make in makers:
+        plain, sharded = network(), network()
+        fully_shard(sharded)
+        of_plain, of_sharded = make(plain.parameters()), make(sharded.parameters())
+        for _ in range(2):  # the second time after a load that was refused
+            train(plain, range(1), lambda step, loss, it=of_plain: it.step())
+            train(sharded, range(1), lambda step, loss, it=of_sharded: it.step())
+            with pytest.raises(ValueError, match="is a full tensor, and this rank has a part"):
+                of_sharded.load_state_dict(of_plain.state_dict())
+            with pytest.raises(ValueError, match="is sharded over several ranks, and the parameter is not"):
+                of_plain.load_state_dict(of_sharded.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_state_that_is_sharded_otherwise_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    """A shard that loads into a whole parameter would be broadcast, if it has one row."""
+    in_processes(_other_sharding, tmp_path)
 
 
 def _keepers(folder: Path, rank: int) -> dict[str, Any]:

@@ -215,6 +215,20 @@ def test_the_training_loss_is_of_the_evaluations_time(tmp_path: Path) -> None:
     assert [heard[i] for i in (5, 6, 10, 11)] == [None, logged[5], logged[5], logged[10]]
 
 
+def test_a_callback_that_is_added_in_training_begins_then(tmp_path: Path) -> None:
+    ours = GrokAdamWCallback()
+
+    class Adds(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                it.add_callback(ours)
+
+    it = trainer(tmp_path, Adds(), eval_steps=5, logging_steps=5, save_strategy="no")
+    it.train()
+    last = [log["eval_loss"] for log in it.state.log_history if "eval_loss" in log][-1]
+    assert grokadamw_of(it).param_groups[0]["eval_loss"] == last
+
+
 def test_one_of_several_evaluation_sets(tmp_path: Path) -> None:
     sets = {"easy": data(0, 16), "hard": data(1, 16)}
     it = trainer(tmp_path, GrokAdamWCallback("eval_hard_loss"), eval_sets=sets, save_strategy="no")

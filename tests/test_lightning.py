@@ -641,6 +641,22 @@ def test_an_accuracy_that_is_logged_for_the_epoch(trainer: Callable[..., Any]) -
     assert recorded == [pytest.approx(sum(min(i / 8, 1.0) for i in range(1, BATCHES + 1)) / BATCHES)]
 
 
+def test_a_validation_after_a_failed_fit_is_not_recorded(trainer: Callable[..., Any]) -> None:
+    module = Measured(grokadamw)
+
+    class Fails(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                raise RuntimeError("no more")
+
+    it = trainer(max_epochs=1, callbacks=[GrokAdamWCallback(), Fails()])
+    with pytest.raises(RuntimeError, match="no more"):
+        it.fit(module, data(), data())
+    (optimizer,) = it.optimizers
+    it.validate(module, data(), verbose=False)
+    assert optimizer.param_groups[0]["eval_loss"] is None
+
+
 class Rarely(Measured):
     """A module that logs its training loss for the epoch, and validation metrics only in some epochs."""
 

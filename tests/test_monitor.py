@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -77,6 +78,27 @@ def test_memory_is_bounded_and_records_stay_evenly_spaced(every: int, capacity: 
     assert apart // every in (2**n for n in range(10))
     assert kept == list(range(apart, steps + 1, apart))
     assert len(kept) >= min(steps // every, capacity // 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(2, 6), st.lists(st.tuples(st.integers(0, 30), st.integers(0, 90)), max_size=4))
+def test_records_are_at_multiples_of_their_distance_also_after_jumps(
+    every: int, capacity: int, jumps: list[tuple[int, int]]
+) -> None:
+    """A checkpoint of another step may be loaded into a running optimizer."""
+    optimizer = GrokAdamW([torch.nn.Parameter(torch.ones(1))])
+    monitor = Monitor(optimizer, np.uint8(every), np.uint8(capacity))  # type: ignore[arg-type]
+    for steps, at in [*jumps, (30, 0)]:
+        for _ in range(steps):
+            take_step(optimizer)
+        kept = [int(row["step"]) for row in monitor.rows]
+        assert len(kept) <= capacity
+        assert kept == sorted({*kept})
+        assert all(step % monitor._every == 0 for step in kept)
+        if optimizer.state:
+            saved = optimizer.state_dict()
+            saved["state"][0]["step"] = torch.tensor(float(at))
+            optimizer.load_state_dict(saved)
 
 
 def test_evaluations_are_bounded_too() -> None:

@@ -354,6 +354,43 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(96, 128), nn.GELU(), nn.Linear(128, 101, bias=False), nn.GELU(), nn.Linear(101, 1))
 
 
+CUT_ROWS: dict[str, tuple[dict[str, Any], torch.dtype, list[tuple[int, int]]]] = {
+    "low bits and an empty shard": ({"master_weight_bits": 24}, torch.bfloat16, [(5, 1), (4, 6)]),
+    "codes and an empty shard": ({"state_dtype": "bfloat16"}, torch.float32, [(4097, 1), (4, 6)]),
+    "gradients of other strides": ({"state_dtype": "bfloat16"}, torch.float32, [(4, 6), (1400, 3)]),
+}
+
+
+def _cut_rows(name: str, rank: int | None) -> list[Tensor]:
+    """Return weights whose rows were limited, by one process or with the columns divided between two."""
+    options, dtype, shapes = CUT_ROWS[name]
+    mesh = None if rank is None else init_device_mesh("cpu", (RANKS,))
+    random = torch.Generator().manual_seed(0)
+
+    def placed(x: Tensor) -> Any:
+        return x if mesh is None else distribute_tensor(x, mesh, [Shard(1)])
+
+    params = [nn.Parameter(placed(torch.randn(shape, generator=random).to(dtype))) for shape in shapes]
+    optimizer = GrokAdamW(params, lr=0.1, max_row_norm=0.9, max_row_change=0.3, gradient_clipping=0, **options)
+    for _ in range(3):
+        for p in params:
+            p.grad = placed(torch.randn(p.shape, generator=random).to(dtype))
+            if mesh is not None and name == "gradients of other strides":
+                transposed = p.grad.to_local().t().contiguous().t()
+                how = {"run_check": False, "shape": p.shape, "stride": p.stride()}
+                p.grad = DTensor.from_local(transposed, mesh, [Shard(1)], **how)
+        optimizer.step()
+    return [whole(p.detach()).float() for p in params]
+
+
+@pytest.mark.parametrize("name", CUT_ROWS)
+def test_ranks_add_up_rows_in_one_order_however_their_shards_lie(name: str, tmp_path: Path) -> None:
+    expected = _cut_rows(name, None)
+    for found in in_processes(functools.partial(_cut_rows, name), tmp_path):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    assert max(x.norm(dim=1).max() for x in expected) > 0.85
+
+
 def _fsdp(options: dict[str, Any], rank: int | None) -> list[Tensor]:
     """Train on the same batches on every rank, or in one process if `rank` is None, and return the weights."""
     model = network().bfloat16() if "master_weight_bits" in options else network()

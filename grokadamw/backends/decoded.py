@@ -22,8 +22,8 @@ _PIECE = 1 << 18  # elements at a time
 
 
 def row_width(param: Tensor, coded: bool) -> int:
-    """Return the elements in a row, or 0 if there are no rows: this backend limits all of them."""
-    return width_of(param) if param.dim() > 1 else 0
+    """Return the elements in a row, at least 1, or 0 if there are no rows: this backend limits all of them."""
+    return max(1, width_of(param)) if param.dim() > 1 else 0
 
 
 def step(batch: Batch, scalars: Scalars) -> None:

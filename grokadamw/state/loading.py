@@ -168,7 +168,6 @@ def _states(
     for key, param in zip(keys, params, strict=False):  # torch refuses a different number of parameters
         if (state := state_dict["state"].get(key)) is None:
             continue
-        is_cut = (shards := shards_of(param)) is not None and any(shards.cuts())
         for name in (*STATES, *formats.EXTRAS):
             expected = formats.shape_of_scales(param) if name.endswith("_scale") else param.shape
             if name in state and state[name].shape != expected:
@@ -176,19 +175,31 @@ def _states(
                     f"state_dict: {name} of parameter {key} has shape {tuple(state[name].shape)}, the parameter itself "
                     f"{tuple(param.shape)}; parameters must come in the order that they were saved in"
                 )
-            if name in state and mesh_of(state[name]) is None and is_cut:
-                raise ValueError(
-                    f"state_dict: {name} of parameter {key} is a full tensor, and this rank has a part of the "
-                    "parameter. Save by get_optimizer_state_dict, and load by set_optimizer_state_dict(model, "
-                    "optimizer, saved, options=StateDictOptions(full_state_dict=True)), both of "
-                    "torch.distributed.checkpoint.state_dict"
-                )
+            if name in state:
+                check_sharding(f"{name} of parameter {key}", state[name], param)
         if options["window_size"] is None:
             state = {name: value for name, value in state.items() if name not in WINDOW}
         _check_window(state, key, param, options["window_size"])
         if options["accumulation_steps"] == 1:
             state = {name: value for name, value in state.items() if name != "micro_step"}
         yield param, state
+
+
+def check_sharding(name: str, value: Tensor, param: Tensor) -> None:
+    """Raise ValueError if a saved tensor is whole and its parameter sharded over several ranks, or the reverse."""
+    is_cut, was_cut = ((shards := shards_of(x)) is not None and any(shards.cuts()) for x in (param, value))
+    if is_cut and mesh_of(value) is None:
+        raise ValueError(
+            f"state_dict: {name} is a full tensor, and this rank has a part of the parameter. Save by "
+            "get_optimizer_state_dict, and load by set_optimizer_state_dict(model, optimizer, saved, "
+            "options=StateDictOptions(full_state_dict=True)), both of torch.distributed.checkpoint.state_dict"
+        )
+    if was_cut and mesh_of(param) is None:
+        raise ValueError(
+            f"state_dict: {name} is sharded over several ranks, and the parameter is not. Save by "
+            "get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict"
+        )
 
 
 def _check_window(state: Mapping[str, Any], key: Any, param: Tensor, size: int | None) -> None:

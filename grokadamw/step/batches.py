@@ -180,7 +180,8 @@ def kind_of(
     low = [extras[-1]] if coded and extras[-1] is not None else []
     choice = backends.choose([*tensors, *low], step, group, coded)
     cuts_rows = is_matrix and shards is not None and shards.cut_rows
-    if cuts_rows and coded and row[0].itemsize == 2:  # rows.py cannot handle low bits
+    # rows.py cannot handle low bits; and all ranks must add up rows in one order, however their tensors lie in memory
+    if cuts_rows and coded and (row[0].itemsize == 2 or backends.has_limits(group)):
         choice = Choice(decoded, "float32 copies, as ranks have parts of rows")
     has_rows = is_matrix and not (cuts_rows and choice.module is not decoded)
     there = tuple(x is not None for x in extras) if coded else None
