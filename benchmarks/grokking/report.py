@@ -190,12 +190,12 @@ def recipes(rows: list[Row]) -> str:
     return markdown(["task/architecture", *heads, "AdamW, tuned", "preset, untuned"], lines)
 
 
-def defaults(rows: list[Row]) -> str:
-    """Return the table of GrokAdamW's defaults and AdamW, both tuned, for the pairs whose runs are all done."""
+def both_tuned(method: str, name: str, rows: list[Row]) -> str:
+    """Return the table of a method and AdamW, both tuned, for the pairs whose runs are all done."""
     lines, ratios = list[list[str]](), list[float]()
     compared: tuple[list[Row], list[Row]] = ([], [])
     for pair, (adamw, _) in both_of_pairs(rows).items():
-        found = evidence.pair_reported(pair, "grokadamw", rows)
+        found = evidence.pair_reported(pair, method, rows)
         if len(found) == len(evidence.PAIR_SEEDS) and (shown_ratio := ratio(found, adamw)) is not None:
             ratios.append(shown_ratio)
             compared[0].extend(adamw)
@@ -203,9 +203,9 @@ def defaults(rows: list[Row]) -> str:
             lines.append([pair, quartiles(adamw), cell(found), quartiles(found), two_digits(shown_ratio)])
     if ratios:
         numbers = ", ".join(map(two_digits, (min(ratios), float(np.median(ratios)), max(ratios))))
-        of_adamw, of_defaults = (f"{sum(map(math.isinf, steps(rows)))} of {len(rows)} failed" for rows in compared)
-        lines.append([f"best, median, worst of {len(ratios)}", of_adamw, "", of_defaults, numbers])
-    return markdown(["task/architecture", "AdamW, tuned", "defaults: lr, wd", "defaults, tuned", "ratio"], lines)
+        failed = [f"{sum(map(math.isinf, steps(side)))} of {len(side)} failed" for side in compared]
+        lines.append([f"best, median, worst of {len(ratios)}", failed[0], "", failed[1], numbers])
+    return markdown(["task/architecture", "AdamW, tuned", f"{name}: lr, wd", f"{name}, tuned", "ratio"], lines)
 
 
 def by_accuracy(rows: list[Row]) -> str:
@@ -395,7 +395,8 @@ TABLES: dict[str, Table] = {
     "mod97": partial(mod97, MOD97_METHODS),
     "untuned": untuned,
     "pairs": partial(pairs, evidence.PAIRS),
-    "defaults": defaults,
+    "defaults": partial(both_tuned, "grokadamw", "defaults"),
+    "preset-tuned": partial(both_tuned, evidence.PRESET, "preset"),
     "kinds": partial(pairs, evidence.KINDS),
     "recipes": recipes,
     "by accuracy": by_accuracy,
