@@ -239,8 +239,7 @@ class GrokAdamW(Base):
                 divided by it, so that its rows turn as quickly as those of weights, and shrink as slowly. torch
                 initialises embeddings with a length of √width. Embeddings are ``nn.Embedding`` and
                 ``nn.EmbeddingBag``. Norm layers are torch's, and modules with vectors whose class name has the word
-                "norm". In a model without norms, vectors count as weights. A mostly frozen model, as with PEFT, causes
-                a warning, because the preset is for training from scratch.
+                "norm". In a model without norms, vectors count as weights. A mostly frozen model causes a warning.
             norms: True or False to say if the model normalises its activations. None looks for norm layers, and for
                 calls of ``torch.nn.functional``'s norms in its modules' code. Pass True if its code has its own norms.
             lr, weight_decay, options: as for the constructor; they replace the preset's values. A weight decay that you
