@@ -21,7 +21,7 @@ PRELOADED = ["tests.test_crash", "tests.test_ranks", "tests.test_sharded_formats
 multiprocessing.set_forkserver_preload(PRELOADED)
 
 # no deadline, because times vary on shared machines; the same examples each time, so that only a change fails a test
-settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=30)
 # `pytest --hypothesis-profile random` searches new examples each time, for longer, and prints how to repeat a failure
 settings.register_profile("random", deadline=None, print_blob=True, max_examples=100)
 settings.load_profile("default")

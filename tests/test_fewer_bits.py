@@ -454,7 +454,7 @@ def test_a_weight_that_is_not_a_number_stays_so(implementation: str, weights: An
     """Every form of NaN stays NaN. 0x7FFFFFFF, a GPU's own, is one less than the bits of -0."""
     dtype, options = weights
     p = nn.Parameter(torch.ones(70, 64, dtype=dtype))
-    with running(implementation) as how:
+    with running(implementation, chunk=4096) as how:
         optimizer = GrokAdamW([p], nonfinite="propagate", gradient_clipping=0.0, **options, **how)
         for step in range(3):
             if step == 1:

@@ -166,8 +166,8 @@ def best(rows: Iterable[Row]) -> Cell | None:
 def select(rows: Iterable[Row], asked: Iterable[Run]) -> list[Row]:
     """Return the rows of the runs that are done, in the runs' order."""
     asked = list(asked)
-    tasks = {run.task for run in asked}  # to skip most rows quickly
-    by_run = {row.run: row for row in rows if row.task in tasks}
+    few = {(run.task, run.method) for run in asked}  # to skip most rows quickly
+    by_run = {row.run: row for row in rows if (row.task, row.method) in few}
     return [by_run[run] for run in asked if run in by_run]
 
 

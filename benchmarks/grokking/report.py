@@ -113,12 +113,10 @@ def untuned(rows: list[Row]) -> str:
 
 def both_of_pairs(rows: list[Row], names: Iterable[str] = evidence.PAIRS) -> dict[str, Both]:
     """Return for each architecture × task the rows of a tuned AdamW, if there are any, and of the untuned preset."""
+    of = {pair: [row for row in rows if row.task == pair] for pair in names}  # so that each part reads few rows
     return {
-        pair: (
-            evidence.pair_reported(pair, "adamw", rows),
-            select(rows, evidence.pair_untuned(pair)),
-        )
-        for pair in names
+        pair: (evidence.pair_reported(pair, "adamw", there), select(there, evidence.pair_untuned(pair)))
+        for pair, there in of.items()
     }
 
 
