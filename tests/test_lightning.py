@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from grokadamw import Accumulate, GrokAdamW, Monitor, decay_groups, step_in_backward
 from grokadamw.signals import AccuracyGap, SlowGradient, loss_gap
 
-from .models import KEEPERS, network, train
+from .models import KEEPERS, batch, network, train
 
 lightning = pytest.importorskip("lightning")
 
@@ -47,8 +47,6 @@ class Module(lightning.LightningModule):
 
 def data() -> DataLoader:
     """Return the batches of `models`, in order."""
-    from .models import batch
-
     x, y = (torch.cat(each) for each in zip(*map(batch, range(BATCHES)), strict=True))
     return DataLoader(TensorDataset(x, y), batch_size=16)
 
@@ -93,6 +91,40 @@ def test_it_trains_as_a_loop_does_and_resumes(keeper: str, trainer: Callable[...
         assert torch.equal(a, b)
         for name, value in optimizer.state.get(b, {}).items():
             assert torch.equal(torch.as_tensor(states[a][name]), torch.as_tensor(value)), name
+
+
+def boosted(model: nn.Module) -> GrokAdamW:
+    return GrokAdamW(model.named_parameters(), lr=0.01, signal_boost=2.0)
+
+
+@pytest.mark.parametrize("make", [boosted, KEEPERS["Accumulate, GrokAdamW"], KEEPERS["a window"]])
+def test_fabric_trains_as_a_loop_does_and_resumes(make: Callable[[nn.Module], Any], tmp_path: Path) -> None:
+    """Fabric's optimizer records losses and shows metrics, as the optimizer inside does."""
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+
+    def started() -> dict[str, Any]:
+        model = network()
+        return dict(zip(("model", "optimizer"), fabric.setup(model, make(model)), strict=True))
+
+    def trained(model: nn.Module, optimizer: Any, steps: range, backward: Callable[[Tensor], object]) -> None:
+        for step in steps:
+            x, y = batch(step)
+            optimizer.zero_grad()
+            backward((model(x) - y).square().mean())
+            optimizer.record(train_loss=1 / (step + 1), eval_loss=2.0)
+            optimizer.step()
+
+    plain = network()
+    whole = make(plain)
+    trained(plain, whole, range(6), Tensor.backward)
+    first, then = started(), started()
+    trained(**first, steps=range(3), backward=fabric.backward)
+    fabric.save(tmp_path / "half.ckpt", first)
+    fabric.load(tmp_path / "half.ckpt", then)
+    trained(**then, steps=range(3, 6), backward=fabric.backward)
+    assert all(map(torch.equal, then["model"].parameters(), plain.parameters()))
+    assert then["optimizer"].metrics() == pytest.approx(whole.metrics(), rel=1e-12, nan_ok=True)
+    assert whole.metrics()["signal"] > 0
 
 
 class Manual(Module):
