@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from . import GrokAdamW, __version__
 from .checkpoints import StateDict, is_state_dict, to_adamw, to_grokadamw
 from .options import FORMATS
-from .state.sizes import KINDS, table
+from .state.sizes import KINDS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -109,7 +109,22 @@ def memory_table(parsed: argparse.Namespace) -> str:
         count = share * dtype.itemsize
         same = dict.fromkeys(("parameters", "gradients", "exp_avg", "exp_avg_sq"), count)
         columns[name] = {**dict.fromkeys(KINDS, 0), **same, "total": 4 * count}
-    return table(columns, parsed.params, parsed.ranks)
+    return _table(columns, parsed.params, parsed.ranks)
+
+
+def _table(columns: Mapping[str, Mapping[str, int]], parameters: float, ranks: int) -> str:
+    """Return a table of several optimizers' sizes, in GB or MB on each rank, without kinds that none of them has."""
+    rows = [kind for kind in KINDS if kind != "step" and any(column[kind] for column in columns.values())]
+    unit, size = ("GB", 1e9) if all(column["total"] >= 1e8 for column in columns.values()) else ("MB", 1e6)
+    lines = [f"{parameters:,.0f} parameters, {unit}" + (f" on each of {ranks} ranks" if ranks > 1 else "")]
+    widths = {name: max(len(name), 9) + 3 for name in columns}
+    lines.append(" " * 20 + "".join(f"{name:>{width}}" for name, width in widths.items()))
+    for kind in (*rows, "total"):
+        lines.append(f"{kind:20}" + "".join(f"{columns[name][kind] / size:>{w}.2f}" for name, w in widths.items()))
+    shares = {name: column["total"] * ranks / parameters for name, column in columns.items()}
+    lines.append(f"{'bytes a parameter':20}" + "".join(f"{shares[name]:>{w}.2f}" for name, w in widths.items()))
+    notes = "AdamW, mixed: weights, gradients and moments in float32; autocast adds copies."
+    return "\n".join([*lines, "", notes])
 
 
 def environment() -> str:

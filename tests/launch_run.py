@@ -66,7 +66,7 @@ class Judged(nn.Module):
 
 def data(dtype: torch.dtype = torch.float64) -> TensorDataset:
     """Return the batches of `models`, one after the other."""
-    return TensorDataset(*(torch.cat(each) for each in zip(*(batch(i, dtype) for i in range(STEPS)), strict=True)))
+    return TensorDataset(*(torch.cat(parts) for parts in zip(*(batch(i, dtype) for i in range(STEPS)), strict=True)))
 
 
 def held_out(dtype: torch.dtype = torch.float64) -> TensorDataset:
@@ -212,7 +212,7 @@ def transformers_trainer(folder: Path, how: str) -> Run:
     if how == "fsdp":
         shard_by_accelerate()
     model: Any = sharded_when_loaded(folder / "model") if how == "loaded" else Judged()
-    sets = [[dict(zip("xy", pair, strict=True)) for pair in each] for each in (data(), held_out())]
+    sets = [[dict(zip("xy", pair, strict=True)) for pair in dataset] for dataset in (data(), held_out())]
     trainer = transformers.Trainer(
         model,
         arguments,
@@ -330,16 +330,16 @@ def lightning(folder: Path, how: str) -> Run:
         use_distributed_sampler=False,  # Lightning's sampler shuffles
     )
     loaders = []
-    for each in (data(), held_out()):
-        sampler = DistributedSampler(each, RANKS, int(os.environ["RANK"]), shuffle=False)
-        loaders.append(DataLoader(each, batch_size=HALF, sampler=sampler))
+    for dataset in (data(), held_out()):
+        sampler = DistributedSampler(dataset, RANKS, int(os.environ["RANK"]), shuffle=False)
+        loaders.append(DataLoader(dataset, batch_size=HALF, sampler=sampler))
     trainer.fit(module, *loaders)
     if how == "ddp":  # rank 0 writes the checkpoint, so every rank must hold the same losses
-        mine = [trainer.optimizers[0].param_groups[0][name] for name in ("train_loss", "eval_loss")]
-        mine += [by_epoch.state_dict()["train_loss"].item()]
+        own = [trainer.optimizers[0].param_groups[0][name] for name in ("train_loss", "eval_loss")]
+        own += [by_epoch.state_dict()["train_loss"].item()]
         of_ranks: list[Any] = [None] * RANKS
-        dist.all_gather_object(of_ranks, mine)
-        assert all(losses == mine for losses in of_ranks)
+        dist.all_gather_object(of_ranks, own)
+        assert all(losses == own for losses in of_ranks)
     with FullyShardedDataParallel.summon_full_params(module):
         return run_of(module, module.steps, by_fsdp2=how == "fsdp2")
 

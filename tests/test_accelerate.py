@@ -73,8 +73,8 @@ def test_what_it_was_given_survives_prepare() -> None:
     model, wrapped = accelerator.prepare(model, optimizer)
     assert wrapped.optimizer is optimizer
     assert [group["layers"] for group in optimizer.param_groups] == layers == [[0, 0, 1, 1, 2, 2]]
-    for each in (alone, optimizer):
-        each.record(train_loss=1.0, eval_loss=3.0)
+    for recording in (alone, optimizer):
+        recording.record(train_loss=1.0, eval_loss=3.0)
     train(plain, STEPS, lambda step, loss: alone.step())
     with_accelerate(model, wrapped, accelerator)
     assert_equal(model, plain)

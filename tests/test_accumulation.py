@@ -44,8 +44,8 @@ def backward(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return loss
 
 
-def closest(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+def closest(ours: nn.Module, expected: nn.Module, tolerance: float) -> None:
+    for a, b in zip(ours.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -56,8 +56,8 @@ def closest(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
 @pytest.mark.parametrize("k", [1, 3, 10])
 @pytest.mark.parametrize("inner", [AdamW, SGD])
 def test_it_is_the_joined_batch(inner: Any, k: int, clip: float) -> None:
-    ours, theirs = network(torch.float64), network(torch.float64)
-    optimizer, joined = Accumulate(inner(ours.parameters(), lr=0.01), k, clip), inner(theirs.parameters(), lr=0.01)
+    ours, expected = network(torch.float64), network(torch.float64)
+    optimizer, joined = Accumulate(inner(ours.parameters(), lr=0.01), k, clip), inner(expected.parameters(), lr=0.01)
     schedules = [OneCycleLR(o, 0.1, total_steps=STEPS, cycle_momentum=False) for o in (optimizer, joined)]
     for micro in micro_batches(k):
         for x, y in micro:
@@ -65,17 +65,17 @@ def test_it_is_the_joined_batch(inner: Any, k: int, clip: float) -> None:
             backward(ours, x, y)
             optimizer.step()
         assert optimizer.stepped
-        backward(theirs, *map(torch.cat, zip(*micro, strict=True)))
+        backward(expected, *map(torch.cat, zip(*micro, strict=True)))
         if clip:
-            nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+            nn.utils.clip_grad_norm_(expected.parameters(), clip)
         joined.step()
         for schedule in schedules:
             schedule.step()
-    closest(ours, theirs, 1e-12)
+    closest(ours, expected, 1e-12)
 
 
 def test_around_grokadamw_it_clips_once_and_evaluates_signals_once() -> None:
-    ours, theirs, calls = network(torch.float64), network(torch.float64), [0, 0]
+    ours, expected, calls = network(torch.float64), network(torch.float64), [0, 0]
 
     def signal(i: int) -> Callable[[], float]:
         def count() -> float:
@@ -85,23 +85,23 @@ def test_around_grokadamw_it_clips_once_and_evaluates_signals_once() -> None:
         return count
 
     make = [
-        GrokAdamW(m.named_parameters(), lr=0.01, grokking_signal_fns=signal(i)) for i, m in enumerate([ours, theirs])
+        GrokAdamW(m.named_parameters(), lr=0.01, grokking_signal_fns=signal(i)) for i, m in enumerate([ours, expected])
     ]
     optimizer = Accumulate(make[0], 4)
     for micro in micro_batches(4):
         for x, y in micro:
             backward(ours, x, y)
             optimizer.step()
-        backward(theirs, *map(torch.cat, zip(*micro, strict=True)))
+        backward(expected, *map(torch.cat, zip(*micro, strict=True)))
         make[1].step()
-    closest(ours, theirs, 1e-12)
+    closest(ours, expected, 1e-12)
     assert calls == [STEPS, STEPS]
     assert make[0].metrics()["grad_norm"] == pytest.approx(make[1].metrics()["grad_norm"], rel=1e-12)
 
 
 def test_an_incomplete_cycle_can_be_flushed() -> None:
-    ours, theirs = network(torch.float64), network(torch.float64)
-    optimizer, joined = Accumulate(Adam(ours.parameters()), 4), Adam(theirs.parameters())
+    ours, expected = network(torch.float64), network(torch.float64)
+    optimizer, joined = Accumulate(Adam(ours.parameters()), 4), Adam(expected.parameters())
     for micro in micro_batches(3):
         for x, y in micro:
             backward(ours, x, y)
@@ -109,12 +109,12 @@ def test_an_incomplete_cycle_can_be_flushed() -> None:
         assert not optimizer.stepped
         optimizer.flush()
         assert optimizer.stepped
-        backward(theirs, *map(torch.cat, zip(*micro, strict=True)))
+        backward(expected, *map(torch.cat, zip(*micro, strict=True)))
         joined.step()
-    closest(ours, theirs, 1e-12)
+    closest(ours, expected, 1e-12)
     optimizer.flush()  # nothing is left to step with
     assert not optimizer.stepped
-    closest(ours, theirs, 1e-12)
+    closest(ours, expected, 1e-12)
 
 
 def test_parameters_without_a_gradient_in_some_micro_batches() -> None:
@@ -205,8 +205,8 @@ def scaled(make: Callable[[nn.Module], Any], overflows: bool, amp: bool | None) 
     ],
 )
 def test_under_gradscaler_an_overflow_has_not_happened(make: Callable[[nn.Module], Any], amp: bool) -> None:
-    ours, theirs = scaled(make, True, amp), scaled(make, False, None)
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    ours, expected = scaled(make, True, amp), scaled(make, False, None)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), expected.parameters(), strict=True))
 
 
 def test_the_inner_optimizer_says_whether_it_unscales() -> None:
@@ -292,23 +292,23 @@ def exact(model: nn.Module, k: int, **options: Any) -> Accumulate:
 def test_m_and_mu_are_the_exact_ones_and_v_is_the_mean_of_squares(implementation: str, k: int) -> None:
     with running(implementation) as how:
         options = {"gradient_clipping": 0.0, "amplify_after": 2, "grokking_signal_fns": lambda: 0.5, **how}
-        ours, theirs = network(torch.float64), network(torch.float64)
-        optimizer, buffered = in_moments(ours, k, **options), exact(theirs, k, **options)
+        ours, expected = network(torch.float64), network(torch.float64)
+        optimizer, buffered = in_moments(ours, k, **options), exact(expected, k, **options)
         v = [torch.zeros_like(p) for p in ours.parameters()]
         for micro in micro_batches(k):
             for nth, (x, y) in enumerate(micro):
                 backward(ours, x, y)
-                for p, q, each in zip(ours.parameters(), theirs.parameters(), v, strict=True):
+                for p, q, square in zip(ours.parameters(), expected.parameters(), v, strict=True):
                     q.grad = p.grad  # both get the same gradients, because another v leads to other weights
-                    each.mul_(1 if nth else 0.999).add_(p.grad.square(), alpha=0.001 / k)
+                    square.mul_(1 if nth else 0.999).add_(p.grad.square(), alpha=0.001 / k)
                 optimizer.step()
                 buffered.step()
                 assert optimizer.stepped == buffered.stepped == (nth == k - 1)
-            for p, q, each in zip(ours.parameters(), theirs.parameters(), v, strict=True):
+            for p, q, square in zip(ours.parameters(), expected.parameters(), v, strict=True):
                 a, b = optimizer.state[p], buffered.state[q]
                 torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-12, atol=1e-12)
                 torch.testing.assert_close(a["grok_ema"], b["grok_ema"], rtol=1e-12, atol=1e-12)
-                torch.testing.assert_close(a["exp_avg_sq"], each, rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(a["exp_avg_sq"], square, rtol=1e-12, atol=1e-12)
                 assert a["step"] == b["step"]
 
 
@@ -423,21 +423,21 @@ def test_a_gradient_that_comes_later_in_a_cycle_is_as_one_of_0_before(k: int) ->
 
 
 def test_a_gradient_that_is_not_finite_adds_nothing_and_the_cycle_goes_on() -> None:
-    ours, theirs = network(torch.float64), network(torch.float64)
-    optimizer, other = in_moments(ours, 3), in_moments(theirs, 3)
+    ours, expected = network(torch.float64), network(torch.float64)
+    optimizer, other = in_moments(ours, 3), in_moments(expected, 3)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the gradients of a micro-batch hold NaN")
         for cycle, micro in enumerate(micro_batches(3)):
             for nth, (x, y) in enumerate(micro):
                 backward(ours, x, y)
-                backward(theirs, x, y)
+                backward(expected, x, y)
                 if nth == cycle % 3:
                     ours[0].weight.grad[0, 0] = [torch.nan, torch.inf][cycle % 2]
-                    for p in theirs.parameters():
+                    for p in expected.parameters():
                         p.grad.zero_()
                 optimizer.step()
                 other.step()
-    closest(ours, theirs, 1e-12)
+    closest(ours, expected, 1e-12)
     assert optimizer.metrics()["skipped_steps"] == STEPS
     assert optimizer.metrics()["step"] == STEPS
 
@@ -722,8 +722,8 @@ def test_copies_go_on_from_anywhere_in_a_cycle(name: str, calls: int, how: str) 
     assert same(other.state_dict(), before)
     if how == "deepcopy":
         assert its_schedule.optimizer is other
-    for each in ((model, optimizer), (twin, other)):
-        go_on(*each, calls, 9)
+    for pair in ((model, optimizer), (twin, other)):
+        go_on(*pair, calls, 9)
     assert same(dict(model.state_dict()), dict(twin.state_dict()))
     assert same(optimizer.state_dict(), other.state_dict())
 

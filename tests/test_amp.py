@@ -52,10 +52,10 @@ def run(
     return everything, optimizer.metrics()
 
 
-def same(ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> None:
-    assert len(ours[0]) == len(theirs[0])
-    assert all(torch.equal(a, b) for a, b in zip(ours[0], theirs[0], strict=True))
-    for key, value in theirs[1].items():
+def same(ours: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
+    assert len(ours[0]) == len(expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(ours[0], expected[0], strict=True))
+    for key, value in expected[1].items():
         assert ours[1][key] == value or value != value, key
 
 
@@ -85,9 +85,9 @@ def test_bit_for_bit_the_run_without_those_steps(
 )
 def test_where_reading_would_make_the_host_wait(amp: bool, foreach: bool, options: dict[str, Any]) -> None:
     """An overflow that GradScaler finds is not among the skipped steps that the metrics count."""
-    theirs = run([False] * 4, amp, foreach=foreach, **options)
-    same(run([False, True, True, False], amp, foreach=foreach, **options), theirs)
-    assert theirs[1]["skipped_steps"] == 0
+    expected = run([False] * 4, amp, foreach=foreach, **options)
+    same(run([False, True, True, False], amp, foreach=foreach, **options), expected)
+    assert expected[1]["skipped_steps"] == 0
 
 
 @pytest.mark.parametrize("amp", [True, False])

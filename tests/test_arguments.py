@@ -330,7 +330,7 @@ def test_a_bad_accuracy_is_refused_before_anything_is_kept(
         optimizer.record(**{"train_loss": 1.0, "train_acc": 0.25, "eval_acc": 0.75, name: accuracy})
     group = optimizer.param_groups[0]
     assert group["train_loss"] is None
-    assert {each: group[each] for each in ("train_acc", "eval_acc")} == {"train_acc": None, "eval_acc": None, name: 0.5}
+    assert {key: group[key] for key in ("train_acc", "eval_acc")} == {"train_acc": None, "eval_acc": None, name: 0.5}
 
 
 @pytest.mark.parametrize("accuracy", [0, 1, True, 0.25, np.float32(0.5), torch.tensor([[0.75]]), 1 + 1e-7, -1e-9])
@@ -345,8 +345,8 @@ def test_an_accuracy_is_a_share_to_rounding(accuracy: Any) -> None:
 
 
 def test_numpys_numbers_are_numbers() -> None:
-    ours, theirs = parameters(), parameters()
-    for params, kind in ((ours, np.float32), (theirs, float)):
+    ours, expected = parameters(), parameters()
+    for params, kind in ((ours, np.float32), (expected, float)):
         set_gradients(params)
         numbers = {"lr": kind(0.5), "eps": kind(0.25), "weight_decay": kind(0.5), "lamb": kind(2), "gamma": kind(0.25)}
         optimizer = GrokAdamW(params, betas=(kind(0.5), kind(0.75)), **numbers)
@@ -355,7 +355,7 @@ def test_numpys_numbers_are_numbers() -> None:
         assert type(optimizer.param_groups[0]["train_loss"]) is float
         optimizer.add_param_group({"params": parameters(1), "layer": np.int64(3), "amplify_after": np.int64(3)})
         saved_and_loaded(optimizer.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 @pytest.mark.parametrize("pair", [tuple, list])

@@ -50,9 +50,9 @@ def continued(name: str, state_dict: Any, make: Any = GrokAdamW, **options: Any)
     return model.state_dict()
 
 
-def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=tolerance, atol=tolerance)
+def close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    for name in expected:
+        torch.testing.assert_close(ours[name], expected[name], rtol=tolerance, atol=tolerance)
 
 
 # files that older releases wrote
@@ -86,7 +86,7 @@ def test_every_file_goes_on_in_every_format(name: str, kind: str, monkeypatch: p
     model = write["model"]()
     optimizer = GrokAdamW(write["groups"](model, named="0.1.2" not in name), **write["SETTINGS"], **options)
     optimizer.load_state_dict(saved["optimizer"])
-    before, after = (to_float32(each)["state"] for each in (saved["optimizer"], optimizer.state_dict()))
+    before, after = (to_float32(state_dict)["state"] for state_dict in (saved["optimizer"], optimizer.state_dict()))
     for i, state in before.items():
         for moment in (moment for moment in STATES if moment in state):
             assert (after[i][moment] - state[moment]).norm() <= 2 * LOSSES[kind] * state[moment].norm()
@@ -164,24 +164,24 @@ def test_a_run_that_was_saved_before_its_first_step() -> None:
 # torch.optim.AdamW and Adam
 
 
-@pytest.mark.parametrize("theirs", [torch.optim.AdamW, torch.optim.Adam])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_there_and_back(theirs: Any, dtype: torch.dtype) -> None:
+def test_there_and_back(kind: Any, dtype: torch.dtype) -> None:
     """A run that AdamW, GrokAdamW (set like AdamW) and AdamW take in turn equals one run of AdamW."""
     model, whole = network(dtype), network(dtype)
-    settings = {"lr": 0.01, "weight_decay": 0.0 if theirs is torch.optim.Adam else 0.1}
-    uninterrupted = theirs(whole.parameters(), **settings)
+    settings = {"lr": 0.01, "weight_decay": 0.0 if kind is torch.optim.Adam else 0.1}
+    uninterrupted = kind(whole.parameters(), **settings)
     train(whole, range(15), lambda step, loss: uninterrupted.step())
 
-    first = theirs(model.parameters(), **settings)
+    first = kind(model.parameters(), **settings)
     train(model, range(5), lambda step, loss: first.step())
     ours = GrokAdamW(model.named_parameters(), **AS_ADAMW, lr=7.0, foreach=False)
     ours.load_state_dict(first.state_dict())
     assert ours.param_groups[0]["lr"] == 0.01
     assert not {"amsgrad", "decoupled_weight_decay"} & ours.param_groups[0].keys()
     train(model, range(5, 10), lambda step, loss: ours.step())
-    second = theirs(model.parameters())
-    second.load_state_dict(to_adamw(ours.state_dict()) if theirs is torch.optim.AdamW else as_adam(ours))
+    second = kind(model.parameters())
+    second.load_state_dict(to_adamw(ours.state_dict()) if kind is torch.optim.AdamW else as_adam(ours))
     assert second.param_groups[0].keys() == first.param_groups[0].keys() | {"param_names", "decoupled_weight_decay"}
     assert second.param_groups[0]["foreach"] is None
     train(model, range(10, 15), lambda step, loss: second.step())
@@ -213,8 +213,8 @@ def test_the_slow_gradient_starts_at_zero_and_is_left_behind() -> None:
     assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in exported["state"].values())
     reference = torch.optim.AdamW(write["groups"](model, named=True))
     assert all(
-        ours.keys() == theirs.keys() | {"decoupled_weight_decay"}  # torch 2.6 lacks this key
-        for ours, theirs in zip(exported["param_groups"], reference.param_groups, strict=True)
+        ours.keys() == expected.keys() | {"decoupled_weight_decay"}  # torch 2.6 lacks this key
+        for ours, expected in zip(exported["param_groups"], reference.param_groups, strict=True)
     )
 
 
@@ -281,8 +281,8 @@ def test_another_librarys_wrapper_in_between_loses_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for each, its in ((model, optimizer), (other, again)):
-        train(each, range(5, 10), lambda step, loss, its=its: its.step())
+    for trained, keeper in ((model, optimizer), (other, again)):
+        train(trained, range(5, 10), lambda step, loss, keeper=keeper: keeper.step())
     assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
@@ -443,8 +443,8 @@ def test_json_makes_strings_of_keys(keeper: str) -> None:
     saved = copy.deepcopy(optimizer.state_dict())
     again.load_state_dict({**saved, "state": {str(key): state for key, state in saved["state"].items()}})
     other.load_state_dict(model.state_dict())
-    for each, its in ((model, optimizer), (other, again)):
-        train(each, range(4, 7), lambda step, loss, its=its: its.step())
+    for trained, keeper in ((model, optimizer), (other, again)):
+        train(trained, range(4, 7), lambda step, loss, keeper=keeper: keeper.step())
     assert all(map(torch.equal, model.parameters(), other.parameters()))
     assert not any(isinstance(key, str) for key in again.state)
 
@@ -504,7 +504,7 @@ def test_state_finds_its_parameter_by_name() -> None:
     twin, params = named([f"module.{name}" for name in reversed(names)])
     other = GrokAdamW([{"params": params[:4]}, {"params": params[4:]}], grokking_signal_fns=AccuracyGap())
     other.load_state_dict(optimizer.state_dict())
-    ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
+    ours, expected = dict(model.named_parameters()), dict(twin.named_parameters())
     assert [group["lr"] for group in other.param_groups] == [0.25, 0.5]
     table = [(row.layer, row.names, row.beta1) for row in optimizer.layer_table()]
     assert [
@@ -513,7 +513,7 @@ def test_state_finds_its_parameter_by_name() -> None:
     ] == table
     for name in names:
         for key, value in optimizer.state[ours[name]].items():
-            assert torch.equal(other.state[theirs[name]][key], value)
+            assert torch.equal(other.state[expected[name]][key], value)
     other.update_signals()
     assert other.metrics()["signal"] == 0.25
 

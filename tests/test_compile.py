@@ -54,8 +54,8 @@ def run(
     return [p.detach() for p in model.parameters()], optimizer, graphs
 
 
-def close(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float = 2e-6) -> None:
-    for a, b in zip(ours, theirs, strict=True):
+def close(ours: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 2e-6) -> None:
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -87,8 +87,8 @@ def test_one_graph_serves_changing_numbers(foreach: bool | None, dtype: torch.dt
     assert heard == list(range(20))  # once per step, compiled steps included
     assert graphs == [1] * 20
     close(compiled, eager, tolerance)
-    ours, theirs = optimizer.metrics(), reference.metrics()
-    assert ours == pytest.approx(theirs, rel=10 * tolerance)
+    ours, expected = optimizer.metrics(), reference.metrics()
+    assert ours == pytest.approx(expected, rel=10 * tolerance)
 
 
 @pytest.mark.parametrize(
@@ -254,8 +254,8 @@ def test_complex_parameters() -> None:
 def test_windows_rows_and_micro_batches(foreach: bool | None, options: dict[str, Any], graphs: int) -> None:
     counter = CompileCounter()
     ours, optimizer, seen = run(counter, dtype=torch.float64, foreach=foreach, **options)
-    theirs, eager, _ = run(None, dtype=torch.float64, foreach=foreach, **options)
-    close(ours, theirs, 1e-12)
+    expected, eager, _ = run(None, dtype=torch.float64, foreach=foreach, **options)
+    close(ours, expected, 1e-12)
     if ONE_GRAPH or "max_row_norm" not in options:
         assert seen[-1] == graphs
     for a, b in zip(optimizer.state.values(), eager.state.values(), strict=True):
@@ -293,7 +293,7 @@ def test_around_other_optimizers(keeper: str) -> None:
 
 def test_compiled_autograd_does_not_trace_updates_in_the_backward_pass() -> None:
     model, twin = network(), network()
-    optimizers = [GrokAdamW(each.named_parameters(), gradient_clipping=0.0) for each in (model, twin)]
+    optimizers = [GrokAdamW(module.named_parameters(), gradient_clipping=0.0) for module in (model, twin)]
     for optimizer in optimizers:
         step_in_backward(optimizer)
 

@@ -194,8 +194,8 @@ def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
     planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
     dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True, planner=planner)
     set_state_dict(twin, other, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    for each, its in ((model, optimizer), (twin, other)):
-        train(each, range(3, 6), lambda step, loss, its=its: its.step())
+    for trained, keeper in ((model, optimizer), (twin, other)):
+        train(trained, range(3, 6), lambda step, loss, keeper=keeper: keeper.step())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert other.param_groups[0]["eval_acc"] is None
 
@@ -236,8 +236,8 @@ def test_an_optimizer_may_be_saved_as_it_is(keeper: str, tmp_path: Path) -> None
     dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path, no_dist=True)
     train(twin, range(3, 6), lambda step, loss: other.step())  # so that there is state to load into
     dcp.load({"model": twin, "optimizer": other}, checkpoint_id=tmp_path, no_dist=True)
-    for each, its in ((model, optimizer), (twin, other)):
-        train(each, range(5, 9), lambda step, loss, its=its: its.step())
+    for trained, keeper in ((model, optimizer), (twin, other)):
+        train(trained, range(5, 9), lambda step, loss, keeper=keeper: keeper.step())
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
     assert not any(isinstance(key, str) for key in other.state)
 
@@ -258,9 +258,9 @@ def test_values_that_were_recorded_on_a_gpu_load_into_a_new_optimizer(
     loaded = {"optimizer": get_state_dict(twin, other)[1]}
     dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
     set_optimizer_state_dict(twin, other, loaded["optimizer"])
-    for each, its in ((model, optimizer), (twin, other)):
-        assert [group["eval_loss"] for group in its.param_groups] == [0.5, 0.5]
-        train(each, range(2, 4), lambda step, loss, its=its: its.step())
+    for trained, keeper in ((model, optimizer), (twin, other)):
+        assert [group["eval_loss"] for group in keeper.param_groups] == [0.5, 0.5]
+        train(trained, range(2, 4), lambda step, loss, keeper=keeper: keeper.step())
     assert other.metrics()["alpha"] == optimizer.metrics()["alpha"] < 0.98
 
 
@@ -395,5 +395,5 @@ def test_numbers_are_loaded_into_numbers(saved: str, loaded_as: str, tmp_path: P
     set_optimizer_state_dict(twin, other, loaded["optimizer"])
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         for name in STATES:
-            mine, theirs = optimizer.state[a][name].float(), other.state[b][name].float()
-            assert (mine - theirs).norm() <= 0.003 * mine.norm()
+            found, expected = optimizer.state[a][name].float(), other.state[b][name].float()
+            assert (found - expected).norm() <= 0.003 * found.norm()

@@ -152,7 +152,7 @@ def _what_ranks_are_told(rank: int) -> list[Any]:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             train(model, range(101), lambda _, loss, take=optimizer.step: take())
-        found.append(([str(each.message).partition(" and ")[0] for each in said], optimizer.metrics()["signal"]))
+        found.append(([str(warning.message).partition(" and ")[0] for warning in said], optimizer.metrics()["signal"]))
     return found
 
 
@@ -218,7 +218,7 @@ def _in_ddp(model: torch.nn.Module, group: Any = None) -> torch.nn.Module:
 
 def _fewer_steps(rank: int) -> None:
     """Take more steps on the first rank: in DDP's join(), with a process group for each rank, and in backward."""
-    alone = [dist.new_group([each]) for each in range(RANKS)][rank]
+    alone = [dist.new_group([member]) for member in range(RANKS)][rank]
     for group in (None, alone):
         model = _in_ddp(network(), group)
         optimizer = GrokAdamW(model.parameters())
@@ -356,7 +356,7 @@ def _wrong_norms(rank: int) -> list[Any]:
         group = dist.group.WORLD
         strategy = ShardingStrategy.NO_SHARD if way == "NO_SHARD" else None
         if way.startswith("DDP"):
-            apart = [dist.new_group([each]) for each in range(RANKS)][rank]
+            apart = [dist.new_group([member]) for member in range(RANKS)][rank]
             model = _in_ddp(network(), apart if way == "DDP, not over" else None)
         else:
             kind = Dividing if way == "subclass" else FullyShardedDataParallel
@@ -379,7 +379,7 @@ def _wrong_norms(rank: int) -> list[Any]:
             except ValueError as error:
                 found.append(str(error))
                 continue
-        found.append([str(each.message) for each in said if "FSDP1 has" in str(each.message)])
+        found.append([str(warning.message) for warning in said if "FSDP1 has" in str(warning.message)])
     return found
 
 
@@ -388,10 +388,10 @@ def test_shards_and_whole_parameters_are_told_apart(tmp_path: Path) -> None:
     for found in in_processes(_wrong_norms, tmp_path):
         plain, unused, right, rows, no_shard, ddp, stages_of_ddp, subclass, skips, norms = found
         assert unused == right == stages_of_ddp == []
-        assert ["shard_group is not given: each rank clips" in each for each in plain] == [True]
+        assert ["shard_group is not given: each rank clips" in warning for warning in plain] == [True]
         assert subclass == plain == skips
         assert norms == rows
-        assert ["max_row_norm and max_row_change cannot limit" in each for each in rows] == [True]
+        assert ["max_row_norm and max_row_change cannot limit" in warning for warning in rows] == [True]
         assert no_shard.startswith("shard_group with FullyShardedDataParallel, whose ranks hold whole parameters")
         assert ddp.startswith("shard_group with DistributedDataParallel, whose ranks hold whole parameters")
 
@@ -405,7 +405,7 @@ def _told(model: torch.nn.Module, group: Any) -> list[str]:
             train(model, range(1), lambda _, loss: optimizer.step())
         except ValueError as error:
             return [str(error)]
-    return [str(each.message) for each in said if "FSDP1 has" in str(each.message)]
+    return [str(warning.message) for warning in said if "FSDP1 has" in str(warning.message)]
 
 
 def _mixed(rank: int) -> list[list[str]]:
@@ -423,7 +423,7 @@ def _mixed(rank: int) -> list[list[str]]:
 @pytest.mark.filterwarnings("ignore")
 def test_whole_parameters_are_found_among_divided_ones(tmp_path: Path) -> None:
     for *alone, first, second, right in in_processes(_mixed, tmp_path):
-        assert [["in an optimizer without" in each for each in said] for said in alone] == [[True], [True]]
+        assert [["in an optimizer without" in warning for warning in said] for said in alone] == [[True], [True]]
         assert first == second
         assert "whose ranks hold whole parameters" in first[0]
         assert "an optimizer each" in first[0]
@@ -685,8 +685,8 @@ def test_what_keeps_more_is_sharded_too(tmp_path: Path) -> None:
         for result in (first[name], second[name]):
             assert result["goes on"], name
             assert result["shards"] > 0, name
-            for ours, theirs in zip(result["weights"], model.parameters(), strict=True):
-                torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
+            for ours, expected in zip(result["weights"], model.parameters(), strict=True):
+                torch.testing.assert_close(ours, expected.detach(), rtol=1e-5, atol=1e-6)
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
@@ -818,8 +818,8 @@ def _around_zero(rank: int) -> dict[str, Any]:
         for _ in range(2):  # the second time the optimizer has state
             twin.load_state_dict(model.state_dict())
             other.load_state_dict(saved(optimizer))
-        for each, its in ((model, optimizer), (twin, other)):
-            train(each, range(5, 9), lambda step, loss, optimizer=its: optimizer.step())
+        for trained, keeper in ((model, optimizer), (twin, other)):
+            train(trained, range(5, 9), lambda step, loss, keeper=keeper: keeper.step())
         one, another = saved(optimizer), saved(other)
         torch.testing.assert_close(one["state"], another["state"], rtol=0, atol=0)
         assert one["param_groups"] == another["param_groups"]
@@ -840,8 +840,8 @@ def test_wrappers_around_zero_are_one_process_and_resume(tmp_path: Path) -> None
             model = network()
             optimizer = around(inside(model.parameters(), lr=0.01))
             train(model, range(9), lambda step, loss, optimizer=optimizer: optimizer.step())
-            for ours, theirs in zip(found[name], model.parameters(), strict=True):
-                torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
+            for ours, expected in zip(found[name], model.parameters(), strict=True):
+                torch.testing.assert_close(ours, expected.detach(), rtol=1e-5, atol=1e-6)
 
 
 def _zero_that_loads(rank: int) -> list[Any]:
@@ -966,9 +966,9 @@ def _ranks_with_less(rank: int) -> list[dict[str, float]]:
             options = {"nonfinite": "propagate", "gradient_clipping": 0.0}
         optimizer = GrokAdamW([{"params": params}], shard_group=dist.group.WORLD, **options)
         for step in range(4):
-            for each in params:
+            for param in params:
                 has_none = rank == 1 and how in ("no gradients", "micro-batches")
-                each.grad = None if has_none else torch.full_like(each, 2.0)
+                param.grad = None if has_none else torch.full_like(param, 2.0)
             if rank == 1 and how in ("NaN", "raise") and step == 2:
                 q.grad[1] = torch.nan
             if how == "raise" and step == 2:
@@ -995,8 +995,8 @@ def test_ranks_with_less_take_part(tmp_path: Path) -> None:
     first, second = in_processes(_ranks_with_less, tmp_path)
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
     norms = [math.sqrt(24), math.sqrt(24), math.sqrt(48), math.sqrt(24), *[math.sqrt(48)] * 2, math.nan]
-    assert [each["grad_norm"] for each in first] == pytest.approx(norms, nan_ok=True)
-    assert [each["skipped_steps"] for each in first] == [0, 0, 1, 0, 0, 0, 0]
+    assert [metrics["grad_norm"] for metrics in first] == pytest.approx(norms, nan_ok=True)
+    assert [metrics["skipped_steps"] for metrics in first] == [0, 0, 1, 0, 0, 0, 0]
 
 
 ACCUMULATED = ("all", "no parameters", "no gradients", "stages", "a mesh", "flushed", "a checkpoint", "warm-up")
@@ -1075,13 +1075,13 @@ def test_the_norm_of_dtensors_is_summed_over_the_shard_group(tmp_path: Path) -> 
 def _spans(rank: int) -> list[bool]:
     """Return whether parameters are known to be on all ranks: plain, on a mesh of one rank, of both, and swapped."""
     small = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("stage", "data"))["data"]
-    mine, all_ranks = (
+    own, all_ranks = (
         torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
         for mesh in (small, init_device_mesh("cpu", (RANKS,)))
     )
     plain = torch.nn.Parameter(torch.ones(2))
-    groups = [{"params": [plain, mine]}, {"params": [mine, plain]}]
-    found = [span_all_ranks([{"params": params}]) for params in ([], [plain], [plain, mine, mine], [mine, all_ranks])]
+    groups = [{"params": [plain, own]}, {"params": [own, plain]}]
+    found = [span_all_ranks([{"params": params}]) for params in ([], [plain], [plain, own, own], [own, all_ranks])]
     found.append(span_all_ranks(groups))
     groups[1]["params"][1] = all_ranks
     return [*found, span_all_ranks(groups)]
@@ -1120,7 +1120,7 @@ def _copies(rank: int) -> list[str]:
         unpickled = pickle.loads(pickle.dumps(optimizer))
         assert unpickled._run.shard_group is None
         assert pickle.loads(pickle.dumps(unpickled))._run.shard_group is None
-        said += [str(each.message).partition(":")[0] for each in caught]
+        said += [str(warning.message).partition(":")[0] for warning in caught]
     for refused in ({"compat": "0.1.2"}, {"differentiable": True}, {"capturable": True}):
         with pytest.raises(ValueError, match="with shard_group, or ranks of ZeroRedundancyOptimizer: leave one out"):
             GrokAdamW([p], shard_group=dist.group.WORLD, **refused)
@@ -1221,7 +1221,7 @@ def _ignored(rank: int) -> list[Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         step(GrokAdamW(copied := list(model.parameters()), gamma=0.0))
-    said = [str(each.message) for each in caught if "ignores" in str(each.message)]
+    said = [str(warning.message) for warning in caught if "ignores" in str(warning.message)]
     dist.broadcast(shared.weight.detach(), 0)
     dist.broadcast(shared.bias.detach(), 0)
     group = dist.group.WORLD

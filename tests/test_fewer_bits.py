@@ -171,9 +171,9 @@ def test_groups_differ_and_parameters_may_come_late_or_have_no_gradient(kept: An
     assert torch.equal(b, before)
     assert b not in optimizer.state
     optimizer.add_param_group({"params": [c], "lr": 3e-3})
-    for each in (a, b, c):
-        train([each], optimizer, range(3))
-        each.grad = None
+    for param in (a, b, c):
+        train([param], optimizer, range(3))
+        param.grad = None
     for number, (param, lr, decay) in enumerate([(a, 1e-3, 1e-2), (b, 1e-2, 0.1), (c, 3e-3, 1e-2)]):
         fresh = made(dtype, shapes=[(64, 70)] * 4)
         idle = [nn.Parameter(torch.zeros(1)) for _ in range(number)]
@@ -342,9 +342,9 @@ def test_a_model_of_float64_has_state_of_full_precision(form: str, implementatio
         plain = GrokAdamW(others, lamb=lamb, foreach=False)
         saved = to_float32(optimizer.state_dict())
         plain.load_state_dict({**saved, "param_groups": plain.state_dict()["param_groups"]})
-        for each, its in ((params, optimizer), (others, plain)):
-            its.param_groups[0]["lamb"] = 2.0
-            train(each, its, range(2, 4))
+        for trained, keeper in ((params, optimizer), (others, plain)):
+            keeper.param_groups[0]["lamb"] = 2.0
+            train(trained, keeper, range(2, 4))
     for p, other in zip(params, others, strict=True):
         torch.testing.assert_close(p, other, rtol=1e-12, atol=1e-12)
         assert {optimizer.state[p][name].dtype for name in STATES} == {torch.float64}

@@ -315,8 +315,8 @@ def test_what_is_not_finite_has_the_same_bits_in_the_kernel() -> None:
     batch.grads[0].view(-1)[[0, 64, 130]] = torch.tensor([torch.nan, 1e25, torch.inf])
     expected, coded = plain(batch), batch.coded
     assert coded is not None
-    for each in (batch, expected):
-        cpu.step(each, numbers(beta1=[0.9], bias_beta1=[0.9], clip=1.0))
+    for updated in (batch, expected):
+        cpu.step(updated, numbers(beta1=[0.9], bias_beta1=[0.9], clip=1.0))
     for name, column, scales, (x,) in zip(STATES, batch[2:5], coded[:3], expected[2:5], strict=True):
         codes, its_scales = encode(x, column[0].dtype, name, words(x, name, number=0, draw=2))
         assert torch.equal(column[0], codes)
@@ -479,7 +479,7 @@ def test_dithers_follow_from_all_that_names_them() -> None:
 def test_three_states_take_less_than_33_tenths_of_a_byte() -> None:
     options = {"state_dtype": "int8"}
     entries = [formats.new(torch.zeros(64, 64), name, options, torch.float32) for name in STATES]
-    assert sum(x.nbytes for each in entries for x in each.values()) <= 3.3 * 4096
+    assert sum(x.nbytes for entry in entries for x in entry.values()) <= 3.3 * 4096
 
 
 @pytest.mark.parametrize("form", SHORT)

@@ -95,10 +95,10 @@ MA = [
 @pytest.mark.parametrize("late", [0, 40])
 @pytest.mark.parametrize("options", EMA, ids=str)
 def test_ema_is_as_published(options: dict[str, Any], late: int, dtype: torch.dtype, tolerance: float) -> None:
-    def theirs(grads: list[np.ndarray]) -> list[np.ndarray]:
+    def expected(grads: list[np.ndarray]) -> list[np.ndarray]:
         return oracle_ema(grads, **{"alpha": 0.98, "lamb": 2.0} | options)
 
-    as_published(gradfilter_ema, theirs, options, late, dtype, tolerance)
+    as_published(gradfilter_ema, expected, options, late, dtype, tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
@@ -110,7 +110,7 @@ def test_ma_is_as_published(options: dict[str, Any], late: int, dtype: torch.dty
 
 def as_published(
     function: Callable[..., Any],
-    theirs: Callable[[list[np.ndarray]], list[np.ndarray]],
+    published: Callable[[list[np.ndarray]], list[np.ndarray]],
     options: dict[str, Any],
     late: int,
     dtype: torch.dtype,
@@ -123,8 +123,8 @@ def as_published(
         model.set_grads(grads)
         for name, g in model.grads().items():
             given[name].append(g)
-    expected = {name: iter(theirs(grads)) for name, grads in given.items()}
-    added = {name: iter(theirs(list(map(np.abs, grads)))) for name, grads in given.items()}  # terms may cancel
+    expected = {name: iter(published(grads)) for name, grads in given.items()}
+    added = {name: iter(published(list(map(np.abs, grads)))) for name, grads in given.items()}  # terms may cancel
     for step, grads in enumerate(steps):
         model.set_grads(grads)
         memory = function(model, grads=memory, **options)
@@ -155,13 +155,13 @@ def test_others_functions_do_the_same(whose: str, dtype: torch.dtype, name: str,
         options = {key: value for key, value in options.items() if key != "trigger"}
         if str(PEER) not in sys.path:
             sys.path.append(str(PEER))
-        from pytorch_optimizer.optimizer import grokfast as theirs
+        from pytorch_optimizer.optimizer import grokfast as module
     else:
         spec = importlib.util.spec_from_file_location("published_grokfast", os.environ["GROKFAST_PY"])
         assert spec is not None
         assert spec.loader is not None
-        theirs = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(theirs)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     function = {"gradfilter_ema": gradfilter_ema, "gradfilter_ma": gradfilter_ma}[name]
     ours, others, memory, others_memory = Holder(dtype), Holder(dtype), None, None
     summed = options.get("window_size", 1) if options.get("filter_type") == "sum" else 1
@@ -170,7 +170,7 @@ def test_others_functions_do_the_same(whose: str, dtype: torch.dtype, name: str,
         ours.set_grads(grads)
         others.set_grads(grads)
         memory = function(ours, memory, **options)
-        others_memory = getattr(theirs, name)(others, others_memory, **options)
+        others_memory = getattr(module, name)(others, others_memory, **options)
         for g, expected in zip(ours.grads().values(), others.grads().values(), strict=True):
             np.testing.assert_allclose(g, expected, rtol=0, atol=1e-6 * scale)
     assert list(memory) == list(others_memory)
@@ -306,13 +306,13 @@ def test_a_window_has_the_mean_of_the_last(
             window.average(windows[:late], grads, means, None)
         else:
             window.average(windows[:late], grads, means, torch.tensor(is_finite))
-        for mine, grad, mean in zip(past, grads, means, strict=False):
+        for kept, grad, mean in zip(past, grads, means, strict=False):
             if is_finite:
-                mine.append(grad.to(dtype or grad.dtype).double())
-                torch.testing.assert_close(mean, torch.stack(mine[-size:]).mean(0), rtol=1e-12, atol=1e-12)
+                kept.append(grad.to(dtype or grad.dtype).double())
+                torch.testing.assert_close(mean, torch.stack(kept[-size:]).mean(0), rtol=1e-12, atol=1e-12)
             else:
                 assert (mean == 7).all()
-    assert [int(w.seen) for w in windows] == [len(mine) for mine in past]
+    assert [int(w.seen) for w in windows] == [len(kept) for kept in past]
 
 
 def test_rounding_does_not_add_up() -> None:

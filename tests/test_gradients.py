@@ -31,9 +31,9 @@ def test_norm_and_coefficient_are_clip_grad_norms(values: list[list[float]], max
     grads = [p.grad.clone() for p in params if p.grad is not None]
     norm = global_norm(grads, foreach.sum_of_squares, None)
     on_device = global_norm(grads, foreach.sum_of_squares, torch.device("cpu"))
-    theirs = torch.nn.utils.clip_grad_norm_(params, max_norm).item()
-    assert norm == pytest.approx(theirs, rel=1e-12)
-    assert float(on_device) == pytest.approx(theirs, rel=1e-12)
+    expected = torch.nn.utils.clip_grad_norm_(params, max_norm).item()
+    assert norm == pytest.approx(expected, rel=1e-12)
+    assert float(on_device) == pytest.approx(expected, rel=1e-12)
     for coefficient in (clip_coefficient(norm, max_norm), float(clip_coefficient(on_device, max_norm))):
         for p, g in zip(params, grads, strict=True):
             if max_norm > 0:  # 0 turns our clipping off

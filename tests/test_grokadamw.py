@@ -39,10 +39,10 @@ def test_without_filter_gamma_and_clipping_it_is_adamw(
         return [p.detach() for p in model.parameters()]
 
     settings = {"lr": 0.01, "weight_decay": 0.1}
-    theirs = run(lambda model: torch.optim.AdamW(model.parameters(), **settings))
+    expected = run(lambda model: torch.optim.AdamW(model.parameters(), **settings))
     with running(implementation) as how:
         ours = run(lambda model: GrokAdamW(model.named_parameters(), **settings, **AS_ADAMW, **how))
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
 
 
@@ -230,11 +230,11 @@ def test_a_zero_gradient_has_a_derivative_too() -> None:
 
 
 def test_lr_may_be_a_tensor() -> None:
-    ours, theirs = (copy.deepcopy(parameters()) for _ in range(2))
-    for params, lr in ((ours, torch.tensor([0.02])), (theirs, 0.02)):
+    ours, expected = (copy.deepcopy(parameters()) for _ in range(2))
+    for params, lr in ((ours, torch.tensor([0.02])), (expected, 0.02)):
         set_gradients(params)
         GrokAdamW(params, lr=lr).step()
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -61,12 +61,12 @@ WRAPPERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 @pytest.mark.parametrize("inner", INNER)
 def test_the_same_as_the_function_and_then_the_optimizer(inner: str, wrapper: str) -> None:
     wrapped, function = WRAPPERS[wrapper]
-    ours, theirs = network(torch.float64), network(torch.float64)
-    optimizer, plain, memory = wrapped(INNER[inner](ours.parameters())), INNER[inner](theirs.parameters()), None
+    ours, expected = network(torch.float64), network(torch.float64)
+    optimizer, plain, memory = wrapped(INNER[inner](ours.parameters())), INNER[inner](expected.parameters()), None
 
     def filtered(step: int, loss: Tensor) -> None:
         nonlocal memory
-        memory = function(theirs, memory)
+        memory = function(expected, memory)
         plain.step()
 
     def untouched(step: int, loss: Tensor) -> None:
@@ -77,8 +77,8 @@ def test_the_same_as_the_function_and_then_the_optimizer(inner: str, wrapper: st
         assert all(torch.equal(g, c) for g, c in zip(before, copies, strict=True))
 
     train(ours, range(25), untouched)
-    train(theirs, range(25), filtered)
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+    train(expected, range(25), filtered)
+    for a, b in zip(ours.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
@@ -155,19 +155,19 @@ def test_resumed_is_uninterrupted(inner: str, wrapper: str, dtype: torch.dtype) 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_around_muon(wrapper: str) -> None:
     """Muon takes only matrices, and keeps its momentum under a name of its own."""
-    ours, theirs = (
+    ours, expected = (
         nn.ParameterList([nn.Parameter(torch.eye(3)[:2]), nn.Parameter(torch.ones(4, 4))]) for _ in range(2)
     )
     wrapped, function = WRAPPERS[wrapper]
-    optimizer, plain, memory = wrapped(torch.optim.Muon(ours)), torch.optim.Muon(theirs), None
+    optimizer, plain, memory = wrapped(torch.optim.Muon(ours)), torch.optim.Muon(expected), None
     for i in range(12):
-        for p, q in zip(ours, theirs, strict=True):
+        for p, q in zip(ours, expected, strict=True):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
             q.grad = p.grad.clone()
         optimizer.step()
-        memory = function(theirs, memory)
+        memory = function(expected, memory)
         plain.step()
-    for p, q in zip(ours, theirs, strict=True):
+    for p, q in zip(ours, expected, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)  # Muon computes in bfloat16
         assert "momentum_buffer" in optimizer.state[p]
 

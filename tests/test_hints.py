@@ -27,7 +27,7 @@ def used_up() -> Any:
     return parameters
 
 
-def steps(optimizer: GrokAdamW, count: int, each: Callable[[], None] = lambda: None) -> list[str]:
+def steps(optimizer: GrokAdamW, count: int, before_step: Callable[[], None] = lambda: None) -> list[str]:
     """Return the warnings of `count` steps with gradients."""
     for group in optimizer.param_groups:
         for param in group["params"]:
@@ -35,7 +35,7 @@ def steps(optimizer: GrokAdamW, count: int, each: Callable[[], None] = lambda: N
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(count):
-            each()
+            before_step()
             optimizer.step()
     return [str(warning.message) for warning in said]
 

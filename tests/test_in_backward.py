@@ -82,10 +82,10 @@ def is_plain(model: nn.Module, optimizer: GrokAdamW) -> None:
     assert optimizer._run.in_backward is None
 
 
-def equal(ours: tuple[nn.Module, GrokAdamW], theirs: tuple[nn.Module, GrokAdamW]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
+def equal(ours: tuple[nn.Module, GrokAdamW], expected: tuple[nn.Module, GrokAdamW]) -> None:
+    for a, b in zip(ours, expected, strict=True):
         assert same(a.state_dict(), b.state_dict())
-    a, b = ours[1].metrics(), theirs[1].metrics()
+    a, b = ours[1].metrics(), expected[1].metrics()
     assert a.pop("grad_norm") == pytest.approx(b.pop("grad_norm"), rel=1e-12, nan_ok=True)  # summed in another order
     assert same(a, b)
 
@@ -357,19 +357,19 @@ def test_the_norm_of_the_last_pass_keeps_its_precision() -> None:
 
 
 def test_the_larger_of_the_last_norm_and_this_ones_so_far_clips() -> None:
-    ours, theirs = network(torch.float64), network(torch.float64)
+    ours, expected = network(torch.float64), network(torch.float64)
     optimizer = GrokAdamW(ours.named_parameters(), lr=0.01, gradient_clipping=0.1)
-    plain = GrokAdamW(theirs.named_parameters(), lr=0.01, gradient_clipping=0.0)
+    plain = GrokAdamW(expected.named_parameters(), lr=0.01, gradient_clipping=0.0)
     order: list[str] = []
     for name, p in ours.named_parameters():
         p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
     step_in_backward(optimizer, clip_by="last")
     last = 0.0
     for i in range(5):
-        for model in (ours, theirs):
+        for model in (ours, expected):
             x, y = numbers(i, torch.float64)
             ((1 + i % 2) * (model(x) - y).square().mean()).backward()
-        squares, named = 0.0, dict(theirs.named_parameters())
+        squares, named = 0.0, dict(expected.named_parameters())
         for name in order:
             squares += float(named[name].grad.square().sum())
             named[name].grad *= min(1.0, 0.1 / (max(last, squares**0.5) + 1e-6))
@@ -380,7 +380,7 @@ def test_the_larger_of_the_last_norm_and_this_ones_so_far_clips() -> None:
         order.clear()
         assert optimizer.metrics()["grad_norm"] == pytest.approx(last)
         assert optimizer.metrics()["clip_coefficient"] == pytest.approx(clip)
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for a, b in zip(ours.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -703,10 +703,10 @@ def test_wrappers_make_gradients_that_it_would_not_see(wrap: Any) -> None:
             ValueError, match="does not work with step_in_backward, which updates parameters before .* leave one"
         ):
             wrap(optimizer)
-        for each in (wrapped, outer):
+        for wrapper in (wrapped, outer):
             mse(model, 0).backward()
-            with pytest.raises(ValueError, match=f"{type(each).__name__} does not work with step_in_backward"):
-                each.step()
+            with pytest.raises(ValueError, match=f"{type(wrapper).__name__} does not work with step_in_backward"):
+                wrapper.step()
             optimizer.step()
     outer.zero_grad()
     mse(model, 1).backward()
@@ -951,7 +951,7 @@ def test_a_models_worth_of_gradients_is_never_there(options: dict[str, Any]) -> 
 
     def count(p: Tensor) -> None:
         live.append(weakref.ref(p.grad))
-        most[0] = max(most[0], sum(grad.nbytes for each in live if (grad := each()) is not None))
+        most[0] = max(most[0], sum(grad.nbytes for reference in live if (grad := reference()) is not None))
 
     hooks = [p.register_post_accumulate_grad_hook(count) for p in model.parameters()]
     optimizer = GrokAdamW(model.named_parameters(), **FREE, **options)

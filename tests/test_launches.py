@@ -103,7 +103,7 @@ def test_a_launch_trains_as_one_process(way: str, tmp_path: Path) -> None:
     assert len({alpha for alpha, *_ in expected.steps}) > 5
     difference, most = 0.0, 1e-6 if way.startswith(FLOAT32) else 1e-9
     for run in runs:
-        assert run.steps == [pytest.approx(each, abs=most) for each in expected.steps]
+        assert run.steps == [pytest.approx(step, abs=most) for step in expected.steps]
         assert run.weights.keys() == expected.weights.keys()
         for name, weight in expected.weights.items():
             difference = max(difference, (run.weights[name] - weight).abs().max().item())
@@ -149,7 +149,7 @@ def _with_deepspeed(folder: Path, rank: int) -> list[tuple[float, list[str]]]:
                 engine.backward((engine(x) - y).square().mean())
                 engine.step()
         pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
-        flat = [str(each.message) for each in said if "one flat tensor" in str(each.message)]
+        flat = [str(warning.message) for warning in said if "one flat tensor" in str(warning.message)]
         found.append((max((a - b).abs().max().item() for a, b in pairs), flat))
     return found
 

@@ -95,8 +95,8 @@ def test_a_module_that_is_called_module_is_one(prefix: str) -> None:
             p.grad = torch.ones_like(p)
         optimizers[-1].step()
         GrokAdamW([{"params": biases}, {"params": weights}]).load_state_dict(optimizers[-1].state_dict())
-    ours, theirs = ([group["layers"] for group in optimizer.param_groups] for optimizer in optimizers)
-    assert ours == theirs == [[0, 1, 2], [0, 1, 2]]
+    ours, expected = ([group["layers"] for group in optimizer.param_groups] for optimizer in optimizers)
+    assert ours == expected == [[0, 1, 2], [0, 1, 2]]
     model = WithModule("module")
     preset = GrokAdamW.for_grokking(model)
     assert [row.names[0] for row in preset.layer_table()] == ["module.conv.weight", "module.fc.weight", "fc.weight"]
@@ -432,9 +432,9 @@ BAD = {
 def test_layers_that_are_given_are_checked(case: str) -> None:
     layers, kind, words = BAD[case]
     params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
-    for each in (params, iter(params), list(zip("ab", params, strict=True))):
+    for of_group in (params, iter(params), list(zip("ab", params, strict=True))):
         with pytest.raises(kind, match=words):
-            GrokAdamW([{"params": each, "layers": layers}])
+            GrokAdamW([{"params": of_group, "layers": layers}])
     optimizer = GrokAdamW([nn.Parameter(torch.ones(2))])
     with pytest.raises(kind, match=words):
         optimizer.add_param_group({"params": params, "layers": layers})
@@ -569,7 +569,7 @@ def test_a_flat_tensor_is_one_layer_and_says_so_once() -> None:
         at_once = GrokAdamW([{"params": [torch.zeros(2, 2), torch.zeros(2)], "layer": 3}])
         at_once.param_groups[0]["params"] = [torch.zeros(6)]
         assert [row.layer for row in at_once.layer_table()] == [3]
-    (flat,), (same,) = (each.param_groups[0]["params"] for each in (optimizer, quiet))
+    (flat,), (same,) = (x.param_groups[0]["params"] for x in (optimizer, quiet))
     assert quiet.state[same]["step"] == optimizer.state[flat]["step"] + 1
 
 

@@ -169,15 +169,15 @@ class Lifetime(RuleBasedStateMachine):
         assert metrics["skipped_steps"] == self.oracle.skipped
         np.testing.assert_allclose(metrics["alpha"], min(self.oracle.alphas), rtol=1e-12)
         for params, group in zip(self.params, self.oracle.groups, strict=True):
-            for p, value, theirs in zip(params, group["values"], group["state"], strict=True):
+            for p, value, expected in zip(params, group["values"], group["state"], strict=True):
                 close(p.detach(), value)
                 ours = self.optimizer.state.get(p, {})
-                assert ours.get("step", torch.zeros(())).item() == theirs["t"]
+                assert ours.get("step", torch.zeros(())).item() == expected["t"]
                 if ours:
-                    close(ours["exp_avg"], theirs["m"])
-                    close(ours["exp_avg_sq"], theirs["v"])
-                if theirs["mu"] is not None:
-                    close(ours["grok_ema"], theirs["mu"])
+                    close(ours["exp_avg"], expected["m"])
+                    close(ours["exp_avg_sq"], expected["v"])
+                if expected["mu"] is not None:
+                    close(ours["grok_ema"], expected["mu"])
                 else:
                     assert not ours.get("grok_ema", torch.zeros(())).any()
 

@@ -47,7 +47,7 @@ class Module(lightning.LightningModule):
 
 def data() -> DataLoader:
     """Return the batches of `models`, in order."""
-    x, y = (torch.cat(each) for each in zip(*map(batch, range(BATCHES)), strict=True))
+    x, y = (torch.cat(parts) for parts in zip(*map(batch, range(BATCHES)), strict=True))
     return DataLoader(TensorDataset(x, y), batch_size=16)
 
 

@@ -63,10 +63,10 @@ def test_so_it_is_of_parameters_with_gaps_in_memory(name: str) -> None:
 def test_its_parts_are_what_the_docs_say() -> None:
     param = nn.Parameter(torch.zeros(1024, 1024, dtype=torch.bfloat16))
     found = GrokAdamW([param], state_dtype="int8", master_weight_bits=24).memory()
-    each = {name: size / param.numel() for name, size in found.items()}
+    per_parameter = {name: size / param.numel() for name, size in found.items()}
     expected = {"parameters": 2.0, "gradients": 2.0, "param_low": 1.0, "window": 0.0, "adamw": 8.0}
     expected |= dict.fromkeys(("exp_avg", "exp_avg_sq", "grok_ema"), 1 + 4 / 64)
-    assert each == pytest.approx(expected | {"step": 0.0, "total": 8 + 3 / 16}, abs=1e-5)
+    assert per_parameter == pytest.approx(expected | {"step": 0.0, "total": 8 + 3 / 16}, abs=1e-5)
 
 
 def test_frozen_parameters_have_neither_gradients_nor_state() -> None:

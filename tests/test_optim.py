@@ -422,8 +422,8 @@ def test_complex(device: str, kwargs: Kwargs) -> None:
         optimizer.step()
         other.step()
         for p, part in zip(params, parts, strict=True):
-            theirs = {name: as_real(x) for name, x in optimizer.state[p].items()}
-            assert_close((as_real(p), theirs), (part.detach(), dict(other.state[part])), **tolerance)
+            expected = {name: as_real(x) for name, x in optimizer.state[p].items()}
+            assert_close((as_real(p), expected), (part.detach(), dict(other.state[part])), **tolerance)
 
 
 def as_real(tensor: Tensor) -> Tensor:

@@ -64,10 +64,10 @@ def with_another(name: str) -> GrokAdamW:
 
 def test_the_constructor_has_the_same_options_and_defaults() -> None:
     _, _, *arguments = inspect.signature(GrokAdamW.__init__).parameters.values()
-    assert [each.name for each in arguments] == [name for name in OPTIONS if name != "layer"]
-    for each in arguments:
-        assert (each.name, each.default) == (each.name, OPTIONS[each.name].default)
-        assert type(each.default) is type(OPTIONS[each.name].default)
+    assert [argument.name for argument in arguments] == [name for name in OPTIONS if name != "layer"]
+    for argument in arguments:
+        assert (argument.name, argument.default) == (argument.name, OPTIONS[argument.name].default)
+        assert type(argument.default) is type(OPTIONS[argument.name].default)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

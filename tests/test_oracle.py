@@ -180,7 +180,7 @@ def every_step_is_the_oracles(
         return torch.as_tensor(value).to(wide if is_complex else dtype)
 
     params = [
-        [torch.nn.Parameter(tensor(*each)) for each in zip(group["shapes"], group["complex"], strict=True)]
+        [torch.nn.Parameter(tensor(*shape)) for shape in zip(group["shapes"], group["complex"], strict=True)]
         for group in groups
     ]
     hyper = [{k: v for k, v in group.items() if k not in ("shapes", "complex", "names")} for group in groups]
@@ -214,11 +214,11 @@ def every_step_is_the_oracles(
         warnings.simplefilter("ignore")  # signals left out, layers and skipped steps have tests of their own
         for step in problem["steps"]:
             said[:] = step["signals"]
-            for group, ps, missing, ours, theirs in zip(
+            for group, ps, missing, ours, expected in zip(
                 groups, params, step["missing"], optimizer.param_groups, oracle.groups, strict=True
             ):
                 if step["lamb"] is not None:
-                    ours["lamb"] = theirs["lamb"] = step["lamb"]
+                    ours["lamb"] = expected["lamb"] = step["lamb"]
                 for p, is_complex, none in zip(ps, group["complex"], missing, strict=True):
                     p.grad = None if none else tensor(tuple(p.shape), is_complex)
                     if step["poison"] and p.grad is not None and p.numel():
@@ -281,17 +281,17 @@ def largest(x: np.ndarray) -> np.ndarray:
     return np.concatenate([np.full(b.shape, b.max(1, keepdims=True)) for b in blocks], axis=1).reshape(x.shape)
 
 
-def close(ours: torch.Tensor, theirs: np.ndarray, form: str = "float32", tolerance: float = 0.0) -> np.ndarray:
+def close(ours: torch.Tensor, expected: np.ndarray, form: str = "float32", tolerance: float = 0.0) -> np.ndarray:
     """Check equality up to rounding, except for a few neighbouring codes. Return the values to go on with."""
     real = torch.view_as_real(ours) if ours.is_complex() else ours
     if real.dtype == torch.float64:
         # after large ĝ, m / √v of a small ĝ magnifies rounding
-        np.testing.assert_allclose(real.numpy(), theirs, rtol=1e-9, atol=1e-10)
-        return theirs
+        np.testing.assert_allclose(real.numpy(), expected, rtol=1e-9, atol=1e-10)
+        return expected
     x = real.double().numpy()
     if x.size:
-        off = np.abs(x - theirs) - tolerance * (1 + np.abs(theirs))
-        assert (off <= GAPS[form](np.maximum(np.abs(x), np.abs(theirs)))).all()
+        off = np.abs(x - expected) - tolerance * (1 + np.abs(expected))
+        assert (off <= GAPS[form](np.maximum(np.abs(x), np.abs(expected)))).all()
         assert (off > 0).mean() <= 0.02 + 2 / x.size
     return x
 

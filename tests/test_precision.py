@@ -94,7 +94,7 @@ def test_any_format_loads_into_any(saved: str, loaded: str) -> None:
     _, other = started(FORMATS[loaded])
     drops = "master_weight_bits" in FORMATS[saved] and "master_weight_bits" not in FORMATS[loaded]
     other.load_state_dict(state_dict)
-    before, after = (to_float32(each)["state"] for each in (state_dict, other.state_dict()))
+    before, after = (to_float32(saved)["state"] for saved in (state_dict, other.state_dict()))
     for i, state in before.items():
         assert ("param_low" in after[i]) == ("param_low" in state and not drops)
         for name in STATES:
@@ -128,9 +128,9 @@ def test_saving_again_loses_nothing() -> None:
         train(model, optimizer, 0, 3)
         _, other = started(options)
         other.load_state_dict(optimizer.state_dict())
-        for mine, theirs in zip(optimizer.state.values(), other.state.values(), strict=True):
-            assert mine.keys() == theirs.keys()
-            assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+        for found, expected in zip(optimizer.state.values(), other.state.values(), strict=True):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
 def test_torchs_adamw_goes_on_from_every_format() -> None:
@@ -151,7 +151,7 @@ def test_a_file_whose_strides_are_others_means_the_same_numbers() -> None:
     with torch.no_grad():
         other.param_groups[0]["params"][-1].data = model.conv.detach().contiguous()
     other.load_state_dict(optimizer.state_dict())
-    before, after = (to_float32(each)["state"][5]["exp_avg"] for each in (optimizer.state_dict(), other.state_dict()))
+    before, after = (to_float32(saved)["state"][5]["exp_avg"] for saved in (optimizer.state_dict(), other.state_dict()))
     assert after.is_contiguous()
     assert (after - before).norm() <= 0.015 * before.norm()
 
@@ -191,8 +191,8 @@ def test_complex_state_is_no_codes(name: str, dtype: torch.dtype, shape: tuple[i
     other, resumed = begun()
     other.data = param.detach().clone()
     resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
-    for each in ((param, optimizer), (other, resumed)):
-        step(*each)
+    for pair in ((param, optimizer), (other, resumed)):
+        step(*pair)
     assert torch.equal(param, other)
     assert same(optimizer.state[param], resumed.state[other])
 
@@ -379,8 +379,8 @@ def test_what_full_weights_were_loaded_into_can_be_saved_before_a_step() -> None
     other, resumed = started(FORMATS["24 bits"])
     other.load_state_dict(model.state_dict())
     resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
-    for each in ((model, optimizer), (other, resumed)):
-        train(*each, 0, 2)
+    for pair in ((model, optimizer), (other, resumed)):
+        train(*pair, 0, 2)
     expected, found = tensors(model, optimizer), tensors(other, resumed)
     assert all(torch.equal(found[key], x) for key, x in expected.items())
 

@@ -122,7 +122,7 @@ def test_each_embedding_has_a_group_and_long_ones_a_higher_lr() -> None:
         ["2.weight"],
         ["3.weight"],
     ]
-    lengths = [1, *(each.weight.norm(dim=1).mean().item() for each in (long, longer)), 1, 1]
+    lengths = [1, *(embedding.weight.norm(dim=1).mean().item() for embedding in (long, longer)), 1, 1]
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-2 * x for x in lengths])
 
 
@@ -364,16 +364,16 @@ def test_without_norms_the_preset_is_adamw() -> None:
     given = GrokAdamW.for_grokking(nn.Linear(4, 4), lamb=1.0, gamma=0.5, max_row_change=0.5).param_groups[0]
     assert (given["lamb"], given["gamma"], given["max_row_change"]) == (1, 0.5, 0.5)
 
-    ours, theirs = network(), network()
+    ours, expected = network(), network()
     optimizers = (
         GrokAdamW.for_grokking(ours, gradient_clipping=0.0),
-        torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.98), weight_decay=1.0),
+        torch.optim.AdamW(expected.parameters(), lr=1e-2, betas=(0.9, 0.98), weight_decay=1.0),
     )
     for _ in range(5):
-        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+        for model, optimizer in zip((ours, expected), optimizers, strict=True):
             set_gradients(list(model.parameters()))
             optimizer.step()
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for p, q in zip(ours.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, q)
 
 
@@ -485,9 +485,9 @@ def test_the_preset_steps_further_while_a_model_has_memorised(options: dict[str,
     assert optimizer.metrics()["boost"] == 1
     for train_loss, eval_loss, boost in ((4.5, 4.6, 1.0), (0.01, 5.0, 5.0), (0.001, 0.02, 1.0)):
         optimizer.record(train_loss=train_loss, eval_loss=eval_loss)
-        for each in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-            each.step()
-            assert each.metrics()["boost"] == pytest.approx(boost, abs=0.05)
+        for stepped in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+            stepped.step()
+            assert stepped.metrics()["boost"] == pytest.approx(boost, abs=0.05)
     accuracies = GrokAdamW.for_grokking(model, grokking_signal_fn=AccuracyGap())
     accuracies.record(train_acc=1.0, eval_acc=0.5)
     accuracies.step()

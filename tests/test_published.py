@@ -94,11 +94,11 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[l
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_weights_as_the_release(case: str, published: Any) -> None:
-    theirs = published[case]
+    expected = published[case]
     for options in ({}, {"foreach": True}, {"foreach": False}):
         make = functools.partial(GrokAdamW, compat="0.1.2", **options)
         ours = published_run.run(problem(**CASES[case]), make)
-        for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        for step, (a, b) in enumerate(zip(ours, expected, strict=True)):
             for x, y in zip([p for group in a for p in group], [p for group in b for p in group], strict=True):
                 torch.testing.assert_close(
                     x, y, rtol=0, atol=1e-6, equal_nan=True, msg=lambda m, step=step: f"step {step + 1}: {m}"

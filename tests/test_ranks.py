@@ -62,7 +62,8 @@ class Block(nn.Module):
         """Map (batch, length, width) to the same shape. With tensor parallelism each rank computes some heads."""
         y = self.norm1(x)
         q, k, v = (
-            each(y).unflatten(-1, (-1, x.shape[-1] // self.heads)).transpose(1, 2) for each in (self.q, self.k, self.v)
+            layer(y).unflatten(-1, (-1, x.shape[-1] // self.heads)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
         )
         weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
         x = x + self.o((weights @ v).transpose(1, 2).flatten(2))
@@ -146,7 +147,7 @@ def alone(parts: int) -> Run:
         return 0.0, 0.0
 
     def signal() -> float:
-        return sum((memorisation(*each) + loss_gap(*each)) / 2 for each in seen) / parts
+        return sum((memorisation(*losses) + loss_gap(*losses)) / 2 for losses in seen) / parts
 
     return trained(model, GrokAdamW(model.named_parameters(), grokking_signal_fns=signal, **OPTIONS), losses)
 
@@ -230,7 +231,7 @@ def test_ranks_train_as_one_process(ranks: int, ways: list[str], tmp_path: Path)
     for way, *runs in zip(ways, *found, strict=True):
         expected = alone({"TP": 1, "FSDP2 and TP": ranks // 2}.get(way, ranks))
         alphas = [[alpha for alpha, *_ in run.steps] for run in runs]
-        assert all(each == alphas[0] for each in alphas), way  # bit for bit
+        assert all(alpha == alphas[0] for alpha in alphas), way  # bit for bit
         assert len(set(alphas[0])) > 10
         assert min(clip for *_, clip in expected.steps) < 1
         differences = {
@@ -238,7 +239,7 @@ def test_ranks_train_as_one_process(ranks: int, ways: list[str], tmp_path: Path)
             for name, weight in expected.weights.items()
         }
         for run in runs:
-            assert run.steps == [pytest.approx(each, abs=1e-9) for each in expected.steps], way
+            assert run.steps == [pytest.approx(step, abs=1e-9) for step in expected.steps], way
         print(f"{way} on {ranks} ranks: weights differ by {max(differences.values()):.1e} at most")
         assert max(differences.values()) < 1e-9, (way, differences)
 
@@ -293,14 +294,14 @@ def _with_less(way: str, situation: str, rank: int) -> tuple[list[Tensor], list[
 )
 def test_no_rank_waits_for_one_that_has_less(way: str, situation: str, tmp_path: Path) -> None:
     """A rank that waits for the other fails after 30 seconds."""
-    (weights, steps), (others, its) = in_processes(functools.partial(_with_less, way, situation), tmp_path)
+    (weights, steps), (others, all_steps) = in_processes(functools.partial(_with_less, way, situation), tmp_path)
     moves_alone = way == "DDP" and situation in ("no parameters", "no gradients")
     assert moves_alone or all(map(torch.equal, weights, others))
     assert all(weight.isfinite().all() for weight in weights)
-    for ours, theirs in zip(steps, its, strict=True):
+    for ours, expected in zip(steps, all_steps, strict=True):
         if moves_alone:  # under DDP each rank has whole parameters and its own norm
-            ours["grad_norm"] = theirs["grad_norm"] = 0
-        assert ours == pytest.approx(theirs, rel=0, abs=0, nan_ok=True)
+            ours["grad_norm"] = expected["grad_norm"] = 0
+        assert ours == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
     assert steps[-1]["skipped_steps"] == (1 if situation == "NaN" else 0)
     assert steps[-1]["alpha"] < steps[0]["alpha"]
     assert steps[-1]["boost"] > steps[0]["boost"] > 1 or situation == "one records, by default"
@@ -379,7 +380,7 @@ def _small(mesh: Any, options: dict[str, Any]) -> tuple[list[Tensor], GrokAdamW]
 
 @pytest.mark.parametrize(
     ("implementation", "state_dtype"),
-    [*((each, "float32") for each in IMPLEMENTATIONS), ("cpu", "int8"), ("foreach", "int8")],
+    [*((name, "float32") for name in IMPLEMENTATIONS), ("cpu", "int8"), ("foreach", "int8")],
 )
 def test_a_mesh_of_one_rank_changes_no_bit(implementation: str, state_dtype: str, tmp_path: Path) -> None:
     with running(implementation) as options:
@@ -476,7 +477,7 @@ def _built_before_fsdp1(rank: int) -> list[list[str]]:
                 if replaced or rank == 0:
                     wrapped(torch.ones(2, 6)).square().mean().backward()
                 optimizer.step()
-        said.append([str(each.message) for each in caught if "found no gradient" in str(each.message)])
+        said.append([str(warning.message) for warning in caught if "found no gradient" in str(warning.message)])
     return said
 
 

@@ -105,14 +105,14 @@ def test_every_group_has_the_same_keys_from_the_start() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"signal_boost": 3.0}])
 def test_pickle_keeps_all_but_signals_of_ones_own(options: dict[str, float]) -> None:
-    def mine() -> float:
+    def own() -> float:
         return 0.5
 
-    signals = [mine, AccuracyGap(), memorisation]
+    signals = [own, AccuracyGap(), memorisation]
     _, optimizer = trained(grokking_signal_fns=signals, nonfinite="raise", second_moment="raw", **options)
     optimizer.record(train_loss=0.5, eval_loss=5.5)
     pickled = pickle.dumps(optimizer)
-    with pytest.warns(UserWarning, match="is without mine. Call optimizer.set_signals"):
+    with pytest.warns(UserWarning, match="is without own. Call optimizer.set_signals"):
         copied = pickle.loads(pickled)
     assert same(copied.state_dict(), optimizer.state_dict())
     assert copied.defaults == optimizer.defaults
@@ -185,11 +185,11 @@ def test_a_copy_warns_for_itself_and_keeps_what_waits() -> None:
     optimizer = GrokAdamW(params, grokking_signal_fns=lambda: None)
     optimizer._run.signals.waiting["Later"] = {"calls": 3}  # as if loaded before its signal is registered
     copied = copy.deepcopy(optimizer)
-    for each in (optimizer, copied):
-        set_gradients(each.param_groups[0]["params"])
+    for resumed in (optimizer, copied):
+        set_gradients(resumed.param_groups[0]["params"])
         with pytest.warns(RuntimeWarning, match="returned None"):
-            each.step()
-        assert json.loads(each.state_dict()["param_groups"][0]["signal_state"]) == {"Later": {"calls": 3}}
+            resumed.step()
+        assert json.loads(resumed.state_dict()["param_groups"][0]["signal_state"]) == {"Later": {"calls": 3}}
     optimizer._run.signals.waiting.clear()
     assert copied._run.signals.waiting
 
@@ -199,9 +199,9 @@ def test_a_copy_hears_its_own_accuracies() -> None:
     optimizer.record(train_acc=1.0, eval_acc=0.25)
     copied = copy.deepcopy(optimizer)
     copied.record(eval_acc=0.5)
-    for each, gap in ((optimizer, 0.75), (copied, 0.5)):
-        each.step()
-        assert each.metrics()["signal"] == gap
+    for resumed, gap in ((optimizer, 0.75), (copied, 0.5)):
+        resumed.step()
+        assert resumed.metrics()["signal"] == gap
 
 
 def test_state_waits_for_signals_that_are_registered_later() -> None:
@@ -270,9 +270,9 @@ def test_a_signal_that_cannot_go_on_starts_afresh() -> None:
 
 
 def test_what_another_optimizers_checkpoint_does_not_say_stays_as_it_was() -> None:
-    ours, theirs = parameters(), parameters()
-    adamw = torch.optim.AdamW([{"params": theirs[:1]}, {"params": theirs[1:], "lr": 0.5}])
-    set_gradients(theirs)
+    ours, expected = parameters(), parameters()
+    adamw = torch.optim.AdamW([{"params": expected[:1]}, {"params": expected[1:], "lr": 0.5}])
+    set_gradients(expected)
     adamw.step()
     optimizer = GrokAdamW(
         [{"params": ours[:1], "lamb": 0.0, "gamma": 0.3}, {"params": ours[1:], "layer": 3, "gradient_clipping": 0.0}]
@@ -489,8 +489,8 @@ def test_so_does_one_about_the_preset_or_a_filter() -> None:
     preset = GrokAdamW.for_grokking(model)
     adamw = torch.optim.AdamW([{"params": group["params"]} for group in preset.param_groups], lr=0.5)
     ours = GrokfastMA(torch.optim.SGD(model.parameters()), 3, amplify_when=lambda: 0.5)
-    theirs = GrokfastMA(torch.optim.SGD(model.parameters()), 3, filter_type="sum")
-    for optimizer, saved, words in ((preset, adamw, "the preset's"), (ours, theirs, "Grokfast's filter")):
+    expected = GrokfastMA(torch.optim.SGD(model.parameters()), 3, filter_type="sum")
+    for optimizer, saved, words in ((preset, adamw, "the preset's"), (ours, expected, "Grokfast's filter")):
         model(torch.ones(1, 3)).sum().backward()
         optimizer.step()
         saved.step()

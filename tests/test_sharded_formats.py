@@ -90,8 +90,8 @@ def values(model: nn.Module, optimizer: GrokAdamW) -> dict[str, dict[str, Tensor
     return found
 
 
-def same(ours: dict[str, dict[str, Tensor]], theirs: dict[str, dict[str, Tensor]]) -> bool:
-    pairs = [(kept, theirs[name]) for name, kept in ours.items()]
+def same(ours: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]) -> bool:
+    pairs = [(kept, expected[name]) for name, kept in ours.items()]
     return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
 
 
@@ -132,19 +132,19 @@ def test_two_ranks_have_the_bits_of_one_process(name: str, foreach: bool | None,
         assert placements
         if "int8" in FORMATS[name].values():
             assert coded == [name for name, (_, _, is_coded) in PARAMETERS.items() if is_coded]
-        for each in ROWS + ["replicated"]:
-            assert same({each: found[each]}, {each: expected[each]}), each
-        for each, kept in expected.items():
-            torch.testing.assert_close(found[each]["param"], kept["param"], atol=0.01, rtol=0.02)
+        for name in ROWS + ["replicated"]:
+            assert same({name: found[name]}, {name: expected[name]}), name
+        for name, kept in expected.items():
+            torch.testing.assert_close(found[name]["param"], kept["param"], atol=0.01, rtol=0.02)
 
 
 def _full_weights(rank: int) -> bool:
     """Return True if float32 weights exported from shards equal one process's, and can be loaded back exactly."""
-    alone, its = started(FORMATS["32 bits"] | {"foreach": True})
+    alone, plain = started(FORMATS["32 bits"] | {"foreach": True})
     model, optimizer = started(FORMATS["32 bits"] | {"foreach": True}, init_device_mesh("cpu", (RANKS,)))
-    train(alone, its, 0, 3)
+    train(alone, plain, 0, 3)
     train(model, optimizer, 0, 3)
-    expected, found = full_precision_state_dict(alone, its), full_precision_state_dict(model, optimizer)
+    expected, found = full_precision_state_dict(alone, plain), full_precision_state_dict(model, optimizer)
     equal = [torch.equal(whole(found[name]), expected[name]) for name in [*ROWS, "replicated"]]
     other, resumed = started(FORMATS["32 bits"], init_device_mesh("cpu", (RANKS,)))
     load_full_precision_state_dict(other, resumed, found)
@@ -220,7 +220,7 @@ def test_checkpoints_go_from_two_ranks_to_one_and_back(name: str, tmp_path: Path
     train(model, optimizer, 5, 6)
     for found, after in in_processes(functools.partial(_loaded_by_two, options, tmp_path), tmp_path):
         assert same(found, at_save)
-        assert all(same({each: after[each]}, {each: values(model, optimizer)[each]}) for each in ROWS)
+        assert all(same({name: after[name]}, {name: values(model, optimizer)[name]}) for name in ROWS)
 
 
 def _by_ranks(options: dict[str, Any], folder: Path, ranks: int, names: list[str], rank: int) -> list[Any]:
@@ -275,12 +275,12 @@ def test_checkpoints_go_between_one_two_and_four_ranks(name: str, tmp_path: Path
     largest = 0.0
     for ways in (["2 1", "2 2", "2 4"], ["2 1 2", "2 4 2", "2 1 4", "2 4 1"]):
         for one, other in itertools.pairwise(ways):
-            for each, kept in saved[one].items():
+            for name, kept in saved[one].items():
                 for key, x in kept.items():
-                    if each in ROWS:
-                        assert torch.equal(x, saved[other][each][key])
+                    if name in ROWS:
+                        assert torch.equal(x, saved[other][name][key])
                     if key == "param":
-                        largest = max(largest, (x - saved[other][each][key]).abs().max().item())
+                        largest = max(largest, (x - saved[other][name][key]).abs().max().item())
     print(f"{name}: on 1, 2 and 4 ranks, and from each to each, weights differ by {largest:.1e} at most")
     # parts of rows are rounded with other dithers; the lr is 0.01
     assert largest <= {"float32": 0, "bfloat16": 0.001, "int8": 0.03}[name]
@@ -326,8 +326,8 @@ def _converted(name: str, rank: int) -> Any:
     gathered = get_optimizer_state_dict(model, optimizer, options=settings)
     twin, resumed = started(FORMATS["int8"] | {"foreach": True}, mesh, ALIKE)
     set_optimizer_state_dict(twin, resumed, gathered, options=settings)
-    mine, theirs = optimizer.state.values(), resumed.state.values()
-    same_bits = [torch.equal(whole(a[key]), whole(b[key])) for a, b in zip(mine, theirs, strict=True) for key in a]
+    states, expected = optimizer.state.values(), resumed.state.values()
+    same_bits = [torch.equal(whole(a[key]), whole(b[key])) for a, b in zip(states, expected, strict=True) for key in a]
     train(twin, resumed, 3, 4)
     return numbers, found, all(alike), all(same_bits)
 
@@ -341,11 +341,11 @@ def test_shards_go_into_another_format(name: str, tmp_path: Path) -> None:
     for numbers, found, alike, same_bits in in_processes(functools.partial(_converted, name), tmp_path):
         assert alike
         assert same_bits
-        for each, before, after in zip(ALIKE, numbers, found, strict=True):
+        for name, before, after in zip(ALIKE, numbers, found, strict=True):
             for key, x in before.items():
                 assert (after[key] - x).norm() <= LOSSES[name] * x.norm()
-                if each in ROWS:
-                    assert torch.equal(x, expected[each][key])
+                if name in ROWS:
+                    assert torch.equal(x, expected[name][key])
 
 
 def network() -> nn.Module:

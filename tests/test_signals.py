@@ -527,7 +527,7 @@ def test_slow_gradient_is_the_cosine_of_mu_and_g(maximize: bool) -> None:
         said.append((optimizer.metrics()["signal"], max(0.0, expected)))
 
     train(model, range(5), take_step)
-    assert [ours for ours, _ in said[::2]] == pytest.approx([theirs for _, theirs in said[::2]], abs=1e-12)
+    assert [ours for ours, _ in said[::2]] == pytest.approx([wanted for _, wanted in said[::2]], abs=1e-12)
     assert said[3][0] == said[2][0]  # not evaluated in between
     assert 0 < said[2][0] <= 1
 

@@ -60,7 +60,7 @@ def test_foreach_false_is_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_groups_may_be_run_in_different_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters(4)
     settings = [{"foreach": False}, {}, {"fused": False}, {"foreach": True}]
-    optimizer = GrokAdamW([{"params": [p], **each} for p, each in zip(params, settings, strict=True)])
+    optimizer = GrokAdamW([{"params": [p], **options} for p, options in zip(params, settings, strict=True)])
     set_gradients(params)
     seen = []
     for name in ("reference", "foreach", "cpu"):
@@ -230,15 +230,15 @@ def test_strides_do_not_matter(of_param: str, of_grad: str, foreach: bool) -> No
     torch.manual_seed(0)
     value = torch.randn(3, 4)
     strided = LAYOUTS[of_param](value).detach()
-    ours, theirs = nn.Parameter(strided), nn.Parameter(value.clone())
+    ours, expected = nn.Parameter(strided), nn.Parameter(value.clone())
     assert ours.stride() == strided.stride()
-    optimizer, adamw = GrokAdamW([ours], **AS_ADAMW, foreach=foreach), torch.optim.AdamW([theirs])
+    optimizer, adamw = GrokAdamW([ours], **AS_ADAMW, foreach=foreach), torch.optim.AdamW([expected])
     for _ in range(3):
         ours.grad = LAYOUTS[of_grad](torch.randn(3, 4))
-        theirs.grad = ours.grad.contiguous()
+        expected.grad = ours.grad.contiguous()
         optimizer.step()
         adamw.step()
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_parameter_that_overlaps_itself_is_refused() -> None:

@@ -263,15 +263,15 @@ def test_raise_names_the_parameter_and_writes_nothing() -> None:
 
 @pytest.mark.parametrize("clipping", [0.0, 1.0])
 def test_propagate_does_as_adamw(clipping: float) -> None:
-    ours, theirs = parameters(), parameters()
-    for params in (ours, theirs):
+    ours, expected = parameters(), parameters()
+    for params in (ours, expected):
         set_gradients(params)
         params[0].grad[0, 0] = torch.inf  # type: ignore[index]
     GrokAdamW(ours, nonfinite="propagate", **AS_ADAMW | {"gradient_clipping": clipping}).step()
     if clipping:
-        torch.nn.utils.clip_grad_norm_(theirs, clipping)
-    torch.optim.AdamW(theirs).step()
-    for a, b in zip(ours, theirs, strict=True):
+        torch.nn.utils.clip_grad_norm_(expected, clipping)
+    torch.optim.AdamW(expected).step()
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
 
 

@@ -51,18 +51,3 @@ def _whole_state(param: Tensor, state: State, options: dict[str, Any], lamb: Any
         kind = "window" if name in WINDOW else name.removesuffix("_scale")
         if isinstance(x, Tensor) and kind in KINDS:
             yield kind, x
-
-
-def table(columns: Mapping[str, Mapping[str, int]], parameters: float, ranks: int) -> str:
-    """Return a table of several optimizers' sizes, in GB or MB on each rank, without kinds that none of them has."""
-    rows = [kind for kind in KINDS if kind != "step" and any(column[kind] for column in columns.values())]
-    unit, size = ("GB", 1e9) if all(column["total"] >= 1e8 for column in columns.values()) else ("MB", 1e6)
-    lines = [f"{parameters:,.0f} parameters, {unit}" + (f" on each of {ranks} ranks" if ranks > 1 else "")]
-    widths = {name: max(len(name), 9) + 3 for name in columns}
-    lines.append(" " * 20 + "".join(f"{name:>{width}}" for name, width in widths.items()))
-    for kind in (*rows, "total"):
-        lines.append(f"{kind:20}" + "".join(f"{columns[name][kind] / size:>{w}.2f}" for name, w in widths.items()))
-    shares = {name: column["total"] * ranks / parameters for name, column in columns.items()}
-    lines.append(f"{'bytes a parameter':20}" + "".join(f"{shares[name]:>{w}.2f}" for name, w in widths.items()))
-    notes = "AdamW, mixed: weights, gradients and moments in float32; autocast adds copies."
-    return "\n".join([*lines, "", notes])

@@ -39,8 +39,8 @@ def test_blocks_end_anywhere(
         patch.setattr(blocks, "_BLOCK", 16)
         blocks.step(given, n)
     reference.step(expected, n)
-    for ours, theirs in zip(written(given), written(expected), strict=True):
-        for a, b in zip(ours, theirs, strict=True):
+    for ours, wanted in zip(written(given), written(expected), strict=True):
+        for a, b in zip(ours, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 

@@ -77,11 +77,11 @@ def test_an_elements_bits_do_not_depend_on_where_it_lies(dtype: torch.dtype) -> 
     for offset in range(64):
         places = [slice(offset, offset + length) for length in range(65)]
         lists = [part(whole, place) for place in places]
-        together = Batch(*([x for each in lists for x in each[i]] for i in range(6)))
+        together = Batch(*([x for batch in lists for x in batch[i]] for i in range(6)))
         cpu.step(together, with_numbers(len(places)))
-        for column, theirs in zip(together[:5], expected[:5], strict=True):
+        for column, wanted in zip(together[:5], expected[:5], strict=True):
             for place, x in zip(places, column, strict=True):
-                assert torch.equal(x, theirs[0][place])
+                assert torch.equal(x, wanted[0][place])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,11 +92,11 @@ def test_every_instruction_set_gives_the_same_bits(
     if name not in native._instruction_sets():
         pytest.skip(f"this processor has no x86-64-{name}")
     results, sums = [], []
-    for each in ("baseline", name):
-        with compiled_for(monkeypatch, each):
+    for level in ("baseline", name):
+        with compiled_for(monkeypatch, level):
             found = native.kernel()
             assert not isinstance(found, str)
-            assert found.instruction_set.endswith(each)
+            assert found.instruction_set.endswith(level)
             tensors = some([1, 1000, 33], dtype)
             sums.append(cpu.sum_of_squares(tensors.grads))
             cpu.step(tensors, with_numbers(3))
@@ -467,8 +467,8 @@ def test_limited_rows_are_rows_pys(
         assert foreach or optimizer.implementation().startswith("cpu: ")
         results.append(params)
     tolerance = TOLERANCES[dtype][1]
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=5 * tolerance, atol=tolerance, equal_nan=True)
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=5 * tolerance, atol=tolerance, equal_nan=True)
 
 
 def some_with_rows(dtype: torch.dtype) -> Batch:

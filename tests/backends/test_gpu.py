@@ -45,13 +45,13 @@ def as_on_a_gpu() -> Iterator[None]:
     with running("gpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other tests check the warnings of skipped steps and layers
         patches = [patch.object(module, "reads_are_free", lambda device: False) for module in that_read()]
-        for each in patches:
-            each.start()
+        for patched in patches:
+            patched.start()
         try:
             yield
         finally:
-            for each in patches:
-                each.stop()
+            for patched in patches:
+                patched.stop()
 
 
 @pytest.fixture
@@ -206,8 +206,8 @@ def test_limited_rows_are_rows_pys(
         assert foreach or optimizer.implementation().startswith("gpu: ")
         results.append(params)
     tolerance = TOLERANCES[dtype][1]
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=5 * tolerance, atol=tolerance, equal_nan=True)
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=5 * tolerance, atol=tolerance, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -237,8 +237,8 @@ def test_rows_are_limited_beside_tensors_that_are_aligned_otherwise(options: dic
             assert all((p != start).float().mean() > 0.5 for p, start in zip(params, starts, strict=True))
             results.append([p.detach().clone() for p in params])
     tolerance = TOLERANCES[dtype][1]
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=5 * tolerance, atol=tolerance)
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=5 * tolerance, atol=tolerance)
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")

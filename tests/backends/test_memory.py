@@ -288,10 +288,10 @@ def memory(optimizer: GrokAdamW) -> list[Tensor]:
 def assert_same_places(models: list[nn.Module], optimizers: list[GrokAdamW]) -> None:
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-        ours, theirs = (optimizer.state.get(x, {}) for optimizer, x in zip(optimizers, (p, q), strict=True))
-        assert ours.keys() == theirs.keys()
+        ours, expected = (optimizer.state.get(x, {}) for optimizer, x in zip(optimizers, (p, q), strict=True))
+        assert ours.keys() == expected.keys()
         for name in ours:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=settings().max_examples // 5)
@@ -495,12 +495,12 @@ def test_parameters_that_share_memory_are_updated_one_after_the_other(
             optimizer.step()
         return room, optimizer.implementation()
 
-    (ours, which), (theirs, _) = run(), run(foreach=True)
+    (ours, which), (expected, _) = run(), run(foreach=True)
     if in_groups and implementation == "cpu":  # the native kernel takes one group after the other
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, expected)
         assert which.startswith("cpu: ")
     else:
-        assert torch.equal(ours, theirs)
+        assert torch.equal(ours, expected)
         assert which == "foreach: parameters, gradients or state share memory"
 
 
@@ -649,17 +649,17 @@ def test_sets_of_gradients_that_come_back_are_not_looked_at_anew(monkeypatch: py
     made: list[int] = []
     assemble = batches.assemble
     monkeypatch.setattr(batches, "assemble", lambda *args: (made.append(1), assemble(*args))[1])
-    ours, theirs = ([nn.Parameter(torch.ones(3, 2)) for _ in range(cache.SETS + 2)] for _ in range(2))
-    optimizers = [GrokAdamW(ours, gamma=0.0), GrokAdamW(theirs, gamma=0.0, foreach=True)]
+    ours, expected = ([nn.Parameter(torch.ones(3, 2)) for _ in range(cache.SETS + 2)] for _ in range(2))
+    optimizers = [GrokAdamW(ours, gamma=0.0), GrokAdamW(expected, gamma=0.0, foreach=True)]
     for turn in range(4):
         for i in range(cache.SETS):
-            for params, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for params, optimizer in zip((ours, expected), optimizers, strict=True):
                 for j, p in enumerate(params):
                     p.grad = torch.full((3, 2), 0.1 * (turn + j + 1)) if j != i else None
                 made.clear()
                 optimizer.step()
                 assert len(made) == (turn == 0)
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b)
     for without, is_new in ((0, False), (None, True), (0, False), (1, True)):  # the new set replaces 1, not 0
         for j, p in enumerate(ours):

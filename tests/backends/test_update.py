@@ -168,16 +168,16 @@ def test_a_micro_batch_that_is_not_finite_counts_as_0(
 ) -> None:
     if implementation is blocks:
         pytest.skip("blocks leaves this to foreach")
-    ours, theirs = tensors(torch.float32, with_mu), tensors(torch.float32, with_mu)
-    for g, zero in zip(ours.grads, theirs.grads, strict=True):
+    ours, expected = tensors(torch.float32, with_mu), tensors(torch.float32, with_mu)
+    for g, zero in zip(ours.grads, expected.grads, strict=True):
         g.fill_(torch.nan)
         zero.zero_()
     micro_step, nan = MicroStep(4, decays, moves), torch.tensor(torch.nan)
     implementation.step(
         ours, numbers(raw_second_moment=True, micro_step=micro_step, finite=torch.tensor(False), clip=nan)
     )
-    reference.step(theirs, numbers(raw_second_moment=True, micro_step=micro_step))
-    for a, b in zip(everything(ours), everything(theirs), strict=True):
+    reference.step(expected, numbers(raw_second_moment=True, micro_step=micro_step))
+    for a, b in zip(everything(ours), everything(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 

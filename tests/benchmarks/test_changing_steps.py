@@ -26,4 +26,4 @@ def test_the_gradients_are_those_of_the_case() -> None:
     (halves,) = [case for case in CASES if case.title == "two halves in turn"]
     assert [halves.has(step, place) for step in (0, 1) for place in (0, 199)] == [True, False, False, True]
     times = changing_steps.milliseconds(Case("", 3, groups=3), 2)
-    assert {name: len(each) for name, each in times.items()} == dict.fromkeys(changing_steps.ARMS, 2)
+    assert {name: len(times_of) for name, times_of in times.items()} == dict.fromkeys(changing_steps.ARMS, 2)

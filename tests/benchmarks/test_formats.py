@@ -33,11 +33,11 @@ def test_linear_codes_are_int8s(is_v: bool) -> None:
     x, u = torch.randn(64, 64), torch.rand(64, 64)
     x = x.square() if is_v else x
     of = linears(64)
-    ours, theirs = (
+    ours, expected = (
         int8(x, u, is_v),
         (of.square if is_v else of.signed)(x, u if is_v else (u - (x < 0).float()).abs(), is_v),
     )
-    assert (ours - theirs).norm() < 0.01 * x.norm()
+    assert (ours - expected).norm() < 0.01 * x.norm()
 
 
 def test_the_figures_of_the_docstring_are_those_of_the_results() -> None:

@@ -18,7 +18,7 @@ RESULTS = Path(memory.__file__).parent / "results" / "memory.json"
 def test_bytes_and_times_of_every_format() -> None:
     found = memory.measured([(96, 1024), (5000,)], 2, lambda text: None)
     assert found.keys() == {case.name for case in memory.CASES}
-    kept = {name: each["state"] for name, each in found.items() if "reason" not in each}
+    kept = {name: entry["state"] for name, entry in found.items() if "reason" not in entry}
     assert kept["AdamW"] == pytest.approx(8, abs=0.01)
     assert kept["GrokAdamW, float32 state"] == pytest.approx(12, abs=0.01)
     assert kept["GrokAdamW, bfloat16 state"] == pytest.approx(6, abs=0.01)

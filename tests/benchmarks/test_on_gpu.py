@@ -65,7 +65,7 @@ def test_the_first_stages_are_whole(
     assert len(timed["kernels"]) == 3 * len(times.MODELS)
     assert len(timed["host"]) == 3 * 6 + 2 * 4
     assert not any("skipped" in row for row in timed["steps"] + timed["kernels"])
-    assert all(each["stage"]["outcome"] == "done" for each in (machine, smoked, timed))
+    assert all(report["stage"]["outcome"] == "done" for report in (machine, smoked, timed))
     assert [line[0] for line in capsys.readouterr().out.splitlines()[-3:]] == ["0", "1", "2"]
 
 

@@ -108,9 +108,9 @@ def check_near(found: list[nn.Parameter], expected: list[nn.Parameter], start: l
 def test_it_does_as_decoded_does(kept: Any, limits: dict[str, float]) -> None:
     if limits and kept not in [KEPT[name] for name in ("int8", "int8, 32 bits")]:
         pytest.skip("each kind of rows takes seconds to compile")
-    (ours, optimizer), (theirs, _) = (trained(kept, **limits, foreach=foreach) for foreach in (None, True))
+    (ours, optimizer), (expected, _) = (trained(kept, **limits, foreach=foreach) for foreach in (None, True))
     assert optimizer.implementation() == "gpu: one Triton launch for all tensors of a kind"
-    check_near(ours, theirs, made(kept[0], shapes=SHAPES, device="cuda"))
+    check_near(ours, expected, made(kept[0], shapes=SHAPES, device="cuda"))
     assert equal(bits_of(ours, optimizer), bits_of(*trained(kept, **limits)))
     before = bits_of(ours, optimizer)
     for p in ours:
@@ -189,6 +189,6 @@ def set_gradients(params: list[nn.Parameter], step: int) -> None:
 def test_copies_go_on_with_the_same_bits() -> None:
     params, optimizer = trained(KEPT["int8, 32 bits"])
     others, other = copy.deepcopy((params, optimizer))
-    for each in ((params, optimizer), (others, other)):
-        train(*each, range(4, 6))
+    for pair in ((params, optimizer), (others, other)):
+        train(*pair, range(4, 6))
     assert equal(bits_of(params, optimizer), bits_of(others, other))

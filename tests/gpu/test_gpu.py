@@ -121,10 +121,10 @@ def test_several_steps_are_the_oracles(dtype: torch.dtype, offset: int) -> None:
     state, param = TOLERANCES[dtype]
     for p, value in zip(flat, [value for group in oracle.groups for value in group["values"]], strict=True):
         np.testing.assert_allclose(p.detach().double().cpu(), value, rtol=5 * param, atol=5 * param)
-    for p, theirs in zip(flat, [x for group in oracle.groups for x in group["state"]], strict=True):
+    for p, expected in zip(flat, [x for group in oracle.groups for x in group["state"]], strict=True):
         for name, key in (("exp_avg", "m"), ("exp_avg_sq", "v"), ("grok_ema", "mu")):
             ours = optimizer.state[p][name].double().cpu()
-            np.testing.assert_allclose(ours, theirs[key], rtol=10 * state, atol=10 * state)
+            np.testing.assert_allclose(ours, expected[key], rtol=10 * state, atol=10 * state)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -177,9 +177,9 @@ def limited(
 @pytest.mark.parametrize("limits", [{"max_row_change": 0.02}, {"max_row_change": 0.05, "max_row_norm": 1.5}], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_limited_rows_are_rows_pys(dtype: torch.dtype, limits: dict[str, float], offsets: tuple[int, ...]) -> None:
-    ours, theirs, again = (limited(dtype, foreach, limits, offsets) for foreach in (None, True, None))
+    ours, expected, again = (limited(dtype, foreach, limits, offsets) for foreach in (None, True, None))
     tolerance = 5 * TOLERANCES[dtype][1]
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     without = limited(dtype, None, {}, offsets)
@@ -440,7 +440,7 @@ def test_whatever_moves_is_followed(event: Any) -> None:
     ]
     for i in range(6):
         for model, optimizer in zip(models, optimizers, strict=True):
-            x, y = (each.cuda() for each in batch(i))
+            x, y = (tensor.cuda() for tensor in batch(i))
             model.zero_grad()
             (model(x) - y).square().mean().backward()
             if i == 3:
@@ -459,10 +459,10 @@ def test_after_a_checkpoint_it_goes_on_bit_for_bit() -> None:
     again = copy.deepcopy(params)
     resumed = GrokAdamW(again)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for ps, each in ((params, optimizer), (again, resumed)):
+    for ps, stepped in ((params, optimizer), (again, resumed)):
         for step in range(3, 6):
             set_gradients(ps, step)
-            each.step()
+            stepped.step()
     assert all(torch.equal(a, b) for a, b in zip(everything(optimizer), everything(resumed), strict=True))
 
 
@@ -470,15 +470,15 @@ def test_the_compiled_step_is_foreachs() -> None:
     params, twins = parameters(), parameters()
     optimizer, eager = GrokAdamW(params), GrokAdamW(twins)
     for step in range(2):  # eager steps make the state of both, so step counts are parts of one tensor
-        for ps, each in ((params, optimizer), (twins, eager)):
+        for ps, stepped in ((params, optimizer), (twins, eager)):
             set_gradients(ps, step)
-            each.step()
+            stepped.step()
     compiled = torch.compile(optimizer.step)
     for step in range(2, 4):
-        for ps, each in ((params, compiled), (twins, eager.step)):
+        for ps, take_step in ((params, compiled), (twins, eager.step)):
             set_gradients(ps, step)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                each()
+                take_step()
     for a, b in zip(params, twins, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -326,9 +326,9 @@ def test_evidence_comes_to_an_end_and_gives_every_method_the_same_trials() -> No
     untuned = set(evidence.untuned())
     assert len([row for row in finals if row.run in untuned]) == 50
     for method in evidence.METHODS:
-        mine = [row for row in finals if row.method == method and row.run not in untuned]
-        assert len(mine) == 50
-        assert {row.lr for row in mine} == {1e-3}  # the best cell
+        tuned = [row for row in finals if row.method == method and row.run not in untuned]
+        assert len(tuned) == 50
+        assert {row.lr for row in tuned} == {1e-3}  # the best cell
         assert len(evidence.select(rows, evidence.grid(method))) == 36
         for task in evidence.OTHER_TASKS if method in evidence.COMPARED else ():
             reported = evidence.other_finals(task, method, rows)
