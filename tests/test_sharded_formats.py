@@ -132,10 +132,10 @@ def test_two_ranks_have_the_bits_of_one_process(name: str, foreach: bool | None,
         assert placements
         if "int8" in FORMATS[name].values():
             assert coded == [name for name, (_, _, is_coded) in PARAMETERS.items() if is_coded]
-        for name in ROWS + ["replicated"]:
-            assert same({name: found[name]}, {name: expected[name]}), name
-        for name, kept in expected.items():
-            torch.testing.assert_close(found[name]["param"], kept["param"], atol=0.01, rtol=0.02)
+        for param_name in ROWS + ["replicated"]:
+            assert same({param_name: found[param_name]}, {param_name: expected[param_name]}), param_name
+        for param_name, kept in expected.items():
+            torch.testing.assert_close(found[param_name]["param"], kept["param"], atol=0.01, rtol=0.02)
 
 
 def _full_weights(rank: int) -> bool:
@@ -275,12 +275,12 @@ def test_checkpoints_go_between_one_two_and_four_ranks(name: str, tmp_path: Path
     largest = 0.0
     for ways in (["2 1", "2 2", "2 4"], ["2 1 2", "2 4 2", "2 1 4", "2 4 1"]):
         for one, other in itertools.pairwise(ways):
-            for name, kept in saved[one].items():
+            for param_name, kept in saved[one].items():
                 for key, x in kept.items():
-                    if name in ROWS:
-                        assert torch.equal(x, saved[other][name][key])
+                    if param_name in ROWS:
+                        assert torch.equal(x, saved[other][param_name][key])
                     if key == "param":
-                        largest = max(largest, (x - saved[other][name][key]).abs().max().item())
+                        largest = max(largest, (x - saved[other][param_name][key]).abs().max().item())
     print(f"{name}: on 1, 2 and 4 ranks, and from each to each, weights differ by {largest:.1e} at most")
     # parts of rows are rounded with other dithers; the lr is 0.01
     assert largest <= {"float32": 0, "bfloat16": 0.001, "int8": 0.03}[name]
@@ -341,11 +341,11 @@ def test_shards_go_into_another_format(name: str, tmp_path: Path) -> None:
     for numbers, found, alike, same_bits in in_processes(functools.partial(_converted, name), tmp_path):
         assert alike
         assert same_bits
-        for name, before, after in zip(ALIKE, numbers, found, strict=True):
+        for param_name, before, after in zip(ALIKE, numbers, found, strict=True):
             for key, x in before.items():
                 assert (after[key] - x).norm() <= LOSSES[name] * x.norm()
-                if name in ROWS:
-                    assert torch.equal(x, expected[name][key])
+                if param_name in ROWS:
+                    assert torch.equal(x, expected[param_name][key])
 
 
 def network() -> nn.Module:
