@@ -102,10 +102,10 @@ class Oracle:
     def step(self, grads: list[list[np.ndarray | None]], signal: float | None) -> None:
         reals = [[None if g is None else _real(g) for g in group] for group in grads]
         is_last = self.micro_step + 1 >= self.accumulation_steps
-        for group, grads in zip(self.groups, reals, strict=True):
+        for group, of_group in zip(self.groups, reals, strict=True):
             for i, state in enumerate(group["state"]):
-                if is_last and grads[i] is None and state["micro"]:
-                    grads[i] = 0 * group["values"][i]  # earlier gradients of this cycle still move it
+                if is_last and of_group[i] is None and state["micro"]:
+                    of_group[i] = 0 * group["values"][i]  # earlier gradients of this cycle still move it
         given = [g for group in reals for g in group if g is not None]
         with np.errstate(over="ignore"):
             norm = np.sqrt(sum(np.sum(g**2) for g in given))

@@ -281,8 +281,8 @@ def test_another_librarys_wrapper_in_between_loses_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for trained, keeper in ((model, optimizer), (other, again)):
-        train(trained, range(5, 10), lambda step, loss, keeper=keeper: keeper.step())
+    for trained, stepped in ((model, optimizer), (other, again)):
+        train(trained, range(5, 10), lambda step, loss, stepped=stepped: stepped.step())
     assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
@@ -443,8 +443,8 @@ def test_json_makes_strings_of_keys(keeper: str) -> None:
     saved = copy.deepcopy(optimizer.state_dict())
     again.load_state_dict({**saved, "state": {str(key): state for key, state in saved["state"].items()}})
     other.load_state_dict(model.state_dict())
-    for trained, keeper in ((model, optimizer), (other, again)):
-        train(trained, range(4, 7), lambda step, loss, keeper=keeper: keeper.step())
+    for trained, stepped in ((model, optimizer), (other, again)):
+        train(trained, range(4, 7), lambda step, loss, stepped=stepped: stepped.step())
     assert all(map(torch.equal, model.parameters(), other.parameters()))
     assert not any(isinstance(key, str) for key in again.state)
 

@@ -194,8 +194,8 @@ def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
     planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
     dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True, planner=planner)
     set_state_dict(twin, other, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    for trained, keeper in ((model, optimizer), (twin, other)):
-        train(trained, range(3, 6), lambda step, loss, keeper=keeper: keeper.step())
+    for trained, stepped in ((model, optimizer), (twin, other)):
+        train(trained, range(3, 6), lambda step, loss, stepped=stepped: stepped.step())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert other.param_groups[0]["eval_acc"] is None
 
@@ -236,8 +236,8 @@ def test_an_optimizer_may_be_saved_as_it_is(keeper: str, tmp_path: Path) -> None
     dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path, no_dist=True)
     train(twin, range(3, 6), lambda step, loss: other.step())  # so that there is state to load into
     dcp.load({"model": twin, "optimizer": other}, checkpoint_id=tmp_path, no_dist=True)
-    for trained, keeper in ((model, optimizer), (twin, other)):
-        train(trained, range(5, 9), lambda step, loss, keeper=keeper: keeper.step())
+    for trained, stepped in ((model, optimizer), (twin, other)):
+        train(trained, range(5, 9), lambda step, loss, stepped=stepped: stepped.step())
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
     assert not any(isinstance(key, str) for key in other.state)
 
@@ -258,9 +258,9 @@ def test_values_that_were_recorded_on_a_gpu_load_into_a_new_optimizer(
     loaded = {"optimizer": get_state_dict(twin, other)[1]}
     dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
     set_optimizer_state_dict(twin, other, loaded["optimizer"])
-    for trained, keeper in ((model, optimizer), (twin, other)):
-        assert [group["eval_loss"] for group in keeper.param_groups] == [0.5, 0.5]
-        train(trained, range(2, 4), lambda step, loss, keeper=keeper: keeper.step())
+    for trained, stepped in ((model, optimizer), (twin, other)):
+        assert [group["eval_loss"] for group in stepped.param_groups] == [0.5, 0.5]
+        train(trained, range(2, 4), lambda step, loss, stepped=stepped: stepped.step())
     assert other.metrics()["alpha"] == optimizer.metrics()["alpha"] < 0.98
 
 

@@ -818,8 +818,8 @@ def _around_zero(rank: int) -> dict[str, Any]:
         for _ in range(2):  # the second time the optimizer has state
             twin.load_state_dict(model.state_dict())
             other.load_state_dict(saved(optimizer))
-        for trained, keeper in ((model, optimizer), (twin, other)):
-            train(trained, range(5, 9), lambda step, loss, keeper=keeper: keeper.step())
+        for trained, stepped in ((model, optimizer), (twin, other)):
+            train(trained, range(5, 9), lambda step, loss, stepped=stepped: stepped.step())
         one, another = saved(optimizer), saved(other)
         torch.testing.assert_close(one["state"], another["state"], rtol=0, atol=0)
         assert one["param_groups"] == another["param_groups"]

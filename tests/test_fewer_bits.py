@@ -342,9 +342,9 @@ def test_a_model_of_float64_has_state_of_full_precision(form: str, implementatio
         plain = GrokAdamW(others, lamb=lamb, foreach=False)
         saved = to_float32(optimizer.state_dict())
         plain.load_state_dict({**saved, "param_groups": plain.state_dict()["param_groups"]})
-        for trained, keeper in ((params, optimizer), (others, plain)):
-            keeper.param_groups[0]["lamb"] = 2.0
-            train(trained, keeper, range(2, 4))
+        for trained, stepped in ((params, optimizer), (others, plain)):
+            stepped.param_groups[0]["lamb"] = 2.0
+            train(trained, stepped, range(2, 4))
     for p, other in zip(params, others, strict=True):
         torch.testing.assert_close(p, other, rtol=1e-12, atol=1e-12)
         assert {optimizer.state[p][name].dtype for name in STATES} == {torch.float64}
