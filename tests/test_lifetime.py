@@ -183,7 +183,7 @@ class Lifetime(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("examples", [25, pytest.param(600, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [20, pytest.param(600, marks=pytest.mark.long)])
 def test_lifetimes(implementation: str, examples: int) -> None:
     machine = type("Lifetime", (Lifetime,), {"options": IMPLEMENTATIONS[implementation]}).TestCase
     machine.settings = settings(max_examples=examples, stateful_step_count=25)

@@ -204,7 +204,14 @@ def _loaded_by_two(options: dict[str, Any], folder: Path, rank: int) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "24 bits", "32 bits", "stochastic"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int8",
+        "24 bits",
+        *(pytest.param(x, marks=pytest.mark.long) for x in ("float32", "bfloat16", "32 bits", "stochastic")),
+    ],
+)
 def test_checkpoints_go_from_two_ranks_to_one_and_back(name: str, tmp_path: Path) -> None:
     options = {**FORMATS[name], "foreach": True}
     (moved, goes_on, at_save), *others = in_processes(functools.partial(_saved_by_two, options, tmp_path), tmp_path)

@@ -283,7 +283,8 @@ def test_a_run_has_its_bar_from_its_start(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
-@pytest.mark.parametrize("how", ["the keyboard", pytest.param("SIGKILL", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["the keyboard", "SIGKILL"])
 def test_an_end_at_any_time_ends_all_of_it_and_what_is_done_stays(how: str, tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     code = f"""if __name__ == "__main__":
