@@ -140,7 +140,7 @@ def skip_unless_interpreted() -> None:
 
 
 @contextmanager
-def running(implementation: str, chunk: int = 32) -> Iterator[dict[str, Any]]:
+def running(implementation: str, chunk: int = 64) -> Iterator[dict[str, Any]]:
     """Yield the options that select this implementation; for "blocks", act as if the kernel had not been built.
 
     "gpu" runs on the CPU in Triton's interpreter, in small chunks; tests/gpu tests what a GPU does. Large tensors need

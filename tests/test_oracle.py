@@ -136,7 +136,7 @@ def test_every_step_is_the_oracles(implementation: str) -> None:
     def check(problem: dict[str, Any]) -> None:
         every_step_is_the_oracles(problem, options)
 
-    with running(implementation) as options:
+    with running(implementation, chunk=32) as options:
         check()
 
 

@@ -26,7 +26,7 @@ DTYPES = list(TOLERANCES)
 
 @pytest.fixture(params=["cpu", "gpu"], autouse=True)
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running(request.param, chunk=64):
+    with running(request.param):
         yield request.param
 
 
