@@ -137,7 +137,7 @@ def test_a_beta1_that_is_scheduled_is_compiled_in_once_more() -> None:
     close(compiled, eager)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", [pytest.param("aot_eager", marks=pytest.mark.long), "inductor"])
 def test_real_backends(backend: str) -> None:
     counter = CompileCounterWithBackend(backend)
     eager, _, _ = run(None, 6)

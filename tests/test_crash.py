@@ -78,7 +78,7 @@ def timed(context: Any, folder: Path, in_fewer_bits: bool) -> float:
 
 @pytest.mark.parametrize(
     ("kills", "in_fewer_bits"),
-    [(15, False), (10, True), *(pytest.param(200, fewer, marks=pytest.mark.long) for fewer in (False, True))],
+    [(10, True), *(pytest.param(200, fewer, marks=pytest.mark.long) for fewer in (False, True))],
 )
 def test_no_kill_loses_a_checkpoint_or_changes_the_run(kills: int, in_fewer_bits: bool, tmp_path: Path) -> None:
     whole = tmp_path / "whole"

@@ -74,7 +74,10 @@ def test_code_blocks_run_one_after_the_other(page: Path, recwarn: pytest.Warning
     assert not [str(warning.message) for warning in recwarn if warning.filename == page.name]
 
 
-@pytest.mark.parametrize(("example", "few"), [("trainer", {"steps": 40}), ("with_lightning", {"epochs": 2})])
+@pytest.mark.parametrize(
+    ("example", "few"),
+    [pytest.param("trainer", {"steps": 40}, marks=pytest.mark.long), ("with_lightning", {"epochs": 2})],
+)
 def test_examples_run(example: str, few: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for needed in ("accelerate", "lightning", "scattertext"):
         if importlib.util.find_spec(needed) is None:

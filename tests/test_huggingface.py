@@ -722,16 +722,15 @@ def test_accuracies_that_do_not_come(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "key", "has", "way_out"),
+    ("arguments", "key", "has", "way_out", "eval_steps"),
     [
-        ({"eval_acc": "accuracy"}, "'accuracy'", "eval_accuracy, eval_loss, ", "pass 'eval_accuracy' as eval_acc="),
-        ({"eval_acc": "acc"}, "'acc'", "eval_accuracy, eval_loss, ", "pass the name of one as eval_acc="),
-        ({"eval_loss": "loss"}, "'loss'", "eval_loss: ", "pass 'eval_loss' as eval_loss="),
-        ({"eval_loss": "test_loss"}, "'test_loss'", "eval_loss: ", "pass the name of one as eval_loss="),
-        ({"eval_acc": "eval"}, "'eval'", "eval_accuracy, eval_loss, ", "pass the name of one as eval_acc="),
+        ({"eval_acc": "accuracy"}, "'accuracy'", "eval_accuracy, eval_loss, ", "pass 'eval_accuracy' as eval_acc=", 3),
+        ({"eval_acc": "acc"}, "'acc'", "eval_accuracy, eval_loss, ", "pass the name of one as eval_acc=", STEPS),
+        ({"eval_loss": "loss"}, "'loss'", "eval_loss: ", "pass 'eval_loss' as eval_loss=", STEPS),
+        ({"eval_loss": "test_loss"}, "'test_loss'", "eval_loss: ", "pass the name of one as eval_loss=", 3),
+        ({"eval_acc": "eval"}, "'eval'", "eval_accuracy, eval_loss, ", "pass the name of one as eval_acc=", 3),
     ],
 )
-@pytest.mark.parametrize("eval_steps", [3, STEPS])
 def test_a_key_that_no_evaluation_has_is_warned_of_once(
     arguments: dict[str, str], key: str, has: str, way_out: str, eval_steps: int, tmp_path: Path
 ) -> None:
