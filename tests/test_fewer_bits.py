@@ -270,7 +270,8 @@ CHANGES = [
     ("implementation", "first", "then"),
     [
         *((name, *change) for name in ("cpu", "foreach", "reference") for change in CHANGES),
-        *(("gpu", *change) for change in CHANGES[:2]),  # interpreted kernels are slow
+        *(("gpu", *change) for change in CHANGES[:2]),
+        *(pytest.param("gpu", *change, marks=pytest.mark.long) for change in CHANGES[2:]),  # interpreted, and so slow
     ],
 )
 def test_a_memory_format_may_change_in_the_middle_of_a_run(

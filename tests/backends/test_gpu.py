@@ -212,7 +212,7 @@ def test_limited_rows_are_rows_pys(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"state_dtype": "int8"}, {"state_dtype": "int8", "master_weight_bits": 24}],
+    [{}, {"state_dtype": "bfloat16"}, {"state_dtype": "int8"}, {"state_dtype": "int8", "master_weight_bits": 24}],
     ids=str,
 )
 def test_rows_are_limited_beside_tensors_that_are_aligned_otherwise(options: dict[str, Any]) -> None:

@@ -188,8 +188,6 @@ def test_whatever_moves_is_followed(
     """Tensors move between two steps, or in a signal during one. Memory that they left is not written again."""
     if from_a_signal and event is replace_the_parameters:
         pytest.skip("a signal cannot replace the parameters of the step that calls it")
-    if from_a_signal and implementation == "gpu":
-        pytest.skip("signatures do not depend on the implementation, and interpreted kernels are slow")
     steps_of_kernel = []
     module, name = (cpu, "step") if implementation == "cpu" else (gpu, "_update")
     step = getattr(module, name)
