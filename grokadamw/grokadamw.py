@@ -222,24 +222,24 @@ class GrokAdamW(Base):
     ) -> GrokAdamW:
         """Create an optimizer with the settings that worked best on small models that memorise before they generalise.
 
-        The settings are lr 3e-3, weight decay 1, α 0.9, γ 0.6 and betas (0.9, 0.98). In a step, no row of a weight
-        moves by more than 0.035 of its length (``max_row_change``). While the model has memorised and evaluation lags,
-        updates are up to five times as large (``signal_boost`` 4, with the signal ``grokadamw.signals.memorisation``),
-        and weight decay is up to four times as strong (``decay_boost`` 3). For that, record both losses every few
-        steps: ``record(train_loss=…, eval_loss=…)``. For models without norms, the filter, γ and the row limit are off.
-        Other settings depend on the number of weight matrices (convolution kernels count, embeddings do not). One or
-        two: lr 2e-2, weight decay 0.5, ``signal_boost`` 2, ``decay_boost`` 1. Three: lr 1e-2. More, or none: lr 3e-3,
-        weight decay 0.1, ``signal_boost`` 10, ``decay_boost`` 30. Evidence: benchmarks/results/GROKKING_REPORT.md.
+        The settings are lr 3e-3, weight decay 1, α 0.9, γ 0.6 and betas (0.9, 0.98). If a row of weights has n > 180
+        inputs on average, and you pass no lr, lr is 3e-3 · c and weight decay 1 / c, with c = (180 / n)^(2/3). In a
+        step, no row moves by more than 0.035 of its length (``max_row_change``). While the model has memorised and
+        evaluation lags, updates are up to five times as large (``signal_boost`` 4, signal
+        ``grokadamw.signals.memorisation``), and weight decay up to four times as strong (``decay_boost`` 3). For that,
+        record both losses every few steps: ``record(train_loss=…, eval_loss=…)``. Without norms, filter, γ and row
+        limit are off. Other settings depend on the number of weights (convolution kernels count, embeddings do not).
+        One or two: lr 2e-2, weight decay 0.5, ``signal_boost`` 2, ``decay_boost`` 1. Three: lr 1e-2. More, or none: lr
+        3e-3, weight decay 0.1, ``signal_boost`` 10, ``decay_boost`` 30. Evidence: docs/tuning.md.
 
         Args:
-            model: the model. Its parameters that require gradients are optimized, with their names and layers, in these
-                groups: weights; parameters of norm layers, with a third of the weight decay; other vectors (also with
-                two or more extra dimensions of 1), without decay or row limit; and one group per embedding. An
-                embedding whose rows are longer than 1 on average gets ``lr`` times that length, and ``weight_decay``
-                divided by it, so that its rows turn as quickly as those of weights, and shrink as slowly. torch
-                initialises embeddings with a length of √width. Embeddings are ``nn.Embedding`` and
-                ``nn.EmbeddingBag``. Norm layers are torch's, and modules with vectors whose class name has the word
-                "norm". In a model without norms, vectors count as weights. A mostly frozen model causes a warning.
+            model: the model. Its parameters that require gradients are optimized in these groups, with their names and
+                layers: weights; parameters of norm layers, with a third of the decay; other vectors (also with two or
+                more extra dimensions of 1), without decay or row limit; and one group per embedding. If an embedding's
+                rows are longer than 1 on average, as torch's are, it gets ``lr`` times that length and ``weight_decay``
+                divided by it: its rows turn and shrink as quickly as those of weights. Embeddings are ``nn.Embedding``
+                and ``nn.EmbeddingBag``. Norm layers are torch's, and modules of vectors with "norm" in their class
+                name. Without norms, vectors count as weights. A mostly frozen model is warned of.
             norms: True or False to say if the model normalises its activations. None looks for norm layers, and for
                 calls of ``torch.nn.functional``'s norms in its modules' code. Pass True if its code has its own norms.
             lr, weight_decay, options: as for the constructor; they replace the preset's values. A weight decay that you

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
 import torch
@@ -23,7 +23,7 @@ __all__ = ["decay_groups"]
 Named: TypeAlias = list[tuple[str, nn.Parameter]]
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
-# the preset for models with norm layers
+# the preset for models with norm layers; above NARROW inputs a row, lr is smaller and weight decay larger
 WITH_NORMS = {
     "lr": 3e-3,
     "weight_decay": 1.0,
@@ -32,6 +32,7 @@ WITH_NORMS = {
     "max_row_change": 0.035,
     "signal_boost": 4.0,
 }
+NARROW = 180  # mean inputs of a row of weights; a transformer of width 128 has about 170
 # and without, where the lengths of rows matter. The keys are the least numbers of weights, not counting embeddings
 WITHOUT_NORMS = {
     1: {"lr": 2e-2, "weight_decay": 0.5, "decay_boost": 1.0, "signal_boost": 2.0, "lamb": 0.0, "gamma": 0.0},
@@ -105,9 +106,12 @@ def grokking_groups(
     The groups are: weights; the parameters of norm layers, which decay a third as fast; other vectors, without decay or
     limits; and one group per embedding. If the mean length of an embedding's rows is above 1, its lr is multiplied by
     that length and its weight decay divided by it. In a model without norms, vectors count as weights. `norms` says
-    whether the model has norms; None searches it for them. Without norms, the numbers depend on how many weights the
-    model has: deep models need a lower lr, and shallow ones longer rows. The set of groups depends only on the modules,
-    so a model with loaded weights has the same groups as the model that the weights come from.
+    whether the model has norms; None searches it for them. With norms, lr is lower in wide models, because Adam moves a
+    row of n weights by about lr · √n: if the mean of n is above `NARROW`, lr is multiplied by (NARROW / n)^(2/3),
+    and weight decay divided by that, unless lr is given.
+    Without norms, the numbers depend on how many weights the model has: deep models need a lower lr, and shallow ones
+    longer rows. The set of groups depends only on the modules, so a model with loaded weights has the same groups as
+    the model that the weights come from.
     """
     _check_modules(model)
     if norms is not None and not isinstance(norms, bool):
@@ -131,11 +135,17 @@ def grokking_groups(
     def is_beside(name: str, param: Tensor) -> bool:
         return bool(_REVERSE.search(name) or (is_vector(param) and _LENGTHS.search(name)))
 
-    count = sum(is_weight(param) and param not in embeddings and not is_beside(name, param) for name, param in named)
+    of_norms = of_modules(model, is_norm)
+    others = embeddings | of_norms
+    inner = [param for name, param in named if is_weight(param) and param not in others and not is_beside(name, param)]
+    count = len(inner)
     # embeddings or vectors alone tell nothing about depth (a vector may be a whole model): then take the lowest lr
     of_count = max(least for least in WITHOUT_NORMS if least <= count or not count)
     numbers = WITH_NORMS if normed else WITHOUT_NORMS[of_count]
     preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, **numbers}
+    if normed and lr is None:  # with less lr, more decay: what shrinks a weight in a step is their product
+        share = (NARROW / max(_mean_inputs(inner, kernels), NARROW)) ** (2 / 3)
+        preset |= {"lr": share * preset["lr"], "weight_decay": preset["weight_decay"] / share}
     lr = preset["lr"] if lr is None else lr
     decay = preset["weight_decay"] if weight_decay is None else weight_decay
     if not isinstance(lr, Tensor):
@@ -144,7 +154,7 @@ def grokking_groups(
     preset |= {"lr": lr, "weight_decay": decay}
     if weight_decay is not None:
         preset.pop("decay_boost", None)  # a weight decay that the user gives stays constant
-    of_norms, all_are_weights = of_modules(model, is_norm), is_flat(model) or not normed
+    all_are_weights = is_flat(model) or not normed
     weights, gains, vectors = list[Any](), list[Any](), list[Any]()
     groups: list[dict[str, Any]] = [
         {"params": weights, "lr": lr, "weight_decay": decay},
@@ -177,6 +187,13 @@ def lost_rates(groups: Sequence[Mapping[str, Any]], first: Sequence[Number]) -> 
         f"{max(first):g}: a scheduler or a loop has replaced it. Let the schedule multiply each group's lr, as "
         'LambdaLR does; or give it a list: max_lr=[group["lr"] for group in optimizer.param_groups]'
     )
+
+
+def _mean_inputs(weights: Iterable[Tensor], kernels: Set[Tensor]) -> float:
+    """Return the mean number of inputs of a row, as of ``nn.Linear``'s weights; 0 if there are no weights."""
+    sizes = [(param.numel(), param.shape[1:].numel() if param in kernels else param.shape[-1]) for param in weights]
+    rows = sum(size // inputs for size, inputs in sizes if size)
+    return sum(size for size, _ in sizes) / max(rows, 1)
 
 
 @torch.no_grad()

@@ -460,6 +460,47 @@ def test_without_norms_the_numbers_depend_on_how_many_weights_there_are(
         assert (found, group["lamb"], group["gamma"], group["max_row_change"]) == (numbers, 0, 0, 0)
 
 
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.ones(2, 3, 1440))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Linear(1440, 2)],
+        [nn.Linear(2700, 1), nn.Linear(180, 1)],  # a mean
+        [nn.Conv1d(160, 2, 9)],
+        [nn.ConvTranspose1d(2, 160, 9)],
+        [Experts()],
+        [nn.Linear(1440, 2), nn.Embedding(2, 9), nn.Linear(0, 4), nn.LayerNorm((9, 9))],  # the rest does not count
+        [weight_norm(nn.Linear(1440, 2))],
+        [nn.LSTM(1440, 1440, bidirectional=True)],
+    ],
+    ids=["linear", "mean", "convolution", "transposed", "experts", "other layers", "weight_norm", "LSTM"],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_with_norms_wide_models_get_less_lr_and_more_decay(layers: list[nn.Module]) -> None:
+    """1440 inputs are eight times 180, above which lr falls and weight decay rises; 8 ** (2 / 3) is 4."""
+    model = nn.Sequential(*layers, nn.LayerNorm(4))
+    for given, expected in (
+        ({}, (7.5e-4, 4.0)),
+        ({"lr": 3e-3}, (3e-3, 1.0)),
+        ({"weight_decay": 0.5}, (7.5e-4, 0.5)),
+        ({"norms": False}, (2e-2, 0.5)),
+    ):
+        optimizer = GrokAdamW.for_grokking(model, **given)
+        for settings in (optimizer.defaults, optimizer.param_groups[0]):
+            assert (settings["lr"], settings["weight_decay"]) == pytest.approx(expected)
+
+
+def test_narrow_models_have_one_lr_and_one_decay() -> None:
+    for width in (1, 128, 180):
+        preset = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(width, 4), nn.LayerNorm(4))).defaults
+        assert (preset["lr"], preset["weight_decay"]) == (3e-3, 1.0)
+
+
 def test_a_weight_decay_that_is_given_stays_as_it_is() -> None:
     """Only a weight decay that the preset chooses grows with the signal."""
     for options, boost in (

@@ -18,12 +18,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from typing import Any
 
-from grokadamw.groups import WITHOUT_NORMS
+from grokadamw import GrokAdamW, norms
 
-from . import architectures
+from . import architectures, tasks
 from .methods.grokadamw import BOOST
 from .runs import Row, Run
 from .tasks import kinds
@@ -48,12 +49,6 @@ QUICK = ["parity", "mnist", "qm9"]  # a run takes seconds
 OTHER_SEEDS_OF: dict[str, Iterable[int]] = {
     "s5": (3, 4, 5),  # the preset was found with seeds 0 to 2
     **dict.fromkeys(QUICK, SEEDS),
-}
-
-# the preset's lr, wd and d for models without norms, by `kinds.WEIGHTS`; a run that gives wd must give d, too
-WITHOUT_NORMS: dict[int, tuple[float, float, dict[str, Any]]] = {
-    max(weights, 2): (preset["lr"], preset["weight_decay"], {"decay_boost": preset["decay_boost"]})
-    for weights, preset in WITHOUT_NORMS.items()
 }
 
 # lrs and weight decays of the grid of each other task
@@ -98,8 +93,7 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 PAIRS = [f"{problem}/{name}" for problem in PROBLEMS for name in architectures.load()]
 PAIR_METHODS = ["adamw", PRESET, "grokadamw"]
 # no setting of the preset was chosen on these
-UNSEEN = [pair for pair in PAIRS if pair.endswith("/wide")]
-UNSEEN += [f"s5/{name}" for name in ("dropout", "llama", "post-norm", "deep")]
+UNSEEN = [f"s5/{name}" for name in ("dropout", "llama", "post-norm", "deep")]
 # other kinds of models; each has one task and its own grid
 KINDS = [task.name for task in kinds.TASKS]
 PAIR_BUDGETS = {"s5": 3000, "add113": 3000}  # others have the grid's
@@ -109,7 +103,7 @@ FIRST, BEHIND, FINALISTS = (3e-3, 1.0), 1.5, 3  # the race: a cell stops at 1.5 
 RECIPES = ((1e-3, 1.0), (1e-3, 0.01))  # lr and wd of AdamW in public code
 
 # tasks on which the preset also runs with a signal of accuracies: the two-block model's, other kinds, division
-SHORT = {"mnist": 3, "parity": 2}  # other tasks with quick models without norms; how many weights these have
+SHORT = ["mnist", "parity"]  # other tasks with quick models
 SHORT_BUDGET = 3000
 BY_ACCURACY_TASKS = [*LEARNT, *KINDS, *(pair for pair in PAIRS if pair.startswith("div97/")), *SHORT]
 
@@ -326,14 +320,21 @@ def pair_reported(pair: str, method: str, rows: list[Row]) -> list[Row]:
 PAIR_PARTS = [pair_grid, pair_grid, pair_semifinals, pair_beyond, pair_beyond, pair_finals, pair_seconds]
 
 
+@cache
 def has_norms(pair: str) -> bool:
-    return pair.partition("/")[2] not in kinds.WEIGHTS
+    return norms.has_norms(tasks.load()[pair].start(0).model)
+
+
+@cache
+def own(task: str) -> tuple[float, float, dict[str, Any]]:
+    """Return the preset's own lr, wd and d for a task's model. A run that gives wd must give d, too."""
+    preset = GrokAdamW.for_grokking(tasks.load()[task].start(0).model).defaults
+    return preset["lr"], preset["weight_decay"], {"decay_boost": preset["decay_boost"]}
 
 
 def pair_untuned(pair: str) -> list[Run]:
     """Return runs of the preset with its own settings."""
-    own = () if has_norms(pair) else WITHOUT_NORMS[kinds.WEIGHTS[pair.partition("/")[2]]]
-    return [Run.of(pair, PRESET, seed, *own) for seed in PAIR_SEEDS]
+    return [Run.of(pair, PRESET, seed, *own(pair)) for seed in PAIR_SEEDS]
 
 
 def by_accuracy(task: str) -> dict[str, list[Run]]:
@@ -341,9 +342,7 @@ def by_accuracy(task: str) -> dict[str, list[Run]]:
     if task in LEARNT:
         losses = [run for run in untuned() if run.task == task]
     elif task in SHORT:
-        losses = [
-            Run.of(task, PRESET, seed, *WITHOUT_NORMS[SHORT[task]], SHORT_BUDGET) for seed in OTHER_SEEDS_OF[task]
-        ]
+        losses = [Run.of(task, PRESET, seed, *own(task), SHORT_BUDGET) for seed in OTHER_SEEDS_OF[task]]
     else:
         losses = pair_untuned(task)
     return {PRESET: losses, BY_ACCURACY: [replace(run, method=BY_ACCURACY) for run in losses]}

@@ -235,5 +235,3 @@ TASKS = [
     ),
     Task("connected10/gnn", "whether a graph is connected, a GNN with BatchNorm", starts(Isomorphism, graphs, 128)),
 ]
-# models without norms, and how many weights they have; 4 means 4 or more
-WEIGHTS = {"quadratic": 2, "mlp": 3, "lstm": 3, "gru": 3, "cnn": 4, "no-norm": 4}
