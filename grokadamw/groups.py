@@ -106,9 +106,10 @@ def grokking_groups(
     The groups are: weights; the parameters of norm layers, which decay a third as fast; other vectors, without decay or
     limits; and one group per embedding. If the mean length of an embedding's rows is above 1, its lr is multiplied by
     that length and its weight decay divided by it. In a model without norms, vectors count as weights. `norms` says
-    whether the model has norms; None searches it for them. With norms, lr is lower in wide models, because Adam moves a
-    row of n weights by about lr · √n: if the mean of n is above `NARROW`, lr is multiplied by (NARROW / n)^(2/3),
-    and weight decay divided by that, unless lr is given.
+    whether the model has norms; None searches it for them.
+
+    With norms, lr is lower in wide models, because Adam moves a row of n weights by about lr · √n: if the mean of n is
+    above `NARROW`, lr is multiplied by (NARROW / n)^(2/3), and weight decay divided by that, unless lr is given.
     Without norms, the numbers depend on how many weights the model has: deep models need a lower lr, and shallow ones
     longer rows. The set of groups depends only on the modules, so a model with loaded weights has the same groups as
     the model that the weights come from.

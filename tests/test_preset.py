@@ -466,6 +466,9 @@ class Experts(nn.Module):
         self.weights = nn.Parameter(torch.ones(2, 3, 1440))
 
 
+EMPTY = nn.ParameterList([nn.Parameter(torch.empty(4, 0))])
+
+
 @pytest.mark.parametrize(
     "layers",
     [
@@ -474,13 +477,12 @@ class Experts(nn.Module):
         [nn.Conv1d(160, 2, 9)],
         [nn.ConvTranspose1d(2, 160, 9)],
         [Experts()],
-        [nn.Linear(1440, 2), nn.Embedding(2, 9), nn.Linear(0, 4), nn.LayerNorm((9, 9))],  # the rest does not count
+        [nn.Linear(1440, 2), nn.Embedding(2, 9), EMPTY, nn.LayerNorm((9, 9))],  # the rest does not count
         [weight_norm(nn.Linear(1440, 2))],
         [nn.LSTM(1440, 1440, bidirectional=True)],
     ],
     ids=["linear", "mean", "convolution", "transposed", "experts", "other layers", "weight_norm", "LSTM"],
 )
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_with_norms_wide_models_get_less_lr_and_more_decay(layers: list[nn.Module]) -> None:
     """1440 inputs are eight times 180, above which lr falls and weight decay rises; 8 ** (2 / 3) is 4."""
     model = nn.Sequential(*layers, nn.LayerNorm(4))
