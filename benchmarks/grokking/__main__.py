@@ -171,11 +171,13 @@ def checked(options: argparse.Namespace) -> list[Run]:
     """
     if min(options.seeds) < 0:
         raise ValueError(f"--seeds {min(options.seeds)}: give numbers of at least 0")
-    asked = [
-        Run.of(options.task, method, seed, options.lr, options.weight_decay, dict(options.set), options.steps)
-        for method in options.method
-        for seed in options.seeds
-    ]
+    asked = []
+    for method in options.method:
+        lr, decay, more = options.lr, options.weight_decay, dict(options.set)
+        if methods.load()[method].with_its_decay and lr is None and decay is None:
+            lr, decay, its_decay = evidence.own(options.task)  # they depend on the model
+            more = its_decay | more
+        asked += [Run.of(options.task, method, seed, lr, decay, more, options.steps) for seed in options.seeds]
     for planned in asked:
         planned.optimizer(nn.Linear(2, 2))
     return asked

@@ -370,11 +370,14 @@ def test_the_best_cell() -> None:
     "name", [*(f"add97/{name}" for name in architectures.load()), *evidence.KINDS, *evidence.SHORT]
 )
 def test_the_preset_as_it_comes_has_its_own_numbers(name: str) -> None:
-    run = evidence.by_accuracy(name)[evidence.PRESET][0]
-    model = tasks.load()[name].start(run.seed).model
-    of_run, of_preset = (o.param_groups for o in (run.optimizer(model), GrokAdamW.for_grokking(model)))
-    for found, expected in zip(of_run, of_preset, strict=True):
-        assert {**found, "betas": ()} == {**expected, "betas": ()}
+    reported = evidence.by_accuracy(name)[evidence.PRESET][0]
+    asked = ["run", "--task", name, "--method", evidence.PRESET, "--seeds", str(reported.seed)]
+    (by_hand,) = __main__.checked(__main__.parsed(asked)[0])
+    model = tasks.load()[name].start(reported.seed).model
+    expected = GrokAdamW.for_grokking(model).param_groups
+    for run in (reported, by_hand):
+        found = run.optimizer(model).param_groups
+        assert [{**group, "betas": ()} for group in found] == [{**group, "betas": ()} for group in expected]
 
 
 def test_the_summary_has_what_is_done_alone() -> None:
