@@ -34,7 +34,7 @@ from .state.slots import states_of
 from .step import metrics
 from .step.alpha import Signals
 from .step.batches import Given
-from .step.run import Run
+from .step.run import Preset, Run
 
 
 class Base(Optimizer):
@@ -212,7 +212,7 @@ class Base(Optimizer):
         if not isinstance(state_dict, dict):  # torch would copy it before our hook can refuse it
             check_form(state_dict)
         self._complete_groups()
-        with keeping_precision(self, is_preset=self._run.preset_gamma is not None):
+        with keeping_precision(self, is_preset=bool(self._run.preset.lrs)):
             super().load_state_dict(state_dict)
         self._run.restart(self.param_groups)
 
@@ -231,14 +231,14 @@ class Base(Optimizer):
         self._before_saving()
         signals = self._run.signals.for_pickle()
         combine = self._run.signals.combine if isinstance(self._run.signals.combine, str) else None
-        own = {"_preset_gamma": self._run.preset_gamma, "_signals": signals, "_combine": combine}
+        own = {"_preset": tuple(self._run.preset), "_signals": signals, "_combine": combine}
         return {**super().__getstate__(), **own, "_is_sharded": self._run.shard_group is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_pickled(state)
         state = dict(state)
         signals, combine = state.pop("_signals", None), state.pop("_combine", "mean")
-        preset_gamma = state.pop("_preset_gamma", None)
+        preset = Preset(*state.pop("_preset", ()))
         if state.pop("_is_sharded", False):
             warn(
                 "a pickle keeps no process group: the unpickled optimizer treats its parameters as whole. Construct "
@@ -252,7 +252,7 @@ class Base(Optimizer):
         fill_in(self.param_groups, earlier, self.defaults)
         if "_run" not in self.__dict__:  # unpickled, or a copy
             self._set_amp_support()
-            self._run = Run(Signals.from_pickle(signals, combine), preset_gamma=preset_gamma)
+            self._run = Run(Signals.from_pickle(signals, combine), preset=preset)
             self._run.signals.bind(self)
             for group in self.param_groups[:1]:
                 self._run.signals.load(group["signal_state"])

@@ -188,11 +188,6 @@ class Wrapper(WrapperBase):
             for j, param in enumerate(group["params"]):
                 if param.grad is None:
                     continue
-                if param.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not support sparse gradients, and parameter {j} of group {i} has "
-                        "one: build its module with sparse=False (torch.nn.Embedding)"
-                    )
                 try:
                     check_grad(param, param.grad)
                 except RuntimeError as error:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .ddp import copies_of, holds_whole, ignored_by, kind_of, own_parameters, wrappers_of
+from .options import refuse
 from .shards import PLAIN, Shards, added, divisions, mesh_of
 
 
@@ -132,12 +133,7 @@ def check_shard_group(shard_group: Any, groups: Sequence[Mapping[str, Any]]) -> 
             f"shard_group={shard_group!r} is no process group: give one that this rank is in, such as "
             "torch.distributed.group.WORLD once init_process_group was called"
         )
-    for group in groups:
-        for name in ("compat", "differentiable", "capturable"):
-            if group[name]:
-                raise ValueError(
-                    f"{name}={group[name]!r} with shard_group, or ranks of ZeroRedundancyOptimizer: leave one out"
-                )
+    refuse(groups, "shard_group, or ranks of ZeroRedundancyOptimizer")
 
 
 def is_for_state_alone(groups: Sequence[Mapping[str, Any]], grads: Sequence[Tensor], shard_group: Any) -> bool:
@@ -171,7 +167,8 @@ class AllRanks:
 
     def compares(self) -> bool:
         """Return True once: in the first step in which all ranks are known to hold the same model."""
-        is_first, self._compared = self._are_copies and not self._compared, self._compared or self._are_copies
+        is_first = self._are_copies and not self._compared
+        self._compared |= self._are_copies
         return is_first
 
     def _look(self, groups: Sequence[Mapping[str, Any]]) -> list[Any]:

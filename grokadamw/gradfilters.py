@@ -17,6 +17,7 @@ from ._checks import check_count, check_number
 from ._numbers import as_real, resolved, wide
 from .shards import mesh_of, part
 from .state import window
+from .state.slots import check_grad
 
 __all__ = ["gradfilter_ema", "gradfilter_ma"]
 
@@ -151,11 +152,10 @@ def _gradients(m: nn.Module) -> dict[str, Tensor]:
     found, places = {}, set[tuple[Any, Any]]()
     for name, param in m.named_parameters():
         if param.requires_grad and param.grad is not None:
-            if param.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"the gradient of {name} is sparse, which no filter supports: build its module with sparse=False "
-                    "(torch.nn.Embedding)"
-                )
+            try:
+                check_grad(param, param.grad)
+            except RuntimeError as error:
+                raise RuntimeError(f"{name}: {error}") from None
             grad = resolved(param.grad).resolve_neg()  # a gradient that can be modified
             own = part(grad)
             place = own.untyped_storage()._cdata, own.storage_offset()

@@ -26,7 +26,7 @@ from .state.slots import WINDOW, states_of
 from .step import capture, stages
 from .step.alpha import Combine, Signal, Signals
 from .step.batches import Given
-from .step.run import Run
+from .step.run import Preset, Run
 
 __all__ = ["GrokAdamW"]
 
@@ -256,8 +256,8 @@ class GrokAdamW(Base):
             options["grokking_signal_fns"] = memorisation
         optimizer = cls(groups, **preset | options)
         optimizer.set_layers(model)  # number layers in the model's order, not the groups'
-        optimizer._run.preset_gamma = None if "gamma" in options else preset["gamma"]
-        optimizer._run.preset_lrs = [group["lr"] for group in optimizer.param_groups]
+        gamma = None if "gamma" in options else preset["gamma"]
+        optimizer._run.preset = Preset(gamma, [group["lr"] for group in optimizer.param_groups])
         return optimizer
 
     @overload

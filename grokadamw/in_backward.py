@@ -18,7 +18,7 @@ from .backends.gpu_tables import Tables
 from .ddp import why_not_early
 from .grokadamw import GrokAdamW
 from .layers import name_of
-from .options import rules_of
+from .options import refuse, rules_of
 from .param_groups import check_changed
 from .signals import SlowGradient
 from .step import stages
@@ -270,10 +270,8 @@ class StepInBackward:
 
     def _check(self, optimizer: GrokAdamW, and_wrappers: bool) -> None:
         """Raise ValueError for anything that does not work with updates in the backward pass."""
+        refuse(optimizer.param_groups, "step_in_backward")
         for group in optimizer.param_groups:
-            for name in ("compat", "differentiable", "capturable"):
-                if group[name]:
-                    raise ValueError(f"{name}={group[name]!r} with step_in_backward: leave one of them out")
             if (limit := group["gradient_clipping"]) > 0 and self._clip_by is None:
                 raise ValueError(
                     f"gradient_clipping={limit:g} with step_in_backward: the norm of all gradients is not known "
@@ -282,6 +280,7 @@ class StepInBackward:
         self.check_signals(optimizer._run.signals)
         if optimizer._run.shard_group is not None:
             raise ValueError("step_in_backward with shard_group, or ranks of ZeroRedundancyOptimizer: leave one out")
-        params = {param for group in optimizer.param_groups for param in group["params"]} if and_wrappers else set()
-        if reason := why_not_early(params):
-            raise ValueError(f"step_in_backward with parameters {reason}: leave one of them out")
+        if and_wrappers:
+            params = {param for group in optimizer.param_groups for param in group["params"]}
+            if reason := why_not_early(params):
+                raise ValueError(f"step_in_backward with parameters {reason}: leave one of them out")

@@ -5,7 +5,7 @@ CONTRIBUTING.md says how to add one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from itertools import product
 from numbers import Real
@@ -208,6 +208,14 @@ _CONFLICTS = (
 )
 # options that schedulers change at any step: they are allowed with all others, so `_check_together` need not run again
 _ALONE = frozenset(("lr", "betas", "weight_decay", "alpha_init", "lamb", "gamma"))
+
+
+def refuse(groups: Iterable[Mapping[str, Any]], what: str) -> None:
+    """Raise ValueError if a group has an option that excludes `what`."""
+    for group in groups:
+        for name in ("compat", "differentiable", "capturable"):
+            if group[name]:
+                raise ValueError(f"{name}={group[name]!r} with {what}: leave one of them out")
 
 
 def _check_together(options: Mapping[str, Any]) -> None:

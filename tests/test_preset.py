@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 import warnings
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -428,6 +429,16 @@ def test_a_schedule_that_loses_the_embeddings_lr_is_warned_of_once(schedule: str
     assert sum("the preset gave each embedding its own" in str(w.message) for w in caught) == is_warned_of
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_and_pickles_warn_of_lost_lrs(copied: Callable[[Any], Any]) -> None:
+    model = nn.Sequential(nn.Embedding(5, 64), nn.LayerNorm(64), nn.Linear(64, 5))
+    model, optimizer = copied((model, GrokAdamW.for_grokking(model)))
+    SCHEDULES["a loop"][0](optimizer)
+    model(torch.arange(5)).square().sum().backward()
+    with pytest.warns(UserWarning, match="the preset gave each embedding its own"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("model", "numbers"),
     [
@@ -682,9 +693,10 @@ def test_the_preset_needs_a_model_and_numbers() -> None:
         GrokAdamW.for_grokking(network().parameters())  # type: ignore[arg-type]
 
 
-def test_the_state_dict_of_an_adamw_is_doubted() -> None:
+@pytest.mark.parametrize("options", [{}, {"gamma": 0.1}])
+def test_the_state_dict_of_an_adamw_is_doubted(options: dict[str, float]) -> None:
     """Models without norms have one group, so it fits."""
     model = nn.Linear(3, 3)
-    optimizer = GrokAdamW.for_grokking(model)
+    optimizer = GrokAdamW.for_grokking(model, **options)
     with pytest.warns(UserWarning, match="AdamW or Adam was loaded into the preset"):
         optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())

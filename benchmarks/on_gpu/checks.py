@@ -120,7 +120,7 @@ def the_norm(dtype: torch.dtype) -> dict[str, Any]:
     check(abs(found / exact - 1) < 1e-12, f"{found}, and not {exact}")
     skipped = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for lists in (1, 3, 300):
-        verdict = gpu.judge(grads, lists * [0.5], None, None, skipped, wants_norm=True)
+        verdict = gpu.judge(grads, lists * [0.5], None, None, skipped, needs_norm=True)
         clip = verdict.clips[-1].item()
         check(abs(clip * (exact**0.5 + 1e-6) / 0.5 - 1) < 1e-9, f"c is {clip} with {lists} lists")
         check(bool(verdict.finite), f"not finite, with {lists} lists")

@@ -67,7 +67,7 @@ NUMBERS = Scalars([0.9], [0.9], 0.999, 1e-3, 1e-8, False, 0.01, 0.98, 2.0, 0, 1.
 
 def norm(grad: Tensor) -> Callable[[Tables], Any]:
     """Return a run of `squares` and `judge`."""
-    return lambda tables: gpu.judge([grad], [1.0], None, None, None, wants_norm=True, tables=tables)
+    return lambda tables: gpu.judge([grad], [1.0], None, None, None, needs_norm=True, tables=tables)
 
 
 def update(theta: Tensor, grad: Tensor, width: int = 0) -> Callable[[Tables], Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..options import rules_of
 from . import blocks, cpu, decoded, foreach, gpu, memory, native, reference
 from .types import NOBODY, Addresses, Batch, Choice, Scalars
 
@@ -78,7 +79,7 @@ def _by_address(
         return Choice(cpu, f"the native kernel, compiled for {kernel.instruction_set}"), reason
     if reason or coded:
         return NOBODY, reason or kernel
-    reason = blocks.why_not(tensors, options["second_moment"] == "raw", options["compat"] is not None)
+    reason = blocks.why_not(tensors, options["second_moment"] == "raw", rules_of(options).eps_before_correction)
     return Choice(blocks, kernel), reason and f"{kernel}, and {reason}"
 
 

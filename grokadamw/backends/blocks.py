@@ -46,9 +46,8 @@ class _Block(NamedTuple):
     steps: list[Tensor]
 
 
-def step(batch: Batch, scalars: Scalars) -> None:
+def step(batch: Batch, n: Scalars) -> None:
     """Do the stages slow_grad to update for every tensor, in place."""
-    n = scalars
     if n.finite is not None and not n.finite:
         return
     clip = -float(n.clip) if n.maximize else float(n.clip)

@@ -116,9 +116,9 @@ def _add_codes(table: Any, batch: Batch, coded: Coded) -> None:
     table.widths, table.keys = memory.packed(odd), struct.pack(f"{len(odd)}I", *map(key_of, batch.indices))
 
 
-def step(batch: Batch, scalars: Scalars) -> None:
+def step(batch: Batch, n: Scalars) -> None:
     """Do slow_grad to limit_rows in place, for tensors that `why_not` and `share_memory` have cleared."""
-    kernel, n = native.kernel(), scalars
+    kernel = native.kernel()
     if isinstance(kernel, str):
         raise RuntimeError(kernel)
     if n.finite is not None and not n.finite:

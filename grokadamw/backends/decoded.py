@@ -26,10 +26,10 @@ def row_width(param: Tensor, coded: bool) -> int:
     return max(1, width_of(param)) if param.dim() > 1 else 0
 
 
-def step(batch: Batch, scalars: Scalars) -> None:
+def step(batch: Batch, n: Scalars) -> None:
     """Do the stages slow_grad to limit_rows for every tensor, in place."""
     assert batch.coded is not None
-    n, is_cut = scalars, batch.shards is not None and batch.shards.cut_rows
+    is_cut = batch.shards is not None and batch.shards.cut_rows
     for i, (param, count) in enumerate(zip(batch.params, batch.steps, strict=True)):
         kept: list[Any] = [None if column is None else column[i] for column in (*batch[:5], *batch.coded[:4])]
         if has_rows(param):
@@ -91,6 +91,6 @@ def _step(
             _store(low, bits, n.writable())
 
 
-def _store(old: Tensor, new: Any, finite: Tensor | None) -> None:
+def _store(old: Tensor, new: Any, writable: Tensor | None) -> None:
     """Write a value, unless it comes from gradients that are not finite."""
-    old.copy_(new if finite is None else torch.where(finite, new, old))
+    old.copy_(new if writable is None else torch.where(writable, new, old))

@@ -232,7 +232,7 @@ def judge(
     found_inf: Tensor | None,
     skipped: Tensor | None,
     *,
-    wants_norm: bool,
+    needs_norm: bool,
     at: bytes | None = None,
     tables: Tables | None = None,
 ) -> Verdict:
@@ -243,13 +243,13 @@ def judge(
         limits: the largest norm for each batch; 0 for no limit.
         scale, found_inf: GradScaler's, float32 and of one element, on the gradients' device.
         skipped: 0-d int64, incremented if a norm that is not finite forbids the step; None if such a norm does not.
-        wants_norm: True if the norm is needed. Else gradients are not read, and the returned norm is meaningless.
+        needs_norm: True if the norm is needed. Else gradients are not read, and the returned norm is meaningless.
         at: the gradients' addresses.
         tables: the tables for these gradients.
     """
     device = grads[0].device
     tables = Tables() if tables is None else tables
-    sums = _sums(grads, addresses(grads) if at is None else at, tables) if wants_norm else None
+    sums = _sums(grads, addresses(grads) if at is None else at, tables) if needs_norm else None
     verdict = tables.verdict(device, len(limits))
     unused = verdict.numbers
     _launch(
@@ -381,11 +381,11 @@ def _step_counts(calls: list[Call], tables: Tables) -> list[Tensor]:
     return tables.vectors(counts, b"".join([x.at.steps for x in calls]))
 
 
-def _advance(counts: list[Tensor], finite: Tensor | None) -> None:
+def _advance(counts: list[Tensor], writable: Tensor | None) -> None:
     """Advance the step counts, unless the step was not written."""
     if len(counts) == 1:
-        counts[0].add_(1 if finite is None else finite)
-    elif finite is None:
+        counts[0].add_(1 if writable is None else writable)
+    elif writable is None:
         torch._foreach_add_(counts, 1)
     else:
-        torch._foreach_add_(counts, finite.to(torch.float32))
+        torch._foreach_add_(counts, writable.to(torch.float32))

@@ -49,10 +49,10 @@ def limit(batch: Batch, scalars: Scalars, old_params: Sequence[Tensor]) -> None:
                 param.copy_(long * share)
 
 
-def _share(times: Tensor, finite: Tensor | None) -> Tensor:
+def _share(times: Tensor, writable: Tensor | None) -> Tensor:
     """Return the factor for a row that is `times` times too long: 1 if it is not too long, or `times` is not finite."""
     is_long = (times > 1) & (times < torch.inf)
-    return torch.where(is_long if finite is None else is_long & finite, 1 / times.clamp(min=1), 1.0)
+    return torch.where(is_long if writable is None else is_long & writable, 1 / times.clamp(min=1), 1.0)
 
 
 def _norms(values: Tensor, add_up: Callable[..., Tensor] | None) -> Tensor:

@@ -226,7 +226,7 @@ def packed(
     if old.dtype == kept.dtype and (scale not in entries or old.stride() == param.stride()):
         for entry in entries:
             parts[entry].copy_(part(state[entry]))
-    elif kept.dtype not in (torch.bfloat16, *_CODES) or dtype == torch.bfloat16:
+    elif format_of(param, name, options) == "float32":
         kept.copy_(part(unpacked(state, name)))
     else:
         values = torch.empty_like(kept, dtype=torch.float32).copy_(part(unpacked(state, name)))

@@ -38,7 +38,12 @@ def check(state: State, param: Tensor) -> None:
 
 
 def check_grad(param: Tensor, grad: Tensor) -> None:
-    """Raise RuntimeError for a gradient of another shape than its parameter."""
+    """Raise RuntimeError for a sparse gradient, or one of another shape than its parameter."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            "the gradient is sparse, which is not supported: build its module with sparse=False (torch.nn.Embedding), "
+            "or give it to torch.optim.SparseAdam"
+        )
     if grad.shape != param.shape:
         raise RuntimeError(
             f"the gradient has shape {tuple(grad.shape)}, and the parameter {tuple(param.shape)}: the parameter's data "

@@ -92,21 +92,13 @@ def collect(given: Given, names: Mapping[int, str], missing: Collection[Tensor] 
     entries, indices = [], count(given.first_index)
     for i, group in enumerate(given.groups):
         layers.check_length(group, i)
-        for j, (param, layer) in enumerate(zip(group["params"], group["layers"], strict=True)):
+        for param, layer in zip(group["params"], group["layers"], strict=True):
             index = next(indices)
             if param.grad is None and param not in missing:  # it may be a lazy module's, and have no shape yet
                 continue
             member = Member(i, layer, index, param.dim() > 1)
-            if param.grad is None:
-                entries.append(Entry(param, torch.zeros_like(param), member))
-                continue
-            if param.grad.layout != torch.strided:
-                name = layers.names(group, i, names)[j]
-                raise RuntimeError(
-                    f"GrokAdamW does not support sparse gradients, and {name} has one: build its module with "
-                    "sparse=False (torch.nn.Embedding), or give it to torch.optim.SparseAdam"
-                )
-            entries.append(Entry(param, resolved(param.grad), member))
+            grad = torch.zeros_like(param) if param.grad is None else resolved(param.grad)
+            entries.append(Entry(param, grad, member))
     for param, grad, member in entries:
         try:
             _check(param, grad, given.state.get(param, {}))

@@ -20,7 +20,7 @@ class LastStep(NamedTuple):
     signal: Number | None = None  # s_t
     effects: Sequence[Effect] = ()  # one for each group
     norm: Number | None = None  # N; None if nothing needed it
-    clips: Sequence[Number] = ()  # c for each batch
+    clips: Sequence[Number] = ()  # c for each batch, or for each group if ranks or passes have other batches
 
 
 def as_floats(

@@ -24,7 +24,7 @@ class GradStats(NamedTuple):
     """Measurements of the gradients."""
 
     norm: Number | None  # N; None if nothing needed it. With compat, over the tensors' own norms
-    clips: list[Number]  # c for each batch; only `metrics` shows it
+    clips: list[Number]  # c for each batch, or group: see `LastStep`; only `metrics` shows it
     factors: list[Number]  # c for each batch, divided by the loss scale: gradients are multiplied by it
     finite: bool | Tensor  # True if the step may be written; a tensor if reading it would make the host wait
 
@@ -135,7 +135,7 @@ def _judge(
     if skipped is not None and skipped.device != grads[0].device:
         return None
     at, tables = found.at, found.tables
-    verdict = gpu.judge(grads, limits, scale, found_inf, skipped, wants_norm=needs_norm, at=at, tables=tables)
+    verdict = gpu.judge(grads, limits, scale, found_inf, skipped, needs_norm=needs_norm, at=at, tables=tables)
     finite = verdict.finite if nonfinite == "skip" or found_inf is not None else True
     return GradStats(verdict.norm if needs_norm else None, [*verdict.clips], [*verdict.factors], finite)
 
@@ -182,6 +182,7 @@ def _norm(
     groups: Sequence[Mapping[str, Any]] = (),
     shard_group: Any = None,
 ) -> Number:
+    """Do `global_norm` for lists of real tensors, each of which is divided over ranks in one way."""
     sums: list[Tensor] = []
     for shards, tensors in lists:
         by_device: dict[torch.device, list[Tensor]] = {}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._numbers import Number
 from .._warn import warn
 from ..distributed import AllRanks
 from ..param_groups import RECORDED, make_plain, recorded
@@ -17,6 +18,13 @@ from . import metrics
 from .alpha import Signals
 from .cache import Cache
 from .effects import Places
+
+
+class Preset(NamedTuple):
+    """The numbers of `for_grokking` that decide about warnings."""
+
+    gamma: float | None = None  # the γ that it chose; it causes no warning
+    lrs: Sequence[Number] = ()  # of the groups at the start; a warning tells if one lr has replaced them
 
 
 @dataclass
@@ -30,8 +38,7 @@ class Run:
     last: metrics.LastStep = metrics.LastStep()
     captured: Places = field(default_factory=dict)  # the α and boosts that a CUDA graph reads
     layers_checked: bool = False
-    preset_gamma: float | None = None  # the γ that `for_grokking` chose; it causes no warning
-    preset_lrs: Sequence[float] = ()  # the learning rates that `for_grokking` chose for the groups
+    preset: Preset = Preset()
     checked: list[tuple[Any, ...]] = field(default_factory=list)  # each group's options when they were last checked
     checked_layers: list[list[int]] = field(default_factory=list)  # each group's layers at that time
     skipped: Tensor | None = None  # counts steps that were skipped on a device and were not read back yet

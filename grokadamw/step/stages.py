@@ -9,7 +9,7 @@ Signals are called before tensors are collected: they are users' code, and the s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any
@@ -77,7 +77,7 @@ def check_given(run: Run, given: Given) -> bool:
 def check_finite(run: Run, given: Given) -> None:
     """Raise RuntimeError if gradients are not finite."""
     params = [p for group in given.groups for p in group["params"] if p.grad is not None]
-    if not math.isfinite(_norm_now([resolved(p.grad) for p in params if not p.grad.is_sparse], given)):
+    if not math.isfinite(_norm_now([resolved(p.grad) for p in params if p.grad.layout == torch.strided], given)):
         raise _not_finite(run, given, params)
 
 
@@ -90,9 +90,9 @@ def begin(run: Run, given: Given) -> None:
     """Warn once about doubtful layers, lrs and shards. Evaluate the signals at a step's first (or only) micro-batch."""
     if not run.layers_checked:  # at the first step, because set_layers may be called until then
         if not rules_of(given.options).layers_by_place:
-            for sentence in layers.warnings_for(given.groups, run.names, run.preset_gamma):
+            for sentence in layers.warnings_for(given.groups, run.names, run.preset.gamma):
                 warn(sentence, UserWarning)
-        if lost := lost_rates(given.groups, run.preset_lrs):
+        if lost := lost_rates(given.groups, run.preset.lrs):
             warn(lost, UserWarning)
         is_own = run.shard_group is not None and run.zero() is None
         for sentence in run.all_ranks.doubts(given.groups, run.shard_group, is_own):
@@ -121,13 +121,14 @@ def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables
     groups, state, options = given.groups, given.state, given.options
     factor_of_lamb = amplification(run.last.signal) if options["amplify_by_signal"] else 1.0
     effects, cycle, cycle_groups = run.last.effects, None, groups
+    missing: Collection[Tensor] = ()
     if options["accumulation_steps"] > 1:
         warn_if_not_zeroed(groups, run.said)
         cycle = Cycle(options["accumulation_steps"], groups, state)
         cycle_groups, effects, factor_of_lamb = cycle.numbers(effects, factor_of_lamb)
+        missing = cycle.missing
 
-    missing = () if cycle is None else cycle.missing
-    found = run.cache.find(given if cycle is None else given._replace(groups=cycle_groups), run.names, missing)
+    found = run.cache.find(given._replace(groups=cycle_groups), run.names, missing)
     if given.capturing and found.tables is not None:
         run.graphs.append(found.tables)
     try:
@@ -199,18 +200,16 @@ def _measured(run: Run, given: Given, found: Batches, groups: Sequence[dict[str,
     options, rules = given.options, rules_of(given.options)
     nonfinite = "propagate" if rules.ignores_nonfinite else options["nonfinite"]
     limits = [float(groups[batch.group]["gradient_clipping"]) for batch in found.batches]
-    is_clipped = any(limits)
+    are_divided = given.shard_group is not None or any(map(itemgetter(0), found.grads))
+    counts_others = are_divided and not rules.clips_each_tensor
     # Other gradients may belong to the same norm: those of the rest of a backward pass, or of other ranks. All ranks
     # must take part in the norm, or none, whatever gradients they have: so the limits of all groups count.
-    if limits and run.in_backward is not None:
-        is_clipped = is_clipped or run.in_backward.is_clipped
-    are_divided = given.shard_group is not None or any(map(itemgetter(0), found.grads))
-    if are_divided and not rules.clips_each_tensor:
-        is_clipped = is_clipped or any(group["gradient_clipping"] > 0 for group in groups)
+    is_clipped = any(limits) or (run.in_backward is not None and run.in_backward.is_clipped)
+    is_clipped = is_clipped or (counts_others and any(group["gradient_clipping"] > 0 for group in groups))
     needs_norm = (bool(limits) or are_divided) and (is_clipped or nonfinite != "propagate")
     movable = not given.capturing and not capture.any_capturable(given.groups)
     stats = norm.stats(found, limits, given, nonfinite, needs_norm, partial(run.skip_counter, movable=movable))
-    if are_divided and not rules.clips_each_tensor:  # show the same on all ranks, although their batches differ
+    if counts_others:  # show the same on all ranks, although their batches differ
         clips = [norm.clip_coefficient(stats.norm, group["gradient_clipping"]) for group in groups]
         stats = stats._replace(clips=clips)
     return stats

@@ -269,7 +269,7 @@ def test_the_norm_is_float64s_whatever_the_dtypes(dtype: torch.dtype) -> None:
     assert total == gpu.sum_of_squares([grad.clone() for grad in grads])
     assert counts == {"squares": 1 if dtype == torch.float32 else 2}
     skipped = torch.zeros((), dtype=torch.int64)
-    verdict = gpu.judge(grads, [0.5, 0.0, 1e9], torch.tensor(4.0), torch.tensor([0.0]), skipped, wants_norm=True)
+    verdict = gpu.judge(grads, [0.5, 0.0, 1e9], torch.tensor(4.0), torch.tensor([0.0]), skipped, needs_norm=True)
     norm = expected.sqrt() / 4
     torch.testing.assert_close(verdict.norm, norm, rtol=1e-14, atol=0)
     torch.testing.assert_close(torch.stack(verdict.clips), torch.stack([0.5 / (norm + 1e-6), *norm.new_ones(2)]))
@@ -720,5 +720,5 @@ def test_the_judge_has_as_many_threads_as_a_gpu_lets_a_block_have(
     counted = SimpleNamespace(tl=kernels.tl, squares=kernels.squares, judge={(1,): lambda *_, **kw: given.append(kw)})
     monkeypatch.setattr(gpu, "kernels", lambda: counted)
     monkeypatch.setattr(torch.version, "hip", hip)
-    gpu.judge([torch.ones(3)], [1.0], None, None, None, wants_norm=True)
+    gpu.judge([torch.ones(3)], [1.0], None, None, None, needs_norm=True)
     assert [(kw["num_warps"], kw["BLOCK"]) for kw in given] == [(warps, JUDGE_BLOCK)]

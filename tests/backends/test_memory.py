@@ -403,7 +403,7 @@ def test_a_gradient_that_becomes_sparse_is_refused_by_name() -> None:
         p.grad = torch.ones(3)
         optimizer.step()
     p.grad = torch.ones(3).to_sparse()
-    with pytest.raises(RuntimeError, match="does not support sparse gradients, and embedding has one"):
+    with pytest.raises(RuntimeError, match="embedding: the gradient is sparse, which is not supported"):
         optimizer.step()
 
 
