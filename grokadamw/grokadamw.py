@@ -132,7 +132,7 @@ class GrokAdamW(Base):
             one mesh count once. None: each rank has all plain parameters in full, as with DDP. DTensors alone and
             ``ZeroRedundancyOptimizer`` need no group: their sharding is known. Checkpoints and pickles do not save it.
         foreach: None: the fastest implementation that can take a tensor, see ``implementation``. True: torch's
-            operations on lists of tensors. False: one tensor at a time, with temporary memory for one.
+            operations on lists of tensors. False: one tensor at a time, with nine times its size as temporary memory.
         maximize: maximize the loss instead of minimizing it.
         capturable: allow CUDA graphs to capture the step; all parameters must be on a GPU. See ``update_signals``.
         differentiable: let autograd go back through the step, to parameters, gradients and a tensor ``lr``.

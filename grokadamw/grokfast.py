@@ -125,7 +125,7 @@ def _signal(function: Any) -> Signals | None:
 
 
 class Grokfast(_Filter):
-    r"""Grokfast around any optimizer: it steps with :math:`g + λ μ`, where μ is a moving average of the gradients g.
+    r"""Grokfast around any optimizer: it steps with ``g + λ μ``, where μ is a moving average of the gradients g.
 
     ```python
     optimizer = Grokfast(torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.005))
@@ -230,7 +230,7 @@ class Grokfast(_Filter):
 
 
 class GrokfastMA(_Filter):
-    r"""Grokfast around any optimizer: it steps with :math:`g + λ μ`, where μ is the mean of the last w gradients g.
+    r"""Grokfast around any optimizer: it steps with ``g + λ μ``, where μ is the mean of the last w gradients g.
 
     Use it like `Grokfast`. A step takes the same time for any w; the window takes w + 2 times the parameters' memory.
     Source: arXiv:2405.20233, section 2.2.

@@ -179,6 +179,7 @@ class GrokAdamWCallback(TrainerCallback):
         self._train_accuracy: float | None = None  # the last logged one that is not NaN
         self._evaluated_at = -1  # the step of the last evaluation with an accuracy
         self._metrics: set[str] = set()  # names of all metrics of evaluations so far
+        self._found: set[str] = set()  # the values that this run has logged
         self._said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,8 +212,9 @@ class GrokAdamWCallback(TrainerCallback):
         self._goes_on = state.global_step == 0
         accuracies = [log[self._train_acc] for log in logs if self._train_acc in log]
         self._train_accuracy = next((x for x in reversed(accuracies) if not math.isnan(x)), None)
-        self._evaluated_at = -1
+        self._evaluated_at, self._without_loss = -1, 0
         self._metrics.clear()
+        self._found.clear()
         self._go_first()
         is_evaluated = args.eval_strategy != "no" or args.eval_on_start
         if not is_evaluated:
@@ -258,7 +260,7 @@ class GrokAdamWCallback(TrainerCallback):
         if self._optimizer is None:
             return
         if self._train_acc in logs and self._goes_on:
-            self._said.add("train_acc")
+            self._found.add("train_acc")
             found = trainers.without_nan({"train_acc": logs[self._train_acc]}, self._said)
             self._train_accuracy = found.get("train_acc", self._train_accuracy)
             if "eval_acc" not in self._evaluated or self._evaluated_at == state.global_step:
@@ -280,7 +282,7 @@ class GrokAdamWCallback(TrainerCallback):
         if self._optimizer is None or not self._goes_on:  # eval_on_start: a checkpoint has the losses
             return
         found: dict[str, float | None] = {name: metrics[key] for name, key in self._evaluated.items() if key in metrics}
-        self._said.update(found)
+        self._found.update(found)
         self._metrics.update(metrics)
         # only here: a training loss or accuracy that comes later must not be compared with this evaluation
         if "eval_loss" in found:
@@ -350,7 +352,7 @@ class GrokAdamWCallback(TrainerCallback):
     def _warn_if_missing(self, name: str, key: str) -> None:
         """Warn once if no evaluation had a metric with this key."""
         is_used = name != "eval_loss" or self._optimizer is None or trainers.uses_losses(self._optimizer)
-        if name in self._said or not is_used:
+        if name in self._found | self._said or not is_used:
             return
         metrics = sorted(self._metrics - {"epoch"})
         if name == "eval_loss":
@@ -359,7 +361,8 @@ class GrokAdamWCallback(TrainerCallback):
         self._warn(name, key, f"and the evaluation has {', '.join(metrics) or 'no loss'}", instead)
 
     def _warn(self, name: str, key: str, what: str, instead: str = "the name of one") -> None:
-        self._said.add(name)
+        if not is_new(name, self._said):
+            return
         silent = "signals of losses" if name == "eval_loss" else "AccuracyGap and Monitor.grokked_at"
         warn(
             f"GrokAdamWCallback waits for {key!r}, {what}: {silent} stay silent; pass {instead} as {name}=", UserWarning
@@ -384,7 +387,7 @@ class GrokAdamWCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._train_acc is not None and "train_acc" not in self._said:
+        if self._train_acc is not None and "train_acc" not in self._found:
             self._warn("train_acc", self._train_acc, "and no log had it")
         for name, key in self._evaluated.items():
             if self._metrics:

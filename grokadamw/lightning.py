@@ -190,7 +190,8 @@ class GrokAdamWCallback(Callback):
         if loss is not None:
             self._logged.add("train_loss")
             self._last_train_loss = torch.as_tensor(loss).detach()
-        self._take_accuracy(trainer.callback_metrics, trainer)
+        if self._train_acc in trainer.callback_metrics:
+            self._take_accuracy(trainer.callback_metrics[self._train_acc], trainer)
         step = trainer.global_step
         # ask the connector, as Lightning's callbacks do: it counts batches, and global_step all optimizers' steps
         if trainer._logger_connector.should_update_logs and step != self._logged_at:
@@ -209,7 +210,7 @@ class GrokAdamWCallback(Callback):
         self._logged.update(found)
         found = self._mean_over_ranks(found, trainer)
         if "train_acc" in found:
-            self._take_accuracy({self._train_acc: found["train_acc"]}, trainer)
+            self._take_accuracy(found["train_acc"], trainer)
         if "train_loss" in found:
             self._last_train_loss = torch.as_tensor(found["train_loss"]).detach()
             if self._waits_for_loss:
@@ -256,14 +257,13 @@ class GrokAdamWCallback(Callback):
             self._warn("train_acc", self._train_acc, trainer)
         self._optimizers = []
 
-    def _take_accuracy(self, metrics: Mapping[Any, Any], trainer: Trainer) -> None:
+    def _take_accuracy(self, value: Any, trainer: Trainer) -> None:
         """Record the training accuracy, unless it has to wait for the next validation."""
-        if self._train_acc in metrics:
-            self._logged.add("train_acc")
-            found = trainers.without_nan({"train_acc": metrics[self._train_acc]}, self._said)
-            self._train_accuracy = found.get("train_acc", self._train_accuracy)
-            if "eval_acc" not in self._evaluated or self._validated_at == trainer.global_step:
-                self._record(train_acc=self._train_accuracy)
+        self._logged.add("train_acc")
+        found = trainers.without_nan({"train_acc": value}, self._said)
+        self._train_accuracy = found.get("train_acc", self._train_accuracy)
+        if "eval_acc" not in self._evaluated or self._validated_at == trainer.global_step:
+            self._record(train_acc=self._train_accuracy)
 
     def _uses_losses(self) -> bool:
         return any(map(trainers.uses_losses, self._optimizers))

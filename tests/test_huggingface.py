@@ -688,6 +688,9 @@ def test_a_training_accuracy_that_is_logged(tmp_path: Path) -> None:
     it.train()
     assert [group["train_acc"] for group in grokadamw_of(it).param_groups] == [0.75] * 2
     assert len(alphas(it)) == STEPS // 2  # a log without the loss has no readings
+    it.remove_callback(Logs)
+    with pytest.warns(UserWarning, match="waits for 'right', and no log had it"):  # in the second run
+        it.train()
 
 
 def test_a_training_accuracy_waits_for_the_evaluation(tmp_path: Path) -> None:

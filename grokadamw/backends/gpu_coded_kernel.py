@@ -22,20 +22,12 @@ from .gpu_codes import (
 )
 from .gpu_norm import chunk, load, pointer_to
 from .gpu_stages import (
-    AT_BATCH,
-    AT_BETA1,
     AT_DITHER,
-    AT_LOG_BIAS_BETA1,
     AT_LOW,
-    AT_M,
     AT_M_SCALES,
-    AT_MU,
     AT_MU_SCALES,
     AT_ROW_WIDTH,
     AT_ROWS,
-    AT_SIZE,
-    AT_THETA,
-    AT_V,
     AT_V_SCALES,
     AT_WIDTH,
     BIT,
@@ -45,9 +37,9 @@ from .gpu_stages import (
     MICRO_STEPS,
     NARROW,
     NTH,
-    NUMBERS,
     ODD,
     WIDEST,
+    entry_of,
     float64_at,
     limited,
     moments,
@@ -56,7 +48,6 @@ from .gpu_stages import (
     numbers_of,
     shares,
     slow_and_amplified,
-    step_of,
     updated,
 )
 
@@ -264,15 +255,7 @@ def update_coded(
     if HAS_FINITE and not (IS_PART or usable):
         return
     i, nth = chunk(chunks)
-    here = table + i
-    size = tl.load(here + AT_SIZE * tensors)
-    theta = tl.load(here + AT_THETA * tensors)
-    m = tl.load(here + AT_M * tensors)
-    v = tl.load(here + AT_V * tensors)
-    mu = tl.load(here + AT_MU * tensors) if HAS_MU else m
-    t = step_of(here, tensors)
-    beta1, log_bias_beta1 = float64_at(here, AT_BETA1 * tensors), float64_at(here, AT_LOG_BIAS_BETA1 * tensors)
-    of_batch = numbers + tl.load(here + AT_BATCH * tensors) * NUMBERS
+    here, size, theta, m, v, mu, t, beta1, log_bias_beta1, of_batch = entry_of(table, tensors, i, numbers, HAS_MU)
     grad = tl.load(grads + i)
     scalars = numbers_of(of_batch, t, beta1, log_bias_beta1, tl.float32, EPS_FIRST, IS_PART, MOVES)
     m_scales = tl.load(here + AT_M_SCALES * tensors)

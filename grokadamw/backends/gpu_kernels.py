@@ -14,24 +14,16 @@ import triton.language as tl
 from .gpu_coded_kernel import update_coded  # noqa: F401
 from .gpu_norm import chunk, judge, load, pointer_to, squares, store  # noqa: F401
 from .gpu_stages import (
-    AT_BATCH,
-    AT_BETA1,
-    AT_LOG_BIAS_BETA1,
-    AT_M,
-    AT_MU,
     AT_ROW_WIDTH,
     AT_ROWS,
-    AT_SIZE,
-    AT_THETA,
-    AT_V,
     BIT,
     LONG,
     MAX_ROW_CHANGE,
     MAX_ROW_NORM,
     NARROW,
-    NUMBERS,
     ODD,
     WIDEST,
+    entry_of,
     float64_at,
     limited,
     moments,
@@ -40,7 +32,6 @@ from .gpu_stages import (
     numbers_of,
     shares,
     slow_and_amplified,
-    step_of,
     updated,
 )
 from .gpu_tables import STRAIGHT as _STRAIGHT
@@ -210,16 +201,7 @@ def update(
     if HAS_FINITE and not (IS_PART or usable):
         return
     i, nth = chunk(chunks)
-    here = table + i
-    size = tl.load(here + AT_SIZE * tensors)
-    theta = tl.load(here + AT_THETA * tensors)
-    m = tl.load(here + AT_M * tensors)
-    v = tl.load(here + AT_V * tensors)
-    mu = tl.load(here + AT_MU * tensors) if HAS_MU else m
-    t = step_of(here, tensors)
-    beta1 = float64_at(here, AT_BETA1 * tensors)
-    log_bias_beta1 = float64_at(here, AT_LOG_BIAS_BETA1 * tensors)
-    of_batch = numbers + tl.load(here + AT_BATCH * tensors) * NUMBERS
+    here, size, theta, m, v, mu, t, beta1, log_bias_beta1, of_batch = entry_of(table, tensors, i, numbers, HAS_MU)
     grad = tl.load(grads + i)
 
     REAL: tl.constexpr = tl.float64 if STATE == tl.float64 else tl.float32

@@ -33,9 +33,21 @@ def number_at(words, place):
 
 
 @triton.jit
-def step_of(here, tensors):
-    """Return the number of this step for a tensor, counted from 1."""
-    return tl.load(tl.load(here + AT_STEP * tensors).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
+def entry_of(table, tensors, i, numbers, HAS_MU: tl.constexpr):
+    """Return what the tables say of the i-th tensor.
+
+    That is: its place in the table, its size, the addresses of θ, m, v and μ, its step t (counted from 1), its β1, the
+    logarithm of the β1 for m's bias correction, and the address of its batch's numbers.
+    """
+    here = table + i
+    m = tl.load(here + AT_M * tensors)
+    t = tl.load(tl.load(here + AT_STEP * tensors).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
+    return (
+        here, tl.load(here + AT_SIZE * tensors), tl.load(here + AT_THETA * tensors), m,
+        tl.load(here + AT_V * tensors), tl.load(here + AT_MU * tensors) if HAS_MU else m, t,
+        float64_at(here, AT_BETA1 * tensors), float64_at(here, AT_LOG_BIAS_BETA1 * tensors),
+        numbers + tl.load(here + AT_BATCH * tensors) * NUMBERS,
+    )  # fmt: skip
 
 
 @triton.jit
