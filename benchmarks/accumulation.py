@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from grokadamw import Accumulate, GrokAdamW
 
+from . import RESULTS
 from .grokking.tasks import load
 
 BATCH = 512
@@ -74,7 +75,7 @@ def table(results: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="How much shorter steps are when the moments collect micro-batches.")
     parser.add_argument("--steps", type=int, default=max(AT), help="that are taken (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: %(default)s)")
     parser.add_argument("--table", type=Path, help="print the table of a file of results, and measure nothing")
     options = parser.parse_args(arguments)
     if options.table:

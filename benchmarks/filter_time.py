@@ -29,6 +29,7 @@ from torch.optim import Adam
 from grokadamw import GrokAdamW
 from grokadamw.grokfast import Grokfast, GrokfastMA, gradfilter_ema, gradfilter_ma
 
+from . import RESULTS
 from .grokking.tasks import Split, load
 from .peers import imported, version
 from .step_time import processor
@@ -149,7 +150,7 @@ def table(results: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="What the filters cost.")
     parser.add_argument("--rounds", type=int, default=30, help="turns of each arm (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: %(default)s)")
     parser.add_argument("--table", type=Path, help="print the table of a file of results, and measure nothing")
     options = parser.parse_args(arguments)
     if options.table:

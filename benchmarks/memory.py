@@ -27,6 +27,7 @@ from torch.optim import AdamW, Optimizer
 
 from grokadamw import GrokAdamW
 
+from . import RESULTS
 from .peers import Shapes, gpt2, imported
 from .step_time import MIB, ROOT, Runner, machine, quartiles, reason, release, resident, take_turns, timed
 
@@ -176,7 +177,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="turns of each case (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for memory.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: %(default)s)")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:

@@ -43,6 +43,7 @@ from torch import nn
 import grokadamw
 from grokadamw import GrokAdamW
 
+from . import RESULTS
 from .grokking.tasks.modular import Transformer
 from .peers import ARMS, CLIPPED, FUSED, Arm, Shapes, Step, Tensors, free_memory, gpt2, heats, version
 
@@ -441,7 +442,7 @@ def main(arguments: list[str] | None = None) -> None:
     titles = "; ".join(f"{key}: {model.title}" for key, model in MODELS.items())
     parser.add_argument("--model", nargs="+", choices=MODELS, help=f"{titles}; default: all that are for the device")
     parser.add_argument("--rounds", type=int, default=15, help="slow arms take fewer (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: %(default)s)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of an earlier run, and no more")
     parser.add_argument("--peak", choices=[arm.name for arm in ARMS], help="print what one step needs in MiB, alone")
     options = parser.parse_args(arguments)

@@ -20,7 +20,7 @@ from .step.effects import are_boosted
 _LOGGED = ("alpha", "boost", "decay_boost", "signal", "grad_norm", "clip_coefficient", "skipped_steps")
 
 
-def _unwrapped(optimizer: Any) -> Iterator[Any]:
+def _optimizers_in(optimizer: Any) -> Iterator[Any]:
     """Yield an optimizer and each optimizer inside it, through the wrappers of frameworks, torch and this package."""
     while optimizer is not None:
         yield optimizer
@@ -32,7 +32,7 @@ def _unwrapped(optimizer: Any) -> Iterator[Any]:
 
 def grokadamw_in(optimizer: Any) -> GrokAdamW | None:
     """Return the GrokAdamW inside the wrappers of frameworks, torch and this package; None if there is none."""
-    return next((layer for layer in _unwrapped(optimizer) if isinstance(layer, GrokAdamW)), None)
+    return next((inner for inner in _optimizers_in(optimizer) if isinstance(inner, GrokAdamW)), None)
 
 
 def readings(optimizer: GrokAdamW) -> dict[str, float]:
@@ -143,7 +143,7 @@ def say_who_clips(optimizer: Any, limit: float, name: str, *, by_norm: bool = Tr
                 'clip_by="last"',
                 UserWarning,
             )
-    elif any(isinstance(layer, Accumulate) and layer._steps > 1 for layer in _unwrapped(optimizer)):
+    elif any(isinstance(inner, Accumulate) and inner._steps > 1 for inner in _optimizers_in(optimizer)):
         warn(
             f"{name}={limit:g} clips the gradients of each micro-batch, before Accumulate takes their mean, so the "
             f"step is not that of one large batch. Give {name}=0; the optimizer's gradient_clipping clips the mean",

@@ -15,8 +15,8 @@ from . import layers, zero
 from ._base import Base
 from ._hints import check_params, with_hints, with_model
 from ._numbers import as_number, as_share
-from .backends import Batch, Scalars
 from .backends.gpu_tables import Tables
+from .backends.types import Calls
 from .distributed import check_shard_group, overflow_of_all
 from .groups import check_model, grokking_groups
 from .options import check_group
@@ -291,7 +291,7 @@ class GrokAdamW(Base):
         return loss
 
     @_disable_dynamo  # so that values which change each step reach the graph as tensors, and none is a guard
-    def _prepared(self, compiling: bool) -> tuple[list[tuple[Batch, Scalars]], Tables | None]:
+    def _prepared(self, compiling: bool) -> tuple[Calls, Tables | None]:
         """Run the stages before slow_grad. Groups and state are read again after signals, which may replace them."""
         self._complete_groups()
         run, options = self._run, self.defaults

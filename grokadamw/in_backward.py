@@ -13,8 +13,8 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, without im
 from torch.utils.hooks import RemovableHandle
 
 from ._warn import warn
-from .backends import Batch, Scalars
 from .backends.gpu_tables import Tables
+from .backends.types import Calls
 from .ddp import why_not_early
 from .grokadamw import GrokAdamW
 from .layers import name_of
@@ -31,7 +31,6 @@ from .step.run import Run
 
 __all__ = ["StepInBackward", "step_in_backward"]
 
-_Calls = Sequence[tuple[Batch, Scalars]]
 _QUIET = 1  # `count_skipped` warns if the count was 0: a count that begins at 1 leaves the warning to `end`
 _SCALED = (
     "GradScaler with step_in_backward: this pass has used gradients before they could be unscaled. Compute in "
@@ -141,7 +140,7 @@ class StepInBackward:
             optimizer.zero_grad()  # drop the gradients of a failed pass, so that ending it cannot fail
         self.remove()
 
-    def end(self, optimizer: GrokAdamW, given: Given) -> tuple[_Calls, Tables | None]:
+    def end(self, optimizer: GrokAdamW, given: Given) -> tuple[Calls, Tables | None]:
         """End the pass for ``step()``: return the updates that remain to be done, and count the pass."""
         if given.scale is not None or given.found_inf is not None:
             # GradScaler leaves its attributes and scaled gradients behind; the next step must not see them
@@ -243,7 +242,7 @@ class StepInBackward:
                 self._skipped.append(name_of(param, [alone], run.names))
             param.grad = None
 
-    def _clipped(self, calls: _Calls, last: LastStep, groups: Sequence[dict[str, Any]]) -> _Calls:
+    def _clipped(self, calls: Calls, last: LastStep, groups: Sequence[dict[str, Any]]) -> Calls:
         """Add these gradients to the pass's norm, and return the calls with the clip coefficient c so far."""
         self._norm.add(last.norm)
         if self._clip_by is None:

@@ -287,17 +287,17 @@ class GrokAdamWCallback(Callback):
         totals = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
 
-    def _warn(self, which: str, name: str | None, trainer: Trainer) -> None:
+    def _warn(self, name: str, key: str | None, trainer: Trainer) -> None:
         """Warn once about a value that was not logged, if it would have an effect."""
-        if (which.endswith("loss") and not self._uses_losses()) or not is_new(which, self._said):
+        if (name.endswith("loss") and not self._uses_losses()) or not is_new(name, self._said):
             return
-        logged = sorted(key for key in trainer.callback_metrics if not key.startswith("grok_"))
-        waited, why = f"waited for {which}={name!r}", f"what was logged is {', '.join(logged) or 'nothing'}"
+        logged = sorted(other for other in trainer.callback_metrics if not other.startswith("grok_"))
+        waited, why = f"waited for {name}={key!r}", f"what was logged is {', '.join(logged) or 'nothing'}"
         way_out = "log it under this name, or give another"
-        if name is None:
+        if key is None:
             waited, why = "waited for training_step's loss", f"it returned no number, and {why}"
             way_out = "return it, or log it, and give its name as train_loss="
-        if which in self._evaluated and "validation" not in self._logged:
+        if name in self._evaluated and "validation" not in self._logged:
             why, way_out = "no validation took place", "validate more often, as by val_check_interval"
-        silent = "signals of losses" if which.endswith("loss") else "AccuracyGap and Monitor.grokked_at"
+        silent = "signals of losses" if name.endswith("loss") else "AccuracyGap and Monitor.grokked_at"
         warn(f"GrokAdamWCallback {waited}, but {why}: {silent} stay silent; {way_out}", UserWarning)

@@ -138,8 +138,10 @@ def cuts_blocks(tensor: Tensor, block: int) -> bool:
     All ranks get the same answer, whatever their own part is.
     """
     shards = shards_of(tensor)
-    cuts = [] if shards is None else [cut for cut in shards.cuts() if cut[1] > 0 or tensor.dim() == 1]
-    if shards is None or not cuts:
+    if shards is None:
+        return False
+    cuts = [cut for cut in shards.cuts() if cut[1] > 0 or tensor.dim() == 1]
+    if not cuts:
         return False
     from torch.distributed.tensor import Shard
 

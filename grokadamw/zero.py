@@ -24,10 +24,12 @@ def caller() -> Any:
     It does not pass itself on, so this looks for it on the call stack.
     """
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    for frame, _ in walk_stack(sys._getframe()) if module is not None else ():
+    if module is None:
+        return None
+    for frame, _ in walk_stack(sys._getframe()):
         if frame.f_code.co_name == "_init_local_optimizer":
             zero = frame.f_locals.get("self")
-            return zero if isinstance(zero, module.ZeroRedundancyOptimizer) else None  # type: ignore[union-attr]
+            return zero if isinstance(zero, module.ZeroRedundancyOptimizer) else None
     return None
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..options import rules_of
 from . import blocks, cpu, decoded, foreach, gpu, memory, native, reference
-from .types import NOBODY, Addresses, Batch, Choice, Scalars
+from .types import NOBODY, Addresses, Batch, Choice
 
-__all__ = ["NO_SHARED_MEMORY", "FUSED_ON", "Batch", "Choice", "Scalars", "choose"]
-__all__ += ["fastest_sum_of_squares", "has_limits", "keep", "row_width", "sum_of_squares"]
+__all__ = ["NO_SHARED_MEMORY", "FUSED_ON", "choose", "fastest_sum_of_squares"]
+__all__ += ["has_limits", "keep", "row_width", "sum_of_squares"]
 
 NO_SHARED_MEMORY = (cpu, blocks, gpu)  # backends whose tensors must not share memory
 _LAUNCH = "one Triton launch for all tensors of a kind"

@@ -24,6 +24,7 @@ from .gpu_tables import (
     JUDGE_THREADS,
     LONGEST,
     Call,
+    Kind,
     Tables,
     Verdict,
     and_odd,
@@ -32,7 +33,7 @@ from .gpu_tables import (
     words_of,
 )
 from .memory import DTYPES, addresses, where
-from .types import Addresses, Batch, Coded, Scalars, written
+from .types import Addresses, Batch, Calls, Coded, Scalars, written
 
 _DEVICE_TYPE = "cuda"  # AMD's GPUs, too
 
@@ -296,15 +297,17 @@ def step(batch: Batch, scalars: Scalars) -> None:
     steps([(batch, scalars)])
 
 
-def steps(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None = None) -> None:
+def steps(calls: Calls, tables: Tables | None = None) -> None:
     """Do `step` for several batches, with one launch for all batches of one kind."""
     tables = Tables() if tables is None else tables
-    kinds: dict[Any, list[Call]] = {}
+    kinds: dict[Kind, list[Call]] = {}
     for batch, scalars in calls:
         at = keep(batch) if batch.addresses is None else batch.addresses
-        kind = (
+        kind = Kind(
             batch.params[0].device,
-            *(column[0].dtype for column in (batch.params, batch.grads, batch.exp_avgs)),
+            batch.params[0].dtype,
+            batch.grads[0].dtype,
+            batch.exp_avgs[0].dtype,
             batch.grok_emas is not None,
             scalars.raw_second_moment,
             scalars.eps_before_correction,
@@ -316,7 +319,7 @@ def steps(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None = None) 
         kinds.setdefault(kind, []).append(Call(batch, scalars, at))
     by_device: dict[torch.device, list[Call]] = {}
     for kind, of_kind in kinds.items():
-        by_device.setdefault(kind[0], []).extend(of_kind)
+        by_device.setdefault(kind.device, []).extend(of_kind)
     counts = [(_step_counts(on_device, tables), on_device[0].scalars) for on_device in by_device.values()]
     for kind, of_kind in kinds.items():
         _update(kind, of_kind, tables)
@@ -325,26 +328,27 @@ def steps(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None = None) 
             _advance(vectors, scalars.writable())
 
 
-def _update(kind: Any, calls: list[Call], tables: Tables) -> None:
-    device, param, grad, state, has_mu, raw, eps_first, has_finite, is_part, moves, coded = kind
+def _update(kind: Kind, calls: list[Call], tables: Tables) -> None:
+    """Launch the kernel for all tensors of one kind."""
+    device = kind.device
     static = tables.static(kind, calls)
     limits = [x.scalars for x in calls] if static.of_rows else []
     shape, finite = static.shape, calls[0].scalars.finite
     grads = b"".join([x.at.grads for x in calls])
     may_be_misaligned = tables.masked or misaligned(grads)
     # without the counts: torch's own operation advances them, and does this itself
-    columns = [column for x in calls for column in written(x.batch, moves) if column is not x.batch.steps]
+    columns = [column for x in calls for column in written(x.batch, kind.moves) if column is not x.batch.steps]
     torch.autograd.graph.increment_version(chain.from_iterable(columns))
     programs = static.chunks.numel()
     if not programs:
         return
     words = b"".join([words_of(x.scalars) for x in calls])
-    formats = {"STATE": state}
-    if coded is not None:
-        m, v, mu, low_bits, rounds = coded
+    formats = {"STATE": kind.state}
+    if kind.coded is not None:
+        m, v, mu, low_bits, rounds = kind.coded
         formats = {"M": m, "V": v, "MU": mu, "LOW": low_bits, "ROUNDS": rounds}
     _launch(
-        "update" if coded is None else "update_coded",
+        "update" if kind.coded is None else "update_coded",
         programs,
         device,
         (
@@ -355,15 +359,15 @@ def _update(kind: Any, calls: list[Call], tables: Tables) -> None:
             static.chunks if finite is None else finite,
         ),
         len(grads) // 8,
-        PARAM=param,
-        GRAD=grad,
+        PARAM=kind.param,
+        GRAD=kind.grad,
         **formats,
-        HAS_MU=has_mu,
-        RAW=raw,
-        EPS_FIRST=eps_first,
-        HAS_FINITE=has_finite,
-        IS_PART=is_part,
-        MOVES=moves,
+        HAS_MU=kind.has_mu,
+        RAW=kind.raw,
+        EPS_FIRST=kind.eps_first,
+        HAS_FINITE=kind.has_finite,
+        IS_PART=kind.is_part,
+        MOVES=kind.moves,
         TAIL=static.tail or may_be_misaligned,
         HAS_CHANGE=any(n.limits_change for n in limits),
         HAS_NORM=any(n.max_row_norm for n in limits),
@@ -371,7 +375,7 @@ def _update(kind: Any, calls: list[Call], tables: Tables) -> None:
         CHUNK=shape.chunk,
         BLOCK=shape.block,
         # more warps, as a row waits for its sums; but threads that decode need more registers
-        warps=shape.warps * (2 if limits and coded is None else 1),
+        warps=shape.warps * (2 if limits and kind.coded is None else 1),
     )
 
 

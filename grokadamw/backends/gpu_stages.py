@@ -40,14 +40,16 @@ def entry_of(table, tensors, i, numbers, HAS_MU: tl.constexpr):
     logarithm of the β1 for m's bias correction, and the address of its batch's numbers.
     """
     here = table + i
+    size = tl.load(here + AT_SIZE * tensors)
+    theta = tl.load(here + AT_THETA * tensors)
     m = tl.load(here + AT_M * tensors)
+    v = tl.load(here + AT_V * tensors)
+    mu = tl.load(here + AT_MU * tensors) if HAS_MU else m
     t = tl.load(tl.load(here + AT_STEP * tensors).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
-    return (
-        here, tl.load(here + AT_SIZE * tensors), tl.load(here + AT_THETA * tensors), m,
-        tl.load(here + AT_V * tensors), tl.load(here + AT_MU * tensors) if HAS_MU else m, t,
-        float64_at(here, AT_BETA1 * tensors), float64_at(here, AT_LOG_BIAS_BETA1 * tensors),
-        numbers + tl.load(here + AT_BATCH * tensors) * NUMBERS,
-    )  # fmt: skip
+    beta1 = float64_at(here, AT_BETA1 * tensors)
+    log_bias_beta1 = float64_at(here, AT_LOG_BIAS_BETA1 * tensors)
+    of_batch = numbers + tl.load(here + AT_BATCH * tensors) * NUMBERS
+    return here, size, theta, m, v, mu, t, beta1, log_bias_beta1, of_batch
 
 
 @triton.jit

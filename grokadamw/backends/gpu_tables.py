@@ -83,6 +83,22 @@ class Call(NamedTuple):
     at: Addresses
 
 
+class Kind(NamedTuple):
+    """The properties that tensors must share to be in one launch: all that is compiled into a kernel."""
+
+    device: torch.device
+    param: torch.dtype
+    grad: torch.dtype
+    state: torch.dtype
+    has_mu: bool
+    raw: bool  # v averages (c g)²
+    eps_first: bool  # ε joins √v before v's bias correction
+    has_finite: bool
+    is_part: bool  # a step has several micro-batches
+    moves: bool  # θ moves
+    coded: Any  # `Codes.kind`; None if no tensor is kept in fewer bits
+
+
 class _Key(NamedTuple):
     """The values on which a table depends, for one batch. If any of them has changed, the table is made again."""
 
@@ -155,7 +171,7 @@ class Tables:
         room = self._room[start : self._sent].copy_(words)
         return torch.empty_like(words, device=device).copy_(room, non_blocking=True)
 
-    def static(self, kind: Any, calls: Sequence[Call]) -> Static:
+    def static(self, kind: Kind, calls: Sequence[Call]) -> Static:
         """Return the chunks of all tensors and their table, which are made again if the tensors have changed."""
         key = [
             _Key(x.at[:6], x.scalars.beta1, x.scalars.bias_beta1, limited_widths(x.batch, x.scalars), x.at.table)
@@ -167,6 +183,7 @@ class Tables:
         return found
 
     def _made(self, key: list[_Key], calls: Sequence[Call], before: Static | None) -> Static:
+        """Return new chunks and a new table. If the tensors' sizes are those of `before`, its chunks are kept."""
         tensors, codes = calls[0].batch, [x.codes for x in key if x.codes is not None]
         device = tensors.params[0].device
         shape = CODED if codes else SHAPES[max(tensors.exp_avgs[0].element_size(), 4)]  # computed in float32 at least

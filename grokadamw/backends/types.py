@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -125,6 +125,9 @@ class Scalars(NamedTuple):
     def limits_change(self) -> bool:
         """True if max_row_change is on. A tensor counts as on, because it is not read back from its device."""
         return isinstance(self.max_row_change, Tensor) or self.max_row_change > 0
+
+
+Calls: TypeAlias = Sequence[tuple[Batch, Scalars]]  # the arguments of the calls of backends in a step
 
 
 def written(batch: Batch, moves: bool = True) -> list[list[Tensor]]:

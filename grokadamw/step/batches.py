@@ -13,10 +13,10 @@ from torch import Tensor
 from .. import backends, layers
 from .._numbers import as_real, resolved
 from .._warn import warn
-from ..backends import NO_SHARED_MEMORY, Batch, Choice, decoded, foreach, gpu, memory, reference
+from ..backends import NO_SHARED_MEMORY, decoded, foreach, gpu, memory, reference
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges
-from ..backends.types import Coded, written
+from ..backends.types import Batch, Choice, Coded, written
 from ..options import STATES, may_be_coded, rules_of
 from ..shards import Shards, blocks_before, divisions, local, part, shards_of
 from ..state import window

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .. import backends
 from .._numbers import as_real, reads_are_free, resolved
-from ..backends import Batch, Choice, cpu, gpu, memory
+from ..backends import cpu, gpu, memory
 from ..backends.gpu_tables import Tables
 from ..backends.memory import Ranges, TensorSignature
+from ..backends.types import Batch, Choice
 from ..options import GROUP_OPTIONS, STATES, may_be_coded, rules_of
 from ..shards import PLAIN, Shards, alike, blocks_before, divisions, local, parts, shards_of
 from ..state.formats import BLOCK, EXTRAS

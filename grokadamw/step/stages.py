@@ -22,7 +22,7 @@ from .._numbers import Number, as_float, detached, is_on_host, number_on, resolv
 from .._warn import is_new, warn
 from ..backends import foreach, gpu, rows
 from ..backends.gpu_tables import Tables
-from ..backends.types import WHOLE, Batch, MicroStep, Scalars
+from ..backends.types import WHOLE, Batch, Calls, MicroStep, Scalars
 from ..distributed import check_agreed, check_shard_group, is_for_state_alone
 from ..groups import lost_rates
 from ..options import rules_of
@@ -116,7 +116,7 @@ def evaluate_signals(run: Run, groups: Sequence[dict[str, Any]], options: dict[s
     run.last = run.last._replace(signal=signals[0] if signals else None, effects=effects)
 
 
-def prepare(run: Run, given: Given) -> tuple[list[tuple[Batch, Scalars]], Tables | None]:
+def prepare(run: Run, given: Given) -> tuple[Calls, Tables | None]:
     """Do the stages from batches to scalars, create missing state, and return the arguments for `write`."""
     groups, state, options = given.groups, given.state, given.options
     factor_of_lamb = amplification(run.last.signal) if options["amplify_by_signal"] else 1.0
@@ -230,7 +230,7 @@ def _warn_if_idle(run: Run, given: Given, last_norm: Number | None) -> None:
         )
 
 
-def write(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None) -> None:
+def write(calls: Calls, tables: Tables | None) -> None:
     """Do the stages slow_grad to limit_rows: let each backend update its batches, then limit the remaining rows.
 
     Batches on a GPU go together, because they share launches. torch.compile sees only this part of a step.
@@ -252,9 +252,7 @@ def write(calls: Sequence[tuple[Batch, Scalars]], tables: Tables | None) -> None
         rows.limit(batch, scalars, old)
 
 
-def _left_to_limit(
-    calls: Sequence[tuple[Batch, Scalars]], before: Sequence[list[Tensor]]
-) -> list[tuple[Batch, Scalars, list[Tensor]]]:
+def _left_to_limit(calls: Calls, before: Sequence[list[Tensor]]) -> list[tuple[Batch, Scalars, list[Tensor]]]:
     """Return the arguments for the calls of `rows.limit`.
 
     Ranks that have parts of rows add up norms one parameter at a time, in the optimizer's order. They cannot do it by
