@@ -48,7 +48,7 @@ def step_in_backward(optimizer: GrokAdamW, *, clip_by: str | None = None) -> Ste
     """Update each parameter in the backward pass, as soon as its gradient is ready, and free that gradient.
 
     The gradients of the whole model are then never in memory at once. Without clipping, the result is the same as that
-    of ``step()``, bit for bit.
+    of ``step()``, bit for bit (with ``foreach=True`` or ``fused=False``: up to rounding).
 
     ```python
     handle = step_in_backward(optimizer)

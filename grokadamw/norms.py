@@ -8,10 +8,10 @@ from __future__ import annotations
 import dis
 import inspect
 import re
-from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections import ChainMap, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import partial, partialmethod
 from itertools import chain
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -41,9 +41,15 @@ def is_norm(module: nn.Module) -> bool:
 
 def has_norms(model: nn.Module) -> bool:
     """Return True if the model has a norm layer, or its code calls a norm of torch.nn.functional."""
-    return any(
-        is_norm(module) or _KIND.search(type(module).__name__) or _calls_norms(module) for module in model.modules()
-    )
+    modules = list(model.modules())
+    if any(is_norm(module) or _KIND.search(type(module).__name__) for module in modules):
+        return True
+    methods = defaultdict[str, list[Any]](list)
+    for kind in {kind for module in modules for kind in type(module).__mro__}:
+        if not f"{kind.__module__}.".startswith(("torch.", "builtins.")):
+            for name, value in vars(kind).items():
+                methods[name].append(value)
+    return any(_calls_norms(module, methods) for module in modules)
 
 
 def is_vector(param: Tensor) -> bool:
@@ -51,11 +57,12 @@ def is_vector(param: Tensor) -> bool:
     return sum(n != 1 for n in param.shape) < 2
 
 
-def _calls_norms(module: nn.Module) -> bool:
+def _calls_norms(module: nn.Module, methods: Mapping[str, Iterable[Any]]) -> bool:
     """Return True if a module's ``forward``, or a method or function that it calls by name, calls a norm.
 
-    The ``training_step`` of a Lightning module counts like ``forward``. Calls that a flag switches off are found, too.
-    Calls through a list, a dict or a hook are not found.
+    `methods` are those of all modules of the model, by name: a module may call another one's. The ``training_step`` of
+    a Lightning module counts like ``forward``. Calls that a flag switches off are found, too. Calls through a list, a
+    dict, a hook or another object are not found.
     """
     found = [inspect.getattr_static(module, name, None) for name in ("forward", "training_step")]
     seen = set[FunctionType]()
@@ -72,16 +79,23 @@ def _calls_norms(module: nn.Module) -> bool:
             return True
         names = {name for code in codes for name in code.co_names}
         found.extend(_values(names, function, module))
+        found.extend(chain.from_iterable(methods.get(name, ()) for name in names))
     return False
 
 
 def _function(value: Any) -> Any:
-    """Return the function behind partials, methods and decorators; None if the value is not a function."""
-    while isinstance(value, partial):
-        value = value.func
-    if isinstance(value, (staticmethod, classmethod, MethodType)):
-        value = value.__func__
-    return inspect.unwrap(value) if inspect.isroutine(value) else None
+    """Return the function behind partials, methods, properties and decorators; None if the value is not a function."""
+    while True:
+        if isinstance(value, (partial, partialmethod)):
+            value = value.func
+        elif isinstance(value, (staticmethod, classmethod, MethodType)):
+            value = value.__func__
+        elif isinstance(value, property):
+            value = value.fget
+        elif inspect.isroutine(value) and hasattr(value, "__wrapped__"):
+            value = inspect.unwrap(value)
+        else:
+            return value if inspect.isroutine(value) else None
 
 
 def _values(names: set[str], function: FunctionType, module: nn.Module) -> Iterator[Any]:

@@ -239,14 +239,17 @@ def test_a_step_count_may_be_set_to_any_number(options: dict[str, Any], count: A
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("strides", [(0, 0), (4, 0), (1, 1), (2, 1)])
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}], ids=str)
-def test_a_parameter_that_becomes_expanded_is_refused_before_anything_is_written(options: dict[str, Any]) -> None:
+def test_a_parameter_whose_elements_come_to_overlap_is_refused_before_anything_is_written(
+    options: dict[str, Any], strides: tuple[int, int]
+) -> None:
     p, q = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(3))
     optimizer = GrokAdamW([q, p], **options)
     for x in (p, q):
         x.grad = torch.ones_like(x)
     optimizer.step()
-    p.data = torch.tensor(0.5).expand(4, 4)
+    p.data = torch.ones(16).as_strided((4, 4), strides)
     before = q.detach().clone(), optimizer.state[p]["exp_avg"].clone()
     with pytest.raises(RuntimeError, match="has several elements at one address"):
         optimizer.step()

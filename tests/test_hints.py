@@ -360,6 +360,17 @@ def test_gradients_that_count_several_times_are_warned_of_once(accumulating: str
     assert len(found) == (zeroing in ("once a step", "never"))
 
 
+def test_a_parameter_that_a_micro_batch_does_not_use_is_no_sign_of_gradients_that_count_again() -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = ACCUMULATING["accumulation_steps"]([*first.parameters(), *second.parameters()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(6):
+            optimizer.zero_grad(set_to_none=False)
+            second(first(torch.ones(2, 2)) if i % 3 == 0 else torch.ones(2, 2)).sum().backward()
+            optimizer.step()
+
+
 def test_a_misspelt_key_that_is_set_later_is_doubted_once() -> None:
     p = nn.Parameter(torch.ones(1))
     optimizer = GrokAdamW([p])

@@ -7,7 +7,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import partial, partialmethod
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -288,6 +288,48 @@ class ByNamespace(nn.Module):
         return Functions.group_norm(x, 1)
 
 
+class ByPartialMethod(nn.Module):
+    def normed(self, x: Tensor, is_normed: bool) -> Tensor:
+        return rms(x) if is_normed else x
+
+    forward = partialmethod(normed, is_normed=True)
+
+
+class ByProperty(nn.Module):
+    @property
+    def normed(self) -> Any:
+        return partial(layer_norm, normalized_shape=(4,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normed(x)
+
+
+class BySubmodule(nn.Module):
+    """A module that calls a method of its submodules, and not their ``forward``."""
+
+    class Block(nn.Module):
+        def attend(self, x: Tensor) -> Tensor:
+            return rms(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block.attend(x)
+        return x
+
+
+def by_wrapped_methods() -> list[nn.Module]:
+    """Return modules whose bound methods are wrapped, as people compile them or run them under autocast."""
+    compiled, cast, helped = ByFunction(), ByFunction(), ByAttribute(None)
+    compiled.forward = torch.compile(compiled.forward, backend="eager")  # type: ignore[method-assign]
+    cast.forward = torch.autocast("cpu")(cast.forward)  # type: ignore[method-assign]
+    helped.normed = torch.no_grad()(ByFunction().forward)
+    return [compiled, cast, helped]
+
+
 class WithoutByConfig(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -329,7 +371,8 @@ class Without(nn.Module):
             for layer in (ByFunction(), ByMethod(), ByName(), called("LayerNormLinear", nn.Linear, 4, 4))
         ],
         *[(layer, "inside") for layer in (BySuper(), *by_closure(), ByTrainingStep(), ByImport(), BesideAFlag())],
-        (ByNamespace(), "inside"),
+        *[(layer, "inside") for layer in (ByNamespace(), ByPartialMethod(), ByProperty(), BySubmodule())],
+        *[(layer, "inside") for layer in by_wrapped_methods()],
         *[(ByAttribute(norm), "inside") for norm in (layer_norm, partial(layer_norm, normalized_shape=(4,)))],
         *[(called(name, Vector), "none") for name in ("NoNorm", "Normal", "NormFreeGain", "Vector")],
         *[(called(name, nn.Module), "none") for name in ("L2Norm", "RunningNorm", "WithoutBatchNorm")],

@@ -25,7 +25,7 @@ WINDOW = tuple(window.names("grok_"))
 def check(state: State, param: Tensor) -> None:
     """Raise RuntimeError for a state or parameter that a step cannot use, before the step writes anything."""
     check_shapes(state, (*STATES, *WINDOW, *formats.EXTRAS), param)
-    if param.numel() and any(stride == 0 and n > 1 for stride, n in zip(param.stride(), param.shape, strict=True)):
+    if not param.is_contiguous() and _overlaps(param):
         raise RuntimeError(
             f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} has several elements at one "
             "address, so they cannot be updated separately: make it from a clone()"
@@ -35,6 +35,16 @@ def check(state: State, param: Tensor) -> None:
             f"a parameter of shape {tuple(param.shape)} has dtype {param.dtype}: give parameters of float16, bfloat16, "
             "float32, float64 or a complex dtype"
         )
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Return True if elements may share an address: if a dimension's stride is not longer than all smaller ones."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 def check_grad(param: Tensor, grad: Tensor) -> None:

@@ -225,17 +225,22 @@ def assemble(
     ranges = _ranges(made, columns.grads)
     if ranges is None or not (ranges.overlap or ranges.meet(memory.addresses(columns.grads))):
         return made, ranges
-    elsewhere = Choice(foreach, "parameters, gradients or state share memory")
     shared = [batch.choice.module in NO_SHARED_MEMORY and memory.share_memory(batch) for batch, _ in made]
     # batches on a GPU share launches, so they must not share memory with one another either
     on_gpu = [batch for (batch, _), is_shared in zip(made, shared, strict=True) if batch.choice.module is gpu]
     if len(on_gpu) > 1 and memory.share_memory(*on_gpu):
         shared = [is_shared or batch.choice.module is gpu for (batch, _), is_shared in zip(made, shared, strict=True)]
     made = [
-        (without_addresses(batch, elsewhere) if is_shared else batch, places)
+        (without_addresses(batch, _for_shared(batch)) if is_shared else batch, places)
         for (batch, places), is_shared in zip(made, shared, strict=True)
     ]
     return made, _ranges(made, columns.grads)
+
+
+def _for_shared(batch: Batch) -> Choice:
+    """Return the backend for tensors that share memory. `foreach` copies halves, and loses all but one of the moves."""
+    are_halves = batch.params[0].dtype != batch.exp_avgs[0].dtype
+    return Choice(reference if are_halves else foreach, "parameters, gradients or state share memory")
 
 
 def _ranges(made: Iterable[tuple[Batch, Any]], grads: list[Tensor]) -> Ranges | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._warn import is_new, warn
@@ -59,13 +60,14 @@ def warn_if_not_zeroed(groups: Iterable[Mapping[str, Any]], said: set[str]) -> N
     """Warn once if gradients were not zeroed since the last micro-batch, whose gradients then count again.
 
     backward() adds to an old gradient in place, which raises its version by 1. Zeroing makes a new tensor, or raises
-    the version once more. One parameter shows it. With several ranks, DDP may write to gradients, too.
+    the version once more. One parameter shows it, unless its gradient is zero: a micro-batch may not use it. With
+    several ranks, DDP may write to gradients, too.
     """
     grad = next((p.grad for group in groups for p in group["params"] if p.grad is not None), None)
-    if grad is None or grad.is_inference() or ranks() > 1:
+    if grad is None or grad.layout != torch.strided or grad.is_inference() or ranks() > 1:
         return
     before, grad._grokadamw_version = getattr(grad, "_grokadamw_version", None), grad._version
-    if before is not None and grad._version == before + 1 and is_new("not zeroed", said):
+    if before is not None and grad._version == before + 1 and grad.any() and is_new("not zeroed", said):
         warn(
             "the gradients were not zeroed since the last micro-batch, so that its gradients count again: call "
             "optimizer.zero_grad() before every micro-batch, instead of once per step",

@@ -107,6 +107,11 @@ def _measure(
             none_found = none_found.to(finite.device)
             skipped = torch.logical_and(torch.logical_not(finite), none_found)
         finite = none_found if finite is True else torch.logical_and(none_found, torch.as_tensor(finite))
+    if skipped is not None and torch._C._functorch.is_batchedtensor(skipped):
+        raise RuntimeError(
+            "nonfinite='skip' under torch.func.vmap: each example would skip steps of its own, and they share the "
+            "count of steps; give nonfinite='propagate'"
+        )
     if skipped is not None:  # steps in which GradScaler found infinity do not count as skipped
         count = counter(skipped.device)
         count.add_(skipped.to(count.device))  # in place, for CUDA graphs

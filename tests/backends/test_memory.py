@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -504,6 +505,18 @@ def test_parameters_that_share_memory_are_updated_one_after_the_other(
         assert which == "foreach: parameters, gradients or state share memory"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_that_share_memory_are_both_updated(dtype: torch.dtype) -> None:
+    room = torch.zeros(8, dtype=dtype)
+    params = [nn.Parameter(room), nn.Parameter(room)]
+    optimizer = GrokAdamW(params, lr=0.1, weight_decay=0.0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.testing.assert_close(room, torch.full_like(room, -0.2))
+    assert optimizer.implementation() == "reference: parameters, gradients or state share memory"
+
+
 def test_only_what_the_kernel_cannot_take_goes_another_way(implementation: str) -> None:
     params = [nn.Parameter(torch.ones(4)), nn.Parameter(strided(torch.ones(4))), nn.Parameter(torch.ones(4))]
     optimizer = GrokAdamW(params)
@@ -581,12 +594,17 @@ class TestStepsAside:
         assert (p < 1).all()
 
     def test_for_transforms_of_functions(self) -> None:
-        def train(start: Tensor) -> Tensor:
+        def train(start: Tensor, **options: Any) -> Tensor:
             p = start.clone()
-            return stepped(p, GrokAdamW([p], nonfinite="propagate", gradient_clipping=0.0))
+            return stepped(p, GrokAdamW([p], **options))
 
-        start = torch.ones(2, 3)
-        assert (torch.func.vmap(train)(start) < 1).all()
+        start = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]])
+        for options in ({"differentiable": True}, {"gradient_clipping": 0.0}):
+            train_one = partial(train, nonfinite="propagate", **options)
+            expected = torch.stack([train_one(row, foreach=False) for row in start])
+            torch.testing.assert_close(torch.func.vmap(train_one)(start), expected)
+        with pytest.raises(RuntimeError, match="under torch.func.vmap: each example would skip"):
+            torch.func.vmap(partial(train, differentiable=True))(start)
 
         def clipped(gradient: Tensor) -> Tensor:
             p = nn.Parameter(torch.ones(3))
