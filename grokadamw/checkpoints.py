@@ -228,7 +228,8 @@ def _from_0_1_2(state_dict: StateDict) -> StateDict:
     states: dict[Any, Any] = dict(state_dict["state"])
     groups = []
     for i, group in enumerate(state_dict["param_groups"]):
-        groups.append(_without(group, ("state",)) | {"grokking_signal_fns": None})
+        of_release = {"grokking_signal_fns": None, "second_moment": "filtered", "window_size": None}
+        groups.append(_without(group, ("state",)) | of_release)
         ids, entries = group["params"], list(group.get("state", {}).items())
         if entries:
             states.update(zip(ids, _in_use(entries, len(ids), i), strict=True))

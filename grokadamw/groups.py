@@ -177,8 +177,11 @@ def grokking_groups(
 
 
 def lost_rates(groups: Sequence[Mapping[str, Any]], first: Sequence[Number]) -> str | None:
-    """Return a warning if all groups have one learning rate, and `grokking_groups` had given them different ones."""
-    rates = [group.get("initial_lr", group["lr"]) for group in groups]
+    """Return a warning if all groups have one learning rate, and `grokking_groups` had given them different ones.
+
+    A rate of 0 tells nothing: a warm-up may begin with it, or a schedule end.
+    """
+    rates = [group["lr"] for group in groups]
     if len(rates) != len(first) or any(isinstance(rate, Tensor) for rate in (*rates, *first)):
         return None
     if len({*first}) == 1 or len({*rates}) > 1 or rates[0] == 0:

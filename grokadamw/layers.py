@@ -249,7 +249,7 @@ def warnings_for(
             if "param_names" not in group and not all(id(param) in known for param in group["params"]):
                 ways_out = (
                     "pass model.named_parameters() or call optimizer.set_layers(model), so that the layers are its "
-                    f"modules; or {ways_out}"
+                    f"modules (GrokAdamWCallback does so in Hugging Face's Trainer); or {ways_out}"
                 )
             yield (
                 f"layer {deepest} of parameter group {i} has β1 = {smallest:.3g}, less than half of betas[0] = "

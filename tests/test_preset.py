@@ -19,7 +19,8 @@ from torch.nn.functional import layer_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.swa_utils import SWALR
 
 from grokadamw import GrokAdamW, decay_groups
 from grokadamw.signals import AccuracyGap
@@ -470,6 +471,34 @@ def test_a_schedule_that_loses_the_embeddings_lr_is_warned_of_once(schedule: str
             model(torch.arange(5)).square().sum().backward()
             optimizer.step()
     assert sum("the preset gave each embedding its own" in str(w.message) for w in caught) == is_warned_of
+
+
+LATER: dict[str, Callable[[GrokAdamW], Any]] = {
+    "a loop": lambda o: [group.update(lr=0.01) for group in o.param_groups],
+    "SWALR": lambda o: SWALR(o, swa_lr=0.01, anneal_epochs=1),
+    "one cycle": lambda o: OneCycleLR(o, 0.01, total_steps=9, cycle_momentum=False),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_schedule_that_begins_later_is_warned_of_once(name: str) -> None:
+    model = nn.Sequential(nn.Embedding(5, 64), nn.LayerNorm(64), nn.Linear(64, 5))
+    optimizer = GrokAdamW.for_grokking(model)
+    warm_up = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 3))
+    schedule: Any = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(8):
+            model(torch.arange(5)).square().sum().backward()
+            optimizer.step()
+            if i < 4:
+                warm_up.step()
+            elif schedule is None:
+                assert not caught
+                schedule = LATER[name](optimizer)
+            elif isinstance(schedule, LRScheduler):
+                schedule.step()
+    assert sum("the preset gave each embedding its own" in str(w.message) for w in caught) == 1
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])

@@ -92,12 +92,12 @@ def begin(run: Run, given: Given) -> None:
         if not rules_of(given.options).layers_by_place:
             for sentence in layers.warnings_for(given.groups, run.names, run.preset.gamma):
                 warn(sentence, UserWarning)
-        if lost := lost_rates(given.groups, run.preset.lrs):
-            warn(lost, UserWarning)
         is_own = run.shard_group is not None and run.zero() is None
         for sentence in run.all_ranks.doubts(given.groups, run.shard_group, is_own):
             warn(sentence, UserWarning)
         run.layers_checked = True
+    if run.preset.lrs and (lost := lost_rates(given.groups, run.preset.lrs)) and is_new("lost lrs", run.said):
+        warn(lost, UserWarning)
     steps, groups = given.options["accumulation_steps"], given.groups
     if not given.capturing and (steps == 1 or groups[0]["micro_step"] == 0):
         evaluate_signals(run, groups, given.options)
