@@ -137,7 +137,7 @@ def errors(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
         ("weight_decay=-1 is out of range", {"weight_decay": -1}),
     ]
     in_a_step: list[tuple[str, Kwargs, Tensor]] = [
-        ("does not support sparse gradients, and parameter 0 of group 0 has one", {}, grad.to_sparse()),
+        ("parameter 0 of group 0: grokadamw does not support sparse gradients", {}, grad.to_sparse()),
         ("the gradients are not finite: parameter 0 of group 0", {"nonfinite": "raise"}, torch.inf * grad),
     ]
     if device == "cpu":

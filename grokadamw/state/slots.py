@@ -51,8 +51,8 @@ def check_grad(param: Tensor, grad: Tensor) -> None:
     """Raise RuntimeError for a sparse gradient, or one of another shape than its parameter."""
     if grad.layout != torch.strided:
         raise RuntimeError(
-            "the gradient is sparse, which is not supported: build its module with sparse=False (torch.nn.Embedding), "
-            "or give it to torch.optim.SparseAdam"
+            "grokadamw does not support sparse gradients: build its module with sparse=False (torch.nn.Embedding), or "
+            "give it to torch.optim.SparseAdam"
         )
     if grad.shape != param.shape:
         raise RuntimeError(

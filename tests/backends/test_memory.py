@@ -404,7 +404,7 @@ def test_a_gradient_that_becomes_sparse_is_refused_by_name() -> None:
         p.grad = torch.ones(3)
         optimizer.step()
     p.grad = torch.ones(3).to_sparse()
-    with pytest.raises(RuntimeError, match="embedding: the gradient is sparse, which is not supported"):
+    with pytest.raises(RuntimeError, match="embedding: grokadamw does not support sparse gradients"):
         optimizer.step()
 
 
