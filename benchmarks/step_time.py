@@ -312,7 +312,7 @@ def table(results: dict[str, Any]) -> str:
         return shown + (f" ({of_model['ratio_to_clipped'][1]:.2f})" if of_model["ratio_to_clipped"] else "")
 
     head = ["", *(f"({key}) {model['title']}" for key, model in results["models"].items())]
-    rows = [[*head, "bytes a parameter", "peak, MiB"], ["---", *["---:"] * (len(head) + 1)]]
+    rows = [[*head, "bytes per parameter", "peak, MiB"], ["---", *["---:"] * (len(head) + 1)]]
     for arm in results["arms"]:
         numbers = [arm["bytes_per_parameter"], arm["peak_extra_mib"]]
         shown = ["–" if number is None else f"{number:,.0f}" for number in numbers]

@@ -122,7 +122,7 @@ def _table(columns: Mapping[str, Mapping[str, int]], parameters: float, ranks: i
     for kind in (*rows, "total"):
         lines.append(f"{kind:20}" + "".join(f"{columns[name][kind] / size:>{w}.2f}" for name, w in widths.items()))
     shares = {name: column["total"] * ranks / parameters for name, column in columns.items()}
-    lines.append(f"{'bytes a parameter':20}" + "".join(f"{shares[name]:>{w}.2f}" for name, w in widths.items()))
+    lines.append(f"{'bytes per parameter':20}" + "".join(f"{shares[name]:>{w}.2f}" for name, w in widths.items()))
     notes = "AdamW, mixed: weights, gradients and moments in float32; autocast adds copies."
     return "\n".join([*lines, "", notes])
 

@@ -126,11 +126,11 @@ def test_the_command_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["grok_ema"] == [0.93, 0, 0]
     assert found["param_low"] == [0.88, 0, 0]
     assert found["total"] == [7.16, 7.0, 14.0]
-    assert found["bytes a parameter"] == [8.19, 8.0, 16.0]
+    assert found["bytes per parameter"] == [8.19, 8.0, 16.0]
     assert main(["memory", "--params", "1e6", "--no-filter"]) == 0
     found = columns(capsys.readouterr().out.partition("\n\n")[0])
     assert "grok_ema" not in found
-    assert found["bytes a parameter"] == [16.0, 8.0, 16.0]
+    assert found["bytes per parameter"] == [16.0, 8.0, 16.0]
 
 
 @pytest.mark.parametrize(
