@@ -239,12 +239,12 @@ def summary(rows: list[Row]) -> str:
     by_task = [([x for x in adamw if x.task == task], [x for x in preset if x.task == task]) for task in LEARNT]
     sets = [
         ("transformers", done(by_task, evidence.SEEDS) + of_pairs(evidence.PAIRS)),
-        ("those on which no setting was chosen", of_pairs(evidence.UNSEEN)),
+        ("of these, not used to choose settings", of_pairs(evidence.UNSEEN)),
         ("other models, with norms", of_pairs(filter(evidence.has_norms, evidence.KINDS))),
         ("other models, without norms", of_pairs(itertools.filterfalse(evidence.has_norms, evidence.KINDS))),
     ]
     lines = [[name, "tuned for each", *_in_short(compared)] for name, compared in sets if compared]
-    for name, names in (("transformers but the two-block one", evidence.PAIRS), ("other models", evidence.KINDS)):
+    for name, names in (("transformers except the two-block one", evidence.PAIRS), ("other models", evidence.KINDS)):
         alike = alike_of_pairs(rows, names)
         if len(alike) == len(names):
             compared = [(alike[pair], preset) for pair, (_, preset) in both_of_pairs(rows, names).items()]
@@ -287,7 +287,7 @@ def afterwards(names: list[str], rows: list[Row]) -> str:
             )
     head = [
         "",
-        "training at 95%",
+        "steps to 95% in training",
         "dipped before it stayed",
         "fell again within 100 steps",
         "lowest then",
