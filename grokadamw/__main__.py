@@ -42,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "file that holds more than tensors and plain data, because reading it could run code.",
     )
     convert.add_argument("source", metavar="IN", type=Path, help="a file that torch.save wrote")
-    convert.add_argument("target", metavar="OUT", type=Path, help="may be IN; written beside OUT first, then renamed")
+    convert.add_argument("target", metavar="OUT", type=Path, help="may be IN; written next to OUT first, then renamed")
     convert.add_argument("--to", choices=["grokadamw", "adamw"], default="grokadamw", help="default: %(default)s")
     memory = commands.add_parser(
         "memory",
         help="how much memory training will take",
-        description="Print how much memory weights, gradients and optimizer state take for N parameters, beside "
-        "torch's AdamW in bfloat16 and in mixed precision (float32 weights). Activations are not included.",
+        description="Print how much memory weights, gradients and optimizer state take for N parameters, compared "
+        "with torch's AdamW in bfloat16 and in mixed precision (float32 weights). Activations are not included.",
     )
     memory.add_argument(
         "--params", type=_count, required=True, metavar="N", help="parameters of the model, such as 7e9"

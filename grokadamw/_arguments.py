@@ -39,7 +39,7 @@ def lost(optim_args: str | None, optimizer: Optimizer, is_resumed: bool, options
             else:
                 yield (
                     f"optim_args has {name}={value}, and the optimizer has {max(used):g}: the Trainer reads optim_args "
-                    'only if optim="grokadamw" makes the optimizer. Give it where you make yours'
+                    'only if optim="grokadamw" makes the optimizer. Give it where you construct yours'
                 )
         elif name and name not in _IN_OPTIM_ARGS:
             instead, is_fixed = meant(name, _IN_OPTIM_ARGS), name in OPTIONS and OPTIONS[name].on_load != TAKE
@@ -90,7 +90,7 @@ def unused(arguments: Any, optimizer: Optimizer, is_resumed: bool) -> Iterator[s
 
 
 def _number(value: str) -> float:
-    """Return an entry's value as a float; NaN if it is no number, as is possible if the Trainer did not read it."""
+    """Return an entry's value as a float; NaN if it is not a number, as may be if the Trainer did not read it."""
     try:
         return float(value)
     except ValueError:

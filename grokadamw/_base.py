@@ -123,7 +123,7 @@ class Base(Optimizer):
                 self._run.layers_checked = False
 
     def _complete_groups(self) -> None:
-        """Complete appended groups, and fit layers to flat tensors that replaced parameters. Raises as the former."""
+        """Do `_complete_appended`, with its errors, and fit layers to flat tensors that replaced parameters."""
         run = self._run
         if run.before_loading:
             zero.go_on_after_loading(self)

@@ -75,7 +75,7 @@ def as_number(value: Any, name: str = "the value") -> Number:
 
 
 def plain(value: Any) -> Any:
-    """Return NumPy numbers as Python numbers, also in a tuple or list; return any other value unchanged.
+    """Return NumPy numbers as Python numbers, including those in a tuple or list; return other values unchanged.
 
     torch.load(weights_only=True) cannot read NumPy numbers.
     """
@@ -97,7 +97,7 @@ def as_share(value: Any, name: str) -> Number:
     if isinstance(share, Tensor):
         return share
     if not -1e-6 <= share <= 1 + 1e-6:  # a mean of rounded numbers may be a little more than 1
-        raise ValueError(f"{name}={value!r} is not an accuracy: give a share of right answers, in [0, 1]")
+        raise ValueError(f"{name}={value!r} is not an accuracy: give a fraction of correct answers, in [0, 1]")
     return min(max(share, 0.0), 1.0)
 
 

@@ -69,7 +69,7 @@ def _named_in(optimizer: GrokAdamW, model: nn.Module) -> nn.Module | None:
 def name_layers(optimizer: GrokAdamW, model: nn.Module) -> None:
     """Set the layers from the model, or from the module in it from which the optimizer has its parameters' names.
 
-    So a frozen teacher beside a student does not count if the optimizer got the student's names. If the model lacks
+    So a frozen teacher alongside a student does not count if the optimizer got the student's names. If the model lacks
     parameters of the optimizer, warn and leave the layers unchanged.
     """
     try:
@@ -111,7 +111,7 @@ def without_nan(values: Mapping[str, Any], said: set[str]) -> dict[str, Any]:
             if is_new(f"{name} is NaN", said):
                 warn(
                     f"{name}=nan is not recorded: the metric divided 0 by 0, or the model's outputs are NaN. "
-                    "AccuracyGap and Monitor.grokked_at keep to the accuracies before",
+                    "AccuracyGap and Monitor.grokked_at keep the earlier accuracies",
                     UserWarning,
                 )
     return found

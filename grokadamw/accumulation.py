@@ -186,7 +186,8 @@ class Accumulate(Wrapper):
             if begun and steps != self._steps:
                 raise ValueError(
                     f"state_dict was saved after {begun} of {steps} micro-batches, and the optimizer takes "
-                    f"{self._steps}: construct it with steps={steps}. Between cycles a new Accumulate may take others"
+                    f"{self._steps}: construct it with steps={steps}. Between cycles a new Accumulate may use any "
+                    "number"
                 )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

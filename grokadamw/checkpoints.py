@@ -95,7 +95,7 @@ def to_grokadamw(state_dict: StateDict) -> StateDict:
 def with_whole_states(state_dict: StateDict) -> StateDict:
     """Return a state dict in which entries under a parameter's key written as a string are moved to the key itself.
 
-    JSON turns integer keys into strings. So does torch.distributed.checkpoint for values that are not tensors.
+    JSON turns integer keys into strings, as does torch.distributed.checkpoint for values that are not tensors.
     """
     known = {key for group in state_dict["param_groups"] for key in group["params"]}
     state = dict(state_dict["state"])
@@ -195,7 +195,7 @@ def _from_adam(state_dict: StateDict) -> StateDict:
     if any(group.get("amsgrad") for group in state_dict["param_groups"]):
         raise ValueError(
             "state_dict is of an Adam with amsgrad=True, which divides by the largest second moment so far: GrokAdamW "
-            "does not support it. To go on without, set 'amsgrad' to False in each of its groups"
+            "does not support it. To continue without it, set 'amsgrad' to False in each of its groups"
         )
     needed = {"lr", "betas", "eps", "weight_decay"}
     for i, group in enumerate(state_dict["param_groups"]):
@@ -209,7 +209,7 @@ def _from_adam(state_dict: StateDict) -> StateDict:
         if old.get("decoupled_weight_decay") is False and old["weight_decay"] != 0:
             warn(
                 f"weight_decay={old['weight_decay']:g} was Adam's, which is added to the gradient; GrokAdamW's is "
-                "decoupled from it, as AdamW's, and usually larger: choose a new value",
+                "decoupled from it, like AdamW's, and usually larger: choose a new value",
                 UserWarning,
             )
     states = {
@@ -249,7 +249,7 @@ def _in_use(entries: list[tuple[Tensor, dict[str, Any]]], count: int, i: int) ->
         raise ValueError(
             f"state_dict is of grokadamw 0.1.2, and param_groups[{i}] does not hold one state for each of its {count} "
             "parameters, all of one step count: some had no gradient at first, or never, so states cannot be "
-            "matched. Delete the key 'state' of each of its groups to go on with fresh moments"
+            "matched. Delete the key 'state' of each of its groups to continue with fresh moments"
         )
     return [dict(state) for _, state in last]
 

@@ -15,7 +15,7 @@ _found: weakref.WeakSet[Any] = weakref.WeakSet()  # the wrappers that the last s
 
 
 def kind_of(module: object) -> str | None:
-    """Return the name of torch's DDP or FSDP1 if a module is an instance, also of a subclass; None otherwise."""
+    """Return the name of torch's DDP or FSDP1 if a module is an instance of it or of a subclass; None otherwise."""
     of_torch = (kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch."))
     return next((name for name in of_torch if name in (DDP, FSDP1)), None)
 

@@ -130,8 +130,8 @@ def check_shard_group(shard_group: Any, groups: Sequence[Mapping[str, Any]]) -> 
         return
     if not dist.is_available() or not isinstance(shard_group, dist.ProcessGroup):
         raise TypeError(
-            f"shard_group={shard_group!r} is no process group: give one that this rank is in, such as "
-            "torch.distributed.group.WORLD once init_process_group was called"
+            f"shard_group={shard_group!r} is not a process group: give one that this rank is in, such as "
+            "torch.distributed.group.WORLD after init_process_group was called"
         )
     refuse(groups, "shard_group, or ranks of ZeroRedundancyOptimizer")
 
@@ -158,7 +158,7 @@ def _state_is_asked_for() -> bool:
 
 
 class AllRanks:
-    """Finds out if every rank takes an optimizer's steps, as with FSDP2, DDP and FSDP1."""
+    """Finds out whether every rank takes an optimizer's steps, as with FSDP2, DDP and FSDP1."""
 
     def __init__(self) -> None:
         self._wrappers: list[Callable[[], Any]] = []  # weak references to DDP and FSDP1 around the parameters
@@ -235,7 +235,7 @@ class AllRanks:
             if wrapper in divided:
                 what, way_out = "the same parts", "With HYBRID_SHARD pass shard_group=model.process_group"
             elif divided:
-                way_out = "Give what is divided and what is whole an optimizer each"
+                way_out = "Use separate optimizers for what is divided and what is whole"
             raise ValueError(
                 f"shard_group with {kind_of(wrapper)}, whose ranks hold {what}: the norm of the gradients would count "
                 f"them several times. {way_out}"
@@ -249,7 +249,7 @@ class AllRanks:
             found.append(
                 "DDP or FSDP1 ignores some of the parameters: their gradients differ between ranks, and each rank "
                 "clips and skips all parameters by its own norm. Give these a separate optimizer: if each rank has "
-                "other parameters there, with shard_group=torch.distributed.group.WORLD"
+                "different parameters there, with shard_group=torch.distributed.group.WORLD"
             )
         if not divided:
             return found

@@ -39,7 +39,7 @@ WITHOUT_NORMS = {
     3: {"lr": 1e-2, "weight_decay": 1.0, "decay_boost": 3.0, "signal_boost": 4.0, "lamb": 0.0, "gamma": 0.0},
     4: {"lr": 3e-3, "weight_decay": 0.1, "decay_boost": 30.0, "signal_boost": 10.0, "lamb": 0.0, "gamma": 0.0},
 }
-# names of parameters that do not make a model deeper: the reverse direction of a recurrent layer, also if parametrized,
+# names of parameters that do not make a model deeper: the reverse direction of a recurrent layer, parametrized or not,
 # and the lengths of weight_norm
 _REVERSE = re.compile(r"\bweight\w*_reverse(_g|_v|_orig|\.original\d*)?$")
 _LENGTHS = re.compile(r"\bweight\w*(_g|\.original0)$")
@@ -144,7 +144,7 @@ def grokking_groups(
     of_count = max(least for least in WITHOUT_NORMS if least <= count or not count)
     numbers = WITH_NORMS if normed else WITHOUT_NORMS[of_count]
     preset: dict[str, Any] = {"betas": (0.9, 0.98), "alpha_init": 0.9, **numbers}
-    if normed and lr is None:  # with less lr, more decay: what shrinks a weight in a step is their product
+    if normed and lr is None:  # a lower lr needs more decay: their product is what shrinks a weight in a step
         share = (NARROW / max(_mean_inputs(inner, kernels), NARROW)) ** (2 / 3)
         preset |= {"lr": share * preset["lr"], "weight_decay": preset["weight_decay"] / share}
     lr = preset["lr"] if lr is None else lr
@@ -222,7 +222,7 @@ def _check_frozen(model: nn.Module) -> None:
     if share > 0.5:
         warn(
             f"{share:.0%} of the model is frozen, as for fine-tuning with PEFT: the preset was made for training from "
-            "scratch, and its learning rate and weight decay make a model forget. To fine-tune, take "
+            "scratch, and its learning rate and weight decay make a model forget. To fine-tune, use "
             "GrokAdamW(decay_groups(model), lr=3e-4, lamb=0.5)",
             UserWarning,
         )

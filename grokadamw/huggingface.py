@@ -50,9 +50,9 @@ def for_grokking(arguments: TrainingArguments, **options: Any) -> tuple[Callable
     ```
 
     Args:
-        arguments: the TrainingArguments that the Trainer gets, the same object. Their learning rate and weight decay
+        arguments: the same TrainingArguments object that you pass to the Trainer. Its learning rate and weight decay
             are passed to ``GrokAdamW.for_grokking`` when the Trainer creates the optimizer, so
-            ``hyperparameter_search`` can vary them. Their schedule multiplies the learning rate of every group.
+            ``hyperparameter_search`` can vary them. Its schedule multiplies the learning rate of every group.
         options: further arguments of ``GrokAdamW.for_grokking``. Pass ``decay_boost``: without it the weight decay is
             constant, as it comes from the arguments. docs/huggingface.md says which numbers suit which model.
 
@@ -110,9 +110,9 @@ class GrokAdamWCallback(TrainerCallback):
 
     Args:
         eval_loss: the name of the loss in the evaluation's metrics, ``"eval_<name>_loss"`` for one of several sets.
-        eval_acc: the name of the accuracy there, a share in [0, 1]: ``"eval_accuracy"`` if ``compute_metrics`` returns
-            an ``"accuracy"``. None: no accuracy.
-        train_acc: the key of the training accuracy, a share in [0, 1], in anything that the Trainer logs: by
+        eval_acc: the name of the accuracy there, a fraction in [0, 1]: ``"eval_accuracy"`` if ``compute_metrics``
+            returns an ``"accuracy"``. None: no accuracy.
+        train_acc: the key of the training accuracy, a fraction in [0, 1], in anything that the Trainer logs: by
             ``trainer.log``, or as ``"eval_<name>_accuracy"`` by an evaluation on training data. None: no accuracy.
         signals, combine: as for ``GrokAdamW.set_signals``; None keeps the optimizer's own.
         options: further options for all groups, such as ``betas``, which ``optim_args`` cannot carry: any argument of
@@ -229,7 +229,7 @@ class GrokAdamWCallback(TrainerCallback):
                 warn(
                     'eval_strategy="no": no evaluation is planned, so signals that compare losses or accuracies stay '
                     "silent, and neither α nor the boost adapts, unless a callback evaluates, or you call "
-                    'optimizer.record. Give eval_strategy="steps" and an eval_dataset, or do without: '
+                    'optimizer.record. Give eval_strategy="steps" and an eval_dataset, or turn signals off: '
                     "GrokAdamWCallback(signals=[])",
                     UserWarning,
                 )

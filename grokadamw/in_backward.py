@@ -82,7 +82,8 @@ def step_in_backward(optimizer: GrokAdamW, *, clip_by: str | None = None) -> Ste
 
     Raises:
         TypeError, ValueError: the optimizer, or one of its options, does not work with this.
-        RuntimeError: it is already on. Or, in ``backward``, a parameter gets a second gradient before ``step()``.
+        RuntimeError: it is already on for this optimizer; or, in ``backward``, a parameter gets a second gradient
+            before ``step()``.
     """
     return StepInBackward(optimizer, clip_by)
 

@@ -77,7 +77,7 @@ def layers_of(group: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> list[
 
 
 def without_none_names(group: dict[str, Any]) -> dict[str, Any]:
-    """Return a group in which names that are None are missing. torch's optimizers allow both."""
+    """Return the group without its names if they are None. torch's optimizers allow both forms."""
     return {key: value for key, value in group.items() if key != "param_names" or value is not None}
 
 
@@ -160,7 +160,9 @@ def take_from(model: nn.Module, groups: Sequence[dict[str, Any]], known: Mapping
 
 
 def make_one(groups: Sequence[dict[str, Any]], are_shards: bool) -> str | None:
-    """If a framework replaced a group's parameters by one flat tensor, give it one layer. Return a warning of losses.
+    """If a framework replaced a group's parameters by one flat tensor, give it one layer.
+
+    Return a warning if this loses layers, rows or a part of the norm; None otherwise.
 
     Args:
         are_shards: True if other ranks may have other parts; the optimizer's norm leaves out their gradients.
@@ -230,8 +232,8 @@ def warnings_for(
 ) -> Iterator[str]:
     """Yield a warning if two layers may count as one by mistake, and one if γ lowers some β1_l below half of β1.
 
-    The first step calls this, and so does the first step after a group was added, or layers or a state dict were
-    loaded. There is no warning about `preset_gamma`, the γ that `GrokAdamW.for_grokking` chose for its model.
+    This is called in the first step, and again in the first step after a group was added, layers were set, or a state
+    dict was loaded. There is no warning about `preset_gamma`, the γ that `GrokAdamW.for_grokking` chose for its model.
     """
     of_names = [names(g, i, known) for i, g in enumerate(groups) if g["layer"] is None and "param_names" in g]
     twice = [name for name, uses in Counter(chain.from_iterable(of_names)).items() if uses > 1]

@@ -55,7 +55,7 @@ class GrokAdamWCallback(Callback):
         eval_loss: the name under which ``validation_step`` logs the loss.
         train_loss: the name under which ``training_step`` logs the loss. None: the loss that it returns. A loss that is
             only logged per epoch (``on_step=False``) is recorded when its epoch ends.
-        eval_acc, train_acc: the names under which these methods log accuracies, shares in [0, 1]. None: no accuracy.
+        eval_acc, train_acc: the names under which these methods log accuracies, fractions in [0, 1]. None: no accuracy.
 
     Raises:
         TypeError, ValueError: an argument is not a name; or, when training begins, no optimizer is a GrokAdamW; or,
@@ -133,8 +133,8 @@ class GrokAdamWCallback(Callback):
         boosts = any(are_boosted(optimizer.param_groups) for optimizer in self._optimizers)
         if "WeightAveraging" in classes and boosts and is_new("averages", self._said):
             warn(
-                "validation measures averaged weights, which lag behind the trained ones: the signal mistakes that for "
-                "memorising, so updates stay large, or decay strong. Leave the averaging out, or give the "
+                "validation measures averaged weights, which lag behind the trained ones: the signal mistakes this for "
+                "memorisation, so updates stay large, or decay strong. Leave the averaging out, or give the "
                 "optimizer signal_boost=0 and decay_boost=0",
                 UserWarning,
             )

@@ -39,16 +39,16 @@ class Monitor:
     monitor.plot("run.png")
     ```
 
-    Reading them waits for the device, so on a GPU ``every`` should not be 1. Each ``optimizer.record(eval_acc=…)`` is
-    read, too, for ``grokked_at``. Steps are those of the parameter that has taken the most, as in ``metrics()``.
-    Nothing is recorded while a CUDA graph is captured or replayed. A deep copy or an unpickled monitor has its own
-    optimizer, and records that one; ``copy.copy`` records the same one.
+    Reading these values waits for the device, so on a GPU ``every`` should not be 1. Each
+    ``optimizer.record(eval_acc=…)`` is read, too, for ``grokked_at``. Steps are those of the parameter that has taken
+    the most, as in ``metrics()``. Nothing is recorded while a CUDA graph is captured or replayed. A deep copy or an
+    unpickled monitor has its own optimizer, and records that one; ``copy.copy`` records the same one.
 
     Args:
         optimizer: a GrokAdamW, or one that a framework or this package has wrapped.
-        every: steps from one record to the next, ≥ 1. Records are at multiples of it, also in a resumed run.
-        capacity: the largest number of records, ≥ 2. Before there are more, ``every`` doubles and the others are
-            dropped, so that any number of steps fits.
+        every: steps from one record to the next, ≥ 1. Records are at multiples of it, even in a resumed run.
+        capacity: the largest number of records, ≥ 2. Whenever there would be more, ``every`` doubles, and only records
+            at its multiples are kept, so that any number of steps fits.
         solved: the lowest evaluation accuracy, in [0, 1], that counts as good, for ``grokked_at``.
 
     Raises:
@@ -110,7 +110,7 @@ class Monitor:
         accuracy = recorded(self._optimizer.param_groups, "eval_acc")
         assert accuracy is not None
         counts = self._step_counts()
-        total = sum(counts)  # changes with each step, also while the parameter with the most steps is frozen
+        total = sum(counts)  # changes with each step, even while the parameter with the most steps is frozen
         if self._evaluations and self._evaluations[-1][0] == total:  # only the last evaluation of a model counts
             self._evaluations.pop()
         if self.grokked_at is None:
@@ -172,7 +172,7 @@ class Monitor:
         """Plot losses, signal and α, gradient norm and clip coefficient over the steps, and β1 of each layer.
 
         If the signal has raised lr or weight decay, their factors are plotted instead of α (weight decay's is dashed).
-        Accuracies, if recorded, are dashed, on their own axis beside the losses.
+        Accuracies, if recorded, are dashed, on their own axis next to that of the losses.
 
         Args:
             path: the file to save the figure to; its suffix sets the format. None: the figure is only returned.
@@ -248,7 +248,7 @@ class Monitor:
                 self._written = row["step"]
 
     def _names(self) -> list[str]:
-        """Return the names of all columns, also before the first record."""
+        """Return the names of all columns, even before the first record."""
         return [*dict.fromkeys(name for row in self._rows or [_row(self._optimizer)] for name in row)]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
@@ -273,7 +273,7 @@ class Monitor:
         return table.astype({"step": int}).set_index("step")
 
     def close(self) -> None:
-        """Stop recording. The records stay."""
+        """Stop recording. The records so far are kept."""
         self._is_closed = True
         for hook in self._hooks:
             hook.remove()

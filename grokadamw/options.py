@@ -46,8 +46,8 @@ def _check_format(name: str, value: Any) -> str:
     given = str(value).removeprefix("torch.")
     if not isinstance(value, (str, torch.dtype)) or given not in FORMATS:
         raise ValueError(
-            f"{name}={value!r} is no format: give one of {', '.join(map(repr, FORMATS))}, or a dict of them for any of "
-            f"{', '.join(map(repr, STATES))}"
+            f"{name}={value!r} is not a format: give one of {', '.join(map(repr, FORMATS))}, or a dict of them for any "
+            f"of {', '.join(map(repr, STATES))}"
         )
     return given
 
@@ -137,7 +137,7 @@ class Rules(NamedTuple):
     signals_for_each_group: bool = False  # instead of once per step
     raises_alpha: bool = False  # by a negative signal
     state_in_param_dtype: bool = False  # even in fewer bits than float32 has
-    always_has_mu: bool = False  # also before λ is above 0
+    always_has_mu: bool = False  # even before λ is above 0
     ignores_nonfinite: bool = False  # as if it were "propagate"
 
 
@@ -241,12 +241,12 @@ def _check_together(options: Mapping[str, Any]) -> None:
         raise ValueError(
             f"accumulation_steps={steps} with second_moment={options['second_moment']!r}: the square of the amplified "
             "gradient cannot be collected from micro-batches, as the slow gradient is only added at the last; give "
-            "second_moment='raw', or take Accumulate(GrokAdamW(...), steps), which needs a buffer"
+            "second_moment='raw', or use Accumulate(GrokAdamW(...), steps), which needs a buffer"
         )
     if steps > 1 and size is not None:
         raise ValueError(
             f"accumulation_steps={steps} with window_size={size}: a window keeps each step's gradient, which never "
-            "exists in one piece; leave one out, or take Accumulate(GrokAdamW(...), steps), which needs a buffer"
+            "exists in one piece; leave one out, or use Accumulate(GrokAdamW(...), steps), which needs a buffer"
         )
     for names, others, why in _CONFLICTS:
         for a, b in product(names, others):

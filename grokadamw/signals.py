@@ -12,8 +12,8 @@ Ready-made signals, and when to use them:
 - `memorisation`, the preset's: use it with cross entropy, or squared errors of targets of variance 1. It is like
   `loss_gap`, but near 0 while the losses are close, as before anything is learnt, and once the evaluation loss has come
   down.
-- `AccuracyGap`: use it if accuracies are recorded and right answers are what matters, as on algorithmic tasks, where
-  losses still change when the answers are right.
+- `AccuracyGap`: use it if accuracies are recorded and correct answers are what matters, as on algorithmic tasks, where
+  losses still change once the answers are correct.
 - `Plateau`: use it if the signal should not act on the filter until training is nearly done.
 - `SlowGradient`: use it if there is no evaluation data, or evaluation is expensive.
 
@@ -97,7 +97,7 @@ class AccuracyGap:
         A tensor on a GPU is read back.
 
         Args:
-            train, eval: shares of right answers, in [0, 1].
+            train, eval: fractions of correct answers, in [0, 1].
 
         Raises:
             TypeError, ValueError: an accuracy is not one number, or not in [0, 1].

@@ -214,8 +214,8 @@ BAD = [
     ({"grokking_signal_fns": lambda a: 0.0}, TypeError, r"<lambda>, which requires \(a\)"),
     ({"grokking_signal_fns": lambda *, a, b: 0.0}, TypeError, r"<lambda>, which requires \(a, b\)"),
     ({"grokking_signal_fns": [], "grokking_signal_fn": []}, ValueError, "grokking_signal_fns and its alias"),
-    ({"state_dtype": "int4"}, ValueError, "state_dtype='int4' is no format"),
-    ({"state_dtype": {"exp_avg": 8}}, ValueError, r"state_dtype\['exp_avg'\]=8 is no format"),
+    ({"state_dtype": "int4"}, ValueError, "state_dtype='int4' is not a format"),
+    ({"state_dtype": {"exp_avg": 8}}, ValueError, r"state_dtype\['exp_avg'\]=8 is not a format"),
     (
         {"state_dtype": {"grok_ema": {"exp_avg": "int8"}}},
         ValueError,
@@ -314,7 +314,7 @@ def test_a_numpy_array_of_one_element_is_a_number(loss: Any) -> None:
     [
         ("0.3", TypeError, "'0.3' is not one number"),
         (torch.zeros(2), TypeError, "is a tensor of shape"),
-        (95.0, ValueError, r"=95\.0 is not an accuracy: give a share of right answers, in \[0, 1\]"),
+        (95.0, ValueError, r"=95\.0 is not an accuracy: give a fraction of correct answers, in \[0, 1\]"),
         (-0.01, ValueError, r"=-0\.01 is not an accuracy"),
         (torch.tensor(1.5), ValueError, r"=tensor\(1\.5.* is not an accuracy"),
         (float("nan"), ValueError, "=nan is not an accuracy"),

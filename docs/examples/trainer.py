@@ -1,6 +1,6 @@
 """A tiny language model on film reviews with Hugging Face Trainer, resumed half way: python docs/examples/trainer.py
 
-It takes less than a minute on two cores. What it did is in trainer.png: the model learns its few reviews by heart, the
+It takes less than a minute on two cores. trainer.png shows the run: the model learns its few reviews by heart, the
 gap between the losses opens, and the filter's memory α becomes shorter.
 """
 

@@ -1,6 +1,6 @@
 """A tiny language model on film reviews with Lightning: python docs/examples/with_lightning.py
 
-It takes less than a minute on two cores. What it did is in with_lightning.png: the model learns its few reviews by
+It takes less than a minute on two cores. with_lightning.png shows the run: the model learns its few reviews by
 heart, the gap between the losses opens, and the filter's memory α becomes shorter.
 """
 

@@ -146,4 +146,4 @@ def step(batch: Batch, n: Scalars) -> None:
     # torch's own operations do this themselves
     torch.autograd.graph.increment_version(chain.from_iterable(written(batch, moves)))
     if kernel.step(table, *_threads(table.elements)):
-        raise MemoryError("there is no memory for copies of the rows that are limited: this batch was not written")
+        raise MemoryError("not enough memory for copies of the rows that are limited: this batch was not written")

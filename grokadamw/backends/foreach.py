@@ -1,6 +1,6 @@
 """The stages norm, and slow_grad to update, with torch._foreach_*: a few launches for a whole list, on any device.
 
-The functions and their results are those of `reference`, to rounding. Numbers that differ between tensors (β1_l, the
+The functions and their results are those of `reference`, up to rounding. Numbers that differ between tensors (β1_l, the
 bias corrections) are passed as lists of scalars, so layers cost no launches. If reading a number would make the host
 wait for the device, it stays there as a 0-d tensor, and a step that must not be written changes all values by 0. This
 costs launches: t is then known only to the device and takes two for each tensor, as in torch's capturable AdamW, and

@@ -60,7 +60,7 @@ def _why_not_here(device: torch.device) -> str | None:
         return module
     interpreted = type(module.update).__name__ == "InterpretedFunction"
     if interpreted != (device.type == "cpu"):
-        return "TRITON_INTERPRET is set, and Triton's interpreter runs on the CPU alone"
+        return "TRITON_INTERPRET is set, and Triton's interpreter runs only on the CPU"
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (7, 5):
         return f"Triton has no code for {torch.cuda.get_device_name(device)}"
     return _why_not_tried(device, torch.float32)

@@ -8,10 +8,10 @@ A step decodes, computes in float32, and encodes. Two formats of states have few
   the largest code. A row is a slice along the first dimension, so a shard along that dimension holds whole blocks.
 - **bfloat16**: the upper half of a float32.
 
-A 16-bit parameter may have more bits beside it, in `param_low`: the difference between the full weight and the
-parameter, which is the nearest 16-bit number. So low bits start at 0, and a parameter that is set to another value
-keeps that value, up to rounding. A parameter of 0 has low bits below 0 only if it was set to 0 by hand. They count as
-0, because adding them to the bits of 0 would give NaN.
+A 16-bit parameter may have additional bits, in `param_low`: the difference between the full weight and the parameter,
+which is the nearest 16-bit number. So low bits start at 0, and a parameter that is set to another value keeps that
+value, up to rounding. A parameter of 0 has low bits below 0 only if it was set to 0 by hand. They count as 0, because
+adding them to the bits of 0 would give NaN.
 
 - **32 bits**: 16 more. bfloat16 then holds every float32, bit for bit. float16 does so down to 2^-17; smaller weights
   are rounded towards 0, to multiples of 2^-40.
@@ -119,7 +119,7 @@ def format_of(param: Tensor, name: str, options: Mapping[str, Any]) -> str:
     """Return the format of one of a parameter's states.
 
     It is float32, which stands for the dtype of a state without codes, for small, complex and float64 parameters. It
-    replaces int8 also if rows are shorter than `NARROW` or not in one piece, or a DTensor's block may be on two ranks.
+    also replaces int8 if rows are shorter than `NARROW` or not contiguous, or a DTensor's block may be on two ranks.
     """
     asked = options["state_dtype"]
     kind: str = asked if isinstance(asked, str) else asked.get(name, "float32")

@@ -230,7 +230,7 @@ def _check_cycle(state_dict: dict[str, Any], steps: int) -> None:
             raise ValueError(
                 f"state_dict was saved after {group['micro_step']} of accumulation_steps={group['accumulation_steps']} "
                 f"micro-batches, and the optimizer has accumulation_steps={steps}: construct it with "
-                f"{group['accumulation_steps']}. What is saved between cycles loads with any accumulation_steps"
+                f"{group['accumulation_steps']}. A checkpoint saved between cycles loads with any accumulation_steps"
             )
 
 

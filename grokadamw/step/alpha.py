@@ -82,7 +82,7 @@ class Signals:
 
     Args:
         functions: one callable, several, or None for `loss_gap`; an empty list for no signal.
-        combine: "mean", "max", "min", or a callable that makes one value of the list of usable ones.
+        combine: "mean", "max", "min", or a callable that turns the list of usable values into one value.
         counted: True if the optimizer's metrics() count failures.
     """
 
@@ -193,7 +193,7 @@ class Signals:
             warn(f"the grokking signals wait for {' and '.join(missing)}: {way_out}", UserWarning)
 
     def warn_of_old_evaluation(self, given: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
-        """Warn once if 100 training losses or accuracies follow an evaluation: progress since looks like memorising."""
+        """Warn once if 100 training losses or accuracies follow one evaluation: progress looks like memorisation."""
         by_accuracy = any(isinstance(function, AccuracyGap) for function in self.functions)
         for kind, one, many, uses in (
             ("loss", "loss", "losses", any(self.takes_losses)),
@@ -208,7 +208,7 @@ class Signals:
             if is_used and self._alone[kind] >= 100 and is_new("an old evaluation", self._warned):
                 warn(
                     f"100 training {many} were recorded since the last evaluation {one}: what the model has "
-                    f"learnt since then looks like memorising, and signal_boost or decay_boost reacts to it. Record "
+                    f"learnt since then looks like memorisation, and signal_boost or decay_boost reacts to it. Record "
                     f"both {many} together: optimizer.record({train}=…, {evaluation}=…), after each evaluation",
                     UserWarning,
                 )

@@ -44,7 +44,7 @@ class Cache:
     """Provides the batches of a step, from the plan of an earlier step if that plan still holds.
 
     It holds no tensors, so it never keeps their memory alive. Each step brings its own tensors, and the plan checks
-    that they look as before.
+    that they look as before. A tensor's look is its type, device, dtype, shape and strides.
     """
 
     def __init__(self) -> None:

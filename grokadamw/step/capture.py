@@ -59,8 +59,9 @@ def check_state(entries: Iterable[Entry], given: Given, has_evaluated: bool) -> 
         if not has_evaluated or needed - state.keys() or misfits(state, entry.param, given.options):
             raise RuntimeError(
                 "a CUDA graph of step() needs state that exists: before capturing, take a few steps on a side "
-                "stream, as torch.cuda.graph requires anyway; also after loading a checkpoint, free_slow_gradient(), "
-                "switching lamb on, changing parameters' memory format or dtype, and setting state by hand"
+                "stream, as torch.cuda.graph requires anyway; do so again after loading a checkpoint, calling "
+                "free_slow_gradient(), switching lamb on, changing parameters' memory format or dtype, or setting "
+                "state by hand"
             )
 
 

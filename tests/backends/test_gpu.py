@@ -560,7 +560,7 @@ def test_the_interpreter_is_for_the_cpu() -> None:
     """The interpreter would write to the addresses of a GPU's tensors as if they were in host memory."""
     skip_unless_interpreted()
     reason = gpu._why_not_here.__wrapped__(torch.device("cuda"))
-    assert reason == "TRITON_INTERPRET is set, and Triton's interpreter runs on the CPU alone"
+    assert reason == "TRITON_INTERPRET is set, and Triton's interpreter runs only on the CPU"
 
 
 class Compiled:

@@ -68,7 +68,7 @@ METHODS = [
     ),
     Method(
         "adamw-row-limits",
-        "GrokAdamW.for_grokking without filter, signal and γ, which is AdamW with limited rows and a higher lr for embeddings",
+        "GrokAdamW.for_grokking without filter, signal and γ: AdamW with limited rows and a higher lr for embeddings",
         GrokAdamW.for_grokking,
         LR,
         DECAY,
