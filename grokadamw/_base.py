@@ -264,6 +264,7 @@ class Base(Optimizer):
         state = {**self.__getstate__(), "_signals": None, "_combine": "mean", "_is_sharded": False}
         copied.__setstate__(copy.deepcopy(state, memo))
         copied._run.follow(self._run, memo)
+        copied._run.signals.bind(copied)
         return copied
 
 

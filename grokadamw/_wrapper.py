@@ -130,8 +130,7 @@ class Wrapper(WrapperBase):
         self._check_kept()
         parts = self._parts()
         has_state = any(not isinstance(state, dict) or state for state in self.state.values())
-        grads = [part.grad for part in parts]
-        if not has_state and is_for_state_alone(self.param_groups, grads, self._shard_group):
+        if not has_state and is_for_state_alone():
             self._inner.step()
             self._make_state(parts)
             return

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .ddp import copies_of, holds_whole, ignored_by, kind_of, own_parameters, wrappers_of
 from .options import refuse
-from .shards import PLAIN, Shards, added, divisions, mesh_of
+from .shards import PLAIN, Shards, added, mesh_of
 
 
 def ranks() -> int:
@@ -136,21 +136,11 @@ def check_shard_group(shard_group: Any, groups: Sequence[Mapping[str, Any]]) -> 
     refuse(groups, "shard_group, or ranks of ZeroRedundancyOptimizer")
 
 
-def is_for_state_alone(groups: Sequence[Mapping[str, Any]], grads: Sequence[Tensor], shard_group: Any) -> bool:
+def is_for_state_alone() -> bool:
     """Return True if torch.distributed.checkpoint takes this first step only to create the state that it loads into.
 
-    It does so with lr 0 and gradients of 0. (The first step of a warm-up has other gradients.) If other ranks have
-    parts of the parameters, their gradients may differ, so torch on the call stack decides, for all ranks.
+    It does so with lr 0 and gradients of 0. But a run may begin with such a step, too, so the call stack decides.
     """
-    if shard_group is not None or divisions(groups):
-        return _state_is_asked_for()
-    lrs = [group.get("lr") for group in groups]  # with lr=None some optimizers choose their own
-    if not grads or any(lr is None or float(lr) != 0 for lr in lrs):
-        return False
-    return not any(not grad.is_meta and grad.any() for grad in grads)
-
-
-def _state_is_asked_for() -> bool:
     return any(
         frame.f_code.co_name == "_init_optim_state" and frame.f_globals["__name__"].startswith("torch.distributed")
         for frame, _ in walk_stack(sys._getframe())

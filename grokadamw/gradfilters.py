@@ -17,7 +17,7 @@ from ._checks import check_count, check_number
 from ._numbers import as_real, resolved, wide
 from .shards import mesh_of, part
 from .state import window
-from .state.slots import check_grad
+from .state.slots import check_grad, overlaps
 
 __all__ = ["gradfilter_ema", "gradfilter_ma"]
 
@@ -159,7 +159,7 @@ def _gradients(m: nn.Module) -> dict[str, Tensor]:
             grad = resolved(param.grad).resolve_neg()  # a gradient that can be modified
             own = part(grad)
             place = own.untyped_storage()._cdata, own.storage_offset()
-            if place in places:  # the summands of a sum share one gradient: do not amplify it twice
+            if place in places or overlaps(own):  # a sum's summands share one gradient: do not amplify it twice
                 grad = grad.clone()
             places.add(place)
             if grad is not param.grad:

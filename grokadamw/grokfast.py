@@ -64,8 +64,11 @@ class _Filter(Wrapper):
                 f"{name} around a GrokAdamW with lamb={lamb} filters twice: give GrokAdamW lamb=0, or leave out {name}",
                 UserWarning,
             )
+
+    def _begin(self) -> None:
+        super()._begin()
         if self._signals is not None:
-            self._signals.bind(self)
+            self._signals.bind(self._inner)  # which has the groups and the state, and is the same in a shallow copy
 
     def _check(self, group: dict[str, Any]) -> None:
         check_number("grokfast_lamb", group["grokfast_lamb"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import math
 import os
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch._compile import _disable_dynamo
@@ -77,21 +79,21 @@ class Monitor:
     def _listen(self) -> None:
         optimizer = self._optimizer
         self._hooks = [
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_load_state_dict_post_hook(self._after_loading),
+            optimizer.register_step_post_hook(_weakly(self._after_step)),
+            optimizer.register_load_state_dict_post_hook(_weakly(self._after_loading)),
         ]
-        optimizer._run.evaluation_listeners.append(self._after_evaluation)
+        self._listener = _weakly(self._after_evaluation)
+        optimizer._run.evaluation_listeners.append(self._listener)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_hooks"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_hooks", "_listener")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _hooks=[])
+        self.__dict__.update(state, _hooks=[], _listener=None)
         self._rows, self._evaluations = [*self._rows], [*self._evaluations]  # a shallow copy must not share them
         if not self._is_closed:
             self._listen()
 
-    @_disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._optimizer.stepped or is_capturing(self._optimizer):
             return
@@ -102,7 +104,6 @@ class Monitor:
             if is_new and self._steps % self._every == 0:
                 self._keep(_row(self._optimizer))
 
-    @_disable_dynamo
     def _after_evaluation(self) -> None:
         """Judge an evaluation at once, while the step count is that of the evaluated model."""
         if is_capturing(self._optimizer):
@@ -278,8 +279,20 @@ class Monitor:
         for hook in self._hooks:
             hook.remove()
         listeners = self._optimizer._run.evaluation_listeners
-        if self._after_evaluation in listeners:
-            listeners.remove(self._after_evaluation)
+        if self._listener in listeners:
+            listeners.remove(self._listener)
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that calls a method while its object lives. (The object then holds what holds the function.)"""
+    reference = weakref.WeakMethod(method)
+
+    @_disable_dynamo
+    def call(*args: Any) -> None:
+        if (found := reference()) is not None:
+            found(*args)
+
+    return call
 
 
 def _row(optimizer: GrokAdamW) -> dict[str, float]:

@@ -145,7 +145,7 @@ def fill_in(groups: list[dict[str, Any]], earlier: list[dict[str, Any]], default
     for i, group in enumerate(groups):
         before = defaults | (earlier[i] if i < len(earlier) else {})
         for name, value in (before | {"signal_state": None, **CYCLE_AT_REST, "last_norm": 0.0}).items():
-            if name != "param_names":
+            if name in defaults or name in GROUP_KEYS:  # a scheduler's keys are dropped, as torch does
                 group.setdefault(name, value)
         if i < len(earlier):
             group.update({name: before[name] for name in KEPT})

@@ -28,6 +28,8 @@ A signal that is an object may also have
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,7 +73,26 @@ def memorisation(train_loss: Number, eval_loss: Number) -> Number:
     return product * product
 
 
-class AccuracyGap:
+class _OfOptimizer:
+    """A signal that reads from the optimizer that it was last registered with, without keeping it alive.
+
+    An optimizer has its signals. If they had it, too, its state would stay in memory until the garbage collector runs.
+    """
+
+    _reference: Callable[[], Optimizer | None] = staticmethod(lambda: None)
+
+    def bind(self, optimizer: Optimizer) -> None:
+        self._reference = weakref.ref(optimizer)
+
+    @property
+    def _optimizer(self) -> Optimizer | None:
+        return self._reference()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_reference"}
+
+
+class AccuracyGap(_OfOptimizer):
     """Signal max(0, training accuracy − evaluation accuracy) of the last recorded values; silent until both exist.
 
     ```python
@@ -86,10 +107,6 @@ class AccuracyGap:
     def __init__(self) -> None:
         self._train: float | None = None
         self._eval: float | None = None
-        self._optimizer: Optimizer | None = None
-
-    def bind(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
 
     def record(self, *, train: Any = None, eval: Any = None) -> None:
         """Record accuracies here, for optimizers without ``record``, such as ``Grokfast``. None keeps the last value.
@@ -164,7 +181,7 @@ class Plateau:
 _SLOW = ("grok_ema", "grokfast_ema", "grokfast_ring_sum")  # μ, or a multiple of it
 
 
-class SlowGradient:
+class SlowGradient(_OfOptimizer):
     """Signal max(0, cos(μ, g)) over all parameters, which says how much of the gradient is slow. Needs no evaluation.
 
     μ is from the last step, g from this one. Near 0, the slow part is lost in noise, and the filter keeps its full
@@ -181,10 +198,6 @@ class SlowGradient:
         self.every = check_count("every", every, at_least=1)
         self._calls = 0
         self._value: Number = 0.0
-        self._optimizer: Optimizer | None = None
-
-    def bind(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
 
     def __call__(self) -> Number:
         if self._optimizer is None:

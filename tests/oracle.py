@@ -66,7 +66,6 @@ class Oracle:
         self.accumulation_steps, self.amplify_by_signal = accumulation_steps, amplify_by_signal
         self.micro_step = 0  # micro-batches of this cycle so far
         self.skipped = 0
-        self.has_state = False
         self.alphas = [np.nan]
         self.groups = []
         for group in groups:
@@ -109,9 +108,6 @@ class Oracle:
         given = [g for group in reals for g in group if g is not None]
         with np.errstate(over="ignore"):
             norm = np.sqrt(sum(np.sum(g**2) for g in given))
-        if given and not self.has_state and norm == 0 and all(group["lr"] == 0 for group in self.groups):
-            self.has_state = True  # this step only creates the state
-            return
         if self.micro_step == 0:
             share = min(1.0, max(0.0, signal or 0.0))
             for g in self.groups:
@@ -125,7 +121,6 @@ class Oracle:
                 return
             reals = [[None if g is None else np.zeros_like(g) for g in group] for group in reals]
             norm = 0.0
-        self.has_state = self.has_state or bool(given)
         for group, gradients in zip(self.groups, reals, strict=True):
             clip = min(1.0, group["gradient_clipping"] / (norm + 1e-6)) if group["gradient_clipping"] else 1.0
             for i, g in enumerate(gradients):

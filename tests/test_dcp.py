@@ -64,48 +64,47 @@ def split(model: nn.Module, **options: Any) -> GrokAdamW:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_step_that_builds_state_does_nothing_else(tensor_lr: bool, nonfinite: str, compiled: bool) -> None:
     model, signal = network(), Counted()
-    lr: Any = torch.tensor(0.0) if tensor_lr else 0.0
     params = list(model.named_parameters())
     optimizer = GrokAdamW(
         [{"params": params[:3]}, {"params": params[3:], "lamb": 0.0}],
-        lr=lr,
+        lr=torch.tensor(0.01) if tensor_lr else 0.01,
         nonfinite=nonfinite,
         gradient_clipping=0.0,
         grokking_signal_fns=signal,
     )
-    for _, p in params:
-        p.grad = torch.zeros_like(p)
     before = [p.detach().clone() for p in model.parameters()]
-    (torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step)()
+    if compiled:
+        optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+    get_optimizer_state_dict(model, optimizer)
     assert signal.calls == 0
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     for i, (_, p) in enumerate(params):
         assert list(optimizer.state[p]) == ["step", "exp_avg", "exp_avg_sq"] + ["grok_ema"] * (i < 3)
         assert not any(value.any() for value in optimizer.state[p].values())
     assert optimizer.metrics()["step"] == 0
-    optimizer.step()  # once there is a state, this is a step like any other
+    for _, p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
     assert signal.calls == 1
     assert optimizer.metrics()["step"] == 1
 
 
-@pytest.mark.parametrize("real", ["a gradient", "a learning rate", "a state"])
-def test_a_first_step_that_is_one(real: str) -> None:
-    """A step is real if any gradient or learning rate is not 0 or there is a state, e.g. in a warm-up from 0."""
-    model, signal = network(), Counted()
-    optimizer = split(model, grokking_signal_fns=signal)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    if real == "a gradient":
-        p.grad.view(-1)[-1] = 1e-30
-    if real == "a learning rate":
-        optimizer.param_groups[1]["lr"] = 1e-9
-    if real == "a state":
-        optimizer.state[p]["step"] = torch.tensor(3.0)
-    optimizer.step()
-    assert signal.calls == 1
-    assert optimizer.metrics()["step"] == (4 if real == "a state" else 1)
+@pytest.mark.parametrize("wrap", [lambda inner: inner, lambda inner: Grokfast(inner, lamb=0.0)])
+def test_a_first_step_with_lr_0_and_gradients_of_0_is_a_step(wrap: Callable[[Any], Any]) -> None:
+    """A warm-up may begin at 0, and its first batch may be masked."""
+    models = [network() for _ in range(2)]
+    plain: dict[str, Any] = {"lamb": 0.0, "gamma": 0.0, "gradient_clipping": 0.0, "weight_decay": 0.01}
+    ours = wrap(GrokAdamW(models[0].parameters(), lr=0.0, **plain))
+    for model, optimizer in zip(models, (ours, torch.optim.AdamW(models[1].parameters(), lr=0.0)), strict=True):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01
+        train(model, range(3), lambda step, loss, optimizer=optimizer: optimizer.step())
+        assert {int(state["step"]) for state in optimizer.state.values()} == {4}
+    for p, expected in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, expected)
 
 
 @pytest.mark.parametrize("make", [GrokAdamW, lambda params: Grokfast(torch.optim.AdamW(params))])

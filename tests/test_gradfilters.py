@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import sys
@@ -337,6 +338,22 @@ def test_a_gradient_of_two_parameters_is_amplified_once(function: Any) -> None:
     function(model, lamb=2.0, **options)
     assert all(torch.equal(p.grad, torch.full((3, 2), 3.0)) for p in model)
     assert torch.equal(buffer, torch.full((2, 3, 2), 3.0))
+
+
+@pytest.mark.parametrize("function", [gradfilter_ema, gradfilter_ma])
+def test_an_expanded_gradient_is_filtered(function: Any) -> None:
+    """torch.autograd.grad returns the gradient of a sum as one number at all places."""
+    model = nn.Module()
+    model.first, model.second = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3, 4))
+    loss = (model.first**2).sum() + model.second.sum()
+    model.first.grad, model.second.grad = torch.autograd.grad(loss, [model.first, model.second])
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    other = copy.deepcopy(model)
+    for name, p in other.named_parameters():
+        p.grad = expected[name]
+    function(model), function(other)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("function", [gradfilter_ema, gradfilter_ma])

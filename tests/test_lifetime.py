@@ -150,7 +150,6 @@ class Lifetime(RuleBasedStateMachine):
         ours = ("lamb", "gamma", "gradient_clipping", "max_row_norm", "max_row_change")
         for group in self.oracle.groups:
             group.update(dict.fromkeys(ours, 0.0))
-        self.oracle.has_state = True  # AdamW has no step that only creates the state
         for i in range(steps):
             grads = self._set_gradients(seed + i)
             adamw.step()
@@ -160,7 +159,7 @@ class Lifetime(RuleBasedStateMachine):
         self.oracle.accumulation_steps, self.oracle.amplify_by_signal = mode
         self.optimizer = self._optimizer()
         self.optimizer.load_state_dict(adamw.state_dict())
-        self.oracle.has_state, self.oracle.skipped, self.oracle.alphas = bool(adamw.state), 0, [np.nan]
+        self.oracle.skipped, self.oracle.alphas = 0, [np.nan]
         self.losses = (None, None)
 
     @invariant()

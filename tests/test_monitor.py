@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import csv
+import gc
 import math
 import pickle
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -342,6 +344,20 @@ def test_a_resumed_run_hears_what_comes_after() -> None:
         assert monitor.grokked_at is None
         other.record(eval_acc=1.0)
     assert monitor.grokked_at == 41
+
+
+def test_it_does_not_keep_an_optimizer_in_memory() -> None:
+    model, optimizer, monitor = monitored()
+    model(batch(0)[0]).sum().backward()
+    optimizer.step()
+    assert len(monitor.rows) == 1
+    gone = weakref.ref(optimizer), weakref.ref(monitor)
+    gc.disable()
+    try:
+        del model, optimizer, monitor
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_monitors_end_and_copies_have_none() -> None:

@@ -90,6 +90,22 @@ def test_a_state_dict_is_plain_data() -> None:
     assert group["layers"] == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("wrap", [lambda inner: inner, lambda inner: Accumulate(inner, 1)])
+def test_loading_drops_what_a_scheduler_has_added(wrap: Any) -> None:
+    """A scheduler reads `initial_lr` if a group has it, so one that stays gives the next schedule a wrong lr."""
+    found = []
+    for inner in (torch.optim.AdamW, GrokAdamW):
+        optimizer = wrap(inner(parameters(2), lr=1e-2))
+        saved = copy.deepcopy(optimizer.state_dict())
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-7
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=10)
+        optimizer.load_state_dict(saved)
+        groups = optimizer.param_groups
+        found.append((torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0).base_lrs, "max_lr" in groups[0]))
+    assert found[0] == found[1] == ([1e-2], False)
+
+
 def test_every_group_has_the_same_keys_from_the_start() -> None:
     first, second, third = parameters(3)
     optimizer = GrokAdamW([{"params": [first]}, {"params": [second], "layer": 3}])

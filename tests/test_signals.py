@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import math
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim import AdamW
 
-from grokadamw import GrokAdamW
+from grokadamw import Accumulate, GrokAdamW, Grokfast
 from grokadamw._numbers import as_number
 from grokadamw.signals import AccuracyGap, Plateau, SlowGradient, loss_gap, memorisation
 from grokadamw.step.alpha import Signals, filter_memory
@@ -359,6 +362,37 @@ def test_bind_is_called_at_registration() -> None:
     optimizer.set_signals([Bound(), Bound()], combine="max")
     optimizer.step()
     assert {"signal/Bound_1", "signal/Bound_2"} <= set(optimizer.metrics())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(
+            lambda params, kind=kind: GrokAdamW(params, grokking_signal_fns=kind())
+            for kind in (AccuracyGap, SlowGradient)
+        ),
+        lambda params: copy.deepcopy(GrokAdamW(params, grokking_signal_fns=AccuracyGap())),
+        *(
+            lambda params, kind=kind: Grokfast(AdamW(params), amplify_when=kind())
+            for kind in (AccuracyGap, SlowGradient)
+        ),
+        lambda params: Accumulate(GrokAdamW(params), 1),
+    ],
+)
+def test_an_optimizer_is_freed_without_the_garbage_collector(make: Any) -> None:
+    """Otherwise the states of several optimizers are in memory at once, as in a search for hyperparameters."""
+    optimizer = make(parameters(2))
+    set_gradients([p for group in optimizer.param_groups for p in group["params"]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # signals without a value
+        optimizer.step()
+    state = weakref.ref(next(iter(optimizer.state.values()))["exp_avg"])
+    gc.disable()
+    try:
+        del optimizer
+        assert state() is None
+    finally:
+        gc.enable()
 
 
 def test_set_signals_keeps_the_combination_and_refuses_the_bad() -> None:

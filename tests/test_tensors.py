@@ -311,6 +311,18 @@ def test_state_that_was_set_by_hand_is_as_new_state_would_be(
     torch.testing.assert_close(params[0], params[1])
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_step_count_keeps_its_memory(shape: tuple[int, ...]) -> None:
+    """Processes that train one model share state, and old scripts make the count a vector of one element."""
+    (p,) = parameters(1)
+    optimizer, count = GrokAdamW([p]), torch.full(shape, 2.0)
+    optimizer.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    for _ in range(3):
+        set_gradients([p])
+        optimizer.step()
+    assert count.item() == 5
+
+
 def test_state_follows_a_parameters_memory_format() -> None:
     """Otherwise each step would convert the state, and a resumed run would differ from the first in the last bits."""
     optimizers = []

@@ -25,7 +25,7 @@ WINDOW = tuple(window.names("grok_"))
 def check(state: State, param: Tensor) -> None:
     """Raise RuntimeError for a state or parameter that a step cannot use, before the step writes anything."""
     check_shapes(state, (*STATES, *WINDOW, *formats.EXTRAS), param)
-    if not param.is_contiguous() and _overlaps(param):
+    if overlaps(param):
         raise RuntimeError(
             f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} has several elements at one "
             "address, so they cannot be updated separately: make it from a clone()"
@@ -37,8 +37,10 @@ def check(state: State, param: Tensor) -> None:
         )
 
 
-def _overlaps(x: Tensor) -> bool:
+def overlaps(x: Tensor) -> bool:
     """Return True if elements may share an address: if a dimension's stride is not longer than all smaller ones."""
+    if x.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach:
@@ -140,8 +142,11 @@ def lay_out(state: State, param: Tensor, options: dict[str, Any]) -> None:
     state.update(window.fitted(state, "grok_", param, options["window_dtype"]))
     for name in misfits(state, param, options):
         if name == "step":
-            count = as_number(state[name], "state['step']")
-            state[name] = torch.as_tensor(count, dtype=torch.float32, device=step_device(param))
+            count = state[name]
+            if not isinstance(count, Tensor) or count.numel() != 1 or count.dtype != torch.float32:
+                count = as_number(count, "state['step']")
+            # a float32 count keeps its memory, which processes may share
+            state[name] = torch.as_tensor(count, dtype=torch.float32, device=step_device(param)).reshape(())
         elif name == "param_low":
             low = torch.empty_like(param, dtype=state[name].dtype, memory_format=torch.preserve_format)
             part(low).copy_(part(state[name]))

@@ -70,6 +70,7 @@ def warn_if_not_zeroed(groups: Iterable[Mapping[str, Any]], said: set[str]) -> N
     if before is not None and grad._version == before + 1 and grad.any() and is_new("not zeroed", said):
         warn(
             "the gradients were not zeroed since the last micro-batch, so that its gradients count again: call "
-            "optimizer.zero_grad() before every micro-batch, instead of once per step",
+            "optimizer.zero_grad() before every micro-batch, instead of once per step. (If you zero them through "
+            "p.grad.data, which autograd does not see, ignore this.)",
             UserWarning,
         )

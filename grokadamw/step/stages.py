@@ -66,7 +66,7 @@ def check_given(run: Run, given: Given) -> bool:
         return True
     if not given.state:
         entries = collect(given, run.names)  # which checks the tensors
-        if is_for_state_alone(groups, [entry.grad for entry in entries], given.shard_group):
+        if is_for_state_alone():
             make_state(entries, given)
             return False
     if options["nonfinite"] == "raise":
