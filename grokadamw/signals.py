@@ -127,6 +127,10 @@ class AccuracyGap(_OfOptimizer):
     def ready(self) -> bool:
         return None not in self.accuracies().values()
 
+    @property
+    def reads_records(self) -> bool:
+        return None in (self._train, self._eval)
+
     def __call__(self) -> Number:
         train, evaluation = self.accuracies().values()
         if train is None or evaluation is None:
@@ -193,6 +197,8 @@ class SlowGradient(_OfOptimizer):
     Args:
         every: steps from one evaluation to the next, ≥ 1. Each reads μ and g once; in between, the value stays.
     """
+
+    reads_records = False
 
     def __init__(self, every: int = 10) -> None:
         self.every = check_count("every", every, at_least=1)

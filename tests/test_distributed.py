@@ -31,6 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
 from grokadamw import (
     Accumulate,
@@ -45,7 +46,7 @@ from grokadamw import (
 )
 from grokadamw import _trainers as trainers
 from grokadamw.distributed import span_all_ranks
-from grokadamw.signals import SlowGradient, memorisation
+from grokadamw.signals import AccuracyGap, SlowGradient, memorisation
 from grokadamw.state import slots
 from grokadamw.step import cache, stages
 
@@ -346,6 +347,48 @@ def test_losses_of_a_checkpoint_do_not_count_beside_new_ones(tmp_path: Path) -> 
     for whole, resumed in in_processes(_resumed, tmp_path):
         assert whole == resumed
         assert len(set(whole)) == 3
+
+
+def _signals_without_records(rank: int) -> list[list[float]]:
+    """Return the signals before and after every rank loaded the first rank's checkpoint. It alone records losses."""
+    p, gap = torch.nn.Parameter(torch.ones(3)), AccuracyGap()
+    gap.record(train=1.0, eval=rank)
+    found = []
+    for signal in (lambda: 1.0 - rank, gap):
+        optimizer = GrokAdamW([p], grokking_signal_fns=signal)
+        for _ in range(2):
+            if rank == 0:
+                optimizer.record(train_loss=0.5, eval_loss=0.6)
+            p.grad = torch.ones(3)
+            optimizer.step()
+            found.append(optimizer.metrics()["signal"])
+            saved = [optimizer.state_dict()]
+            dist.broadcast_object_list(saved)
+            optimizer = GrokAdamW([p], grokking_signal_fns=signal)
+            optimizer.load_state_dict(saved[0])
+            gap.record(train=1.0, eval=rank)
+    return found
+
+
+def test_signals_that_read_no_losses_count_after_loading_them(tmp_path: Path) -> None:
+    assert in_processes(_signals_without_records, tmp_path) == [[0.5] * 4] * RANKS
+
+
+def _asked_on_one_rank(rank: int) -> str:
+    """Return which implementation the first rank uses. Gradients of divided activations have to be summed first."""
+    norm = torch.nn.LayerNorm(4)
+    parallelize_module(norm, init_device_mesh("cpu", (RANKS,)), SequenceParallel())
+    optimizer = GrokAdamW(norm.named_parameters())
+    norm(torch.ones(2, 3, 4).cumsum(1)).to_local().square().sum().backward()
+    said = [optimizer.implementation() for _ in range(2) if rank == 0]
+    optimizer.step()
+    return "".join(said)
+
+
+def test_one_rank_may_ask_for_its_implementation(tmp_path: Path) -> None:
+    first, second = in_processes(_asked_on_one_rank, tmp_path)
+    assert first.startswith("cpu: ")
+    assert second == ""
 
 
 def _wrong_norms(rank: int) -> list[Any]:

@@ -157,6 +157,27 @@ def test_float32_weights_come_out_of_shards_and_go_in(tmp_path: Path) -> None:
     assert in_processes(_full_weights, tmp_path) == [True, True]
 
 
+def _codes_on_one_rank(rank: int) -> str:
+    """Return the error for codes in place of float32 numbers. The second rank's part of the row is empty."""
+    model = nn.Linear(5000, 1, bias=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    optimizer = GrokAdamW(model.named_parameters())
+    model(torch.ones(2, 5000)).sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["state_dtype"] = "int8"
+    saved["state"][0]["exp_avg"] = torch.full_like(saved["state"][0]["exp_avg"], 3.0)
+    with pytest.raises(ValueError, match="without their scales") as caught:
+        optimizer.load_state_dict(saved)
+    return str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_all_ranks_refuse_codes_that_one_rank_has(tmp_path: Path) -> None:
+    first, second = in_processes(_codes_on_one_rank, tmp_path)
+    assert first == second
+
+
 def save(model: nn.Module, optimizer: GrokAdamW, folder: Path) -> None:
     of_model, of_optimizer = get_state_dict(model, optimizer)
     dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder, no_dist=not dist.is_initialized())

@@ -266,9 +266,8 @@ def _check_codes(state_dict: dict[str, Any]) -> None:
                 kept, was_coded = state[name], (asked.get(name) if isinstance(asked, dict) else asked) == "int8"
                 if kept.is_complex():
                     continue
-                own = part(kept)
                 may_be_codes = was_coded and kept.numel() >= formats.SMALL
-                if not kept.is_floating_point() or (may_be_codes and own.any() and own.equal(own.round())):
+                if not kept.is_floating_point() or (may_be_codes and _are_integers(kept)):
                     way = f"optimizer with state_dtype={asked!r}, and then its state_dict() into a new one of this kind"
                     if cuts_blocks(kept, formats.BLOCK):
                         way = "optimizer on as many ranks as saved it: these cut its blocks of 64; or save with float32"
@@ -276,6 +275,14 @@ def _check_codes(state_dict: dict[str, Any]) -> None:
                         f"state_dict: {name} of parameter {key} holds codes without their scales. "
                         f"torch.distributed.checkpoint copies them into whatever the optimizer has: load into an {way}"
                     )
+
+
+def _are_integers(kept: Tensor) -> bool:
+    """Return True if all numbers of a tensor, on all ranks, are integers, and not all are 0."""
+    own, shards = part(kept), shards_of(kept)
+    found = torch.stack([own.any(), (own != own.round()).any()])
+    is_not_0, has_fractions = (found if shards is None else shards.total([found], (2,))).tolist()
+    return bool(is_not_0 and not has_fractions)
 
 
 def _has_16_bits(param: Tensor) -> bool:

@@ -57,7 +57,7 @@ def evaluate(
     # chose signals nor records losses, ask only if all ranks are known to take this step.
     wanted = is_asked_for or (train_loss, eval_loss) != (None, None)
     if signals.functions and ranks() > 1 and all_ranks.meet(groups, shard_group, wanted):
-        signal, elsewhere = mean_over_ranks(signal, groups, signals.records_are_loaded, all_ranks.compares())
+        signal, elsewhere = mean_over_ranks(signal, groups, signals.are_loaded, all_ranks.compares())
         signal = as_number(signal) if isinstance(signal, Tensor) else signal
     signals.warn_of_missing(train_loss, eval_loss, is_asked_for, boosts, elsewhere)
     return [signal] * len(groups)
@@ -116,6 +116,11 @@ class Signals:
         self._steps_without = 0
         self._alone = {"loss": 0, "acc": 0}  # training losses and accuracies recorded since the last evaluation
         self._began_small = False  # True if the first evaluation loss was below an untrained model's cross entropy
+
+    @property
+    def are_loaded(self) -> bool:
+        """True if the signals may come from recorded values that a checkpoint brought, perhaps from another rank."""
+        return self.records_are_loaded and any(map(_reads_records, self.functions, self.takes_losses))
 
     def check_amplifies(self, amplify_by_signal: bool) -> None:
         """Raise ValueError if λ is multiplied by the signal and there is no signal."""
@@ -373,6 +378,11 @@ def _combined_on_device(combine: str, values: list[Number], like: Tensor) -> Ten
     worst = -math.inf if combine == "max" else math.inf
     kept = torch.where(usable, stacked, worst)
     return torch.where(usable.any(), kept.max() if combine == "max" else kept.min(), 0)
+
+
+def _reads_records(function: Any, takes_losses: str) -> bool:
+    """Return True if a signal depends on the values given to the optimizer's `record`, or may do so."""
+    return bool(takes_losses) or getattr(function, "reads_records", hasattr(function, "bind"))
 
 
 def _remembers(function: Any) -> bool:

@@ -170,12 +170,13 @@ class Cache:
 def _likely_choice(param: Tensor, state: State, group: dict[str, Any], options: dict[str, Any]) -> Choice:
     """Return the backend for a parameter with all the state that a step needs.
 
-    A missing gradient is taken to be like the parameter. No window is made: it may be large, and decides nothing.
+    A gradient that is missing, or placed in another way, is taken to be like the parameter: placing it would make other
+    ranks wait. No window is made: it may be large, and decides nothing.
     """
     shards, whole, options = shards_of(param), dict(state), {**options, "window_size": None}
     add_missing(whole, param, options, group["lamb"])
     lay_out(whole, param, options)
-    grad = param if param.grad is None else resolved(param.grad)
+    grad = param if param.grad is None or shards_of(param.grad) != shards else resolved(param.grad)
     columns = (param, grad, *map(whole.get, STATES)), map(whole.get, EXTRAS)
     row, extras = ([None if x is None else as_real(local(x, shards)) for x in column] for column in columns)
     kind, _ = batches.kind_of([*row, whole["step"]], extras, group, param.dim() > 1, shards)
