@@ -60,9 +60,9 @@ def is_vector(param: Tensor) -> bool:
 def _calls_norms(module: nn.Module, methods: Mapping[str, Iterable[Any]]) -> bool:
     """Return True if a module's ``forward``, or a method or function that it calls by name, calls a norm.
 
-    `methods` are those of all modules of the model, by name: a module may call another one's. The ``training_step`` of
-    a Lightning module counts like ``forward``. Calls that a flag switches off are found, too. Calls through a list, a
-    dict, a hook or another object are not found.
+    `methods` are those of all modules of the model and of their base classes, by name: a module may call another one's.
+    The ``training_step`` of a Lightning module counts like ``forward``. Calls that a flag switches off are found, too.
+    Calls through a list, a dict, a hook or another object are not found.
     """
     found = [inspect.getattr_static(module, name, None) for name in ("forward", "training_step")]
     seen = set[FunctionType]()
@@ -100,11 +100,7 @@ def _function(value: Any) -> Any:
 
 def _values(names: set[str], function: FunctionType, module: nn.Module) -> Iterator[Any]:
     """Yield what these names may refer to: attributes of the module, globals, contents of imports, and closures."""
-    uses_super = "__class__" in function.__code__.co_freevars
-    for name in names:
-        yield inspect.getattr_static(module, name, None)
-        if uses_super:
-            yield from (vars(kind).get(name) for kind in type(module).__mro__)
+    yield from (inspect.getattr_static(module, name, None) for name in names)
     for name in names - _FUNCTIONS:
         yield (value := function.__globals__.get(name))
         if isinstance(value, ModuleType):

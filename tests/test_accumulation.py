@@ -794,3 +794,109 @@ def test_an_overflow_on_a_device_is_no_micro_batch() -> None:
     optimizer.step()
     assert optimizer.param_groups[0]["micro_step"] == 1
     assert optimizer.metrics()["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_gradients_stay_as_they_are(k: int) -> None:
+    """Also those that are clipped, and the first ones of a parameter that come in the last micro-batch."""
+    params = parameters()
+    optimizer = Accumulate(SGD(params, lr=0.1), k, gradient_clipping=0.01)
+    if k > 1:
+        set_gradients(params[:1])
+        optimizer.step()
+    set_gradients(params, seed=2)
+    before = [p.grad.clone() for p in params if p.grad is not None]
+    optimizer.step()
+    assert optimizer.stepped
+    assert same([p.grad for p in params], before)
+
+
+def test_a_flush_that_the_inner_optimizer_refuses_can_be_repeated() -> None:
+    params, expected = parameters(), parameters()
+    optimizer, other = Accumulate(AdamW(params, lr=0.1), 3), Accumulate(AdamW(expected, lr=0.1), 3)
+    for _ in range(2):
+        set_gradients(params)
+        set_gradients(expected)
+        optimizer.step()
+        other.step()
+
+    def refuse(*_: object) -> None:
+        handle.remove()
+        raise RuntimeError("not now")
+
+    handle = optimizer.optimizer.register_step_pre_hook(refuse)
+    with pytest.raises(RuntimeError, match="not now"):
+        optimizer.flush()
+    optimizer.flush()
+    other.flush()
+    assert same(optimizer.state_dict()["state"], other.state_dict()["state"])
+
+
+def test_a_first_gradient_in_the_last_micro_batch_is_averaged_in_float32() -> None:
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16))
+    optimizer = Accumulate(SGD([p], lr=1.0), 3, gradient_clipping=0.7)
+    optimizer.step()
+    optimizer.step()
+    p.grad = torch.randn_like(p)
+    mean = p.grad.float() / 3
+    mean *= 0.7 / (mean.norm() + 1e-6)
+    optimizer.step()
+    assert (p + mean.bfloat16()).count_nonzero() <= 4  # our norm is summed in another order
+
+
+def test_a_cycle_of_another_length_is_forgotten_once_loaded() -> None:
+    params = parameters()
+    optimizer, other = (Accumulate(SGD(params, lr=0.1), 2) for _ in range(2))
+    optimizer.load_state_dict(Accumulate(SGD(params, lr=0.1), 4).state_dict())
+    assert optimizer.param_groups[0]["accumulation_cycle"] == 2
+    set_gradients(params)
+    optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    other.step()
+    assert other.stepped
+
+
+def test_progress_starts_over_with_the_state_of_the_inner_optimizer_alone() -> None:
+    params = parameters()
+    optimizer = Accumulate(SGD(params, lr=0.1), 2)
+    set_gradients(params)
+    optimizer.step()
+    optimizer.load_state_dict(SGD(params, lr=0.1).state_dict())
+    optimizer.step()
+    assert not optimizer.stepped
+
+
+def test_what_a_wrapper_loads_is_a_copy() -> None:
+    params = parameters()
+    optimizer, other = (Accumulate(SGD(params, lr=0.1), 3) for _ in range(2))
+    set_gradients(params)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved)
+    other.load_state_dict(saved)
+    other.step()
+    assert same(saved, before)
+
+
+def test_gradients_of_inference_mode_have_no_version() -> None:
+    params = parameters()
+    for optimizer in (Accumulate(SGD(params, lr=0.1), 2), GrokAdamW(params, accumulation_steps=2, second_moment="raw")):
+        for _ in range(2):
+            with torch.inference_mode():
+                grads = [torch.ones_like(p) for p in params]
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            optimizer.step()
+        assert optimizer.stepped
+
+
+@pytest.mark.filterwarnings("error")
+def test_between_cycles_nothing_that_is_dropped_is_missed() -> None:
+    params = parameters()
+    optimizer = Accumulate(GrokAdamW(params), 2)
+    for _ in range(2):
+        set_gradients(params)
+        optimizer.step()
+    assert "accumulated" in optimizer.state[params[0]]
+    GrokAdamW(params).load_state_dict(optimizer.state_dict())

@@ -387,3 +387,27 @@ def test_amplification_may_wait_for_ever(foreach: bool | None) -> None:
         optimizer.step()
         plain.step()
     assert torch.equal(p, without)
+
+
+@pytest.mark.parametrize("name", ["lr", "alpha_init"])
+def test_a_tensor_of_no_element_is_refused_as_one_of_two(name: str) -> None:
+    for size in (0, 2):
+        with pytest.raises(ValueError, match=f"Tensor {name} must be 1-element"):
+            GrokAdamW(parameters(), **{name: torch.zeros(size)})
+
+
+def test_a_learning_rate_that_is_set_by_hand_may_be_a_tensor_with_foreach() -> None:
+    """As in torch, which refuses the two together only in the constructor."""
+    params = parameters()
+    optimizer = GrokAdamW(params, foreach=True)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    set_gradients(params)
+    optimizer.step()
+    assert optimizer.stepped
+
+
+def test_a_parameter_in_two_groups_gets_no_hint_about_names() -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params)
+    with pytest.raises(ValueError, match="more than one parameter group$"):
+        optimizer.add_param_group({"params": params})

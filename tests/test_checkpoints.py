@@ -752,3 +752,17 @@ def test_an_adamw_made_from_the_groups_changes_no_checkpoint(options: dict[str, 
     resumed = GrokAdamW(copy.deepcopy(model).named_parameters(), **options)
     resumed.load_state_dict(optimizer.state_dict())
     torch.testing.assert_close(resumed.state_dict()["state"], before["state"], rtol=0, atol=0)
+
+
+def test_keys_that_are_strings_are_checked_and_may_be_a_hooks() -> None:
+    saved = GrokAdamW(parameters()).state_dict()
+    saved["state"]["7"] = {"of a hook": 1}
+    assert to_grokadamw(saved)["state"] == {"7": {"of a hook": 1}}
+    saved["state"]["0"] = 3
+    with pytest.raises(ValueError, match="the state of parameter 0 is a int, not a dict"):
+        to_grokadamw(saved)
+
+
+def test_keys_of_wrappers_are_left_behind_before_the_first_step_too() -> None:
+    (group,) = to_adamw(Accumulate(Grokfast(GrokAdamW(parameters(), lamb=0.0)), 2).state_dict())["param_groups"]
+    assert not any(name.startswith(("accumul", "grokfast")) for name in group)

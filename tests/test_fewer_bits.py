@@ -518,3 +518,13 @@ def test_long_rows_of_halves_take_another_way_only_while_they_are_limited() -> N
         assert optimizer.implementation().startswith("decoded" if limit else "cpu")
         if limit:
             assert float(p.detach().float().norm(dim=1).max()) == pytest.approx(1.0, rel=0.01)
+
+
+def test_scales_must_be_contiguous() -> None:
+    p = nn.Parameter(torch.ones(64, 128))
+    p.grad = torch.ones_like(p)
+    optimizer = GrokAdamW([p], state_dtype="int8")
+    optimizer.step()
+    optimizer.state[p]["exp_avg_scale"] = optimizer.state[p]["exp_avg_scale"].t().contiguous().t()
+    with pytest.raises(RuntimeError, match="'exp_avg_scale'.* must be contiguous"):
+        optimizer.step()

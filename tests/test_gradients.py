@@ -20,7 +20,7 @@ from grokadamw.backends import foreach, native
 from grokadamw.signals import SlowGradient
 from grokadamw.step.norm import clip_coefficient, global_norm
 
-from .models import same
+from .models import same, set_gradients
 
 
 @given(st.lists(st.lists(st.floats(-1e3, 1e3), max_size=5), min_size=1, max_size=5), st.floats(0, 100))
@@ -304,3 +304,13 @@ def test_a_step_count_that_was_set_by_hand_can_be_read(count: Any) -> None:
         optimizer.step()
     optimizer.state[params[0]]["step"] = count
     assert optimizer.metrics()["step"] == max(2, float(count))
+
+
+def test_a_sparse_gradient_is_named_before_gradients_are_judged() -> None:
+    model = nn.ModuleDict({"dense": nn.Linear(2, 2), "embedding": nn.Embedding(5, 2, sparse=True)})
+    optimizer = GrokAdamW(model.named_parameters(), nonfinite="raise")
+    set_gradients(list(model["dense"].parameters()))
+    optimizer.step()
+    model["embedding"](torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"embedding\.weight: grokadamw does not support sparse gradients"):
+        optimizer.step()

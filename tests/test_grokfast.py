@@ -919,3 +919,34 @@ def test_memory_gets_the_precision_of_the_gradients(wrap: Callable[[Any], Any], 
         model.weight.grad = grad.clone()
         optimizer.step()
     torch.testing.assert_close(before - model.weight, 0.1 * factor * grad, rtol=1e-13, atol=1e-15)
+
+
+def test_a_hook_may_replace_or_change_what_is_loaded() -> None:
+    optimizer = Grokfast(SGD([nn.Parameter(torch.ones(2))], lr=0.1))
+    saved = optimizer.state_dict()
+    other = copy.deepcopy(saved)
+    other["param_groups"][0]["lr"] = 0.5
+    changing = optimizer.register_load_state_dict_pre_hook(lambda _, given: given.update(extra=1))
+    optimizer.load_state_dict(saved)
+    assert saved.keys() == {"state", "param_groups"}  # the hook got a shallow copy, as in torch
+    changing.remove()
+    optimizer.register_load_state_dict_pre_hook(lambda _, given: other)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["grokfast_ring_sum", "grokfast_ring_lap"])
+def test_a_windows_sums_must_fit(name: str) -> None:
+    p = nn.Parameter(torch.ones(3, 2))
+    p.grad = torch.ones(3, 2)
+    optimizer = GrokfastMA(SGD([p], lr=0.1), 2)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][name] = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=rf"{name} of a parameter has shape \(2, 3\), and not \(3, 2\)"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.filterwarnings("error")
+def test_another_optimizers_lamb_is_no_filter() -> None:
+    Grokfast(SGD([{"params": [nn.Parameter(torch.ones(2))], "lamb": 1.0}], lr=0.1))

@@ -118,3 +118,7 @@ def test_torchs_optimizers_take_them() -> None:
 def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         decay_groups(*arguments)
+
+
+def test_a_model_without_parameters_has_no_groups() -> None:
+    assert decay_groups(nn.ReLU()) == []

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from grokadamw import Accumulate, GrokAdamW, Grokfast, GrokfastMA
-from grokadamw.signals import AccuracyGap, loss_gap
+from grokadamw.signals import AccuracyGap, loss_gap, memorisation
 
 
 def model() -> nn.Module:
@@ -274,9 +274,12 @@ def test_squared_errors_that_are_not_scaled_are_warned_of_once() -> None:
         ([(1.0, 1.0), (0.01, 0.8), (0.01, 0.2)], {}),  # squared errors of scaled targets
         ([(0.1, 0.1), (0.03, 0.08)], {}),  # training and evaluation fall together
         ([(0.3, 0.4), (0.02, 1.5)], {}),  # cross entropy that is first evaluated after an epoch
+        ([(0.3, 0.4), (0.02, 0.7)], {}),  # the same, where the signal is still middling
+        ([(0.55, 0.55), (1e-3, 0.3)], {}),  # cross entropy of an answer that is mostly the same
         ([(-1.0, -1.0)], {}),  # log likelihood of densities
         ([(0.01, 0.01), (1e-4, 0.01)], {"grokking_signal_fns": AccuracyGap()}),
         ([(0.01, 0.01), (1e-4, 0.01)], {"grokking_signal_fns": loss_gap}),
+        ([(0.01, 0.01), (1e-4, 0.01)], {"grokking_signal_fns": [memorisation, AccuracyGap()]}),
         ([(0.01, 0.01), (1e-4, 0.01)], {"signal_boost": 0.0, "decay_boost": 0.0}),
     ],
 )
@@ -379,6 +382,20 @@ def test_a_misspelt_key_that_is_set_later_is_doubted_once() -> None:
     optimizer.param_groups[0]["lambda"] = 0.0
     with pytest.warns(UserWarning, match="'lambda', which has no effect: did you mean lamb"):
         optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("error")
+def test_groups_without_parameters_miss_no_gradient() -> None:
+    GrokAdamW([{"params": []}]).step()
+
+
+def test_a_misspelt_key_is_not_warned_of_again_by_the_first_step() -> None:
+    with pytest.warns(UserWarning, match="did you mean weight_decay"):
+        optimizer = GrokAdamW([{"params": model().parameters(), "weight_decays": 0.1}])
+    optimizer.param_groups[0]["params"][0].grad = torch.ones_like(optimizer.param_groups[0]["params"][0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -830,13 +831,11 @@ def test_threads_take_turns() -> None:
 
 
 def test_the_step_that_builds_state_does_nothing_else() -> None:
-    """torch.distributed.checkpoint takes such a step, with zero gradients and lr=0."""
+    """torch.distributed.checkpoint takes such a step."""
     model = network()
-    optimizer = GrokAdamW(model.named_parameters(), lr=0.0, **FREE)
+    optimizer = GrokAdamW(model.named_parameters(), **FREE)
     step_in_backward(optimizer)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
+    get_optimizer_state_dict(model, optimizer)
     assert [state["step"].item() for state in optimizer.state.values()] == [0.0] * 6
     assert not optimizer.stepped
 
@@ -1055,3 +1054,16 @@ def test_nothing_is_read_back_from_a_device(
     first, second = (optimizer.metrics() for _, optimizer in made)
     assert first == pytest.approx(second, nan_ok=True, rel=1e-4)
     assert first["skipped_steps"] == (2 if nonfinite == "skip" else 0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_handle_that_was_removed_leaves_the_next_one_alone() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = GrokAdamW([p], **FREE)
+    first = step_in_backward(optimizer)
+    first.remove()
+    with step_in_backward(optimizer):
+        first.remove()
+        p.sum().backward()
+        optimizer.step()
+    assert optimizer.state[p]["step"] == 1

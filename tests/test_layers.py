@@ -21,7 +21,7 @@ from torch import nn
 from grokadamw import GrokAdamW, layers, step_in_backward
 from grokadamw.layers import layer_path, unwrapped
 
-from .models import network, saved_and_loaded, set_gradients, train
+from .models import network, parameters, same, saved_and_loaded, set_gradients, train
 from .oracle import layer_numbers
 
 
@@ -589,3 +589,36 @@ def test_named_parameters_can_be_swapped(named_by: str) -> None:
         torch.__future__.set_swap_module_params_on_conversion(False)
     names = [name for row in optimizer.layer_table() for name in row.names]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_a_group_has_a_list_of_layers_of_its_own() -> None:
+    own = [3, 4]
+    optimizer = GrokAdamW([{"params": parameters(), "layers": own}])
+    own[0] = 7
+    assert optimizer.param_groups[0]["layers"] == [3, 4]
+
+
+def test_layers_changed_in_place_are_those_of_the_next_step() -> None:
+    found = []
+    for in_place in (False, True):
+        params = parameters()
+        optimizer = GrokAdamW([{"params": params, "layers": [0, 1]}], lr=0.1)
+        for step in range(3):
+            set_gradients(params, seed=step)
+            if step == 2 and in_place:
+                optimizer.param_groups[0]["layers"][0] = 5
+            elif step == 2:
+                optimizer.param_groups[0]["layers"] = [5, 1]
+            optimizer.step()
+        found.append(params)
+    assert same(*found)
+
+
+def test_saved_layers_that_are_too_few_leave_those_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = GrokAdamW(model.parameters())
+    optimizer.set_layers(model)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["layers"] = [0]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["layers"] == [0, 0, 1, 1]

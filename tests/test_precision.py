@@ -439,3 +439,22 @@ def test_before_the_first_step_the_weights_are_float32_too() -> None:
     weights = full_precision_state_dict(model, optimizer)
     assert [x.dtype for x in weights.values()] == [torch.float32] * 2 + [torch.bfloat16] * 2
     assert all(torch.equal(x.bfloat16(), model.state_dict()[name]) for name, x in weights.items())
+
+
+@pytest.mark.filterwarnings("error")
+def test_zeros_are_no_codes() -> None:
+    p = nn.Parameter(torch.ones(64, 128))
+    optimizer = GrokAdamW([p], state_dtype="int8", lamb=0.0)
+    saved, zeros = optimizer.state_dict(), torch.zeros(64, 128)
+    saved["state"] = {0: {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros}}
+    optimizer.load_state_dict(saved)
+
+
+def test_scales_mean_nothing_once_their_codes_were_replaced() -> None:
+    p = nn.Parameter(torch.ones(64, 128))
+    p.grad = torch.ones_like(p)
+    optimizer = GrokAdamW([p], state_dtype="int8")
+    optimizer.step()
+    optimizer.state[p]["exp_avg"] = torch.full_like(p, 0.25)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert torch.equal(to_float32(saved)["state"][0]["exp_avg"], torch.full((64, 128), 0.25))

@@ -357,6 +357,19 @@ class Without(nn.Module):
         return functional.normalize(self.layer_norm(x)) if self.batch_norm else x
 
 
+class WithoutBesideAnImport(nn.Module):
+    """A module with a flag of a norm's name, whose code imports something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_norm = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        import math
+
+        return x if self.layer_norm else x * math.pi
+
+
 @pytest.mark.parametrize(
     ("other", "kind"),
     [
@@ -376,12 +389,16 @@ class Without(nn.Module):
         *[(layer, "inside") for layer in by_wrapped_methods()],
         *[(ByAttribute(norm), "inside") for norm in (layer_norm, partial(layer_norm, normalized_shape=(4,)))],
         *[(called(name, Vector), "none") for name in ("NoNorm", "Normal", "NormFreeGain", "Vector")],
-        *[(called(name, nn.Module), "none") for name in ("L2Norm", "RunningNorm", "WithoutBatchNorm")],
+        *[
+            (called(name, nn.Module), "none")
+            for name in ("L2Norm", "RunningNorm", "WithoutBatchNorm", "BatchNormFreeBlock")
+        ],
         (called("NormLinear", nn.Linear, 4, 4), "none"),
         (called("PreNormBlock", nn.Sequential, nn.Linear(4, 4)), "none"),
         *[(parametrize(nn.Linear(4, 4)), "none") for parametrize in (weight_norm, spectral_norm)],
         (nn.Embedding(4, 4, max_norm=1.0), "none"),
         *[(layer, "none") for layer in (nn.ReLU(), Without(), WithoutByConfig(), ByAttribute(functional.relu))],
+        (WithoutBesideAnImport(), "none"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else value,
 )
@@ -772,3 +789,47 @@ def test_the_state_dict_of_an_adamw_is_doubted(options: dict[str, float]) -> Non
     optimizer = GrokAdamW.for_grokking(model, **options)
     with pytest.warns(UserWarning, match="AdamW or Adam was loaded into the preset"):
         optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+
+
+def test_norms_are_found_in_code_with_many_names() -> None:
+    """Such code has one more instruction between a name and its attribute."""
+    lines = "".join(f"    x = x.a{i}\n" for i in range(300))
+    namespace: dict[str, Any] = {"functional": functional}
+    exec(f"def forward(self, x):\n{lines}    return functional.layer_norm(x, (4,))\n", namespace)
+    long = type("Long", (nn.Module,), {"forward": namespace["forward"], "__module__": __name__})
+    assert GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), long())).param_groups[0]["gamma"] == 0.6
+
+
+@pytest.mark.filterwarnings("error")
+def test_rates_that_were_alike_or_of_other_groups_are_not_missed() -> None:
+    plain = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    of_tensors = GrokAdamW.for_grokking(plain, lr=torch.tensor(0.01))
+    for group in of_tensors.param_groups:
+        group["lr"] = 0.01
+    model = nn.Sequential(nn.Embedding(5, 64), nn.Linear(64, 64), nn.LayerNorm(64))
+    without_embedding = GrokAdamW.for_grokking(model)
+    del without_embedding.param_groups[-1]
+    for optimizer in (of_tensors, without_embedding):
+        for group in optimizer.param_groups:
+            set_gradients(group["params"])
+        optimizer.step()
+
+
+def test_a_vector_of_an_embedding_has_no_rows() -> None:
+    class Biased(nn.Embedding):
+        def __init__(self) -> None:
+            super().__init__(5, 4)
+            self.bias = nn.Parameter(torch.full((4,), 9.0))
+
+    optimizer = GrokAdamW.for_grokking(nn.Sequential(Biased(), nn.Linear(4, 4), nn.LayerNorm(4)))
+    group = next(group for group in optimizer.param_groups if "0.bias" in group["param_names"])
+    assert (group["lr"], group["weight_decay"], group["param_names"]) == (3e-3, 0, ["0.bias", "1.bias"])
+
+
+def test_every_group_has_a_tensor_lr_of_its_own() -> None:
+    lr = torch.tensor(0.1)
+    optimizer = GrokAdamW.for_grokking(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), lr=lr)
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5  # in place, as schedulers do
+    assert [group["lr"].item() for group in optimizer.param_groups] == pytest.approx([0.05] * 3)
+    assert lr == torch.tensor(0.1)

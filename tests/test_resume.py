@@ -622,3 +622,38 @@ def test_a_load_that_fails_changes_nothing(make: Callable[[Any], Any], entry: st
     with pytest.raises(NotImplementedError, match="meta"):
         optimizer.load_state_dict(broken)
     assert same(optimizer.state_dict(), before)
+
+
+def test_losses_that_were_saved_as_tensors_are_numbers_once_loaded() -> None:
+    optimizer = GrokAdamW(parameters())
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["train_loss"] = torch.tensor(0.5)
+    optimizer.load_state_dict(saved)
+    assert same(optimizer.param_groups[0]["train_loss"], 0.5)
+
+
+def test_a_copy_knows_whether_the_last_step_was_whole() -> None:
+    params = parameters()
+    optimizer = GrokAdamW(params)
+    set_gradients(params)
+    optimizer.step()
+    assert optimizer.stepped
+    assert copy.deepcopy(optimizer).stepped
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_has_nothing_to_lose_is_loaded_without_a_warning() -> None:
+    params = parameters()
+    GrokAdamW(params).load_state_dict(GrokAdamW(params).state_dict())  # which has no slow gradient yet
+    GrokAdamW(params).load_state_dict(torch.optim.AdamW(params).state_dict())  # this is no preset
+
+
+def test_without_micro_batches_their_count_is_not_kept() -> None:
+    params = parameters()
+    optimizer, other = GrokAdamW(params, accumulation_steps=1), GrokAdamW(params)
+    set_gradients(params)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["micro_step"] = 0
+    other.load_state_dict(saved)
+    assert "micro_step" not in other.state[params[0]]

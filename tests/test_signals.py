@@ -748,3 +748,29 @@ def test_every_signal_has_a_key_in_the_metrics_from_the_start() -> None:
     optimizer.step()
     assert optimizer.metrics().keys() == before.keys()
     assert optimizer.metrics()["signal/gap"] == 1.0
+
+
+def test_keys_inside_of_tuples_are_strings_too() -> None:
+    class Keeps:
+        def __call__(self) -> float:
+            return 0.5
+
+        def state_dict(self) -> Any:
+            return {"seen": ({1: 2},)}
+
+        def load_state_dict(self, state: Any) -> None:
+            pass
+
+    optimizer = GrokAdamW([nn.Parameter(torch.ones(2))], grokking_signal_fns=Keeps())
+    with pytest.raises(TypeError, match="Keeps is not plain data .1 is a key"):
+        optimizer.state_dict()
+
+
+def test_the_metrics_have_the_largest_boosts_of_all_groups() -> None:
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    boosted = {"params": params[1:], "signal_boost": 2.0, "decay_boost": 1.0}
+    optimizer = GrokAdamW([{"params": params[:1]}, boosted], grokking_signal_fns=lambda: 0.5)
+    for p in params:
+        p.grad = torch.ones(2)
+    optimizer.step()
+    assert (optimizer.metrics()["boost"], optimizer.metrics()["decay_boost"]) == (2, 1.5)
