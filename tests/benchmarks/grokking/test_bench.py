@@ -520,6 +520,27 @@ def test_the_cell_with_the_lowest_loss_is_kept_and_reported() -> None:
     ]
 
 
+def test_adamw_is_tried_beyond_an_edge_of_its_grid_on_real_data() -> None:
+    """And the better of two cells counts, on the reported seeds, where both ran."""
+    grid = [run for run in evidence.data_grid("hamlet", "adamw") if run.lr == 1e-3]
+    rows = losses([replace(run, lr=3e-3) for run in grid])
+    assert evidence.best(rows) == (3e-3, 1.0)
+    beyond = evidence.data_beyond("hamlet", "adamw", rows)
+    assert {(run.lr, run.weight_decay) for run in beyond} == {(1e-2, 0.3), (1e-2, 1.0), (1e-2, 3.0)}
+    assert {run.seed for run in beyond} == {run.seed for run in grid}
+    others = [("hamlet", "grokadamw"), (evidence.FINETUNING, "adamw")]
+    assert not any(
+        evidence.data_beyond(task, method, losses(evidence.data_grid(task, method))) for task, method in others
+    )
+    chosen = evidence.data_finals("hamlet", "adamw", rows)
+    rows += losses(chosen) + [replace(row, best=0.0) for row in losses(beyond) if row.weight_decay == 3.0]
+    assert evidence.data_reported("hamlet", rows)["adamw"] == chosen  # until the others have run
+    rows += [replace(row, best=-9.0) for row in losses(beyond) if row.weight_decay != 3.0]
+    others_too = evidence.data_finals("hamlet", "adamw", rows)
+    assert {(run.lr, run.weight_decay) for run in others_too} == {(1e-2, 3.0)}
+    assert evidence.data_reported("hamlet", rows + losses(others_too))["adamw"] == chosen
+
+
 def test_finetuning_gives_both_optimizers_the_same_learning_rates() -> None:
     cells = [
         {(run.lr, run.weight_decay) for run in evidence.data_grid(evidence.FINETUNING, name)}
