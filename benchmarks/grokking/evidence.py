@@ -110,10 +110,8 @@ BY_ACCURACY_TASKS = [*LEARNT, *KINDS, *(pair for pair in PAIRS if pair.startswit
 # real data, judged by the best score: lrs, decays and seeds of the grid, and the methods
 DATA_LRS, DATA_DECAYS = (3e-4, 1e-3, 3e-3), (0.1, 0.3, 1.0, 3.0, 10.0)
 DATA_METHODS = ["adamw", PRESET, "grokadamw"]
-WIDE_DATA_LRS, WIDE_DATA_DECAYS = (
-    (1e-4, *DATA_LRS, 1e-2),
-    (0.03, *DATA_DECAYS, 30.0),
-)  # the grid, and AdamW's cells around
+# the grid, and the cells around it
+WIDE_DATA_LRS, WIDE_DATA_DECAYS = (1e-4, *DATA_LRS, 1e-2, 3e-2, 1e-1), (0.03, *DATA_DECAYS, 30.0, 100.0)
 FINETUNING = "hamlet-finetuning"
 FINETUNING_LRS, FINETUNING_DECAYS = (1e-4, 3e-4, 1e-3, 3e-3), (0.01, 1.0)
 DATA: dict[str, tuple[Iterable[float], Iterable[float], Iterable[int], list[str]]] = {
@@ -373,24 +371,23 @@ def data_grid(task: str, method: str) -> list[Run]:
     return [Run.of(task, method, seed, lr, wd) for seed, lr, wd in product(seeds, lrs, decays)]
 
 
-def data_beyond(task: str, method: str, rows: list[Row]) -> list[Run]:
-    """Return runs of AdamW beyond its grid, with all cells next to the best one, if that is on the grid's edge."""
-    cell = best(select(rows, data_grid(task, method)))
-    if method != "adamw" or task == FINETUNING or cell is None:
-        return []
-    i, j = WIDE_DATA_LRS.index(cell[0]), WIDE_DATA_DECAYS.index(cell[1])
-    near = product(WIDE_DATA_LRS[i - 1 : i + 2], WIDE_DATA_DECAYS[j - 1 : j + 2])
-    cells = [(lr, wd) for lr, wd in near if lr not in DATA_LRS or wd not in DATA_DECAYS]
-    return [Run.of(task, method, seed, *cell) for seed, cell in product(DATA[task][2], cells)]
+def data_trials(task: str, method: str, rows: list[Row]) -> list[Run]:
+    """Return the grid and, while the best cell has neighbours that were not tried, these. Fine-tuning has the grid."""
+    tried = data_grid(task, method)
+    while task != FINETUNING and len(found := select(rows, tried)) == len(tried):
+        lr, wd = best(found) or FIRST
+        i, j = WIDE_DATA_LRS.index(lr), WIDE_DATA_DECAYS.index(wd)
+        near = product(DATA[task][2], WIDE_DATA_LRS[max(i - 1, 0) : i + 2], WIDE_DATA_DECAYS[max(j - 1, 0) : j + 2])
+        new = [run for seed, *cell in near if (run := Run.of(task, method, seed, *cell)) not in tried]
+        if not new:
+            break
+        tried += new
+    return tried
 
 
 def data_finals(task: str, method: str, rows: list[Row]) -> list[Run]:
-    """Return the runs with the best cell of the task's grid, and beyond it."""
-    asked = data_beyond(task, method, rows)
-    beyond = select(rows, asked)
-    if len(beyond) < len(asked):
-        beyond = []  # until they are done, the grid's best cell counts
-    cell = best([*select(rows, data_grid(task, method)), *beyond])
+    """Return the runs with the best cell of the task's trials, as far as they are done."""
+    cell = best(select(rows, data_trials(task, method, rows)))
     return [] if cell is None else [Run.of(task, method, seed, *cell) for seed in DATA_SEEDS]
 
 
@@ -479,10 +476,9 @@ def stages(rows: list[Row]) -> Iterator[list[Run]]:
         yield [run for pair in KINDS for run in part(pair, "adamw", of[pair])]
     yield grid(PRESET)
     yield [run for same in zip(*formats().values(), strict=True) for run in same]
-    for task, (*_, names) in DATA.items():
-        yield [run for method in names for run in data_grid(task, method)]
-    for task in DATA:
-        yield data_beyond(task, "adamw", rows)
+    for _ in WIDE_DATA_LRS:  # the grid, then the cells around the best one
+        for task, (*_, names) in DATA.items():
+            yield [run for method in names for run in data_trials(task, method, rows)]
     for task, (*_, names) in DATA.items():
         yield [run for method in names for run in data_finals(task, method, rows)]
     yield weaker(rows)

@@ -511,6 +511,7 @@ def test_the_cell_with_the_lowest_loss_is_kept_and_reported() -> None:
         assert {run.weight_decay for run in grid} >= {0.1, 10.0}
         rows += losses(grid)
         assert evidence.best(rows) == (1e-3, 1.0)
+        assert evidence.data_trials("hamlet", method, rows) == grid
         finals = evidence.data_finals("hamlet", method, rows)
         assert not {run.seed for run in finals} & {run.seed for run in grid}
         rows += losses(finals)
@@ -520,25 +521,24 @@ def test_the_cell_with_the_lowest_loss_is_kept_and_reported() -> None:
     ]
 
 
-def test_adamw_is_tried_beyond_an_edge_of_its_grid_on_real_data() -> None:
-    """And the better of two cells counts, on the reported seeds, where both ran."""
-    grid = [run for run in evidence.data_grid("hamlet", "adamw") if run.lr == 1e-3]
-    rows = losses([replace(run, lr=3e-3) for run in grid])
-    assert evidence.best(rows) == (3e-3, 1.0)
-    beyond = evidence.data_beyond("hamlet", "adamw", rows)
-    assert {(run.lr, run.weight_decay) for run in beyond} == {(1e-2, 0.3), (1e-2, 1.0), (1e-2, 3.0)}
-    assert {run.seed for run in beyond} == {run.seed for run in grid}
-    others = [("hamlet", "grokadamw"), (evidence.FINETUNING, "adamw")]
-    assert not any(
-        evidence.data_beyond(task, method, losses(evidence.data_grid(task, method))) for task, method in others
-    )
-    chosen = evidence.data_finals("hamlet", "adamw", rows)
-    rows += losses(chosen) + [replace(row, best=0.0) for row in losses(beyond) if row.weight_decay == 3.0]
-    assert evidence.data_reported("hamlet", rows)["adamw"] == chosen  # until the others have run
-    rows += [replace(row, best=-9.0) for row in losses(beyond) if row.weight_decay != 3.0]
-    others_too = evidence.data_finals("hamlet", "adamw", rows)
-    assert {(run.lr, run.weight_decay) for run in others_too} == {(1e-2, 3.0)}
-    assert evidence.data_reported("hamlet", rows + losses(others_too))["adamw"] == chosen
+def test_cells_around_the_best_one_are_tried_until_it_is_inside() -> None:
+    """On real data. The best is at lr 0.03 and wd 1, the grid ends at 3e-3."""
+
+    def at_30(asked: list[Run]) -> list[Row]:
+        return [replace(row, lr=run.lr) for run in asked for row in losses([replace(run, lr=run.lr / 30)])]
+
+    rows: list[Row] = []
+    sizes = []
+    for _ in range(6):
+        tried = evidence.data_trials("hamlet", "adamw", rows)
+        rows = at_30(tried)
+        sizes.append(len(tried))
+    assert sizes == [15, 18, 21, 24, 24, 24]
+    assert evidence.best(rows) == (3e-2, 1.0)
+    assert {run.lr for run in evidence.data_finals("hamlet", "adamw", rows)} == {3e-2}
+    assert len({(run.seed, run.lr, run.weight_decay) for run in tried}) == 24
+    grid = evidence.data_grid(evidence.FINETUNING, "adamw")
+    assert evidence.data_trials(evidence.FINETUNING, "adamw", at_30(grid)) == grid
 
 
 def test_finetuning_gives_both_optimizers_the_same_learning_rates() -> None:
