@@ -166,9 +166,9 @@ def blocks_before(tensor: Tensor, block: int) -> int:
         starts[dim], sizes[dim] = starts[dim] + start, min(size, sizes[dim] - start)
     if tensor.dim() == 1:
         return starts[0] // block
-    rows, width = tensor.shape[0], tensor.numel() // tensor.shape[0]
+    width = tensor.numel() // tensor.shape[0]
     inside = sum(start * (width // size) for start, size in zip(starts[1:], tensor.shape[1:], strict=True))
-    return starts[0] * -(-width // block) + rows * (inside // block)
+    return starts[0] * -(-width // block) + sizes[0] * (inside // block)
 
 
 def local_parts(tensors: Iterable[Tensor], ways: Iterable[Shards]) -> list[tuple[Shards | None, list[Tensor]]]:

@@ -107,6 +107,19 @@ def test_a_first_step_with_lr_0_and_gradients_of_0_is_a_step(wrap: Callable[[Any
         torch.testing.assert_close(p, expected)
 
 
+def test_a_function_of_the_users_own_with_the_name_of_torchs_takes_a_step() -> None:
+    model = network()
+    optimizer = GrokAdamW(model.named_parameters(), lr=0.0)
+
+    def _init_optim_state() -> None:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+
+    _init_optim_state()
+    assert optimizer.metrics()["step"] == 1
+
+
 @pytest.mark.parametrize("make", [GrokAdamW, lambda params: Grokfast(torch.optim.AdamW(params))])
 def test_on_meta(make: Callable[[Any], Any]) -> None:
     """Numbers on the meta device cannot be read."""

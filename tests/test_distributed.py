@@ -1190,6 +1190,22 @@ def test_a_process_group_is_in_copies_and_in_no_pickle(tmp_path: Path) -> None:
     assert in_processes(_copies, tmp_path) == [["a pickle keeps no process group"]] * 2
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_zero_on_one_rank_takes_all_options() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    zero = ZeroRedundancyOptimizer([p], GrokAdamW, differentiable=True)
+    assert zero.optim._run.shard_group is None
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_method_with_the_name_of_zeros_is_not_zeros() -> None:
+    class Trainer:
+        def _init_local_optimizer(self) -> GrokAdamW:
+            return GrokAdamW([torch.nn.Parameter(torch.ones(3))])
+
+    assert Trainer()._init_local_optimizer()._run.zero() is None
+
+
 def test_what_is_no_process_group_is_refused() -> None:
     for wrong in (2, "world", [0, 1]):
         with pytest.raises(TypeError, match="is not a process group: give one that this rank is in"):
@@ -1221,6 +1237,45 @@ def test_copies_of_a_model_with_other_learning_rates_are_refused(tmp_path: Path)
     for said in in_processes(_copies_that_differ, tmp_path):
         assert said[0] == ""
         assert "give all ranks the same seed before the model is made" in said[1]
+
+
+def _groups_that_differ(rank: int) -> dict[str, bool]:
+    """Return if copies are refused whose groups differ in one number, in the order of the same ones, or only later."""
+    found = {}
+    for how in ("nothing", "lr", "weight_decay", "order", "later", "many"):
+        model = network()
+        numbers = [{"lr": 0.01, "weight_decay": 0.1}, {"lr": 0.02, "weight_decay": 0.1}]
+        if rank == 1 and how == "order":
+            numbers.reverse()
+        elif rank == 1 and how in numbers[0]:
+            numbers[0][how] *= 1.001
+        parts = zip((list(model[0].parameters()), list(model[1:].parameters())), numbers, strict=True)
+        optimizer = GrokAdamW([{"params": params, **own} for params, own in parts], gamma=0.0)
+        if how == "many":  # among them, one with a very low lr on one rank
+            for i in range(200):
+                optimizer.add_param_group({"params": [], "lr": 1e-6 if (rank, i) == (1, 0) else 1e-5})
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        found[how] = False
+        try:
+            for step in range(2):
+                train(wrapped, range(step, step + 1), lambda _, loss, optimizer=optimizer: optimizer.step())
+                if how == "later":
+                    optimizer.param_groups[0]["lr"] *= 1 + rank
+        except RuntimeError as error:
+            found[how] = "the ranks' parameter groups differ" in str(error)
+    return found
+
+
+def test_every_number_of_every_group_is_compared_once(tmp_path: Path) -> None:
+    for found in in_processes(_groups_that_differ, tmp_path):
+        assert found == {
+            "nothing": False,
+            "lr": True,
+            "weight_decay": True,
+            "order": True,
+            "later": False,
+            "many": True,
+        }
 
 
 def _rows_of_other_layouts(rank: int) -> list[float]:
@@ -1277,11 +1332,33 @@ def _ignored(rank: int) -> list[Any]:
         step(*apart)
     first = shared.weight.detach().clone()
     dist.broadcast(first, 0)
-    return [said, (first - shared.weight).abs().max().item()]
+    return [said, (first - shared.weight).abs().max().item(), _told_of_ignored()]
+
+
+def _told_of_ignored() -> dict[str, bool]:
+    """Return if parameters that FSDP1 ignores are warned of beside others, alone, and if no norm is needed."""
+    found = {}
+    for how in ("beside others", "alone", "without a norm"):
+        model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 3))
+        ignored = list(model[1].parameters())
+        wrapped = FullyShardedDataParallel(
+            model, device_id=torch.device("cpu"), ignored_states=ignored, sharding_strategy=ShardingStrategy.NO_SHARD
+        )
+        options: dict[str, Any] = {"gamma": 0.0}
+        if how == "without a norm":
+            options |= {"gradient_clipping": 0.0, "nonfinite": "propagate"}
+        optimizer = GrokAdamW(ignored if how == "alone" else wrapped.parameters(), **options)
+        wrapped(torch.ones(2, 6)).sum().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        found[how] = any("ignores some of the parameters" in str(warning.message) for warning in caught)
+    return found
 
 
 def test_parameters_that_ddp_ignores_have_an_optimizer_of_their_own(tmp_path: Path) -> None:
-    for said, difference in in_processes(_ignored, tmp_path):
+    for said, difference, told in in_processes(_ignored, tmp_path):
+        assert told == {"beside others": True, "alone": False, "without a norm": False}
         assert len(said) == 1
         assert "shard_group=torch.distributed.group.WORLD" in said[0]
         assert difference == 0
