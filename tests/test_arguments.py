@@ -229,6 +229,12 @@ BAD = [
     ),
     ({"state_dtype": "int8", "compat": "0.1.2"}, ValueError, "state_dtype='int8' with compat='0.1.2'"),
     ({"state_dtype": "int8", "differentiable": True}, ValueError, "state_dtype='int8' with differentiable=True"),
+    *(
+        ({name: value, **other}, ValueError, f"{name}={value!r} with {next(iter(other))}=")
+        for name, value in (("master_weight_bits", 24), ("rounding", "stochastic"))
+        for other in ({"compat": "0.1.2"}, {"differentiable": True})
+    ),
+    ({"window_size": 3, "differentiable": True}, ValueError, "window_size=3 with differentiable=True"),
     ({"decay_boost": -1.0}, ValueError, "decay_boost=-1.0"),
     ({"decay_boost": 1.0, "compat": "0.1.2"}, ValueError, r"decay_boost=1\.0 with compat='0\.1\.2', which lacks"),
     ({"signal_boost": 1.0, "compat": "0.1.2"}, ValueError, r"signal_boost=1\.0 with compat='0\.1\.2', which lacks"),

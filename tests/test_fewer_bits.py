@@ -63,6 +63,14 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize(("form", "dtype"), [("int8", torch.int8), ("bfloat16", torch.bfloat16)])
+def test_state_of_fewer_than_4096_elements_is_not_coded(form: str, dtype: torch.dtype) -> None:
+    params = made(torch.float32, shapes=[(64, 64), (63, 65)])
+    optimizer = GrokAdamW(params, state_dtype=form)
+    train(params, optimizer, range(1))
+    assert [optimizer.state[p]["exp_avg"].dtype for p in params] == [dtype, torch.float32]
+
+
 def test_what_is_kept_has_the_dtypes_that_were_asked_for(kept: Any) -> None:
     dtype, options = kept
     params = made(dtype)

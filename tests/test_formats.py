@@ -500,6 +500,8 @@ def test_a_new_state_is_zero(form: str, shape: tuple[int, ...]) -> None:
     [
         (torch.zeros(64, 64), "int8", "int8"),
         (torch.zeros(64, 31), "int8", "float32"),
+        (torch.zeros(128, 32), "int8", "int8"),
+        (torch.zeros(4096, 1).t(), "int8", "int8"),  # one row, whose stride to the next one means nothing
         (torch.zeros(64, 31), "bfloat16", "bfloat16"),
         (torch.zeros(64, 64).t(), "int8", "float32"),
         (torch.zeros(64, 64).t(), "bfloat16", "bfloat16"),

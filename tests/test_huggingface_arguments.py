@@ -227,6 +227,13 @@ def test_groups_with_numbers_of_their_own(tmp_path: Path) -> None:
     )
 
 
+def test_numbers_that_only_the_constructor_got_or_that_are_rounded_are_not_missed(tmp_path: Path) -> None:
+    it = trainer(tmp_path, GrokAdamWCallback(), optim_args="lamb=1.5", **BRIEF)
+    groups = [{"params": list(it.model.parameters()), "lamb": 0.5}]
+    it.optimizer = GrokAdamW(groups, lr=torch.tensor(0.01), lamb=1.5, gamma=0.0, weight_decay=0.1)  # type: ignore[arg-type]
+    assert said_by(it.train) == []
+
+
 def test_numbers_that_nobody_chose_are_not_missed(tmp_path: Path) -> None:
     it = trainer(tmp_path, GrokAdamWCallback(), learning_rate=5e-5, weight_decay=0.0, **BRIEF)
     it.optimizer = GrokAdamW.for_grokking(it.model)

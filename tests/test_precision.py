@@ -458,3 +458,49 @@ def test_scales_mean_nothing_once_their_codes_were_replaced() -> None:
     optimizer.state[p]["exp_avg"] = torch.full_like(p, 0.25)
     saved = copy.deepcopy(optimizer.state_dict())
     assert torch.equal(to_float32(saved)["state"][0]["exp_avg"], torch.full((64, 128), 0.25))
+
+
+def test_weights_beyond_float16_load_into_bfloat16() -> None:
+    model = nn.Linear(3, 2).bfloat16()
+    optimizer = GrokAdamW(model.named_parameters(), master_weight_bits=32)
+    weights = {"weight": torch.full((2, 3), 1e5), "bias": torch.tensor([-3e38, torch.inf])}
+    load_full_precision_state_dict(model, optimizer, weights)
+    assert same(full_precision_state_dict(model, optimizer), weights)
+
+
+def test_names_that_are_missing_are_torchs_error() -> None:
+    model = nn.Linear(3, 2).half()
+    optimizer = GrokAdamW(model.named_parameters(), master_weight_bits=32)
+    with pytest.raises(RuntimeError, match='Missing key.* "bias"'):
+        load_full_precision_state_dict(model, optimizer, {"weight": torch.ones(2, 3)})
+
+
+def test_each_of_two_optimizers_keeps_the_low_bits_of_its_part() -> None:
+    """An optimizer may have a part of the model, or parameters of another model, too."""
+    model, other = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).bfloat16(), nn.Linear(3, 3).bfloat16()
+    optimizer = GrokAdamW([*model[0].parameters(), *other.parameters()], master_weight_bits=32)
+    for param in (*model.parameters(), *other.parameters()):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = full_precision_state_dict(other, optimizer)
+    weights = {name: torch.randn(x.shape) for name, x in model.state_dict().items()}
+    load_full_precision_state_dict(model, optimizer, weights)
+    for name, x in full_precision_state_dict(model, optimizer).items():
+        assert torch.equal(x, weights[name] if name.startswith("0.") else weights[name].bfloat16()), name
+    assert same(full_precision_state_dict(other, optimizer), before)
+
+
+@pytest.mark.parametrize("lamb", [0.0, 2.0])
+def test_full_weights_make_the_state_that_a_step_makes(lamb: float) -> None:
+    found = []
+    for loads in (True, False):
+        model = nn.Linear(3, 2).bfloat16()
+        optimizer = GrokAdamW(model.named_parameters(), master_weight_bits=32, lamb=lamb)
+        if loads:
+            load_full_precision_state_dict(model, optimizer, nn.Linear(3, 2).state_dict())
+        else:
+            for param in model.parameters():
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+        found.append({name: optimizer.state[param].keys() for name, param in model.named_parameters()})
+    assert found[0] == found[1]

@@ -92,6 +92,18 @@ def test_the_limits_hold_for_decay_too_and_the_norm_has_the_last_word() -> None:
 
 
 @by_both
+def test_long_and_short_rows_are_limited_where_gradients_share_their_memory() -> None:
+    """The kernel limits short rows alone, and the backend for shared memory limits none."""
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 70_000), (4, 8))]
+    optimizer = GrokAdamW(params, lr=0.5, weight_decay=0.0, max_row_change=0.01)
+    for p in params:
+        p.grad = p.detach()
+    optimizer.step()
+    for p in params:
+        torch.testing.assert_close(p.detach(), torch.full_like(p, 0.99))
+
+
+@by_both
 def test_what_has_no_rows_is_not_limited() -> None:
     params = [torch.nn.Parameter(torch.full(shape, 5.0)) for shape in [(), (3,), (3, 2), (0, 2), (2, 0)]]
     limits = {"max_row_norm": 6.0, "max_row_change": 0.1}
