@@ -535,7 +535,12 @@ def test_cells_around_the_best_one_are_tried_until_it_is_inside() -> None:
         sizes.append(len(tried))
     assert sizes == [15, 18, 21, 24, 24, 24]
     assert evidence.best(rows) == (3e-2, 1.0)
-    assert {run.lr for run in evidence.data_finals("hamlet", "adamw", rows)} == {3e-2}
+    inside = evidence.data_finals("hamlet", "adamw", rows)
+    assert {run.lr for run in inside} == {3e-2}
+    on_the_edge = [replace(run, lr=3e-3) for run in inside]
+    rows += at_30(on_the_edge)
+    assert evidence.data_reported("hamlet", rows)["adamw"] == on_the_edge  # until the others have run
+    assert evidence.data_reported("hamlet", rows + at_30(inside))["adamw"] == inside
     assert len({(run.seed, run.lr, run.weight_decay) for run in tried}) == 24
     grid = evidence.data_grid(evidence.FINETUNING, "adamw")
     assert evidence.data_trials(evidence.FINETUNING, "adamw", at_30(grid)) == grid
