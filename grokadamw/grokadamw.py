@@ -135,14 +135,12 @@ class GrokAdamW(Base):
             operations on lists of tensors. False: one tensor at a time, with nine times its size as temporary memory.
         maximize: maximize the loss instead of minimizing it.
         capturable: allow CUDA graphs to capture the step; all parameters must be on a GPU. See ``update_signals``.
-        differentiable: let autograd differentiate through the step, with respect to parameters, gradients and a tensor
-            ``lr``.
+        differentiable: let autograd differentiate through the step: by parameters, gradients and a tensor ``lr``.
         fused: None: ``foreach`` decides. False: like ``foreach=True``. True: like None, but only for parameters on the
             CPU and on CUDA or ROCm GPUs, and GradScaler leaves unscaling to the optimizer.
-        compat: ``"0.1.2"`` reproduces runs of that release, up to rounding: bias correction by β1 instead of β1_l, ε
-            added before v's correction, clipping tensor by tensor, layers counted over the tensors that have a
-            gradient, signals evaluated for each group, α without a limit, state in the parameter's dtype, μ even while
-            λ is 0, no handling of NaN.
+        compat: ``"0.1.2"`` reproduces that release, up to rounding: bias correction by β1 instead of β1_l, ε added
+            before v's correction, clipping tensor by tensor, layers counted over tensors with a gradient, signals for
+            each group, α without a limit, state in the parameter's dtype, μ even while λ is 0, no handling of NaN.
 
     Raises:
         TypeError, ValueError: an argument is not as described above. The message names it and its value.
@@ -230,10 +228,9 @@ class GrokAdamW(Base):
         ``grokadamw.signals.memorisation``), and weight decay up to four times as strong (``decay_boost`` 3). For that,
         record both losses every few steps: ``record(train_loss=…, eval_loss=…)``.
 
-        In models without norms, the filter, γ and the row limit are off. The other settings depend on the number of
-        weights (convolution kernels count, embeddings do not). One or two: lr 2e-2, weight decay 0.5, ``signal_boost``
-        2, ``decay_boost`` 1. Three: lr 1e-2. More, or none: lr 3e-3, weight decay 0.1, ``signal_boost`` 10,
-        ``decay_boost`` 30. Evidence: docs/tuning.md.
+        Without norms, filter, γ and row limit are off. The rest depends on the number of weights (convolution kernels
+        count, embeddings do not). One or two: lr 2e-2, weight decay 0.5, ``signal_boost`` 2, ``decay_boost`` 1. Three:
+        lr 1e-2. More, or none: lr 3e-3, weight decay 0.1, ``signal_boost`` 10, ``decay_boost`` 30 (docs/tuning.md).
 
         Args:
             model: the model. Its parameters that require gradients are optimized in these groups, with their names and
@@ -242,10 +239,9 @@ class GrokAdamW(Base):
                 rows are longer than 1 on average, as torch's are, it gets ``lr`` times that length and ``weight_decay``
                 divided by it: its rows turn and shrink as quickly as those of weights. Embeddings are ``nn.Embedding``
                 and ``nn.EmbeddingBag``. Norm layers are torch's, and modules of vectors with "norm" in their class
-                name. Without norms, vectors count as weights. If the model is mostly frozen, a warning is issued.
+                name. Without norms, vectors count as weights. A mostly frozen model causes a warning.
             norms: whether the model normalises its activations. None: look for norm layers, and for calls of
-                ``torch.nn.functional``'s norms in the modules' code. Pass True if the model computes norms in code of
-                its own.
+                ``torch.nn.functional``'s norms in the modules' code. Pass True if its code computes norms itself.
             lr, weight_decay, options: as for the constructor; they replace the preset's values. A weight decay that you
                 pass stays constant, unless you also pass ``decay_boost``. If lr is a tensor, each group has its own
                 copy: change it in ``param_groups``. A scheduler that sets one lr for all groups, as ``OneCycleLR``
@@ -326,8 +322,7 @@ class GrokAdamW(Base):
         """Evaluate the signals, and set the filter memory α and the boosts of lr and weight decay from them.
 
         ``step`` does this itself, but the replay of a CUDA graph does not. Call this method between replays, whenever
-        signals should take effect; until then α and the boosts stay constant. With several processes, call it on all of
-        them.
+        signals should take effect; until then α and the boosts stay constant. All processes must call it.
         """
         self._complete_groups()
         stages.evaluate_signals(self._run, self.param_groups, self.defaults)
@@ -359,8 +354,7 @@ class GrokAdamW(Base):
         Args:
             train_loss, eval_loss: a number, or a tensor or NumPy array of one element. A tensor on a GPU stays there,
                 and the host does not wait for it. None keeps the previous loss.
-            train_acc, eval_acc: the same for accuracies, fractions of correct answers in [0, 1]. The range is not
-                checked on a GPU.
+            train_acc, eval_acc: the same for accuracies, fractions in [0, 1]. The range is not checked on a GPU.
 
         Raises:
             TypeError, ValueError: a value is not one number, or an accuracy is not in [0, 1]. Then nothing is recorded.
